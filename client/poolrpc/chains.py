@@ -1,0 +1,110 @@
+"""Chains and branches: which layers may follow which, and the shape after every step, in either layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
+
+from poolrpc.errors import InvalidArgumentError
+from poolrpc.layers import Layer
+from poolrpc.shapes import check_shape, clip
+
+Shape: TypeAlias = tuple[int, ...]
+Chain: TypeAlias = tuple[Layer, ...]
+
+LAYOUTS = ("NCHW", "NHWC")
+"""Channels first, as torch has it, and channels last, as images lie in memory; of any number of spatial axes."""
+
+
+def as_chain(layers: Layer | Iterable[Layer]) -> Chain:
+    """Give one layer, or several in order, as a chain.
+
+    Raises:
+        InvalidArgumentError: There is no layer, or something that is none.
+
+    """
+    chain = (layers,) if isinstance(layers, Layer) else tuple(layers) if isinstance(layers, Iterable) else ()
+    if not chain or not all(isinstance(each, Layer) for each in chain):
+        msg = f"expected a layer or a sequence of layers, got {clip(layers)}"
+        raise InvalidArgumentError(msg, field="layers")
+    return chain
+
+
+def check_layout(layout: str) -> None:
+    """Check that `layout` is one of LAYOUTS."""
+    if layout not in LAYOUTS:
+        msg = f"expected one of {', '.join(LAYOUTS)}, got {clip(layout)}"
+        raise InvalidArgumentError(msg, field="layout")
+
+
+def channels_first(shape: Shape, spatial_dims: int, layout: str) -> Shape:
+    """Give a shape of that layout in torch's order."""
+    if layout == "NCHW":
+        return shape
+    lead = len(shape) - spatial_dims - 1
+    return (*shape[:lead], shape[-1], *shape[lead:-1])
+
+
+def in_layout(shape: Shape, spatial_dims: int, layout: str) -> Shape:
+    """Give a shape of torch's order in that layout: the inverse of channels_first."""
+    if layout == "NCHW":
+        return shape
+    lead = len(shape) - spatial_dims - 1
+    return (*shape[:lead], *shape[lead + 1 :], shape[lead])
+
+
+def spatial_dims(branches: Sequence[Chain]) -> int | None:
+    """Give the number of spatial axes that all layers of a call agree on, None where each takes any number.
+
+    Raises:
+        InvalidArgumentError: Two layers disagree.
+
+    """
+    dims: int | None = None
+    for i, chain in enumerate(branches):
+        for j, layer in enumerate(chain):
+            dims = dims or layer.spatial_dims
+            if layer.spatial_dims not in (None, dims):
+                msg = f"expected a {dims}d layer like the ones before, got {layer.name}"
+                raise InvalidArgumentError(msg, field=step_path(i, j, layer))
+    return dims
+
+
+def branch_shapes(shape: Shape, branches: Sequence[Chain], layout: str = "NCHW") -> list[tuple[Shape, ...]]:
+    """Give, for each branch, the shape after every layer of its chain, exactly as torch computes it.
+
+    Args:
+        shape: The input's, in the order of `layout`: batched, or unbatched unless every layer is global.
+        branches: The chains, each of which starts from the input.
+        layout: "NCHW" (channels first) or "NHWC" (channels last), for any number of spatial axes.
+
+    Raises:
+        InvalidArgumentError: The layers don't fit the shape or each other.
+
+    """
+    check_layout(layout)
+    dims = check_shape(shape, spatial_dims(branches))
+    first = channels_first(shape, dims, layout)
+    results = []
+    for i, chain in enumerate(branches):
+        plane, shapes = first[-dims:], []
+        for j, layer in enumerate(chain):
+            path = step_path(i, j, layer)
+            if layer.takes_indices and j > 0:
+                msg = f"expected {layer.name} first in its chain: its indices belong to the input"
+                raise InvalidArgumentError(msg, field=path)
+            if layer.gives_indices and j < len(chain) - 1:
+                msg = f"expected return_indices on the last layer of a chain alone, got it on {layer.name}"
+                raise InvalidArgumentError(msg, field=f"{path}.return_indices")
+            try:
+                plane = layer.output_plane(plane)
+            except InvalidArgumentError as error:
+                raise error.under(path) from None
+            shapes.append(in_layout(first[:-dims] + plane, dims, layout))
+        results.append(tuple(shapes))
+    return results
+
+
+def step_path(branch: int, step: int, layer: Layer) -> str:
+    """Give the path of a layer in a request."""
+    return f"branches[{branch}].layers[{step}].{layer.family}"

@@ -1,0 +1,124 @@
+"""Layer expressions, "MaxPool2d(3, stride=2)": text to layer by a strict walk over Python's ast; nothing is evaluated.
+
+The other way is repr(layer). A chain is a list: "[MaxPool2d(3, stride=2), AvgPool2d(2)]".
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from dataclasses import fields
+from typing import Any
+
+from poolrpc.errors import ExpressionError, InvalidArgumentError
+from poolrpc.layers import LAYERS, Layer
+from poolrpc.limits import MAX_EXPRESSION_CHARS
+from poolrpc.shapes import clip
+
+
+def parse_layer(text: str) -> Layer:
+    """Give the layer that an expression names; the inverse of repr.
+
+    Args:
+        text: A layer's name and its arguments as Python writes them: "MaxPool2d(3, stride=2)". Arguments are numbers,
+            True, False, None, and tuples or lists of these.
+
+    Raises:
+        ExpressionError: The text is no such expression, or an argument is out of its range; says the column.
+
+    """
+    parser = _Parser(text)
+    return parser.layer(parser.root)
+
+
+def parse_chain(text: str) -> tuple[Layer, ...]:
+    """Give the chain that an expression names: one layer, or a list of layers in order.
+
+    Raises:
+        ExpressionError: As for parse_layer.
+
+    """
+    parser = _Parser(text)
+    if not isinstance(parser.root, ast.List | ast.Tuple):
+        return (parser.layer(parser.root),)
+    if not parser.root.elts:
+        raise parser.error("expected at least one layer, got an empty list", parser.root)
+    return tuple(map(parser.layer, parser.root.elts))
+
+
+class _Parser:
+    """One expression's text and its tree."""
+
+    def __init__(self, text: str) -> None:
+        if len(text) > MAX_EXPRESSION_CHARS:
+            msg = f"expected at most {MAX_EXPRESSION_CHARS} characters, got {len(text)}"
+            raise ExpressionError(msg)
+        # On one line, so that a column says it all. Blanks before the expression would be an indent.
+        line = " ".join(text.splitlines()) if len(text.splitlines()) > 1 else text
+        stripped = line.lstrip()
+        self.indent = len(line) - len(stripped)
+        self.line = stripped
+        try:
+            self.root = ast.parse(stripped, mode="eval").body
+        except SyntaxError as error:
+            column = self.indent + max(error.offset or 1, 1)
+            raise ExpressionError(f"expected a layer expression: {error.msg}", column=column) from None
+        except (ValueError, RecursionError, MemoryError):
+            # A NUL byte, a number too long to be read, or nesting that no layer has.
+            raise ExpressionError("expected a layer expression such as MaxPool2d(3, stride=2)") from None
+
+    def error(self, description: str, node: ast.AST) -> ExpressionError:
+        # ast counts in UTF-8 bytes; a column counts in characters.
+        before = self.line.encode()[: node.col_offset]  # type: ignore[attr-defined]  # expressions and keywords have it
+        return ExpressionError(description, column=self.indent + len(before.decode(errors="ignore")) + 1)
+
+    def source(self, node: ast.expr) -> str:
+        return ast.get_source_segment(self.line, node) or ""
+
+    def layer(self, node: ast.expr) -> Layer:
+        if not isinstance(node, ast.Call):
+            raise self.error(f"expected a layer such as MaxPool2d(2), got {clip(self.source(node))}", node)
+        name = node.func.id if isinstance(node.func, ast.Name) else ""
+        if name not in LAYERS:
+            near = difflib.get_close_matches(name, LAYERS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; the layers are {', '.join(LAYERS)}"
+            raise self.error(f"unknown layer {clip(self.source(node.func))}{hint}", node.func)
+        cls = LAYERS[name]
+        names = [each.name for each in fields(cls)]  # type: ignore[arg-type]  # every layer is a dataclass
+        places: dict[str, ast.AST] = {}
+        values: dict[str, Any] = {}
+        if len(node.args) > len(names):
+            raise self.error(
+                f"expected at most {len(names)} arguments for {name}, got {len(node.args)}", node.args[len(names)]
+            )
+        pairs = [*zip(names, node.args, node.args, strict=False), *((k.arg or "**", k.value, k) for k in node.keywords)]
+        for parameter, value, place in pairs:
+            if parameter not in names:
+                takes = ", ".join(names) or "none"
+                raise self.error(f"unknown parameter {clip(parameter)} of {name}, which takes {takes}", place)
+            if parameter in values:
+                raise self.error(f"{parameter} is given twice", place)
+            places[parameter], values[parameter] = place, self.value(value)
+        try:
+            return cls(**values)
+        except InvalidArgumentError as error:
+            first = error.violations[0]
+            raise self.error(str(error), places.get(first.field, node)) from None
+        except TypeError:  # a required parameter is missing
+            missing = names[0] if names[0] not in values else names[1]
+        raise self.error(f"{name} lacks its parameter {missing}", node)
+
+    def value(self, node: ast.expr) -> object:
+        if isinstance(node, ast.Tuple | ast.List):
+            return tuple(self.scalar(each) for each in node.elts)
+        return self.scalar(node)
+
+    def scalar(self, node: ast.expr) -> object:
+        negative = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)
+        inner = node.operand if isinstance(node, ast.UnaryOp) and negative else node
+        if isinstance(inner, ast.Constant) and (inner.value is None or type(inner.value) in (bool, int, float)):
+            if not negative:
+                return inner.value
+            if type(inner.value) in (int, float):
+                return -inner.value  # type: ignore[operator]  # a number, by the line above
+        raise self.error(f"expected a number, True, False or None, got {clip(self.source(node))}", node)

@@ -1,0 +1,102 @@
+"""Errors to and from gRPC's status: the code, the message, and google.rpc's details in the trailing metadata."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from google.protobuf.message import DecodeError
+
+from poolrpc.errors import (
+    BY_CODE,
+    DOMAIN,
+    FieldViolation,
+    InvalidArgumentError,
+    LimitExceededError,
+    PoolError,
+    UnavailableError,
+)
+from poolrpc.v1 import standard_pb2
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
+DETAILS_KEY = "grpc-status-details-bin"
+"""Where gRPC's clients of every language look for the details."""
+
+# gRPC allows 16 KB of metadata for everything; errors stay under 4 KB, however much a caller put into them.
+MESSAGE_CHARS = 600
+VIOLATIONS = 4
+TEXT_CHARS = 300
+RAISE_HINT = "raise it with --max-message-bytes on the server and max_message_bytes= on the client"
+TYPE_URL = "type.googleapis.com/google.rpc."
+
+
+def _cut(text: str, most: int = TEXT_CHARS) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def encode_error(error: PoolError, number: int) -> tuple[str, bytes]:
+    """Give an error's status message and its details, both bounded in size.
+
+    Args:
+        error: The error.
+        number: The number of its status code.
+
+    """
+    text = _cut(error.message, MESSAGE_CHARS)
+    status = standard_pb2.Status(code=number, message=text)
+    metadata = {_cut(key, 40): _cut(value) for key, value in list(error.metadata.items())[:4]}
+    _add(status, standard_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata))
+    if isinstance(error, InvalidArgumentError):
+        violation = standard_pb2.BadRequest.FieldViolation
+        violations = [
+            violation(field=_cut(each.field), description=_cut(each.description))
+            for each in error.violations[:VIOLATIONS]
+        ]
+        _add(status, standard_pb2.BadRequest(field_violations=violations))
+    if isinstance(error, UnavailableError) and error.retry_delay is not None:
+        retry = standard_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(round(error.retry_delay * 1000))
+        _add(status, retry)
+    return text, status.SerializeToString()
+
+
+def _add(status: standard_pb2.Status, detail: Message) -> None:
+    status.details.add(type_url=TYPE_URL + detail.DESCRIPTOR.name, value=detail.SerializeToString())
+
+
+def decode_error(code: str, message: str, details: bytes | None) -> PoolError:
+    """Give the error that a status describes; what the server raised, where the server was ours.
+
+    Args:
+        code: The status code's name.
+        message: The status message.
+        details: The value of DETAILS_KEY, where there was one.
+
+    """
+    cls = BY_CODE.get(code, PoolError)
+    info = standard_pb2.ErrorInfo()
+    violations: tuple[FieldViolation, ...] = ()
+    delay: float | None = None
+    try:
+        for detail in standard_pb2.Status.FromString(details or b"").details:
+            kind = detail.type_url.removeprefix(TYPE_URL)
+            if kind == "ErrorInfo":
+                info = standard_pb2.ErrorInfo.FromString(detail.value)
+            elif kind == "BadRequest":
+                bad = standard_pb2.BadRequest.FromString(detail.value)
+                violations = tuple(FieldViolation(each.field, each.description) for each in bad.field_violations)
+            elif kind == "RetryInfo":
+                delay = standard_pb2.RetryInfo.FromString(detail.value).retry_delay.ToMilliseconds() / 1000
+    except DecodeError:
+        pass  # Details that are none of google.rpc's leave the code and the message.
+    metadata = dict(info.metadata)
+    if issubclass(cls, InvalidArgumentError):
+        return cls(message, violations=violations)
+    if issubclass(cls, UnavailableError):
+        return cls(message, reason=info.reason, metadata=metadata, retry_delay=delay)
+    if issubclass(cls, LimitExceededError) and not info.reason and "larger than max" in message:
+        return cls(f"{message}; {RAISE_HINT}", reason="MESSAGE_TOO_LARGE")
+    if not BY_CODE.get(code):
+        message = f"{code}: {message}"
+    return cls(message, reason=info.reason, metadata=metadata)

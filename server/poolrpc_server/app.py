@@ -1,0 +1,185 @@
+"""One running server, put together from a Config: engine, dispatcher, doors, health, reflection; and its end."""
+
+from __future__ import annotations
+
+import signal
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from poolrpc import PoolClient, __version__
+from poolrpc.codec import Limit, ServerInfo
+from poolrpc.layers import DTYPES
+from poolrpc.v1 import pool_pb2_grpc
+from poolrpc_server.admission import Admission
+from poolrpc_server.config import Config, ConfigError
+from poolrpc_server.dispatch import Dispatcher
+from poolrpc_server.doors.native import SERVICE, PoolDoor
+from poolrpc_server.engine import Engine
+from poolrpc_server.interceptors import CallInterceptor
+from poolrpc_server.logs import log
+from poolrpc_server.validate import Limits
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class Server:
+    """A server: made ready, started, stopped once.
+
+    Attributes:
+        addresses: Where it listens; free ports filled in once it is made.
+        info: What it says of itself.
+
+    """
+
+    def __init__(self, config: Config) -> None:
+        """Make a server and take its addresses.
+
+        Raises:
+            ConfigError: An address can't be had, or there is no such device.
+
+        """
+        try:
+            engine = Engine(config.device, config.threads)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        self.info = _describe(config, engine)
+        self._engine = engine
+        limits = Limits(config.max_output_bytes, config.max_output_growth, config.max_work)
+        dispatcher = Dispatcher(limits, Admission(config.max_inflight_bytes), engine, self.info)
+        self._server = grpc.server(
+            ThreadPoolExecutor(config.call_threads, "poolrpc-call"),
+            interceptors=[CallInterceptor()],
+            options=[
+                ("grpc.max_receive_message_length", config.max_message_bytes),
+                ("grpc.max_send_message_length", config.max_message_bytes),
+                # Two servers on one port would take turns unnoticed; and a compressed message may inflate to any size.
+                ("grpc.so_reuseport", 0),
+                ("grpc.compression_enabled_algorithms_bitset", 1),
+            ],
+        )
+        pool_pb2_grpc.add_PoolServiceServicer_to_server(PoolDoor(dispatcher), self._server)
+        self._health = health.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._services = ("", SERVICE, health.SERVICE_NAME)
+        reflection.enable_server_reflection((*self._services[1:], reflection.SERVICE_NAME), self._server)
+        self.addresses = tuple(self._listen(address) for address in config.listen)
+
+    def _listen(self, address: str) -> str:
+        try:
+            port = self._server.add_insecure_port(address)
+        except RuntimeError:
+            raise ConfigError(f"listen: {address!r} can't be had: in use, or not of this machine") from None
+        return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
+
+    def start(self) -> None:
+        """Serve."""
+        self._server.start()
+        self._set_health(SERVING)
+
+    def drain(self) -> None:
+        """Tell health checks to send no more; calls are still served."""
+        self._set_health(NOT_SERVING)
+
+    def stop(self, grace: float) -> None:
+        """Refuse new calls, finish the accepted ones within `grace` seconds, and end."""
+        self.drain()
+        self._server.stop(grace).wait()
+        self._engine.close()
+
+    def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for service in self._services:
+            self._health.set(service, status)
+
+
+def _describe(config: Config, engine: Engine) -> ServerInfo:
+    return ServerInfo(
+        version=__version__,
+        torch_version=torch.__version__,
+        device=str(engine.device),
+        threads=engine.threads,
+        layers=dict(DTYPES),
+        limits={
+            name: Limit(getattr(config, name), config.unit(name))
+            for name in (
+                "max_message_bytes",
+                "max_output_bytes",
+                "max_output_growth",
+                "max_work",
+                "max_inflight_bytes",
+            )
+        },
+    )
+
+
+def serve(config: Config) -> None:
+    """Run a server until SIGTERM or SIGINT, then drain and stop; a second signal ends the process at once.
+
+    Raises:
+        ConfigError: The server can't be made as told.
+
+    """
+    server = Server(config)
+    stopping = threading.Event()
+
+    def on_signal(number: int, _: object) -> None:
+        # The next one finds the default: the process ends by it.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        log.info("stopping", signal=signal.Signals(number).name)
+        stopping.set()
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    server.start()
+    info = server.info
+    log.info(
+        "serving",
+        addresses=" ".join(server.addresses),
+        version=info.version,
+        device=info.device,
+        torch=info.torch_version,
+        threads=info.threads,
+        **{name: str(limit) for name, limit in info.limits.items()},
+    )
+    stopping.wait()
+    server.drain()
+    # Load balancers need this time to see the health change; nothing ends it early but a second signal.
+    threading.Event().wait(config.drain_seconds)
+    server.stop(config.shutdown_grace)
+    log.info("stopped")
+
+
+@contextmanager
+def embedded(**settings: Any) -> Iterator[PoolClient]:  # noqa: ANN401 - Config's fields
+    """Run a whole server in this process, on a private unix socket, and give a client that is connected to it.
+
+    Args:
+        settings: Config's fields: threads, device, limits. torch goes to one thread on the server's own threads; those
+            of the caller keep theirs.
+
+    Raises:
+        ConfigError: A setting is wrong.
+
+    """
+    with tempfile.TemporaryDirectory(prefix="poolrpc-") as folder:
+        address = f"unix:{Path(folder) / 'pool.sock'}"
+        server = Server(Config(**{"listen": (address,), **settings}))
+        server.start()
+        try:
+            with PoolClient(server.addresses[0]) as client:
+                yield client
+        finally:
+            server.stop(grace=0)

@@ -1,0 +1,26 @@
+"""The command `poolrpc-server`."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from poolrpc_server import config, logs
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and give its exit status: 0 after a clean stop, 2 where a setting is wrong."""
+    try:
+        settings = config.parse(arguments)
+        logs.configure(settings.log_format, settings.log_level)
+        # Not before the settings are known to be right: torch takes a second or two to import.
+        from poolrpc_server.app import serve  # noqa: PLC0415
+
+        serve(settings)
+    except config.ConfigError as error:
+        print(f"poolrpc-server: {error}", file=sys.stderr)  # noqa: T201 - a command's way to speak
+        return 2
+    return 0

@@ -1,0 +1,144 @@
+"""Where tensors are: the device, the compute threads, and the way from a request's bytes to its outputs' bytes."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+# Apple's GPUs lack some pooling kernels; torch computes these on the CPU where it was told so before it is imported.
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+
+import numpy as np
+import torch
+
+from poolrpc.chains import channels_first
+from poolrpc.layers import INTEGERS
+from poolrpc_server import kernels
+from poolrpc_server.validate import check_indices
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from poolrpc.tensors import TensorSpec
+    from poolrpc_server.validate import Checked
+
+
+class Engine:
+    """A device and the threads that compute on it, each with torch at one thread of its own."""
+
+    def __init__(self, device: str, threads: int) -> None:
+        """Make an engine.
+
+        Args:
+            device: "auto", or torch's name for one.
+            threads: Requests computed at a time.
+
+        Raises:
+            ValueError: There is no such device here.
+
+        """
+        self.device = resolve_device(device)
+        self.threads = threads
+        # Two OpenMP threads on a busy two-core box were seen to stall a hundredfold; requests run side by side instead.
+        self._executor = ThreadPoolExecutor(threads, "poolrpc-compute", torch.set_num_threads, (1,))
+
+    def run(self, checked: Checked, check_wanted: Callable[[], None]) -> list[memoryview]:
+        """Run a request when a thread is free, and give its outputs' bytes, each followed by its indices'.
+
+        Args:
+            checked: The request.
+            check_wanted: Called when its turn comes; raises where nobody waits any more.
+
+        Raises:
+            InvalidArgumentError: MaxUnpool's indices are out of range.
+            PoolError: What check_wanted raised.
+
+        """
+        return self._executor.submit(self._compute, checked, check_wanted).result()
+
+    def close(self) -> None:
+        """Finish what was submitted and end the threads."""
+        self._executor.shutdown()
+
+    def _compute(self, checked: Checked, check_wanted: Callable[[], None]) -> list[memoryview]:
+        check_wanted()
+        spec = checked.request.input
+        pieces: list[memoryview] = []
+        with torch.inference_mode():
+            device = self._device_for(spec.dtype)
+            x = _planes_first(_tensor(checked.input, spec), checked).to(device)
+            indices = None if checked.indices is None else _planes_first(_indices(checked), checked).to(device)
+            for chain, shapes in zip(checked.request.branches, checked.shapes, strict=True):
+                output, places = x, indices
+                for layer, shape in zip(chain, shapes, strict=True):
+                    plane = channels_first(shape, checked.spatial_dims, spec.layout)[-checked.spatial_dims :]
+                    output, places = kernels.run(layer, output, places, plane)
+                pieces.append(_raw(output, checked))
+                if places is not None and chain[-1].gives_indices:
+                    pieces.append(_raw(places, checked))
+        return pieces
+
+    def _device_for(self, dtype: str) -> torch.device:
+        # CUDA has no max of integers, and Metal no float64: these are computed beside it, so that dtypes don't depend
+        # on the device.
+        if dtype in INTEGERS or (dtype == "float64" and self.device.type == "mps"):
+            return torch.device("cpu")
+        return self.device
+
+
+def resolve_device(name: str) -> torch.device:
+    """Give the device of that name; "auto" is the first of cuda, mps and cpu that there is.
+
+    Raises:
+        ValueError: There is no such device here.
+
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        msg = f"device: expected auto or a device of this machine as torch names it, got {name!r}: {reason}"
+        raise ValueError(msg) from None
+    return torch.empty(0, device=device).device
+
+
+class _Memory:
+    """A read-only buffer, offered to NumPy as writable: torch asks for that, and the engine never writes to inputs."""
+
+    def __init__(self, data: memoryview) -> None:
+        address = np.frombuffer(data, np.uint8).__array_interface__["data"][0]
+        self._data = data  # Kept for as long as an array looks at it.
+        self.__array_interface__ = {"version": 3, "shape": (data.nbytes,), "typestr": "|u1", "data": (address, False)}
+
+
+def _tensor(data: memoryview, spec: TensorSpec) -> torch.Tensor:
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    if not spec.numel:
+        return torch.empty(spec.shape, dtype=dtype)
+    return torch.frombuffer(np.asarray(_Memory(data)), dtype=dtype).reshape(spec.shape)
+
+
+def _indices(checked: Checked) -> torch.Tensor:
+    # A copy, so that what is checked is what is used, and aligned, whatever lies before it in the payload.
+    indices = np.frombuffer(checked.indices or b"", "<i8").copy()
+    check_indices(indices, checked)
+    return torch.from_numpy(indices).reshape(checked.request.input.shape)
+
+
+def _planes_first(x: torch.Tensor, checked: Checked) -> torch.Tensor:
+    """Give a tensor as (N, C, spatial...): another view of the same memory."""
+    dims, layout = checked.spatial_dims, checked.request.input.layout
+    if x.ndim == dims + 1:
+        x = x.unsqueeze(0)
+    return x if layout == "NCHW" else x.movedim(-1, 1)
+
+
+def _raw(x: torch.Tensor, checked: Checked) -> memoryview:
+    """Give the bytes of an (N, C, spatial...) tensor in the layout of the request."""
+    if checked.request.input.layout == "NHWC":
+        x = x.movedim(1, -1)
+    return x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
