@@ -150,7 +150,7 @@ def decode_layer(message: pool_pb2.Layer, path: str) -> Layer:
     kinds = PARAMETERS[cls]
     for descriptor, _ in family.ListFields():
         if descriptor.name not in kinds and descriptor.name != "spatial_dims":
-            msg = f"expected it unset: {cls.__name__} has no such parameter"
+            msg = f"expected it unset, as {cls.__name__} has no such parameter, got {getattr(family, descriptor.name)}"
             raise InvalidArgumentError(msg, field=f"{path}.{descriptor.name}")
     values = {parameter: kind.decode(family, parameter) for parameter, kind in kinds.items()}
     try:

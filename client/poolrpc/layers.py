@@ -435,8 +435,11 @@ class _FractionalMaxPool(Layer):
             if cells < 1:
                 msg = f"expected an output of at least 1 cell an axis, got {out} on plane {plane}"
                 raise InvalidArgumentError(msg, field=field)
-            if cells + kernel - 1 > size:
-                msg = f"expected output + kernel_size - 1 of at most input = {size}, got {cells} + {kernel} - 1"
+            # torch asks one cell more of the 3d layer than of the 2d one (FractionalMaxPool3d.cpp).
+            most = size if dims == 2 else size - 1  # noqa: PLR2004 - the 2d layer
+            if cells + kernel - 1 > most:
+                got = cells + kernel - 1
+                msg = f"expected output + kernel_size - 1 of at most {most} on an axis of {size}, got {got}"
                 raise InvalidArgumentError(msg, field="kernel_size")
         return out
 
@@ -472,7 +475,8 @@ class FractionalMaxPool2d(_FractionalMaxPool):
 class FractionalMaxPool3d(_FractionalMaxPool):
     """Take the max of windows at pseudorandom places, of (N, C, D, H, W) or (C, D, H, W): torch.nn.FractionalMaxPool3d.
 
-    Parameters, shape rule and errors are those of FractionalMaxPool2d, with one value or three for D, H and W.
+    Parameters, shape rule and errors are those of FractionalMaxPool2d, with one value or three for D, H and W; as in
+    torch, output + kernel_size - 1 must be less than the input.
     """
 
     __slots__ = ()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from poolrpc.errors import UnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 RETRY_DELAY = 0.1
 """Seconds that a refused caller is asked to wait: about what a large request takes."""
@@ -24,21 +24,31 @@ class Admission:
         self._lock = threading.Lock()
 
     @contextmanager
-    def hold(self, nbytes: int) -> Iterator[None]:
-        """Count `nbytes` for as long as the context lasts.
+    def hold(self, nbytes: int) -> Iterator[Callable[[int], None]]:
+        """Count `nbytes` for as long as the context lasts, and give the way to count more for the same call.
 
         Raises:
-            UnavailableError: They don't fit beside what is under way. Alone, a request of any size fits.
+            UnavailableError: They don't fit beside other calls; so too from what the context gives. A call of any size
+                fits alone.
 
         """
-        with self._lock:
-            if self._held and self._held + nbytes > self._limit:
-                msg = f"expected at most {self._limit} bytes under way, got {self._held} and {nbytes} more; try again"
-                limits = {"limit": str(self._limit), "actual": str(self._held + nbytes)}
-                raise UnavailableError(msg, reason="IN_FLIGHT_BYTES", metadata=limits, retry_delay=RETRY_DELAY)
-            self._held += nbytes
+        own = 0
+
+        def more(nbytes: int) -> None:
+            nonlocal own
+            with self._lock:
+                if self._held > own and self._held + nbytes > self._limit:
+                    msg = (
+                        f"expected at most {self._limit} bytes under way, got {self._held} and {nbytes} more; try again"
+                    )
+                    limits = {"limit": str(self._limit), "actual": str(self._held + nbytes)}
+                    raise UnavailableError(msg, reason="IN_FLIGHT_BYTES", metadata=limits, retry_delay=RETRY_DELAY)
+                self._held += nbytes
+                own += nbytes
+
+        more(nbytes)
         try:
-            yield
+            yield more
         finally:
             with self._lock:
-                self._held -= nbytes
+                self._held -= own

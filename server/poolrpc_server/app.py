@@ -59,8 +59,9 @@ class Server:
         self._engine = engine
         limits = Limits(config.max_output_bytes, config.max_output_growth, config.max_work)
         dispatcher = Dispatcher(limits, Admission(config.max_inflight_bytes), engine, self.info)
+        self._threads = ThreadPoolExecutor(config.call_threads, "poolrpc-call")
         self._server = grpc.server(
-            ThreadPoolExecutor(config.call_threads, "poolrpc-call"),
+            self._threads,
             interceptors=[CallInterceptor()],
             options=[
                 ("grpc.max_receive_message_length", config.max_message_bytes),
@@ -97,6 +98,7 @@ class Server:
         """Refuse new calls, finish the accepted ones within `grace` seconds, and end."""
         self.drain()
         self._server.stop(grace).wait()
+        self._threads.shutdown()
         self._engine.close()
 
     def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from poolrpc_server import config, logs
+try:
+    from poolrpc_server import config, logs
+except ImportError:
+    # The thin install has this command too, but not what it needs.
+    sys.stderr.write("poolrpc-server: the server needs its extra: pip install 'poolrpc[server]'\n")
+    sys.exit(2)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -68,10 +68,10 @@ class Dispatcher:
 
         """
         call.check_wanted()
-        with self._admission.hold(len(call.payload)):
+        with self._admission.hold(len(call.payload)) as hold_more:
             checked = check_request(call.request, call.payload, self._limits)
-            with self._admission.hold(checked.output_bytes):
-                outputs = self._engine.run(checked, call.check_wanted)
+            hold_more(checked.output_bytes)
+            outputs = self._engine.run(checked, call.check_wanted)
         spec = call.request.input
         results = [
             BranchResult(

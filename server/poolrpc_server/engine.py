@@ -130,11 +130,17 @@ def _indices(checked: Checked) -> torch.Tensor:
 
 
 def _planes_first(x: torch.Tensor, checked: Checked) -> torch.Tensor:
-    """Give a tensor as (N, C, spatial...): another view of the same memory."""
-    dims, layout = checked.spatial_dims, checked.request.input.layout
-    if x.ndim == dims + 1:
+    """Give a tensor as (N, C, spatial...), contiguous.
+
+    torch's channels-last kernels add in another order, choose among NaNs in another way, and refuse some planes of
+    narrow integers; planes in one piece give the same answer in either layout.
+    """
+    if x.ndim == checked.spatial_dims + 1:
         x = x.unsqueeze(0)
-    return x if layout == "NCHW" else x.movedim(-1, 1)
+    if checked.request.input.layout == "NHWC":
+        x = x.movedim(-1, 1)
+    # Flat and back: where an axis is 1, contiguous() alone may leave strides that torch takes for channels-last.
+    return x.reshape(-1).reshape(x.shape)
 
 
 def _raw(x: torch.Tensor, checked: Checked) -> memoryview:

@@ -23,7 +23,7 @@ def run(layer: Layer, x: torch.Tensor, indices: torch.Tensor | None, plane: tupl
 
     Args:
         layer: The layer.
-        x: Of (N, C, spatial...), with no axis of 0; any strides.
+        x: Of (N, C, spatial...), contiguous, with no axis of 0.
         indices: For MaxUnpool, of x's shape and in range.
         plane: The spatial shape of the output.
 

@@ -1,0 +1,337 @@
+"""Both clients against a real server, with NumPy as the reference: runs without torch and the server package."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import numpy as np
+import pytest
+
+import poolrpc
+from poolrpc import (
+    AdaptiveAvgPool2d,
+    AsyncPoolClient,
+    AvgPool2d,
+    GlobalMaxPool,
+    MaxPool1d,
+    MaxPool2d,
+    MaxUnpool2d,
+    PoolClient,
+)
+from poolrpc.v1 import pool_pb2, pool_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+X = np.random.default_rng(7).standard_normal((2, 3, 8, 10), np.float32)
+
+
+def halved(x: np.ndarray, reduce: Callable[..., np.ndarray] = np.max) -> np.ndarray:
+    """Give what a 2x2 pool of (..., H, W) with even H and W gives, by NumPy."""
+    *lead, h, w = x.shape
+    return reduce(x.reshape(*lead, h // 2, 2, w // 2, 2), axis=(-3, -1))
+
+
+def test_pool_gives_output_and_shape(client: PoolClient) -> None:
+    """A layer's result has the output, its shape, and the shape after every step."""
+    result = client.pool(X, MaxPool2d(2))
+    np.testing.assert_array_equal(result.output, halved(X))
+    assert result.shape == result.output.shape == (2, 3, 4, 5)
+    assert result.shapes == ((2, 3, 4, 5),)
+    assert result.indices is None
+    assert repr(result) == "<PoolResult float32 (2, 3, 4, 5)>"
+
+
+def test_output_is_writable_and_its_own(client: PoolClient) -> None:
+    """An output may be changed without touching the other outputs of its call."""
+    first, second = client.pool_each(X, [MaxPool2d(2), MaxPool2d(2)])
+    first.output[...] += 1
+    np.testing.assert_array_equal(second.output, halved(X))
+
+
+def test_a_chain_is_one_call(client: PoolClient) -> None:
+    """A chain gives the last layer's output and every step's shape."""
+    result = client.pool(X, [MaxPool2d(2), AdaptiveAvgPool2d(1)])
+    np.testing.assert_allclose(result.output[..., 0, 0], halved(X).mean((-2, -1)), rtol=1e-5)
+    assert result.shapes == ((2, 3, 4, 5), (2, 3, 1, 1))
+
+
+def test_indices_come_and_go_back(client: PoolClient) -> None:
+    """The indices of a max put its values back where they came from."""
+    result = client.pool(X, MaxPool2d(2, return_indices=True))
+    assert result.indices.dtype == np.int64
+    flat = X.reshape(2, 3, -1)
+    np.testing.assert_array_equal(
+        np.take_along_axis(flat, result.indices.reshape(2, 3, -1), 2), result.output.reshape(2, 3, -1)
+    )
+    back = client.pool(result.output, MaxUnpool2d(2), indices=result.indices).output
+    np.testing.assert_array_equal(back, np.where(np.isin(X, result.output), X, 0))
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        pytest.param(X[0], id="unbatched"),
+        pytest.param(X[:, :, ::2, ::-1], id="strides"),
+        pytest.param(X.transpose(0, 1, 3, 2), id="transposed"),
+        pytest.param(np.asfortranarray(X), id="fortran"),
+        pytest.param(X.astype(">f4"), id="big-endian"),
+        pytest.param(X.astype(np.float64), id="float64"),
+        pytest.param((X * 100).astype(np.uint8), id="uint8"),
+        pytest.param((X * 100).astype(">i2"), id="big-endian int16"),
+        pytest.param(X[:0], id="empty batch"),
+    ],
+)
+def test_arrays_go_in_as_they_are(client: PoolClient, x: np.ndarray) -> None:
+    """Any strides, byte order and dtype that the layer takes go in, and the answer has the dtype in native order."""
+    x.flags.writeable = False
+    output = client.pool(x, MaxPool2d(2)).output
+    np.testing.assert_array_equal(output, halved(x))
+    assert output.dtype == x.dtype.newbyteorder("=")
+
+
+def test_nested_lists_go_in(client: PoolClient) -> None:
+    """A nested list of floats is a tensor too."""
+    assert client.pool([[[1.0, 2.0], [3.0, 4.0]]], MaxPool2d(2)).output.tolist() == [[[4.0]]]
+
+
+def test_bfloat16_goes_in_and_comes_back(client: PoolClient) -> None:
+    """bfloat16 is ml_dtypes' on the client."""
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="bfloat16 needs the extra of that name")
+    x = X.astype(ml_dtypes.bfloat16)
+    output = client.pool(x, MaxPool2d(2)).output
+    assert output.dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(output.astype(np.float32), halved(x.astype(np.float32)))
+
+
+def test_channels_last_is_answered_in_channels_last(client: PoolClient) -> None:
+    """layout="NHWC" takes an image as it lies in memory and answers so, shapes too."""
+    image = np.moveaxis(X[0], 0, -1)
+    result = client.pool(image, MaxPool2d(2), layout="NHWC")
+    np.testing.assert_array_equal(result.output, np.moveaxis(halved(X[0]), 0, -1))
+    assert result.shape == (4, 5, 3)
+    assert client.output_shape(image.shape, MaxPool2d(2), layout="NHWC") == (4, 5, 3)
+
+
+def test_output_shape_is_the_layers_own(client: PoolClient) -> None:
+    """The server infers the shape that the layer knows offline."""
+    chain = [MaxPool2d(3, stride=2, padding=1, ceil_mode=True), GlobalMaxPool()]
+    assert client.output_shape((8, 64, 57, 56), chain[:1]) == chain[0].output_shape((8, 64, 57, 56)) == (8, 64, 29, 29)
+    assert client.output_shape((8, 64, 57, 56), chain) == (8, 64, 1, 1)
+
+
+def test_server_info_tells_layers_and_limits(client: PoolClient) -> None:
+    """The server's description names every layer of this client with its dtypes, and the limits with their units."""
+    info = client.server_info()
+    assert info.version == poolrpc.__version__
+    assert info.layers == {name: tuple(dtypes) for name, dtypes in poolrpc.layers.DTYPES.items()}
+    assert info.limits["max_message_bytes"] == poolrpc.Limit(513 * 2**20, "bytes")
+    assert str(info.limits["max_work"]).endswith(" cells")
+    assert info.threads >= 1
+
+
+def test_health(client: PoolClient) -> None:
+    """The server and its service are SERVING, and an unknown service is NOT_FOUND."""
+    assert client.health() == client.health("poolrpc.v1.PoolService") == "SERVING"
+    with pytest.raises(poolrpc.NotFoundError):
+        client.health("no.such.Service")
+
+
+def test_what_the_server_raises_is_what_the_client_sees(client: PoolClient) -> None:
+    """A bad request raises the same class here and there, with the field's path, and says expected and received."""
+    with pytest.raises(poolrpc.InvalidArgumentError) as caught:
+        client.pool_each(X, [MaxPool2d(2), [MaxPool2d(2), MaxPool2d(9)]])
+    assert caught.value.violations[0].field == "branches[1].layers[1].max_pool.kernel_size"
+    assert "at most input + 2*padding = 4" in str(caught.value)
+    assert isinstance(caught.value.__cause__, grpc.RpcError)
+    with pytest.raises(
+        poolrpc.UnsupportedError, match="takes float16, bfloat16, float32, float64, got int32"
+    ) as unsupported:
+        client.pool(X.astype(np.int32), AvgPool2d(2))
+    assert unsupported.value.metadata["layer"] == "AvgPool2d"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ((X, []), poolrpc.InvalidArgumentError, "expected a layer"),
+        ((X, "MaxPool2d(2)"), poolrpc.InvalidArgumentError, "expected a layer"),
+        ((X.astype(complex), MaxPool2d(2)), poolrpc.UnsupportedError, "got 'complex128'"),
+        ((np.array(["a"]), MaxPool1d(2)), poolrpc.UnsupportedError, "expected one of"),
+        ((object(), MaxPool2d(2)), poolrpc.InvalidArgumentError, "expected an array"),
+    ],
+)
+def test_what_can_not_be_sent_is_refused_here(client: PoolClient, arguments: Any, error: type, words: str) -> None:
+    """What no message can say raises before anything is sent."""
+    with pytest.raises(error, match=words):
+        client.pool(*arguments)
+
+
+def test_an_unknown_layout_is_refused(client: PoolClient) -> None:
+    """A layout is NCHW or NHWC."""
+    with pytest.raises(poolrpc.InvalidArgumentError, match="expected one of NCHW, NHWC, got 'CHWN'"):
+        client.pool(X, MaxPool2d(2), layout="CHWN")
+
+
+def test_a_message_over_the_clients_limit_says_how_to_raise_it(address: str) -> None:
+    """A tensor over the client's limit isn't sent, and the error names both limits to raise."""
+    with PoolClient(address, max_message_bytes=1000) as client, pytest.raises(poolrpc.LimitExceededError) as caught:
+        client.pool(X, MaxPool2d(2))
+    assert caught.value.metadata == {"limit": "1000", "actual": str(X.nbytes)}
+    assert "--max-message-bytes" in str(caught.value)
+    assert "max_message_bytes=" in str(caught.value)
+
+
+def test_nobody_listens() -> None:
+    """An address without a server is an UnavailableError, which is a ConnectionError."""
+    with PoolClient("127.0.0.1:1", timeout=5) as client, pytest.raises(ConnectionError) as caught:
+        client.pool(X, MaxPool2d(2))
+    assert isinstance(caught.value, poolrpc.UnavailableError)
+
+
+def test_a_closed_client_says_so(address: str) -> None:
+    """Calls after close are a PoolError."""
+    client = PoolClient(address)
+    client.close()
+    with pytest.raises(poolrpc.PoolError, match=r"PoolClient\('.*'\) is closed"):
+        client.server_info()
+
+
+def test_secrets_are_not_shown() -> None:
+    """A client's repr names its address alone."""
+    with PoolClient("127.0.0.1:1", metadata=[("authorization", "Bearer secret")]) as client:
+        assert repr(client) == "PoolClient('127.0.0.1:1')"
+
+
+def test_threads_share_a_client(client: PoolClient) -> None:
+    """Calls from many threads at once each get their own answer."""
+    tensors = [np.full((1, 1, 4, 4), i, np.float32) for i in range(64)]
+    with ThreadPoolExecutor(16) as threads:
+        results = list(threads.map(lambda x: client.pool(x, MaxPool2d(2)).output, tensors))
+    assert [float(each.min()) for each in results] == [float(each.max()) for each in results] == list(range(64))
+
+
+async def test_the_async_client_has_the_same_methods(address: str) -> None:
+    """Every method of the client, awaited, gives the same; calls may overlap."""
+    async with AsyncPoolClient(address) as client:
+        results = await asyncio.gather(*(client.pool(X + i, MaxPool2d(2)) for i in range(8)))
+        for i, result in enumerate(results):
+            np.testing.assert_array_equal(result.output, halved(X + i))
+        branches = await client.pool_each(X, [MaxPool2d(2), GlobalMaxPool()])
+        assert [each.shape for each in branches] == [(2, 3, 4, 5), (2, 3, 1, 1)]
+        assert await client.output_shape(X.shape, MaxPool2d(2)) == (2, 3, 4, 5)
+        assert (await client.server_info()).version == poolrpc.__version__
+        assert await client.health() == "SERVING"
+        with pytest.raises(poolrpc.InvalidArgumentError, match="kernel_size"):
+            await client.pool(X, MaxPool2d(99))
+        with pytest.raises(poolrpc.DeadlineExceededError):
+            await client.pool(np.zeros((1, 16, 512, 512), np.float32), MaxPool2d(2), timeout=0.001)
+    with pytest.raises(poolrpc.PoolError, match="closed"):
+        await client.server_info()
+
+
+def test_both_clients_have_the_same_public_methods() -> None:
+    """The clients differ in nothing that a caller sees but await."""
+
+    def public(cls: type) -> set[str]:
+        return {name for name in dir(cls) if not name.startswith("_")}
+
+    assert public(PoolClient) == public(AsyncPoolClient)
+
+
+class Flaky(pool_pb2_grpc.PoolServiceServicer):
+    """A service that is UNAVAILABLE a number of times, then answers; it keeps what it saw."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures = failures
+        self.calls: list[dict[str, str]] = []
+
+    def Pool(self, _: pool_pb2.PoolRequest, context: grpc.ServicerContext) -> pool_pb2.PoolResponse:  # noqa: N802
+        """Fail, or give an empty answer."""
+        self.calls.append(dict(context.invocation_metadata()))
+        if len(self.calls) <= self.failures:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "full")
+        return pool_pb2.PoolResponse()
+
+    def GetServerInfo(  # noqa: N802
+        self, _: pool_pb2.GetServerInfoRequest, context: grpc.ServicerContext
+    ) -> pool_pb2.GetServerInfoResponse:
+        """Keep who called."""
+        self.calls.append(dict(context.invocation_metadata()))
+        return pool_pb2.GetServerInfoResponse()
+
+
+@contextlib.contextmanager
+def serving(servicer: Flaky) -> Iterator[str]:
+    """Serve it on a free port of 127.0.0.1."""
+    server = grpc.server(ThreadPoolExecutor(2), options=[("grpc.max_receive_message_length", -1)])
+    pool_pb2_grpc.add_PoolServiceServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(0).wait()
+
+
+@pytest.mark.parametrize("size", [16, 1024], ids=["1 KB", "4 MB"])
+def test_unavailable_is_tried_again(size: int) -> None:
+    """A call that finds the server full is tried again by gRPC, large messages too, and the caller sees no error."""
+    flaky = Flaky(failures=2)
+    with serving(flaky) as address, PoolClient(address) as client:
+        assert client.pool_each(np.zeros((1, 1, size, size), np.float32), [MaxPool2d(2)]) == []
+    assert [each.get("grpc-previous-rpc-attempts") for each in flaky.calls] == [None, "1", "2"]
+
+
+def test_retries_are_bounded() -> None:
+    """A server that stays full is tried five times in all, then the error is the caller's."""
+    flaky = Flaky(failures=100)
+    with (
+        serving(flaky) as address,
+        PoolClient(address) as client,
+        pytest.raises(poolrpc.UnavailableError, match="full"),
+    ):
+        client.pool(X, MaxPool2d(2))
+    assert len(flaky.calls) == 5
+
+
+def test_options_go_before_the_clients_own() -> None:
+    """options= replaces a channel argument of the client's: here its retries."""
+    flaky = Flaky(failures=1)
+    options = {"grpc.service_config": json.dumps({}), "grpc.enable_retries": 0}
+    with serving(flaky) as address, PoolClient(address, options=options) as client, pytest.raises(ConnectionError):
+        client.pool(X, MaxPool2d(2))
+    assert len(flaky.calls) == 1
+
+
+def test_metadata_goes_with_every_call() -> None:
+    """metadata= reaches the server, and so does the client's name."""
+    flaky = Flaky(failures=0)
+    with serving(flaky) as address, PoolClient(address, metadata=[("tenant", "a")]) as client:
+        client.pool_each(X, [MaxPool2d(2)])
+        client.server_info()
+    assert [each["tenant"] for each in flaky.calls] == ["a", "a"]
+    assert flaky.calls[0]["user-agent"].startswith(f"poolrpc/{poolrpc.__version__} ")
+
+
+def test_calls_take_turns_over_the_addresses_of_a_name() -> None:
+    """Where a name has several addresses, each of its servers is called."""
+    first, second = Flaky(failures=0), Flaky(failures=0)
+    with serving(first) as one, serving(second) as other, PoolClient(f"ipv4:{one},{other}") as client:
+        for _ in range(64):
+            client.server_info()
+            if first.calls and second.calls:
+                break
+    assert first.calls
+    assert second.calls
+
+
+def test_a_dns_name_is_resolved(address: str) -> None:
+    """dns:///name:port finds the server."""
+    with PoolClient(f"dns:///localhost:{address.rpartition(':')[2]}") as client:
+        assert client.health() == "SERVING"

@@ -1,0 +1,328 @@
+"""The server as an operator meets it: its process, signals, log, addresses, health, reflection and limits."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import numpy as np
+import psutil
+import pytest
+import trustme
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from serving import serving
+
+import poolrpc
+import poolrpc_server
+from poolrpc import AvgPool2d, GlobalMaxPool, LPPool2d, MaxPool2d, PoolClient
+from poolrpc.v1 import pool_pb2, pool_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+X = np.random.default_rng(7).standard_normal((2, 3, 8, 10), np.float32)
+HEAVY = np.zeros((1, 16, 512, 512), np.float32), LPPool2d(3.5, 11, stride=1)
+"""Some seconds of work for one thread."""
+
+
+def health_of(address: str) -> Iterator[int]:
+    """Watch the server's health: each status as it changes."""
+    with grpc.insecure_channel(address) as channel:
+        for response in health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest()):
+            yield response.status
+
+
+def test_the_start_line_says_what_is_served() -> None:
+    """One line at start has address, device, torch, threads and every limit; a stop by SIGTERM ends with 0."""
+    with serving("--threads", "2", "--max-work", "12345", "--drain-seconds", "0") as server:
+        assert server.start["addresses"] == server.address
+        assert server.start["device"] == "cpu"
+        assert server.start["threads"] == 2
+        assert server.start["max_work"] == "12345 cells"
+        assert {"torch", "version", "max_message_bytes", "max_output_bytes", "max_inflight_bytes"} < set(server.start)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait() == 0
+    assert [each["event"] for each in server.log[-2:]] == ["stopping", "stopped"]
+
+
+def test_sigterm_drains() -> None:
+    """After SIGTERM, health says NOT_SERVING while calls are still answered, and a call under way gets its answer."""
+    with serving("--drain-seconds", "3", "--threads", "2") as server, PoolClient(server.address) as client:
+        watched = health_of(server.address)
+        assert next(watched) == health_pb2.HealthCheckResponse.SERVING
+        with ThreadPoolExecutor(1) as threads:
+            under_way = threads.submit(client.pool, *HEAVY)
+            client.pool(X, MaxPool2d(2))
+            server.process.send_signal(signal.SIGTERM)
+            assert next(watched) == health_pb2.HealthCheckResponse.NOT_SERVING
+            assert client.pool(X, MaxPool2d(2)).shape == (2, 3, 4, 5)
+            assert under_way.result().shape == (1, 16, 502, 502)
+        watched.close()
+        assert server.wait() == 0
+
+
+def test_a_second_signal_ends_it_at_once() -> None:
+    """A second SIGTERM doesn't wait for the drain."""
+    with serving("--drain-seconds", "3600") as server:
+        watched = health_of(server.address)
+        next(watched)
+        server.process.send_signal(signal.SIGTERM)
+        next(watched)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait(30) == -signal.SIGTERM
+        watched.close()
+
+
+def test_each_call_is_a_line_in_the_log() -> None:
+    """A call's line has method, layers, shape, dtype, status and milliseconds, an error's its reason; no contents."""
+    with serving("--drain-seconds", "0") as server, PoolClient(server.address) as client:
+        client.pool(np.full((1, 1, 2, 2), 1234567.0, np.float32), MaxPool2d(2))
+        with pytest.raises(poolrpc.InvalidArgumentError):
+            client.pool(X, MaxPool2d(99))
+        client.output_shape(X.shape, MaxPool2d(2))
+        client.health()
+        server.process.send_signal(signal.SIGTERM)
+        server.wait()
+    calls = [each for each in server.log if each["event"] == "call"]
+    assert [each["method"].rpartition("/")[2] for each in calls] == ["Pool", "Pool", "InferShape"]
+    first, second, _ = calls
+    assert (first["status"], first["dtype"], first["layers"]) == ("OK", "float32", "((MaxPool2d(2),),)")
+    assert (first["shape"], first["output"]) == ("(1, 1, 2, 2)", "[(1, 1, 1, 1)]")
+    assert first["ms"] > 0
+    assert (second["status"], second["reason"]) == ("INVALID_ARGUMENT", "INVALID_ARGUMENT")
+    assert "kernel_size" in second["error"]
+    assert "output" not in second
+    assert "1234567" not in json.dumps(server.log)
+
+
+def test_the_log_is_text_by_default() -> None:
+    """Without --log-format json a line is text."""
+    command = [sys.executable, "-c", "import sys; from poolrpc_server.cli import main; sys.exit(main())"]
+    with subprocess.Popen(  # noqa: S603 - our own command
+        [*command, "--listen", "127.0.0.1:0", "--drain-seconds", "0"], stderr=subprocess.PIPE, text=True
+    ) as process:
+        line = process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        process.communicate()
+    assert "serving" in line
+    assert "addresses=127.0.0.1:" in line
+    assert not line.startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--listen", "0.0.0.0:0"], "is public"),
+        (["--listen", "nonsense"], "expected host:port or unix:PATH"),
+        (["--threads", "-1"], "threads: expected at least 0"),
+        (["--device", "cuda:99"], "device: expected auto or a device of this machine"),
+        (["--log-format", "xml"], "expected one of text, json"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_and_status_2(flags: list[str], words: str) -> None:
+    """A wrong setting ends the command with one line that says what was expected."""
+    command = [sys.executable, "-c", "import sys; from poolrpc_server.cli import main; sys.exit(main())"]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)  # noqa: S603 - our own command
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_address_in_use_is_refused(address: str) -> None:
+    """Two servers don't share a port unnoticed."""
+    with pytest.raises(poolrpc_server.ConfigError, match="can't be had"):
+        poolrpc_server.Server(poolrpc_server.Config(listen=(address,)))
+
+
+def test_several_addresses(tmp_path: Path) -> None:
+    """--listen may be repeated, with ports and sockets."""
+    path = tmp_path / "pool.sock"
+    with serving("--listen", f"unix:{path}") as server:
+        ends = server.start["addresses"].split()
+        assert ends[1] == f"unix:{path}"
+        for end in ends:
+            with PoolClient(end) as client:
+                assert client.pool(X, MaxPool2d(2)).shape == (2, 3, 4, 5)
+
+
+def test_environment_variables_set_what_flags_do_not() -> None:
+    """POOLRPC_* fills in a setting; a flag goes before it."""
+    with serving("--threads", "1", env={"POOLRPC_THREADS": "7", "POOLRPC_MAX_OUTPUT_BYTES": "100"}) as server:
+        assert (server.start["threads"], server.start["max_output_bytes"]) == (1, "100 bytes")
+        with PoolClient(server.address) as client, pytest.raises(poolrpc.LimitExceededError) as caught:
+            client.pool(X, MaxPool2d(2))
+    assert caught.value.reason == "OUTPUT_TOO_LARGE"
+    assert caught.value.metadata == {"limit": "100", "actual": "480"}
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    """--help names every setting and imports no torch."""
+    code = """
+import sys
+from poolrpc_server.cli import main
+try:
+    main(["--help"])
+finally:
+    assert "torch" not in sys.modules
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 - our own command
+    assert "POOLRPC_MAX_WORK" in done.stdout
+
+
+def test_reflection_lists_the_services(address: str) -> None:
+    """Tools of gRPC's own find the API: services, methods and messages."""
+    with grpc.insecure_channel(address) as channel:
+        database = ProtoReflectionDescriptorDatabase(channel)
+        services = set(database.get_services())
+        assert {"poolrpc.v1.PoolService", "grpc.health.v1.Health"} < services
+        file = database.FindFileContainingSymbol("poolrpc.v1.PoolService")
+        assert [each.name for each in file.service[0].method] == ["Pool", "InferShape", "GetServerInfo"]
+
+
+def test_credentials_encrypt() -> None:
+    """A client with credentials talks TLS to a service behind it, and a client without is an UnavailableError."""
+    authority = trustme.CA()
+    certificate = authority.issue_cert("localhost")
+    key, chain = certificate.private_key_pem.bytes(), b"".join(each.bytes() for each in certificate.cert_chain_pems)
+
+    class Info(pool_pb2_grpc.PoolServiceServicer):
+        def GetServerInfo(self, _: object, __: object) -> pool_pb2.GetServerInfoResponse:  # noqa: N802
+            return pool_pb2.GetServerInfoResponse(version="tls")
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    pool_pb2_grpc.add_PoolServiceServicer_to_server(Info(), server)
+    port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(key, chain)]))
+    server.start()
+    trusted = grpc.ssl_channel_credentials(authority.cert_pem.bytes())
+    with PoolClient(f"localhost:{port}", credentials=trusted) as client:
+        assert client.server_info().version == "tls"
+    with PoolClient(f"localhost:{port}", timeout=10) as client, pytest.raises(poolrpc.UnavailableError):
+        client.server_info()
+    server.stop(0).wait()
+
+
+def test_embedded_is_a_whole_server() -> None:
+    """embedded() gives a connected client, takes Config's settings, and leaves nothing behind."""
+    before, threads = set(Path("/tmp").glob("poolrpc-*")), set(threading.enumerate())  # noqa: S108 - the socket's folder
+    with poolrpc_server.embedded(threads=1, max_work=10**9) as client:
+        assert client.address.startswith("unix:")
+        assert client.pool(X, AvgPool2d(2)).shape == (2, 3, 4, 5)
+        assert client.server_info().limits["max_work"].value == 10**9
+        assert set(threading.enumerate()) - threads
+    assert set(Path("/tmp").glob("poolrpc-*")) == before  # noqa: S108 - where the socket was
+    assert not [each for each in set(threading.enumerate()) - threads if each.name.startswith("poolrpc-")]
+
+
+def test_embedded_leaves_the_callers_torch_alone() -> None:
+    """The server's threads run torch at one thread each; the caller's thread keeps its own."""
+    import torch  # noqa: PLC0415 - for this one test
+
+    before = torch.get_num_threads()
+    with poolrpc_server.embedded() as client:
+        client.pool(X, MaxPool2d(2))
+        assert torch.get_num_threads() == before
+
+
+def test_an_escape_is_internal_with_an_id(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """An exception of the server's own reaches the caller as an id alone, and the log explains it under that id."""
+    from poolrpc_server.kernels import eager  # noqa: PLC0415 - for this one test
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("a secret of the server's")
+
+    monkeypatch.setitem(eager.FAMILIES, "max_pool", broken)
+    with poolrpc_server.embedded() as client, caplog.at_level(logging.INFO, "poolrpc_server"):
+        with pytest.raises(poolrpc.InternalError) as caught:
+            client.pool(X, MaxPool2d(2))
+        assert client.pool(X, AvgPool2d(2)).shape == (2, 3, 4, 5)
+    assert "secret" not in str(caught.value)
+    assert caught.value.error_id
+    logged = next(each for each in caplog.records if each.getMessage() == "unexpected error")
+    assert logged.error_id == caught.value.error_id
+    assert "a secret of the server's" in caplog.text
+
+
+class Gate:
+    """Holds the engine's thread inside a GlobalMaxPool until it is opened, and counts what else is computed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from poolrpc_server.kernels import eager  # noqa: PLC0415 - for these tests
+
+        self.entered, self.opened = threading.Event(), threading.Event()
+        self.computed = 0
+        held, counted = eager.FAMILIES["global_max_pool"], eager.FAMILIES["max_pool"]
+
+        def hold(*arguments: Any) -> object:
+            self.entered.set()
+            assert self.opened.wait(60)
+            return held(*arguments)
+
+        def count(*arguments: Any) -> object:
+            self.computed += 1
+            return counted(*arguments)
+
+        monkeypatch.setitem(eager.FAMILIES, "global_max_pool", hold)
+        monkeypatch.setitem(eager.FAMILIES, "max_pool", count)
+
+
+def test_a_call_whose_deadline_passed_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that waits past its deadline is DEADLINE_EXCEEDED and never computed; what waits behind it is."""
+    gate = Gate(monkeypatch)
+    with poolrpc_server.embedded(threads=1) as client, ThreadPoolExecutor(2) as threads:
+        first = threads.submit(client.pool, X, GlobalMaxPool())
+        assert gate.entered.wait(60)
+        with pytest.raises(poolrpc.DeadlineExceededError):
+            client.pool(X, MaxPool2d(2), timeout=0.2)
+        behind = threads.submit(client.pool, X, MaxPool2d(2))
+        gate.opened.set()
+        assert first.result().shape == (2, 3, 1, 1)
+        assert behind.result().shape == (2, 3, 4, 5)
+    assert gate.computed == 1
+
+
+def test_bytes_under_way_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the limit of bytes under way a call is UNAVAILABLE, with the time to wait, and gets through later."""
+    gate = Gate(monkeypatch)
+    with (
+        poolrpc_server.embedded(max_inflight_bytes=2 * X.nbytes) as retrying,
+        PoolClient(retrying.address, options={"grpc.enable_retries": 0}) as hasty,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        first = threads.submit(hasty.pool, X, GlobalMaxPool())
+        assert gate.entered.wait(60)
+        with pytest.raises(poolrpc.UnavailableError) as caught:
+            hasty.pool(np.concatenate([X, X]), MaxPool2d(2))
+        assert caught.value.reason == "IN_FLIGHT_BYTES"
+        assert caught.value.metadata["limit"] == str(2 * X.nbytes)
+        assert caught.value.retry_delay > 0
+        assert hasty.server_info().threads
+        second = threads.submit(retrying.pool, np.concatenate([X, X]), MaxPool2d(2))
+        gate.opened.set()
+        assert first.result().shape == (2, 3, 1, 1)
+        assert second.result().shape == (4, 3, 4, 5)
+
+
+def test_memory_is_flat_over_refused_calls() -> None:
+    """A thousand refused calls of a megabyte leave the server's memory where it was."""
+    with serving() as server, PoolClient(server.address) as client:
+        process = psutil.Process(server.process.pid)
+        x = np.zeros((1, 1, 512, 512), np.float32)
+
+        def refuse(times: int) -> int:
+            for _ in range(times):
+                with pytest.raises(poolrpc.InvalidArgumentError):
+                    client.pool(x, MaxPool2d(600))
+            return process.memory_info().rss
+
+        before = refuse(100)
+        assert refuse(1000) < before * 1.1

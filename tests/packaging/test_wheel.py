@@ -1,0 +1,104 @@
+"""The wheel as a user gets it: what a thin install has, weighs and imports; the client at its lowest versions.
+
+Both need new virtual environments and a registry, which takes a minute or two.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from statistics import median
+
+import pytest
+from serving import serving
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+REQUIRED = {"poolrpc", "grpcio", "protobuf", "numpy", "typing-extensions", "pip", "setuptools"}
+"""All that a thin install may hold: the three, grpcio's typing-extensions, and what every venv starts with."""
+
+
+def run(*command: object, **options: object) -> str:
+    """Run a command that must succeed, and give what it printed."""
+    done = subprocess.run([str(each) for each in command], capture_output=True, text=True, check=False, **options)  # noqa: S603 - our own commands
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def environment(folder: Path, *packages: object) -> Path:
+    """Make a virtual environment with these packages, and give its python."""
+    run(sys.executable, "-m", "venv", folder)
+    python = folder / "bin" / "python"
+    run(python, "-m", "pip", "install", "-q", *packages)
+    return python
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from this tree."""
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, ROOT)
+    (built,) = folder.glob("poolrpc-*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def thin(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The python of an environment with the wheel and no extra."""
+    return environment(tmp_path_factory.mktemp("thin") / "venv", wheel)
+
+
+def test_a_thin_install_is_thin(thin: Path) -> None:
+    """Without extras there are grpcio, protobuf, numpy and what they need, in less than 120 MB."""
+    installed = {each["name"].lower().replace("_", "-") for each in json.loads(run(thin, "-m", "pip", "list", "--format=json"))}
+    assert installed <= REQUIRED
+    site = Path(run(thin, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    tools = ("pip", "setuptools", "pkg_resources", "_distutils_hack")
+    weight = sum(
+        path.lstat().st_size
+        for path in site.rglob("*")
+        if not path.relative_to(site).parts[0].startswith(tools) and "__pycache__" not in path.parts
+    )
+    assert weight < 120 * 10**6
+
+
+def test_import_is_light(thin: Path) -> None:
+    """`import poolrpc` leaves torch out and costs at most 1.5 times `import grpc, numpy`, by interleaved CPU times."""
+    code = "import time; start = time.process_time(); import {}; print(time.process_time() - start)"
+    base, ours = [], []
+    for _ in range(15):
+        base.append(float(run(thin, "-c", code.format("grpc, numpy"))))
+        ours.append(float(run(thin, "-c", code.format("poolrpc"))))
+    assert median(ours) <= 1.5 * median(base)
+    assert run(thin, "-c", "import sys, poolrpc; print('torch' in sys.modules)") == "False\n"
+
+
+def test_commands_without_the_extra_say_what_is_missing(thin: Path) -> None:
+    """The thin command works, and poolrpc-server says which extra it needs."""
+    shape = run(thin.with_name("poolrpc"), "shape", "8x64x56x56", "MaxPool2d(3, stride=2, padding=1)")
+    assert shape == "MaxPool2d(3, stride=2, padding=1) -> (8, 64, 28, 28)\n"
+    done = subprocess.run([thin.with_name("poolrpc-server")], capture_output=True, text=True, check=False)  # noqa: S603 - our own
+    assert done.returncode == 2
+    assert done.stderr == "poolrpc-server: the server needs its extra: pip install 'poolrpc[server]'\n"
+
+
+def test_the_client_works_at_its_lowest_versions(wheel: Path, tmp_path: Path) -> None:
+    """The client's tests pass with the lowest versions that it claims, against a server of this environment."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lowest = [re.sub(r"^([\w-]+)>=([\d.]+).*$", r"\1==\2", each) for each in project["dependencies"]]
+    assert all("==" in each for each in lowest)
+    python = environment(tmp_path / "venv", wheel, *lowest, "pytest", "pytest-asyncio", "pytest-timeout")
+    tests = [ROOT / "tests/integration/test_client.py", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT / "tests"]
+    with serving() as server:
+        report = run(
+            python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests,
+            env={**os.environ, "POOLRPC_TEST_ADDRESS": server.address}, cwd=tmp_path,
+        )  # fmt: skip
+    assert re.search(r"\d+ passed", report), report
+    assert "failed" not in report
