@@ -16,7 +16,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup  ## Start a server and run the main job on a real photograph; pictures go to demo/.
-	$(BIN)/python scripts/demo.py
+	$(BIN)/python -m scripts.demo
 
 test: setup  ## Run all tests, with coverage.
 	$(BIN)/pytest --cov --cov-report=term $(ARGS)

@@ -17,9 +17,9 @@ mpl.use("agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
-from serving import serving
 
 from poolrpc import AdaptiveAvgPool2d, AdaptiveMaxPool2d, AvgPool2d, Layer, MaxPool2d, PoolClient
+from scripts.serving import serving
 
 PHOTOGRAPH = Path(mpl.get_data_path()) / "sample_data" / "grace_hopper.jpg"
 FOLDER = Path(__file__).parent.parent / "demo"

@@ -20,7 +20,6 @@ class Serving:
     Attributes:
         process: The process.
         start: Its start line, as the log has it; empty until it serves.
-        log: Its log lines so far; text that is no JSON is the event "text".
         started: Set when it serves, or has ended.
         reader: The thread that reads the log, to the process's end.
 
@@ -29,7 +28,7 @@ class Serving:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
         self.start: dict[str, Any] = {}
-        self.log: list[dict[str, Any]] = []
+        self._lines: list[str] = []
         self.started = threading.Event()
         self.reader = threading.Thread(target=self._read, daemon=True)
 
@@ -37,6 +36,11 @@ class Serving:
     def address(self) -> str:
         """Where it listens."""
         return str(self.start["addresses"].split()[0])
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """Its log lines so far; text that is no JSON is the event "text"."""
+        return [json.loads(each) if each.startswith("{") else {"event": "text", "text": each} for each in self._lines]
 
     def wait(self, timeout: float = 60) -> int:
         """Wait for the process and the last line of its log; give the exit status."""
@@ -47,10 +51,9 @@ class Serving:
     def _read(self) -> None:
         with self.process.stderr or nullcontext(()) as lines:
             for line in lines:
-                event = json.loads(line) if line.startswith("{") else {"event": "text", "text": line}
-                self.log.append(event)
-                if event["event"] == "serving":
-                    self.start = event
+                self._lines.append(line)
+                if not self.start and self.log[-1]["event"] == "serving":
+                    self.start = self.log[-1]
                     self.started.set()
         self.started.set()
 

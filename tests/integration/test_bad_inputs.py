@@ -13,13 +13,13 @@ import grpc
 import numpy as np
 import psutil
 import pytest
-from serving import Serving, serving
 
 import poolrpc
 from poolrpc import codec, layer_codec
 from poolrpc.status import DETAILS_KEY, decode_error
 from poolrpc.tensors import TensorSpec
 from poolrpc.v1 import pool_pb2, pool_pb2_grpc
+from scripts.serving import Serving, serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

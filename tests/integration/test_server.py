@@ -19,12 +19,12 @@ import pytest
 import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
-from serving import serving
 
 import poolrpc
 import poolrpc_server
 from poolrpc import AvgPool2d, GlobalMaxPool, LPPool2d, MaxPool2d, PoolClient
 from poolrpc.v1 import pool_pb2, pool_pb2_grpc
+from scripts.serving import serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

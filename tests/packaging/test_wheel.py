@@ -15,7 +15,8 @@ from pathlib import Path
 from statistics import median
 
 import pytest
-from serving import serving
+
+from scripts.serving import serving
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -56,7 +57,9 @@ def thin(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_thin_install_is_thin(thin: Path) -> None:
     """Without extras there are grpcio, protobuf, numpy and what they need, in less than 120 MB."""
-    installed = {each["name"].lower().replace("_", "-") for each in json.loads(run(thin, "-m", "pip", "list", "--format=json"))}
+    installed = {
+        each["name"].lower().replace("_", "-") for each in json.loads(run(thin, "-m", "pip", "list", "--format=json"))
+    }
     assert installed <= REQUIRED
     site = Path(run(thin, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
     tools = ("pip", "setuptools", "pkg_resources", "_distutils_hack")

@@ -1,0 +1,56 @@
+"""Interleaved rounds: contenders take turns within each round, so that what slows the machine slows them all."""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+
+def interleave(
+    contenders: Mapping[str, Callable[[], object]], rounds: int, least: float = 0.01
+) -> dict[str, list[float]]:
+    """Time contenders in turns.
+
+    Args:
+        contenders: What to run, by name.
+        rounds: How many rounds; each starts with another contender.
+        least: Seconds that one timing should take: a quick contender runs several times in it.
+
+    Returns:
+        Seconds a run, one for each round.
+
+    """
+    repeats = {}
+    for name, run in contenders.items():
+        run()
+        started = time.perf_counter()
+        run()
+        repeats[name] = max(1, round(least / max(time.perf_counter() - started, 1e-7)))
+    names = list(contenders)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            run = contenders[name]
+            started = time.perf_counter()
+            for _ in range(repeats[name]):
+                run()
+            times[name].append((time.perf_counter() - started) / repeats[name])
+    return times
+
+
+def row(case: str, baseline: str, contender: str, times: Mapping[str, list[float]], **more: Any) -> dict[str, Any]:  # noqa: ANN401 - whatever JSON takes
+    """Give a row: how many times the baseline's speed the contender has, by the median of the rounds' ratios."""
+    ratios = [base / ours for base, ours in zip(times[baseline], times[contender], strict=True)]
+    return {
+        "case": case,
+        "contender": contender,
+        "baseline": baseline,
+        "ratio": round(median(ratios), 3),
+        "ms": round(median(times[contender]) * 1000, 3),
+        "baseline_ms": round(median(times[baseline]) * 1000, 3),
+        **more,
+    }
