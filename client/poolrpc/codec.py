@@ -205,7 +205,7 @@ class Limit:
 
     Attributes:
         value: The bound.
-        unit: What it counts: "bytes", "cells", "times".
+        unit: What it counts: "bytes", "cells", "times", "layers".
 
     """
 

@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection
 from poolrpc import PoolClient, __version__
 from poolrpc.codec import Limit, ServerInfo
 from poolrpc.layers import DTYPES
+from poolrpc.limits import MAX_BRANCHES, MAX_CHAIN, MAX_FRACTIONAL_AXIS, MAX_NUMEL, MAX_PARAMETER
 from poolrpc.v1 import pool_pb2_grpc
 from poolrpc_server.admission import Admission
 from poolrpc_server.config import Config, ConfigError
@@ -31,6 +32,13 @@ from poolrpc_server.validate import Limits
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+CONFIGURED_LIMITS = (
+    "max_message_bytes",
+    "max_output_bytes",
+    "max_output_growth",
+    "max_work",
+    "max_inflight_bytes",
+)
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -114,14 +122,12 @@ def _describe(config: Config, engine: Engine) -> ServerInfo:
         threads=engine.threads,
         layers=dict(DTYPES),
         limits={
-            name: Limit(getattr(config, name), config.unit(name))
-            for name in (
-                "max_message_bytes",
-                "max_output_bytes",
-                "max_output_growth",
-                "max_work",
-                "max_inflight_bytes",
-            )
+            **{name: Limit(getattr(config, name), config.unit(name)) for name in CONFIGURED_LIMITS},
+            "max_tensor_cells": Limit(MAX_NUMEL, "cells"),
+            "max_parameter": Limit(MAX_PARAMETER, "cells"),
+            "max_fractional_axis": Limit(MAX_FRACTIONAL_AXIS, "cells"),
+            "max_branches": Limit(MAX_BRANCHES, "branches"),
+            "max_chain": Limit(MAX_CHAIN, "layers"),
         },
     )
 

@@ -973,7 +973,7 @@ class Limit(_message.Message):
     value: _builtins.int
     """Its value."""
     unit: _builtins.str
-    """What it counts: "bytes", "cells", "times"."""
+    """What it counts: "bytes", "cells", "times", "layers"."""
     def __init__(
         self,
         *,
