@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -38,8 +39,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"poolrpc: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     data, text, status = report
-    print(json.dumps(data) if given.json else "\n".join(text))
+    print(json.dumps(_plain(data), allow_nan=False) if given.json else "\n".join(text))
     return status
+
+
+def _plain(data: Any) -> Any:  # noqa: ANN401 - whatever JSON has
+    # JSON has no infinities and no NaN: their names.
+    if isinstance(data, float) and not math.isfinite(data):
+        return str(data)
+    if isinstance(data, dict):
+        return {key: _plain(value) for key, value in data.items()}
+    return [_plain(each) for each in data] if isinstance(data, list | tuple) else data
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -141,8 +151,9 @@ def _lines(chain: Chain, shapes: tuple[Shape, ...]) -> list[str]:
 def _explain(given: argparse.Namespace) -> tuple[object, list[str], int]:
     layer = parse_layer(given.layer)
     try:
-        plane = np.array(json.loads(given.input), np.float32)
-    except (ValueError, TypeError, RecursionError):
+        with np.errstate(over="ignore"):
+            plane = np.array(json.loads(given.input), np.float32)
+    except (ValueError, TypeError, RecursionError, OverflowError):
         raise InvalidArgumentError(
             f"expected nested lists of numbers, got {clip(given.input)}", field="input"
         ) from None

@@ -86,7 +86,7 @@ def decode_spec(message: pool_pb2.TensorSpec, path: str) -> TensorSpec:
     if dtype is None:
         msg = f"expected one of {', '.join(pool_pb2.DataType.keys()[1:])}, got {message.dtype}"
         raise InvalidArgumentError(msg, field=f"{path}.dtype")
-    return TensorSpec(dtype, tuple(message.shape), decode_layout(message.layout, path))
+    return TensorSpec(dtype, tuple(message.shape), decode_layout(message.layout, f"{path}.layout"))
 
 
 def decode_layout(number: pool_pb2.Layout.ValueType, path: str) -> str:
@@ -99,7 +99,7 @@ def decode_layout(number: pool_pb2.Layout.ValueType, path: str) -> str:
     layout = LAYOUT_FROM_WIRE.get(number)
     if layout is None:
         msg = f"expected one of {', '.join(pool_pb2.Layout.keys()[1:])}, got {number}"
-        raise InvalidArgumentError(msg, field=f"{path}.layout")
+        raise InvalidArgumentError(msg, field=path)
     return layout
 
 
@@ -183,7 +183,7 @@ def decode_shape_request(message: pool_pb2.InferShapeRequest) -> tuple[Shape, tu
     return (
         tuple(message.shape.dims),
         decode_branches(message.branches),
-        decode_layout(message.layout, ""),
+        decode_layout(message.layout, "layout"),
     )
 
 

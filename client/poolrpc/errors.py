@@ -63,6 +63,16 @@ class PoolError(Exception):
         self.reason = reason or self.default_reason
         self.metadata = dict(metadata or {})
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle what the error is, not the arguments that it was made with."""
+        return _restored, (type(self), self.args), self.__dict__
+
+
+def _restored(cls: type[PoolError], args: tuple[object, ...]) -> PoolError:
+    error = cls.__new__(cls, *args)
+    error.args = args
+    return error
+
 
 class InvalidArgumentError(PoolError, ValueError):
     """A parameter, a shape or a payload is wrong.

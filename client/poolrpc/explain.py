@@ -93,6 +93,9 @@ def explain(layer: Layer, plane: Array) -> Explanation:
     if layer.family not in VALUES:
         msg = f"expected a layer whose windows are fixed, got {layer!r}"
         raise InvalidArgumentError(msg, field="layer")
+    if layer.spatial_dims not in (None, plane.ndim):
+        msg = f"expected a plane of {layer.spatial_dims} dims for {layer.name}, got shape {plane.shape}"
+        raise InvalidArgumentError(msg, field="input")
     layer.output_shape((1, 1, *plane.shape))
     out = layer.output_plane(plane.shape)
     by_axis = [

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import re
 from dataclasses import fields
 from typing import Any
 
@@ -14,6 +15,9 @@ from poolrpc.errors import ExpressionError, InvalidArgumentError
 from poolrpc.layers import LAYERS, Layer
 from poolrpc.limits import MAX_EXPRESSION_CHARS
 from poolrpc.shapes import clip
+
+ODD = re.compile(r"[^\w\s,.=()\[\]+*-]|[^\x00-\x7f]|[0-9](?:and|else|for|if|in|is|not|or)\b")
+"""What no layer expression has in it."""
 
 
 def parse_layer(text: str) -> Layer:
@@ -58,6 +62,11 @@ class _Parser:
         stripped = line.lstrip()
         self.indent = len(line) - len(stripped)
         self.line = stripped
+        # Strings, comments and operators have no place here, and of an odd string or "2if" Python would warn on stderr.
+        odd = ODD.search(stripped)
+        if odd:
+            msg = f"expected a number, True, False or None for an argument, got {clip(odd.group())}"
+            raise ExpressionError(msg, column=self.indent + odd.start() + 1)
         try:
             self.root = ast.parse(stripped, mode="eval").body
         except SyntaxError as error:
@@ -68,9 +77,8 @@ class _Parser:
             raise ExpressionError("expected a layer expression such as MaxPool2d(3, stride=2)") from None
 
     def error(self, description: str, node: ast.AST) -> ExpressionError:
-        # ast counts in UTF-8 bytes; a column counts in characters.
-        before = self.line.encode()[: node.col_offset]  # type: ignore[attr-defined]  # expressions and keywords have it
-        return ExpressionError(description, column=self.indent + len(before.decode(errors="ignore")) + 1)
+        offset: int = node.col_offset  # type: ignore[attr-defined]  # expressions and keywords have it
+        return ExpressionError(description, column=self.indent + offset + 1)
 
     def source(self, node: ast.expr) -> str:
         return ast.get_source_segment(self.line, node) or ""

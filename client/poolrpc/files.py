@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -47,24 +46,35 @@ def load(path: Path, branches: Sequence[Chain]) -> Source:
         OSError: It can't be read.
 
     """
-    if path.suffix not in (".npy", ".npz"):
-        image = np.asarray(_image_module().open(path).convert("RGB"))
-        whole = all("uint8" in layer.dtypes for chain in branches for layer in chain)
-        return Source(image if whole else image.astype(np.float32), "NHWC")
-    try:
-        held = np.load(path)
-        if isinstance(held, np.ndarray):
-            return Source(held, "NCHW")
-        with held:
-            name = "x" if "x" in held.files or len(held.files) != 1 else held.files[0]
-            if name not in held.files:
-                msg = f"expected an array named x in {path}, got {', '.join(held.files) or 'none'}"
-                raise InvalidArgumentError(msg, field="file")
-            return Source(held[name], "NCHW", held["indices"] if "indices" in held.files else None)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, InvalidArgumentError):
+    with path.open("rb") as file:
+        try:
+            return (_load_arrays if path.suffix in (".npy", ".npz") else _load_image)(file, branches)
+        except InvalidArgumentError:
             raise
-        raise InvalidArgumentError(f"expected an array in {path}: {error}", field="file") from None
+        except Exception as error:  # noqa: BLE001 - NumPy, zipfile, zlib and PIL raise a dozen types for damaged files
+            msg = f"expected an image, a .npy or a .npz, got {path}: {error}"
+            raise InvalidArgumentError(msg, field="file") from None
+
+
+def _load_image(file: BinaryIO, branches: Sequence[Chain]) -> Source:
+    image = np.asarray(_image_module().open(file).convert("RGB"))
+    whole = all("uint8" in layer.dtypes for chain in branches for layer in chain)
+    return Source(image if whole else image.astype(np.float32), "NHWC")
+
+
+def _load_arrays(file: BinaryIO, _: Sequence[Chain]) -> Source:
+    held = np.load(file)
+    if isinstance(held, np.ndarray):
+        return Source(held, "NCHW")
+    with held:
+        name = "x" if "x" in held.files or len(held.files) != 1 else held.files[0]
+        if name not in held.files:
+            msg = f"expected an array named x in {file.name}, got {', '.join(held.files) or 'none'}"
+            raise InvalidArgumentError(msg, field="file")
+        arrays = [held[each] for each in (name, "indices") if each in held.files]
+    if not all(isinstance(each, np.ndarray) for each in arrays):
+        raise ValueError("a member of it is no array")
+    return Source(arrays[0], "NCHW", *arrays[1:])
 
 
 def save(path: Path, results: Sequence[PoolResult], source: Source) -> list[Path]:

@@ -11,7 +11,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import ClassVar
 
 from poolrpc.errors import InvalidArgumentError
-from poolrpc.limits import MAX_FRACTIONAL_AXIS, MAX_NUMEL
+from poolrpc.limits import MAX_FRACTIONAL_AXIS, MAX_NORM, MAX_NUMEL
 from poolrpc.parameters import Axes, OptionalAxes, axes, boolean, integer, optional_axes, ratios, real, spread
 from poolrpc.shapes import check_shape, fractional, pooled, unpooled
 
@@ -168,11 +168,13 @@ class _Windowed(Layer):
         if self.stride is not None:
             self._set(stride=axes("stride", self.stride, dims))
 
-    def _set_padding(self, padding: Axes, bounds: tuple[int, ...], bound: str) -> None:
-        self._set(padding=axes("padding", padding, self.spatial_dims, low=0))
-        for pad, most in zip(spread(self.padding, self.spatial_dims), bounds, strict=True):  # type: ignore[attr-defined]
-            if pad > most:
-                msg = f"expected at most half of {bound} = {most}, got {pad}"
+    def _set_padding(self, padding: Axes) -> None:
+        dims = self.spatial_dims
+        pads = axes("padding", padding, dims, low=0)
+        self._set(padding=pads)
+        for pad, kernel in zip(spread(pads, dims), spread(self.kernel_size, dims), strict=True):
+            if pad > kernel // 2:
+                msg = f"expected at most half of kernel_size = {kernel // 2}, got {pad}"
                 raise InvalidArgumentError(msg, field="padding")
 
 
@@ -194,12 +196,7 @@ class _MaxPool(_Windowed):
             return_indices=boolean("return_indices", self.return_indices),
             ceil_mode=boolean("ceil_mode", self.ceil_mode),
         )
-        kernel, dilation = spread(self.kernel_size, dims), spread(self.dilation, dims)
-        if dims == 2:  # noqa: PLR2004 - torch holds the 2d layer's padding to the dilated kernel, the others' to the plain
-            halves = tuple((d * (k - 1) + 1) // 2 for k, d in zip(kernel, dilation, strict=True))
-            self._set_padding(self.padding, halves, "the effective kernel")
-        else:
-            self._set_padding(self.padding, tuple(k // 2 for k in kernel), "kernel_size")
+        self._set_padding(self.padding)
 
 
 class MaxPool1d(_MaxPool):
@@ -228,8 +225,7 @@ class MaxPool1d(_MaxPool):
 class MaxPool2d(_MaxPool):
     """Take the max of each window of an (N, C, H, W) or (C, H, W) tensor: torch.nn.MaxPool2d.
 
-    Parameters, shape rule and errors are those of MaxPool1d; each may be one value or a pair for H and W, and padding
-    goes up to half of the effective kernel, dilation*(kernel_size - 1) + 1.
+    Parameters, shape rule and errors are those of MaxPool1d; each may be one value or a pair for H and W.
     """
 
     __slots__ = ()
@@ -261,8 +257,7 @@ class _AvgPool(_Windowed):
             ceil_mode=boolean("ceil_mode", self.ceil_mode),
             count_include_pad=boolean("count_include_pad", self.count_include_pad),
         )
-        kernel = spread(self.kernel_size, self.spatial_dims)
-        self._set_padding(self.padding, tuple(k // 2 for k in kernel), "kernel_size")
+        self._set_padding(self.padding)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -342,7 +337,11 @@ class _LPPool(_Windowed):
     ceil_mode: bool = False
 
     def __post_init__(self) -> None:
-        self._set(norm_type=real("norm_type", self.norm_type), ceil_mode=boolean("ceil_mode", self.ceil_mode))
+        norm = real("norm_type", self.norm_type)
+        if not 1 / MAX_NORM <= norm <= MAX_NORM:
+            msg = f"expected a number in 1/{MAX_NORM} to {MAX_NORM}, got {norm!r}"
+            raise InvalidArgumentError(msg, field="norm_type")
+        self._set(norm_type=norm, ceil_mode=boolean("ceil_mode", self.ceil_mode))
         self._set_window()
 
 

@@ -15,6 +15,9 @@ MAX_PARAMETER = 65535
 MAX_FRACTIONAL_AXIS = 2**22
 """The longest axis of a fractional layer: torch places its windows in float32, exact to the cell below 2**23."""
 
+MAX_NORM = 32768
+"""The largest norm of an LPPool, and the inverse of the least: torch raises where float16 can't hold either."""
+
 MAX_EXPRESSION_CHARS = 4096
 """The longest layer expression that is parsed."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any, SupportsIndex, TypeAlias
+from typing import Any, TypeAlias
 
 from poolrpc.errors import InvalidArgumentError
 from poolrpc.limits import MAX_PARAMETER
@@ -20,10 +20,15 @@ def integer(name: str, value: object, low: int, high: int) -> int:
     """Give `value` as an int in low..high; a bool or a float is refused, as torch refuses them."""
     if type(value) is not int:
         kind = type(value).__name__
-        if not isinstance(value, SupportsIndex) or kind in ("bool", "bool_"):
+        try:
+            # Arrays and tensors have __index__ too, and raise where they are no scalar integers.
+            index = None if kind in ("bool", "bool_") else operator.index(value)  # type: ignore[arg-type]
+        except TypeError:
+            index = None
+        if index is None:
             msg = f"expected an integer, got {clip(value)} ({kind})"
             raise InvalidArgumentError(msg, field=name)
-        value = operator.index(value)
+        value = index
     if not low <= value <= high:
         msg = f"expected {low} to {high}, got {clip(value)}"
         raise InvalidArgumentError(msg, field=name)
@@ -42,6 +47,7 @@ def real(name: str, value: object) -> float:
     """Give `value` as a finite float above 0."""
     if isinstance(value, bool) or not isinstance(value, float | int):
         try:
+            value = None if isinstance(value, bool) else value
             value = operator.index(value)  # type: ignore[arg-type]  # refused below where it isn't one
         except TypeError:
             msg = f"expected a number, got {clip(value)} ({type(value).__name__})"

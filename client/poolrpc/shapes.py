@@ -76,5 +76,10 @@ def check_shape(shape: tuple[int, ...], spatial_dims: int | None) -> int:
 
 def clip(value: object, most: int = 120) -> str:
     """Give repr(value), cut so that a hostile value can't fill a message."""
-    text = repr(value)
+    if isinstance(value, list | tuple) and len(value) > most:
+        value = value[:most]  # its repr is longer than `most` all the same
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        text = f"<{type(value).__name__} too long to print>"
     return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -32,7 +32,8 @@ TYPE_URL = "type.googleapis.com/google.rpc."
 
 
 def _cut(text: str, most: int = TEXT_CHARS) -> str:
-    return text if len(text) <= most else text[: most - 3] + "..."
+    data = text.encode(errors="replace")
+    return text if len(data) <= most else data[: most - 3].decode(errors="ignore") + "..."
 
 
 def encode_error(error: PoolError, number: int) -> tuple[str, bytes]:

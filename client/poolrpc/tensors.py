@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from poolrpc.errors import InvalidArgumentError, UnsupportedError
+from poolrpc.errors import InvalidArgumentError, PoolError, UnsupportedError
 from poolrpc.shapes import clip
 
 if TYPE_CHECKING:
@@ -90,7 +90,15 @@ def as_array(x: object) -> Array:
 
     """
     if not isinstance(x, np.ndarray):
-        x = _from_torch(x) if type(x).__module__.partition(".")[0] == "torch" else _from_protocol(x)
+        is_torch = any(cls.__module__.partition(".")[0] == "torch" for cls in type(x).__mro__)
+        try:
+            x = _from_torch(x) if is_torch else _from_protocol(x)
+        except (TypeError, RuntimeError, BufferError) as error:
+            # UnsupportedError too is a TypeError.
+            if isinstance(error, PoolError):
+                raise
+            reason = str(error).partition("\n")[0]
+            raise InvalidArgumentError(f"expected what NumPy can hold, got {reason}", field="input") from None
     swapped = x.dtype.byteorder == ">" or (x.dtype.byteorder == "=" and sys.byteorder == "big")
     return np.asarray(x, dtype=x.dtype.newbyteorder("<") if swapped else None, order="C")
 

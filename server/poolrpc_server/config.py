@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 LOG_FORMATS = ("text", "json")
+MOST = {
+    "threads": 1024,
+    "call_threads": 65536,
+    "max_message_bytes": 2**31 - 1,  # gRPC's is a C int
+    "drain_seconds": 86400,
+    "shutdown_grace": 86400,
+}
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -67,6 +74,9 @@ class Config:
             least = 0 if each.name in ("threads", "drain_seconds", "shutdown_grace") else 1
             if unit and not value >= least:
                 raise ConfigError(f"{each.name}: expected at least {least} {unit}, got {value}")
+            most = MOST.get(each.name, 2**63 - 1)
+            if unit and value > most:
+                raise ConfigError(f"{each.name}: expected at most {most} {unit}, got {value}")
         for name, choices in (("log_format", LOG_FORMATS), ("log_level", LOG_LEVELS)):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")

@@ -64,6 +64,9 @@ class Engine:
     def _compute(self, checked: Checked, check_wanted: Callable[[], None]) -> list[memoryview]:
         check_wanted()
         spec = checked.request.input
+        if not spec.numel:
+            # No planes: nothing to compute, and axes that no tensor of torch's could have.
+            return [memoryview(b"")] * sum(1 + chain[-1].gives_indices for chain in checked.request.branches)
         pieces: list[memoryview] = []
         with torch.inference_mode():
             device = self._device_for(spec.dtype)

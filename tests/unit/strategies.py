@@ -1,0 +1,111 @@
+"""Random layers, parameters and shapes for the property tests."""
+
+from dataclasses import MISSING, fields
+from functools import cache
+
+from hypothesis import strategies as st
+
+from poolrpc import LAYERS
+from poolrpc.limits import MAX_NUMEL, MAX_PARAMETER
+from poolrpc.parameters import spread
+
+CLASSES = tuple(LAYERS.values())
+
+
+def classes(dims):
+    """Give the layers that pool `dims` spatial axes."""
+    return tuple(cls for cls in CLASSES if cls.spatial_dims in (None, dims))
+
+
+def per_axis(values, dims):
+    """Draw one value, or a tuple of one an axis."""
+    return st.one_of(values, st.tuples(*[values] * dims))
+
+
+@st.composite
+def layers(draw, among=CLASSES, *, most=MAX_PARAMETER, most_output=MAX_NUMEL, indices=True):
+    """Draw a layer, every parameter within its bounds; `most` bounds its windows."""
+    cls = draw(st.sampled_from(among))
+    dims, sizes = cls.spatial_dims, st.integers(1, most)
+    given = {}
+
+    def padding():
+        halves = [kernel // 2 for kernel in spread(given["kernel_size"], dims)]
+        each = st.tuples(*(st.integers(0, half) for half in halves))
+        return st.one_of(st.integers(0, min(halves)), each)
+
+    def output_size():
+        cells = st.integers(1, most_output)
+        if cls.family.startswith("adaptive"):
+            return st.one_of(cells, st.tuples(*[st.none() | cells] * dims))
+        return st.none() | per_axis(cells, dims)
+
+    makers = {
+        "kernel_size": lambda: per_axis(sizes, dims),
+        "stride": lambda: st.none() | per_axis(sizes, dims) | st.integers(1, MAX_PARAMETER),
+        "padding": padding,
+        "dilation": lambda: per_axis(sizes, dims),
+        "ceil_mode": st.booleans,
+        "count_include_pad": st.booleans,
+        "return_indices": st.booleans if indices else lambda: st.just(False),
+        "divisor_override": lambda: st.none() | st.integers(1, MAX_NUMEL),
+        "norm_type": lambda: st.floats(0.01, 1000),
+        "output_size": output_size,
+        "output_ratio": lambda: per_axis(st.floats(0, 1, exclude_min=True, exclude_max=True), dims),
+        "seed": lambda: st.integers(0, 2**64 - 1),
+    }
+    for parameter in fields(cls):
+        name = parameter.name
+        # A fractional layer takes one of the two.
+        if name == "output_ratio" and given["output_size"] is not None:
+            continue
+        given[name] = draw(makers[name]())
+    return cls(**given)
+
+
+def nearly(low, most):
+    """Draw an integer of low..most, or now and then just below: what a caller may get wrong."""
+    return st.sampled_from([*range(low, most + 1)] * 4 + [low - 1, low - 2])
+
+
+@cache
+def parameters(cls, most=6):
+    """Draw arguments for a layer, small, of the right types and in or out of their bounds."""
+    dims = cls.spatial_dims or 1
+    sizes, flags = nearly(1, most), st.booleans()
+    of = {
+        "kernel_size": per_axis(sizes, dims),
+        "stride": per_axis(sizes, dims),
+        "padding": per_axis(nearly(0, most // 2), dims),
+        "dilation": per_axis(sizes, dims),
+        "ceil_mode": flags,
+        "count_include_pad": flags,
+        "return_indices": flags,
+        "divisor_override": sizes,
+        "norm_type": st.sampled_from([1, 2, 1.5, 3.0, 2.0, 2.5, float("inf"), -1.0]),
+        "output_size": sizes | st.tuples(*[st.none() | sizes] * dims),
+        "output_ratio": per_axis(st.floats(0.01, 0.99), dims),
+        "seed": st.integers(0, 3),
+    }
+    if cls.family == "max_unpool":
+        of["output_size"] = st.tuples(*[st.integers(0, 4 * most)] * dims)
+    names = {each.name: each.default is MISSING for each in fields(cls)}
+    if cls.family != "fractional_max_pool":
+        return _dictionaries(of, names)
+    # One of the two says how large the output is.
+    of["output_size"] = per_axis(sizes, dims)
+    size, ratio = names | {"output_size": True}, names | {"output_ratio": True}
+    del size["output_ratio"], ratio["output_size"]
+    return _dictionaries(of, size) | _dictionaries(of, ratio)
+
+
+def _dictionaries(of, names):
+    required = {name: of[name] for name, needed in names.items() if needed}
+    return st.fixed_dictionaries(required, optional={name: of[name] for name in names if name not in required})
+
+
+def shapes(dims, most=7, *, zeros=False):
+    """Draw a shape, channels first: batched or not, N perhaps 0, and with `zeros` now and then another axis too."""
+    size = st.sampled_from([*range(1, most + 1)] * 6 + [0] * zeros)
+    tail = [size] * (dims + 1)
+    return st.tuples(st.integers(0, 3), *tail) | st.tuples(*tail)

@@ -1,0 +1,173 @@
+"""The command `poolrpc` where it needs no server: shape, explain --local, and what is wrong in one line."""
+
+import json
+import re
+
+import pytest
+
+import poolrpc
+from poolrpc.cli import main
+
+PLANE = "[[1, 3, 2, 4], [5, 6, 8, 7], [4, 2, 1, 0], [9, 7, 3, 2]]"
+
+
+def run(capsys, *arguments):
+    """Run a command that must end well, and give what it printed."""
+    assert main(arguments) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    return said.out
+
+
+def strict(text):
+    """Read JSON as everybody else does: without Python's NaN and Infinity."""
+
+    def refuse(name):
+        pytest.fail(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_shape_gives_every_step_of_a_chain(capsys):
+    """A chain's shapes stand below each other, one a layer."""
+    chain = "[MaxPool2d(3, stride=2, padding=1), AvgPool2d(2), GlobalMaxPool()]"
+    assert run(capsys, "shape", "8x64x56x56", chain).splitlines() == [
+        "MaxPool2d(3, stride=2, padding=1) -> (8, 64, 28, 28)",
+        "  then AvgPool2d(2) -> (8, 64, 14, 14)",
+        "  then GlobalMaxPool() -> (8, 64, 1, 1)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shape"),
+    [
+        (["64x56x56", "MaxPool2d(2)"], [64, 28, 28]),
+        (["8X64X56X56", "MaxPool2d(2)"], [8, 64, 28, 28]),
+        (["0x64x56x56", "MaxPool2d(2)"], [0, 64, 28, 28]),
+        (["56x56x3", "MaxPool2d(2)", "--layout", "NHWC"], [28, 28, 3]),
+        (["1x1x2147483647", "MaxPool1d(65535)"], [1, 1, 32768]),
+    ],
+    ids=repr,
+)
+def test_shape_as_json(capsys, arguments, shape):
+    """Shapes are batched or not, of either layout, of any size; --json has each layer and its shape."""
+    assert strict(run(capsys, "shape", *arguments, "--json")) == [{"layer": arguments[1], "shape": shape}]
+
+
+def test_explain_shows_windows_output_and_formula(capsys):
+    """Explain prints each window, the output, and the formula of each axis."""
+    said = run(capsys, "explain", "MaxPool2d(2, 2)", "--input", PLANE, "--local")
+    assert re.search(r"window \(1, 0\): rows 2\.\.3, columns 0\.\.1\n +4 +2\n +9 +7\n +max 9 at \(3, 0\)\n", said)
+    assert re.search(r"output:\n +6 +8\n +9 +3\n", said)
+    assert "rows: floor((4 + 2*0 - 1*(2 - 1) - 1) / 2) + 1 = 2\n" in said
+
+
+def test_explain_as_json(capsys):
+    """--json has the windows with places, positions, cells (padding as null), values and words, and the output."""
+    said = strict(run(capsys, "explain", "AvgPool1d(2, padding=1)", "--input", "[3, 5]", "--local", "--json"))
+    assert said == {
+        "layer": "AvgPool1d(2, padding=1)",
+        "windows": [
+            {"index": [0], "positions": [[-1, 0]], "cells": [None, 3.0], "value": 1.5, "how": "(3) / 2 = 1.5"},
+            {"index": [1], "positions": [[1, 2]], "cells": [5.0, None], "value": 2.5, "how": "(5) / 2 = 2.5"},
+        ],
+        "output": [1.5, 2.5],
+        "formulas": ["columns: floor((2 + 2*1 - 1*(2 - 1) - 1) / 2) + 1 = 2"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("layer", "plane"),
+    [
+        ("MaxPool1d(2, padding=1, dilation=3)", "[1, 2]"),
+        ("MaxPool1d(1)", "[1, NaN]"),
+        ("AvgPool1d(1)", "[1e39]"),
+        ("LPPool1d(0.5, 1)", "[-1]"),
+    ],
+)
+def test_json_is_json_whatever_the_numbers(capsys, layer, plane):
+    """Infinities and NaN, which JSON lacks, don't make the output unreadable for others."""
+    strict(run(capsys, "explain", layer, "--input", plane, "--local", "--json"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["shape", "8x64", "MaxPool2d(2)"], "expected 4 dims"),
+        (["shape", "", "MaxPool2d(2)"], "expected"),
+        (["shape", "8x-1x4x4", "MaxPool2d(2)"], "expected"),
+        (["shape", "8x6.5x4x4", "MaxPool2d(2)"], "expected"),
+        (["shape", f"8x3x4x{'9' * 10_000}", "MaxPool2d(2)"], "expected"),
+        (["shape", "8x3x4x9999999999", "MaxPool2d(2)"], "expected every dim to be 1 to 2147483647"),
+        (["shape", "8x0x4x4", "MaxPool2d(2)"], "expected every dim"),
+        (["shape", "8x3x4x4", "MaxPool2d(5)"], "kernel_size: expected"),
+        (["shape", "8x3x4x4", "[MaxPool2d(2), AvgPool2d(3)]"], "branches[0].layers[1].avg_pool.kernel_size"),
+        (["shape", "8x3x4x4", "MaxPol2d(2)"], "column 1: unknown layer 'MaxPol2d'; did you mean MaxPool2d?"),
+        (["shape", "8x3x4x4", "MaxPool2d(2"], "column 10: expected a layer expression"),
+        (["shape", "8x3x4x4", "MaxPool2d(\n0)"], "column 12: kernel_size"),
+        (["shape", "8x3x4x4", f"MaxPool2d(0x{'f' * 4000})"], "kernel_size: expected"),
+        (["shape", "8x3x4x4", "MaxPool2d('\\d')"], "column 11: "),
+        (["explain", "MaxPool2d(2)", "--local", "--input", "[[1, 2], [3]]"], "expected nested lists of numbers"),
+        (["explain", "MaxPool2d(2)", "--local", "--input", "[[1, 2"], "expected nested lists of numbers"),
+        (["explain", "MaxPool2d(2)", "--local", "--input", '{"a": 1}'], "expected nested lists of numbers"),
+        (["explain", "MaxPool2d(2)", "--local", "--input", '[["a"]]'], "expected nested lists of numbers"),
+        (["explain", "MaxPool2d(2)", "--local", "--input", "[" * 100_000], "expected nested lists of numbers"),
+        (["explain", "MaxPool1d(1)", "--local", "--input", f"[{'9' * 400}]"], "expected nested lists of numbers"),
+        (["explain", "MaxPool2d(2)", "--local", "--input", "[1, 2]"], "expected"),
+        (["explain", "MaxPool2d(2)", "--local", "--input", "1"], "expected"),
+        (["explain", "MaxPool2d(2)", "--local", "--input", "[]"], "expected"),
+        (["explain", "FractionalMaxPool2d(2, 1)", "--local", "--input", PLANE], "fixed"),
+        (["explain", "[MaxPool2d(2)]", "--local", "--input", PLANE], "expected a layer such as"),
+        (["pool", "no-such-file.npy", "--layer", "MaxPool2d(2)"], "no-such-file.npy"),
+        (["pool", "no-such-file.png", "--layer", "MaxPool2d(2)"], "no-such-file.png"),
+        (["pool", "no-such-file.npy", "--layer", "MaxPool2d()"], "column 1: MaxPool2d lacks its parameter kernel_size"),
+    ],
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
+)
+@pytest.mark.parametrize("as_json", [False, True])
+def test_what_is_wrong_is_one_line(capsys, arguments, words, as_json):
+    """An error is one short line on stderr with status 1, and nothing on stdout, with --json too."""
+    assert main([*arguments, *(["--json"] if as_json else [])]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("poolrpc: ")
+    assert said.err.count("\n") == 1
+    assert len(said.err) < 1000
+    assert words in said.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["pol"],
+        ["shape"],
+        ["shape", "1x1x1x1", "MaxPool2d(1)", "--layout", "nchw"],
+        ["explain", "MaxPool2d(1)"],
+        ["pool", "x.npy"],
+        ["info", "--timeout", "soon"],
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_command_line_ends_with_status_2(capsys, arguments):
+    """A command or a flag that there is not, or that lacks something, is argparse's to refuse."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("poolrpc")
+
+
+def test_the_version_is_the_packages(capsys):
+    """--version prints the package's version."""
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"poolrpc {poolrpc.__version__}\n"
+
+
+def test_the_help_names_every_command(capsys):
+    """--help has the five commands."""
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert all(f"\n    {name} " in said for name in ("pool", "shape", "explain", "info", "health"))

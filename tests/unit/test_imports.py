@@ -1,0 +1,205 @@
+"""Imports run one way, the client is thin, and what is public is said to be."""
+
+import ast
+import graphlib
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import poolrpc
+import poolrpc_server
+
+FOLDERS = {package.__name__: Path(package.__file__).parent for package in (poolrpc, poolrpc_server)}
+GENERATED = "poolrpc.v1"
+
+# The rooms of the server, from the door inwards: a module imports only what stands further in. A new module gets its
+# place here.
+ROOMS = (
+    {"cli"},
+    {"workers"},
+    {"app"},
+    {"doors"},
+    {"interceptors"},
+    {"dispatch"},
+    {"batcher", "engine"},
+    {"kernels"},
+    {"validate", "admission"},
+    {"config", "logs", "metrics"},
+)
+DEPTH = {module: depth for depth, room in enumerate(ROOMS) for module in room}
+KNOW_GRPC = {"app", "doors", "interceptors", "cli", "workers"}
+KNOW_CONFIG = {"cli", "workers", "app"}
+# What the client's modules may import beside Python's own library when they are themselves imported.
+THIN = {"grpc", "google", "numpy", "poolrpc"}
+
+
+def name_of(path, package):
+    """Give the full name of a module from its file."""
+    parts = path.relative_to(FOLDERS[package]).with_suffix("").parts
+    return ".".join((package, *parts)).removesuffix(".__init__")
+
+
+def sources():
+    """Give every module of both packages that is written by hand, by its full name, with its file."""
+    return {
+        name_of(path, package): path
+        for package, folder in FOLDERS.items()
+        for path in sorted(folder.rglob("*.py"))
+        if not name_of(path, package).startswith(GENERATED)
+    }
+
+
+SOURCES = sources()
+
+
+def imported(node, module, path):
+    """Give the modules that an import statement names, in full."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    base = importlib.util.resolve_name("." * node.level + (node.module or ""), package) if node.level else node.module
+    # `from poolrpc import codec` imports a module, `from poolrpc import MaxPool2d` a name of one.
+    return [f"{base}.{alias.name}" if is_module(f"{base}.{alias.name}") else base for alias in node.names]
+
+
+def is_module(name):
+    """Tell whether a name is that of a module of ours."""
+    return name in SOURCES or name == GENERATED or name.startswith(f"{GENERATED}.")
+
+
+def imports(module, *, when_imported=False):
+    """Give the full names of all that a module imports, anywhere in it; or only of what importing it imports."""
+    path = SOURCES[module]
+    tree = ast.parse(path.read_text())
+    skipped = set()
+    for node in ast.walk(tree):
+        lazy = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        checking = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if when_imported and (lazy or checking):
+            skipped.update(map(id, ast.walk(node)))
+    return {
+        name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in skipped
+        for name in imported(node, module, path)
+    }
+
+
+def room(module):
+    """Give the room of one of the server's modules; empty for the package itself."""
+    return module.removeprefix("poolrpc_server").removeprefix(".").partition(".")[0]
+
+
+CLIENT = [name for name in SOURCES if name.partition(".")[0] == "poolrpc"]
+SERVER = [name for name in SOURCES if name.partition(".")[0] == "poolrpc_server"]
+
+
+def test_the_walk_sees_imports():
+    """What this file finds are the imports that there are: of a module, of a name, relative, lazy, and for types."""
+    assert {"poolrpc.codec", "poolrpc.v1.pool_pb2", "poolrpc_server.dispatch", "grpc"} <= imports(
+        "poolrpc_server.doors.native"
+    )
+    assert "ml_dtypes" in imports("poolrpc.tensors")
+    assert "ml_dtypes" not in imports("poolrpc.tensors", when_imported=True)
+    assert "poolrpc.layers" in imports("poolrpc.explain")
+    assert "poolrpc.layers" not in imports("poolrpc.explain", when_imported=True)
+    assert len(CLIENT) > 10
+    assert len(SERVER) > 10
+
+
+@pytest.mark.parametrize("module", CLIENT)
+def test_the_client_imports_neither_torch_nor_the_server(module):
+    """No module of the client names torch or the server, not even in a function."""
+    assert not {name for name in imports(module) if name.partition(".")[0] in ("torch", "poolrpc_server")}
+
+
+@pytest.mark.parametrize("module", CLIENT)
+def test_the_client_needs_what_it_says_it_needs(module):
+    """Importing the client imports grpcio, protobuf, NumPy and Python's own library; the rest is optional."""
+    roots = {name.partition(".")[0] for name in imports(module, when_imported=True)}
+    assert roots - THIN - set(sys.stdlib_module_names) == set()
+
+
+@pytest.mark.parametrize("module", SERVER)
+def test_the_servers_imports_run_inwards(module):
+    """A module of the server imports only modules of the server that stand further in."""
+    own = room(module)
+    if not own:  # the package names what it offers, to be imported on first use
+        return
+    assert own in DEPTH, f"{module} has no place in ROOMS"
+    for name in imports(module):
+        other = room(name) if name.startswith("poolrpc_server.") else own
+        if other != own:
+            assert DEPTH[other] > DEPTH[own], f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("module", [name for name in SERVER if room(name) and room(name) not in KNOW_GRPC])
+def test_nothing_below_the_doors_knows_grpc(module):
+    """Dispatch and what is further in import neither grpc nor its health, reflection or messages."""
+    names = imports(module)
+    assert not {
+        name for name in names if name.partition(".")[0] in ("grpc", "grpc_health", "grpc_reflection", "google")
+    }
+    assert not {name for name in names if name.startswith(GENERATED)}
+
+
+@pytest.mark.parametrize("module", [name for name in SERVER if room(name) and room(name) not in KNOW_CONFIG])
+def test_only_those_who_set_up_know_the_config(module):
+    """Everything but cli, workers and app is told its settings one by one."""
+    assert room(module) == "config" or "poolrpc_server.config" not in imports(module)
+
+
+def test_no_imports_go_in_a_circle():
+    """Both packages' modules can be put in an order in which each imports only those before it."""
+    graph = {module: {name for name in imports(module, when_imported=True) if name in SOURCES} for module in SOURCES}
+    # Importing any module imports its package first, which says nothing about who needs whom.
+    packages = set(FOLDERS)
+    order = graphlib.TopologicalSorter({module: names - packages for module, names in graph.items()}).static_order()
+    assert set(order) >= set(SOURCES) - packages
+
+
+@pytest.mark.parametrize(
+    ("program", "left_out"),
+    [
+        ("import poolrpc", ["torch", "poolrpc_server", "PIL", "ml_dtypes", "argparse"]),
+        ("import poolrpc.cli", ["torch", "poolrpc_server", "PIL", "ml_dtypes"]),
+        (
+            "import poolrpc; poolrpc.MaxPool2d(2).output_shape((1, 1, 4, 4)); poolrpc.parse_layer('AvgPool2d(2)')",
+            ["torch"],
+        ),
+        ("import poolrpc_server; poolrpc_server.Config()", ["torch"]),
+    ],
+)
+def test_an_import_leaves_out_what_it_does_not_need(program, left_out):
+    """In a fresh interpreter the client imports no torch, nor what only images, bfloat16 or the command need."""
+    check = f"{program}\nimport sys\nprint(*({left_out!r} & sys.modules.keys()))".replace(
+        repr(left_out), repr(set(left_out))
+    )
+    ended = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)  # noqa: S603 - ours
+    assert (ended.returncode, ended.stderr, ended.stdout.split()) == (0, "", [])
+
+
+def order(name):
+    """Give a name's place in __all__ as ruff sorts it: constants, then classes, then the rest."""
+    return (0 if name.isupper() else 1 if name[0].isupper() else 2, name)
+
+
+def test_all_is_what_is_public():
+    """The client's __all__ has every name without an underscore that is no module, and the version; in ruff's order."""
+    public = {
+        name for name, value in vars(poolrpc).items() if not name.startswith("_") and not isinstance(value, ModuleType)
+    }
+    assert set(poolrpc.__all__) == public | {"__version__"}
+    assert poolrpc.__all__ == sorted(set(poolrpc.__all__), key=order)
+
+
+def test_the_server_offers_what_it_says():
+    """Every name of the server's __all__ can be had, in order, and no other."""
+    assert poolrpc_server.__all__ == sorted(set(poolrpc_server.__all__), key=order)
+    assert [getattr(poolrpc_server, name).__name__ for name in poolrpc_server.__all__] == poolrpc_server.__all__
+    with pytest.raises(AttributeError, match="nothing"):
+        poolrpc_server.nothing  # noqa: B018 - the access is the point
