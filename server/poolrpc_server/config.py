@@ -55,7 +55,7 @@ class Config:
     max_output_bytes: int = _setting(MAX_PAYLOAD_BYTES, "outputs of a request, and each step of a chain", "bytes")
     max_output_growth: int = _setting(64, "outputs of a request over its input, for outputs above 4 MiB", "times")
     max_work: int = _setting(
-        4_000_000_000, "work of a request: planes x output cells x window cells, over all layers", "cells"
+        4_000_000_000, "work of a request: cells that its layers visit, by the kernels that compute them", "cells"
     )
     max_inflight_bytes: int = _setting(4 * 2**30, "inputs and outputs of all requests under way", "bytes")
     drain_seconds: float = _setting(2.0, "time to go on serving as NOT_SERVING after SIGTERM", "seconds")

@@ -69,7 +69,7 @@ class Dispatcher:
         """
         call.check_wanted()
         with self._admission.hold(len(call.payload)) as hold_more:
-            checked = check_request(call.request, call.payload, self._limits)
+            checked = check_request(call.request, call.payload, self._limits, self._engine.work)
             hold_more(checked.output_bytes)
             outputs = self._engine.run(checked, call.check_wanted)
         spec = call.request.input

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from typing import TYPE_CHECKING
 
 # Apple's GPUs lack some pooling kernels; torch computes these on the CPU where it was told so before it is imported.
@@ -20,6 +21,7 @@ from poolrpc_server.validate import check_indices
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from poolrpc.layers import Layer
     from poolrpc.tensors import TensorSpec
     from poolrpc_server.validate import Checked
 
@@ -57,6 +59,14 @@ class Engine:
         """
         return self._executor.submit(self._compute, checked, check_wanted).result()
 
+    def work(self, layer: Layer, spec: TensorSpec, spatial_dims: int) -> int:
+        """Count the cells that a layer visits on a tensor, by the kernel that would compute it."""
+        plane = channels_first(spec.shape, spatial_dims, spec.layout)[-spatial_dims:]
+        channels = spec.shape[-1] if spec.layout == "NHWC" else None
+        device = self._device_for(spec.dtype).type
+        plan = kernels.plan(layer, getattr(torch, spec.dtype), plane, channels, device)
+        return plan.work(spec.numel // prod(plan.memory))
+
     def close(self) -> None:
         """Finish what was submitted and end the threads."""
         self._executor.shutdown()
@@ -70,16 +80,18 @@ class Engine:
         pieces: list[memoryview] = []
         with torch.inference_mode():
             device = self._device_for(spec.dtype)
-            x = _planes_first(_tensor(checked.input, spec), checked).to(device)
-            indices = None if checked.indices is None else _planes_first(_indices(checked), checked).to(device)
-            for chain, shapes in zip(checked.request.branches, checked.shapes, strict=True):
+            x = _batched(_tensor(checked.input, spec), checked).to(device)
+            indices = None if checked.indices is None else _batched(_indices(checked), checked).to(device)
+            channels = x.shape[-1] if spec.layout == "NHWC" else None
+            for chain in checked.request.branches:
                 output, places = x, indices
-                for layer, shape in zip(chain, shapes, strict=True):
-                    plane = channels_first(shape, checked.spatial_dims, spec.layout)[-checked.spatial_dims :]
-                    output, places = kernels.run(layer, output, places, plane)
-                pieces.append(_raw(output, checked))
+                for layer in chain:
+                    plane = tuple(output.shape[1:-1] if channels else output.shape[2:])
+                    plan = kernels.plan(layer, x.dtype, plane, channels, device.type)
+                    output, places = plan.compute(output, places)
+                pieces.append(_raw(output))
                 if places is not None and chain[-1].gives_indices:
-                    pieces.append(_raw(places, checked))
+                    pieces.append(_raw(places))
         return pieces
 
     def _device_for(self, dtype: str) -> torch.device:
@@ -132,22 +144,9 @@ def _indices(checked: Checked) -> torch.Tensor:
     return torch.from_numpy(indices).reshape(checked.request.input.shape)
 
 
-def _planes_first(x: torch.Tensor, checked: Checked) -> torch.Tensor:
-    """Give a tensor as (N, C, spatial...), contiguous.
-
-    torch's channels-last kernels add in another order, choose among NaNs in another way, and refuse some planes of
-    narrow integers; planes in one piece give the same answer in either layout.
-    """
-    if x.ndim == checked.spatial_dims + 1:
-        x = x.unsqueeze(0)
-    if checked.request.input.layout == "NHWC":
-        x = x.movedim(-1, 1)
-    # Flat and back: where an axis is 1, contiguous() alone may leave strides that torch takes for channels-last.
-    return x.reshape(-1).reshape(x.shape)
+def _batched(x: torch.Tensor, checked: Checked) -> torch.Tensor:
+    return x.unsqueeze(0) if x.ndim == checked.spatial_dims + 1 else x
 
 
-def _raw(x: torch.Tensor, checked: Checked) -> memoryview:
-    """Give the bytes of an (N, C, spatial...) tensor in the layout of the request."""
-    if checked.request.input.layout == "NHWC":
-        x = x.movedim(1, -1)
+def _raw(x: torch.Tensor) -> memoryview:
     return x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

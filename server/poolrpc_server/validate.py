@@ -14,15 +14,16 @@ from poolrpc.chains import Chain, branch_shapes, channels_first, spatial_dims, s
 from poolrpc.errors import InvalidArgumentError, LimitExceededError, UnsupportedError
 from poolrpc.limits import MAX_NUMEL
 from poolrpc.shapes import check_shape, clip
-from poolrpc.tensors import ITEM_BYTES, split
+from poolrpc.tensors import ITEM_BYTES, TensorSpec, split
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import numpy as np
 
     from poolrpc.chains import Shape
     from poolrpc.codec import Request
+    from poolrpc.layers import Layer
 
 FREE_OUTPUT_BYTES = 4 * 2**20
 """Outputs up to this size are not held to the growth limit: a small map may well become a larger one."""
@@ -35,7 +36,7 @@ class Limits:
     Attributes:
         output_bytes: Of a request's outputs, and of each step of a chain.
         output_growth: A request's output bytes over its input bytes.
-        work: Planes x output cells x window cells, over all layers.
+        work: Cells that a request's layers visit: eager torch visits each window's, faster kernels fewer.
 
     """
 
@@ -66,8 +67,16 @@ class Checked:
     output_bytes: int
 
 
-def check_request(request: Request, payload: bytes, limits: Limits) -> Checked:
+def check_request(
+    request: Request, payload: bytes, limits: Limits, work: Callable[[Layer, TensorSpec, int], int]
+) -> Checked:
     """Check a request.
+
+    Args:
+        request: The request.
+        payload: The bytes of its tensors.
+        limits: What it is held to.
+        work: Counts the cells that a layer visits on a tensor of that many spatial axes.
 
     Raises:
         UnsupportedError: A layer lacks the input's dtype.
@@ -85,7 +94,12 @@ def check_request(request: Request, payload: bytes, limits: Limits) -> Checked:
     views = split(payload, request.specs)
     output_bytes = _check_outputs(request, shapes, limits)
     dims = check_shape(shape, spatial_dims(request.branches))
-    _check_work(request, dims, shapes, limits)
+    total = sum(
+        work(layer, TensorSpec(request.input.dtype, before, request.input.layout), dims)
+        for chain, steps in zip(request.branches, shapes, strict=True)
+        for layer, before in zip(chain, (shape, *steps), strict=False)
+    )
+    _limit("WORK_BUDGET", "cells to visit, over all planes and layers", total, limits.work)
     return Checked(request, dims, shapes, views[0], views[1] if len(views) > 1 else None, output_bytes)
 
 
@@ -167,17 +181,6 @@ def _check_outputs(request: Request, shapes: list[tuple[Shape, ...]], limits: Li
     most = max(FREE_OUTPUT_BYTES, limits.output_growth * request.input.nbytes)
     _limit("AMPLIFICATION", f"bytes of all outputs for {request.input.nbytes} bytes of input", total, most)
     return total
-
-
-def _check_work(request: Request, dims: int, shapes: list[tuple[Shape, ...]], limits: Limits) -> None:
-    layout = request.input.layout
-    work = 0
-    for chain, steps in zip(request.branches, shapes, strict=True):
-        plane = channels_first(request.input.shape, dims, layout)[-dims:]
-        for layer, shape in zip(chain, steps, strict=True):
-            work += math.prod(shape) * math.prod(layer.window(plane))
-            plane = channels_first(shape, dims, layout)[-dims:]
-    _limit("WORK_BUDGET", "window cells to visit, over all planes and output cells", work, limits.work)
 
 
 def _limit(reason: str, what: str, actual: int, most: int) -> None:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 Pooled = tuple[torch.Tensor, torch.Tensor | None]
 HALVES = (torch.float16, torch.bfloat16)
+NARROW_INTEGERS = (torch.uint8, torch.int8, torch.int16)
+ALIKE = ("max_pool", "avg_pool", "global_max_pool")
+"""The families whose values torch computes alike in either layout."""
 
 
 def run(layer: Layer, x: torch.Tensor, indices: torch.Tensor | None, plane: tuple[int, ...]) -> Pooled:
@@ -23,7 +26,7 @@ def run(layer: Layer, x: torch.Tensor, indices: torch.Tensor | None, plane: tupl
 
     Args:
         layer: The layer.
-        x: Of (N, C, spatial...), contiguous, with no axis of 0.
+        x: Of (N, C, spatial...), contiguous in either layout, with no axis of 0.
         indices: For MaxUnpool, of x's shape and in range.
         plane: The spatial shape of the output.
 
@@ -32,6 +35,27 @@ def run(layer: Layer, x: torch.Tensor, indices: torch.Tensor | None, plane: tupl
 
     """
     return FAMILIES[layer.family](layer, x, indices, plane)
+
+
+def run_in_layout(
+    layer: Layer, x: torch.Tensor, indices: torch.Tensor | None, plane: tuple[int, ...], *, channels_last: bool
+) -> Pooled:
+    """Compute a layer on contiguous memory of either layout, and give the output in the same; otherwise as run.
+
+    torch's channels-last kernels add whole planes in another order, choose among NaNs in another way, and refuse some
+    planes of narrow integers; where they do, planes are put in one piece first, so that layouts give the same answer.
+    """
+    if not channels_last:
+        return run(layer, x, indices, plane)
+    alike = layer.family in ALIKE and not layer.gives_indices and x.dtype not in NARROW_INTEGERS
+
+    def first(memory: torch.Tensor) -> torch.Tensor:
+        view = memory.movedim(-1, 1)
+        # Flat and back: where an axis is 1, contiguous() alone may leave strides that torch takes for channels-last.
+        return view if alike else view.reshape(-1).reshape(view.shape)
+
+    output, places = run(layer, first(x), None if indices is None else first(indices), plane)
+    return output.movedim(1, -1).contiguous(), None if places is None else places.movedim(1, -1).contiguous()
 
 
 def _function(name: str, x: torch.Tensor) -> Callable[..., Any]:

@@ -1,0 +1,196 @@
+"""The server's plans against eager torch, layer by layer: one thread, the very arrays timed compared.
+
+The grid has the pooling of known networks (ResNet, VGG, Inception, DenseNet, YOLO's SPP, 1d audio, 3d video), planes
+from 4x4 to 1024x1024 at one size in bytes, small calls, every dtype, and images with channels last. Each row has the
+distance to the floor too: how many clones of its input a call takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from math import exp, log
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import poolrpc as p
+from benchmarks.rounds import interleave, row
+from poolrpc_server.kernels import plan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+STEM = (8, 64, 112, 112)
+HALVES = ("float16", "bfloat16")
+INTEGERS = ("uint8", "int8", "int16", "int32", "int64")
+Case = tuple[str, p.Layer, tuple[int, ...], str, str]
+
+
+def cases() -> Iterator[Case]:
+    """Give (group, layer, shape, dtype, layout)."""
+    yield from maxima()
+    yield from averages()
+    yield from others()
+    yield from planes()
+
+
+def maxima() -> Iterator[Case]:
+    """Give MaxPool's cases."""
+    pools = [
+        (2, 2),
+        (3, 2, 1),
+        (3, 1, 1),
+        (5, 1, 2),
+        (3, 2, 0, 2, False, True),
+        (3, 3),
+        (4, 4),
+        (3, 2),
+        (2, 1),
+        (7, 2, 3),
+    ]
+    for arguments in pools:
+        yield "max", p.MaxPool2d(*arguments), STEM, "float32", "NCHW"
+    for channels, size in ((64, 224), (128, 112), (256, 56), (512, 28), (512, 14)):
+        yield "max", p.MaxPool2d(2), (1, channels, size, size), "float32", "NCHW"  # VGG
+    for channels, size in ((192, 28), (480, 14), (832, 7)):
+        yield "max", p.MaxPool2d(3, 1, 1), (4, channels, size, size), "float32", "NCHW"  # Inception's branches
+    for channels, size in ((64, 55), (192, 27), (256, 13), (288, 35), (768, 17)):
+        yield "max", p.MaxPool2d(3, 2), (4, channels, size, size), "float32", "NCHW"  # AlexNet, Inception's reductions
+    for kernel in (5, 9, 13):
+        yield "max", p.MaxPool2d(kernel, 1, kernel // 2), (1, 512, 20, 20), "float32", "NCHW"  # YOLO's SPP
+    yield "max", p.MaxPool2d(63, 1, 31), (1, 16, 256, 256), "float32", "NCHW"
+    for arguments in ((2, 2), (3, 1, 1), (1, 2)):
+        yield "max", p.MaxPool3d(*arguments), (2, 64, 16, 56, 56), "float32", "NCHW"
+    yield "max", p.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)), (2, 64, 16, 56, 56), "float32", "NCHW"
+    for arguments in ((2, 2), (4, 4), (3, 1, 1), (25, 1, 12)):
+        yield "max 1d", p.MaxPool1d(*arguments), (8, 64, 16000), "float32", "NCHW"
+    for dtype in (*HALVES, "float64", *INTEGERS):
+        for arguments in ((2, 2), (3, 2, 1)):
+            yield "max, other dtypes", p.MaxPool2d(*arguments), (2, 64, 112, 112), dtype, "NCHW"
+    for arguments in ((2, 2), (3, 2, 1), (3, 1, 1)):
+        layer = p.MaxPool2d(*arguments, return_indices=True)
+        yield "max with indices", layer, STEM, "float32", "NCHW"
+        yield "max with indices", layer, (2, 64, 112, 112), "uint8", "NCHW"
+        for shape, dtype in (
+            ((8, 64, 112, 112), "float32"),
+            ((8, 3, 224, 224), "float32"),
+            ((8, 3, 224, 224), "uint8"),
+        ):
+            yield "max, channels last", p.MaxPool2d(*arguments), shape, dtype, "NHWC"
+
+
+def averages() -> Iterator[Case]:
+    """Give AvgPool's cases."""
+    for arguments in (
+        (2, 2),
+        (3, 2, 1),
+        (3, 1, 1),
+        (3, 2),
+        (2, 1),
+        (3, 3),
+        (3, 2, 1, True, False),
+        (3, 1, 1, False, False),
+    ):
+        yield "average up to 3x3", p.AvgPool2d(*arguments), STEM, "float32", "NCHW"
+    for channels, size in ((128, 56), (256, 28), (512, 14)):
+        yield "average up to 3x3", p.AvgPool2d(2), (4, channels, size, size), "float32", "NCHW"  # DenseNet
+    for channels, size in ((192, 35), (768, 17), (1280, 8)):
+        yield "average up to 3x3", p.AvgPool2d(3, 1, 1), (4, channels, size, size), "float32", "NCHW"  # Inception
+    for arguments in ((5, 1, 2), (4, 4), (7, 7)):
+        yield "average", p.AvgPool2d(*arguments), STEM, "float32", "NCHW"
+    yield "average", p.AvgPool2d(7, 1), (8, 2048, 7, 7), "float32", "NCHW"
+    for arguments in ((2, 2), (3, 1, 1)):
+        yield "average", p.AvgPool3d(*arguments), (2, 64, 16, 56, 56), "float32", "NCHW"
+        yield "average", p.AvgPool1d(*arguments), (8, 64, 16000), "float32", "NCHW"
+        for dtype in (*HALVES, "float64"):
+            yield "average, other dtypes", p.AvgPool2d(*arguments), (2, 64, 112, 112), dtype, "NCHW"
+        for shape in ((8, 64, 112, 112), (8, 3, 224, 224)):
+            yield "average, channels last", p.AvgPool2d(*arguments), shape, "float32", "NHWC"
+
+
+def others() -> Iterator[Case]:
+    """Give the cases of the other families."""
+    for shape in ((8, 2048, 7, 7), (8, 512, 14, 14), STEM):
+        yield "global max", p.GlobalMaxPool(), shape, "float32", "NCHW"
+        yield "global average", p.GlobalAvgPool(), shape, "float32", "NCHW"
+    for size in (2, 7, 28, 56):
+        yield "adaptive max", p.AdaptiveMaxPool2d(size), STEM, "float32", "NCHW"
+        yield "adaptive average", p.AdaptiveAvgPool2d(size), STEM, "float32", "NCHW"
+    for shape, size in (((4, 512, 17, 17), 7), ((4, 512, 13, 13), 7), (STEM, 6), ((8, 512, 7, 7), 7)):
+        yield "adaptive max", p.AdaptiveMaxPool2d(size), shape, "float32", "NCHW"
+        yield "adaptive average", p.AdaptiveAvgPool2d(size), shape, "float32", "NCHW"
+    for norm in (1, 2, 3, float("inf")):
+        for arguments in ((2, 2), (3, 1)):
+            yield "power average", p.LPPool2d(norm, *arguments), STEM, "float32", "NCHW"
+    yield "fractional max", p.FractionalMaxPool2d(2, output_ratio=0.7), (2, 64, 112, 112), "float32", "NCHW"
+
+
+def planes() -> Iterator[Case]:
+    """Give planes of every size: 8 MB of them, and calls so small that a call's own cost is what is seen."""
+    for size in (4, 5, 7, 8, 14, 28, 56, 112, 256, 512, 1024):
+        shape = (1, max(1, 2_000_000 // size**2), size, size)
+        for layer in (p.MaxPool2d(2), p.MaxPool2d(3, 2, 1)):
+            yield "max, 8 MB of planes", layer, shape, "float32", "NCHW"
+        yield "average, 8 MB of planes", p.AvgPool2d(2), shape, "float32", "NCHW"
+    for shape in ((1, 1, 4, 4), (1, 3, 32, 32), (1, 64, 7, 7), (1, 64, 14, 14), (1, 256, 14, 14), (1, 64, 56, 56)):
+        for layer in (p.MaxPool2d(2), p.MaxPool2d(3, 1, 1), p.AvgPool2d(3, 1, 1), p.GlobalMaxPool()):
+            yield "small calls", layer, shape, "float32", "NCHW"
+
+
+def eager(layer: Any) -> Callable[[torch.Tensor], Any]:  # noqa: ANN401 - a module's answer, with indices or without
+    """Give torch.nn's module of the same parameters."""
+    parameters = {each.name: getattr(layer, each.name) for each in fields(layer)}
+    if layer.family.startswith("global"):
+        name = "AdaptiveMaxPool2d" if layer.family == "global_max_pool" else "AdaptiveAvgPool2d"
+        return getattr(torch.nn, name)(1)
+    parameters.pop("seed", None)
+    return getattr(torch.nn, layer.name)(**parameters)
+
+
+def random(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+    """Give cells of the whole range that a dtype has ties in."""
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(shape, generator=generator) * 40).to(getattr(torch, dtype))
+
+
+def run(rounds: int) -> Iterator[dict[str, Any]]:
+    """Give the rows, and a geometric mean for each group."""
+    torch.set_num_threads(1)
+    groups: dict[str, list[float]] = {}
+    with torch.inference_mode():
+        for group, layer, shape, dtype, layout in cases():
+            x = random(shape, dtype)
+            memory = x.movedim(1, -1).contiguous() if layout == "NHWC" else x
+            seen = memory.movedim(-1, 1) if layout == "NHWC" else x
+            module = eager(layer)
+            made = plan(layer, x.dtype, shape[2:], shape[1] if layout == "NHWC" else None, "cpu")
+            chosen = made.choose(shape[0] if layout == "NHWC" else shape[0] * shape[1])
+            output, places = made.compute(memory, None)
+            theirs = module(seen)
+            theirs, their_places = theirs if isinstance(theirs, tuple) else (theirs, None)
+            ours = output.movedim(-1, 1) if layout == "NHWC" else output
+            # What is random by design can't be compared with another draw; parity tests hold it to the same draw.
+            equal = layer.family == "fractional_max_pool" or bool(torch.equal(ours, theirs))
+            equal &= places is None or bool(torch.equal(places, their_places))
+            runs: dict[str, Callable[[], object]] = {
+                "eager": lambda module=module, seen=seen: module(seen),
+                "plan": lambda made=made, memory=memory: made.compute(memory, None),
+                "clone": memory.clone,
+            }
+            times = interleave(runs, rounds)
+            name = f"{layer!r} {dtype} {'x'.join(map(str, shape))} {layout}"
+            found = row(name, "eager", "plan", times, group=group, equal=equal)
+            found["clones"] = round(median(times["plan"]) / median(times["clone"]), 2)
+            found["kernel"] = chosen.name if chosen else "eager torch"
+            groups.setdefault(group, []).append(found["ratio"])
+            yield found
+    for group, ratios in groups.items():
+        yield {
+            "case": f"geometric mean: {group}",
+            "contender": "plan",
+            "baseline": "eager",
+            "ratio": round(exp(sum(map(log, ratios)) / len(ratios)), 2),
+            "least": min(ratios),
+            "cases": len(ratios),
+        }
