@@ -153,6 +153,9 @@ def _average(layer: Any, plane: Array, axes: tuple[Axis, ...]) -> tuple[float, s
 def _power(layer: Any, plane: Array, axes: tuple[Axis, ...]) -> tuple[float, str]:  # noqa: ANN401 - of the family
     p = layer.norm_type
     values = [cell for _, cell in _cells(plane, axes)]
+    if p == math.inf:
+        value = float(np.max(np.abs(values)))
+        return value, f"max({', '.join(f'|{number(each)}|' for each in values)}) = {number(value)}"
     # torch multiplies the mean over the cells that there are by the size of a full window.
     full = math.prod(layer.window(plane.shape))
     with np.errstate(invalid="ignore"):

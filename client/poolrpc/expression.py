@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import math
 import re
 from dataclasses import fields
 from typing import Any
@@ -25,7 +26,7 @@ def parse_layer(text: str) -> Layer:
 
     Args:
         text: A layer's name and its arguments as Python writes them: "MaxPool2d(3, stride=2)". Arguments are numbers,
-            True, False, None, and tuples or lists of these.
+            inf, True, False, None, and tuples or lists of these.
 
     Raises:
         ExpressionError: The text is no such expression, or an argument is out of its range; says the column.
@@ -124,6 +125,8 @@ class _Parser:
     def scalar(self, node: ast.expr) -> object:
         negative = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)
         inner = node.operand if isinstance(node, ast.UnaryOp) and negative else node
+        if isinstance(inner, ast.Name) and inner.id == "inf":
+            return -math.inf if negative else math.inf
         if isinstance(inner, ast.Constant) and (inner.value is None or type(inner.value) in (bool, int, float)):
             if not negative:
                 return inner.value

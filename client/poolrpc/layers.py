@@ -8,6 +8,7 @@ the work of a call is counted.
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, fields
+from math import inf
 from typing import ClassVar
 
 from poolrpc.errors import InvalidArgumentError
@@ -338,8 +339,8 @@ class _LPPool(_Windowed):
 
     def __post_init__(self) -> None:
         norm = real("norm_type", self.norm_type)
-        if not 1 / MAX_NORM <= norm <= MAX_NORM:
-            msg = f"expected a number in 1/{MAX_NORM} to {MAX_NORM}, got {norm!r}"
+        if not 1 / MAX_NORM <= norm <= MAX_NORM and norm != inf:
+            msg = f"expected a number in 1/{MAX_NORM} to {MAX_NORM}, or inf, got {norm!r}"
             raise InvalidArgumentError(msg, field="norm_type")
         self._set(norm_type=norm, ceil_mode=boolean("ceil_mode", self.ceil_mode))
         self._set_window()
@@ -349,7 +350,7 @@ class LPPool1d(_LPPool):
     """Take the power average of each window of an (N, C, L) or (C, L) tensor: torch.nn.LPPool1d.
 
     Args:
-        norm_type: The exponent p in (sum of x^p)^(1/p): finite and above 0.
+        norm_type: The exponent p in (sum of x^p)^(1/p), 1/32768 to 32768, or infinity: the max of absolute values.
         kernel_size: The window's size in cells, 1..65535.
         stride: The step between windows. None: kernel_size.
         ceil_mode: Whether a last, partial window counts.
@@ -380,7 +381,7 @@ class LPPool3d(_LPPool):
     """Take the power average of each window of an (N, C, D, H, W) or (C, D, H, W) tensor: torch.nn.LPPool3d.
 
     Parameters, shape rule and errors are those of LPPool1d, with one value or three for D, H and W. As in torch, which
-    averages first, the kernel must fit the input in ceil_mode too.
+    averages first, the kernel must fit the input in ceil_mode too, unless the norm is infinite.
     """
 
     __slots__ = ()
@@ -388,7 +389,8 @@ class LPPool3d(_LPPool):
 
     def output_plane(self, plane: tuple[int, ...]) -> tuple[int, ...]:
         """Give the spatial shape of the output, where the kernel fits the plane."""
-        _check_fits(self, plane)
+        if self.norm_type != inf:
+            _check_fits(self, plane)
         return _LPPool.output_plane(self, plane)
 
 

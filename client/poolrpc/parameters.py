@@ -44,21 +44,18 @@ def boolean(name: str, value: object) -> bool:
 
 
 def real(name: str, value: object) -> float:
-    """Give `value` as a finite float above 0."""
-    if isinstance(value, bool) or not isinstance(value, float | int):
-        try:
-            value = None if isinstance(value, bool) else value
-            value = operator.index(value)  # type: ignore[arg-type]  # refused below where it isn't one
-        except TypeError:
-            msg = f"expected a number, got {clip(value)} ({type(value).__name__})"
-            raise InvalidArgumentError(msg, field=name) from None
+    """Give `value` as a float above 0, perhaps infinite; a bool is refused."""
     try:
-        number = float(value)
+        # Arrays and tensors have __float__ too, and raise where they are no scalars; so does a string, which has none.
+        number = float(value) if not isinstance(value, bool | str | bytes) else None  # type: ignore[arg-type]
     except OverflowError:
         number = math.inf
-    if not (math.isfinite(number) and number > 0):
-        msg = f"expected a finite number above 0, got {clip(value)}"
-        raise InvalidArgumentError(msg, field=name)
+    except (TypeError, ValueError):
+        number = None
+    if number is None:
+        raise InvalidArgumentError(f"expected a number, got {clip(value)} ({type(value).__name__})", field=name)
+    if not number > 0:
+        raise InvalidArgumentError(f"expected a number above 0, got {clip(value)}", field=name)
     return number
 
 

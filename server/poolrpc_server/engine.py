@@ -90,7 +90,7 @@ class Engine:
                     plan = kernels.plan(layer, x.dtype, plane, channels, device.type)
                     output, places = plan.compute(output, places)
                 pieces.append(_raw(output))
-                if places is not None and chain[-1].gives_indices:
+                if places is not None:
                     pieces.append(_raw(places))
         return pieces
 

@@ -216,7 +216,7 @@ INVALID = {
     "fractional without a size": (message(of("fractional_max_pool", 2, kernel_size=[2])), "output_size"),
     "B57 norm 0": (message(of("lp_pool", 2, kernel_size=[2], norm_type=0.0)), "norm_type"),
     "B57 norm NaN": (message(of("lp_pool", 2, kernel_size=[2], norm_type=float("nan"))), "norm_type"),
-    "B57 norm inf": (message(of("lp_pool", 2, kernel_size=[2], norm_type=float("inf"))), "norm_type"),
+    "B57 norm -inf": (message(of("lp_pool", 2, kernel_size=[2], norm_type=float("-inf"))), "norm_type"),
     "B65 C = 0": (message(max2d(), (1, 0, 8, 8)), "input.shape"),
     "B65 H = 0": (message(max2d(), (1, 3, 0, 8)), "input.shape"),
     "B65 N = 0 and H = 0": (message(max2d(), (0, 3, 0, 8)), "input.shape"),

@@ -42,7 +42,7 @@ def windows(cls: type[p.Layer], **more: list[Any]) -> list[p.Layer]:
 BOTH = [False, True]
 MAXES = {"padding": [0, 1], "dilation": [1, 2], "ceil_mode": BOTH, "return_indices": BOTH}
 MEANS = {"padding": [0, 1], "ceil_mode": BOTH, "count_include_pad": BOTH}
-POWERS = {"norm_type": [1.0, 2.0, 3.5], "ceil_mode": BOTH}
+POWERS = {"norm_type": [1.0, 2.0, 3.5, float("inf")], "ceil_mode": BOTH}
 SEEDS = [0, 1, 2**64 - 1]
 PERMUTED = {2: [{"kernel_size": (3, 2), "stride": (1, 2)}], 3: [{"kernel_size": (2, 3, 1), "stride": (1, 2, 3)}]}
 

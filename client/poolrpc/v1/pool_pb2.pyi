@@ -576,7 +576,7 @@ class LpPool(_message.Message):
     spatial_dims: _builtins.int
     """1, 2 or 3: the 1d, 2d or 3d layer."""
     norm_type: _builtins.float
-    """The exponent p: finite and above 0."""
+    """The exponent p: above 0; infinity takes the max of the absolute values."""
     ceil_mode: _builtins.bool
     """Whether a last, partial window counts."""
     @_builtins.property

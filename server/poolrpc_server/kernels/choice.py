@@ -174,7 +174,7 @@ def adaptive_max_pays(case: Case) -> bool:
         # Each index of the last axis costs a call within torch, for each block.
         calls = case.result[-1] * (1 + cells * item / TARGET_BYTES)
         ours = 4 * CALL + (cells * (0.8 + 10 / case.plane[-1]) + outputs * 2.5) * max(1.0, item / 4) + calls * 300
-    return ours < 0.95 * eager
+    return ours < 0.85 * eager
 
 
 def adaptive_avg_pays(case: Case) -> bool:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from poolrpc_server.kernels import choice, eager
+from poolrpc_server.kernels import choice
 from poolrpc_server.kernels.adaptive import adaptive_avg, adaptive_max, uniform
 from poolrpc_server.kernels.choice import Case
+from poolrpc_server.kernels.eager import Pooled, Run, bind
 from poolrpc_server.kernels.indexed_max import DTYPES as INDEXED
 from poolrpc_server.kernels.indexed_max import empty_windows, max_pool_indices
 from poolrpc_server.kernels.lp import NORMS, lp_pool
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from poolrpc.layers import Layer
+
+MOST_CHOICES = 256
+"""A plan remembers its choice for so many counts of planes."""
 
 EXPLAINED_PLANES = (1, 8, 64, 512, 4096)
 """For how many planes explain() says the choice."""
@@ -97,10 +101,23 @@ class Plan:
         assert self.windows is not None  # noqa: S101 - averages slide
         return divisor(self.memory, self.windows, self.result, include_pad=self.layer.count_include_pad)
 
+    @cached_property
+    def eager(self) -> Run:
+        """What computes the layer by torch's own operators."""
+        return bind(self.layer, self.dtype, self.output_plane, channels_last=self.channels is not None)
+
+    @cached_property
+    def _chosen(self) -> dict[int, Row | None]:
+        return {}
+
     def choose(self, planes: int) -> Row | None:
         """Give the row to compute that many planes by; None for torch's own operators."""
-        case = Case(self.dtype, planes, self.memory, self.result, self.windows)
-        return next((row for row in self.rows if row.pays(self, case)), None)
+        if planes not in self._chosen:
+            if len(self._chosen) >= MOST_CHOICES:
+                self._chosen.clear()
+            case = Case(self.dtype, planes, self.memory, self.result, self.windows)
+            self._chosen[planes] = next((row for row in self.rows if row.pays(self, case)), None)
+        return self._chosen[planes]
 
     def work(self, planes: int) -> int:
         """Count the cells that computing that many planes visits: what the work budget bounds."""
@@ -127,7 +144,7 @@ class Plan:
                 steps.append((name, planes))
         return head + ", ".join(f"{name} from {planes}" for name, planes in steps) + " planes on, by estimate"
 
-    def compute(self, x: torch.Tensor, indices: torch.Tensor | None) -> eager.Pooled:
+    def compute(self, x: torch.Tensor, indices: torch.Tensor | None) -> Pooled:
         """Compute the layer.
 
         Args:
@@ -138,22 +155,20 @@ class Plan:
             The output, batched and contiguous in the same layout, and the indices where the layer returns them.
 
         """
-        planes = prod(x.shape[: x.ndim - len(self.memory)])
-        shape = (*x.shape[: x.ndim - len(self.memory)], *self.result)
-        row = self.choose(planes) if planes else None
+        lead = x.shape[: x.ndim - len(self.memory)]
+        planes = prod(lead)
+        row = self.choose(planes)
         if row is None and planes:
-            last = self.channels is not None
-            return eager.run_in_layout(self.layer, x, indices, self.output_plane, channels_last=last)
-        output = x.new_empty(shape)
-        places = x.new_empty(shape, dtype=torch.int64) if self.layer.gives_indices else None
-        if row is None:
-            return output, places
-        row.run(
-            self,
-            x.view(planes, *self.memory),
-            output.view(planes, *self.result),
-            None if places is None else places.view(planes, *self.result),
-        )
+            return self.eager(x, indices)
+        output = x.new_empty((*lead, *self.result))
+        places = x.new_empty(output.shape, dtype=torch.int64) if self.layer.gives_indices else None
+        if row is not None and planes:
+            row.run(
+                self,
+                x.view(planes, *self.memory),
+                output.view(planes, *self.result),
+                None if places is None else places.view(planes, *self.result),
+            )
         return output, places
 
 
@@ -195,7 +210,7 @@ def _indexed(plan: Plan, x: torch.Tensor, out: torch.Tensor, places: torch.Tenso
     assert plan.windows is not None  # noqa: S101 - a max slides
     for start, stop in max_pool_indices(x, plan.windows, out, places):
         # Blocks with a NaN in them, whose choice among NaNs is torch's own.
-        output, chosen = eager.run(plan.layer, x[start:stop].unsqueeze(0), None, plan.output_plane)
+        output, chosen = plan.eager(x[start:stop].unsqueeze(0), None)
         out[start:stop] = output[0]
         places[start:stop] = chosen[0]  # type: ignore[index]  # the layer returns them
 
