@@ -1,0 +1,90 @@
+"""torch.nn's answers, and what holds ours to them."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    import poolrpc as p
+
+
+def values(shape: tuple[int, ...], dtype: str, seed: int) -> torch.Tensor:
+    """Give random values with ties, NaN, infinities and both zeros among the floats, and the full range of integers."""
+    generator = torch.Generator().manual_seed(seed)
+    kind: torch.dtype = getattr(torch, dtype)
+    if not kind.is_floating_point:
+        info = torch.iinfo(kind)
+        return torch.randint(info.min, info.max, shape, generator=generator, dtype=kind)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    x = torch.where(torch.rand(shape, generator=generator) < 0.2, x.round(), x).to(kind)
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0], dtype=kind)
+    picks = torch.randint(0, 5, shape, generator=generator)
+    # Half of the tensors have none of these, so that their sums stay finite.
+    return torch.where(torch.rand(shape, generator=generator) < 0.04 * (seed % 2), special[picks], x)
+
+
+def samples(seed: int, planes: int, axes: int) -> list[list[float]]:
+    """Give SplitMix64's samples by the book, plane by plane: an independent reading of what the docs promise."""
+    mask = 2**64 - 1
+    drawn = []
+    for counter in range(1, planes * axes + 1):
+        z = (seed + counter * 0x9E3779B97F4A7C15) & mask
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        drawn.append(((z ^ (z >> 31)) >> 40) / 2**24)
+    return [drawn[i : i + axes] for i in range(0, len(drawn), axes)]
+
+
+def reference(
+    layer: p.Layer, x: torch.Tensor, indices: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Give torch.nn's answer."""
+    dims = layer.spatial_dims or x.ndim - 2
+    parameters = {each.name: getattr(layer, each.name) for each in fields(layer)}
+    if layer.family.startswith("global"):
+        if not x.is_floating_point():
+            return x.amax(tuple(range(2, x.ndim)), keepdim=True), None
+        name = "AdaptiveMaxPool" if layer.family == "global_max_pool" else "AdaptiveAvgPool"
+        return getattr(torch.nn, f"{name}{dims}d")(1)(x), None
+    if layer.family == "max_unpool":
+        size = parameters.pop("output_size")
+        return getattr(torch.nn, layer.name)(**parameters)(x, indices, output_size=size), None
+    if layer.family == "fractional_max_pool":
+        lead = x.shape[:-dims] if x.ndim == dims + 2 else (1, *x.shape[:-dims])
+        # Half precision is computed in float32: torch's own arithmetic there puts windows outside of the plane.
+        wide = x.float() if x.dtype.itemsize == 2 else x
+        drawn = torch.tensor(samples(parameters.pop("seed"), lead[0] * lead[1], dims), dtype=wide.dtype)
+        parameters["return_indices"] = True
+        output, places = getattr(torch.nn, layer.name)(**parameters, _random_samples=drawn.reshape(*lead, dims))(wide)
+        return output.to(x.dtype), places if layer.gives_indices else None
+    if layer.name == "MaxPool1d" and not x.is_floating_point():
+        output, places = torch.nn.MaxPool1d(**{**parameters, "return_indices": True})(x)
+        return output, places if layer.gives_indices else None
+    if "output_size" in parameters and None in np.atleast_1d(parameters["output_size"]):
+        sizes = x.shape[-dims:]
+        parameters["output_size"] = tuple(
+            s if o is None else o for s, o in zip(sizes, parameters["output_size"], strict=True)
+        )
+    answer = getattr(torch.nn, layer.name)(**parameters)(x)
+    return answer if isinstance(answer, tuple) else (answer, None)
+
+
+def as_torch(array: np.ndarray) -> torch.Tensor:
+    """Give an array of the client's as a tensor, bfloat16 too."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def assert_same(got: np.ndarray | torch.Tensor, expected: torch.Tensor, what: object) -> None:
+    """Hold an output to torch's: dtype, shape, and every value, NaN where torch has NaN."""
+    tensor = got if isinstance(got, torch.Tensor) else as_torch(got)
+    assert (tensor.dtype, tensor.shape) == (expected.dtype, expected.shape), what
+    same = tensor == expected
+    if expected.is_floating_point():
+        same |= tensor.isnan() & expected.isnan()
+    assert bool(same.all()), what
