@@ -197,27 +197,34 @@ def _pool_axes(source: Cells, windows: Windows, target: Cells) -> None:
 
 def _leading_stages(
     plane: Sequence[int], windows: Windows, result: Sequence[int]
-) -> list[tuple[Stage | None, int, list[int]]]:
-    """Give the passes over every axis but the last, each with its axis and the shape that it leaves."""
-    shape, stages = list(plane), []
+) -> list[tuple[Stage | int, int, list[int]]]:
+    """Give the passes over every axis but the last, each with its axis and the shape that it leaves.
+
+    A pass is a stage, or the size of windows that lie side by side.
+    """
+    shape = list(plane)
+    stages: list[tuple[Stage | int, int, list[int]]] = []
     for axis in range(len(plane) - 1):
         k, s = windows.kernel[axis], windows.stride[axis]
         p, d = windows.padding[axis], windows.dilation[axis]
         tiled = k == s >= LONG_TILE and p == 0 and d == 1 and result[axis] * k <= plane[axis]
-        for part in [None] if tiled else axis_stages(k, s, p, d, result[axis]):
-            shape[axis] = part.length if part else result[axis]
+        for part in [k] if tiled else axis_stages(k, s, p, d, result[axis]):
+            shape[axis] = part.length if isinstance(part, Stage) else result[axis]
             stages.append((part, axis, list(shape)))
     return stages
 
 
-def _run_leading(source: Cells, stages: list[tuple[Stage | None, int, list[int]]], turns: Turns, final: Cells) -> None:
+def _run_leading(source: Cells, stages: list[tuple[Stage | int, int, list[int]]], turns: Turns, final: Cells) -> None:
     """Append the calls of these passes, the last of which writes to `final`."""
     calls = source.program.calls
     if not stages:
         calls.append(_copy(source.at(), final.at()))
     for number, (stage, axis, shape) in enumerate(stages, 1):
         made = turns.take(shape) if number < len(stages) else final
-        calls += _stage_calls(stage, axis, source, made) if stage else [_tile_call(axis, source, made)]
+        if isinstance(stage, Stage):
+            calls += _stage_calls(stage, axis, source, made)
+        else:
+            calls.append(_tile_call(stage, axis, source, made))
         source = made
 
 
@@ -248,10 +255,9 @@ def _pool_last(source: Cells, windows: Windows, turns: Turns, target: Cells) -> 
         calls.append(_copy(first, target.at()))
 
 
-def _tile_call(axis: int, source: Cells, target: Cells) -> Call:
+def _tile_call(kernel: int, axis: int, source: Cells, target: Cells) -> Call:
     """Reduce an axis whose windows lie side by side and are so long that this costs less than joining their cells."""
     length = target.shape[axis]
-    kernel = source.shape[axis] // length
     whole = source.at((*(slice(None),) * axis, slice(length * kernel)))
     shape = (*target.shape[:axis], length, kernel, *target.shape[axis + 1 :])
     reads, write = [read.view(-1, *shape) for read in whole], target.at()
