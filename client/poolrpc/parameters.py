@@ -45,9 +45,9 @@ def boolean(name: str, value: object) -> bool:
 
 def real(name: str, value: object) -> float:
     """Give `value` as a float above 0, perhaps infinite; a bool is refused."""
+    refused = type(value).__name__ in ("bool", "bool_") or hasattr(value, "__len__")  # strings and arrays
     try:
-        # Arrays and tensors have __float__ too, and raise where they are no scalars; so does a string, which has none.
-        number = float(value) if not isinstance(value, bool | str | bytes) else None  # type: ignore[arg-type]
+        number = None if refused else float(value)  # type: ignore[arg-type]  # refused below where it is none
     except OverflowError:
         number = math.inf
     except (TypeError, ValueError):
@@ -95,10 +95,7 @@ def optional_axes(name: str, value: object, dims: int, *, high: int) -> Optional
 
 def ratios(name: str, value: object, dims: int) -> float | tuple[float, ...]:
     """Give a float in (0, 1), or a tuple of one an axis."""
-    if isinstance(value, float | int):
-        values: tuple[Any, ...] = (value,)
-    else:
-        values = sequence(name, value, dims)
+    values = sequence(name, value, dims) if hasattr(value, "__len__") else (value,)
     numbers = tuple(real(name, each) for each in values)
     for number in numbers:
         if not number < 1:

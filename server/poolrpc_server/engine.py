@@ -61,6 +61,8 @@ class Engine:
 
     def work(self, layer: Layer, spec: TensorSpec, spatial_dims: int) -> int:
         """Count the cells that a layer visits on a tensor, by the kernel that would compute it."""
+        if not spec.numel:
+            return 0
         plane = channels_first(spec.shape, spatial_dims, spec.layout)[-spatial_dims:]
         channels = spec.shape[-1] if spec.layout == "NHWC" else None
         device = self._device_for(spec.dtype).type

@@ -21,7 +21,7 @@ from poolrpc_server.kernels.windows import Windows
 from tests.parity.reference import assert_same, reference, values
 
 many = settings(
-    deadline=None, max_examples=int(os.environ.get("POOLRPC_EXAMPLES", "150")), derandomize="CI" in os.environ
+    deadline=None, max_examples=int(os.environ.get("POOLRPC_EXAMPLES", "300")), derandomize="CI" in os.environ
 )
 BLOCKS = st.sampled_from((1, 300, 1 << 20))
 RANKS = (1, 2, 3)
@@ -210,13 +210,6 @@ def test_plans_are_made_once_and_choose_by_the_number_of_planes() -> None:
     assert made.choose(1) is None
     assert made.choose(512).name == "separable max"
     assert plan(p.MaxPool2d(2), torch.float32, (56, 56), None, "cuda").choose(512) is None
-
-
-def test_no_planes_at_all() -> None:
-    """A plan gives an empty output, and empty indices, for no planes."""
-    layer = p.MaxPool2d(2, return_indices=True)
-    output, places = plan(layer, torch.float32, (4, 4), None, "cpu").compute(torch.empty(0, 3, 4, 4), None)
-    assert output.shape == places.shape == (0, 3, 2, 2)
 
 
 def test_windows_of_channels_last_leave_channels_alone() -> None:

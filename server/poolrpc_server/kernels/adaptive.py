@@ -12,6 +12,9 @@ from poolrpc_server.kernels.raster_average import add_average, sum_dtype
 from poolrpc_server.kernels.separable_max import add_max
 from poolrpc_server.kernels.windows import Windows
 
+MOST_WINDOWS = 4096
+"""An axis of more windows than this is left to torch: each is placed one by one."""
+
 
 def uniform(plane: Sequence[int], result: Sequence[int]) -> tuple[int, ...] | None:
     """The kernel, and stride, that all windows share, if they do."""

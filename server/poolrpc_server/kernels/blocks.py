@@ -1,5 +1,6 @@
 """Work in blocks of planes, small enough that a kernel's intermediates stay in the cache."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
 
@@ -132,7 +133,7 @@ def padded_shape(
 
 def narrowing(item_size: int, stride: int) -> tuple[torch.dtype, torch.dtype] | None:
     """The conversion that keeps the first of each `stride` cells, if there is one."""
-    return _NARROWING.get((item_size, stride))
+    return _NARROWING.get((item_size, stride)) if sys.byteorder == "little" else None
 
 
 def every(cells: Cells, out: Cells, stride: int) -> Call:

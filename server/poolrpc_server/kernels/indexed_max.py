@@ -25,9 +25,11 @@ def empty_windows(plane: Sequence[int], windows: Windows, result: Sequence[int])
     """Whether a dilated window may lie in the padding alone, where torch's place is no cell: leave those to eager."""
     geometry = zip(windows.kernel, windows.stride, windows.padding, windows.dilation, strict=True)
     for n, (k, s, p, d), length in zip(plane, geometry, result, strict=True):
-        starts = range(-p, (length - 1) * s - p + 1, s)
-        if d > 1 and not all(any(0 <= cell < n for cell in range(start, start + k * d, d)) for start in starts):
-            return True
+        # A window that starts in the input has a cell of it: only those that start before it may have none.
+        for start in range(-p, min(0, (length - 1) * s - p + 1), s):
+            first = start % d  # the least cell of the window, or of its going on, that is in the input
+            if first >= min(n, start + (k - 1) * d + 1):
+                return True
     return False
 
 

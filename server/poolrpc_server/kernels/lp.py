@@ -39,7 +39,7 @@ def lp_pool(x: Tensor, norm: float, windows: Windows, out: Tensor) -> None:
     if norm == inf:
         add_max(source, windows, target)
     else:
-        add_average(source, windows, [divisor(plane, windows, result, include_pad=True)], sums, target)
+        add_average(source, windows, [divisor(tuple(plane), windows, tuple(result), include_pad=True)], sums, target)
         # torch's sign(y) * relu(abs(y)) is y, but for -0.0, which becomes 0.0.
         program.calls.append(lambda i: write[i].add_(0.0))
         program.calls.append(lambda i: write[i].mul_(prod(windows.kernel)))

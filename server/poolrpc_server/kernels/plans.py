@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from math import prod
+from math import inf, prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from poolrpc_server.kernels import choice
-from poolrpc_server.kernels.adaptive import adaptive_avg, adaptive_max, uniform
+from poolrpc_server.kernels.adaptive import MOST_WINDOWS, adaptive_avg, adaptive_max, uniform
 from poolrpc_server.kernels.choice import Case
 from poolrpc_server.kernels.eager import Pooled, Run, bind
 from poolrpc_server.kernels.indexed_max import DTYPES as INDEXED
 from poolrpc_server.kernels.indexed_max import empty_windows, max_pool_indices
 from poolrpc_server.kernels.lp import NORMS, lp_pool
-from poolrpc_server.kernels.raster_average import avg_pool, divisor
+from poolrpc_server.kernels.raster_average import MOST_TAPS, avg_pool, divisible, divisor
 from poolrpc_server.kernels.separable_max import max_pool
 from poolrpc_server.kernels.whole_plane import global_max
 from poolrpc_server.kernels.windows import Sizes, Windows
@@ -92,14 +92,21 @@ class Plan:
             and row.fits(self)
         )
 
-    @cached_property
     def divisor(self) -> float | torch.Tensor:
-        """What an average's sums are divided by."""
-        override = getattr(self.layer, "divisor_override", None)
-        if override is not None:
-            return float(override)
+        """Give what an average's sums are divided by."""
+        if getattr(self.layer, "divisor_override", None) is not None:
+            return float(self.layer.divisor_override)
         assert self.windows is not None  # noqa: S101 - averages slide
         return divisor(self.memory, self.windows, self.result, include_pad=self.layer.count_include_pad)
+
+    def divides(self) -> bool:
+        """Tell whether sums can be divided at once, and aren't of too many cells."""
+        assert self.windows is not None  # noqa: S101 - averages slide
+        include = getattr(self.layer, "count_include_pad", True)
+        return prod(self.windows.kernel) <= MOST_TAPS and (
+            getattr(self.layer, "divisor_override", None) is not None
+            or divisible(self.memory, self.windows, self.result, include_pad=include)
+        )
 
     @cached_property
     def eager(self) -> Run:
@@ -148,7 +155,7 @@ class Plan:
         """Compute the layer.
 
         Args:
-            x: Batched and contiguous, in the plan's layout: (N, C, *plane), or (N, *plane, C).
+            x: Batched and contiguous, with no axis of 0, in the plan's layout: (N, C, *plane), or (N, *plane, C).
             indices: For MaxUnpool, of x's shape and in range.
 
         Returns:
@@ -158,17 +165,16 @@ class Plan:
         lead = x.shape[: x.ndim - len(self.memory)]
         planes = prod(lead)
         row = self.choose(planes)
-        if row is None and planes:
+        if row is None:
             return self.eager(x, indices)
         output = x.new_empty((*lead, *self.result))
-        places = x.new_empty(output.shape, dtype=torch.int64) if self.layer.gives_indices else None
-        if row is not None and planes:
-            row.run(
-                self,
-                x.view(planes, *self.memory),
-                output.view(planes, *self.result),
-                None if places is None else places.view(planes, *self.result),
-            )
+        places = x.new_empty(output.shape, dtype=torch.int64) if row.indices else None
+        row.run(
+            self,
+            x.view(planes, *self.memory),
+            output.view(planes, *self.result),
+            None if places is None else places.view(planes, *self.result),
+        )
         return output, places
 
 
@@ -243,14 +249,16 @@ TABLE = (
     Row(
         "average in raster order",
         ("avg_pool",),
-        run=lambda plan, x, out, _: avg_pool(x, plan.windows, plan.divisor, out),  # type: ignore[arg-type]  # an average slides
+        run=lambda plan, x, out, _: avg_pool(x, plan.windows, plan.divisor(), out),  # type: ignore[arg-type]  # an average slides
         pays=lambda _, case: choice.avg_pays(case),
+        fits=Plan.divides,
     ),
     Row(
         "average in raster order",
         ("avg_pool",),
-        run=lambda plan, x, out, _: avg_pool(x, plan.windows, plan.divisor, out),  # type: ignore[arg-type]  # an average slides
+        run=lambda plan, x, out, _: avg_pool(x, plan.windows, plan.divisor(), out),  # type: ignore[arg-type]  # an average slides
         pays=lambda _, case: choice.avg_last_pays(case),
+        fits=Plan.divides,
         channels_last=True,
     ),
     Row(
@@ -258,7 +266,7 @@ TABLE = (
         ("lp_pool",),
         run=lambda plan, x, out, _: lp_pool(x, plan.layer.norm_type, plan.windows, out),  # type: ignore[arg-type]  # it slides
         pays=lambda plan, case: choice.lp_pays(case, plan.layer.norm_type),
-        fits=lambda plan: plan.layer.norm_type in NORMS,
+        fits=lambda plan: plan.layer.norm_type == inf or (plan.layer.norm_type in NORMS and plan.divides()),
     ),
     Row(
         "max of whole planes",
@@ -272,14 +280,18 @@ TABLE = (
         ("adaptive_max_pool",),
         run=lambda _, x, out, __: adaptive_max(x, out),
         pays=lambda _, case: choice.adaptive_max_pays(case),
-        fits=lambda plan: prod(plan.result) > 1,
+        fits=lambda plan: prod(plan.result) > 1 and max(plan.result) <= MOST_WINDOWS,
     ),
     Row(
         "average of like windows in raster order",
         ("adaptive_avg_pool",),
         run=lambda _, x, out, __: adaptive_avg(x, out),
         pays=lambda _, case: choice.adaptive_avg_pays(case),
-        fits=lambda plan: prod(plan.result) > 1 and uniform(plan.plane, plan.result) is not None,
+        fits=lambda plan: (
+            prod(plan.result) > 1
+            and (kernel := uniform(plan.plane, plan.result)) is not None
+            and prod(kernel) <= MOST_TAPS
+        ),
     ),
 )
 """Every kernel beside torch's own, in the order in which they are tried."""

@@ -1,7 +1,7 @@
 """Average pooling that adds the cells of each window in torch's own order, over contiguous runs of memory."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from math import frexp, prod
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from poolrpc_server.kernels.blocks import Call, Cells, Program, every, narrowing, padded, padded_shape, scratch
-from poolrpc_server.kernels.windows import Windows
+from poolrpc_server.kernels.windows import Sizes, Windows
 
 # From this stride on, reading strided cells costs less than adding cells that no window starts at.
 _SPARSE_STRIDE = 8
@@ -19,31 +19,55 @@ _SPARSE_STRIDE = 8
 _SHORT_RUN = 64
 
 
-@lru_cache(maxsize=4096)
-def window_counts(size: int, geometry: tuple[int, int, int], length: int, *, include_pad: bool) -> tuple[int, ...]:
+MOST_TAPS = 1024
+"""A window of more cells than this is left to torch: each is a call of its own."""
+
+MOST_DIVISORS = 1 << 17
+"""An output plane of more cells than this is left to torch where its cells are divided by different counts."""
+
+
+def divisible(plane: Sizes, windows: Windows, result: Sizes, *, include_pad: bool) -> bool:
+    """Tell whether `divisor` gives one number, or one a cell of an output plane that isn't too large."""
+    counts = _axis_counts(plane, windows, result, include_pad=include_pad)
+    return prod(result) <= MOST_DIVISORS or all(each.uniform() for each in counts)
+
+
+@lru_cache(maxsize=64)
+def divisor(plane: Sizes, windows: Windows, result: Sizes, *, include_pad: bool) -> float | Tensor:
+    """Give what each sum is divided by: one number, or a float64 tensor of the output plane's shape."""
+    counts = _axis_counts(plane, windows, result, include_pad=include_pad)
+    if all(each.uniform() for each in counts):
+        return float(prod(each.at(0) for each in counts))
+    cells = torch.ones((), dtype=torch.float64)
+    for each in counts:
+        cells = cells.unsqueeze(-1) * torch.tensor([each.at(i) for i in range(each.length)], dtype=torch.float64)
+    return cells
+
+
+@dataclass(frozen=True)
+class _Counts:
     """How many cells of one axis each window counts; padding counts, but not what ceil_mode adds beyond it."""
-    kernel, stride, padding = geometry
-    counts = []
-    for i in range(length):
-        start = i * stride - padding
-        stop = min(start + kernel, size + padding)
-        counts.append(stop - start if include_pad else min(stop, size) - max(start, 0))
-    return tuple(counts)
+
+    size: int
+    kernel: int
+    stride: int
+    padding: int
+    length: int
+    include_pad: bool
+
+    def at(self, index: int) -> int:
+        start = index * self.stride - self.padding
+        stop = min(start + self.kernel, self.size + self.padding)
+        return stop - start if self.include_pad else min(stop, self.size) - max(start, 0)
+
+    def uniform(self) -> bool:
+        # Counts rise, stay and fall along an axis, so three of them tell of all.
+        return self.at(0) == self.at(self.length // 2) == self.at(self.length - 1)
 
 
-def divisor(plane: Sequence[int], windows: Windows, result: Sequence[int], *, include_pad: bool) -> float | Tensor:
-    """What each sum is divided by: one number, or a float64 tensor of the output plane's shape."""
-    geometries = zip(windows.kernel, windows.stride, windows.padding, strict=True)
-    counts = [
-        window_counts(size, geometry, length, include_pad=include_pad)
-        for size, geometry, length in zip(plane, geometries, result, strict=True)
-    ]
-    if all(len(set(axis)) <= 1 for axis in counts):
-        return float(prod(axis[0] for axis in counts))
-    product_of_axes = torch.ones((), dtype=torch.float64)
-    for axis in counts:
-        product_of_axes = product_of_axes.unsqueeze(-1) * torch.tensor(axis, dtype=torch.float64)
-    return product_of_axes
+def _axis_counts(plane: Sizes, windows: Windows, result: Sizes, *, include_pad: bool) -> list[_Counts]:
+    axes = zip(plane, windows.kernel, windows.stride, windows.padding, result, strict=True)
+    return [_Counts(*axis, include_pad) for axis in axes]
 
 
 def avg_pool(x: Tensor, windows: Windows, divided_by: float | Tensor, out: Tensor) -> None:

@@ -33,6 +33,10 @@ LONG_TILE = 14
 """Windows side by side, from this size on, are reduced rather than joined cell by cell."""
 
 
+MOST_TAPS = 64
+"""A strided pass joins at most so many cells; a kernel of more is doubled first, whatever its stride."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """One pass along an axis: cell i becomes the maximum of the cells at i * stride + offset."""
@@ -57,12 +61,12 @@ def lowest(dtype: torch.dtype) -> float | int:
     return -inf if dtype.is_floating_point else torch.iinfo(dtype).min
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def axis_stages(kernel: int, stride: int, padding: int, dilation: int, length: int) -> tuple[Stage, ...]:
     """The cheapest passes for one axis: windows double at full resolution, then a strided pass joins the last ones."""
     if kernel == 1:
         return () if stride == 1 and padding == 0 else (Stage((-padding,), stride, length),)
-    widths = [1 << i for i in range(kernel.bit_length()) if 1 << i < kernel]
+    widths = [1 << i for i in range(kernel.bit_length()) if 1 << i < kernel <= MOST_TAPS << i]
     width = min(widths, key=lambda t: t.bit_length() - 1 + (ceil(kernel / t) - 1) / stride)
     stages = []
     base = -padding
@@ -77,7 +81,7 @@ def axis_stages(kernel: int, stride: int, padding: int, dilation: int, length: i
     return tuple(stages)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def run_shifts(kernel: int, dilation: int) -> tuple[int, ...]:
     """The shifts that turn cells into maxima of `kernel` cells by doubling."""
     shifts = []
@@ -89,7 +93,7 @@ def run_shifts(kernel: int, dilation: int) -> tuple[int, ...]:
     return tuple(shifts)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def stage_steps(stage: Stage, size: int) -> tuple[Step, ...]:
     """The calls of a stage over an axis of `size` cells; cells outside it are never read."""
     reach = {}
