@@ -8,7 +8,7 @@ the work of a call is counted.
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, fields
-from math import inf
+from math import inf, prod
 from typing import ClassVar
 
 from poolrpc.errors import InvalidArgumentError
@@ -107,6 +107,10 @@ class Layer:
     def window(self, plane: tuple[int, ...]) -> tuple[int, ...]:
         """Give the size of the layer's largest window on such a plane, in cells an axis."""
         raise NotImplementedError
+
+    def work(self, plane: tuple[int, ...]) -> int:
+        """Count the cells that torch visits on such a plane: those of every window."""
+        return prod(self.output_plane(plane)) * prod(self.window(plane))
 
     def __repr__(self) -> str:
         """Give an expression that parse_layer reads back: required parameters in order, others where not default."""

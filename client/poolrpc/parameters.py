@@ -48,8 +48,8 @@ def real(name: str, value: object) -> float:
     refused = type(value).__name__ in ("bool", "bool_") or hasattr(value, "__len__")  # strings and arrays
     try:
         number = None if refused else float(value)  # type: ignore[arg-type]  # refused below where it is none
-    except OverflowError:
-        number = math.inf
+    except OverflowError:  # an integer that no float holds
+        number = math.nan
     except (TypeError, ValueError):
         number = None
     if number is None:

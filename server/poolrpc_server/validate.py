@@ -67,8 +67,14 @@ class Checked:
     output_bytes: int
 
 
+def torchs_work(layer: Layer, spec: TensorSpec, spatial_dims: int) -> int:
+    """Count the cells that torch visits for a layer on a tensor of that many spatial axes."""
+    plane = channels_first(spec.shape, spatial_dims, spec.layout)[-spatial_dims:]
+    return spec.numel // math.prod(plane) * layer.work(plane)
+
+
 def check_request(
-    request: Request, payload: bytes, limits: Limits, work: Callable[[Layer, TensorSpec, int], int]
+    request: Request, payload: bytes, limits: Limits, work: Callable[[Layer, TensorSpec, int], int] = torchs_work
 ) -> Checked:
     """Check a request.
 
@@ -76,7 +82,7 @@ def check_request(
         request: The request.
         payload: The bytes of its tensors.
         limits: What it is held to.
-        work: Counts the cells that a layer visits on a tensor of that many spatial axes.
+        work: Counts the cells that are visited for a layer on a tensor of that many spatial axes.
 
     Raises:
         UnsupportedError: A layer lacks the input's dtype.

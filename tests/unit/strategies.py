@@ -49,7 +49,7 @@ def layers(draw, among=CLASSES, *, most=MAX_PARAMETER, most_output=MAX_NUMEL, in
         "count_include_pad": st.booleans,
         "return_indices": st.booleans if indices else lambda: st.just(False),
         "divisor_override": lambda: st.none() | st.integers(1, MAX_NUMEL),
-        "norm_type": lambda: st.floats(0.01, 1000),
+        "norm_type": lambda: st.floats(0.01, 1000) | st.just(float("inf")),
         "output_size": output_size,
         "output_ratio": lambda: per_axis(st.floats(0, 1, exclude_min=True, exclude_max=True), dims),
         "seed": lambda: st.integers(0, 2**64 - 1),

@@ -158,7 +158,6 @@ HOSTILE = {
     "not": "MaxPool2d(not 0)",
     "twice minus": "MaxPool2d(--2)",
     "plus": "MaxPool2d(+2)",
-    "infinity": "LPPool2d(1e999, 2)",
     "minus infinity": "LPPool2d(-1e999, 2)",
     "a long number": f"MaxPool2d({'9' * 4000})",
     "a negative long number": f"MaxPool2d(-{'9' * 4000})",

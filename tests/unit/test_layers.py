@@ -173,11 +173,19 @@ def test_a_flag_is_a_bool(name, value):
 
 
 @pytest.mark.parametrize("cls", [poolrpc.LPPool1d, poolrpc.LPPool2d, poolrpc.LPPool3d])
-@pytest.mark.parametrize("norm", [0, -1, -0.0, math.inf, -math.inf, math.nan, True, "2", None, [2.0], 1j], ids=repr)
-def test_a_norm_is_finite_and_above_0(cls, norm):
-    """A norm of 0, by which torch divides, and any but a finite positive number are refused."""
+@pytest.mark.parametrize("norm", [0, -1, -0.0, -math.inf, math.nan, True, "2", None, [2.0], 1j, 10**400], ids=repr)
+def test_a_norm_is_above_0(cls, norm):
+    """A norm of 0, by which torch divides, and any but a positive number are refused."""
     with pytest.raises(InvalidArgumentError, match=r"^norm_type: expected a"):
         cls(norm, 2)
+
+
+def test_a_norm_may_be_infinite():
+    """The infinite norm is a max, which in 3d takes planes that no average does."""
+    assert repr(poolrpc.LPPool2d(math.inf, 2)) == "LPPool2d(inf, 2)"
+    assert poolrpc.LPPool3d(math.inf, 3, 2, ceil_mode=True).output_shape((1, 1, 2, 2, 2)) == (1, 1, 1, 1, 1)
+    with pytest.raises(InvalidArgumentError, match="kernel_size"):
+        poolrpc.LPPool3d(2, 3, 2, ceil_mode=True).output_shape((1, 1, 2, 2, 2))
 
 
 @pytest.mark.parametrize("cls", [poolrpc.FractionalMaxPool2d, poolrpc.FractionalMaxPool3d])

@@ -130,7 +130,7 @@ class Plan:
         """Count the cells that computing that many planes visits: what the work budget bounds."""
         row = self.choose(planes)
         if row is None or row.passes is None:
-            return planes * prod(self.result) * int(prod(self.layer.window(self.plane)))
+            return planes * (self.channels or 1) * int(self.layer.work(self.plane))
         assert self.windows is not None  # noqa: S101 - passes are over windows that slide
         return planes * max(prod(self.memory), prod(self.result)) * row.passes(self.windows)
 
