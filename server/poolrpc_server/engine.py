@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from itertools import pairwise
 from math import prod
+from threading import Semaphore
 from typing import TYPE_CHECKING
 
 # Apple's GPUs lack some pooling kernels; torch computes these on the CPU where it was told so before it is imported.
@@ -26,6 +28,10 @@ if TYPE_CHECKING:
     from poolrpc_server.validate import Checked
 
 
+SHARED_BYTES = 4 * 2**20
+"""A call of at least this is shared among threads: below it, waking one takes as long as it saves."""
+
+
 class Engine:
     """A device and the threads that compute on it, each with torch at one thread of its own."""
 
@@ -44,6 +50,10 @@ class Engine:
         self.threads = threads
         # Two OpenMP threads on a busy two-core box were seen to stall a hundredfold; requests run side by side instead.
         self._executor = ThreadPoolExecutor(threads, "poolrpc-compute", torch.set_num_threads, (1,))
+        # A large call is shared with threads that have nothing to do: whoever computes has a seat, and there are as
+        # many as threads. Helpers wait for nobody, so that calls can't wait for each other in a ring.
+        self._seats = Semaphore(threads)
+        self._helpers = ThreadPoolExecutor(max(1, threads - 1), "poolrpc-helper", torch.set_num_threads, (1,))
 
     def run(self, checked: Checked, check_wanted: Callable[[], None]) -> list[memoryview]:
         """Run a request when a thread is free, and give its outputs' bytes, each followed by its indices'.
@@ -72,6 +82,7 @@ class Engine:
     def close(self) -> None:
         """Finish what was submitted and end the threads."""
         self._executor.shutdown()
+        self._helpers.shutdown()
 
     def _compute(self, checked: Checked, check_wanted: Callable[[], None]) -> list[memoryview]:
         check_wanted()
@@ -80,7 +91,7 @@ class Engine:
             # No planes: nothing to compute, and axes that no tensor of torch's could have.
             return [memoryview(b"")] * sum(1 + chain[-1].gives_indices for chain in checked.request.branches)
         pieces: list[memoryview] = []
-        with torch.inference_mode():
+        with self._seats, torch.inference_mode():
             device = self._device_for(spec.dtype)
             x = _batched(_tensor(checked.input, spec), checked).to(device)
             indices = None if checked.indices is None else _batched(_indices(checked), checked).to(device)
@@ -90,11 +101,28 @@ class Engine:
                 for layer in chain:
                     plane = tuple(output.shape[1:-1] if channels else output.shape[2:])
                     plan = kernels.plan(layer, x.dtype, plane, channels, device.type)
-                    output, places = plan.compute(output, places)
+                    output, places = plan.compute(output, places, self._share)
                 pieces.append(_raw(output))
                 if places is not None:
                     pieces.append(_raw(places))
         return pieces
+
+    def _share(self, part: Callable[[int, int], None], planes: int, nbytes: int) -> None:
+        free = 0
+        while nbytes >= SHARED_BYTES and free + 1 < min(self.threads, planes) and self._seats.acquire(blocking=False):
+            free += 1
+        try:
+            ends = [planes * i // (free + 1) for i in range(free + 2)]
+            futures = [self._helpers.submit(_infer, part, start, stop) for start, stop in pairwise(ends[1:])]
+            try:
+                part(ends[0], ends[1])
+            finally:
+                wait(futures)
+            for future in futures:
+                future.result()
+        finally:
+            for _ in range(free):
+                self._seats.release()
 
     def _device_for(self, dtype: str) -> torch.device:
         # CUDA has no max of integers, and Metal no float64: these are computed beside it, so that dtypes don't depend
@@ -102,6 +130,11 @@ class Engine:
         if dtype in INTEGERS or (dtype == "float64" and self.device.type == "mps"):
             return torch.device("cpu")
         return self.device
+
+
+def _infer(part: Callable[[int, int], None], start: int, stop: int) -> None:
+    with torch.inference_mode():  # a thread's own
+        part(start, stop)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -10,6 +10,7 @@ import torch
 
 from poolrpc import (
     LAYERS,
+    AvgPool2d,
     CancelledError,
     FractionalMaxPool2d,
     FractionalMaxPool3d,
@@ -18,7 +19,7 @@ from poolrpc import (
 )
 from poolrpc.codec import Request
 from poolrpc.tensors import TensorSpec
-from poolrpc_server.engine import Engine, resolve_device
+from poolrpc_server.engine import SHARED_BYTES, Engine, resolve_device
 from poolrpc_server.validate import Limits, check_request
 
 LIMITS = Limits(2**20, 64, 10**7)
@@ -128,3 +129,27 @@ def test_a_seed_gives_a_plane_the_same_output_however_it_travels(engine, layer):
     last = np.ascontiguousarray(np.moveaxis(x, 1, -1))
     assert np.array_equal(np.moveaxis(pool(engine, last, layer, layout="NHWC"), -1, 1), expected)
     assert not np.array_equal(pool(engine, x, type(layer)(2, 3, seed=6)), expected)
+
+
+def test_a_large_call_is_shared_with_idle_threads(engine):
+    """Planes that two threads compute together are those that one computes, indices too."""
+    x = np.random.default_rng(0).standard_normal((3, 43, 64, 150)).astype(np.float32)
+    assert x.nbytes > SHARED_BYTES
+    alone = Engine("cpu", 1)
+    for layer in (MaxPool2d(3, 2, 1), MaxPool2d(2, return_indices=True), AvgPool2d(3, 1)):
+        spec = TensorSpec("float32", x.shape)
+        checked = check_request(Request(spec, ((layer,),)), x.tobytes(), Limits(2**30, 64, 2**40))
+        shared = [bytes(each) for each in engine.run(checked, wanted)]
+        assert shared == [bytes(each) for each in alone.run(checked, wanted)]
+    alone.close()
+
+
+def test_large_calls_at_once_wait_for_no_ring(engine):
+    """More large calls than threads, at the same time, all come to their end."""
+    x = np.random.default_rng(0).standard_normal((1, 64, 128, 150)).astype(np.float32)
+    checked = check_request(
+        Request(TensorSpec("float32", x.shape), ((MaxPool2d(2),),)), x.tobytes(), Limits(2**30, 64, 2**40)
+    )
+    with ThreadPoolExecutor(8) as callers:
+        answers = [callers.submit(engine.run, checked, wanted) for _ in range(24)]
+        assert len({bytes(answer.result(60)[0]) for answer in answers}) == 1

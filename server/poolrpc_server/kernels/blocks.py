@@ -7,7 +7,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-TARGET_BYTES = 1 << 20
+TARGET_BYTES = 1 << 21
+"""Of a block's input: its intermediates stay in the cache, and threads meet at the interpreter's lock seldom."""
 
 Index = tuple[slice, ...]
 Call = Callable[[int], object]

@@ -6,6 +6,7 @@ gives torch's answer bit for bit (the sign of a zero aside, among maxima), so th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import inf, prod
@@ -27,12 +28,13 @@ from poolrpc_server.kernels.windows import Sizes, Windows
 from poolrpc_server.logs import log
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from poolrpc.layers import Layer
 
 MOST_CHOICES = 256
 """A plan remembers its choice for so many counts of planes."""
+
+Share = Callable[[Callable[[int, int], None], int, int], None]
+"""Calls a function on ranges (start, stop) that make up a number of planes of so many bytes in all."""
 
 EXPLAINED_PLANES = (1, 8, 64, 512, 4096)
 """For how many planes explain() says the choice."""
@@ -151,12 +153,13 @@ class Plan:
                 steps.append((name, planes))
         return head + ", ".join(f"{name} from {planes}" for name, planes in steps) + " planes on, by estimate"
 
-    def compute(self, x: torch.Tensor, indices: torch.Tensor | None) -> Pooled:
+    def compute(self, x: torch.Tensor, indices: torch.Tensor | None, share: Share | None = None) -> Pooled:
         """Compute the layer.
 
         Args:
             x: Batched and contiguous, with no axis of 0, in the plan's layout: (N, C, *plane), or (N, *plane, C).
             indices: For MaxUnpool, of x's shape and in range.
+            share: Calls what it is given on ranges that make up so many planes, perhaps on several threads.
 
         Returns:
             The output, batched and contiguous in the same layout, and the indices where the layer returns them.
@@ -169,12 +172,16 @@ class Plan:
             return self.eager(x, indices)
         output = x.new_empty((*lead, *self.result))
         places = x.new_empty(output.shape, dtype=torch.int64) if row.indices else None
-        row.run(
-            self,
-            x.view(planes, *self.memory),
-            output.view(planes, *self.result),
-            None if places is None else places.view(planes, *self.result),
-        )
+        read, write = x.view(planes, *self.memory), output.view(planes, *self.result)
+        place = None if places is None else places.view(planes, *self.result)
+
+        def part(start: int, stop: int) -> None:
+            row.run(self, read[start:stop], write[start:stop], None if place is None else place[start:stop])
+
+        if share is None:
+            part(0, planes)
+        else:
+            share(part, planes, x.nbytes)
         return output, places
 
 

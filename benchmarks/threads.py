@@ -1,0 +1,73 @@
+"""An engine of two threads against one of one, on a single large call; and two processes that do half each.
+
+What two processes gain is what the machine gives: its two cores may share caches, memory and power.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from benchmarks.rounds import interleave, row
+from poolrpc import AvgPool2d, Layer, MaxPool2d
+from poolrpc.codec import Request
+from poolrpc.tensors import TensorSpec
+from poolrpc_server.engine import Engine
+from poolrpc_server.validate import Limits, check_request
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from multiprocessing.connection import Connection
+
+SHAPE = (8, 64, 112, 112)
+LAYERS = (MaxPool2d(2), MaxPool2d(3, 2, 1), MaxPool2d(3, 1, 1), AvgPool2d(2), AvgPool2d(3, 1, 1))
+LIMITS = Limits(2**31, 64, 2**40)
+
+
+def call(layer: Layer, images: int, threads: int) -> tuple[Engine, Callable[[], object]]:
+    """Give an engine and a call of it on that many images."""
+    engine = Engine("cpu", threads)
+    x = np.random.default_rng(0).standard_normal((images, *SHAPE[1:]), np.float32)
+    request = Request(TensorSpec("float32", x.shape), ((layer,),))
+    checked = check_request(request, x.tobytes(), LIMITS, engine.work)
+    return engine, lambda: engine.run(checked, lambda: None)
+
+
+def half(layer: Layer, pipe: Connection) -> None:
+    """Pool half of the images whenever the pipe says so."""
+    engine, run = call(layer, SHAPE[0] // 2, 1)
+    run()
+    while pipe.recv():
+        run()
+        pipe.send(None)
+    engine.close()
+
+
+def run(rounds: int) -> Iterator[dict[str, Any]]:
+    """Give the rows: for each layer two threads, and two processes, against one thread."""
+    spawn = multiprocessing.get_context("spawn")
+    for layer in LAYERS:
+        one, alone = call(layer, SHAPE[0], 1)
+        two, together = call(layer, SHAPE[0], 2)
+        pipes = [spawn.Pipe() for _ in range(2)]
+        workers = [spawn.Process(target=half, args=(layer, theirs)) for _, theirs in pipes]
+        for worker in workers:
+            worker.start()
+
+        def apart(pipes: list[tuple[Connection, Connection]] = pipes) -> None:
+            for ours, _ in pipes:
+                ours.send(True)
+            for ours, _ in pipes:
+                ours.recv()
+
+        times = interleave({"one thread": alone, "two threads": together, "two processes": apart}, rounds)
+        for contender in ("two threads", "two processes"):
+            yield row(f"{layer!r} {'x'.join(map(str, SHAPE))}", "one thread", contender, times)
+        for ours, _ in pipes:
+            ours.send(False)
+        for worker in workers:
+            worker.join()
+        one.close()
+        two.close()
