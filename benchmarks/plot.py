@@ -1,4 +1,4 @@
-"""Draw and tabulate the kernels' results: python -m benchmarks.plot writes the picture and the table in docs/kernels.md."""
+"""Draw the kernels' results and write the tables of docs/kernels.md: python -m benchmarks.plot."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ def main() -> None:
     axis.set_xlabel("times the speed of eager torch, one thread (cross: the plan chose eager torch itself)")
     figure.savefig(RESULTS / "kernels.png", dpi=110)
 
-    lines = ["| case | kernel | eager ms | ms | times eager | clones of the input |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| case | kernel | eager ms | ms | times eager | clones of the input |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for row in cases:
         figures = f"{row['baseline_ms']} | {row['ms']} | {row['ratio']} | {row['clones']}"
         lines.append(f"| {row['case']} | {row['kernel']} | {figures} |")

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from poolrpc.errors import InvalidArgumentError
 from poolrpc.layer_codec import decode_branches, encode_branches
+from poolrpc.limits import MAX_RANK
 from poolrpc.tensors import TensorSpec
 from poolrpc.v1 import pool_pb2, standard_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from poolrpc.chains import Chain, Shape
 
@@ -86,7 +87,16 @@ def decode_spec(message: pool_pb2.TensorSpec, path: str) -> TensorSpec:
     if dtype is None:
         msg = f"expected one of {', '.join(pool_pb2.DataType.keys()[1:])}, got {message.dtype}"
         raise InvalidArgumentError(msg, field=f"{path}.dtype")
-    return TensorSpec(dtype, tuple(message.shape), decode_layout(message.layout, f"{path}.layout"))
+    return TensorSpec(
+        dtype, _decode_sizes(message.shape, f"{path}.shape"), decode_layout(message.layout, f"{path}.layout")
+    )
+
+
+def _decode_sizes(sizes: Sequence[int], path: str) -> Shape:
+    # Counted before they are copied: a message has room for millions.
+    if len(sizes) > MAX_RANK:
+        raise InvalidArgumentError(f"expected at most {MAX_RANK} dims, got {len(sizes)}", field=path)
+    return tuple(sizes)
 
 
 def decode_layout(number: pool_pb2.Layout.ValueType, path: str) -> str:
@@ -181,7 +191,7 @@ def decode_shape_request(message: pool_pb2.InferShapeRequest) -> tuple[Shape, tu
 
     """
     return (
-        tuple(message.shape.dims),
+        _decode_sizes(message.shape.dims, "shape"),
         decode_branches(message.branches),
         decode_layout(message.layout, "layout"),
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from poolrpc.errors import InvalidArgumentError, LimitExceededError
 from poolrpc.layers import LAYERS, Layer
-from poolrpc.limits import MAX_BRANCHES, MAX_CHAIN
+from poolrpc.limits import MAX_BRANCHES, MAX_CHAIN, MAX_RANK
 from poolrpc.parameters import spread
 from poolrpc.v1 import pool_pb2
 
@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 
 UNSET: Any = object()
 """What a kind decodes to where the message leaves the parameter to the layer's default."""
+
+
+def _values(message: Any, name: str) -> tuple[Any, ...]:  # noqa: ANN401 - any family's message
+    # Counted before they are copied: a message has room for millions.
+    values = getattr(message, name)
+    if len(values) > MAX_RANK:
+        raise InvalidArgumentError(f"expected one value or one an axis, got {len(values)}", field=name)
+    return tuple(values)
 
 
 class _Plain:
@@ -48,14 +56,14 @@ class _Ints:
         getattr(message, name).extend(spread(value, 1))
 
     def decode(self, message: Any, name: str) -> Any:  # noqa: ANN401
-        return tuple(getattr(message, name)) or UNSET
+        return _values(message, name) or UNSET
 
 
 class _RequiredInts(_Ints):
     """One integer or one an axis; empty is passed on, for the layer to refuse."""
 
     def decode(self, message: Any, name: str) -> Any:  # noqa: ANN401
-        return tuple(getattr(message, name))
+        return _values(message, name)
 
 
 class _AdaptiveSizes:
@@ -66,7 +74,7 @@ class _AdaptiveSizes:
             getattr(message, name).add(cells=cells)
 
     def decode(self, message: Any, name: str) -> Any:  # noqa: ANN401
-        return tuple(each.cells if each.HasField("cells") else None for each in getattr(message, name))
+        return tuple(each.cells if each.HasField("cells") else None for each in _values(message, name))
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ class _Wrapped:
         getattr(getattr(message, name), self.inner).extend(spread(value, 1))
 
     def decode(self, message: Any, name: str) -> Any:  # noqa: ANN401
-        return tuple(getattr(getattr(message, name), self.inner)) if message.HasField(name) else UNSET
+        return _values(getattr(message, name), self.inner) if message.HasField(name) else UNSET
 
 
 KINDS: dict[str, Any] = {

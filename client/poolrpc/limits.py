@@ -18,6 +18,9 @@ MAX_FRACTIONAL_AXIS = 2**22
 MAX_NORM = 32768
 """The largest norm of an LPPool, and the inverse of the least: torch raises where float16 can't hold either."""
 
+MAX_RANK = 5
+"""Axes of a tensor: N, C and three spatial ones."""
+
 MAX_EXPRESSION_CHARS = 4096
 """The longest layer expression that is parsed."""
 

@@ -235,6 +235,8 @@ INVALID = {
     "B70 no dtype": (message(max2d(), dtype=0), "input.dtype"),
     "B71 kernel of length 0": (message(max2d(kernel_size=[])), "kernel_size"),
     "B71 kernel of length 3": (message(max2d(kernel_size=[2, 2, 2])), "kernel_size"),
+    "a million kernel sizes": (message(max2d(kernel_size=[2] * 10**6)), "kernel_size"),
+    "a million dims": (message(max2d(), (1,) * 10**6, payload=b""), "input.shape"),
     "B71 divisor of avg1d": (message(of("avg_pool", 1, kernel_size=[2], divisor_override=3)), "divisor_override"),
     "spatial_dims 0": (message(max2d(spatial_dims=0)), "spatial_dims"),
     "spatial_dims 4": (message(max2d(spatial_dims=4)), "spatial_dims"),

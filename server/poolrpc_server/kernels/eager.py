@@ -78,11 +78,12 @@ def _max_pool(layer: Any, dtype: torch.dtype, plane: tuple[int, ...]) -> Run:  #
 
 def _avg_pool(layer: Any, _: torch.dtype, plane: tuple[int, ...]) -> Run:  # noqa: ANN401
     kernel, stride, padding, _dilation = zip(*layer.geometry(), strict=True)
-    arguments = [kernel, stride, padding, layer.ceil_mode, layer.count_include_pad]
-    if len(plane) > 1:  # avg_pool1d has no divisor_override
-        arguments.append(layer.divisor_override)
+    ceil, include = layer.ceil_mode, layer.count_include_pad
     operator = getattr(functional, f"avg_pool{len(plane)}d")
-    return lambda x, _: (operator(x, *arguments), None)
+    if len(plane) == 1:  # which has no divisor_override
+        return lambda x, _: (operator(x, kernel, stride, padding, ceil, include), None)
+    divisor = layer.divisor_override
+    return lambda x, _: (operator(x, kernel, stride, padding, ceil, include, divisor), None)
 
 
 def _lp_pool(layer: Any, _: torch.dtype, plane: tuple[int, ...]) -> Run:  # noqa: ANN401

@@ -34,7 +34,7 @@ MOST_CHOICES = 256
 """A plan remembers its choice for so many counts of planes."""
 
 Share = Callable[[Callable[[int, int], None], int, int], None]
-"""Calls a function on ranges (start, stop) that make up a number of planes of so many bytes in all."""
+"""Calls a function on ranges (start, stop) that make up a number of planes, whose outputs have so many bytes."""
 
 EXPLAINED_PLANES = (1, 8, 64, 512, 4096)
 """For how many planes explain() says the choice."""
@@ -116,17 +116,22 @@ class Plan:
         return bind(self.layer, self.dtype, self.output_plane, channels_last=self.channels is not None)
 
     @cached_property
+    def _cells(self) -> int:
+        return prod(self.memory)
+
+    @cached_property
     def _chosen(self) -> dict[int, Row | None]:
         return {}
 
     def choose(self, planes: int) -> Row | None:
         """Give the row to compute that many planes by; None for torch's own operators."""
-        if planes not in self._chosen:
-            if len(self._chosen) >= MOST_CHOICES:
-                self._chosen.clear()
+        chosen = self._chosen
+        if planes not in chosen:
+            if len(chosen) >= MOST_CHOICES:
+                chosen.clear()
             case = Case(self.dtype, planes, self.memory, self.result, self.windows)
-            self._chosen[planes] = next((row for row in self.rows if row.pays(self, case)), None)
-        return self._chosen[planes]
+            chosen[planes] = next((row for row in self.rows if row.pays(self, case)), None)
+        return chosen[planes]
 
     def work(self, planes: int) -> int:
         """Count the cells that computing that many planes visits: what the work budget bounds."""
@@ -165,12 +170,11 @@ class Plan:
             The output, batched and contiguous in the same layout, and the indices where the layer returns them.
 
         """
-        lead = x.shape[: x.ndim - len(self.memory)]
-        planes = prod(lead)
+        planes = x.numel() // self._cells
         row = self.choose(planes)
         if row is None:
             return self.eager(x, indices)
-        output = x.new_empty((*lead, *self.result))
+        output = x.new_empty((*x.shape[: x.ndim - len(self.memory)], *self.result))
         places = x.new_empty(output.shape, dtype=torch.int64) if row.indices else None
         read, write = x.view(planes, *self.memory), output.view(planes, *self.result)
         place = None if places is None else places.view(planes, *self.result)
@@ -181,7 +185,7 @@ class Plan:
         if share is None:
             part(0, planes)
         else:
-            share(part, planes, x.nbytes)
+            share(part, planes, output.nbytes)
         return output, places
 
 
