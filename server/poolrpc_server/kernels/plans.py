@@ -6,6 +6,7 @@ gives torch's answer bit for bit (the sign of a zero aside, among maxima), so th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -125,13 +126,15 @@ class Plan:
 
     def choose(self, planes: int) -> Row | None:
         """Give the row to compute that many planes by; None for torch's own operators."""
-        chosen = self._chosen
-        if planes not in chosen:
-            if len(chosen) >= MOST_CHOICES:
-                chosen.clear()
+        try:
+            return self._chosen[planes]
+        except KeyError:
             case = Case(self.dtype, planes, self.memory, self.result, self.windows)
-            chosen[planes] = next((row for row in self.rows if row.pays(self, case)), None)
-        return chosen[planes]
+            chosen = next((row for row in self.rows if row.pays(self, case)), None)
+        if len(self._chosen) >= MOST_CHOICES:
+            self._chosen.clear()
+        self._chosen[planes] = chosen
+        return chosen
 
     def work(self, planes: int) -> int:
         """Count the cells that computing that many planes visits: what the work budget bounds."""
@@ -193,7 +196,8 @@ class Plan:
 def plan(layer: Layer, dtype: torch.dtype, plane: Sizes, channels: int | None, device: str) -> Plan:
     """Make a plan, or give the one that was made."""
     made = Plan(layer, dtype, plane, channels, device, layer.output_plane(plane))
-    log.debug("plan", plan=made.explain())
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("plan", plan=made.explain())
     return made
 
 
