@@ -160,8 +160,8 @@ def decode_layer(message: pool_pb2.Layer, path: str) -> Layer:
         if descriptor.name not in kinds and descriptor.name != "spatial_dims":
             msg = f"expected it unset, as {cls.__name__} has no such parameter, got {getattr(family, descriptor.name)}"
             raise InvalidArgumentError(msg, field=f"{path}.{descriptor.name}")
-    values = {parameter: kind.decode(family, parameter) for parameter, kind in kinds.items()}
     try:
+        values = {parameter: kind.decode(family, parameter) for parameter, kind in kinds.items()}
         return cls(**{parameter: value for parameter, value in values.items() if value is not UNSET})
     except InvalidArgumentError as error:
         raise error.under(path) from None

@@ -35,14 +35,14 @@ from poolrpc.codec import (
     encode_spec,
 )
 from poolrpc.layer_codec import decode_branches, decode_layer, encode_branches, encode_layer
-from poolrpc.limits import MAX_BRANCHES, MAX_CHAIN
+from poolrpc.limits import MAX_BRANCHES, MAX_CHAIN, MAX_RANK
 from poolrpc.tensors import ITEM_BYTES, TensorSpec
 from poolrpc.v1 import pool_pb2
 
 from .strategies import layers
 
 DIMS = st.integers(-(2**63), 2**63 - 1)
-SHAPES = st.lists(DIMS, max_size=6).map(tuple)
+SHAPES = st.lists(DIMS, max_size=MAX_RANK).map(tuple)
 LAYOUTS = st.sampled_from(["NCHW", "NHWC"])
 SPECS = st.builds(TensorSpec, st.sampled_from(list(ITEM_BYTES)), SHAPES, LAYOUTS)
 BRANCHES = st.lists(st.lists(layers(), min_size=1, max_size=3).map(tuple), min_size=1, max_size=3).map(tuple)
@@ -309,3 +309,10 @@ def test_the_payload_is_the_last_field(message):
     """A message's payload has its highest field number, so that it can be framed without a copy."""
     numbers = {field.name: field.number for field in message.DESCRIPTOR.fields}
     assert max(numbers, key=numbers.get) == "payload"
+
+
+def test_a_tensor_of_more_axes_than_any_layer_takes_is_refused_before_they_are_copied():
+    """A spec of six axes names its shape and says how many were given."""
+    message = pool_pb2.TensorSpec(dtype=pool_pb2.DATA_TYPE_FLOAT32, shape=[1] * 6)
+    with pytest.raises(InvalidArgumentError, match=r"^input\.shape: expected at most 5 dims, got 6$"):
+        decode_spec(message, "input")
