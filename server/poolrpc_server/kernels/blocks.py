@@ -1,7 +1,7 @@
 """Work in blocks of planes, small enough that a kernel's intermediates stay in the cache."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 
 import torch
@@ -25,23 +25,11 @@ _NARROWING: dict[tuple[int, int], tuple[torch.dtype, torch.dtype]] = {
 }
 
 
-def blocks(planes: int, bytes_per_plane: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) ranges that cover the planes, each of about TARGET_BYTES and never empty."""
-    step = block_planes(planes, bytes_per_plane)
-    for start in range(0, planes, step):
-        yield start, min(planes, start + step)
-
-
-def block_planes(planes: int, bytes_per_plane: int) -> int:
-    """How many planes a full block holds."""
-    return max(1, min(planes, TARGET_BYTES // max(1, bytes_per_plane)))
-
-
 class Program:
     """The torch calls of one kernel call, the same for every block; operands are lists with one view for each block."""
 
     def __init__(self, planes: int, bytes_per_plane: int) -> None:
-        self.step = block_planes(planes, bytes_per_plane)
+        self.step = max(1, min(planes, TARGET_BYTES // max(1, bytes_per_plane)))
         self.full, self.tail = divmod(planes, self.step)
         self.calls: list[Call] = []
 
