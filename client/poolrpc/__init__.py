@@ -1,8 +1,9 @@
 """poolrpc: PyTorch's pooling layers over gRPC, for clients without PyTorch."""
 
 from poolrpc._version import __version__
+from poolrpc.async_client import AsyncPoolClient
 from poolrpc.chains import branch_shapes
-from poolrpc.client import AsyncPoolClient, PoolClient, PoolResult
+from poolrpc.client import PoolClient
 from poolrpc.codec import Limit, ServerInfo
 from poolrpc.errors import (
     CancelledError,
@@ -46,6 +47,7 @@ from poolrpc.layers import (
     MaxUnpool2d,
     MaxUnpool3d,
 )
+from poolrpc.transfer import PoolResult
 
 __all__ = [
     "LAYERS",

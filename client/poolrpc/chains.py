@@ -1,13 +1,16 @@
-"""Chains and branches: which layers may follow which, and the shape after every step, in either layout."""
+"""Chains and branches: which layers may follow which, the shape after every step, in either layout, and planes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
 from typing import TypeAlias
 
 from poolrpc.errors import InvalidArgumentError
 from poolrpc.layers import Layer
 from poolrpc.shapes import check_shape, clip
+from poolrpc.tensors import ITEM_BYTES, TensorSpec
 
 Shape: TypeAlias = tuple[int, ...]
 Chain: TypeAlias = tuple[Layer, ...]
@@ -108,3 +111,37 @@ def branch_shapes(shape: Shape, branches: Sequence[Chain], layout: str = "NCHW")
 def step_path(branch: int, step: int, layer: Layer) -> str:
     """Give the path of a layer in a request."""
     return f"branches[{branch}].layers[{step}].{layer.family}"
+
+
+@dataclass(frozen=True, slots=True)
+class Planes:
+    """A tensor as planes that may travel apart. Channels-last planes of an image lie together, and count as one.
+
+    Attributes:
+        spec: The tensor.
+        spatial_dims: How many of its axes are spatial.
+
+    """
+
+    spec: TensorSpec
+    spatial_dims: int
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return prod(self.spec.shape[: -self._tail])
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of one, whether there is one or not."""
+        return prod(self.spec.shape[-self._tail :]) * ITEM_BYTES[self.spec.dtype]
+
+    def part(self, count: int) -> TensorSpec:
+        """Describe so many of them as a batched tensor."""
+        tail = self.spec.shape[-self._tail :]
+        lead = (1, count) if self.spec.layout == "NCHW" else (count,)
+        return TensorSpec(self.spec.dtype, (*lead, *tail), self.spec.layout)
+
+    @property
+    def _tail(self) -> int:
+        return self.spatial_dims if self.spec.layout == "NCHW" else self.spatial_dims + 1

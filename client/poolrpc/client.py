@@ -1,191 +1,38 @@
-"""The clients: PoolClient and its asyncio twin, which differ in nothing but how they wait.
-
-_Settings holds what both share: the channel's options, and the pure steps from arguments to a message and from a
-message to results. A client only does the I/O between these.
-"""
+"""PoolClient: the I/O between the pure steps of poolrpc.settings and poolrpc.transfer."""
 
 from __future__ import annotations
 
-import json
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Self
 
 import grpc
-from grpc import aio
 
 from poolrpc import codec
-from poolrpc._version import __version__
-from poolrpc.chains import Chain, Shape, as_chain, check_layout
-from poolrpc.errors import LimitExceededError, PoolError
-from poolrpc.limits import MAX_MESSAGE_BYTES, MAX_NUMEL
+from poolrpc.chains import Shape, as_chain
+from poolrpc.coalesce import IN_FLIGHT, MAX_IN_FLIGHT, Group, Grouping, Order, Outcome, bar
+from poolrpc.errors import NotFoundError, PoolError
 from poolrpc.parameters import integer
-from poolrpc.status import DETAILS_KEY, RAISE_HINT, decode_error
-from poolrpc.tensors import Array, as_array, from_raw, raw, spec_of, split
-from poolrpc.v1 import pool_pb2, pool_pb2_grpc, standard_pb2
+from poolrpc.settings import Out, Settings
+from poolrpc.status import translated
+from poolrpc.streaming import StreamCall
+from poolrpc.transfer import (
+    Crossing,
+    PoolResult,
+    Progress,
+    Transfer,
+    by_size,
+)
+from poolrpc.v1 import pool_pb2, standard_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
+    from concurrent.futures import Future
 
     from poolrpc.layers import Layer
 
-SERVICE = "poolrpc.v1.PoolService"
-HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 
-# Pooling changes nothing on the server, so a call that found it full, draining or gone may be tried again: by gRPC
-# itself, at most five times, with growing random pauses, and (the throttling) not while most tries fail.
-SERVICE_CONFIG = {
-    "loadBalancingConfig": [{"round_robin": {}}],
-    "methodConfig": [
-        {
-            "name": [{"service": SERVICE}],
-            "retryPolicy": {
-                "maxAttempts": 5,
-                "initialBackoff": "0.1s",
-                "maxBackoff": "2s",
-                "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
-            },
-        }
-    ],
-    "retryThrottling": {"maxTokens": 20, "tokenRatio": 0.5},
-}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PoolResult:
-    """What one branch gave.
-
-    Attributes:
-        output: The output, of the input's dtype and layout.
-        shapes: The shape after every layer of the chain.
-        indices: The places of the maxima (int64, the output's shape) where the last layer has return_indices, as torch
-            counts them: in the flattened channels-first input plane. None elsewhere.
-
-    """
-
-    output: Array
-    shapes: tuple[Shape, ...]
-    indices: Array | None = None
-
-    @property
-    def shape(self) -> Shape:
-        """The shape of the output."""
-        return self.shapes[-1]
-
-    def __repr__(self) -> str:
-        """Describe the result without its contents."""
-        indices = "" if self.indices is None else ", with indices"
-        return f"<PoolResult {self.output.dtype.name} {' -> '.join(map(str, self.shapes))}{indices}>"
-
-
-@contextmanager
-def _translated() -> Iterator[None]:
-    """Turn gRPC's errors, of both worlds, into the tree of poolrpc.errors."""
-    try:
-        yield
-    except grpc.RpcError as error:
-        # Every RpcError of a call is a Call too, in both worlds.
-        call: Any = error
-        details = None
-        for key, value in call.trailing_metadata() or ():
-            if key == DETAILS_KEY:
-                details = value
-        raise decode_error(call.code().name, call.details() or "", details) from error
-
-
-class _Settings:
-    """What a client was told, and the pure steps on both sides of its calls."""
-
-    def __init__(  # noqa: PLR0913 - the settings of a client, all but one by keyword
-        self,
-        address: str = "127.0.0.1:50051",
-        *,
-        credentials: grpc.ChannelCredentials | None = None,
-        metadata: Sequence[tuple[str, str]] = (),
-        options: Mapping[str, Any] | Iterable[tuple[str, Any]] = (),
-        timeout: float | None = 60.0,
-        max_message_bytes: int = MAX_MESSAGE_BYTES,
-    ) -> None:
-        """Make a client; it connects on the first call.
-
-        Args:
-            address: "host:port", "dns:///name:port" (calls take turns over all its addresses) or "unix:PATH".
-            credentials: For TLS, from grpc.ssl_channel_credentials. None: plaintext.
-            metadata: Pairs that go with every call.
-            options: gRPC channel arguments, before which the client's own give way.
-            timeout: Seconds for a call that names none. None: no limit.
-            max_message_bytes: The largest message, each way; the server has a limit of its own.
-
-        """
-        self.address = address
-        self.timeout = timeout
-        self.max_message_bytes = max_message_bytes
-        self._credentials = credentials
-        self._metadata = tuple(metadata)
-        self._options: list[tuple[str, Any]] = list(
-            {
-                "grpc.max_send_message_length": max_message_bytes,
-                "grpc.max_receive_message_length": max_message_bytes,
-                "grpc.service_config": json.dumps(SERVICE_CONFIG),
-                # A call is only tried again while its message is kept, and gRPC keeps 256 KB unless told otherwise.
-                "grpc.per_rpc_retry_buffer_size": max_message_bytes,
-                "grpc.primary_user_agent": f"poolrpc/{__version__}",
-                **dict(options),
-            }.items()
-        )
-        self._closed = False
-        self._connect()
-
-    def _connect(self) -> None:
-        raise NotImplementedError
-
-    def __repr__(self) -> str:
-        """Name the address alone: metadata and credentials may be secrets."""
-        return f"{type(self).__name__}({self.address!r})"
-
-    def _call(self, timeout: float | None) -> dict[str, Any]:
-        if self._closed:
-            msg = f"{self!r} is closed"
-            raise PoolError(msg, reason="CLOSED")
-        return {"timeout": self.timeout if timeout is None else timeout, "metadata": self._metadata}
-
-    def _request(
-        self, x: object, branches: Iterable[Layer | Iterable[Layer]], indices: object, layout: str
-    ) -> pool_pb2.PoolRequest:
-        check_layout(layout)
-        chains: tuple[Chain, ...] = tuple(map(as_chain, branches))
-        arrays = [as_array(x)] if indices is None else [as_array(x), as_array(indices)]
-        specs = [spec_of(array, layout) for array in arrays]
-        nbytes = sum(array.nbytes for array in arrays)
-        if nbytes > self.max_message_bytes:
-            msg = f"expected tensors of at most {self.max_message_bytes} bytes in a message, got {nbytes}; {RAISE_HINT}"
-            limits = {"limit": str(self.max_message_bytes), "actual": str(nbytes)}
-            raise LimitExceededError(msg, reason="MESSAGE_TOO_LARGE", metadata=limits)
-        request = codec.Request(specs[0], chains, *specs[1:])
-        return codec.encode_request(request, b"".join(map(raw, arrays)))
-
-    def _results(self, message: pool_pb2.PoolResponse) -> list[PoolResult]:
-        results = codec.decode_response(message)
-        pieces = iter(split(message.payload, [spec for each in results for spec in each.specs]))
-        return [
-            PoolResult(
-                from_raw(each.output, next(pieces)),
-                each.shapes,
-                None if each.indices is None else from_raw(each.indices, next(pieces)),
-            )
-            for each in results
-        ]
-
-    def _shape_request(
-        self, shape: Iterable[int], layers: Layer | Iterable[Layer], layout: str
-    ) -> pool_pb2.InferShapeRequest:
-        check_layout(layout)
-        sizes = tuple(integer("shape", size, 0, MAX_NUMEL) for size in shape)
-        return codec.encode_shape_request(sizes, [as_chain(layers)], layout)
-
-
-class PoolClient(_Settings):
+class PoolClient(Settings):
     """A connection to a pool server. Any number of threads may use one; it doesn't survive a fork.
 
     Every method raises a poolrpc.PoolError where the server, or the way to it, does: see poolrpc.errors for the tree.
@@ -193,57 +40,171 @@ class PoolClient(_Settings):
     """
 
     def _connect(self) -> None:
-        if self._credentials is None:
-            self._channel = grpc.insecure_channel(self.address, self._options)
-        else:
-            self._channel = grpc.secure_channel(self.address, self._credentials, self._options)
-        self._stub = pool_pb2_grpc.PoolServiceStub(self._channel)
-        self._health = self._channel.unary_unary(
-            HEALTH_CHECK,
-            standard_pb2.HealthCheckRequest.SerializeToString,
-            standard_pb2.HealthCheckResponse.FromString,
-        )
+        self._channel = self._blocking_channel()
+        self._pool_stream = self._streams_of(self._channel)
+        self._bind(self._channel)
 
-    def pool(
+    def pool(  # noqa: PLR0913 - options, all by keyword
         self,
         x: object,
         layers: Layer | Iterable[Layer],
         *,
         indices: object = None,
         layout: str = "NCHW",
+        out: Out | None = None,
         timeout: float | None = None,
+        transport: str | None = None,
+        copy: bool = True,
+        progress: Progress | None = None,
     ) -> PoolResult:
         """Run a layer, or a chain of layers, on a tensor.
 
         Args:
             x: An array of (N, C, spatial...) or (C, spatial...); anything with `__array__` or DLPack, a torch tensor
-                too. bfloat16 as ml_dtypes has it.
+                too. bfloat16 as ml_dtypes has it. A C-contiguous np.memmap is read block by block.
             layers: One layer, or several, each of which takes the output of the one before.
             indices: For MaxUnpool: int64, of x's shape.
             layout: "NCHW", or "NHWC" for channels last; of any number of spatial axes; the output has it too.
-            timeout: Seconds. None: the client's.
+            out: An array for the output, an np.memmap perhaps, C-contiguous and of its shape and dtype; or a pair of
+                arrays, for the output and the indices. None: a new one.
+            timeout: Seconds, math.inf for no limit. None: the client's.
+            transport: "unary", "stream" or "arena". None: what is fastest for the size and the address.
+            copy: Whether results that come by the arena are copied out of it. Where not, they stay there, and its
+                memory is taken for as long as they, or views of them, live.
+            progress: Called with the number of planes that are done and that of all, whenever some are.
 
         Raises:
             PoolError: Of the class that says what went wrong; InvalidArgumentError has the paths of fields at fault.
 
         """
-        return self.pool_each(x, [layers], indices=indices, layout=layout, timeout=timeout)[0]
+        return self.pool_each(
+            x,
+            [layers],
+            indices=indices,
+            layout=layout,
+            out=None if out is None else [out],
+            timeout=timeout,
+            transport=transport,
+            copy=copy,
+            progress=progress,
+        )[0]
 
-    def pool_each(
+    def pool_each(  # noqa: PLR0913 - options, all by keyword
         self,
         x: object,
         branches: Iterable[Layer | Iterable[Layer]],
         *,
         indices: object = None,
         layout: str = "NCHW",
+        out: Sequence[Out | None] | None = None,
         timeout: float | None = None,
+        transport: str | None = None,
+        copy: bool = True,
+        progress: Progress | None = None,
     ) -> list[PoolResult]:
-        """Run each of several layers or chains on the same tensor, which is sent once; the rest is as in pool."""
-        call = self._call(timeout)
-        request = self._request(x, branches, indices, layout)
-        with _translated():
-            response = self._stub.Pool(request, **call)
-        return self._results(response)
+        """Run each of several layers or chains on the same tensor, which is sent once.
+
+        `out` has an entry for each; the rest is as in pool.
+        """
+        return self._run(self._transfer(x, branches, indices, layout, out), transport, timeout, progress, copy=copy)
+
+    def _run(
+        self,
+        transfer: Transfer,
+        transport: str | None,
+        timeout: float | None,
+        progress: Progress | None = None,
+        *,
+        copy: bool = True,
+    ) -> list[PoolResult]:
+        call, path = self._call(timeout), self._path(transfer, transport)
+        if path == "arena":
+            results = self._cross(transfer, call, progress, copy=copy, required=transport is not None)
+            if results is not None:
+                return results
+            path = by_size(transfer)
+        try:
+            if path == "stream":
+                return self._stream(transfer, call, progress)
+            response = self._pool(transfer.message(self.max_message_bytes), **call)
+        except grpc.RpcError as error:
+            raise translated(error) from error
+        return transfer.results(response, progress)
+
+    def _cross(
+        self, transfer: Transfer, call: dict[str, Any], progress: Progress | None, *, copy: bool, required: bool
+    ) -> list[PoolResult] | None:
+        crossing = None if self._arenas is None else Crossing.begin(transfer, self._arenas)
+        if crossing is None:
+            if required:
+                raise self._no_arena()
+            return None
+        try:
+            with crossing.kept():
+                response = self._pool(crossing.message, **call)
+        except NotFoundError:  # the server is another one by now
+            if required:
+                raise
+            return None
+        return crossing.results(response, copy=copy, progress=progress)
+
+    def _stream(self, transfer: Transfer, call: dict[str, Any], progress: Progress | None) -> list[PoolResult]:
+        return StreamCall(self._pool_stream, transfer, call).run(progress)
+
+    def map(  # noqa: PLR0913 - options, all by keyword
+        self,
+        tensors: Iterable[object],
+        layers: Layer | Iterable[Layer],
+        *,
+        layout: str = "NCHW",
+        in_flight: int = IN_FLIGHT,
+        progress: bool = False,
+        return_exceptions: bool = False,
+        timeout: float | None = None,
+    ) -> Iterator[PoolResult]:
+        """Run a layer, or a chain of layers, on each of many tensors, and give the results in order as they come.
+
+        Tensors that follow each other with one dtype and plane size travel together, and several requests are under
+        way at a time; of both, tensors and results, only so many are in memory.
+
+        Args:
+            tensors: As pool takes them, of any sizes; a generator is read as far ahead as is under
+                way, so an array of its must stay as it is until its result is given.
+            layers: As in pool.
+            layout: As in pool.
+            in_flight: Requests under way at a time, at least 1.
+            progress: Whether to show a bar, where tqdm is installed.
+            return_exceptions: Whether a tensor that fails gives its error, as the result in its place; else that is
+                raised when its turn comes, its `tensor` being the number of the tensor, counted from 0.
+            timeout: As in pool, for each request.
+
+        Raises:
+            PoolError: A tensor failed, of the class that says how.
+
+        """
+        chain = as_chain(layers)
+        integer("in_flight", in_flight, 1, MAX_IN_FLIGHT)
+
+        def outcomes(group: Group) -> list[Outcome]:
+            try:
+                return group.outcomes(self._run(group.transfer(), None, timeout)[0])
+            except PoolError as error:
+                if group.blames(error):
+                    return [outcome for each in group.apart() for outcome in outcomes(each)]
+                return group.failed(error)
+
+        with bar(tensors, shown=progress) as advance, ThreadPoolExecutor(in_flight, "poolrpc-map") as executor:
+            under_way: deque[Future[list[Outcome]]] = deque()
+            order, grouping = Order(return_exceptions), Grouping(chain, layout)
+            try:
+                for group in grouping.over(tensors):
+                    under_way.append(executor.submit(outcomes, group))
+                    if len(under_way) > in_flight:
+                        yield from order.give(under_way.popleft().result(), advance)
+                while under_way:
+                    yield from order.give(under_way.popleft().result(), advance)
+            finally:
+                executor.shutdown(wait=False, cancel_futures=True)
 
     def output_shape(
         self,
@@ -256,25 +217,33 @@ class PoolClient(_Settings):
         """Ask the server for the shape that pool would give; layer.output_shape(shape) is the same, offline."""
         call = self._call(timeout)
         request = self._shape_request(shape, layers, layout)
-        with _translated():
+        try:
             response = self._stub.InferShape(request, **call)
+        except grpc.RpcError as error:
+            raise translated(error) from error
         return codec.decode_shape_response(response)[0][-1]
 
     def server_info(self, *, timeout: float | None = None) -> codec.ServerInfo:
         """Ask the server for its versions, device, layers with their dtypes, and limits."""
-        with _translated():
+        try:
             response = self._stub.GetServerInfo(pool_pb2.GetServerInfoRequest(), **self._call(timeout))
+        except grpc.RpcError as error:
+            raise translated(error) from error
         return codec.decode_info(response)
 
     def health(self, service: str = "", *, timeout: float | None = None) -> str:
         """Ask for the health of a service by grpc.health.v1: "SERVING" or "NOT_SERVING". Empty: the server's."""
-        with _translated():
+        try:
             response = self._health(standard_pb2.HealthCheckRequest(service=service), **self._call(timeout))
+        except grpc.RpcError as error:
+            raise translated(error) from error
         return codec.decode_health(response)
 
     def close(self) -> None:
         """End the connection and whatever calls are under way."""
         self._closed = True
+        if self._arenas is not None:
+            self._arenas.close()
         self._channel.close()
 
     def __enter__(self) -> Self:
@@ -284,88 +253,3 @@ class PoolClient(_Settings):
     def __exit__(self, *_: object) -> None:
         """Close the client."""
         self.close()
-
-
-class AsyncPoolClient(_Settings):
-    """PoolClient for asyncio: the same methods, awaited. Make it and use it in one event loop."""
-
-    def _connect(self) -> None:
-        if self._credentials is None:
-            self._channel = aio.insecure_channel(self.address, self._options)
-        else:
-            self._channel = aio.secure_channel(self.address, self._credentials, self._options)
-        self._stub = pool_pb2_grpc.PoolServiceStub(self._channel)
-        self._health = self._channel.unary_unary(
-            HEALTH_CHECK,
-            standard_pb2.HealthCheckRequest.SerializeToString,
-            standard_pb2.HealthCheckResponse.FromString,
-        )
-
-    async def pool(
-        self,
-        x: object,
-        layers: Layer | Iterable[Layer],
-        *,
-        indices: object = None,
-        layout: str = "NCHW",
-        timeout: float | None = None,  # noqa: ASYNC109 - gRPC's deadline, which the server sees too
-    ) -> PoolResult:
-        """Run a layer, or a chain of layers, on a tensor: PoolClient.pool."""
-        results = await self.pool_each(x, [layers], indices=indices, layout=layout, timeout=timeout)
-        return results[0]
-
-    async def pool_each(
-        self,
-        x: object,
-        branches: Iterable[Layer | Iterable[Layer]],
-        *,
-        indices: object = None,
-        layout: str = "NCHW",
-        timeout: float | None = None,  # noqa: ASYNC109 - gRPC's deadline, which the server sees too
-    ) -> list[PoolResult]:
-        """Run each of several layers or chains on the same tensor: PoolClient.pool_each."""
-        call = self._call(timeout)
-        request = self._request(x, branches, indices, layout)
-        with _translated():
-            response = await self._stub.Pool(request, **call)
-        return self._results(response)
-
-    async def output_shape(
-        self,
-        shape: Iterable[int],
-        layers: Layer | Iterable[Layer],
-        *,
-        layout: str = "NCHW",
-        timeout: float | None = None,  # noqa: ASYNC109 - gRPC's deadline, which the server sees too
-    ) -> Shape:
-        """Ask the server for the shape that pool would give: PoolClient.output_shape."""
-        call = self._call(timeout)
-        request = self._shape_request(shape, layers, layout)
-        with _translated():
-            response = await self._stub.InferShape(request, **call)
-        return codec.decode_shape_response(response)[0][-1]
-
-    async def server_info(self, *, timeout: float | None = None) -> codec.ServerInfo:  # noqa: ASYNC109 - gRPC's deadline
-        """Ask the server what it is: PoolClient.server_info."""
-        with _translated():
-            response = await self._stub.GetServerInfo(pool_pb2.GetServerInfoRequest(), **self._call(timeout))
-        return codec.decode_info(response)
-
-    async def health(self, service: str = "", *, timeout: float | None = None) -> str:  # noqa: ASYNC109 - gRPC's deadline
-        """Ask for the health of a service: PoolClient.health."""
-        with _translated():
-            response = await self._health(standard_pb2.HealthCheckRequest(service=service), **self._call(timeout))
-        return codec.decode_health(response)
-
-    async def close(self) -> None:
-        """End the connection and whatever calls are under way."""
-        self._closed = True
-        await self._channel.close()
-
-    async def __aenter__(self) -> Self:
-        """Give the client, to be closed at the end."""
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        """Close the client."""
-        await self.close()

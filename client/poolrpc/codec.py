@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from poolrpc.chains import branch_shapes
 from poolrpc.errors import InvalidArgumentError
 from poolrpc.layer_codec import decode_branches, encode_branches
 from poolrpc.limits import MAX_RANK
@@ -48,6 +49,46 @@ class Request:
     def specs(self) -> tuple[TensorSpec, ...]:
         """The tensors of the payload, in order."""
         return (self.input,) if self.indices is None else (self.input, self.indices)
+
+    def shapes(self) -> list[tuple[Shape, ...]]:
+        """Give, for each branch, the shape after every layer.
+
+        Raises:
+            InvalidArgumentError: The layers don't fit the input or each other; paths are the request's.
+
+        """
+        try:
+            return branch_shapes(self.input.shape, self.branches, self.input.layout)
+        except InvalidArgumentError as error:
+            raise error.under("input") if error.violations[0].field == "shape" else error from None
+
+    def results(self) -> tuple[BranchResult, ...]:
+        """Give what comes of each branch; the rest is as in shapes."""
+        spec = self.input
+        return tuple(
+            BranchResult(
+                steps,
+                TensorSpec(spec.dtype, steps[-1], spec.layout),
+                TensorSpec("int64", steps[-1], spec.layout) if chain[-1].gives_indices else None,
+            )
+            for chain, steps in zip(self.branches, self.shapes(), strict=True)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaRanges:
+    """Where in an arena a request's tensors are.
+
+    Attributes:
+        arena_id: The arena.
+        input: The offset and the length of the range with the inputs.
+        output: The same of the range for the outputs.
+
+    """
+
+    arena_id: bytes
+    input: tuple[int, int]
+    output: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,18 +164,32 @@ def decode_shapes(messages: Iterable[pool_pb2.Shape]) -> tuple[Shape, ...]:
     return tuple(tuple(each.dims) for each in messages)
 
 
-def encode_request(request: Request, payload: bytes) -> pool_pb2.PoolRequest:
-    """Give a request's message."""
-    return pool_pb2.PoolRequest(
+def encode_request(request: Request, ranges: ArenaRanges | None = None) -> pool_pb2.PoolRequest:
+    """Give a request's message, without its payload."""
+    message = pool_pb2.PoolRequest(
         input=encode_spec(request.input),
         indices=None if request.indices is None else encode_spec(request.indices),
         branches=encode_branches(request.branches),
-        payload=payload,
+    )
+    if ranges is not None:
+        message.arena.arena_id = ranges.arena_id
+        message.arena.input.offset, message.arena.input.length = ranges.input
+        message.arena.output.offset, message.arena.output.length = ranges.output
+    return message
+
+
+def decode_ranges(message: pool_pb2.PoolRequest) -> ArenaRanges | None:
+    """Give the ranges of a message that has its tensors in an arena."""
+    if not message.HasField("arena"):
+        return None
+    arena = message.arena
+    return ArenaRanges(
+        arena.arena_id, (arena.input.offset, arena.input.length), (arena.output.offset, arena.output.length)
     )
 
 
 def decode_request(message: pool_pb2.PoolRequest) -> Request:
-    """Give what a message says; its payload stays in it.
+    """Give what a message says, its payload apart.
 
     Raises:
         InvalidArgumentError: A field is out of its range.
@@ -148,30 +203,27 @@ def decode_request(message: pool_pb2.PoolRequest) -> Request:
     )
 
 
-def encode_response(results: Iterable[BranchResult], payload: bytes) -> pool_pb2.PoolResponse:
-    """Give the message of results."""
-    return pool_pb2.PoolResponse(
-        results=[
-            pool_pb2.BranchResult(
-                shapes=encode_shapes(each.shapes),
-                output=encode_spec(each.output),
-                indices=None if each.indices is None else encode_spec(each.indices),
-            )
-            for each in results
-        ],
-        payload=payload,
-    )
+def encode_results(results: Iterable[BranchResult]) -> list[pool_pb2.BranchResult]:
+    """Give the messages of results."""
+    return [
+        pool_pb2.BranchResult(
+            shapes=encode_shapes(each.shapes),
+            output=encode_spec(each.output),
+            indices=None if each.indices is None else encode_spec(each.indices),
+        )
+        for each in results
+    ]
 
 
-def decode_response(message: pool_pb2.PoolResponse) -> list[BranchResult]:
-    """Give the results of a message; their bytes stay in its payload."""
+def decode_results(messages: Iterable[pool_pb2.BranchResult]) -> list[BranchResult]:
+    """Give the results of messages."""
     return [
         BranchResult(
             decode_shapes(each.shapes),
             decode_spec(each.output, f"results[{i}].output"),
             decode_spec(each.indices, f"results[{i}].indices") if each.HasField("indices") else None,
         )
-        for i, each in enumerate(message.results)
+        for i, each in enumerate(messages)
     ]
 
 

@@ -51,6 +51,7 @@ class PoolError(Exception):
         message: What happened.
         reason: Why, in UPPER_SNAKE_CASE; stable, for programs.
         metadata: What the reason is about, such as a limit and the actual value.
+        tensor: In a map, the number of the tensor that failed, counted from 0.
 
     """
 
@@ -62,6 +63,7 @@ class PoolError(Exception):
         self.message = message
         self.reason = reason or self.default_reason
         self.metadata = dict(metadata or {})
+        self.tensor: int | None = None
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle what the error is, not the arguments that it was made with."""

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from poolrpc.chains import Chain
-    from poolrpc.client import PoolResult
     from poolrpc.tensors import Array
+    from poolrpc.transfer import PoolResult
 
 
 @dataclass(frozen=True, slots=True, eq=False)

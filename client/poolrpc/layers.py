@@ -7,9 +7,9 @@ the work of a call is counted.
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from math import inf, prod
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from poolrpc.errors import InvalidArgumentError
 from poolrpc.limits import MAX_FRACTIONAL_AXIS, MAX_NORM, MAX_NUMEL
@@ -48,6 +48,9 @@ DTYPES: dict[str, tuple[str, ...]] = {
     "GlobalMaxPool": FLOATS + INTEGERS,
     "GlobalAvgPool": FLOATS,
 }
+
+SEED_STEP = 0x9E3779B97F4A7C15
+"""SplitMix64's: what its state grows by from one sample to the next (Steele, Lea and Flood, OOPSLA 2014)."""
 
 
 class Layer:
@@ -111,6 +114,10 @@ class Layer:
     def work(self, plane: tuple[int, ...]) -> int:
         """Count the cells that torch visits on such a plane: those of every window."""
         return prod(self.output_plane(plane)) * prod(self.window(plane))
+
+    def at_plane(self, first: int) -> Self:  # noqa: ARG002 - for layers to which it makes a difference
+        """Give the layer that pools a tensor's planes from number `first` on as this one pools the whole tensor."""
+        return self
 
     def __repr__(self) -> str:
         """Give an expression that parse_layer reads back: required parameters in order, others where not default."""
@@ -450,6 +457,10 @@ class _FractionalMaxPool(Layer):
 
     def window(self, plane: tuple[int, ...]) -> tuple[int, ...]:
         return spread(self.kernel_size, len(plane))
+
+    def at_plane(self, first: int) -> Self:
+        # A plane takes as many steps of the generator as it has axes, and to begin some steps on is to add them.
+        return replace(self, seed=(self.seed + first * self.spatial_dims * SEED_STEP) % 2**64)
 
 
 class FractionalMaxPool2d(_FractionalMaxPool):

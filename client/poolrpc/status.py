@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from google.protobuf.message import DecodeError
 
@@ -101,3 +101,12 @@ def decode_error(code: str, message: str, details: bytes | None) -> PoolError:
     if not BY_CODE.get(code):
         message = f"{code}: {message}"
     return cls(message, reason=info.reason, metadata=metadata)
+
+
+def translated(error: Any) -> PoolError:  # noqa: ANN401 - in both worlds it is a grpc.Call too, which no type says
+    """Give the grpc.RpcError of a call, of either world, as one of the tree of poolrpc.errors."""
+    details = None
+    for key, value in error.trailing_metadata() or ():
+        if key == DETAILS_KEY:
+            details = value
+    return decode_error(error.code().name, error.details() or "", details)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -14,7 +15,7 @@ from poolrpc.errors import InvalidArgumentError, PoolError, UnsupportedError
 from poolrpc.shapes import clip
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
@@ -32,6 +33,9 @@ ITEM_BYTES: dict[str, int] = {
     "bool": 1,
 }
 """Every dtype that has a name on the wire, and its bytes an element."""
+
+ALIGNMENT = 64
+"""Bytes, of the start of each tensor in memory that is shared or lent: a line of the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +135,22 @@ def spec_of(array: Array, layout: str = "NCHW") -> TensorSpec:
         UnsupportedError: No layer takes its dtype.
 
     """
-    name = array.dtype.name
+    return TensorSpec(dtype_name(array.dtype), array.shape, layout)
+
+
+@lru_cache(256)
+def dtype_name(dtype: np.dtype[Any]) -> str:
+    """Give the name of a dtype on the wire.
+
+    Raises:
+        UnsupportedError: No layer takes it.
+
+    """
+    name = dtype.name
     if name not in ITEM_BYTES:
         msg = f"expected one of {', '.join(ITEM_BYTES)}, got {clip(name)}"
         raise UnsupportedError(msg, reason="DTYPE", metadata={"dtypes": ",".join(ITEM_BYTES)})
-    return TensorSpec(name, array.shape, layout)
+    return name
 
 
 def raw(array: Array) -> memoryview:
@@ -158,6 +173,21 @@ def split(payload: Bytes, specs: Sequence[TensorSpec]) -> list[memoryview]:
         raise InvalidArgumentError(msg, field="payload")
     view, ends = memoryview(payload), accumulate((spec.nbytes for spec in specs), initial=0)
     return [view[start:end] for start, end in pairwise(ends)]
+
+
+def align(place: int) -> int:
+    """Give the next multiple of ALIGNMENT."""
+    return -(-place // ALIGNMENT) * ALIGNMENT
+
+
+def spans(specs: Iterable[TensorSpec]) -> tuple[list[tuple[int, int]], int]:
+    """Lay tensors out in one piece of memory, each at a multiple of ALIGNMENT; give where each is, and the end."""
+    places, end = [], 0
+    for spec in specs:
+        start = align(end)
+        end = start + spec.nbytes
+        places.append((start, end))
+    return places, end
 
 
 def from_raw(spec: TensorSpec, data: Bytes) -> Array:

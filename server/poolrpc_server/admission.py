@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import threading
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from poolrpc.errors import UnavailableError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 RETRY_DELAY = 0.1
 """Seconds that a refused caller is asked to wait: about what a large request takes."""
@@ -23,32 +18,41 @@ class Admission:
         self._held = 0
         self._lock = threading.Lock()
 
-    @contextmanager
-    def hold(self, nbytes: int) -> Iterator[Callable[[int], None]]:
-        """Count `nbytes` for as long as the context lasts, and give the way to count more for the same call.
+    def hold(self, nbytes: int) -> Held:
+        """Give a context in which `nbytes` are counted; a call of any size fits alone.
 
-        Raises:
-            UnavailableError: They don't fit beside other calls; so too from what the context gives. A call of any size
-                fits alone.
-
+        Entering it raises UnavailableError where they don't fit beside other calls.
         """
-        own = 0
+        return Held(self, nbytes)
 
-        def more(nbytes: int) -> None:
-            nonlocal own
-            with self._lock:
-                if self._held > own and self._held + nbytes > self._limit:
-                    msg = (
-                        f"expected at most {self._limit} bytes under way, got {self._held} and {nbytes} more; try again"
-                    )
-                    limits = {"limit": str(self._limit), "actual": str(self._held + nbytes)}
-                    raise UnavailableError(msg, reason="IN_FLIGHT_BYTES", metadata=limits, retry_delay=RETRY_DELAY)
-                self._held += nbytes
-                own += nbytes
+    def take(self, nbytes: int) -> None:
+        """Count bytes; the rest is as in hold."""
+        with self._lock:
+            if self._held and self._held + nbytes > self._limit:
+                msg = f"expected at most {self._limit} bytes under way, got {self._held} and {nbytes} more; try again"
+                limits = {"limit": str(self._limit), "actual": str(self._held + nbytes)}
+                raise UnavailableError(msg, reason="IN_FLIGHT_BYTES", metadata=limits, retry_delay=RETRY_DELAY)
+            self._held += nbytes
 
-        more(nbytes)
-        try:
-            yield more
-        finally:
-            with self._lock:
-                self._held -= own
+    def give_back(self, nbytes: int) -> None:
+        """Count bytes no more."""
+        with self._lock:
+            self._held -= nbytes
+
+
+class Held:
+    """Bytes that are counted for as long as the context lasts."""
+
+    __slots__ = ("_admission", "_nbytes")
+
+    def __init__(self, admission: Admission, nbytes: int) -> None:
+        self._admission = admission
+        self._nbytes = nbytes
+
+    def __enter__(self) -> None:
+        """Count them."""
+        self._admission.take(self._nbytes)
+
+    def __exit__(self, *_: object) -> None:
+        """Give them back."""
+        self._admission.give_back(self._nbytes)

@@ -16,17 +16,18 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from poolrpc import PoolClient, __version__
+from poolrpc.arena import unix_path
 from poolrpc.codec import Limit, ServerInfo
 from poolrpc.layers import DTYPES
 from poolrpc.limits import MAX_BRANCHES, MAX_CHAIN, MAX_FRACTIONAL_AXIS, MAX_NUMEL, MAX_PARAMETER
-from poolrpc.v1 import pool_pb2_grpc
 from poolrpc_server.admission import Admission
+from poolrpc_server.arena import ArenaListener, find_in
 from poolrpc_server.config import Config, ConfigError
 from poolrpc_server.dispatch import Dispatcher
 from poolrpc_server.doors.native import SERVICE, PoolDoor
 from poolrpc_server.engine import Engine
 from poolrpc_server.interceptors import CallInterceptor
-from poolrpc_server.logs import log
+from poolrpc_server.logs import CallLog, log
 from poolrpc_server.validate import Limits
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ CONFIGURED_LIMITS = (
     "max_output_growth",
     "max_work",
     "max_inflight_bytes",
+    "max_arena_bytes",
+    "max_arenas",
+    "max_streams",
 )
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -65,12 +69,14 @@ class Server:
             raise ConfigError(str(error)) from None
         self.info = _describe(config, engine)
         self._engine = engine
-        limits = Limits(config.max_output_bytes, config.max_output_growth, config.max_work)
-        dispatcher = Dispatcher(limits, Admission(config.max_inflight_bytes), engine, self.info)
+        limits = Limits(config.max_message_bytes, config.max_output_bytes, config.max_output_growth, config.max_work)
+        self._arenas: list[ArenaListener] = []
+        dispatcher = Dispatcher(limits, Admission(config.max_inflight_bytes), engine, self.info, find_in(self._arenas))
+        self._call_log = CallLog()
         self._threads = ThreadPoolExecutor(config.call_threads, "poolrpc-call")
         self._server = grpc.server(
             self._threads,
-            interceptors=[CallInterceptor()],
+            interceptors=[CallInterceptor(self._call_log)],
             options=[
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_send_message_length", config.max_message_bytes),
@@ -79,12 +85,17 @@ class Server:
                 ("grpc.compression_enabled_algorithms_bitset", 1),
             ],
         )
-        pool_pb2_grpc.add_PoolServiceServicer_to_server(PoolDoor(dispatcher), self._server)
+        # A stream has a call thread for as long as it lasts: one at least is left for others.
+        streams = max(1, min(config.max_streams, config.call_threads - 1))
+        door = PoolDoor(dispatcher, streams, config.stream_idle_seconds)
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, door.handlers()),))
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._services = ("", SERVICE, health.SERVICE_NAME)
         reflection.enable_server_reflection((*self._services[1:], reflection.SERVICE_NAME), self._server)
         self.addresses = tuple(self._listen(address) for address in config.listen)
+        if config.max_arena_bytes:
+            self._share_memory(config)
 
     def _listen(self, address: str) -> str:
         try:
@@ -92,6 +103,19 @@ class Server:
         except RuntimeError:
             raise ConfigError(f"listen: {address!r} can't be had: in use, or not of this machine") from None
         return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
+
+    def _share_memory(self, config: Config) -> None:
+        paths = list(filter(None, map(unix_path, self.addresses)))
+        for path in paths:
+            # The limits are of all of them together.
+            most = {
+                "max_bytes": config.max_arena_bytes // len(paths),
+                "max_arenas": max(1, config.max_arenas // len(paths)),
+            }
+            try:
+                self._arenas.append(ArenaListener(path, **most))
+            except ValueError as error:
+                log.warning("no shared memory: clients send their bytes", error=str(error))
 
     def start(self) -> None:
         """Serve."""
@@ -106,8 +130,11 @@ class Server:
         """Refuse new calls, finish the accepted ones within `grace` seconds, and end."""
         self.drain()
         self._server.stop(grace).wait()
+        for arenas in self._arenas:
+            arenas.close()
         self._threads.shutdown()
         self._engine.close()
+        self._call_log.close()
 
     def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for service in self._services:

@@ -19,6 +19,7 @@ MOST = {
     "threads": 1024,
     "call_threads": 65536,
     "max_message_bytes": 2**31 - 1,  # gRPC's is a C int
+    "stream_idle_seconds": 86400,
     "drain_seconds": 86400,
     "shutdown_grace": 86400,
 }
@@ -58,6 +59,10 @@ class Config:
         4_000_000_000, "work of a request: cells that its layers visit, by the kernels that compute them", "cells"
     )
     max_inflight_bytes: int = _setting(4 * 2**30, "inputs and outputs of all requests under way", "bytes")
+    max_arena_bytes: int = _setting(2 * 2**30, "shared memory of all clients on unix sockets; 0: none", "bytes")
+    max_arenas: int = _setting(256, "pieces of it", "arenas")
+    max_streams: int = _setting(16, "streams at a time: each has a thread for as long as it lasts", "streams")
+    stream_idle_seconds: float = _setting(60.0, "time that a stream may send nothing", "seconds")
     drain_seconds: float = _setting(2.0, "time to go on serving as NOT_SERVING after SIGTERM", "seconds")
     shutdown_grace: float = _setting(30.0, "time to finish accepted calls after that", "seconds")
     log_format: str = _setting("text", f"format of the log: {' or '.join(LOG_FORMATS)}")
@@ -71,7 +76,7 @@ class Config:
             _check_address(address, insecure=self.insecure)
         for each in fields(self):
             value, unit = getattr(self, each.name), each.metadata["unit"]
-            least = 0 if each.name in ("threads", "drain_seconds", "shutdown_grace") else 1
+            least = 0 if each.name in ("threads", "max_arena_bytes", "drain_seconds", "shutdown_grace") else 1
             if unit and not value >= least:
                 raise ConfigError(f"{each.name}: expected at least {least} {unit}, got {value}")
             most = MOST.get(each.name, 2**63 - 1)

@@ -1,38 +1,41 @@
-"""One call, from what was asked to what is answered: admission, validation, the engine. It knows no protocol."""
+"""One call, from what was asked to what is answered: validation, admission, the engine. It knows no protocol."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from poolrpc.codec import BranchResult
-from poolrpc.errors import CancelledError, DeadlineExceededError
-from poolrpc.tensors import TensorSpec
-from poolrpc_server.validate import Limits, check_request, check_shapes
+from poolrpc.errors import CancelledError, DeadlineExceededError, InvalidArgumentError, NotFoundError
+from poolrpc.tensors import ALIGNMENT, spans
+from poolrpc_server.streams import Stream
+from poolrpc_server.validate import block_of, check_request, check_shapes, check_stream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from poolrpc.chains import Chain, Shape
-    from poolrpc.codec import Request, ServerInfo
+    from poolrpc.codec import ArenaRanges, Request, ServerInfo
+    from poolrpc.tensors import Bytes, TensorSpec
     from poolrpc_server.admission import Admission
+    from poolrpc_server.arena import Arena
     from poolrpc_server.engine import Engine
+    from poolrpc_server.validate import Checked, Limits
+
+BLOCKS_HELD = 3
+"""A stream's blocks in memory at a time: one that arrives, one that waits, one that is computed."""
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """A request to pool, as a door hands it over.
+class Caller:
+    """Who waits for an answer, as a door knows it.
 
     Attributes:
-        request: What was asked.
-        payload: The bytes of the request's tensors, in order.
         remaining: Gives the seconds left to answer, None for no limit.
         active: Tells whether the caller still waits.
 
     """
 
-    request: Request
-    payload: bytes
     remaining: Callable[[], float | None]
     active: Callable[[], bool]
 
@@ -54,34 +57,100 @@ class Call:
 class Dispatcher:
     """The way of every call, whichever door it came by."""
 
-    def __init__(self, limits: Limits, admission: Admission, engine: Engine, info: ServerInfo) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        admission: Admission,
+        engine: Engine,
+        info: ServerInfo,
+        find_arena: Callable[[bytes], Arena] | None = None,
+    ) -> None:
+        """Make a dispatcher.
+
+        Args:
+            limits: What requests are held to.
+            admission: Counts the bytes under way.
+            engine: Computes.
+            info: What the server says of itself.
+            find_arena: Gives an arena of that id. None: there are none.
+
+        """
         self._limits = limits
         self._admission = admission
         self._engine = engine
+        self._find_arena = find_arena
         self.info = info
 
-    def pool(self, call: Call) -> tuple[list[BranchResult], bytes]:
-        """Run a request and give the results and the bytes of their tensors.
+    def check(self, request: Request) -> Checked:
+        """Check a request, apart from its payload; the same request may then be run any number of times.
+
+        Raises:
+            PoolError: Of the class that says what is wrong.
+
+        """
+        return check_request(request, self._limits, self._engine.schedule)
+
+    @contextmanager
+    def pool(self, checked: Checked, payload: Bytes, caller: Caller) -> Iterator[Sequence[memoryview]]:
+        """Run a request and give the bytes of `checked.outputs`, for as long as the context lasts.
+
+        Args:
+            checked: The request.
+            payload: The bytes of its tensors, in order.
+            caller: Who waits.
 
         Raises:
             PoolError: Of the class that says what went wrong.
 
         """
-        call.check_wanted()
-        with self._admission.hold(len(call.payload)) as hold_more:
-            checked = check_request(call.request, call.payload, self._limits, self._engine.work)
-            hold_more(checked.output_bytes)
-            outputs = self._engine.run(checked, call.check_wanted)
-        spec = call.request.input
-        results = [
-            BranchResult(
-                shapes,
-                TensorSpec(spec.dtype, shapes[-1], spec.layout),
-                TensorSpec("int64", shapes[-1], spec.layout) if chain[-1].gives_indices else None,
-            )
-            for chain, shapes in zip(call.request.branches, checked.shapes, strict=True)
-        ]
-        return results, b"".join(outputs)
+        caller.check_wanted()
+        with (
+            self._admission.hold(len(payload) + checked.output_bytes),
+            self._engine.run(checked.schedule, payload, caller.check_wanted) as outputs,
+        ):
+            yield outputs
+
+    def pool_in_arena(self, checked: Checked, ranges: ArenaRanges, caller: Caller) -> None:
+        """Run a request whose tensors lie in an arena, and leave its outputs there.
+
+        Raises:
+            NotFoundError: There is no such arena.
+            PoolError: Of the class that says what else went wrong.
+
+        """
+        caller.check_wanted()
+        if self._find_arena is None:
+            raise NotFoundError("expected a call with its payload: this server has no arenas", reason="ARENA")
+        arena = self._find_arena(ranges.arena_id)
+        (start, length), (to, room) = ranges.input, ranges.output
+        memory, into = arena.slice(ranges.input, "arena.input"), arena.slice(ranges.output, "arena.output")
+        if start < to + room and to < start + length:
+            msg = f"expected a range apart from the input's {ranges.input}, got {ranges.output} (offset, length)"
+            raise InvalidArgumentError(msg, field="arena.output")
+        inputs = _cut(memory, checked.request.specs, "arena.input")
+        outputs = _cut(into, checked.outputs, "arena.output")
+        self._engine.run_in_place(checked.schedule, inputs, outputs, caller.check_wanted)
+
+    @contextmanager
+    def stream(self, request: Request, caller: Caller) -> Iterator[Stream]:
+        """Take a request whose tensors come in blocks, for as long as the context lasts.
+
+        Raises:
+            PoolError: Of the class that says what is wrong.
+
+        """
+        caller.check_wanted()
+        planes, results = check_stream(request, self._limits, self._engine.schedule)
+        stream = Stream(request, planes, results, self.check)
+        # Counted at once, so that a stream which has begun isn't refused in its middle.
+        largest = self.check(block_of(request, planes, stream.most, 0))
+        with self._admission.hold(BLOCKS_HELD * stream.most * stream.plane_bytes + largest.output_bytes):
+            yield stream
+
+    def pool_block(self, stream: Stream, block: Bytes, caller: Caller) -> AbstractContextManager[Sequence[memoryview]]:
+        """Run the next block of a stream; the rest is as in pool."""
+        checked = stream.take(len(block))
+        return self._engine.run(checked.schedule, block, caller.check_wanted)
 
     def shapes(self, shape: Shape, branches: Sequence[Chain], layout: str) -> list[tuple[Shape, ...]]:
         """Give the shape after every layer of each branch.
@@ -91,3 +160,11 @@ class Dispatcher:
 
         """
         return check_shapes(shape, branches, layout)
+
+
+def _cut(memory: memoryview, specs: Sequence[TensorSpec], field: str) -> list[memoryview]:
+    places, size = spans(specs)
+    if size > len(memory):
+        msg = f"expected a range of at least {size} bytes, each tensor at a multiple of {ALIGNMENT}, got {len(memory)}"
+        raise InvalidArgumentError(msg, field=field)
+    return [memory[start:end] for start, end in places]

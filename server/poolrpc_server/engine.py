@@ -1,4 +1,4 @@
-"""Where tensors are: the device, the compute threads, and the way from a request's bytes to its outputs' bytes."""
+"""Where tensors are: the device, who computes on it, and the way from a request's bytes to its outputs' bytes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import pairwise
 from math import prod
-from threading import Semaphore
+from threading import Semaphore, local
 from typing import TYPE_CHECKING
 
 # Apple's GPUs lack some pooling kernels; torch computes these on the CPU where it was told so before it is imported.
@@ -15,25 +15,33 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 import numpy as np
 import torch
 
-from poolrpc.chains import channels_first
 from poolrpc.layers import INTEGERS
+from poolrpc.tensors import split
 from poolrpc_server import kernels
-from poolrpc_server.validate import check_indices
+from poolrpc_server.buffers import Buffers, aligned
+from poolrpc_server.validate import check_indices, steps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
-    from poolrpc.layers import Layer
-    from poolrpc.tensors import TensorSpec
-    from poolrpc_server.validate import Checked
+    from poolrpc.codec import BranchResult, Request
+    from poolrpc.tensors import Bytes, TensorSpec
 
+
+SMALL_BYTES = 16 * 2**10
+"""A request of at most this, outputs included, has memory of its own, which torch has seen before: seeing takes longer
+than pooling there."""
+
+IDLE_BYTES = 128 * 2**20
+"""Memory for outputs that is kept for the next calls."""
 
 SHARED_BYTES = 8 * 2**20
 """A step that writes at least this is shared among threads: below it, meeting at Python's lock costs what it saves."""
 
 
 class Engine:
-    """A device and the threads that compute on it, each with torch at one thread of its own."""
+    """A device, and so many seats: who computes has one, with torch at one thread of its own."""
 
     def __init__(self, device: str, threads: int) -> None:
         """Make an engine.
@@ -48,64 +56,60 @@ class Engine:
         """
         self.device = resolve_device(device)
         self.threads = threads
-        # Two OpenMP threads on a busy two-core box were seen to stall a hundredfold; requests run side by side instead.
-        self._executor = ThreadPoolExecutor(threads, "poolrpc-compute", torch.set_num_threads, (1,))
-        # A large call is shared with threads that have nothing to do: whoever computes has a seat, and there are as
-        # many as threads. Helpers wait for nobody, so that calls can't wait for each other in a ring.
+        # A request is computed by the thread that asks, once it has a seat: handing it to another would take longer
+        # than a small one's computing does. A large one is shared with threads whose seats are free. Helpers wait for
+        # nobody, so that calls can't wait for each other in a ring.
         self._seats = Semaphore(threads)
-        self._helpers = ThreadPoolExecutor(max(1, threads - 1), "poolrpc-helper", torch.set_num_threads, (1,))
+        self._helpers = ThreadPoolExecutor(max(1, threads - 1), "poolrpc-helper", _prepare_thread)
+        self.buffers = Buffers(IDLE_BYTES)
+        self._local = local()
 
-    def run(self, checked: Checked, check_wanted: Callable[[], None]) -> list[memoryview]:
-        """Run a request when a thread is free, and give its outputs' bytes, each followed by its indices'.
+    def schedule(self, request: Request, spatial_dims: int, results: Sequence[BranchResult]) -> Schedule:
+        """Say how a request is to be computed, which says what work it is."""
+        device = self._device_for(request.input.dtype)
+        return Schedule(request, spatial_dims, results, device, self._share)
+
+    def run(self, schedule: Schedule, payload: Bytes, check_wanted: Callable[[], None]) -> Run:
+        """Give a context in which a request is run, when a seat is free, and its outputs' bytes last.
+
+        Entering it raises InvalidArgumentError where indices are out of range, and what check_wanted raises.
 
         Args:
-            checked: The request.
+            schedule: How to run it.
+            payload: The bytes of its tensors, in order.
             check_wanted: Called when its turn comes; raises where nobody waits any more.
 
         Raises:
-            InvalidArgumentError: MaxUnpool's indices are out of range.
-            PoolError: What check_wanted raised.
+            InvalidArgumentError: The payload is of another length.
 
         """
-        return self._executor.submit(self._compute, checked, check_wanted).result()
+        return Run(self, schedule, split(payload, schedule.inputs), check_wanted)
 
-    def work(self, layer: Layer, spec: TensorSpec, spatial_dims: int) -> int:
-        """Count the cells that a layer visits on a tensor, by the kernel that would compute it."""
-        if not spec.numel:
-            return 0
-        plane = channels_first(spec.shape, spatial_dims, spec.layout)[-spatial_dims:]
-        channels = spec.shape[-1] if spec.layout == "NHWC" else None
-        device = self._device_for(spec.dtype).type
-        plan = kernels.plan(layer, getattr(torch, spec.dtype), plane, channels, device)
-        return plan.work(spec.numel // prod(plan.memory))
+    def run_in_place(
+        self,
+        schedule: Schedule,
+        inputs: Sequence[memoryview],
+        outputs: Sequence[memoryview],
+        check_wanted: Callable[[], None],
+    ) -> None:
+        """Run a request whose tensors' bytes, and the places of its outputs', are where the caller says.
+
+        Each is at a multiple of its items' size, and the outputs are apart from the inputs; the rest is as in run.
+        """
+        self.compute(Stage(schedule, inputs, outputs), check_wanted)
 
     def close(self) -> None:
-        """Finish what was submitted and end the threads."""
-        self._executor.shutdown()
+        """End the helpers' threads."""
         self._helpers.shutdown()
 
-    def _compute(self, checked: Checked, check_wanted: Callable[[], None]) -> list[memoryview]:
-        check_wanted()
-        spec = checked.request.input
-        if not spec.numel:
-            # No planes: nothing to compute, and axes that no tensor of torch's could have.
-            return [memoryview(b"")] * sum(1 + chain[-1].gives_indices for chain in checked.request.branches)
-        pieces: list[memoryview] = []
-        with self._seats, torch.inference_mode():
-            device = self._device_for(spec.dtype)
-            x = _batched(_tensor(checked.input, spec), checked).to(device)
-            indices = None if checked.indices is None else _batched(_indices(checked), checked).to(device)
-            channels = x.shape[-1] if spec.layout == "NHWC" else None
-            for chain in checked.request.branches:
-                output, places = x, indices
-                for layer in chain:
-                    plane = tuple(output.shape[1:-1] if channels else output.shape[2:])
-                    plan = kernels.plan(layer, x.dtype, plane, channels, device.type)
-                    output, places = plan.compute(output, places, self._share)
-                pieces.append(_raw(output))
-                if places is not None:
-                    pieces.append(_raw(places))
-        return pieces
+    def compute(self, stage: Stage, check_wanted: Callable[[], None]) -> None:
+        """Compute a stage's outputs; the rest is as in run."""
+        with self._seats:
+            check_wanted()
+            if not hasattr(self._local, "prepared"):
+                _prepare_thread()
+                self._local.prepared = True
+            stage.run()
 
     def _share(self, part: Callable[[int, int], None], planes: int, nbytes: int) -> None:
         free = 0
@@ -113,7 +117,7 @@ class Engine:
             free += 1
         try:
             ends = [planes * i // (free + 1) for i in range(free + 2)]
-            futures = [self._helpers.submit(_infer, part, start, stop) for start, stop in pairwise(ends[1:])]
+            futures = [self._helpers.submit(part, start, stop) for start, stop in pairwise(ends[1:])]
             try:
                 part(ends[0], ends[1])
             finally:
@@ -132,9 +136,151 @@ class Engine:
         return self.device
 
 
-def _infer(part: Callable[[int, int], None], start: int, stop: int) -> None:
-    with torch.inference_mode():  # a thread's own
-        part(start, stop)
+class Run:
+    """A context in which a request is run, and its outputs' bytes last: they are given on entering it."""
+
+    __slots__ = ("_check_wanted", "_engine", "_inputs", "_lent", "_schedule", "_stage")
+
+    def __init__(
+        self, engine: Engine, schedule: Schedule, inputs: Sequence[memoryview], check_wanted: Callable[[], None]
+    ) -> None:
+        self._engine, self._schedule, self._inputs, self._check_wanted = engine, schedule, inputs, check_wanted
+        self._stage: Stage | None = None
+        self._lent: AbstractContextManager[list[memoryview]] | None = None
+
+    def __enter__(self) -> Sequence[memoryview]:
+        """Run it."""
+        schedule, engine = self._schedule, self._engine
+        if schedule.small:
+            try:
+                stage = schedule.stages.pop()
+            except IndexError:  # none, or another call's by now
+                stage = schedule.own_stage()
+            for place, data in zip(stage.inputs, self._inputs, strict=True):
+                place[:] = data
+            engine.compute(stage, self._check_wanted)
+            self._stage = stage  # What a failure leaves behind isn't used again.
+            return stage.outputs
+        self._lent = engine.buffers.lend(schedule.outputs)
+        outputs = self._lent.__enter__()
+        try:
+            engine.compute(Stage(schedule, self._inputs, outputs), self._check_wanted)
+        except BaseException:
+            self.__exit__()
+            raise
+        return outputs
+
+    def __exit__(self, *_: object) -> None:
+        """Let go of the memory."""
+        if self._stage is not None and len(self._schedule.stages) < self._engine.threads:
+            self._schedule.stages.append(self._stage)
+        if self._lent is not None:
+            self._lent.__exit__(None, None, None)
+
+
+class Schedule:
+    """How a request is computed: a plan for each layer. Made once, and run any number of times.
+
+    Attributes:
+        inputs: The tensors of its payload.
+        outputs: Those of its answer.
+        work: The cells that its kernels visit.
+        small: Whether it has stages of its own.
+        stages: Those that nobody uses.
+
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        spatial_dims: int,
+        results: Sequence[BranchResult],
+        device: torch.device,
+        share: kernels.Share,
+    ) -> None:
+        self.request = request
+        self.spatial_dims = spatial_dims
+        self.results = results
+        self.device = device
+        self.share = share
+        self.inputs = request.specs
+        self.outputs = tuple(spec for each in results for spec in each.specs)
+        self.small = sum(spec.nbytes for spec in (*self.inputs, *self.outputs)) <= SMALL_BYTES
+        self.stages: list[Stage] = []
+        self.work = 0
+        self.plans: list[list[kernels.Plan]] = []
+        if request.input.numel:  # else there are no planes, and perhaps axes that no tensor of torch's could have
+            channels = request.input.shape[-1] if request.input.layout == "NHWC" else None
+            dtype: torch.dtype = getattr(torch, request.input.dtype)
+            for chain in steps(request, spatial_dims, results):
+                self.plans.append([])
+                for layer, spec, plane in chain:
+                    plan = kernels.plan(layer, dtype, plane, channels, device.type)
+                    self.work += plan.work(spec.numel // prod(plan.memory))
+                    self.plans[-1].append(plan)
+
+    def own_stage(self) -> Stage:
+        """Make a stage with memory of its own."""
+        inputs, outputs = ([aligned(spec.nbytes) for spec in specs] for specs in (self.inputs, self.outputs))
+        return Stage(self, inputs, outputs)
+
+
+class Stage:
+    """Memory for a request's tensors, as torch sees it.
+
+    Attributes:
+        inputs: Where the bytes of its tensors are.
+        outputs: Where those of its outputs go.
+
+    """
+
+    def __init__(self, schedule: Schedule, inputs: Sequence[memoryview], outputs: Sequence[memoryview]) -> None:
+        self.inputs, self.outputs = inputs, outputs
+        self._schedule = schedule
+        if schedule.plans:
+            self._x = self._tensor(inputs[0], schedule.inputs[0])
+            goals = iter(self._tensor(*each) for each in zip(outputs, schedule.outputs, strict=True))
+            self._goals = [[next(goals) for _ in result.specs] for result in schedule.results]
+
+    def run(self) -> None:
+        """Compute the outputs."""
+        schedule = self._schedule
+        if not schedule.plans:
+            return
+        x, device = self._x.to(schedule.device), schedule.device
+        indices = self._indices().to(device) if len(self.inputs) > 1 else None
+        on_cpu = device.type == "cpu"
+        for plans, goals in zip(schedule.plans, self._goals, strict=True):
+            output, places = x, indices
+            for plan in plans[:-1]:
+                output, places = plan.compute(output, places, schedule.share)
+            made = plans[-1].compute(output, places, schedule.share, *(goals if on_cpu else ()))
+            for goal, part in zip(goals, made, strict=False):
+                if part is not goal and part is not None:
+                    goal.copy_(part)
+
+    def _tensor(self, data: memoryview, spec: TensorSpec) -> torch.Tensor:
+        dtype: torch.dtype = getattr(torch, spec.dtype)
+        memory = np.asarray(_Memory(data))
+        if memory.ctypes.data % dtype.itemsize:  # Code that is vectorised by a compiler may fail on such an address.
+            memory = memory.copy()
+        return self._batched(torch.frombuffer(memory, dtype=dtype).reshape(spec.shape))
+
+    def _indices(self) -> torch.Tensor:
+        # A copy, so that what is checked is what is used, and aligned, whatever lies before it in the payload.
+        schedule = self._schedule
+        indices = np.frombuffer(self.inputs[1], "<i8").copy()
+        check_indices(indices, schedule.request, schedule.spatial_dims, schedule.results)
+        return self._batched(torch.from_numpy(indices).reshape(schedule.request.input.shape))
+
+    def _batched(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unsqueeze(0) if x.ndim == self._schedule.spatial_dims + 1 else x
+
+
+def _prepare_thread() -> None:
+    # Two OpenMP threads on a busy two-core box were seen to stall a hundredfold; and nothing here has a gradient.
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -162,26 +308,4 @@ class _Memory:
     def __init__(self, data: memoryview) -> None:
         address = np.frombuffer(data, np.uint8).__array_interface__["data"][0]
         self._data = data  # Kept for as long as an array looks at it.
-        self.__array_interface__ = {"version": 3, "shape": (data.nbytes,), "typestr": "|u1", "data": (address, False)}
-
-
-def _tensor(data: memoryview, spec: TensorSpec) -> torch.Tensor:
-    dtype: torch.dtype = getattr(torch, spec.dtype)
-    if not spec.numel:
-        return torch.empty(spec.shape, dtype=dtype)
-    return torch.frombuffer(np.asarray(_Memory(data)), dtype=dtype).reshape(spec.shape)
-
-
-def _indices(checked: Checked) -> torch.Tensor:
-    # A copy, so that what is checked is what is used, and aligned, whatever lies before it in the payload.
-    indices = np.frombuffer(checked.indices or b"", "<i8").copy()
-    check_indices(indices, checked)
-    return torch.from_numpy(indices).reshape(checked.request.input.shape)
-
-
-def _batched(x: torch.Tensor, checked: Checked) -> torch.Tensor:
-    return x.unsqueeze(0) if x.ndim == checked.spatial_dims + 1 else x
-
-
-def _raw(x: torch.Tensor) -> memoryview:
-    return x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        self.__array_interface__ = {"version": 3, "shape": (len(data),), "typestr": "|u1", "data": (address, False)}

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
+from datetime import UTC, datetime
+from queue import SimpleQueue
+from threading import Event, Thread
 
 import structlog
 
@@ -19,6 +23,68 @@ log: structlog.stdlib.BoundLogger = structlog.wrap_logger(
     ],
     wrapper_class=structlog.stdlib.BoundLogger,
 )
+
+
+FLUSH_SECONDS = 0.05
+"""How long a call's line may wait for others: one thread then writes them, while no call waits for it."""
+
+MOST_LINES = 10_000
+"""Lines that may wait; more are dropped, with a warning."""
+
+
+class CallLog:
+    """The lines of calls, written behind their backs: rendering one takes as long as pooling a small tensor."""
+
+    def __init__(self) -> None:
+        """Begin; close it when no more calls come."""
+        self._lines: SimpleQueue[tuple[int, float, dict[str, object]] | None] = SimpleQueue()
+        self._closing = Event()
+        self._dropped = 0
+        self._writer = Thread(target=self._write, name="poolrpc-log", daemon=True)
+        self._writer.start()
+
+    def add(self, level: int, facts: dict[str, object]) -> None:
+        """Add the line of a call that ends now."""
+        if not _LOGGER.isEnabledFor(level):
+            return
+        if self._lines.qsize() < MOST_LINES:
+            self._lines.put((level, time.time(), facts))
+        else:
+            self._dropped += 1
+
+    def close(self) -> None:
+        """Write what waits, and end."""
+        self._closing.set()
+        self._lines.put(None)
+        self._writer.join()
+
+    def _write(self) -> None:
+        while (line := self._lines.get()) is not None:
+            # Each wake-up takes the interpreter from a call: once for many lines, not once for each.
+            self._closing.wait(FLUSH_SECONDS)
+            while line is not None:
+                self._emit(*line)
+                time.sleep(0)  # Whoever answers a call goes first.
+                if self._lines.empty():
+                    break
+                line = self._lines.get()
+            if self._dropped:
+                log.warning("lines of calls were dropped", lines=self._dropped)
+                self._dropped = 0
+            if line is None:
+                return
+
+    @staticmethod
+    def _emit(level: int, ended: float, facts: dict[str, object]) -> None:
+        record = _LOGGER.makeRecord(_LOGGER.name, level, __file__, 0, "call", (), None, extra=facts)
+        record.created, record.msecs = ended, int(ended % 1 * 1000)
+        _LOGGER.handle(record)
+
+
+def _ended(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    # When it happened, which for a call is before it is written.
+    event["timestamp"] = datetime.fromtimestamp(event["_record"].created, tz=UTC).isoformat()
+    return event
 
 
 def configure(log_format: str, level: str) -> None:
@@ -43,7 +109,7 @@ def configure(log_format: str, level: str) -> None:
             foreign_pre_chain=[
                 structlog.stdlib.ExtraAdder(),
                 structlog.stdlib.add_log_level,
-                structlog.processors.TimeStamper(fmt="iso", utc=True),
+                _ended,
             ],
             processors=[*tail, final],
         )

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from poolrpc.chains import Chain, branch_shapes, channels_first, spatial_dims, step_path
+from poolrpc.chains import Chain, Planes, branch_shapes, channels_first, spatial_dims, step_path
+from poolrpc.codec import Request
 from poolrpc.errors import InvalidArgumentError, LimitExceededError, UnsupportedError
 from poolrpc.limits import MAX_NUMEL
 from poolrpc.shapes import check_shape, clip
-from poolrpc.tensors import ITEM_BYTES, TensorSpec, split
+from poolrpc.tensors import ITEM_BYTES, TensorSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import numpy as np
 
     from poolrpc.chains import Shape
-    from poolrpc.codec import Request
+    from poolrpc.codec import BranchResult
     from poolrpc.layers import Layer
 
 FREE_OUTPUT_BYTES = 4 * 2**20
@@ -34,12 +35,14 @@ class Limits:
     """What a request is held to; each is an operator's setting.
 
     Attributes:
+        input_bytes: Of one plane of a tensor that comes in blocks; gRPC bounds what comes in one message.
         output_bytes: Of a request's outputs, and of each step of a chain.
         output_growth: A request's output bytes over its input bytes.
         work: Cells that a request's layers visit: eager torch visits each window's, faster kernels fewer.
 
     """
 
+    input_bytes: int
     output_bytes: int
     output_growth: int
     work: int
@@ -52,61 +55,115 @@ class Checked:
     Attributes:
         request: What was asked.
         spatial_dims: How many axes of its tensors are spatial.
-        shapes: For each branch, the shape after every layer.
-        input: The input's bytes.
-        indices: The bytes of the indices, where there are any.
+        results: What comes of each branch.
         output_bytes: Of all outputs and returned indices.
+        schedule: How it is computed.
 
     """
 
     request: Request
     spatial_dims: int
-    shapes: list[tuple[Shape, ...]]
-    input: memoryview
-    indices: memoryview | None
+    results: tuple[BranchResult, ...]
     output_bytes: int
+    schedule: Any
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """The tensors of the answer's payload, in order."""
+        return tuple(spec for each in self.results for spec in each.specs)
 
 
-def torchs_work(layer: Layer, spec: TensorSpec, spatial_dims: int) -> int:
-    """Count the cells that torch visits for a layer on a tensor of that many spatial axes."""
-    plane = channels_first(spec.shape, spatial_dims, spec.layout)[-spatial_dims:]
-    return spec.numel // math.prod(plane) * layer.work(plane)
+def steps(
+    request: Request, dims: int, results: Sequence[BranchResult]
+) -> Iterator[Iterator[tuple[Layer, TensorSpec, Shape]]]:
+    """Give each layer of each branch with the tensor that it takes, and that tensor's plane."""
+    spec = request.input
+    for chain, result in zip(request.branches, results, strict=True):
+        shapes = (spec.shape, *result.shapes)
+        yield (
+            (layer, TensorSpec(spec.dtype, shape, spec.layout), channels_first(shape, dims, spec.layout)[-dims:])
+            for layer, shape in zip(chain, shapes, strict=False)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TorchsWork:
+    """What torch would do for a request, cell by cell; an engine's schedule says what it does itself."""
+
+    request: Request
+    spatial_dims: int
+    results: tuple[BranchResult, ...]
+
+    @property
+    def work(self) -> int:
+        """The cells that are visited."""
+        return sum(
+            spec.numel // math.prod(plane) * layer.work(plane)
+            for chain in steps(self.request, self.spatial_dims, self.results)
+            for layer, spec, plane in chain
+        )
 
 
 def check_request(
-    request: Request, payload: bytes, limits: Limits, work: Callable[[Layer, TensorSpec, int], int] = torchs_work
+    request: Request, limits: Limits, schedule: Callable[[Request, int, tuple[BranchResult, ...]], Any] = TorchsWork
 ) -> Checked:
-    """Check a request.
+    """Check a request; whether its payload is of the right length, and its indices in range, is seen when it is run.
 
     Args:
         request: The request.
-        payload: The bytes of its tensors.
         limits: What it is held to.
-        work: Counts the cells that are visited for a layer on a tensor of that many spatial axes.
+        schedule: Says, for a request, its spatial axes and its results, how it is computed: its `work` is the cells
+            that are visited.
 
     Raises:
         UnsupportedError: A layer lacks the input's dtype.
-        InvalidArgumentError: A shape, the payload or a parameter is wrong.
+        InvalidArgumentError: A shape or a parameter is wrong.
         LimitExceededError: A limit is exceeded, for good.
 
     """
     _check_dtypes(request)
     shape = request.input.shape
-    try:
-        shapes = check_shapes(shape, request.branches, request.input.layout)
-    except InvalidArgumentError as error:
-        raise error.under("input") if error.violations[0].field == "shape" else error from None
+    results = request.results()
+    shapes = [each.shapes for each in results]
+    _check_numel(shape)
     _check_indices_spec(request)
-    views = split(payload, request.specs)
     output_bytes = _check_outputs(request, shapes, limits)
     dims = check_shape(shape, spatial_dims(request.branches))
-    total = sum(
-        work(layer, TensorSpec(request.input.dtype, before, request.input.layout), dims)
-        for chain, steps in zip(request.branches, shapes, strict=True)
-        for layer, before in zip(chain, (shape, *steps), strict=False)
-    )
-    _limit("WORK_BUDGET", "cells to visit, over all planes and layers", total, limits.work)
-    return Checked(request, dims, shapes, views[0], views[1] if len(views) > 1 else None, output_bytes)
+    scheduled = schedule(request, dims, results)
+    _limit("WORK_BUDGET", "cells to visit, over all planes and layers", scheduled.work, limits.work)
+    return Checked(request, dims, results, output_bytes, scheduled)
+
+
+def check_stream(
+    request: Request, limits: Limits, schedule: Callable[[Request, int, tuple[BranchResult, ...]], Any] = TorchsWork
+) -> tuple[Planes, tuple[BranchResult, ...]]:
+    """Check a request whose tensor comes in blocks of planes, and give its planes and what comes of it.
+
+    The tensor may be of any size; every limit holds for a block, and so for one plane.
+
+    Raises:
+        UnsupportedError: A layer lacks the input's dtype.
+        InvalidArgumentError: A shape or a parameter is wrong.
+        LimitExceededError: One plane exceeds a limit, for good.
+
+    """
+    _check_dtypes(request)
+    spec = request.input
+    results = request.results()
+    _check_indices_spec(request)
+    planes = Planes(spec, check_shape(spec.shape, spatial_dims(request.branches)))
+    _limit("TENSOR_TOO_LARGE", "bytes of one plane", planes.nbytes, limits.input_bytes)
+    check_request(block_of(request, planes, 1, 0), limits, schedule)
+    return planes, results
+
+
+def block_of(request: Request, planes: Planes, count: int, first: int) -> Request:
+    """Give the request for `count` planes from number `first` on."""
+    spec = planes.part(count)
+    channels = spec.shape[-1] if spec.layout == "NHWC" else 1
+    branches = tuple(tuple(layer.at_plane(first * channels) for layer in chain) for chain in request.branches)
+    indices = None if request.indices is None else TensorSpec("int64", spec.shape, spec.layout)
+    return Request(spec, branches, indices)
 
 
 def check_shapes(shape: Shape, branches: Sequence[Chain], layout: str) -> list[tuple[Shape, ...]]:
@@ -117,17 +174,24 @@ def check_shapes(shape: Shape, branches: Sequence[Chain], layout: str) -> list[t
         LimitExceededError: The tensor has too many elements.
 
     """
-    check_shape(shape, spatial_dims(branches))
-    _limit("TENSOR_TOO_LARGE", f"elements of the input {clip(shape)}", math.prod(shape), MAX_NUMEL)
-    return branch_shapes(shape, branches, layout)
+    shapes = branch_shapes(shape, branches, layout)
+    _check_numel(shape)
+    return shapes
 
 
-def check_indices(indices: np.ndarray[tuple[int, ...], np.dtype[np.int64]], checked: Checked) -> None:
+def check_indices(
+    indices: np.ndarray[tuple[int, ...], np.dtype[np.int64]],
+    request: Request,
+    dims: int,
+    results: Sequence[BranchResult],
+) -> None:
     """Check that MaxUnpool's indices lie in every output plane that they are for.
 
     Args:
         indices: The server's own copy, so that what is checked is what is used.
-        checked: The request.
+        request: The request.
+        dims: Its spatial axes.
+        results: What comes of it.
 
     Raises:
         InvalidArgumentError: An index is out of its plane.
@@ -136,13 +200,16 @@ def check_indices(indices: np.ndarray[tuple[int, ...], np.dtype[np.int64]], chec
     if not indices.size:
         return
     low, high = int(indices.min()), int(indices.max())
-    for chain, shapes in zip(checked.request.branches, checked.shapes, strict=True):
+    for chain, result in zip(request.branches, results, strict=True):
         if chain[0].takes_indices:
-            dims = checked.spatial_dims
-            cells = math.prod(channels_first(shapes[0], dims, checked.request.input.layout)[-dims:])
+            cells = math.prod(channels_first(result.shapes[0], dims, request.input.layout)[-dims:])
             if low < 0 or high >= cells:
                 msg = f"expected indices in 0..{cells - 1}, the cells of an output plane, got {low}..{high}"
                 raise InvalidArgumentError(msg, field="indices")
+
+
+def _check_numel(shape: Shape) -> None:
+    _limit("TENSOR_TOO_LARGE", f"elements of the input {clip(shape)}", math.prod(shape), MAX_NUMEL)
 
 
 def _check_dtypes(request: Request) -> None:

@@ -1,4 +1,4 @@
-"""A server on 127.0.0.1 for the tests: one in this process, or the one whose address the environment names.
+"""What the tests share: a server on 127.0.0.1, in this process or where the environment says, and ways to hold one up.
 
 POOLRPC_TEST_ADDRESS lets test_client.py run where there is no torch, against a server elsewhere on this machine: CI
 does so at the lowest versions that the client claims to support.
@@ -7,14 +7,17 @@ does so at the lowest versions that the client claims to support.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+import threading
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import poolrpc
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+    from poolrpc_server.kernels.eager import Run
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +39,56 @@ def client(address: str) -> Iterator[poolrpc.PoolClient]:
     """A client of that server."""
     with poolrpc.PoolClient(address) as made:
         yield made
+
+
+@pytest.fixture
+def patch_family(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Callable[[Run], Run]], None]]:
+    """Give the way to wrap what computes a family of layers in servers of this process: to fail, to wait, to count."""
+    from poolrpc_server.kernels import eager, plan  # noqa: PLC0415 - not where only the client is installed
+
+    def patch(family: str, wrap: Callable[[Run], Run]) -> None:
+        bound = eager.FAMILIES[family]
+        monkeypatch.setitem(eager.FAMILIES, family, lambda *arguments: wrap(bound(*arguments)))
+        plan.cache_clear()
+
+    yield patch
+    monkeypatch.undo()
+    plan.cache_clear()
+
+
+class Gate:
+    """Holds the engine's thread inside a layer until it is opened, and counts what MaxPool computes.
+
+    A FractionalMaxPool is held, and a GlobalMaxPool of small planes, for which there is no kernel of the server's own.
+    """
+
+    def __init__(self, patch_family: Callable[..., None]) -> None:
+        self.entered, self.opened = threading.Event(), threading.Event()
+        self.computed = 0
+
+        def hold(run: Run) -> Run:
+            def held(*arguments: Any) -> Any:
+                self.entered.set()
+                assert self.opened.wait(60)
+                return run(*arguments)
+
+            return held
+
+        def count(run: Run) -> Run:
+            def counted(*arguments: Any) -> Any:
+                self.computed += 1
+                return run(*arguments)
+
+            return counted
+
+        patch_family("global_max_pool", hold)
+        patch_family("fractional_max_pool", hold)
+        patch_family("max_pool", count)
+
+
+@pytest.fixture
+def gate(patch_family: Callable[..., None]) -> Iterator[Gate]:
+    """Give a gate in the servers of this process; it opens at the test's end, whatever that is."""
+    made = Gate(patch_family)
+    yield made
+    made.opened.set()

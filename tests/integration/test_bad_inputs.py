@@ -28,10 +28,11 @@ IM, UM = 2**31 - 1, 2**32 - 1
 SIZES = {1: (8,), 2: (8, 8), 3: (8, 8, 8)}
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Serving]:
-    """A server process for all cases of this file: a crash would fail every later one."""
-    with serving() as made:
+@pytest.fixture(scope="module", params=["tcp", "unix"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """A server process for all cases of this file, on a port and on a socket: a crash would fail every later one."""
+    path = tmp_path_factory.mktemp("bad") / "pool.sock"
+    with serving(listen="127.0.0.1:0" if request.param == "tcp" else f"unix:{path}") as made:
         yield made
         assert made.process.poll() is None
 

@@ -251,12 +251,26 @@ class Flaky(pool_pb2_grpc.PoolServiceServicer):
         self.failures = failures
         self.calls: list[dict[str, str]] = []
 
-    def Pool(self, _: pool_pb2.PoolRequest, context: grpc.ServicerContext) -> pool_pb2.PoolResponse:  # noqa: N802
-        """Fail, or give an empty answer."""
+    def Pool(self, request: pool_pb2.PoolRequest, context: grpc.ServicerContext) -> pool_pb2.PoolResponse:  # noqa: N802
+        """Fail, or give back what came."""
         self.calls.append(dict(context.invocation_metadata()))
         if len(self.calls) <= self.failures:
             context.abort(grpc.StatusCode.UNAVAILABLE, "full")
-        return pool_pb2.PoolResponse()
+        result = pool_pb2.BranchResult(shapes=[pool_pb2.Shape(dims=request.input.shape)], output=request.input)
+        return pool_pb2.PoolResponse(results=[result], payload=request.payload)
+
+    def PoolStream(  # noqa: N802
+        self, messages: Iterator[pool_pb2.PoolStreamRequest], context: grpc.ServicerContext
+    ) -> Iterator[pool_pb2.PoolStreamResponse]:
+        """Fail, or answer each block with itself."""
+        self.calls.append(dict(context.invocation_metadata()))
+        if len(self.calls) <= self.failures:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "full")
+        spec = next(messages).request.input
+        result = pool_pb2.BranchResult(shapes=[pool_pb2.Shape(dims=spec.shape)], output=spec)
+        yield pool_pb2.PoolStreamResponse(results=[result])
+        for message in messages:
+            yield pool_pb2.PoolStreamResponse(payload=message.payload)
 
     def GetServerInfo(  # noqa: N802
         self, _: pool_pb2.GetServerInfoRequest, context: grpc.ServicerContext
@@ -284,8 +298,21 @@ def test_unavailable_is_tried_again(size: int) -> None:
     """A call that finds the server full is tried again by gRPC, large messages too, and the caller sees no error."""
     flaky = Flaky(failures=2)
     with serving(flaky) as address, PoolClient(address) as client:
-        assert client.pool_each(np.zeros((1, 1, size, size), np.float32), [MaxPool2d(2)]) == []
+        x = np.zeros((1, 1, size, size), np.float32)
+        assert np.array_equal(client.pool(x, MaxPool2d(1), transport="unary").output, x)
     assert [each.get("grpc-previous-rpc-attempts") for each in flaky.calls] == [None, "1", "2"]
+
+
+def test_an_unavailable_stream_is_tried_again() -> None:
+    """A stream that finds the server full is tried again from its start, and comes whole."""
+    flaky = Flaky(failures=2)
+    x = np.random.default_rng(7).standard_normal((1, 4, 1024, 1024), np.float32)
+    with serving(flaky) as address, PoolClient(address) as client:
+        result = client.pool(x, MaxPool2d(1))
+    assert result.transport == "stream"
+    np.testing.assert_array_equal(result.output, x)
+    assert len(flaky.calls) == 3
+    assert [each.get("grpc-previous-rpc-attempts") for each in flaky.calls] == [None] * 3
 
 
 def test_retries_are_bounded() -> None:
@@ -313,7 +340,7 @@ def test_metadata_goes_with_every_call() -> None:
     """metadata= reaches the server, and so does the client's name."""
     flaky = Flaky(failures=0)
     with serving(flaky) as address, PoolClient(address, metadata=[("tenant", "a")]) as client:
-        client.pool_each(X, [MaxPool2d(2)])
+        client.pool(X, MaxPool2d(1))
         client.server_info()
     assert [each["tenant"] for each in flaky.calls] == ["a", "a"]
     assert flaky.calls[0]["user-agent"].startswith(f"poolrpc/{poolrpc.__version__} ")

@@ -11,7 +11,7 @@ import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import grpc
 import numpy as np
@@ -25,13 +25,12 @@ import poolrpc
 import poolrpc_server
 from poolrpc import AvgPool2d, GlobalMaxPool, LPPool2d, MaxPool2d, PoolClient
 from poolrpc.v1 import pool_pb2, pool_pb2_grpc
-from poolrpc_server.kernels import eager, plan
 from scripts.serving import serving
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from poolrpc_server.kernels.eager import Run
+    from conftest import Gate
 
 X = np.random.default_rng(7).standard_normal((2, 3, 8, 10), np.float32)
 HEAVY = np.zeros((1, 16, 512, 512), np.float32), LPPool2d(3.5, 11, stride=1)
@@ -190,7 +189,7 @@ def test_reflection_lists_the_services(address: str) -> None:
         services = set(database.get_services())
         assert {"poolrpc.v1.PoolService", "grpc.health.v1.Health"} < services
         file = database.FindFileContainingSymbol("poolrpc.v1.PoolService")
-        assert [each.name for each in file.service[0].method] == ["Pool", "InferShape", "GetServerInfo"]
+        assert [each.name for each in file.service[0].method] == ["Pool", "PoolStream", "InferShape", "GetServerInfo"]
 
 
 def test_credentials_encrypt() -> None:
@@ -238,20 +237,6 @@ def test_embedded_leaves_the_callers_torch_alone() -> None:
         assert torch.get_num_threads() == before
 
 
-@pytest.fixture
-def patch_family(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Callable[[Run], Run]], None]]:
-    """Give the way to wrap what computes a family of layers in servers of this process: to fail, to wait, to count."""
-
-    def patch(family: str, wrap: Callable[[Run], Run]) -> None:
-        bound = eager.FAMILIES[family]
-        monkeypatch.setitem(eager.FAMILIES, family, lambda *arguments: wrap(bound(*arguments)))
-        plan.cache_clear()
-
-    yield patch
-    monkeypatch.undo()
-    plan.cache_clear()
-
-
 def test_an_escape_is_internal_with_an_id(patch_family: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
     """An exception of the server's own reaches the caller as an id alone, and the log explains it under that id."""
 
@@ -270,35 +255,8 @@ def test_an_escape_is_internal_with_an_id(patch_family: Callable[..., None], cap
     assert "a secret of the server's" in caplog.text
 
 
-class Gate:
-    """Holds the engine's thread inside a GlobalMaxPool until it is opened, and counts what MaxPool computes."""
-
-    def __init__(self, patch_family: Callable[..., None]) -> None:
-        self.entered, self.opened = threading.Event(), threading.Event()
-        self.computed = 0
-
-        def hold(run: Run) -> Run:
-            def held(*arguments: Any) -> Any:
-                self.entered.set()
-                assert self.opened.wait(60)
-                return run(*arguments)
-
-            return held
-
-        def count(run: Run) -> Run:
-            def counted(*arguments: Any) -> Any:
-                self.computed += 1
-                return run(*arguments)
-
-            return counted
-
-        patch_family("global_max_pool", hold)
-        patch_family("max_pool", count)
-
-
-def test_a_call_whose_deadline_passed_is_not_computed(patch_family: Callable[..., None]) -> None:
+def test_a_call_whose_deadline_passed_is_not_computed(gate: Gate) -> None:
     """A call that waits past its deadline is DEADLINE_EXCEEDED and never computed; what waits behind it is."""
-    gate = Gate(patch_family)
     with poolrpc_server.embedded(threads=1) as client, ThreadPoolExecutor(2) as threads:
         first = threads.submit(client.pool, X, GlobalMaxPool())
         assert gate.entered.wait(60)
@@ -311,9 +269,8 @@ def test_a_call_whose_deadline_passed_is_not_computed(patch_family: Callable[...
     assert gate.computed == 1
 
 
-def test_bytes_under_way_are_bounded(patch_family: Callable[..., None]) -> None:
+def test_bytes_under_way_are_bounded(gate: Gate) -> None:
     """Over the limit of bytes under way a call is UNAVAILABLE, with the time to wait, and gets through later."""
-    gate = Gate(patch_family)
     with (
         poolrpc_server.embedded(max_inflight_bytes=2 * X.nbytes) as retrying,
         PoolClient(retrying.address, options={"grpc.enable_retries": 0}) as hasty,

@@ -45,24 +45,6 @@ def test_alone_a_request_of_any_size_fits():
         pytest.fail("a large request was admitted beside another")
 
 
-def test_a_call_counts_more_as_it_goes():
-    """What a call adds on its way is held beside its first bytes, and refused where it doesn't fit beside others'."""
-    admission = Admission(10)
-    with admission.hold(4) as more, admission.hold(1):
-        more(5)
-        with pytest.raises(UnavailableError) as raised:
-            more(1)
-        assert raised.value.metadata == {"limit": "10", "actual": "11"}
-        with pytest.raises(UnavailableError), admission.hold(1):
-            pytest.fail("what the first call added isn't counted")
-    with admission.hold(10) as more:
-        more(1000)
-        with pytest.raises(UnavailableError), admission.hold(0):
-            pytest.fail("a second call was admitted beside one over the limit")
-    with admission.hold(5), admission.hold(5):
-        pass
-
-
 @given(st.integers(1, 50), st.lists(st.integers(0, 60) | st.just(-1), max_size=30))
 def test_the_count_is_that_of_what_is_under_way(limit, steps):
     """Over any order of coming and going (-1), a request is admitted if it is alone or fits."""

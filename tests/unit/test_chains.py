@@ -19,7 +19,8 @@ from poolrpc import (
     MaxUnpool2d,
     branch_shapes,
 )
-from poolrpc.chains import as_chain, channels_first, in_layout, spatial_dims
+from poolrpc.chains import Planes, as_chain, channels_first, in_layout, spatial_dims
+from poolrpc.tensors import ITEM_BYTES, TensorSpec
 
 from .strategies import classes, layers, shapes
 
@@ -142,3 +143,40 @@ def test_what_is_no_chain_is_refused(value):
     """Nothing, a class, an expression, a nested list: what was received is in the message."""
     with pytest.raises(InvalidArgumentError, match=r"^layers: expected a layer or a sequence of layers, got"):
         as_chain(value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "count", "cells", "three"),
+    [
+        ((2, 3, 5, 7), (2, "NCHW"), 6, 35, (1, 3, 5, 7)),
+        ((3, 5, 7), (2, "NCHW"), 3, 35, (1, 3, 5, 7)),
+        ((2, 5, 7, 3), (2, "NHWC"), 2, 105, (3, 5, 7, 3)),
+        ((5, 7, 3), (2, "NHWC"), 1, 105, (3, 5, 7, 3)),
+        ((2, 3, 9), (1, "NCHW"), 6, 9, (1, 3, 9)),
+        ((2, 9, 3), (1, "NHWC"), 2, 27, (3, 9, 3)),
+        ((2, 3, 4, 5, 6), (3, "NCHW"), 6, 120, (1, 3, 4, 5, 6)),
+        ((0, 3, 5, 7), (2, "NCHW"), 0, 35, (1, 3, 5, 7)),
+        ((0, 5, 7, 3), (2, "NHWC"), 0, 105, (3, 5, 7, 3)),
+    ],
+)
+def test_a_tensor_is_so_many_planes(shape, axes, count, cells, three):
+    """Planes are counted and measured in either layout, batched or not, and some of them are a batched tensor."""
+    dims, layout = axes
+    planes = Planes(TensorSpec("float16", shape, layout), dims)
+    assert (planes.count, planes.nbytes) == (count, 2 * cells)
+    assert planes.part(3) == TensorSpec("float16", three, layout)
+
+
+@given(
+    st.integers(1, 3).flatmap(lambda dims: st.tuples(st.just(dims), shapes(dims))),
+    st.sampled_from(["NCHW", "NHWC"]),
+    st.sampled_from(list(ITEM_BYTES)),
+)
+def test_all_planes_are_the_tensor(case, layout, dtype):
+    """As many planes as there are have the tensor's bytes and planes of its size, which a layer pools alike."""
+    dims, shape = case
+    planes = Planes(TensorSpec(dtype, in_layout(shape, dims, layout), layout), dims)
+    whole = planes.part(planes.count)
+    assert whole.nbytes == planes.spec.nbytes == planes.count * planes.nbytes
+    assert (Planes(whole, dims).count, Planes(whole, dims).nbytes) == (planes.count, planes.nbytes)
+    assert channels_first(whole.shape, dims, layout)[-dims:] == shape[-dims:]

@@ -17,19 +17,21 @@ from poolrpc import (
 )
 from poolrpc.codec import (
     DTYPE_TO_WIRE,
+    ArenaRanges,
     BranchResult,
     Limit,
     Request,
     ServerInfo,
     decode_info,
+    decode_ranges,
     decode_request,
-    decode_response,
+    decode_results,
     decode_shape_request,
     decode_shape_response,
     decode_spec,
     encode_info,
     encode_request,
-    encode_response,
+    encode_results,
     encode_shape_request,
     encode_shape_response,
     encode_spec,
@@ -76,21 +78,24 @@ def test_the_proto_has_no_family_without_a_layer():
     assert families == {cls.family for cls in LAYERS.values()}
 
 
-@given(SPECS, st.none() | SPECS, BRANCHES, st.binary(max_size=20))
-def test_a_request_goes_over_the_wire(spec, indices, branches, payload):
-    """Any request is the same on the other side, whatever its shapes, and its payload stays in the message."""
+UINT64 = st.integers(0, 2**64 - 1)
+RANGES = st.builds(ArenaRanges, st.binary(max_size=20), st.tuples(UINT64, UINT64), st.tuples(UINT64, UINT64))
+
+
+@given(SPECS, st.none() | SPECS, BRANCHES, st.none() | RANGES)
+def test_a_request_goes_over_the_wire(spec, indices, branches, ranges):
+    """Any request is the same on the other side, whatever its shapes, with the ranges of an arena or without."""
     request = Request(spec, branches, indices)
-    message = over_the_wire(encode_request(request, payload))
+    message = over_the_wire(encode_request(request, ranges))
     assert decode_request(message) == request
-    assert message.payload == payload
+    assert decode_ranges(message) == ranges
 
 
-@given(st.lists(st.builds(BranchResult, st.lists(SHAPES).map(tuple), SPECS, st.none() | SPECS)), st.binary(max_size=20))
-def test_a_response_goes_over_the_wire(results, payload):
-    """Any results are the same on the other side."""
-    message = over_the_wire(encode_response(results, payload))
-    assert decode_response(message) == results
-    assert message.payload == payload
+@given(st.lists(st.builds(BranchResult, st.lists(SHAPES).map(tuple), SPECS, st.none() | SPECS)))
+def test_results_go_over_the_wire(results):
+    """Any results are the same on the other side, in a unary answer and in a stream's first."""
+    for message in (pool_pb2.PoolResponse, pool_pb2.PoolStreamResponse):
+        assert decode_results(over_the_wire(message(results=encode_results(results))).results) == results
 
 
 @given(SHAPES, BRANCHES, LAYOUTS, st.lists(st.lists(SHAPES).map(tuple)))
@@ -304,11 +309,46 @@ def test_the_path_of_a_bad_layer_has_its_branch_and_step():
     assert [each.field for each in raised.value.violations] == ["branches[1].layers[1].avg_pool.kernel_size"]
 
 
-@pytest.mark.parametrize("message", [pool_pb2.PoolRequest, pool_pb2.PoolResponse])
+PAYLOADS = [
+    pool_pb2.PoolRequest,
+    pool_pb2.PoolResponse,
+    pool_pb2.PoolStreamRequest,
+    pool_pb2.PoolStreamResponse,
+]
+
+
+@pytest.mark.parametrize("message", PAYLOADS)
 def test_the_payload_is_the_last_field(message):
     """A message's payload has its highest field number, so that it can be framed without a copy."""
     numbers = {field.name: field.number for field in message.DESCRIPTOR.fields}
     assert max(numbers, key=numbers.get) == "payload"
+
+
+def test_results_have_the_specs_of_what_comes_back():
+    """A request says, for each branch, the shapes, the output and the indices that will come of it."""
+    branches = ((MaxPool2d(2, return_indices=True),), (AvgPool2d(2), AvgPool2d(2)))
+    request = Request(TensorSpec("float32", (1, 8, 8, 3), "NHWC"), branches)
+    halved, quartered = (1, 4, 4, 3), (1, 2, 2, 3)
+    assert request.results() == (
+        BranchResult((halved,), TensorSpec("float32", halved, "NHWC"), TensorSpec("int64", halved, "NHWC")),
+        BranchResult((halved, quartered), TensorSpec("float32", quartered, "NHWC")),
+    )
+    assert [len(each.specs) for each in request.results()] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("shape", "layer", "field"),
+    [
+        ((8, 8), MaxPool2d(2), "input.shape"),
+        ((1, 1, 4, 4), MaxPool2d(5), "branches[0].layers[0].max_pool.kernel_size"),
+    ],
+    ids=["shape", "layer"],
+)
+def test_results_that_there_are_none_of_name_the_requests_field(shape, layer, field):
+    """What can't be pooled is the input's fault, or the layer's, by the path that it has in a request."""
+    with pytest.raises(InvalidArgumentError) as raised:
+        Request(TensorSpec("float32", shape), ((layer,),)).results()
+    assert [each.field for each in raised.value.violations] == [field]
 
 
 def test_a_tensor_of_more_axes_than_any_layer_takes_is_refused_before_they_are_copied():

@@ -13,7 +13,7 @@ from poolrpc_server.cli import main
 from poolrpc_server.config import Config, ConfigError, parse
 
 NUMBERS = [each.name for each in fields(Config) if each.metadata["unit"]]
-MAY_BE_0 = ["threads", "drain_seconds", "shutdown_grace"]
+MAY_BE_0 = ["threads", "max_arena_bytes", "drain_seconds", "shutdown_grace"]
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +56,10 @@ OTHERS = {
     "max_output_growth": ("3", 3),
     "max_work": ("4000", 4000),
     "max_inflight_bytes": ("5000", 5000),
+    "max_arena_bytes": ("0", 0),
+    "max_arenas": ("8", 8),
+    "max_streams": ("5", 5),
+    "stream_idle_seconds": ("1.5", 1.5),
     "drain_seconds": ("0.5", 0.5),
     "shutdown_grace": ("6", 6.0),
     "log_format": ("json", "json"),

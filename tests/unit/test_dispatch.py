@@ -1,30 +1,40 @@
-"""One call through admission, validation and the engine, as a door hands it over."""
+"""One call through validation, admission and the engine, as a door hands it over: whole, in blocks, or in an arena."""
+
+import mmap
 
 import numpy as np
 import pytest
 import torch
 
+import poolrpc_server.engine
 from poolrpc import (
+    AdaptiveAvgPool2d,
     AvgPool2d,
     CancelledError,
     DeadlineExceededError,
     InvalidArgumentError,
+    LimitExceededError,
     MaxPool2d,
+    MaxUnpool2d,
+    NotFoundError,
     ServerInfo,
     UnavailableError,
     UnsupportedError,
 )
-from poolrpc.codec import BranchResult, Request
+from poolrpc.codec import ArenaRanges, BranchResult, Request
 from poolrpc.tensors import TensorSpec
 from poolrpc_server.admission import Admission
-from poolrpc_server.dispatch import Call, Dispatcher
+from poolrpc_server.arena import Arena
+from poolrpc_server.dispatch import BLOCKS_HELD, Caller, Dispatcher
 from poolrpc_server.engine import Engine
-from poolrpc_server.validate import Limits
+from poolrpc_server.validate import Limits, check_indices
 
 INFO = ServerInfo("0", "0", "cpu", 1, {}, {})
+LIMITS = Limits(2**20, 2**20, 64, 10**6)
 X = np.arange(32, dtype=np.float32).reshape(1, 2, 4, 4)
 INPUT, PAYLOAD = TensorSpec("float32", X.shape), X.tobytes()
 HALVED = BranchResult(((1, 2, 2, 2),), TensorSpec("float32", (1, 2, 2, 2)))
+WAITING = Caller(remaining=lambda: None, active=lambda: True)
 
 
 @pytest.fixture(scope="module")
@@ -44,69 +54,71 @@ def admission():
 @pytest.fixture
 def dispatcher(admission, engine):
     """A dispatcher with both."""
-    return Dispatcher(Limits(2**20, 64, 10**6), admission, engine, INFO)
+    return Dispatcher(LIMITS, admission, engine, INFO)
 
 
-def call(*branches, spec=INPUT, payload=PAYLOAD, remaining=lambda: None, active=lambda: True):
-    """Give a call as a door makes it."""
-    return Call(Request(spec, branches), payload, remaining, active)
+def pool(dispatcher, *branches, spec=INPUT, payload=PAYLOAD, caller=WAITING):
+    """Run a request; give what was found of it, and copies of its outputs' bytes."""
+    checked = dispatcher.check(Request(spec, branches))
+    with dispatcher.pool(checked, payload, caller) as outputs:
+        return checked, [bytes(each) for each in outputs]
 
 
 def test_a_call_is_answered_with_specs_and_bytes_in_order(dispatcher):
     """Each branch has its shapes, its output and its indices; the bytes follow each other in that order."""
-    results, payload = dispatcher.pool(call((MaxPool2d(2, return_indices=True),), (AvgPool2d(2), AvgPool2d(2))))
+    checked, parts = pool(dispatcher, (MaxPool2d(2, return_indices=True),), (AvgPool2d(2), AvgPool2d(2)))
     indices = TensorSpec("int64", (1, 2, 2, 2))
-    assert results == [
+    assert checked.results == (
         BranchResult(HALVED.shapes, HALVED.output, indices),
         BranchResult(((1, 2, 2, 2), (1, 2, 1, 1)), TensorSpec("float32", (1, 2, 1, 1))),
-    ]
+    )
     x = torch.from_numpy(X)
     values, places = torch.nn.MaxPool2d(2, return_indices=True)(x)
     means = torch.nn.AvgPool2d(2)(torch.nn.AvgPool2d(2)(x))
-    assert payload == b"".join(part.numpy().tobytes() for part in (values, places, means))
+    assert parts == [part.numpy().tobytes() for part in (values, places, means)]
+    assert checked.output_bytes == sum(map(len, parts))
 
 
 def test_a_channels_last_call_is_answered_in_its_layout(dispatcher):
     """The specs and the bytes of the answer have the layout of the input."""
     last = np.ascontiguousarray(np.moveaxis(X, 1, -1))
     spec = TensorSpec("float32", last.shape, "NHWC")
-    results, payload = dispatcher.pool(call((MaxPool2d(2),), spec=spec, payload=last.tobytes()))
-    assert results == [BranchResult(((1, 2, 2, 2),), TensorSpec("float32", (1, 2, 2, 2), "NHWC"))]
+    checked, parts = pool(dispatcher, (MaxPool2d(2),), spec=spec, payload=last.tobytes())
+    assert checked.results == (BranchResult(((1, 2, 2, 2),), TensorSpec("float32", (1, 2, 2, 2), "NHWC")),)
     expected = np.moveaxis(torch.nn.MaxPool2d(2)(torch.from_numpy(X)).numpy(), 1, -1)
-    assert payload == expected.tobytes()
+    assert parts == [expected.tobytes()]
 
 
 @pytest.mark.parametrize("left", [0.0, -1.0])
 def test_a_call_past_its_deadline_is_not_computed(dispatcher, left):
     """A call whose time is up on arrival, or in its turn, ends with its deadline."""
-    with pytest.raises(DeadlineExceededError, match="before the call was computed"):
-        dispatcher.pool(call((MaxPool2d(2),), remaining=lambda: left))
-    times = iter([5.0, left])
-    with pytest.raises(DeadlineExceededError, match="before the call was computed"):
-        dispatcher.pool(call((MaxPool2d(2),), remaining=lambda: next(times)))
+    for times in ([left], [5.0, left]):
+        caller = Caller(iter(times).__next__, lambda: True)
+        with pytest.raises(DeadlineExceededError, match="before the call was computed"):
+            pool(dispatcher, (MaxPool2d(2),), caller=caller)
 
 
 def test_a_call_whose_caller_left_is_not_computed(dispatcher):
     """A caller that went away before the call's turn is not computed for."""
-    there = iter([True, False])
+    caller = Caller(lambda: None, iter([True, False]).__next__)
     with pytest.raises(CancelledError, match="before the call was computed"):
-        dispatcher.pool(call((MaxPool2d(2),), active=lambda: next(there)))
+        pool(dispatcher, (MaxPool2d(2),), caller=caller)
 
 
 @pytest.mark.parametrize(
-    ("bad", "error"),
+    ("layer", "bad", "error"),
     [
-        (call((MaxPool2d(5),)), InvalidArgumentError),
-        (call((MaxPool2d(2),), payload=b""), InvalidArgumentError),
-        (call((AvgPool2d(2),), spec=TensorSpec("int8", (1, 2, 4, 4))), UnsupportedError),
-        (call((MaxPool2d(2),), remaining=iter([5.0, 0.0]).__next__), DeadlineExceededError),
+        (MaxPool2d(5), {}, InvalidArgumentError),
+        (MaxPool2d(2), {"payload": b""}, InvalidArgumentError),
+        (AvgPool2d(2), {"spec": TensorSpec("int8", (1, 2, 4, 4))}, UnsupportedError),
+        (MaxPool2d(2), {"caller": Caller(iter([5.0, 0.0]).__next__, lambda: True)}, DeadlineExceededError),
     ],
     ids=["layer", "payload", "dtype", "deadline"],
 )
-def test_what_fails_holds_no_bytes(dispatcher, admission, bad, error):
+def test_what_fails_holds_no_bytes(dispatcher, admission, layer, bad, error):
     """A call that was refused or not computed leaves room for the next."""
     with pytest.raises(error):
-        dispatcher.pool(bad)
+        pool(dispatcher, (layer,), **bad)
     with admission.hold(1000), pytest.raises(UnavailableError), admission.hold(1):
         pytest.fail("more bytes than the limit were admitted")
 
@@ -116,19 +128,30 @@ def test_inputs_and_outputs_count_beside_other_calls(dispatcher, admission, held
     """A call of 128 bytes with 32 bytes of output needs 160 beside what is under way; without, it may come again."""
     with admission.hold(held):
         if room:
-            assert dispatcher.pool(call((MaxPool2d(2),)))[0] == [HALVED]
+            pool(dispatcher, (MaxPool2d(2),))
             return
         with pytest.raises(UnavailableError) as raised:
-            dispatcher.pool(call((MaxPool2d(2),)))
+            pool(dispatcher, (MaxPool2d(2),))
     assert raised.value.reason == "IN_FLIGHT_BYTES"
     assert raised.value.retry_delay > 0
+
+
+def test_bytes_count_until_the_answer_is_written(dispatcher, admission):
+    """What a call holds is let go of when its outputs are no longer read, not when they are computed."""
+    with dispatcher.pool(dispatcher.check(Request(INPUT, ((MaxPool2d(2),),))), PAYLOAD, WAITING):
+        with pytest.raises(UnavailableError), admission.hold(841):
+            pytest.fail("the outputs were no longer counted")
+        with admission.hold(840):
+            pass
+    with admission.hold(1000):
+        pass
 
 
 @pytest.mark.parametrize("limit", [1, 100, 128, 159])
 def test_alone_a_call_of_any_size_is_served(engine, limit):
     """A call that is over the limit by itself, or with its output, is served where nothing else is under way."""
-    dispatcher = Dispatcher(Limits(2**20, 64, 10**6), Admission(limit), engine, INFO)
-    assert dispatcher.pool(call((MaxPool2d(2),)))[0] == [HALVED]
+    dispatcher = Dispatcher(LIMITS, Admission(limit), engine, INFO)
+    assert pool(dispatcher, (MaxPool2d(2),))[0].results == (HALVED,)
 
 
 def test_shapes_are_answered_without_a_payload(dispatcher):
@@ -136,3 +159,217 @@ def test_shapes_are_answered_without_a_payload(dispatcher):
     assert dispatcher.shapes((1, 2, 4, 4), [(MaxPool2d(2), AvgPool2d(2))], "NCHW") == [((1, 2, 2, 2), (1, 2, 1, 1))]
     with pytest.raises(InvalidArgumentError, match=r"^branches\[0\]\.layers\[0\]\.max_pool\.kernel_size: "):
         dispatcher.shapes((1, 2, 4, 4), [(MaxPool2d(5),)], "NCHW")
+
+
+def test_a_stream_gives_what_a_call_gives_block_by_block(dispatcher):
+    """A tensor in blocks has the outputs of the whole one, and the stream says its shapes before any block came."""
+    request = Request(INPUT, ((MaxPool2d(2, return_indices=True),),))
+    _, whole = pool(dispatcher, *request.branches)
+    values, places = [], []
+    with dispatcher.stream(request, WAITING) as stream:
+        assert stream.results == request.results()
+        for start in (0, 64):
+            with dispatcher.pool_block(stream, PAYLOAD[start : start + 64], WAITING) as outputs:
+                values.append(bytes(outputs[0]))
+                places.append(bytes(outputs[1]))
+        stream.finish()
+    assert [b"".join(values), b"".join(places)] == whole
+
+
+def test_a_stream_holds_its_blocks_for_as_long_as_it_lasts(dispatcher, admission):
+    """The blocks that a stream has in memory at a time are counted at its begin: 128 bytes each, with 32 of output."""
+    size = BLOCKS_HELD * 128 + 32
+    with dispatcher.stream(Request(INPUT, ((MaxPool2d(2),),)), WAITING):
+        with pytest.raises(UnavailableError), admission.hold(1001 - size):
+            pytest.fail("more bytes than the limit were admitted")
+        with admission.hold(1000 - size):
+            pass
+    with admission.hold(1000):
+        pass
+
+
+def test_a_stream_finds_no_room_at_its_begin_or_not_at_all(dispatcher, admission):
+    """A stream for which there is no room is refused before a block has come."""
+    with (
+        admission.hold(1000),
+        pytest.raises(UnavailableError),
+        dispatcher.stream(Request(INPUT, ((MaxPool2d(2),),)), WAITING),
+    ):
+        pytest.fail("a stream was begun")
+
+
+def test_a_stream_past_its_deadline_computes_nothing_more(dispatcher):
+    """Time is looked at when a stream begins and before each of its blocks."""
+    request = Request(INPUT, ((MaxPool2d(2),),))
+    late = Caller(lambda: 0.0, lambda: True)
+    with pytest.raises(DeadlineExceededError), dispatcher.stream(request, late):
+        pytest.fail("a stream was begun")
+    with dispatcher.stream(request, WAITING) as stream:
+        with dispatcher.pool_block(stream, PAYLOAD[:64], WAITING):
+            pass
+        with pytest.raises(DeadlineExceededError), dispatcher.pool_block(stream, PAYLOAD[64:], late):
+            pytest.fail("a block was computed")
+
+
+def test_a_stream_is_held_to_the_limits_of_a_block(engine):
+    """A tensor over every limit of a call passes in blocks; one plane that is over a limit doesn't."""
+    # 64 planes of 64 bytes of input and 16 of output.
+    limits = Limits(64, 64, 64, 10**6)
+    request = Request(TensorSpec("float32", (1, 64, 4, 4)), ((AdaptiveAvgPool2d(2),),))
+    dispatcher = Dispatcher(limits, Admission(10**6), engine, INFO)
+    with pytest.raises(LimitExceededError):
+        dispatcher.check(request)
+    with (
+        pytest.raises(LimitExceededError) as raised,
+        dispatcher.stream(Request(TensorSpec("float32", (1, 64, 4, 5)), request.branches), WAITING),
+    ):
+        pytest.fail("a plane over the limit was taken")
+    assert raised.value.metadata == {"limit": "64", "actual": "80"}
+
+
+class InArena:
+    """A request whose tensors lie in an arena of four pages, outputs behind them, and who runs it there."""
+
+    def __init__(self, engine, request, *inputs):
+        self.mapping = mmap.mmap(-1, 4 * mmap.PAGESIZE)
+        self.memory = np.frombuffer(self.mapping, np.uint8)
+        arena = Arena(self.mapping)
+        self.asked = []
+        self.dispatcher = Dispatcher(
+            LIMITS, Admission(1000), engine, INFO, lambda id_: (self.asked.append(id_), arena)[1]
+        )
+        self.checked = self.dispatcher.check(request)
+        end = 0
+        for each in inputs:
+            start = -(-end // 64) * 64
+            end = start + each.nbytes
+            self.memory[start:end] = each.reshape(-1).view(np.uint8)
+        self.input, self.output = (0, end), (mmap.PAGESIZE, mmap.PAGESIZE)
+
+    def run(self, **other):
+        """Run the request, the ranges those that fit or others; give the arena's bytes from the output range on."""
+        ranges = ArenaRanges(b"it", other.get("input", self.input), other.get("output", self.output))
+        self.dispatcher.pool_in_arena(self.checked, ranges, other.get("caller", WAITING))
+        return bytes(self.memory[ranges.output[0] :])
+
+
+BRANCHES = ((MaxPool2d(2, return_indices=True),), (AvgPool2d(2),))
+
+
+@pytest.fixture
+def shared(engine):
+    """X in an arena, with its max, the indices of that and its mean asked for: 32, 64 and 32 bytes."""
+    return InArena(engine, Request(INPUT, BRANCHES), X)
+
+
+def test_a_call_in_an_arena_gives_what_any_call_gives(shared, dispatcher):
+    """Outputs and indices come to lie at the range for outputs, each at a multiple of 64; inputs stay as they are."""
+    _, (values, places, means) = pool(dispatcher, *BRANCHES)
+    left = shared.run()
+    assert (left[:32], left[64:128], left[128:160]) == (values, places, means)
+    assert bytes(shared.memory[:128]) == PAYLOAD
+    assert shared.asked == [b"it"]
+
+
+def test_a_range_of_just_the_size_needed_is_enough(shared, dispatcher):
+    """The last output may end where the range does, and where the arena does."""
+    _, (values, _, means) = pool(dispatcher, *BRANCHES)
+    left = shared.run(output=(4 * mmap.PAGESIZE - 192, 160))
+    assert (left[:32], left[128:160]) == (values, means)
+    assert shared.run(output=(128, 160))[:32] == values
+
+
+@pytest.mark.parametrize(
+    ("ranges", "field"),
+    [
+        ({"input": (1, 128)}, "arena.input.offset"),
+        ({"input": (32, 128)}, "arena.input.offset"),
+        ({"input": (2**64 - 64, 128)}, "arena.input.offset"),
+        ({"input": (4 * mmap.PAGESIZE - 64, 128)}, "arena.input.length"),
+        ({"input": (0, 2**64 - 1)}, "arena.input.length"),
+        ({"output": (mmap.PAGESIZE + 8, 160)}, "arena.output.offset"),
+        ({"output": (2**63, 160)}, "arena.output.offset"),
+        ({"output": (4 * mmap.PAGESIZE - 128, 160)}, "arena.output.length"),
+        ({"output": (mmap.PAGESIZE, 2**64 - 1)}, "arena.output.length"),
+    ],
+    ids=repr,
+)
+def test_a_range_that_is_not_aligned_or_not_in_the_arena_is_refused(shared, ranges, field):
+    """Ranges begin at a multiple of 64 and end inside the arena; the numbers that a caller sends can't wrap."""
+    before = bytes(shared.memory)
+    with pytest.raises(InvalidArgumentError) as raised:
+        shared.run(**ranges)
+    assert [each.field for each in raised.value.violations] == [field]
+    assert bytes(shared.memory) == before
+
+
+@pytest.mark.parametrize(
+    ("ranges", "field", "expected"),
+    [
+        ({"input": (0, 127)}, "arena.input", "at least 128 bytes"),
+        ({"output": (1024, 159)}, "arena.output", "at least 160 bytes"),
+        ({"output": (1024, 0)}, "arena.output", "at least 160 bytes"),
+        ({"output": (0, 160)}, "arena.output", "apart from the input's"),
+        ({"output": (64, 4096)}, "arena.output", "apart from the input's"),
+        ({"input": (256, 128), "output": (128, 192)}, "arena.output", "apart from the input's"),
+    ],
+    ids=repr,
+)
+def test_a_range_that_is_too_small_or_overlaps_is_refused(shared, ranges, field, expected):
+    """What is needed is said; nothing is written where a tensor could be read."""
+    before = bytes(shared.memory)
+    with pytest.raises(InvalidArgumentError, match=rf"^{field}: expected .*{expected}") as raised:
+        shared.run(**ranges)
+    assert [each.field for each in raised.value.violations] == [field]
+    assert bytes(shared.memory) == before
+
+
+def test_a_larger_range_for_inputs_is_taken(shared, dispatcher):
+    """What lies behind a tensor in its range is not looked at."""
+    assert shared.run(input=(0, 1000))[:32] == pool(dispatcher, *BRANCHES)[1][0]
+
+
+def unpool(engine, indices):
+    """Give a call in an arena that unpools four ones."""
+    spec = TensorSpec("float32", (1, 1, 2, 2))
+    request = Request(spec, ((MaxUnpool2d(2),),), TensorSpec("int64", spec.shape))
+    return InArena(engine, request, np.ones(spec.shape, np.float32), np.array(indices))
+
+
+def test_indices_that_change_after_they_were_checked_change_nothing(engine, monkeypatch):
+    """A client that writes to its arena during a call can't have other indices used than were checked."""
+    call = unpool(engine, [0, 5, 10, 15])
+
+    def check_then_change(*arguments):
+        check_indices(*arguments)
+        call.memory[64:96] = 0xFF
+
+    monkeypatch.setattr(poolrpc_server.engine, "check_indices", check_then_change)
+    output = np.frombuffer(call.run()[:64], np.float32)
+    assert np.flatnonzero(output).tolist() == [0, 5, 10, 15]
+    assert bytes(call.memory[64:96]) == b"\xff" * 32
+
+
+@pytest.mark.parametrize("bad", [-1, 16, 2**40])
+def test_an_index_out_of_its_plane_is_refused_in_an_arena_too(engine, bad):
+    """An index that no output plane has is the indices' fault, and nothing is written."""
+    call = unpool(engine, [0, 5, 10, bad])
+    with pytest.raises(InvalidArgumentError, match=r"^indices: expected indices in 0\.\.15"):
+        call.run()
+    assert not call.memory[mmap.PAGESIZE :].any()
+
+
+def test_a_call_in_an_arena_that_nobody_waits_for_is_not_computed(shared):
+    """Time is looked at on arrival and in its turn, as for any call."""
+    for times in ([0.0], [5.0, 0.0]):
+        with pytest.raises(DeadlineExceededError):
+            shared.run(caller=Caller(iter(times).__next__, lambda: True))
+    assert not shared.memory[mmap.PAGESIZE :].any()
+
+
+def test_without_arenas_none_is_found(dispatcher):
+    """A server that has none answers as for one that it doesn't know, and the client sends its bytes."""
+    checked = dispatcher.check(Request(INPUT, BRANCHES))
+    with pytest.raises(NotFoundError) as raised:
+        dispatcher.pool_in_arena(checked, ArenaRanges(b"", (0, 128), (128, 160)), WAITING)
+    assert raised.value.reason == "ARENA"

@@ -14,15 +14,18 @@ from poolrpc import (
     CancelledError,
     FractionalMaxPool2d,
     FractionalMaxPool3d,
+    InvalidArgumentError,
     MaxPool2d,
     MaxUnpool1d,
 )
 from poolrpc.codec import Request
-from poolrpc.tensors import TensorSpec
+from poolrpc.tensors import TensorSpec, split
+from poolrpc_server.buffers import aligned
 from poolrpc_server.engine import SHARED_BYTES, Engine, resolve_device
 from poolrpc_server.validate import Limits, check_request
 
-LIMITS = Limits(2**20, 64, 10**7)
+LIMITS = Limits(2**20, 2**20, 64, 10**7)
+WIDE = Limits(2**40, 2**40, 64, 2**40)
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +40,27 @@ def wanted():
     """Tell that the caller still waits."""
 
 
+def scheduled(engine, spec, *layers, indices=None, limits=LIMITS):
+    """Give a request that was checked, each layer a branch of its own."""
+    return check_request(Request(spec, tuple((layer,) for layer in layers), indices), limits, engine.schedule)
+
+
+def run(engine, checked, payload, check_wanted=wanted):
+    """Run a request, and give copies of its outputs' bytes."""
+    with engine.run(checked.schedule, payload, check_wanted) as outputs:
+        return [bytes(each) for each in outputs]
+
+
 def pool(engine, x, layer, indices=None, layout="NCHW"):
     """Run a layer on an array, and give the first of its outputs in the array's dtype."""
     spec = TensorSpec(x.dtype.name, x.shape, layout)
     second = None if indices is None else TensorSpec("int64", indices.shape, layout)
     payload = x.tobytes() + (b"" if indices is None else indices.tobytes())
-    checked = check_request(Request(spec, ((layer,),), second), payload, LIMITS)
-    return np.frombuffer(engine.run(checked, wanted)[0], x.dtype).reshape(checked.shapes[0][-1])
+    checked = scheduled(engine, spec, layer, indices=second)
+    return np.frombuffer(run(engine, checked, payload)[0], x.dtype).reshape(checked.results[0].output.shape)
+
+
+SMALL = TensorSpec("float32", (1, 1, 2, 2))
 
 
 @pytest.mark.parametrize("name", ["nope", "", "cpu:x", "meta", "cuda:99", "-1", "CPU", "x" * 1000])
@@ -67,11 +84,10 @@ def test_what_nobody_waits_for_is_not_computed(engine):
     def left():
         raise CancelledError("the caller left")
 
-    spec = TensorSpec("float32", (1, 1, 2, 2))
-    checked = check_request(Request(spec, ((MaxPool2d(2),),)), bytes(16), LIMITS)
+    checked = scheduled(engine, SMALL, MaxPool2d(2))
     with pytest.raises(CancelledError, match="the caller left"):
-        engine.run(checked, left)
-    assert [bytes(piece) for piece in engine.run(checked, wanted)] == [bytes(4)]
+        run(engine, checked, bytes(16), left)
+    assert run(engine, checked, bytes(16)) == [bytes(4)]
 
 
 def test_closing_finishes_what_was_submitted():
@@ -82,21 +98,20 @@ def test_closing_finishes_what_was_submitted():
         started.set()
         going_on.wait()
 
-    spec = TensorSpec("float32", (1, 1, 2, 2))
-    checked = check_request(Request(spec, ((MaxPool2d(2),),)), bytes(16), LIMITS)
+    checked = scheduled(engine, SMALL, MaxPool2d(2))
     with ThreadPoolExecutor(2) as callers:
-        answer = callers.submit(engine.run, checked, wait)
+        answer = callers.submit(run, engine, checked, bytes(16), wait)
         started.wait()
         closed = callers.submit(engine.close)
         assert not answer.done()
         going_on.set()
-        assert [bytes(piece) for piece in answer.result()] == [bytes(4)]
+        assert answer.result() == [bytes(4)]
         closed.result()
 
 
 @pytest.mark.parametrize("cls", LAYERS.values())
 def test_an_input_is_left_as_it_was(engine, cls):
-    """No layer writes to a request's bytes, which it reads where they lie."""
+    """No layer writes to a request's bytes, which it reads where they lie; the answer is that of any other way."""
     dims = cls.spatial_dims or 2
     arguments = {"kernel_size": 1, "norm_type": 2.0, "output_size": 2, "return_indices": True}
     if cls.takes_indices:
@@ -108,8 +123,11 @@ def test_an_input_is_left_as_it_was(engine, cls):
     specs = [TensorSpec("float32", x.shape), *([TensorSpec("int64", x.shape)] if cls.takes_indices else [])]
     payload = x.tobytes() + (b"" if indices is None else indices.tobytes())
     before = bytearray(payload)
-    engine.run(check_request(Request(specs[0], ((layer,),), *specs[1:]), payload, LIMITS), wanted)
+    checked = scheduled(engine, specs[0], layer, indices=specs[1] if cls.takes_indices else None)
+    outputs = [aligned(spec.nbytes) for spec in checked.outputs]
+    engine.run_in_place(checked.schedule, split(payload, specs), outputs, wanted)
     assert payload == before
+    assert [bytes(each) for each in outputs] == run(engine, checked, payload)
 
 
 def test_indices_need_no_alignment(engine):
@@ -138,18 +156,85 @@ def test_a_large_call_is_shared_with_idle_threads(engine):
     alone = Engine("cpu", 1)
     for layer in (MaxPool2d(3, 1, 1), MaxPool2d(3, 1, 1, return_indices=True), AvgPool2d(3, 1, 1)):
         spec = TensorSpec("float32", x.shape)
-        checked = check_request(Request(spec, ((layer,),)), x.tobytes(), Limits(2**30, 64, 2**40))
-        shared = [bytes(each) for each in engine.run(checked, wanted)]
-        assert shared == [bytes(each) for each in alone.run(checked, wanted)]
+        shared, single = (run(each, scheduled(each, spec, layer, limits=WIDE), x.tobytes()) for each in (engine, alone))
+        assert shared == single
     alone.close()
 
 
 def test_large_calls_at_once_wait_for_no_ring(engine):
     """More large calls than threads, at the same time, all come to their end."""
     x = np.random.default_rng(0).standard_normal((1, 128, 128, 150)).astype(np.float32)
-    checked = check_request(
-        Request(TensorSpec("float32", x.shape), ((MaxPool2d(3, 1, 1),),)), x.tobytes(), Limits(2**30, 64, 2**40)
-    )
+    checked, payload = scheduled(engine, TensorSpec("float32", x.shape), MaxPool2d(3, 1, 1), limits=WIDE), x.tobytes()
     with ThreadPoolExecutor(8) as callers:
-        answers = [callers.submit(engine.run, checked, wanted) for _ in range(24)]
-        assert len({bytes(answer.result(60)[0]) for answer in answers}) == 1
+        answers = [callers.submit(run, engine, checked, payload) for _ in range(24)]
+        assert len({answer.result(60)[0] for answer in answers}) == 1
+
+
+LARGE = TensorSpec("float32", (1, 16, 128, 64))
+
+
+@pytest.mark.parametrize("spec", [SMALL, LARGE], ids=["small", "large"])
+def test_answers_that_are_read_at_a_time_lie_apart(engine, spec):
+    """A request that runs again while its last answer is still read gives memory of its own, then the same again."""
+    checked = scheduled(engine, spec, MaxPool2d(2))
+    ones, twos = (np.full(spec.shape, value, np.float32).tobytes() for value in (1, 2))
+    for _ in range(3):
+        with engine.run(checked.schedule, ones, wanted) as first, engine.run(checked.schedule, twos, wanted) as second:
+            assert set(np.frombuffer(first[0], np.float32)) == {1}
+            assert set(np.frombuffer(second[0], np.float32)) == {2}
+
+
+@pytest.mark.parametrize("spec", [SMALL, LARGE], ids=["small", "large"])
+def test_memory_is_used_again(engine, spec):
+    """The next run of a request has the memory of the one before."""
+    checked = scheduled(engine, spec, MaxPool2d(2))
+    places = set()
+    for _ in range(5):
+        with engine.run(checked.schedule, bytes(spec.nbytes), wanted) as outputs:
+            places.add(np.frombuffer(outputs[0], np.uint8).ctypes.data)
+    assert len(places) == 1
+
+
+def test_small_memory_that_another_call_takes_first_is_not_missed(engine):
+    """Calls of one request may look for idle memory at the same time; who finds none left makes some."""
+
+    class Taken(list):
+        """What seems to have an item, as a list does to one who looks before another takes its last."""
+
+        def __bool__(self):
+            return True
+
+    checked = scheduled(engine, SMALL, MaxPool2d(2))
+    checked.schedule.stages = Taken()
+    assert run(engine, checked, bytes(16)) == [bytes(4)]
+
+
+@pytest.mark.parametrize("spec", [SMALL, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_payload_of_another_length_is_refused(engine, spec, change):
+    """A byte more or fewer than the spec says is the payload's fault."""
+    checked = scheduled(engine, spec, MaxPool2d(2))
+    length = spec.nbytes + change
+    with pytest.raises(InvalidArgumentError, match=rf"^payload: expected {spec.nbytes} bytes .*got {length}$"):
+        run(engine, checked, bytes(length))
+
+
+def test_a_chain_and_its_branches_are_torchs(engine):
+    """Each branch of a request starts from the input, and each layer from what the one before gave."""
+    x = torch.arange(128, dtype=torch.float32).reshape(1, 2, 8, 8)
+    branches = ((MaxPool2d(2), AvgPool2d(2)), (MaxPool2d(2, return_indices=True),))
+    checked = check_request(Request(TensorSpec("float32", (1, 2, 8, 8)), branches), LIMITS, engine.schedule)
+    means = torch.nn.AvgPool2d(2)(torch.nn.MaxPool2d(2)(x))
+    expected = [means, *torch.nn.MaxPool2d(2, return_indices=True)(x)]
+    assert run(engine, checked, x.numpy().tobytes()) == [each.numpy().tobytes() for each in expected]
+
+
+@pytest.mark.parametrize("layer", [FractionalMaxPool2d(2, 3, seed=2**64 - 1), FractionalMaxPool3d(2, 3)], ids=repr)
+@pytest.mark.parametrize("first", [0, 1, 4, 5])
+def test_a_fractional_layer_pools_planes_apart_as_in_their_tensor(engine, layer, first):
+    """The layer for a tensor's planes from some number on gives what the layer gives for all of them."""
+    x = np.random.default_rng(2).standard_normal((2, 3, *[7] * layer.spatial_dims)).astype(np.float32)
+    flat = x.reshape(6, *x.shape[2:])
+    expected = pool(engine, x, layer).reshape(6, *[3] * layer.spatial_dims)
+    assert np.array_equal(pool(engine, flat[first:], layer.at_plane(first)), expected[first:])
+    assert layer.at_plane(1).at_plane(first) == layer.at_plane(first + 1)

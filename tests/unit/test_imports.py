@@ -25,9 +25,11 @@ ROOMS = (
     {"doors"},
     {"interceptors"},
     {"dispatch"},
+    {"streams"},
     {"batcher", "engine"},
-    {"kernels"},
+    {"buffers", "kernels"},
     {"validate", "admission"},
+    {"arena"},
     {"config", "logs", "metrics"},
 )
 DEPTH = {module: depth for depth, room in enumerate(ROOMS) for module in room}

@@ -4,7 +4,7 @@ import copy
 import inspect
 import math
 import pickle
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 from itertools import product
 
 import numpy as np
@@ -362,3 +362,14 @@ def test_the_indices_that_a_layer_gives_and_takes():
     assert not MaxPool2d(2).gives_indices
     assert not AvgPool2d(2).gives_indices
     assert [cls.__name__ for cls in CLASSES if cls.takes_indices] == ["MaxUnpool1d", "MaxUnpool2d", "MaxUnpool3d"]
+
+
+@given(layers(), st.integers(0, 2**40))
+def test_a_layer_is_the_same_at_any_plane_unless_it_tells_planes_apart(layer, first):
+    """Only the fractional layers give another for a tensor's planes from some number on, which differs by its seed."""
+    there = layer.at_plane(first)
+    if layer.family != "fractional_max_pool":
+        assert there is layer
+        return
+    assert replace(there, seed=layer.seed) == layer
+    assert (there.seed == layer.seed) == (first == 0)

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from poolrpc import FractionalMaxPool2d, FractionalMaxPool3d
 from poolrpc_server.kernels.samples import draw
 
 SEEDS = st.integers(0, 2**64 - 1)
@@ -45,6 +46,18 @@ def test_a_planes_samples_depend_on_the_seed_and_its_number_alone(seed, batch, c
     samples = draw(seed, batch, channels, axes).reshape(-1, axes)
     assert torch.equal(samples, draw(seed, 1, batch * channels, axes)[0])
     assert torch.equal(samples, draw(seed, batch + more, channels, axes).reshape(-1, axes)[: len(samples)])
+
+
+@given(SEEDS, st.integers(0, 2**31), st.sampled_from([FractionalMaxPool2d, FractionalMaxPool3d]))
+def test_planes_are_drawn_from_any_number_on(seed, first, cls):
+    """The layer of a tensor's planes from some number on has the seed that draws these planes' samples first."""
+    layer = cls(2, output_size=1, seed=seed).at_plane(first)
+    axes = cls.spatial_dims
+    state = seed + first * axes * 0x9E3779B97F4A7C15
+    expected = [(output >> 40) / 2**24 for output in splitmix64(state & MASK, 2 * axes)]
+    assert draw(layer.seed, 1, 2, axes).flatten().tolist() == expected
+    if first < 100:
+        assert torch.equal(draw(layer.seed, 1, 2, axes)[0], draw(seed, 1, first + 2, axes)[0, first:])
 
 
 def test_samples_spread_over_0_to_1_and_are_exact_in_float32():

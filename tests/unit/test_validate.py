@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,12 +32,12 @@ from poolrpc.codec import Request
 from poolrpc.limits import MAX_NUMEL
 from poolrpc.tensors import ITEM_BYTES, TensorSpec
 from poolrpc_server.engine import Engine
-from poolrpc_server.validate import FREE_OUTPUT_BYTES, Limits, check_request, check_shapes
+from poolrpc_server.validate import FREE_OUTPUT_BYTES, Limits, check_request, check_shapes, check_stream
 
 from .strategies import CLASSES, classes, layers, parameters, shapes
 
-LIMITS = Limits(output_bytes=2**20, output_growth=64, work=10**6)
-WIDE = Limits(output_bytes=2**60, output_growth=2**60, work=2**60)
+LIMITS = Limits(input_bytes=2**20, output_bytes=2**20, output_growth=64, work=10**6)
+WIDE = Limits(input_bytes=2**60, output_bytes=2**60, output_growth=2**60, work=2**60)
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,12 @@ def engine():
 
 def wanted():
     """Tell that the caller still waits."""
+
+
+def run(engine, checked, payload):
+    """Run a request, and give copies of its outputs' bytes."""
+    with engine.run(checked.schedule, payload, wanted) as outputs:
+        return [bytes(each) for each in outputs]
 
 
 @st.composite
@@ -91,31 +98,33 @@ def test_whatever_passes_the_validator_torch_runs(engine):
 
     @given(requests())
     @settings(max_examples=4 * settings.default.max_examples)
-    def run(case):
+    def holds(case):
         request, payload = case
         try:
-            checked = check_request(request, payload, LIMITS)
+            checked = check_request(request, LIMITS, engine.schedule)
         except (InvalidArgumentError, UnsupportedError, LimitExceededError):
             seen["refused"] += 1
             return
         try:
-            pieces = engine.run(checked, wanted)
+            pieces = run(engine, checked, payload)
         except InvalidArgumentError as error:
-            # Indices are looked at only when there is a copy of them.
-            assert [each.field for each in error.violations] == ["indices"]  # noqa: PT017
+            # The payload is looked at only when there is one.
+            length = sum(spec.nbytes for spec in request.specs)
+            field = "indices" if len(payload) == length else "payload"
+            assert [each.field for each in error.violations] == [field]  # noqa: PT017
             seen["refused"] += 1
             return
         seen["passed"] += 1
         expected = []
-        for chain, steps in zip(request.branches, checked.shapes, strict=True):
+        for chain, result in zip(request.branches, checked.results, strict=True):
             families.update(type(layer) for layer in chain)
-            expected.append(math.prod(steps[-1]) * ITEM_BYTES[request.input.dtype])
+            expected.append(math.prod(result.shapes[-1]) * ITEM_BYTES[request.input.dtype])
             if chain[-1].gives_indices:
-                expected.append(math.prod(steps[-1]) * 8)
-        assert [piece.nbytes for piece in pieces] == expected
+                expected.append(math.prod(result.shapes[-1]) * 8)
+        assert [len(piece) for piece in pieces] == [spec.nbytes for spec in checked.outputs] == expected
         assert sum(expected) == checked.output_bytes
 
-    run()
+    holds()
     # The property is worth something only where much passes, of nearly every layer.
     assert seen["passed"] > seen["refused"] / 4
     assert len(families) > len(CLASSES) / 2
@@ -145,10 +154,10 @@ def test_no_planes_of_any_size_are_computed_or_refused(engine, layer, shape):
     """A batch of none, whose axes no tensor could have, doesn't escape the validator, be it refused or computed."""
     indices = TensorSpec("int64", shape) if layer.takes_indices else None
     try:
-        checked = check_request(Request(TensorSpec("float32", shape), ((layer,),), indices), b"", LIMITS)
+        checked = check_request(Request(TensorSpec("float32", shape), ((layer,),), indices), LIMITS, engine.schedule)
     except (InvalidArgumentError, LimitExceededError):
         return
-    assert [piece.nbytes for piece in engine.run(checked, wanted)] == [0]
+    assert run(engine, checked, b"") == [b""]
 
 
 @pytest.mark.parametrize("norm", [65504, 65505, 1e-4, 1e-5, 1e38, 1e39, 1e-38, 1e-39, 1e300, 1e-300, 5e-324])
@@ -157,18 +166,17 @@ def test_a_norm_of_any_size_is_computed_or_refused(engine, norm, dtype):
     """A norm that the tensor's dtype can't hold, or whose inverse it can't, doesn't escape the validator."""
     spec = TensorSpec(dtype, (1, 1, 2, 2))
     try:
-        checked = check_request(Request(spec, ((LPPool2d(norm, 2),),)), bytes(spec.nbytes), LIMITS)
+        checked = check_request(Request(spec, ((LPPool2d(norm, 2),),)), LIMITS, engine.schedule)
     except InvalidArgumentError as error:
         assert "norm_type" in str(error)  # noqa: PT017 - which of the two happens is the validator's business
         return
-    assert [piece.nbytes for piece in engine.run(checked, wanted)] == [ITEM_BYTES[dtype]]
+    assert [len(piece) for piece in run(engine, checked, bytes(spec.nbytes))] == [ITEM_BYTES[dtype]]
 
 
-def ask(shape, *branches, dtype="float32", layout="NCHW", limits=WIDE, payload=None):
-    """Check a request of zeros without indices."""
-    spec = TensorSpec(dtype, shape, layout)
+def ask(shape, *branches, dtype="float32", layout="NCHW", limits=WIDE, check=check_request):
+    """Check a request without indices."""
     chains = tuple(chain if isinstance(chain, tuple) else (chain,) for chain in branches)
-    return check_request(Request(spec, chains), bytes(spec.nbytes) if payload is None else payload, limits)
+    return check(Request(TensorSpec(dtype, shape, layout), chains), limits)
 
 
 IMAGE = (1, 1, 8, 8)
@@ -187,9 +195,9 @@ INDICES = MaxPool2d(2, return_indices=True)
 )
 def test_output_bytes_are_held_to_their_limit(branches, nbytes):
     """Outputs, indices, all branches, and each step of a chain count: the limit itself passes, a byte less doesn't."""
-    ask(IMAGE, *branches, limits=Limits(nbytes, 2**60, 2**60))
+    ask(IMAGE, *branches, limits=replace(WIDE, output_bytes=nbytes))
     with pytest.raises(LimitExceededError) as raised:
-        ask(IMAGE, *branches, limits=Limits(nbytes - 1, 2**60, 2**60))
+        ask(IMAGE, *branches, limits=replace(WIDE, output_bytes=nbytes - 1))
     assert raised.value.reason == "OUTPUT_TOO_LARGE"
     assert raised.value.metadata == {"limit": str(nbytes - 1), "actual": str(nbytes)}
 
@@ -207,7 +215,7 @@ def test_output_bytes_are_held_to_their_limit(branches, nbytes):
 def test_outputs_may_grow_so_far(shape, growth, cells, refused):
     """Outputs of up to 4 MiB are free; above that they are held to a multiple of the input's bytes."""
     assert FREE_OUTPUT_BYTES == 1024 * 1024 * 4
-    limits = Limits(2**60, growth, 2**60)
+    limits = replace(WIDE, output_growth=growth)
     if not refused:
         assert ask(shape, AdaptiveAvgPool2d(cells), limits=limits).output_bytes == 4 * cells**2
         return
@@ -234,16 +242,16 @@ def test_outputs_may_grow_so_far(shape, growth, cells, refused):
 def test_work_is_held_to_its_limit(shape, branches, work, layout):
     """Planes x output cells x window cells, over all layers: the limit itself passes, a cell less doesn't."""
     given_ = in_layout(shape, 2, layout)
-    ask(given_, *branches, layout=layout, limits=Limits(2**60, 2**60, work))
+    ask(given_, *branches, layout=layout, limits=replace(WIDE, work=work))
     with pytest.raises(LimitExceededError) as raised:
-        ask(given_, *branches, layout=layout, limits=Limits(2**60, 2**60, work - 1))
+        ask(given_, *branches, layout=layout, limits=replace(WIDE, work=work - 1))
     assert raised.value.reason == "WORK_BUDGET"
     assert raised.value.metadata == {"limit": str(work - 1), "actual": str(work)}
 
 
 def test_what_takes_torch_half_a_minute_is_over_the_default_budget():
     """A window of 255 x 255 at every cell of 64 images passes every check of torch's, and costs 273 billion cells."""
-    limits = Limits(512 * 2**20, 64, 4_000_000_000)
+    limits = Limits(512 * 2**20, 512 * 2**20, 64, 4_000_000_000)
     with pytest.raises(LimitExceededError, match=r"got 272734617600") as raised:
         ask((1, 64, 256, 256), MaxPool2d(255, stride=1, padding=127), limits=limits)
     assert raised.value.reason == "WORK_BUDGET"
@@ -251,9 +259,9 @@ def test_what_takes_torch_half_a_minute_is_over_the_default_budget():
 
 @pytest.mark.parametrize("shape", [(1, 1, 2**16, 2**15), (2**31 - 1, 1, 1, 2), (2, 1, 2**30, 1)])
 def test_a_tensor_of_2_to_the_31_elements_is_too_large(shape):
-    """The input's elements are counted before its payload is asked for."""
+    """The input's elements are counted, whatever the limit on bytes."""
     with pytest.raises(LimitExceededError) as raised:
-        ask(shape, MaxPool2d(1), payload=b"")
+        ask(shape, MaxPool2d(1))
     assert raised.value.reason == "TENSOR_TOO_LARGE"
     assert raised.value.metadata == {"limit": str(MAX_NUMEL), "actual": str(math.prod(shape))}
 
@@ -270,11 +278,13 @@ def test_an_output_of_2_to_the_31_elements_is_too_large():
     [(AvgPool2d(2), "int64"), (MaxPool2d(2), "bool"), (AvgPool3d(2), "float16"), (LPPool2d(2, 2), "uint8")],
     ids=repr,
 )
-def test_a_dtype_that_a_layer_lacks_is_refused_with_those_it_has(layer, dtype):
+@pytest.mark.parametrize("check", [check_request, check_stream])
+def test_a_dtype_that_a_layer_lacks_is_refused_with_those_it_has(layer, dtype, check):
     """The error names the layer by its path, and the dtypes that it takes."""
     first = MaxPool3d(1) if layer.spatial_dims == 3 else MaxPool2d(1)
+    shape, chain = (1, 1, 4, 4, 4)[: layer.spatial_dims + 2], (first, layer) if dtype != "bool" else layer
     with pytest.raises(UnsupportedError, match=re.escape(f"{layer.name} takes")) as raised:
-        ask((1, 1, 4, 4, 4)[: layer.spatial_dims + 2], (first, layer) if dtype != "bool" else layer, dtype=dtype)
+        ask(shape, chain, dtype=dtype, check=check)
     assert raised.value.reason == "DTYPE"
     assert raised.value.metadata == {"layer": layer.name, "dtypes": ", ".join(layer.dtypes)}
 
@@ -285,6 +295,7 @@ def test_the_dtype_is_checked_before_the_shape():
         ask((0, 0), AvgPool2d(2), dtype="int8")
 
 
+@pytest.mark.parametrize("check", [check_request, check_stream])
 @pytest.mark.parametrize(
     ("shape", "layer", "field"),
     [
@@ -296,20 +307,14 @@ def test_the_dtype_is_checked_before_the_shape():
     ],
     ids=repr,
 )
-def test_a_shape_at_fault_is_named(shape, layer, field):
-    """A shape that can't be pooled is the input's fault, or the layer's where it is the layer that doesn't fit."""
+def test_a_shape_at_fault_is_named(shape, layer, field, check):
+    """A shape that can't be pooled is the input's fault, or the layer's where that doesn't fit; in a stream too."""
     with pytest.raises(InvalidArgumentError) as raised:
-        ask(shape, layer, payload=bytes(1024))
+        ask(shape, layer, check=check)
     assert [each.field for each in raised.value.violations] == [field]
 
 
-@pytest.mark.parametrize("length", [0, 255, 257])
-def test_a_payload_has_the_bytes_of_its_tensors(length):
-    """A byte more or fewer than the spec says is the payload's fault."""
-    with pytest.raises(InvalidArgumentError, match=rf"^payload: expected 256 bytes .*got {length}$"):
-        ask(IMAGE, MaxPool2d(2), payload=bytes(length))
-
-
+@pytest.mark.parametrize("check", [check_request, check_stream])
 @pytest.mark.parametrize(
     ("indices", "field"),
     [
@@ -322,20 +327,21 @@ def test_a_payload_has_the_bytes_of_its_tensors(length):
     ],
     ids=repr,
 )
-def test_indices_have_the_inputs_shape_and_int64(indices, field):
+def test_indices_have_the_inputs_shape_and_int64(indices, field, check):
     """Indices that are absent, of another dtype, shape or layout than the input's are refused by their field."""
     request = Request(TensorSpec("float32", (1, 1, 2, 2)), ((MaxUnpool2d(2),),), indices)
     with pytest.raises(InvalidArgumentError, match=r": expected ") as raised:
-        check_request(request, bytes(sum(spec.nbytes for spec in request.specs)), WIDE)
+        check(request, WIDE)
     assert [each.field for each in raised.value.violations] == [field]
 
 
-def test_indices_without_a_layer_that_takes_them_are_refused():
+@pytest.mark.parametrize("check", [check_request, check_stream])
+def test_indices_without_a_layer_that_takes_them_are_refused(check):
     """Indices beside layers that take none are a mistake, and said to be."""
     shape = (1, 1, 2, 2)
     request = Request(TensorSpec("float32", shape), ((MaxPool2d(2),),), TensorSpec("int64", shape))
     with pytest.raises(InvalidArgumentError, match=r"^indices: expected no indices without a MaxUnpool"):
-        check_request(request, bytes(16 + 32), WIDE)
+        check(request, WIDE)
 
 
 def unpool(engine, indices, *layers, shape=(1, 1, 2, 2), layout="NCHW"):
@@ -343,7 +349,7 @@ def unpool(engine, indices, *layers, shape=(1, 1, 2, 2), layout="NCHW"):
     spec = TensorSpec("float32", shape, layout)
     payload = np.ones(shape, np.float32).tobytes() + np.array(indices, np.int64).tobytes()
     request = Request(spec, tuple((layer,) for layer in layers), TensorSpec("int64", shape, layout))
-    return engine.run(check_request(request, payload, LIMITS), wanted)
+    return run(engine, check_request(request, LIMITS, engine.schedule), payload)
 
 
 @pytest.mark.parametrize("bad", [-1, 16, 2**32 + 3, 2**63 - 1, -(2**63)])

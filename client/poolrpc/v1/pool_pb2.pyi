@@ -4,7 +4,8 @@ isort:skip_file
 poolrpc's native API: PyTorch's pooling layers over gRPC.
 
 A tensor travels as a TensorSpec (dtype, shape, layout) and raw bytes: little-endian, C-contiguous, in the order of the
-specs, in the field `payload`, which is the last of its message, so that a client can frame it without copying it.
+specs, in the field `payload`, which is the last of its message, so that a client can frame it without copying it. On the
+server's own host it may lie in an arena instead: memory that the server shares with one client.
 """
 
 from collections import abc as _abc
@@ -12,6 +13,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from poolrpc.v1 import standard_pb2 as _standard_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -146,7 +148,13 @@ class PoolRequest(_message.Message):
     INPUT_FIELD_NUMBER: _builtins.int
     INDICES_FIELD_NUMBER: _builtins.int
     BRANCHES_FIELD_NUMBER: _builtins.int
+    ARENA_FIELD_NUMBER: _builtins.int
+    PADDING_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
+    padding: _builtins.bytes
+    """Ignored. A client may fill it so that the payload starts at a multiple of 16 bytes of the encoded message: the server
+    then reads it where it lies, where it would else copy it.
+    """
     payload: _builtins.bytes
     """The bytes of the input, then those of the indices."""
     @_builtins.property
@@ -161,17 +169,23 @@ class PoolRequest(_message.Message):
     def branches(self) -> _containers.RepeatedCompositeFieldContainer[Global___Branch]:
         """One or more branches; each starts from the input."""
 
+    @_builtins.property
+    def arena(self) -> Global___ArenaRanges:
+        """Where the bytes lie and where those of the results go, in place of payloads. Absent: in payloads."""
+
     def __init__(
         self,
         *,
         input: Global___TensorSpec | None = ...,
         indices: Global___TensorSpec | None = ...,
         branches: _abc.Iterable[Global___Branch] | None = ...,
+        arena: Global___ArenaRanges | None = ...,
+        padding: _builtins.bytes = ...,
         payload: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["indices", b"indices", "input", b"input"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["arena", b"arena", "indices", b"indices", "input", b"input"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["branches", b"branches", "indices", b"indices", "input", b"input", "payload", b"payload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena", b"arena", "branches", b"branches", "indices", b"indices", "input", b"input", "padding", b"padding", "payload", b"payload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -186,7 +200,7 @@ class PoolResponse(_message.Message):
     RESULTS_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
     payload: _builtins.bytes
-    """For each result the bytes of its output, then those of its indices."""
+    """For each result the bytes of its output, then those of its indices. Empty where they went to an arena."""
     @_builtins.property
     def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___BranchResult]:
         """One result a branch."""
@@ -204,6 +218,194 @@ class PoolResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PoolResponse: _TypeAlias = PoolResponse  # noqa: Y015
+
+@_typing.final
+class PoolStreamRequest(_message.Message):
+    """PoolStreamRequest is the request, or a block of its input. A block has one or more whole planes: those of an image lie
+    together where channels are last, so that there a plane is a whole image.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: _builtins.int
+    UNFINISHED_FIELD_NUMBER: _builtins.int
+    PADDING_FIELD_NUMBER: _builtins.int
+    PAYLOAD_FIELD_NUMBER: _builtins.int
+    unfinished: _builtins.bool
+    """The block goes on in the next message: a plane may be larger than a message should be."""
+    padding: _builtins.bytes
+    """Ignored, as in PoolRequest."""
+    payload: _builtins.bytes
+    """The bytes of the block's planes of the input, then those of the same planes of the indices."""
+    @_builtins.property
+    def request(self) -> Global___PoolRequest:
+        """In the first message, and there alone: the request, without arena and payload."""
+
+    def __init__(
+        self,
+        *,
+        request: Global___PoolRequest | None = ...,
+        unfinished: _builtins.bool = ...,
+        padding: _builtins.bytes = ...,
+        payload: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["padding", b"padding", "payload", b"payload", "request", b"request", "unfinished", b"unfinished"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PoolStreamRequest: _TypeAlias = PoolStreamRequest  # noqa: Y015
+
+@_typing.final
+class PoolStreamResponse(_message.Message):
+    """PoolStreamResponse is what the results are, or what came of a block."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    UNFINISHED_FIELD_NUMBER: _builtins.int
+    PAYLOAD_FIELD_NUMBER: _builtins.int
+    unfinished: _builtins.bool
+    """What came of the block goes on in the next message."""
+    payload: _builtins.bytes
+    """For each result the bytes of the block's planes of its output, then those of its indices."""
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___BranchResult]:
+        """In the first message, and there alone: one result a branch."""
+
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[Global___BranchResult] | None = ...,
+        unfinished: _builtins.bool = ...,
+        payload: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["payload", b"payload", "results", b"results", "unfinished", b"unfinished"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PoolStreamResponse: _TypeAlias = PoolStreamResponse  # noqa: Y015
+
+@_typing.final
+class ArenaRanges(_message.Message):
+    """ArenaRanges says where in an arena a request's bytes are. Every tensor starts at a multiple of 64 bytes from the
+    arena's start: the next one after the tensor before it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ARENA_ID_FIELD_NUMBER: _builtins.int
+    INPUT_FIELD_NUMBER: _builtins.int
+    OUTPUT_FIELD_NUMBER: _builtins.int
+    arena_id: _builtins.bytes
+    """The arena, as AttachResponse named it."""
+    @_builtins.property
+    def input(self) -> Global___Range:
+        """Where the input lies, then the indices."""
+
+    @_builtins.property
+    def output(self) -> Global___Range:
+        """Where the results go: for each its output, then its indices. Apart from the input's range."""
+
+    def __init__(
+        self,
+        *,
+        arena_id: _builtins.bytes = ...,
+        input: Global___Range | None = ...,
+        output: Global___Range | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "output", b"output"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena_id", b"arena_id", "input", b"input", "output", b"output"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ArenaRanges: _TypeAlias = ArenaRanges  # noqa: Y015
+
+@_typing.final
+class Range(_message.Message):
+    """Range is a part of an arena."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFSET_FIELD_NUMBER: _builtins.int
+    LENGTH_FIELD_NUMBER: _builtins.int
+    offset: _builtins.int
+    """Its first byte: a multiple of 64."""
+    length: _builtins.int
+    """Its bytes."""
+    def __init__(
+        self,
+        *,
+        offset: _builtins.int = ...,
+        length: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["length", b"length", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Range: _TypeAlias = Range  # noqa: Y015
+
+@_typing.final
+class AttachRequest(_message.Message):
+    """AttachRequest asks for an arena. It is no gRPC message: it goes, as one packet, to the socket beside the server's unix
+    socket whose name has ".arena" added (SOCK_SEQPACKET). The arena lives as long as that connection.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIZE_FIELD_NUMBER: _builtins.int
+    size: _builtins.int
+    """Bytes."""
+    def __init__(
+        self,
+        *,
+        size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttachRequest: _TypeAlias = AttachRequest  # noqa: Y015
+
+@_typing.final
+class AttachResponse(_message.Message):
+    """AttachResponse answers with an arena. Its packet carries the descriptor of a sealed memfd (SCM_RIGHTS), to be mapped."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ARENA_ID_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    arena_id: _builtins.bytes
+    """Names the arena in requests of this client: 16 random bytes."""
+    size: _builtins.int
+    """Bytes: what was asked for, in whole pages."""
+    @_builtins.property
+    def error(self) -> _standard_pb2.Status:
+        """Set where the arena was refused; the rest is then absent."""
+
+    def __init__(
+        self,
+        *,
+        arena_id: _builtins.bytes = ...,
+        size: _builtins.int = ...,
+        error: _standard_pb2.Status | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena_id", b"arena_id", "error", b"error", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttachResponse: _TypeAlias = AttachResponse  # noqa: Y015
 
 @_typing.final
 class Branch(_message.Message):

@@ -40,6 +40,11 @@ class PoolServiceStub(object):
                 request_serializer=poolrpc_dot_v1_dot_pool__pb2.PoolRequest.SerializeToString,
                 response_deserializer=poolrpc_dot_v1_dot_pool__pb2.PoolResponse.FromString,
                 _registered_method=True)
+        self.PoolStream = channel.stream_stream(
+                '/poolrpc.v1.PoolService/PoolStream',
+                request_serializer=poolrpc_dot_v1_dot_pool__pb2.PoolStreamRequest.SerializeToString,
+                response_deserializer=poolrpc_dot_v1_dot_pool__pb2.PoolStreamResponse.FromString,
+                _registered_method=True)
         self.InferShape = channel.unary_unary(
                 '/poolrpc.v1.PoolService/InferShape',
                 request_serializer=poolrpc_dot_v1_dot_pool__pb2.InferShapeRequest.SerializeToString,
@@ -58,6 +63,15 @@ class PoolServiceServicer(object):
 
     def Pool(self, request, context):
         """Pool runs every branch of the request on its input.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PoolStream(self, request_iterator, context):
+        """PoolStream does the same for a tensor of any size, while its blocks still arrive. The first message holds the request;
+        each that follows holds a block of whole planes. The first answer holds the shapes; each that follows holds what
+        came of a block, in order.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -84,6 +98,11 @@ def add_PoolServiceServicer_to_server(servicer, server):
                     servicer.Pool,
                     request_deserializer=poolrpc_dot_v1_dot_pool__pb2.PoolRequest.FromString,
                     response_serializer=poolrpc_dot_v1_dot_pool__pb2.PoolResponse.SerializeToString,
+            ),
+            'PoolStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.PoolStream,
+                    request_deserializer=poolrpc_dot_v1_dot_pool__pb2.PoolStreamRequest.FromString,
+                    response_serializer=poolrpc_dot_v1_dot_pool__pb2.PoolStreamResponse.SerializeToString,
             ),
             'InferShape': grpc.unary_unary_rpc_method_handler(
                     servicer.InferShape,
@@ -124,6 +143,33 @@ class PoolService(object):
             '/poolrpc.v1.PoolService/Pool',
             poolrpc_dot_v1_dot_pool__pb2.PoolRequest.SerializeToString,
             poolrpc_dot_v1_dot_pool__pb2.PoolResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PoolStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/poolrpc.v1.PoolService/PoolStream',
+            poolrpc_dot_v1_dot_pool__pb2.PoolStreamRequest.SerializeToString,
+            poolrpc_dot_v1_dot_pool__pb2.PoolStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -4,7 +4,8 @@ isort:skip_file
 poolrpc's native API: PyTorch's pooling layers over gRPC.
 
 A tensor travels as a TensorSpec (dtype, shape, layout) and raw bytes: little-endian, C-contiguous, in the order of the
-specs, in the field `payload`, which is the last of its message, so that a client can frame it without copying it.
+specs, in the field `payload`, which is the last of its message, so that a client can frame it without copying it. On the
+server's own host it may lie in an arena instead: memory that the server shares with one client.
 """
 
 from collections import abc as _abc
@@ -39,6 +40,11 @@ class PoolServiceStub:
     def __new__(cls, channel: _aio.Channel) -> PoolServiceAsyncStub: ...
     Pool: _grpc.UnaryUnaryMultiCallable[_pool_pb2.PoolRequest, _pool_pb2.PoolResponse]
     """Pool runs every branch of the request on its input."""
+    PoolStream: _grpc.StreamStreamMultiCallable[_pool_pb2.PoolStreamRequest, _pool_pb2.PoolStreamResponse]
+    """PoolStream does the same for a tensor of any size, while its blocks still arrive. The first message holds the request;
+    each that follows holds a block of whole planes. The first answer holds the shapes; each that follows holds what
+    came of a block, in order.
+    """
     InferShape: _grpc.UnaryUnaryMultiCallable[_pool_pb2.InferShapeRequest, _pool_pb2.InferShapeResponse]
     """InferShape answers with the shapes that Pool would give, and computes nothing else."""
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_pool_pb2.GetServerInfoRequest, _pool_pb2.GetServerInfoResponse]
@@ -51,6 +57,11 @@ class PoolServiceAsyncStub(PoolServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Pool: _aio.UnaryUnaryMultiCallable[_pool_pb2.PoolRequest, _pool_pb2.PoolResponse]  # type: ignore[assignment]
     """Pool runs every branch of the request on its input."""
+    PoolStream: _aio.StreamStreamMultiCallable[_pool_pb2.PoolStreamRequest, _pool_pb2.PoolStreamResponse]  # type: ignore[assignment]
+    """PoolStream does the same for a tensor of any size, while its blocks still arrive. The first message holds the request;
+    each that follows holds a block of whole planes. The first answer holds the shapes; each that follows holds what
+    came of a block, in order.
+    """
     InferShape: _aio.UnaryUnaryMultiCallable[_pool_pb2.InferShapeRequest, _pool_pb2.InferShapeResponse]  # type: ignore[assignment]
     """InferShape answers with the shapes that Pool would give, and computes nothing else."""
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_pool_pb2.GetServerInfoRequest, _pool_pb2.GetServerInfoResponse]  # type: ignore[assignment]
@@ -66,6 +77,17 @@ class PoolServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_pool_pb2.PoolResponse, _abc.Awaitable[_pool_pb2.PoolResponse]]:
         """Pool runs every branch of the request on its input."""
+
+    @_abc_1.abstractmethod
+    def PoolStream(
+        self,
+        request_iterator: _MaybeAsyncIterator[_pool_pb2.PoolStreamRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_pool_pb2.PoolStreamResponse], _abc.AsyncIterator[_pool_pb2.PoolStreamResponse]]:
+        """PoolStream does the same for a tensor of any size, while its blocks still arrive. The first message holds the request;
+        each that follows holds a block of whole planes. The first answer holds the shapes; each that follows holds what
+        came of a block, in order.
+        """
 
     @_abc_1.abstractmethod
     def InferShape(

@@ -2,40 +2,123 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from threading import Semaphore
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from poolrpc import codec
-from poolrpc.v1 import pool_pb2, pool_pb2_grpc
-from poolrpc_server.dispatch import Call
+import grpc
+from google.protobuf.message import DecodeError
+
+from poolrpc import codec, wire
+from poolrpc.errors import InternalError, InvalidArgumentError, UnavailableError
+from poolrpc.shapes import clip
+from poolrpc.v1 import pool_pb2
+from poolrpc_server.admission import RETRY_DELAY
+from poolrpc_server.dispatch import Caller
+from poolrpc_server.doors.ahead import ReadAhead
 from poolrpc_server.interceptors import note
 
 if TYPE_CHECKING:
-    import grpc
+    from collections.abc import Iterator, Sequence
 
+    from google.protobuf.message import Message
+
+    from poolrpc.tensors import Bytes
     from poolrpc_server.dispatch import Dispatcher
+    from poolrpc_server.validate import Checked
 
 SERVICE = pool_pb2.DESCRIPTOR.services_by_name["PoolService"].full_name
 
+KNOWN_BYTES = 1024
+KNOWN = 4096
+"""How many headers of up to KNOWN_BYTES are remembered with what was found of them."""
 
-class PoolDoor(pool_pb2_grpc.PoolServiceServicer):
-    """The servicer of PoolService."""
+BLOCKS_AHEAD = 1
+"""Blocks of a stream that are read while one is computed."""
 
-    def __init__(self, dispatcher: Dispatcher) -> None:
+
+FACT_CHARS = 300
+"""Of each fact in the log line of a call."""
+
+M = TypeVar("M", pool_pb2.PoolRequest, pool_pb2.PoolStreamRequest)
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What was found of a request: it depends on the header alone, and callers repeat themselves."""
+
+    checked: Checked
+    ranges: codec.ArenaRanges | None
+    facts: dict[str, str]
+    answer: bytes
+
+
+class PoolDoor:
+    """The servicer of PoolService; messages with payloads come and go as bytes, the others as protobuf has them."""
+
+    def __init__(self, dispatcher: Dispatcher, max_streams: int, stream_idle_seconds: float) -> None:
+        """Make a door to a dispatcher; so many streams are let in at a time, and end that send nothing for so long."""
         self._dispatcher = dispatcher
+        self._max_streams = max_streams
+        self._streams = Semaphore(max_streams)
+        self._idle = stream_idle_seconds
+        self._remembered = lru_cache(KNOWN)(self._find)
 
-    def Pool(self, request: pool_pb2.PoolRequest, context: grpc.ServicerContext) -> pool_pb2.PoolResponse:
+    def handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
+        """Give gRPC's handlers of the service's methods."""
+        unary = grpc.unary_unary_rpc_method_handler
+        return {
+            "Pool": unary(self.Pool),
+            "PoolStream": grpc.stream_stream_rpc_method_handler(self.PoolStream),
+            "InferShape": unary(
+                self.InferShape,
+                pool_pb2.InferShapeRequest.FromString,
+                pool_pb2.InferShapeResponse.SerializeToString,
+            ),
+            "GetServerInfo": unary(
+                self.GetServerInfo,
+                pool_pb2.GetServerInfoRequest.FromString,
+                pool_pb2.GetServerInfoResponse.SerializeToString,
+            ),
+        }
+
+    def Pool(self, data: bytes, context: grpc.ServicerContext) -> bytes:
         """Run every branch of the request on its input."""
-        asked = codec.decode_request(request)
-        note(layers=asked.branches, shape=asked.input.shape, dtype=asked.input.dtype)
-        call = Call(asked, request.payload, context.time_remaining, context.is_active)
-        results, payload = self._dispatcher.pool(call)
-        note(output=[each.output.shape for each in results])
-        return codec.encode_response(results, payload)
+        header, payload = _cut(data, pool_pb2.PoolRequest)
+        known = (self._remembered if len(header) <= KNOWN_BYTES else self._find)(header)
+        note(known.facts)
+        caller = Caller(context.time_remaining, context.is_active)
+        if known.ranges is None:
+            with self._dispatcher.pool(known.checked, payload, caller) as outputs:
+                return wire.join(known.answer, outputs)
+        self._dispatcher.pool_in_arena(known.checked, known.ranges, caller)
+        return known.answer
+
+    def PoolStream(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        """Run every branch on the input's blocks, as they come."""
+        caller = Caller(context.time_remaining, context.is_active)
+        with self._admitted(), ReadAhead(messages, BLOCKS_AHEAD, self._idle) as ahead:
+            header, _ = _cut(next(ahead, b""), pool_pb2.PoolStreamRequest)
+            message = _parsed(header, pool_pb2.PoolStreamRequest)
+            if not message.HasField("request"):
+                raise InvalidArgumentError("expected the request in the first message, got none", field="request")
+            request = codec.decode_request(message.request)
+            note(_facts(request))
+            with self._dispatcher.stream(request, caller) as stream:
+                note(_outputs(stream.results))
+                yield pool_pb2.PoolStreamResponse(results=codec.encode_results(stream.results)).SerializeToString()
+                for block in _blocks(ahead, stream.most * stream.plane_bytes):
+                    with self._dispatcher.pool_block(stream, block, caller) as outputs:
+                        answers = list(wire.pieces(outputs))
+                    yield from answers
+                stream.finish()
 
     def InferShape(self, request: pool_pb2.InferShapeRequest, _: grpc.ServicerContext) -> pool_pb2.InferShapeResponse:
         """Give the shapes that Pool would give."""
         shape, branches, layout = codec.decode_shape_request(request)
-        note(layers=branches, shape=shape)
+        note({"layers": clip(branches, FACT_CHARS), "shape": clip(shape, FACT_CHARS)})
         return codec.encode_shape_response(self._dispatcher.shapes(shape, branches, layout))
 
     def GetServerInfo(
@@ -43,3 +126,74 @@ class PoolDoor(pool_pb2_grpc.PoolServiceServicer):
     ) -> pool_pb2.GetServerInfoResponse:
         """Tell what the server is."""
         return codec.encode_info(self._dispatcher.info)
+
+    @contextmanager
+    def _admitted(self) -> Iterator[None]:
+        if not self._streams.acquire(blocking=False):
+            msg = f"expected at most {self._max_streams} streams at a time, got another; try again"
+            limits = {"limit": str(self._max_streams), "actual": str(self._max_streams + 1)}
+            raise UnavailableError(msg, reason="STREAMS", metadata=limits, retry_delay=RETRY_DELAY)
+        try:
+            yield
+        finally:
+            self._streams.release()
+
+    def _find(self, header: bytes) -> _Known:
+        message = _parsed(header, pool_pb2.PoolRequest)
+        request = codec.decode_request(message)
+        note(facts := _facts(request))  # before the checks: the log tells what was refused
+        checked = self._dispatcher.check(request)
+        answer = pool_pb2.PoolResponse(results=codec.encode_results(checked.results)).SerializeToString()
+        return _Known(checked, codec.decode_ranges(message), facts | _outputs(checked.results), answer)
+
+
+def _cut(data: bytes, cls: type[M]) -> tuple[bytes, memoryview]:
+    try:
+        return wire.cut(data, cls)
+    except DecodeError:
+        raise _no_message(cls) from None
+
+
+def _parsed(header: bytes, cls: type[M]) -> M:
+    try:
+        return cls.FromString(header)
+    except DecodeError:
+        raise _no_message(cls) from None
+
+
+def _no_message(cls: type[Message]) -> InternalError:
+    # The status that gRPC itself has for what it can't parse.
+    return InternalError(f"expected a {cls.DESCRIPTOR.full_name}, got bytes that are none", reason="NO_MESSAGE")
+
+
+def _blocks(messages: Iterator[bytes], most: int) -> Iterator[Bytes]:
+    """Give the blocks of a stream's messages, each in one piece."""
+    parts: list[memoryview] = []
+    for data in messages:
+        header, payload = _cut(data, pool_pb2.PoolStreamRequest)
+        # A block in one message has no header but padding, and needs no parsing.
+        message = _parsed(header, pool_pb2.PoolStreamRequest) if header else None
+        if message is not None and message.HasField("request"):
+            raise InvalidArgumentError("expected the request in the first message alone, got it again", field="request")
+        parts.append(payload)
+        if (size := sum(map(len, parts))) > most:
+            raise InvalidArgumentError(f"expected a block of at most {most} bytes, got {size}", field="payload")
+        if message is None or not message.unfinished:
+            yield parts[0] if len(parts) == 1 else b"".join(parts)
+            parts = []
+    if parts:
+        msg = f"expected the rest of a block, got the end of the stream after {sum(map(len, parts))} bytes of it"
+        raise InvalidArgumentError(msg, field="payload")
+
+
+def _facts(request: codec.Request) -> dict[str, str]:
+    spec = request.input
+    return {
+        "layers": clip(request.branches, FACT_CHARS),
+        "shape": clip(spec.shape, FACT_CHARS),
+        "dtype": spec.dtype,
+    }
+
+
+def _outputs(results: Sequence[codec.BranchResult]) -> dict[str, str]:
+    return {"output": clip([each.output.shape for each in results], FACT_CHARS)}

@@ -90,7 +90,7 @@ class Plan:
             row
             for row in TABLE
             if self.layer.family in row.families
-            and row.channels_last == (self.channels is not None)
+            and (row.channels_last or self.channels is None)
             and row.indices == self.layer.gives_indices
             and row.fits(self)
         )
@@ -161,24 +161,36 @@ class Plan:
                 steps.append((name, planes))
         return head + ", ".join(f"{name} from {planes}" for name, planes in steps) + " planes on, by estimate"
 
-    def compute(self, x: torch.Tensor, indices: torch.Tensor | None, share: Share | None = None) -> Pooled:
+    def compute(
+        self,
+        x: torch.Tensor,
+        indices: torch.Tensor | None,
+        share: Share | None = None,
+        output: torch.Tensor | None = None,
+        places: torch.Tensor | None = None,
+    ) -> Pooled:
         """Compute the layer.
 
         Args:
             x: Batched and contiguous, with no axis of 0, in the plan's layout: (N, C, *plane), or (N, *plane, C).
             indices: For MaxUnpool, of x's shape and in range.
             share: Calls what it is given on ranges that make up so many planes, perhaps on several threads.
+            output: Where the output may go, contiguous.
+            places: Where the indices may go.
 
         Returns:
-            The output, batched and contiguous in the same layout, and the indices where the layer returns them.
+            The output, batched and contiguous in the same layout, and the indices where the layer returns them: those
+            that were given, or others, which the caller then copies.
 
         """
         planes = x.numel() // self._cells
         row = self.choose(planes)
         if row is None:
             return self.eager(x, indices)
-        output = x.new_empty((*x.shape[: x.ndim - len(self.memory)], *self.result))
-        places = x.new_empty(output.shape, dtype=torch.int64) if row.indices else None
+        if output is None:
+            output = x.new_empty((*x.shape[: x.ndim - len(self.memory)], *self.result))
+        if places is None and row.indices:
+            places = x.new_empty(output.shape, dtype=torch.int64)
         read, write = x.view(planes, *self.memory), output.view(planes, *self.result)
         place = None if places is None else places.view(planes, *self.result)
 
@@ -212,7 +224,7 @@ class Row:
         pays: Tells whether it beats torch on a case.
         fits: Tells whether it gives the plan's answer.
         passes: How often it visits each cell, where that isn't once for each cell of a window.
-        channels_last: Whether it takes (planes, *plane, C).
+        channels_last: Whether it takes (planes, *plane, C) too.
         indices: Whether it gives indices.
 
     """
@@ -241,14 +253,7 @@ TABLE = (
         "separable max",
         ("max_pool",),
         run=lambda plan, x, out, _: max_pool(x, plan.windows, out),  # type: ignore[arg-type]  # a max slides
-        pays=lambda _, case: choice.max_pays(case),
-        passes=choice.steps,
-    ),
-    Row(
-        "separable max",
-        ("max_pool",),
-        run=lambda plan, x, out, _: max_pool(x, plan.windows, out),  # type: ignore[arg-type]  # a max slides
-        pays=lambda _, case: choice.max_last_pays(case),
+        pays=lambda plan, case: (choice.max_last_pays if plan.channels else choice.max_pays)(case),
         passes=choice.steps,
         channels_last=True,
     ),
@@ -265,14 +270,7 @@ TABLE = (
         "average in raster order",
         ("avg_pool",),
         run=lambda plan, x, out, _: avg_pool(x, plan.windows, plan.divisor(), out),  # type: ignore[arg-type]  # an average slides
-        pays=lambda _, case: choice.avg_pays(case),
-        fits=Plan.divides,
-    ),
-    Row(
-        "average in raster order",
-        ("avg_pool",),
-        run=lambda plan, x, out, _: avg_pool(x, plan.windows, plan.divisor(), out),  # type: ignore[arg-type]  # an average slides
-        pays=lambda _, case: choice.avg_last_pays(case),
+        pays=lambda plan, case: (choice.avg_last_pays if plan.channels else choice.avg_pays)(case),
         fits=Plan.divides,
         channels_last=True,
     ),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from poolrpc.layers import SEED_STEP
+
 # SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), as a counter:
 # sample k of a seed is the generator's k-th output, so that any range of planes can be drawn on its own.
-GAMMA = np.uint64(0x9E3779B97F4A7C15)
+GAMMA = np.uint64(SEED_STEP)
 MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 MIX_2 = np.uint64(0x94D049BB133111EB)
 FLOAT32_BITS = 24

@@ -1,0 +1,249 @@
+"""AsyncPoolClient: PoolClient for asyncio. The two differ in nothing but how they wait."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Self
+
+import grpc
+from grpc import aio
+
+from poolrpc import codec
+from poolrpc.chains import Shape, as_chain
+from poolrpc.coalesce import IN_FLIGHT, MAX_IN_FLIGHT, Group, Grouping, Order, Outcome, bar
+from poolrpc.errors import NotFoundError, PoolError
+from poolrpc.parameters import integer
+from poolrpc.settings import Out, Settings
+from poolrpc.status import translated
+from poolrpc.streaming import StreamCall
+from poolrpc.transfer import (
+    Crossing,
+    PoolResult,
+    Progress,
+    Transfer,
+    by_size,
+)
+from poolrpc.v1 import pool_pb2, standard_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
+
+    from poolrpc.layers import Layer
+
+MAX_STREAMS = 16
+"""Streams at a time; more wait for these."""
+
+
+class AsyncPoolClient(Settings):
+    """PoolClient for asyncio: the same methods, awaited. Make it and use it in one event loop."""
+
+    def _connect(self) -> None:
+        if self._credentials is None:
+            self._channel = aio.insecure_channel(self.address, self._options)
+        else:
+            self._channel = aio.secure_channel(self.address, self._credentials, self._options)
+        self._streams: ThreadPoolExecutor | None = None
+        self._bind(self._channel)
+
+    async def pool(  # noqa: PLR0913 - options, all by keyword
+        self,
+        x: object,
+        layers: Layer | Iterable[Layer],
+        *,
+        indices: object = None,
+        layout: str = "NCHW",
+        out: Out | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 - gRPC's deadline, which the server sees too
+        transport: str | None = None,
+        copy: bool = True,
+        progress: Progress | None = None,
+    ) -> PoolResult:
+        """Run a layer, or a chain of layers, on a tensor: PoolClient.pool."""
+        results = await self.pool_each(
+            x,
+            [layers],
+            indices=indices,
+            layout=layout,
+            out=None if out is None else [out],
+            timeout=timeout,
+            transport=transport,
+            copy=copy,
+            progress=progress,
+        )
+        return results[0]
+
+    async def pool_each(  # noqa: PLR0913 - options, all by keyword
+        self,
+        x: object,
+        branches: Iterable[Layer | Iterable[Layer]],
+        *,
+        indices: object = None,
+        layout: str = "NCHW",
+        out: Sequence[Out | None] | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 - gRPC's deadline, which the server sees too
+        transport: str | None = None,
+        copy: bool = True,
+        progress: Progress | None = None,
+    ) -> list[PoolResult]:
+        """Run each of several layers or chains on the same tensor: PoolClient.pool_each."""
+        return await self._run(
+            self._transfer(x, branches, indices, layout, out), transport, timeout, progress, copy=copy
+        )
+
+    async def _run(
+        self,
+        transfer: Transfer,
+        transport: str | None,
+        timeout: float | None,  # noqa: ASYNC109 - as above
+        progress: Progress | None = None,
+        *,
+        copy: bool = True,
+    ) -> list[PoolResult]:
+        call, path = self._call(timeout), self._path(transfer, transport)
+        if path == "arena":
+            results = await self._cross(transfer, call, progress, copy=copy, required=transport is not None)
+            if results is not None:
+                return results
+            path = by_size(transfer)
+        try:
+            if path == "stream":
+                return await self._stream(transfer, call, progress)
+            response = await self._pool(transfer.message(self.max_message_bytes), **call)
+        except grpc.RpcError as error:
+            raise translated(error) from error
+        return transfer.results(response, progress)
+
+    async def _cross(
+        self, transfer: Transfer, call: dict[str, Any], progress: Progress | None, *, copy: bool, required: bool
+    ) -> list[PoolResult] | None:
+        crossing = None
+        if self._arenas is not None:
+            crossing = Crossing.begin(transfer, self._arenas, attach=False)
+            # The server is asked for a further arena in a thread, where it may take its time.
+            crossing = crossing or await asyncio.to_thread(Crossing.begin, transfer, self._arenas)
+        if crossing is None:
+            if required:
+                raise self._no_arena()
+            return None
+        try:
+            with crossing.kept():
+                response = await self._pool(crossing.message, **call)
+        except NotFoundError:  # the server is another one by now
+            if required:
+                raise
+            return None
+        return crossing.results(response, copy=copy, progress=progress)
+
+    async def _stream(self, transfer: Transfer, call: dict[str, Any], progress: Progress | None) -> list[PoolResult]:
+        # By a blocking channel, in a thread: where a stream ends while it is being written to, grpc.aio reports an
+        # internal error in place of the status that the server ended it with (seen in 1.85: set_internal_error).
+        if self._streams is None:
+            self._blocking = self._blocking_channel()
+            self._streams = ThreadPoolExecutor(MAX_STREAMS, "poolrpc-stream")
+        loop = asyncio.get_running_loop()
+
+        def in_loop(done: int, count: int) -> None:
+            asyncio.run_coroutine_threadsafe(_called(progress, done, count), loop).result()
+
+        stream = StreamCall(self._streams_of(self._blocking), transfer, call)
+        try:
+            return await loop.run_in_executor(self._streams, stream.run, None if progress is None else in_loop)
+        finally:
+            stream.cancel()  # the caller may have left
+
+    async def map(  # noqa: PLR0913 - options, all by keyword
+        self,
+        tensors: Iterable[object] | AsyncIterable[object],
+        layers: Layer | Iterable[Layer],
+        *,
+        layout: str = "NCHW",
+        in_flight: int = IN_FLIGHT,
+        progress: bool = False,
+        return_exceptions: bool = False,
+        timeout: float | None = None,  # noqa: ASYNC109 - gRPC's deadline, which the server sees too
+    ) -> AsyncIterator[PoolResult]:
+        """Run a layer, or a chain of layers, on each of many tensors: PoolClient.map, to be read by `async for`."""
+        chain = as_chain(layers)
+        integer("in_flight", in_flight, 1, MAX_IN_FLIGHT)
+
+        async def outcomes(group: Group) -> list[Outcome]:
+            try:
+                return group.outcomes((await self._run(group.transfer(), None, timeout))[0])
+            except PoolError as error:
+                if group.blames(error):
+                    return [outcome for each in group.apart() for outcome in await outcomes(each)]
+                return group.failed(error)
+
+        with bar(tensors, shown=progress) as advance:
+            under_way: deque[asyncio.Task[list[Outcome]]] = deque()
+            order, grouping = Order(return_exceptions), Grouping(chain, layout)
+            try:
+                async for group in grouping.over_async(tensors):
+                    under_way.append(asyncio.create_task(outcomes(group)))
+                    if len(under_way) > in_flight:
+                        for result in order.give(await under_way.popleft(), advance):
+                            yield result
+                while under_way:
+                    for result in order.give(await under_way.popleft(), advance):
+                        yield result
+            finally:
+                for task in under_way:
+                    task.cancel()
+
+    async def output_shape(
+        self,
+        shape: Iterable[int],
+        layers: Layer | Iterable[Layer],
+        *,
+        layout: str = "NCHW",
+        timeout: float | None = None,  # noqa: ASYNC109 - gRPC's deadline, which the server sees too
+    ) -> Shape:
+        """Ask the server for the shape that pool would give: PoolClient.output_shape."""
+        call = self._call(timeout)
+        request = self._shape_request(shape, layers, layout)
+        try:
+            response = await self._stub.InferShape(request, **call)
+        except grpc.RpcError as error:
+            raise translated(error) from error
+        return codec.decode_shape_response(response)[0][-1]
+
+    async def server_info(self, *, timeout: float | None = None) -> codec.ServerInfo:  # noqa: ASYNC109 - gRPC's deadline
+        """Ask the server what it is: PoolClient.server_info."""
+        try:
+            response = await self._stub.GetServerInfo(pool_pb2.GetServerInfoRequest(), **self._call(timeout))
+        except grpc.RpcError as error:
+            raise translated(error) from error
+        return codec.decode_info(response)
+
+    async def health(self, service: str = "", *, timeout: float | None = None) -> str:  # noqa: ASYNC109 - gRPC's deadline
+        """Ask for the health of a service: PoolClient.health."""
+        try:
+            response = await self._health(standard_pb2.HealthCheckRequest(service=service), **self._call(timeout))
+        except grpc.RpcError as error:
+            raise translated(error) from error
+        return codec.decode_health(response)
+
+    async def close(self) -> None:
+        """End the connection and whatever calls are under way."""
+        self._closed = True
+        if self._arenas is not None:
+            self._arenas.close()
+        if self._streams is not None:
+            self._blocking.close()
+            self._streams.shutdown(wait=False)
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        """Give the client, to be closed at the end."""
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close the client."""
+        await self.close()
+
+
+async def _called(progress: Progress | None, done: int, count: int) -> None:
+    if progress is not None:
+        progress(done, count)

@@ -1,0 +1,196 @@
+"""What both clients share: what they were told, and the pure steps from arguments to messages and back."""
+
+from __future__ import annotations
+
+import json
+from math import inf, prod
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
+
+import grpc
+import numpy as np
+
+from poolrpc import codec
+from poolrpc._version import __version__
+from poolrpc.arena import Arenas, unix_path
+from poolrpc.chains import Chain, as_chain, check_layout
+from poolrpc.errors import PoolError, UnavailableError
+from poolrpc.limits import MAX_MESSAGE_BYTES, MAX_NUMEL
+from poolrpc.parameters import integer
+from poolrpc.tensors import Array, as_array, dtype_name, spec_of
+from poolrpc.transfer import (
+    ARENA_BYTES,
+    ARENA_MOST_BYTES,
+    Transfer,
+    by_size,
+    check_transport,
+    outline,
+    outline_of,
+)
+from poolrpc.v1 import pool_pb2, pool_pb2_grpc, standard_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from poolrpc.layers import Layer
+
+Out: TypeAlias = Array | tuple[Array, Array]
+"""Where an output goes, or an output and its indices."""
+
+SERVICE = "poolrpc.v1.PoolService"
+HEALTH_CHECK = "/grpc.health.v1.Health/Check"
+
+# Pooling changes nothing on the server, so a call that found it full, draining or gone may be tried again: by gRPC
+# itself, at most five times, with growing random pauses, and (the throttling) not while most tries fail. Streams have
+# their own way, in poolrpc.streaming.
+SERVICE_CONFIG = {
+    "loadBalancingConfig": [{"round_robin": {}}],
+    "methodConfig": [
+        {
+            "name": [{"service": SERVICE, "method": method} for method in ("Pool", "InferShape", "GetServerInfo")],
+            "retryPolicy": {
+                "maxAttempts": 5,
+                "initialBackoff": "0.1s",
+                "maxBackoff": "2s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ],
+    "retryThrottling": {"maxTokens": 20, "tokenRatio": 0.5},
+}
+
+
+class Settings:
+    """What a client was told, and the pure steps on both sides of its calls."""
+
+    def __init__(  # noqa: PLR0913 - the settings of a client, all but one by keyword
+        self,
+        address: str = "127.0.0.1:50051",
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        metadata: Sequence[tuple[str, str]] = (),
+        options: Mapping[str, Any] | Iterable[tuple[str, Any]] = (),
+        timeout: float | None = 60.0,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+    ) -> None:
+        """Make a client; it connects on the first call.
+
+        Args:
+            address: "host:port", "dns:///name:port" (calls take turns over all its addresses) or "unix:PATH".
+            credentials: For TLS, from grpc.ssl_channel_credentials. None: plaintext.
+            metadata: Pairs that go with every call.
+            options: gRPC channel arguments, before which the client's own give way.
+            timeout: Seconds for a call that names none. None: no limit.
+            max_message_bytes: The largest message, each way; the server has a limit of its own.
+
+        """
+        self.address = address
+        self.timeout = timeout
+        self.max_message_bytes = max_message_bytes
+        self._credentials = credentials
+        self._metadata = tuple(metadata)
+        self._options: list[tuple[str, Any]] = list(
+            {
+                "grpc.max_send_message_length": max_message_bytes,
+                "grpc.max_receive_message_length": max_message_bytes,
+                "grpc.service_config": json.dumps(SERVICE_CONFIG),
+                # A call is only tried again while its message is kept, and gRPC keeps 256 KB unless told otherwise.
+                "grpc.per_rpc_retry_buffer_size": max_message_bytes,
+                "grpc.primary_user_agent": f"poolrpc/{__version__}",
+                **dict(options),
+            }.items()
+        )
+        self._closed = False
+        path = unix_path(address)
+        self._arenas = Arenas(path) if path else None
+        self._connect()
+
+    def _connect(self) -> None:
+        raise NotImplementedError
+
+    def _blocking_channel(self) -> grpc.Channel:
+        if self._credentials is None:
+            return grpc.insecure_channel(self.address, self._options)
+        return grpc.secure_channel(self.address, self._credentials, self._options)
+
+    @staticmethod
+    def _streams_of(channel: grpc.Channel) -> grpc.StreamStreamMultiCallable[bytes, bytes]:
+        return channel.stream_stream(f"/{SERVICE}/PoolStream")
+
+    def _bind(self, channel: Any) -> None:  # noqa: ANN401 - of either world
+        # Messages with payloads are framed by wire, so gRPC gets their bytes as they are.
+        self._pool = channel.unary_unary(f"/{SERVICE}/Pool")
+        self._stub = pool_pb2_grpc.PoolServiceStub(channel)
+        self._health = channel.unary_unary(
+            HEALTH_CHECK,
+            standard_pb2.HealthCheckRequest.SerializeToString,
+            standard_pb2.HealthCheckResponse.FromString,
+        )
+
+    def __repr__(self) -> str:
+        """Name the address alone: metadata and credentials may be secrets."""
+        return f"{type(self).__name__}({self.address!r})"
+
+    def _call(self, timeout: float | None) -> dict[str, Any]:
+        if self._closed:
+            msg = f"{self!r} is closed"
+            raise PoolError(msg, reason="CLOSED")
+        seconds = self.timeout if timeout is None else timeout
+        return {"timeout": None if seconds == inf else seconds, "metadata": self._metadata}
+
+    def _transfer(
+        self,
+        x: object,
+        branches: Iterable[Layer | Iterable[Layer]],
+        indices: object,
+        layout: str,
+        out: Sequence[Array | tuple[Array, Array] | None] | None,
+    ) -> Transfer:
+        check_layout(layout)
+        chains: tuple[Chain, ...] = tuple(map(as_chain, branches))
+        flat = [part for each in out or () for part in (each if isinstance(each, tuple) else (each,))]
+        array = as_array(x)
+        if indices is None:
+            return Transfer(outline_of(dtype_name(array.dtype), array.shape, layout, chains), [array], flat)
+        places = as_array(indices)
+        request = codec.Request(spec_of(array, layout), chains, spec_of(places, layout))
+        return Transfer(outline(request), [array, places], flat)
+
+    def _path(self, transfer: Transfer, transport: str | None) -> str:
+        check_transport(transport)
+        if transport is not None:
+            return transport
+        nbytes, arenas = transfer.outline.nbytes, self._arenas
+        if arenas is None or nbytes < ARENA_BYTES:
+            return by_size(transfer)
+        # Larger ones than most go that way where they lie in an arena already.
+        fits = nbytes <= ARENA_MOST_BYTES or arenas.find(transfer.arrays[0]) is not None
+        return "arena" if fits else by_size(transfer)
+
+    def _no_arena(self) -> PoolError:
+        reason = "the address is no unix socket" if self._arenas is None else str(self._arenas.refused or "no room")
+        return UnavailableError(f"expected an arena, got none: {reason}", reason="ARENA")
+
+    def empty(self, shape: int | Iterable[int], dtype: object = "float32") -> Array:
+        """Give an array, of any values, that lies in memory shared with the server: pooling it copies nothing.
+
+        Where there is no such memory (another address than a unix socket, another host, a server that refuses), it is
+        an ordinary array, and everything works as well. The memory stays reserved for as long as the array, or a view
+        of it, lives, and may be used after the client is closed.
+
+        Args:
+            shape: As numpy.empty takes it.
+            dtype: As numpy.empty takes it.
+
+        """
+        kind: np.dtype[Any] = np.dtype(dtype)  # type: ignore[call-overload]  # whatever NumPy makes a dtype of
+        sizes = (int(shape),) if isinstance(shape, SupportsIndex) else tuple(map(int, shape))
+        span = None if self._arenas is None else self._arenas.allocate(prod(sizes) * kind.itemsize)
+        return np.empty(sizes, kind) if span is None else span.array(kind, sizes)
+
+    def _shape_request(
+        self, shape: Iterable[int], layers: Layer | Iterable[Layer], layout: str
+    ) -> pool_pb2.InferShapeRequest:
+        check_layout(layout)
+        sizes = tuple(integer("shape", size, 0, MAX_NUMEL) for size in shape)
+        return codec.encode_shape_request(sizes, [as_chain(layers)], layout)

@@ -1,0 +1,88 @@
+"""Reading ahead: the next message of a stream is received while this one is worked on."""
+
+from __future__ import annotations
+
+from queue import Empty, Queue
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
+
+from poolrpc.errors import DeadlineExceededError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+T = TypeVar("T")
+
+
+class ReadAhead(Generic[T]):
+    """An iterator over another one, which a thread reads; the thread ends with the context, or with what it reads."""
+
+    def __init__(self, source: Iterator[T], ahead: int, idle: float) -> None:
+        """Make one; reading begins with the context.
+
+        Args:
+            source: What is read. It must end, or raise, once nobody wants it any more, as gRPC's iterators do.
+            ahead: Items to hold at most, beside the one that is being read.
+            idle: Seconds to wait for an item.
+
+        """
+        self._source = source
+        self._idle = idle
+        self._items: Queue[T | _End] = Queue(ahead)
+        self._closed = Event()
+
+    def __enter__(self) -> Self:
+        """Begin to read."""
+        Thread(target=self._read, name="poolrpc-reader", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Want no more items."""
+        self._closed.set()
+        # A reader that waits for room finds it, and then that it is closed.
+        try:
+            while True:
+                self._items.get_nowait()
+        except Empty:
+            pass
+
+    def __iter__(self) -> Self:
+        """Give this."""
+        return self
+
+    def __next__(self) -> T:
+        """Give the next item.
+
+        Raises:
+            StopIteration: There is none.
+            DeadlineExceededError: It didn't come in time.
+            Exception: What reading raised.
+
+        """
+        try:
+            item = self._items.get(timeout=self._idle)
+        except Empty:
+            msg = f"expected the next message of the stream within {self._idle:g} seconds, got none"
+            raise DeadlineExceededError(msg, reason="STREAM_IDLE") from None
+        if isinstance(item, _End):
+            self._items.put(item)  # for whoever asks again
+            raise StopIteration if item.error is None else item.error
+        return item
+
+    def _read(self) -> None:
+        end = _End(None)
+        try:
+            for item in self._source:
+                self._items.put(item)
+                if self._closed.is_set():
+                    return
+        except Exception as error:  # noqa: BLE001 - raised where it is waited for
+            end = _End(error)
+        self._items.put(end)
+
+
+class _End:
+    """The end of the items, and what it came by."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self.error = error

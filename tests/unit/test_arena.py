@@ -1,0 +1,1218 @@
+"""The arenas of both sides: what is given out, what is refused, what memory lives how long, and who may do harm."""
+
+import errno
+import fcntl
+import gc
+import logging
+import mmap
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from array import array as array_of
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import poolrpc.arena
+import poolrpc_server.arena
+from poolrpc.arena import ALIGNMENT, SUFFIX, Arenas
+from poolrpc.errors import InvalidArgumentError, LimitExceededError, NotFoundError, PoolError, UnavailableError
+from poolrpc.status import decode_error
+from poolrpc.v1 import pool_pb2
+from poolrpc_server.arena import Arena, ArenaListener
+
+if sys.platform != "linux":
+    pytest.skip("arenas need Linux", allow_module_level=True)
+
+MIB = 2**20
+FLOAT32 = np.dtype("float32")
+PATIENCE = 30  # seconds that nothing here takes unless it hangs
+NOBODY = 65534
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+
+
+@pytest.fixture
+def folder():
+    """Give a new folder that other users may enter; pytest's own is closed to them."""
+    made = Path(tempfile.mkdtemp(prefix="arena-"))
+    made.chmod(0o755)
+    yield made
+    shutil.rmtree(made)
+
+
+@contextmanager
+def listening(path, *, max_bytes=64 * MIB, max_arenas=8, **options):
+    """Listen beside `path` for as long as the context lasts."""
+    with closing(ArenaListener(path, max_bytes=max_bytes, max_arenas=max_arenas, **options)) as listener:
+        yield listener
+
+
+@pytest.fixture
+def path(folder):
+    """Give the path of the server's own socket, which needs no file for these tests."""
+    return str(folder / "pool.sock")
+
+
+@pytest.fixture
+def listener(path):
+    """Give a listener beside `path` with room for 64 MiB in 8 arenas."""
+    with listening(path) as made:
+        yield made
+
+
+@pytest.fixture
+def arenas(listener, path):
+    """Give a client's arenas of 1 MiB from `listener`."""
+    assert listener.live == 0
+    with closing(Arenas(path, arena_bytes=MIB)) as made:
+        yield made
+
+
+def connect(path):
+    """Connect to the arenas' socket as any program could."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.settimeout(PATIENCE)
+    connection.connect(path + SUFFIX)
+    return connection
+
+
+def answer_on(connection):
+    """Read an answer and its descriptors."""
+    packet, ancillary, _, _ = connection.recvmsg(8192, socket.CMSG_SPACE(64))
+    descriptors = array_of("i")
+    for _, _, data in ancillary:
+        descriptors.frombytes(data)
+    return pool_pb2.AttachResponse.FromString(packet), list(descriptors)
+
+
+def refusal_on(connection):
+    """Read a refusal; the connection must end after it."""
+    answer, descriptors = answer_on(connection)
+    assert not descriptors
+    assert not answer.arena_id
+    assert connection.recv(1) == b""
+    names = {number: name for name, number in poolrpc.arena.CODES.items()}
+    return decode_error(names[answer.error.code], answer.error.message, answer.error.SerializeToString())
+
+
+def request(size):
+    """Give the packet that asks for an arena."""
+    return pool_pb2.AttachRequest(size=size).SerializeToString()
+
+
+@contextmanager
+def attached(path, size):
+    """Attach an arena as any program could; give its id, its descriptor and the connection."""
+    with connect(path) as connection:
+        connection.send(request(size))
+        answer, (descriptor,) = answer_on(connection)
+        try:
+            yield answer.arena_id, descriptor, connection
+        finally:
+            os.close(descriptor)
+
+
+def asked(path, packet, *ancillary):
+    """Send a packet and give the refusal that comes back."""
+    with connect(path) as connection:
+        connection.sendmsg([packet], ancillary)
+        return refusal_on(connection)
+
+
+def answers(listener, path):
+    """Tell whether the listener gives arenas out, and notices their end."""
+    before = listener.live
+    with attached(path, MIB) as (arena_id, _, _):
+        found = listener.find(arena_id).size == MIB
+    return found and listener.wait_for(before, PATIENCE)
+
+
+@contextmanager
+def another(program, *arguments, **options):
+    """Run a program in a second process, with pipes to and from it."""
+    command = [sys.executable, "-c", PRELUDE + program, *map(str, arguments)]
+    with subprocess.Popen(  # noqa: S603 - ours
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+PRELUDE = """
+import array, errno, os, socket, sys
+from poolrpc.arena import Arenas
+from poolrpc.v1 import pool_pb2
+
+def say(*words):
+    print(*words, flush=True)
+
+def attach(path, size):
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.connect(path + ".arena")
+    connection.send(pool_pb2.AttachRequest(size=size).SerializeToString())
+    packet, ancillary, _, _ = connection.recvmsg(8192, socket.CMSG_SPACE(4))
+    descriptor, = array.array("i", ancillary[0][2][:4])
+    return connection, pool_pb2.AttachResponse.FromString(packet), descriptor
+"""
+
+
+class Log(logging.Handler):
+    """The server's log, and a way to wait for a line of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+        self._come = threading.Condition()
+
+    def emit(self, record):
+        """Keep a line."""
+        with self._come:
+            self.lines.append(record.getMessage())
+            self._come.notify_all()
+
+    def wait_for(self, line):
+        """Wait for a line."""
+        with self._come:
+            return self._come.wait_for(lambda: line in self.lines, PATIENCE)
+
+
+@pytest.fixture
+def log():
+    """Give the server's log from here on."""
+    logger, handler = logging.getLogger("poolrpc_server"), Log()
+    logger.addHandler(handler)
+    yield handler
+    logger.removeHandler(handler)
+
+
+# The listener
+
+
+def test_an_arena_is_the_same_memory_on_both_sides(listener, path):
+    """What the client writes the server reads, and the other way round; its size is in whole pages."""
+    with attached(path, 5000) as (arena_id, descriptor, _):
+        arena = listener.find(arena_id)
+        assert arena.size == os.fstat(descriptor).st_size == 2 * mmap.PAGESIZE
+        with mmap.mmap(descriptor, 0) as mapping:
+            mapping[64:67] = b"abc"
+            part = arena.slice((64, 4), "arena.input")
+            assert bytes(part) == b"abc\0"
+            part[3] = ord("d")
+            assert mapping[64:68] == b"abcd"
+
+
+def test_the_socket_is_its_owners_alone(listener, path):
+    """The file's mode is 0600, and it goes with the listener; closing twice is allowed."""
+    assert Path(path + SUFFIX).stat().st_mode & 0o777 == 0o600
+    listener.close()
+    assert not Path(path + SUFFIX).exists()
+    listener.close()
+
+
+@pytest.mark.parametrize(
+    ("size", "received"),
+    [(64 * MIB + 1, 64 * MIB + mmap.PAGESIZE), (2**63, 2**63), (2**64 - 1, 2**64)],
+    ids=["over the quota", "2^63", "negative"],
+)
+def test_a_size_over_the_quota_is_refused(listener, path, size, received):
+    """S01: a size over the quota, 2^63 and -1, which is 2^64 - 1 on the wire, get the limit and the actual."""
+    error = asked(path, request(size))
+    assert type(error) is LimitExceededError
+    assert error.reason == "ARENA_QUOTA"
+    assert error.metadata == {"limit": str(64 * MIB), "actual": str(received), "unit": "bytes"}
+    assert str(error) == f"expected at most {64 * MIB} bytes of arenas, got 0 and {received} more"
+    assert answers(listener, path)
+
+
+@pytest.mark.parametrize("packet", [b"", b"\x08\x00"], ids=["empty packet", "zero"])
+def test_a_size_of_0_is_refused(listener, path, packet):
+    """S01: a size of 0, written or left out, is no arena."""
+    error = asked(path, packet)
+    assert type(error) is InvalidArgumentError
+    assert str(error) == "size: expected at least 1 byte, got 0"
+    assert answers(listener, path)
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        b"\xff" * 40,
+        b"\x08" + b"\x80" * 11,
+        b"GET / HTTP/1.1\r\n\r\n",
+        request(4096) + b"\x12\x40" + b"x" * 64,
+        request(MIB) * 17,
+        bytes(65),
+    ],
+    ids=["garbage", "endless number", "HTTP", "long", "long, and right to its 64th byte", "zeros"],
+)
+def test_a_packet_that_is_no_request_is_refused(listener, path, packet):
+    """Bytes that are no AttachRequest, or far more than one, are told so; the listener goes on."""
+    error = asked(path, packet)
+    assert type(error) is InvalidArgumentError
+    assert str(error).startswith("request: expected a")
+    assert answers(listener, path)
+
+
+def test_a_refusal_arrives_whatever_else_was_sent(listener, path):
+    """A client that goes on talking reads why it was refused, not that the connection was reset."""
+    for _ in range(50):
+        with connect(path) as connection:
+            with suppress(BrokenPipeError):
+                for _ in range(5):
+                    connection.send(b"\xff")
+            assert type(refusal_on(connection)) is InvalidArgumentError
+    assert answers(listener, path)
+
+
+def test_a_packet_of_a_megabyte_is_refused(listener, path):
+    """A packet of any size is read to 64 bytes."""
+    with connect(path) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * MIB)
+        try:
+            connection.send(bytes(MIB))
+        except OSError as error:
+            assert error.errno == errno.EMSGSIZE  # noqa: PT017 - where the system's own limit is lower
+        else:
+            assert type(refusal_on(connection)) is InvalidArgumentError
+    assert answers(listener, path)
+
+
+@pytest.mark.parametrize("count", [1, 253])
+def test_descriptors_that_a_client_sends_are_closed(listener, path, count):
+    """Descriptors beside a request reach no one: the kernel closes them, and the request is refused."""
+    assert answers(listener, path)
+    before = psutil.Process().num_fds()
+    with open("/dev/null") as file:  # noqa: PTH123 - it has no other use than its number
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array_of("i", [file.fileno()] * count))
+        for _ in range(10):
+            assert type(asked(path, request(4096), rights)) is InvalidArgumentError
+    assert psutil.Process().num_fds() == before
+
+
+def test_a_second_packet_ends_the_arena(listener, path):
+    """One arena a connection: a second request gets no second one, and takes the first away."""
+    with attached(path, 4096) as (arena_id, _, connection):
+        connection.send(request(4096))
+        assert listener.wait_for(0, PATIENCE)
+        with pytest.raises(NotFoundError):
+            listener.find(arena_id)
+    assert answers(listener, path)
+
+
+def test_two_packets_at_once_leave_no_arena(listener, path):
+    """A client that doesn't even wait for the answer gets one at most, and not for long."""
+    assert answers(listener, path)
+    before = psutil.Process().num_fds()
+    for _ in range(20):
+        with connect(path) as connection:
+            connection.send(request(4096))
+            connection.send(request(4096))
+            with suppress(ConnectionResetError):  # the second packet was not read
+                while packet := connection.recv(8192):
+                    assert not pool_pb2.AttachResponse.FromString(packet).HasField("error")
+    assert listener.wait_for(0, PATIENCE)
+    assert psutil.Process().num_fds() == before
+
+
+def test_a_client_that_says_nothing_is_let_go(path, monkeypatch):
+    """A connection that asks for nothing ends after its time; an arena, however old, doesn't."""
+    monkeypatch.setattr(poolrpc_server.arena, "WAITING_SECONDS", 0.05)
+    with listening(path) as listener, attached(path, 4096) as (arena_id, _, _), connect(path) as silent:
+        assert silent.recv(1) == b""
+        assert listener.find(arena_id).size == 4096
+
+
+def test_the_connections_that_wait_are_bounded(listener, path, monkeypatch):
+    """Of many silent clients the last are turned away at once; when one goes, there is room again."""
+    monkeypatch.setattr(poolrpc_server.arena, "MAX_WAITING", 2)
+    with connect(path), connect(path) as second:
+        with connect(path) as third:
+            assert third.recv(1) == b""
+        second.send(request(4096))
+        _, (descriptor,) = answer_on(second)
+        os.close(descriptor)
+        assert answers(listener, path)
+
+
+def test_an_unknown_or_ended_arena_is_not_found(listener, path):
+    """S03: another client's id can only be guessed, and one whose client is gone names nothing; no id is repeated."""
+    with attached(path, 4096) as (arena_id, _, _), attached(path, 4096) as (other, _, _):
+        assert arena_id != other
+        assert len(arena_id) == 16
+        for wrong in (os.urandom(16), b"", arena_id[:-1], bytes(16)):
+            with pytest.raises(NotFoundError, match="got an unknown or ended one") as caught:
+                listener.find(wrong)
+            assert caught.value.reason == "ARENA"
+    assert listener.wait_for(0, PATIENCE)
+    for ended in (arena_id, other):
+        with pytest.raises(NotFoundError):
+            listener.find(ended)
+
+
+SIZE = 8192
+INSIDE = [(0, SIZE), (0, 0), (64, SIZE - 64), (SIZE - 64, 64), (SIZE, 0)]
+OUTSIDE = {
+    "over the end by one": ((64, SIZE - 63), "length"),
+    "over the end from its start": ((0, SIZE + 1), "length"),
+    "one byte at the end": ((SIZE, 1), "length"),
+    "starts after the end": ((SIZE + 64, 0), "offset"),
+    "their sum wraps": ((2**64 - 64, 64), "offset"),
+    "their sum wraps to inside": ((64, 2**64 - 64), "length"),
+    "misaligned, and their sum wraps": ((2**64 - 32, 32), "offset"),
+    "misaligned": ((1, 1), "offset"),
+    "aligned for some": ((32, 64), "offset"),
+    "negative": ((-64, 64), "offset"),
+    "negative length": ((64, -1), "length"),
+}
+
+
+@pytest.mark.parametrize("part", INSIDE)
+def test_a_part_inside_the_arena_is_given(part):
+    """S02: every aligned part is given, up to the very end, empty ones too."""
+    assert len(Arena(mmap.mmap(-1, SIZE)).slice(part, "arena.input")) == part[1]
+
+
+@pytest.mark.parametrize(("part", "field"), OUTSIDE.values(), ids=OUTSIDE)
+def test_a_part_outside_the_arena_is_refused(part, field):
+    """S02: what ends after the arena, or starts where no tensor may, is refused under its field's path."""
+    with pytest.raises(InvalidArgumentError, match=r"expected .*, got -?\d+$") as caught:
+        Arena(mmap.mmap(-1, SIZE)).slice(part, "arena.input")
+    assert [each.field for each in caught.value.violations] == [f"arena.input.{field}"]
+
+
+def test_a_client_cannot_shrink_its_arena(listener, path):
+    """S04: ftruncate in a second process gets EPERM, as does a seal more; the server reads on."""
+    program = """
+import fcntl
+connection, answer, descriptor = attach(sys.argv[1], 8192)
+say(answer.arena_id.hex())
+for size in (0, 4096, 1 << 20):
+    try:
+        os.ftruncate(descriptor, size)
+    except OSError as error:
+        say(errno.errorcode[error.errno])
+try:
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+except OSError as error:
+    say(errno.errorcode[error.errno])
+sys.stdin.read()
+"""
+    with another(program, path) as process:
+        arena_id = bytes.fromhex(process.stdout.readline())
+        assert [process.stdout.readline().strip() for _ in range(4)] == ["EPERM"] * 4
+        assert bytes(listener.find(arena_id).slice((0, 8192), "")) == bytes(8192)
+    assert listener.wait_for(0, PATIENCE)
+    assert answers(listener, path)
+
+
+def test_the_arena_of_a_killed_client_is_freed(path):
+    """S07: SIGKILL closes the socket, and that alone frees the arena and its place in the quota."""
+    program = "held = attach(sys.argv[1], 8192)\nsay(held[1].arena_id.hex())\nsys.stdin.read()"
+    with listening(path, max_bytes=8192) as listener, another(program, path) as process:
+        arena_id = bytes.fromhex(process.stdout.readline())
+        assert type(asked(path, request(1))) is LimitExceededError
+        process.send_signal(signal.SIGKILL)
+        process.wait(PATIENCE)
+        assert listener.wait_for(0, PATIENCE)
+        assert listener.nbytes == 0
+        with pytest.raises(NotFoundError):
+            listener.find(arena_id)
+        with attached(path, 8192):
+            pass
+
+
+def test_ten_thousand_attaches_stay_within_the_quota(path):
+    """S08: those over the quota are refused, and neither memory nor descriptors grow."""
+    process = psutil.Process()
+    with listening(path, max_bytes=64 * MIB, max_arenas=4) as listener, ExitStack() as held:
+        for _ in range(4):
+            held.enter_context(attached(path, MIB))
+        before = None
+        for count in range(10_000):
+            error = asked(path, request(MIB))
+            assert error.metadata == {"limit": "4", "actual": "5", "unit": "arenas"}
+            if count == 1000:
+                before = process.memory_info().rss, process.num_fds()
+        rss, descriptors = before
+        assert process.memory_info().rss - rss < 8 * MIB
+        assert process.num_fds() == descriptors
+        assert listener.live == 4
+        assert listener.nbytes == 4 * MIB
+
+
+def test_another_user_is_refused(path):
+    """S09: who is not the allowed user is told so, before anything is asked and after."""
+    with listening(path, allowed_uid=os.geteuid() + 1) as listener:
+        with connect(path) as connection:
+            error = refusal_on(connection)
+        assert error.code == "PERMISSION_DENIED"
+        assert error.reason == "ARENA_USER"
+        with closing(Arenas(path)) as arenas:
+            for _ in range(50):
+                assert arenas.allocate(1) is None
+                assert arenas.refused.code == "PERMISSION_DENIED"
+                arenas.forget()
+        assert listener.live == 0
+
+
+@as_root
+def test_another_users_process_is_refused(listener, path):
+    """S09: the file's mode keeps a real process of another user out, and where it doesn't, its uid does."""
+    program = """
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+try:
+    say(attach(sys.argv[1], 4096)[1])
+except OSError as error:
+    say(errno.errorcode[error.errno])
+"""
+    with another(program, path) as process:
+        assert process.stdout.readline() == "EACCES\n"
+    Path(path + SUFFIX).chmod(0o666)
+    program = """
+os.setuid(65534)
+arenas = Arenas(sys.argv[1])
+say(arenas.allocate(1), arenas.refused.code, arenas.refused)
+"""
+    with another(program, path) as process:
+        assert process.stdout.readline() == "None PERMISSION_DENIED expected the server's user, got another\n"
+    assert listener.live == 0
+
+
+def test_no_accept_loop_without_descriptors(listener, path, log, monkeypatch):
+    """EMFILE is logged once, not in a loop, and the next connection that ends lets the waiting one in."""
+    monkeypatch.setattr(poolrpc_server.arena, "PAUSE_SECONDS", 10 * PATIENCE)
+    with attached(path, 4096), ExitStack() as first:
+        first.enter_context(attached(path, 4096))
+        # By then it has closed the descriptors that it handed over.
+        assert answers(listener, path)
+        with connect_without_descriptors(path) as waiting:
+            assert log.wait_for("arena socket accepts nothing for now")
+        waiting.send(request(4096))
+        first.close()
+        answer, (descriptor,) = answer_on(waiting)
+        os.close(descriptor)
+        assert listener.find(answer.arena_id).size == 4096
+        waiting.close()
+    assert log.lines.count("arena socket accepts nothing for now") == 1
+
+
+def test_accepting_goes_on_after_a_while(path, log, monkeypatch):
+    """Where no connection of its own ends, the listener tries again by itself."""
+    monkeypatch.setattr(poolrpc_server.arena, "PAUSE_SECONDS", 0.05)
+    with listening(path):
+        with connect_without_descriptors(path) as waiting:
+            assert log.wait_for("arena socket accepts nothing for now")
+        waiting.send(request(4096))
+        _, (descriptor,) = answer_on(waiting)
+        os.close(descriptor)
+        waiting.close()
+
+
+@contextmanager
+def connect_without_descriptors(path):
+    """Connect while this process can open nothing more, and lift that at the context's end."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.settimeout(PATIENCE)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(connection.fileno())
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
+    try:
+        connection.connect(path + SUFFIX)
+        yield connection
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_an_unexpected_failure_ends_its_own_connection_alone(listener, path, log, monkeypatch):
+    """What fails as nobody foresaw is logged and closes that connection; the listener goes on."""
+    with monkeypatch.context() as patch:
+        patch.setattr(poolrpc_server.arena.secrets, "token_bytes", lambda _: 1 / 0)
+        with connect(path) as connection:
+            connection.send(request(4096))
+            assert connection.recv(1) == b""
+    assert log.wait_for("arena socket failed")
+    assert answers(listener, path)
+
+
+def test_a_call_keeps_the_memory_that_it_uses(path):
+    """A slice outlives its client and the listener; until it ends, its arena counts in the quota."""
+    with listening(path, max_bytes=MIB) as listener:
+        with attached(path, MIB) as (arena_id, descriptor, _):
+            os.pwrite(descriptor, b"abc", 64)
+            part = listener.find(arena_id).slice((64, 3), "")
+        assert listener.wait_for(0, PATIENCE)
+        assert listener.nbytes == MIB
+        assert asked(path, request(1)).reason == "ARENA_QUOTA"
+        assert bytes(part) == b"abc"
+        del part
+        assert listener.nbytes == 0
+        with attached(path, MIB) as (arena_id, _, _):
+            part = listener.find(arena_id).slice((0, 64), "")
+            listener.close()
+            with pytest.raises(NotFoundError):
+                listener.find(arena_id)
+            assert bytes(part) == bytes(64)
+
+
+def test_a_dead_servers_socket_is_replaced(path):
+    """A socket's file that nobody listens on any more is in nobody's way."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as dead:
+        dead.bind(path + SUFFIX)
+    with listening(path) as listener:
+        assert answers(listener, path)
+
+
+def test_a_living_servers_socket_is_not_replaced(listener, path):
+    """A second listener on the path is refused and leaves the first as it is."""
+    with pytest.raises(ValueError, match="expected no other server, got one"):
+        ArenaListener(path, max_bytes=1, max_arenas=1)
+    assert answers(listener, path)
+
+
+def test_a_full_servers_socket_is_not_replaced(path):
+    """A server that takes no more connections is not taken for a dead one."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as full, ExitStack() as connections:
+        full.bind(path + SUFFIX)
+        full.listen(0)
+        codes = []
+        while errno.EAGAIN not in codes:
+            each = connections.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            each.setblocking(False)
+            codes.append(each.connect_ex(path + SUFFIX))
+        with pytest.raises(ValueError, match="temporarily unavailable"):
+            ArenaListener(path, max_bytes=1, max_arenas=1)
+        assert Path(path + SUFFIX).is_socket()
+
+
+def test_a_file_that_is_no_socket_is_not_replaced(path):
+    """Whatever else is at the path stays there."""
+    Path(path + SUFFIX).write_text("mine")
+    with pytest.raises(ValueError, match="expected no file"):
+        ArenaListener(path, max_bytes=1, max_arenas=1)
+    assert Path(path + SUFFIX).read_text() == "mine"
+
+
+@as_root
+def test_another_users_socket_is_not_replaced(path):
+    """A dead socket of another user's is left to that user."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as dead:
+        dead.bind(path + SUFFIX)
+    os.chown(path + SUFFIX, NOBODY, NOBODY)
+    with pytest.raises(ValueError, match="expected no file"):
+        ArenaListener(path, max_bytes=1, max_arenas=1)
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o757])
+def test_a_folder_that_others_write_to_is_refused(path, folder, mode):
+    """Where others may rename files, the socket could be theirs; a sticky folder, such as /tmp, forbids that."""
+    folder.chmod(mode)
+    with pytest.raises(ValueError, match="expected a folder that only its owner can write to"):
+        ArenaListener(path, max_bytes=1, max_arenas=1)
+    folder.chmod(mode | 0o1000)
+    with listening(path) as listener:
+        assert answers(listener, path)
+
+
+@as_root
+def test_a_folder_of_another_user_is_refused(path, folder):
+    """The owner of a folder may rename what is in it."""
+    os.chown(folder, NOBODY, NOBODY)
+    with pytest.raises(ValueError, match="got one of user 65534"):
+        ArenaListener(path, max_bytes=1, max_arenas=1)
+
+
+@pytest.mark.parametrize("name", ["x" * 120, "none/pool.sock"], ids=["too long", "no folder"])
+def test_a_path_that_can_not_be_is_refused(folder, name):
+    """A path that the system refuses is a ValueError with its reason, and leaks nothing."""
+    before = psutil.Process().num_fds()
+    with pytest.raises(ValueError, match=r"path too long|No such file"):
+        ArenaListener(folder / name, max_bytes=1, max_arenas=1)
+    assert psutil.Process().num_fds() == before
+
+
+def test_a_successors_socket_is_left_alone(path):
+    """A listener that ends removes its own file only."""
+    with listening(path):
+        Path(path + SUFFIX).unlink()
+        Path(path + SUFFIX).write_text("another's")
+    assert Path(path + SUFFIX).read_text() == "another's"
+
+
+def test_nothing_is_left_behind(path):
+    """200 arenas made, written and dropped give back their descriptors and their memory, as do 20 listeners."""
+    process = psutil.Process()
+    with listening(path) as listener:
+        assert answers(listener, path)
+        gc.collect()
+        before, rss = process.num_fds(), process.memory_info().rss
+        for _ in range(200):
+            with closing(Arenas(path, arena_bytes=MIB)) as arenas:
+                span = arenas.allocate(MIB)
+                span.array(np.dtype("uint8"), (MIB,))[:] = 1
+                assert bytes(listener.find(span.arena_id).slice((MIB - 64, 64), "")) == b"\1" * 64
+                del span
+            assert listener.wait_for(0, PATIENCE)
+        assert listener.nbytes == 0
+        assert process.num_fds() == before
+        assert process.memory_info().rss - rss < 32 * MIB
+    threads = threading.active_count()
+    for _ in range(20):
+        with listening(path):
+            pass
+    assert threading.active_count() == threads
+    assert process.num_fds() < before
+
+
+# The client
+
+
+def test_a_span_is_memory_of_the_servers(arenas, listener):
+    """An array on a span is written by the client and read by the server, at the span's offset."""
+    first, second = arenas.allocate(100), arenas.allocate(24)
+    assert (first.offset, first.nbytes) == (0, 100)
+    assert (second.offset, second.nbytes) == (2 * ALIGNMENT, 24)
+    array = second.array(FLOAT32, (2, 2), 8)
+    array[:] = [[1, 2], [3, 4]]
+    assert array.flags.c_contiguous
+    assert array.flags.writeable
+    part = listener.find(second.arena_id).slice((second.offset, 24), "")
+    assert np.frombuffer(part, np.float32)[2:].tolist() == [1, 2, 3, 4]
+    assert arenas.nbytes == MIB
+
+
+def test_an_array_larger_than_its_span_is_refused(arenas):
+    """No array reaches out of its span, which is followed by another's bytes."""
+    span = arenas.allocate(16)
+    with pytest.raises(TypeError, match="too small"):
+        span.array(FLOAT32, (5,))
+    with pytest.raises(TypeError, match="too small"):
+        span.array(FLOAT32, (4,), 4)
+    assert span.array(FLOAT32, (4,)).shape == (4,)
+
+
+def test_a_span_of_no_bytes_holds_an_empty_array(arenas):
+    """N = 0 is a shape like another."""
+    span = arenas.allocate(0)
+    assert span.nbytes == 0
+    assert span.array(FLOAT32, (0, 3)).shape == (0, 3)
+
+
+def test_bfloat16_arrays_lie_in_arenas(arenas):
+    """NumPy's protocol for foreign memory has no bfloat16, the array has it all the same."""
+    bfloat16 = np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
+    array = arenas.allocate(8).array(bfloat16, (2, 2))
+    array[:] = 1.5
+    assert array.dtype == bfloat16
+    assert arenas.find(array) is not None
+
+
+@pytest.fixture(scope="module")
+def shared_path():
+    """Give the path of a listener for all examples of the property tests."""
+    with tempfile.TemporaryDirectory(prefix="arena-") as folder:
+        path = str(Path(folder) / "pool.sock")
+        with listening(path, max_arenas=100, max_bytes=2**30):
+            yield path
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("allocate"), st.one_of(st.integers(0, 300), st.integers(0, 300_000))),
+        st.tuples(st.just("free"), st.integers(0, 2**20)),
+    ),
+    max_size=60,
+)
+
+
+@given(steps=STEPS, order=st.randoms(use_true_random=False))
+def test_spans_never_overlap_and_their_ends_leave_the_arena_whole(shared_path, steps, order):
+    """Whatever is allocated and freed in whatever order: aligned, apart, unharmed; and all of it one piece after."""
+    with closing(Arenas(shared_path, arena_bytes=MIB)) as arenas:
+        assert arenas.allocate(MIB) is not None
+        live, span, array = [], None, None
+        for step, number in steps:
+            if step == "allocate":
+                span = arenas.allocate(number, attach=False)
+                if span is None:
+                    continue
+                assert span.offset % ALIGNMENT == 0
+                assert span.offset + span.nbytes <= MIB
+                assert all(
+                    span.offset + max(span.nbytes, 1) <= other.offset
+                    or other.offset + max(other.nbytes, 1) <= span.offset
+                    for other, _, _ in live
+                )
+                array = span.array(np.dtype("uint8"), (number,))
+                array[:] = mark = order.randrange(256)
+                live.append((span, array, mark))
+            elif live:
+                span, array, mark = live.pop(number % len(live))
+                assert (array == mark).all()
+        del array, span
+        order.shuffle(live)
+        while live:
+            live.pop()
+        whole = arenas.allocate(MIB, attach=False)
+        assert whole is not None
+        assert whole.offset == 0
+
+
+def test_freed_bytes_are_used_again(arenas):
+    """The first part that is large enough is taken, so a loop of calls stays on the same pages."""
+    assert {arenas.allocate(1000).offset for _ in range(100)} == {0}
+
+
+@pytest.mark.parametrize(
+    "derive",
+    [
+        lambda array: array,
+        lambda array: array[1:],
+        lambda array: array[1:][::2].T,
+        lambda array: array.reshape(-1).view(np.uint8)[5:].view(),
+        lambda array: memoryview(array)[1:],
+        lambda array: np.frombuffer(array.data, np.int32),
+        lambda array: np.lib.stride_tricks.sliding_window_view(array, (2, 2)),
+    ],
+    ids=["array", "slice", "strides", "view of a view", "memoryview", "frombuffer", "windows"],
+)
+def test_a_view_keeps_its_span_reserved(arenas, derive):
+    """As long as anything on a span lives, no other gets its bytes; then another does."""
+    view = derive(arenas.allocate(4096).array(FLOAT32, (32, 32)))
+    gc.collect()
+    other = arenas.allocate(64)
+    assert other.offset == 4096
+    del view
+    gc.collect()
+    assert arenas.allocate(64).offset == 0
+
+
+def test_a_span_alone_keeps_its_bytes_reserved(arenas):
+    """A span may be held before and after its arrays."""
+    span = arenas.allocate(64)
+    span.array(FLOAT32, (1,))
+    assert arenas.allocate(64).offset == 64
+    assert span.offset == 0
+
+
+def test_an_array_outlives_its_client(path):
+    """After close(), after the client, the listener and all else are gone, the array's memory is there."""
+    with listening(path) as listener:
+        arenas = Arenas(path)
+        array = arenas.allocate(MIB).array(FLOAT32, (MIB // 4,))
+        array[:] = 7
+        arenas.close()
+        arenas.close()
+        assert listener.wait_for(0, PATIENCE)
+        assert arenas.allocate(1) is None
+        assert arenas.find(array) is None
+        del arenas
+    gc.collect()
+    array += 1
+    assert (array == 8).all()
+
+
+def test_a_further_arena_is_attached_where_none_has_room(arenas, listener):
+    """The arenas grow with what is in use, and not for what may not grow them."""
+    first = arenas.allocate(MIB)
+    assert arenas.allocate(1, attach=False) is None
+    second = arenas.allocate(1)
+    assert second.arena_id != first.arena_id
+    assert listener.live == 2
+    assert arenas.allocate(1, attach=False).arena_id == second.arena_id
+    del first
+    assert arenas.allocate(1).offset == 0
+    assert listener.live == 2
+
+
+def test_an_arena_is_as_large_as_it_must_be(arenas):
+    """More than the usual size is had in whole steps; an arena that was too small, with nothing in it, goes."""
+    assert arenas.allocate(1) is not None
+    assert arenas.allocate(MIB + 1) is not None
+    assert arenas.nbytes == 2 * MIB
+    small = arenas.allocate(MIB)
+    assert arenas.allocate(3 * MIB) is not None
+    assert arenas.nbytes == 5 * MIB
+    assert arenas.find(small.array(FLOAT32, (4,))) is not None
+
+
+def test_over_the_quota_there_is_none(path, monkeypatch):
+    """The refusal is kept for display and not repeated for a while, except for what is smaller; then it is."""
+    with listening(path, max_bytes=4 * MIB) as listener, closing(Arenas(path, arena_bytes=MIB)) as arenas:
+        assert arenas.allocate(5 * MIB) is None
+        assert type(arenas.refused) is LimitExceededError
+        assert arenas.refused.metadata["limit"] == str(4 * MIB)
+        held = arenas.allocate(4 * MIB)
+        assert held is not None
+        assert arenas.refused is None
+        assert arenas.allocate(1) is None
+        del held
+        assert arenas.allocate(MIB) is not None
+        held = arenas.allocate(4 * MIB)
+        monkeypatch.setattr(poolrpc.arena, "REFUSED_SECONDS", 0)
+        with closing(Arenas(path, arena_bytes=MIB)) as others:
+            assert others.allocate(1) is None
+            arenas.retire(held)
+            assert listener.wait_for(0, PATIENCE)
+            assert others.allocate(1) is not None
+
+
+def test_without_a_listener_there_is_none(path):
+    """No socket, no arena: it isn't looked for again for a while, unless the server is known to be another."""
+    with closing(Arenas(path)) as arenas:
+        assert arenas.allocate(1) is None
+        assert type(arenas.refused) is UnavailableError
+        assert str(arenas.refused) == f"{path}{SUFFIX}: No such file or directory"
+        with listening(path) as listener:
+            assert arenas.allocate(1) is None
+            assert listener.live == 0
+            arenas.forget()
+            assert arenas.allocate(1) is not None
+            assert arenas.refused is None
+
+
+def test_a_refusal_costs_the_next_call_nothing(path):
+    """In the time after a refusal, the server isn't even asked."""
+    asked_by = []
+    with hostile(path, asked_by.append), closing(Arenas(path)) as arenas:
+        for _ in range(50):
+            assert arenas.allocate(1) is None
+    assert len(asked_by) == 1
+
+
+def test_a_retired_arena_takes_nothing_new(arenas, listener):
+    """The server may still write to it: it is dropped there, its arrays stay, and the next is in another arena."""
+    span, neighbour = arenas.allocate(64), arenas.allocate(64).array(FLOAT32, (16,))
+    neighbour[:] = 3
+    arenas.retire(span)
+    assert listener.wait_for(0, PATIENCE)
+    assert arenas.find(neighbour) is None
+    assert arenas.nbytes == 0
+    assert arenas.allocate(1).arena_id != span.arena_id
+    assert (neighbour == 3).all()
+    arenas.retire(span)
+    assert listener.live == 1
+
+
+def test_a_forgotten_server_is_attached_anew(path):
+    """After the server's restart, forget() leads to arenas of the new one; arrays of the old stay valid."""
+    with closing(Arenas(path)) as arenas:
+        with listening(path):
+            span = arenas.allocate(64)
+            array = span.array(FLOAT32, (16,))
+            array[:] = 5
+        with listening(path) as listener:
+            with pytest.raises(NotFoundError):
+                listener.find(arenas.allocate(64).arena_id)
+            arenas.forget()
+            assert listener.find(arenas.allocate(64).arena_id)
+            assert (array == 5).all()
+
+
+def test_threads_allocate_at_once(arenas):
+    """Eight threads that allocate, write, check and free: no two ever have the same bytes, and all come back."""
+    assert arenas.allocate(MIB) is not None
+    together = threading.Barrier(8)
+
+    def work(number):
+        chance, held = random.Random(number), []  # noqa: S311 - a test's sizes
+        together.wait(PATIENCE)
+        for _ in range(1500):
+            nbytes = chance.randrange(1, 12_000)
+            span = arenas.allocate(nbytes)
+            array = span.array(np.dtype("uint8"), (nbytes,))
+            del span
+            array[:] = number
+            held.append(array)
+            if len(held) > 4:
+                assert (held.pop(chance.randrange(5)) == number).all()
+        return all((each == number).all() for each in held)
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(work, range(8)))
+    assert arenas.allocate(MIB, attach=False).offset == 0
+
+
+def test_threads_that_need_an_arena_attach_one(arenas, listener):
+    """Of threads that find no room at the same time, one attaches, and the others find room in that."""
+    together = threading.Barrier(8)
+
+    def work(_):
+        together.wait(PATIENCE)
+        return arenas.allocate(64)
+
+    with ThreadPoolExecutor(8) as threads:
+        spans = list(threads.map(work, range(8)))
+    assert len({span.offset for span in spans}) == 8
+    assert listener.live == 1
+
+
+def test_a_span_may_end_amid_an_allocation(arenas):
+    """The garbage collector ends spans wherever it runs, inside the allocator too: nothing hangs or is lost."""
+    thresholds = gc.get_threshold()
+    gc.set_threshold(1, 1, 1)
+    try:
+        for _ in range(300):
+            cycle = [arenas.allocate(256), arenas.allocate(256).array(FLOAT32, (64,))]
+            cycle.append(cycle)
+            del cycle
+    finally:
+        gc.set_threshold(*thresholds)
+    gc.collect()
+    assert arenas.allocate(MIB, attach=False).offset == 0
+
+
+def test_a_process_may_end_with_arrays_in_use(listener, path):
+    """At the interpreter's exit, arrays, spans and threads that hold them end quietly."""
+    program = """
+import numpy as np, threading
+arenas = Arenas(sys.argv[1])
+span = arenas.allocate(100)
+array = arenas.allocate(100).array(np.dtype("uint8"), (100,))
+cycle = [array, arenas.allocate(5)]
+cycle.append(cycle)
+threading.Thread(target=lambda held: threading.Event().wait(), args=(span,), daemon=True).start()
+arenas.close()
+say("ready")
+"""
+    with another(program, path) as process:
+        said, errors = process.communicate(timeout=PATIENCE)
+    assert (said, errors, process.returncode) == ("ready\n", "", 0)
+    assert listener.wait_for(0, PATIENCE)
+
+
+def test_an_array_in_an_arena_is_found(arenas):
+    """Whatever the view, it is found by where its bytes are, with its distance from the arena's start."""
+    arenas.allocate(1)
+    keep = arenas.allocate(64)
+    span = arenas.allocate(4096)
+    array = span.array(FLOAT32, (4, 16, 16))
+    assert arenas.find(array) == (span, 64)
+    assert arenas.find(array[1]) == (span, 64 + 1024)
+    assert arenas.find(array.reshape(-1)[16:].view(np.uint8)) == (span, 128)
+    assert arenas.find(array[1:2, ...].view()[0]) == (span, 64 + 1024)
+    array.flags.writeable = False
+    assert arenas.find(array) == (span, 64)
+    assert keep.offset == 0
+
+
+def test_an_array_that_the_server_could_not_read_in_place_is_not_found(arenas, path):
+    """Strided, misaligned, empty, foreign, or another client's: such an array is sent as bytes."""
+    span = arenas.allocate(4096)
+    array = span.array(FLOAT32, (4, 16, 16))
+    beyond = np.lib.stride_tricks.as_strided(array, (4096,), (4,))
+    for other in (
+        array[:, ::2],
+        array.T,
+        array[1:, 1:],
+        array.reshape(-1)[1:],
+        array[4:],
+        array[:0],
+        beyond,
+        np.broadcast_to(array[0], (2, 16, 16)),
+        array.copy(),
+        array + 1,
+        np.zeros(4),
+        np.float32(1) + np.zeros(()),
+        np.frombuffer(bytes(64), np.uint8),
+    ):
+        assert arenas.find(other) is None
+    with closing(Arenas(path, arena_bytes=MIB)) as others:
+        assert others.find(array) is None
+        others.retire(span)
+    assert arenas.find(array) == (span, 0)
+
+
+class Hostile:
+    """A server that answers as a test has it do."""
+
+    def __init__(self, path, answer):
+        self.failure = None
+        self._answer = answer
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.bind(path + SUFFIX)
+        self._socket.listen(100)
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self):
+        while True:
+            connection, _ = self._socket.accept()
+            with connection:
+                if connection.recv(100) == b"end":
+                    return
+                try:
+                    self._answer(connection)
+                except Exception as error:  # noqa: BLE001 - raised by close() in the test's thread
+                    self.failure = error
+
+    def close(self):
+        """Stop."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.connect(self._socket.getsockname())
+            connection.send(b"end")
+            self._thread.join(PATIENCE)
+        self._socket.close()
+        if self.failure:
+            raise self.failure
+
+
+@contextmanager
+def hostile(path, answer):
+    """Run a server that answers each request by answer(connection)."""
+    with closing(Hostile(path, answer)) as server:
+        yield server
+
+
+SEALED = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+
+
+def giving(  # noqa: PLR0913 - one argument a fault
+    *, size=MIB, claim=MIB, seals=SEALED, count=1, arena_id=bytes(16), file=None
+):
+    """Give an answer with `count` descriptors of a memfd that is not quite as it should be."""
+
+    def answer(connection):
+        with ExitStack() as stack:
+            descriptor = (
+                os.memfd_create("hostile", os.MFD_ALLOW_SEALING) if file is None else os.open(file, os.O_RDONLY)
+            )
+            stack.callback(os.close, descriptor)
+            if file is None:
+                os.ftruncate(descriptor, size)
+                fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
+            packet = pool_pb2.AttachResponse(arena_id=arena_id, size=claim).SerializeToString()
+            socket.send_fds(connection, [packet], [descriptor] * count)
+
+    return answer
+
+
+HOSTILE = {
+    "no seals": (giving(seals=0), "memory without seals"),
+    "may shrink": (giving(seals=fcntl.F_SEAL_GROW), "memory without seals"),
+    "may grow": (giving(seals=fcntl.F_SEAL_SHRINK), "memory without seals"),
+    "shorter than it says": (
+        giving(size=MIB - 4096),
+        f"expected {MIB} bytes, got {MIB}, of which {MIB - 4096} are there",
+    ),
+    "shorter than was asked": (giving(claim=4096), f"expected {MIB} bytes, got 4096"),
+    "a size of 2^64 - 1": (giving(claim=2**64 - 1), f"expected {MIB} bytes, got {2**64 - 1}"),
+    "two descriptors": (giving(count=2), "2 descriptors"),
+    "many descriptors": (giving(count=200), "2 descriptors"),
+    "no descriptor": (giving(count=0), "0 descriptors"),
+    "no id": (giving(arena_id=b""), "1 descriptors"),
+    "a device": (giving(file="/dev/zero"), "Invalid argument"),
+    "a file": (giving(file=sys.executable), "Invalid argument"),
+    "garbage": (lambda connection: connection.send(b"\xff" * 50), "expected an AttachResponse, got another packet"),
+    "too much": (lambda connection: connection.send(bytes(10_000)), "expected an AttachResponse, got another packet"),
+    "an empty packet": (lambda connection: connection.send(b""), "got 0 bytes and 0 descriptors"),
+    "the end": (lambda connection: connection.close(), "got 0 bytes and 0 descriptors"),
+    "an odd refusal": (
+        lambda connection: connection.send(
+            pool_pb2.AttachResponse(error=pool_pb2.AttachResponse().error).SerializeToString()
+        ),
+        "UNKNOWN: ",
+    ),
+    "a refusal with a descriptor": (
+        lambda connection: socket.send_fds(
+            connection,
+            [pool_pb2.AttachResponse(error=pool_pb2.AttachResponse().error).SerializeToString()],
+            [connection.fileno()],
+        ),
+        "UNKNOWN: ",
+    ),
+}
+
+
+@pytest.mark.parametrize(("answer", "expected"), HOSTILE.values(), ids=HOSTILE)
+def test_a_server_that_gives_something_else_is_not_trusted(path, answer, expected):
+    """Memory that could shrink under the client is never mapped; no descriptor of such an answer is left open."""
+    before = psutil.Process().num_fds()
+    with hostile(path, answer), closing(Arenas(path, arena_bytes=MIB)) as arenas:
+        assert arenas.allocate(1) is None
+        assert isinstance(arenas.refused, PoolError)
+        assert expected in str(arenas.refused)
+        assert arenas.nbytes == 0
+    assert psutil.Process().num_fds() == before
+
+
+def test_a_server_that_is_as_it_should_be_is_trusted(path):
+    """The hostile server's answer without a fault is taken: so it is the fault that is refused."""
+    with hostile(path, giving()), closing(Arenas(path, arena_bytes=MIB)) as arenas:
+        assert arenas.allocate(1).arena_id == bytes(16)
+
+
+def test_a_server_that_says_nothing_costs_its_time_once(path, monkeypatch):
+    """A server that hangs is waited for as long as ATTACH_SECONDS says."""
+    monkeypatch.setattr(poolrpc.arena, "ATTACH_SECONDS", 0.05)
+    gone = threading.Event()
+    with hostile(path, lambda _: gone.wait(PATIENCE)), closing(Arenas(path)) as arenas:
+        started = time.monotonic()
+        assert arenas.allocate(1) is None
+        assert arenas.allocate(1) is None
+        assert 0.05 <= time.monotonic() - started < PATIENCE
+        assert str(arenas.refused).endswith("timed out")
+        gone.set()
+
+
+@as_root
+def test_a_server_of_another_user_is_not_trusted(path, folder):
+    """A socket that another user has put at the path gets no request."""
+    os.chown(folder, NOBODY, NOBODY)
+    program = """
+os.setuid(65534)
+server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+server.bind(sys.argv[1] + ".arena")
+server.listen(1)
+say("ready")
+say(server.accept()[0].recv(100))
+"""
+    with another(program, path) as process, closing(Arenas(path)) as arenas:
+        assert process.stdout.readline() == "ready\n"
+        assert arenas.allocate(1) is None
+        assert str(arenas.refused) == "arena: expected a server of user 0 or 0, got one of user 65534"
+        assert process.stdout.readline() == "b''\n"
+
+
+def test_closing_while_an_arena_is_attached_leaves_none(path):
+    """An arena that comes after close() is let go."""
+    with ExitStack() as stack:
+        arenas = Arenas(path, arena_bytes=MIB)
+
+        def answer(connection):
+            arenas.close()
+            giving()(connection)
+
+        stack.enter_context(hostile(path, answer))
+        assert arenas.allocate(1) is None
+        assert arenas.nbytes == 0
+
+
+def test_the_module_is_there_on_every_system():
+    """Where the system isn't Linux, the module imports and there are no arenas."""
+    program = """
+import sys, grpc, numpy, google.protobuf.json_format, socket, mmap
+sys.platform, sys.modules["fcntl"] = "darwin", None
+from poolrpc.arena import Arenas
+arenas = Arenas("/nowhere")
+print(arenas.allocate(1), arenas.refused)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)  # noqa: S603 - ours
+    assert ended.stdout == "None arenas need Linux, which alone has memfd\n"
+    assert ended.stderr == ""

@@ -1,0 +1,260 @@
+"""What surrounds every call: the status of whatever is raised, and the line in the log."""
+
+import logging
+from collections import namedtuple
+
+import grpc
+import pytest
+
+from poolrpc import InvalidArgumentError, LimitExceededError, UnavailableError
+from poolrpc.status import DETAILS_KEY, decode_error
+from poolrpc_server.interceptors import CallInterceptor, note
+
+METHOD = "/poolrpc.v1.PoolService/Pool"
+Details = namedtuple("Details", "method")  # noqa: PYI024 - gRPC's has more that no test needs
+UNEXPECTED = KeyError("a secret")
+
+
+class Lines:
+    """A log that keeps what it is given."""
+
+    def __init__(self):
+        self.kept = []
+
+    def add(self, level, facts):
+        """Keep a line."""
+        self.kept.append((level, facts))
+
+
+class Aborted(Exception):  # noqa: N818 - as gRPC's own, it isn't an error
+    """What gRPC's context raises to end a call."""
+
+
+class Context:
+    """A call, as gRPC gives it to a servicer."""
+
+    def __init__(self):
+        self.trailing, self.ended = (), None
+
+    def set_trailing_metadata(self, metadata):
+        """Keep what goes with the status."""
+        self.trailing = metadata
+
+    def abort(self, code, text):
+        """End the call with a status."""
+        self.ended = code, text
+        raise Aborted
+
+    def error(self):
+        """Give what a client of ours makes of the status."""
+        code, text = self.ended
+        return decode_error(code.name, text, dict(self.trailing)[DETAILS_KEY])
+
+
+@pytest.fixture
+def lines():
+    """Give the log's lines, as (level, facts)."""
+    return Lines()
+
+
+def handler(lines, behaviour, *, method=METHOD, kind="unary_unary"):
+    """Give what the interceptor makes of a method."""
+    inner = getattr(grpc, f"{kind}_rpc_method_handler")(behaviour, None, None)
+    return CallInterceptor(lines).intercept_service(lambda _: inner, Details(method))
+
+
+def call(lines, behaviour, **options):
+    """Make a unary call; give the answer, None where it was aborted, and the context."""
+    context = Context()
+    try:
+        return handler(lines, behaviour, **options).unary_unary("request", context), context
+    except Aborted:
+        return None, context
+
+
+def stream(lines, behaviour, **options):
+    """Begin a stream; give its answers and the context."""
+    context = Context()
+    return handler(lines, behaviour, kind="stream_stream", **options).stream_stream(iter(["a", "b"]), context), context
+
+
+def raising(error):
+    """Give a unary servicer that raises."""
+
+    def behaviour(*_):
+        raise error
+
+    return behaviour
+
+
+def test_a_call_that_is_answered_is_a_line(lines):
+    """The line has the method, the status, the milliseconds that it took, and what the servicer noted, in order."""
+
+    def behaviour(request, _):
+        note({"layers": "MaxPool2d(2)"})
+        note({"shape": "(1, 1, 2, 2)"})
+        return request.upper()
+
+    answer, _ = call(lines, behaviour)
+    assert answer == "REQUEST"
+    ((level, facts),) = lines.kept
+    assert list(facts) == ["method", "status", "ms", "layers", "shape"]
+    assert (level, facts["method"], facts["status"], facts["layers"]) == (logging.INFO, METHOD, "OK", "MaxPool2d(2)")
+    assert 0 <= facts["ms"] < 60_000
+    assert facts["ms"] == round(facts["ms"], 3)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InvalidArgumentError("expected 1, got 2", field="payload"),
+        LimitExceededError("too much", reason="WORK_BUDGET", metadata={"limit": "1", "actual": "2"}),
+        UnavailableError("full", reason="IN_FLIGHT_BYTES", retry_delay=0.25),
+    ],
+    ids=lambda error: error.code,
+)
+def test_an_error_of_ours_is_its_status_and_its_reason(lines, error):
+    """The caller gets the error with its details, and the line has the status, the reason and the message, quoted."""
+    answer, context = call(lines, raising(error))
+    assert answer is None
+    got = context.error()
+    assert (type(got), str(got), got.reason, got.metadata) == (type(error), str(error), error.reason, error.metadata)
+    ((level, facts),) = lines.kept
+    assert level == logging.INFO
+    assert (facts["status"], facts["reason"], facts["error"]) == (error.code, error.reason, repr(error.message))
+
+
+def test_a_long_message_is_cut_in_the_log(lines):
+    """What a caller put into a message can't fill the log."""
+    call(lines, raising(InvalidArgumentError("x" * 10_000)))
+    assert len(lines.kept[0][1]["error"]) <= 300
+
+
+def test_an_unexpected_error_is_explained_in_the_log_alone(lines, caplog, monkeypatch):
+    """The caller gets INTERNAL with an id and no word of what happened; the log has the id and the traceback."""
+    monkeypatch.setattr(logging.getLogger("poolrpc_server"), "propagate", True)
+    _, context = call(lines, raising(UNEXPECTED))
+    error_id = context.error().error_id
+    assert (context.ended[0], len(error_id)) == (grpc.StatusCode.INTERNAL, 12)
+    assert error_id in context.ended[1]
+    assert "secret" not in context.ended[1]
+    ((_, facts),) = lines.kept
+    assert (facts["status"], facts["error_id"], facts["error"]) == ("INTERNAL", error_id, "KeyError")
+    (record,) = [each for each in caplog.records if each.message == "unexpected error"]
+    assert (record.error_id, record.method) == (error_id, METHOD)
+    assert record.exc_info[1] is UNEXPECTED
+
+
+def test_what_one_call_noted_is_not_in_the_next_line(lines):
+    """Facts are a call's own, whatever became of it."""
+
+    def behaviour(*_):
+        note({"shape": "(1,)"})
+        raise InvalidArgumentError("bad")
+
+    call(lines, behaviour)
+    call(lines, lambda *_: "answer")
+    assert lines.kept[0][1]["shape"] == "(1,)"
+    assert list(lines.kept[1][1]) == ["method", "status", "ms"]
+
+
+@pytest.mark.parametrize("method", ["/grpc.health.v1.Health/Check", "/grpc.reflection.v1.ServerReflection/X"])
+def test_what_probes_call_is_quiet(lines, method):
+    """Health checks and reflection are logged at DEBUG."""
+    call(lines, lambda *_: "answer", method=method)
+    assert lines.kept[0][0] == logging.DEBUG
+
+
+def test_a_stream_is_a_line_when_it_ends(lines):
+    """Answers go on as they come, and the line is written after the last."""
+
+    def behaviour(requests, _):
+        note({"shape": "(1,)"})
+        for each in requests:
+            yield each.upper()
+
+    answers, _ = stream(lines, behaviour)
+    assert next(answers) == "A"
+    assert lines.kept == []
+    assert list(answers) == ["B"]
+    ((level, facts),) = lines.kept
+    assert (level, facts["status"], facts["shape"]) == (logging.INFO, "OK", "(1,)")
+
+
+def test_a_stream_that_fails_is_its_status_and_its_reason(lines):
+    """An error amid a stream ends it with the error's status; the answers before it have gone."""
+
+    def behaviour(*_):
+        yield "first"
+        raise InvalidArgumentError("cut plane", field="payload")
+
+    answers, context = stream(lines, behaviour)
+    assert next(answers) == "first"
+    with pytest.raises(Aborted):
+        next(answers)
+    assert str(context.error()) == "payload: cut plane"
+    ((_, facts),) = lines.kept
+    assert (facts["status"], facts["reason"]) == ("INVALID_ARGUMENT", "INVALID_ARGUMENT")
+
+
+def test_an_unexpected_error_amid_a_stream_has_an_id(lines):
+    """A stream fails as a call does."""
+
+    def behaviour(*_):
+        yield "first"
+        raise UNEXPECTED
+
+    answers, context = stream(lines, behaviour)
+    next(answers)
+    with pytest.raises(Aborted):
+        next(answers)
+    assert lines.kept[0][1]["error_id"] == context.error().error_id
+
+
+def test_a_stream_that_the_caller_leaves_is_cancelled(lines):
+    """Where gRPC wants no more answers the servicer ends, and the line says so; there is nobody to send a status to."""
+    ended = []
+
+    def behaviour(*_):
+        try:
+            yield "first"
+            yield "second"
+        finally:
+            ended.append(True)
+
+    answers, context = stream(lines, behaviour)
+    next(answers)
+    answers.close()
+    assert ended == [True]
+    assert context.ended is None
+    ((_, facts),) = lines.kept
+    assert facts["status"] == "CANCELLED"
+
+
+def test_a_method_is_wrapped_once(lines):
+    """A method that there is has one handler, although gRPC asks about each call."""
+    interceptor, asked = CallInterceptor(lines), []
+
+    def continuation(details):
+        asked.append(details.method)
+        return grpc.unary_unary_rpc_method_handler(lambda *_: "answer")
+
+    first = interceptor.intercept_service(continuation, Details(METHOD))
+    assert interceptor.intercept_service(continuation, Details(METHOD)) is first
+    assert interceptor.intercept_service(continuation, Details("/other/Method")) is not first
+    assert asked == [METHOD, "/other/Method"]
+
+
+def test_a_method_that_is_not_there_stays_so(lines):
+    """Such calls are gRPC's to answer, and not remembered, for callers make up any number."""
+    interceptor, asked = CallInterceptor(lines), []
+    for _ in range(2):
+        assert interceptor.intercept_service(asked.append, Details("/no/Such")) is None
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize("kind", ["unary_stream", "stream_unary"])
+def test_a_method_of_another_kind_is_left_as_it_is(lines, kind):
+    """No service of ours has such methods; what others have is passed on."""
+    inner = getattr(grpc, f"{kind}_rpc_method_handler")(lambda *_: "answer")
+    assert CallInterceptor(lines).intercept_service(lambda _: inner, Details("/x/Y")) is inner
