@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from poolrpc.chains import Chain, Shape
     from poolrpc.codec import ArenaRanges, Request, ServerInfo
     from poolrpc.tensors import Bytes, TensorSpec
-    from poolrpc_server.admission import Admission
+    from poolrpc_server.admission import Admission, Held
     from poolrpc_server.arena import Arena
-    from poolrpc_server.engine import Engine
+    from poolrpc_server.engine import Engine, Run
     from poolrpc_server.validate import Checked, Limits
 
 BLOCKS_HELD = 3
@@ -90,9 +90,10 @@ class Dispatcher:
         """
         return check_request(request, self._limits, self._engine.schedule)
 
-    @contextmanager
-    def pool(self, checked: Checked, payload: Bytes, caller: Caller) -> Iterator[Sequence[memoryview]]:
-        """Run a request and give the bytes of `checked.outputs`, for as long as the context lasts.
+    def pool(self, checked: Checked, payload: Bytes, caller: Caller) -> AbstractContextManager[Sequence[memoryview]]:
+        """Give a context in which a request is run, and the bytes of `checked.outputs` last.
+
+        Entering it raises a PoolError of the class that says what went wrong, in what is not seen at once.
 
         Args:
             checked: The request.
@@ -104,11 +105,8 @@ class Dispatcher:
 
         """
         caller.check_wanted()
-        with (
-            self._admission.hold(len(payload) + checked.output_bytes),
-            self._engine.run(checked.schedule, payload, caller.check_wanted) as outputs,
-        ):
-            yield outputs
+        run = self._engine.run(checked.schedule, payload, caller.check_wanted)
+        return Pooling(self._admission.hold(len(payload) + checked.output_bytes), run)
 
     def pool_in_arena(self, checked: Checked, ranges: ArenaRanges, caller: Caller) -> None:
         """Run a request whose tensors lie in an arena, and leave its outputs there.
@@ -160,6 +158,30 @@ class Dispatcher:
 
         """
         return check_shapes(shape, branches, layout)
+
+
+class Pooling:
+    """A run whose bytes are counted for as long as it lasts."""
+
+    __slots__ = ("_held", "_run")
+
+    def __init__(self, held: Held, run: Run) -> None:
+        self._held = held
+        self._run = run
+
+    def __enter__(self) -> Sequence[memoryview]:
+        """Count its bytes, and run it."""
+        self._held.__enter__()
+        try:
+            return self._run.__enter__()
+        except BaseException:
+            self._held.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        """Let go of its memory."""
+        self._run.__exit__()
+        self._held.__exit__()
 
 
 def _cut(memory: memoryview, specs: Sequence[TensorSpec], field: str) -> list[memoryview]:

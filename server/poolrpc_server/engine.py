@@ -96,20 +96,20 @@ class Engine:
 
         Each is at a multiple of its items' size, and the outputs are apart from the inputs; the rest is as in run.
         """
-        self.compute(Stage(schedule, inputs, outputs), check_wanted)
+        self.compute(Stage(schedule, inputs, outputs), check_wanted, in_place=True)
 
     def close(self) -> None:
         """End the helpers' threads."""
         self._helpers.shutdown()
 
-    def compute(self, stage: Stage, check_wanted: Callable[[], None]) -> None:
-        """Compute a stage's outputs; the rest is as in run."""
+    def compute(self, stage: Stage, check_wanted: Callable[[], None], *, in_place: bool) -> Sequence[memoryview]:
+        """Compute a stage's outputs and give their bytes, where they are to go or, where not `in_place`, elsewhere."""
         with self._seats:
             check_wanted()
             if not hasattr(self._local, "prepared"):
                 _prepare_thread()
                 self._local.prepared = True
-            stage.run()
+            return stage.run(in_place=in_place)
 
     def _share(self, part: Callable[[int, int], None], planes: int, nbytes: int) -> None:
         free = 0
@@ -158,17 +158,16 @@ class Run:
                 stage = schedule.own_stage()
             for place, data in zip(stage.inputs, self._inputs, strict=True):
                 place[:] = data
-            engine.compute(stage, self._check_wanted)
+            outputs = engine.compute(stage, self._check_wanted, in_place=False)
             self._stage = stage  # What a failure leaves behind isn't used again.
-            return stage.outputs
+            return outputs
         self._lent = engine.buffers.lend(schedule.outputs)
-        outputs = self._lent.__enter__()
         try:
-            engine.compute(Stage(schedule, self._inputs, outputs), self._check_wanted)
+            stage = Stage(schedule, self._inputs, self._lent.__enter__())
+            return engine.compute(stage, self._check_wanted, in_place=False)
         except BaseException:
             self.__exit__()
             raise
-        return outputs
 
     def __exit__(self, *_: object) -> None:
         """Let go of the memory."""
@@ -242,22 +241,32 @@ class Stage:
             goals = iter(self._tensor(*each) for each in zip(outputs, schedule.outputs, strict=True))
             self._goals = [[next(goals) for _ in result.specs] for result in schedule.results]
 
-    def run(self) -> None:
-        """Compute the outputs."""
+    def run(self, *, in_place: bool) -> Sequence[memoryview]:
+        """Compute the outputs and give their bytes, where they go or, where not `in_place`, where torch put them."""
         schedule = self._schedule
         if not schedule.plans:
-            return
-        x, device = self._x.to(schedule.device), schedule.device
-        indices = self._indices().to(device) if len(self.inputs) > 1 else None
+            return self.outputs
+        device, x = schedule.device, self._x
         on_cpu = device.type == "cpu"
+        if not on_cpu:
+            x = x.to(device)
+        indices = self._indices().to(device) if len(self.inputs) > 1 else None
+        given: list[memoryview] = []
         for plans, goals in zip(schedule.plans, self._goals, strict=True):
             output, places = x, indices
             for plan in plans[:-1]:
                 output, places = plan.compute(output, places, schedule.share)
             made = plans[-1].compute(output, places, schedule.share, *(goals if on_cpu else ()))
             for goal, part in zip(goals, made, strict=False):
-                if part is not goal and part is not None:
+                place = self.outputs[len(given)]
+                if part is goal or part is None:
+                    given.append(place)
+                elif in_place or not on_cpu or part.dtype == torch.bfloat16 or not part.is_contiguous():
                     goal.copy_(part)
+                    given.append(place)
+                else:
+                    given.append(part.numpy().reshape(-1).view(np.uint8).data)
+        return given
 
     def _tensor(self, data: memoryview, spec: TensorSpec) -> torch.Tensor:
         dtype: torch.dtype = getattr(torch, spec.dtype)

@@ -47,12 +47,22 @@ M = TypeVar("M", pool_pb2.PoolRequest, pool_pb2.PoolStreamRequest)
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What was found of a request: it depends on the header alone, and callers repeat themselves."""
+    """What was found of a request: it depends on the header alone, and callers repeat themselves.
+
+    Attributes:
+        checked: The request.
+        ranges: Where its tensors are in an arena, where they are.
+        facts: What the log says of it.
+        answer: The answer, without its payload.
+        head: The answer, up to its payload.
+
+    """
 
     checked: Checked
     ranges: codec.ArenaRanges | None
     facts: dict[str, str]
     answer: bytes
+    head: bytes
 
 
 class PoolDoor:
@@ -92,9 +102,9 @@ class PoolDoor:
         caller = Caller(context.time_remaining, context.is_active)
         if known.ranges is None:
             with self._dispatcher.pool(known.checked, payload, caller) as outputs:
-                return wire.join(known.answer, outputs)
+                return b"".join((known.head, *outputs))
         self._dispatcher.pool_in_arena(known.checked, known.ranges, caller)
-        return known.answer
+        return known.answer  # in the arena
 
     def PoolStream(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Run every branch on the input's blocks, as they come."""
@@ -144,7 +154,8 @@ class PoolDoor:
         note(facts := _facts(request))  # before the checks: the log tells what was refused
         checked = self._dispatcher.check(request)
         answer = pool_pb2.PoolResponse(results=codec.encode_results(checked.results)).SerializeToString()
-        return _Known(checked, codec.decode_ranges(message), facts | _outputs(checked.results), answer)
+        head = wire.head(answer, sum(spec.nbytes for spec in checked.outputs))
+        return _Known(checked, codec.decode_ranges(message), facts | _outputs(checked.results), answer, head)
 
 
 def _cut(data: bytes, cls: type[M]) -> tuple[bytes, memoryview]:
