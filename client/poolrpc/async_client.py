@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import grpc
 from grpc import aio
@@ -13,11 +13,11 @@ from grpc import aio
 from poolrpc import codec
 from poolrpc.chains import Shape, as_chain
 from poolrpc.coalesce import IN_FLIGHT, MAX_IN_FLIGHT, Group, Grouping, Order, Outcome, bar
-from poolrpc.errors import NotFoundError, PoolError
+from poolrpc.errors import DeadlineExceededError, NotFoundError, PoolError
 from poolrpc.parameters import integer
 from poolrpc.settings import Out, Settings
 from poolrpc.status import translated
-from poolrpc.streaming import StreamCall
+from poolrpc.streaming import CallOptions, StreamCall
 from poolrpc.transfer import (
     Crossing,
     PoolResult,
@@ -106,17 +106,17 @@ class AsyncPoolClient(Settings):
             results = await self._cross(transfer, call, progress, copy=copy, required=transport is not None)
             if results is not None:
                 return results
-            path = by_size(transfer)
+            path = by_size(transfer, self.max_message_bytes)
         try:
             if path == "stream":
                 return await self._stream(transfer, call, progress)
-            response = await self._pool(transfer.message(self.max_message_bytes), **call)
+            response = await self._pool(transfer.message(self.max_message_bytes), **call.now())
         except grpc.RpcError as error:
             raise translated(error) from error
         return transfer.results(response, progress)
 
     async def _cross(
-        self, transfer: Transfer, call: dict[str, Any], progress: Progress | None, *, copy: bool, required: bool
+        self, transfer: Transfer, call: CallOptions, progress: Progress | None, *, copy: bool, required: bool
     ) -> list[PoolResult] | None:
         crossing = None
         if self._arenas is not None:
@@ -124,19 +124,19 @@ class AsyncPoolClient(Settings):
             # The server is asked for a further arena in a thread, where it may take its time.
             crossing = crossing or await asyncio.to_thread(Crossing.begin, transfer, self._arenas)
         if crossing is None:
-            if required:
+            if required and transfer.outline.nbytes:
                 raise self._no_arena()
             return None
         try:
             with crossing.kept():
-                response = await self._pool(crossing.message, **call)
+                response = await self._pool(crossing.message, **call.now())
         except NotFoundError:  # the server is another one by now
             if required:
                 raise
             return None
         return crossing.results(response, copy=copy, progress=progress)
 
-    async def _stream(self, transfer: Transfer, call: dict[str, Any], progress: Progress | None) -> list[PoolResult]:
+    async def _stream(self, transfer: Transfer, call: CallOptions, progress: Progress | None) -> list[PoolResult]:
         # By a blocking channel, in a thread: where a stream ends while it is being written to, grpc.aio reports an
         # internal error in place of the status that the server ended it with (seen in 1.85: set_internal_error).
         if self._streams is None:
@@ -148,8 +148,12 @@ class AsyncPoolClient(Settings):
             asyncio.run_coroutine_threadsafe(_called(progress, done, count), loop).result()
 
         stream = StreamCall(self._streams_of(self._blocking), transfer, call)
+        running = loop.run_in_executor(self._streams, stream.run, None if progress is None else in_loop)
         try:
-            return await loop.run_in_executor(self._streams, stream.run, None if progress is None else in_loop)
+            # It may wait for a thread until its time is up; once it has one, gRPC sees to its end.
+            return await asyncio.wait_for(running, call.left())
+        except TimeoutError:
+            raise DeadlineExceededError("the deadline passed before the stream's end") from None
         finally:
             stream.cancel()  # the caller may have left
 
@@ -204,7 +208,7 @@ class AsyncPoolClient(Settings):
         call = self._call(timeout)
         request = self._shape_request(shape, layers, layout)
         try:
-            response = await self._stub.InferShape(request, **call)
+            response = await self._stub.InferShape(request, **call.now())
         except grpc.RpcError as error:
             raise translated(error) from error
         return codec.decode_shape_response(response)[0][-1]
@@ -212,7 +216,7 @@ class AsyncPoolClient(Settings):
     async def server_info(self, *, timeout: float | None = None) -> codec.ServerInfo:  # noqa: ASYNC109 - gRPC's deadline
         """Ask the server what it is: PoolClient.server_info."""
         try:
-            response = await self._stub.GetServerInfo(pool_pb2.GetServerInfoRequest(), **self._call(timeout))
+            response = await self._stub.GetServerInfo(pool_pb2.GetServerInfoRequest(), **self._call(timeout).now())
         except grpc.RpcError as error:
             raise translated(error) from error
         return codec.decode_info(response)
@@ -220,7 +224,7 @@ class AsyncPoolClient(Settings):
     async def health(self, service: str = "", *, timeout: float | None = None) -> str:  # noqa: ASYNC109 - gRPC's deadline
         """Ask for the health of a service: PoolClient.health."""
         try:
-            response = await self._health(standard_pb2.HealthCheckRequest(service=service), **self._call(timeout))
+            response = await self._health(standard_pb2.HealthCheckRequest(service=service), **self._call(timeout).now())
         except grpc.RpcError as error:
             raise translated(error) from error
         return codec.decode_health(response)

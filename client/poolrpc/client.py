@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import grpc
 
@@ -15,7 +15,7 @@ from poolrpc.errors import NotFoundError, PoolError
 from poolrpc.parameters import integer
 from poolrpc.settings import Out, Settings
 from poolrpc.status import translated
-from poolrpc.streaming import StreamCall
+from poolrpc.streaming import CallOptions, StreamCall
 from poolrpc.transfer import (
     Crossing,
     PoolResult,
@@ -122,33 +122,33 @@ class PoolClient(Settings):
             results = self._cross(transfer, call, progress, copy=copy, required=transport is not None)
             if results is not None:
                 return results
-            path = by_size(transfer)
+            path = by_size(transfer, self.max_message_bytes)
         try:
             if path == "stream":
                 return self._stream(transfer, call, progress)
-            response = self._pool(transfer.message(self.max_message_bytes), **call)
+            response = self._pool(transfer.message(self.max_message_bytes), **call.now())
         except grpc.RpcError as error:
             raise translated(error) from error
         return transfer.results(response, progress)
 
     def _cross(
-        self, transfer: Transfer, call: dict[str, Any], progress: Progress | None, *, copy: bool, required: bool
+        self, transfer: Transfer, call: CallOptions, progress: Progress | None, *, copy: bool, required: bool
     ) -> list[PoolResult] | None:
         crossing = None if self._arenas is None else Crossing.begin(transfer, self._arenas)
         if crossing is None:
-            if required:
+            if required and transfer.outline.nbytes:
                 raise self._no_arena()
             return None
         try:
             with crossing.kept():
-                response = self._pool(crossing.message, **call)
+                response = self._pool(crossing.message, **call.now())
         except NotFoundError:  # the server is another one by now
             if required:
                 raise
             return None
         return crossing.results(response, copy=copy, progress=progress)
 
-    def _stream(self, transfer: Transfer, call: dict[str, Any], progress: Progress | None) -> list[PoolResult]:
+    def _stream(self, transfer: Transfer, call: CallOptions, progress: Progress | None) -> list[PoolResult]:
         return StreamCall(self._pool_stream, transfer, call).run(progress)
 
     def map(  # noqa: PLR0913 - options, all by keyword
@@ -218,7 +218,7 @@ class PoolClient(Settings):
         call = self._call(timeout)
         request = self._shape_request(shape, layers, layout)
         try:
-            response = self._stub.InferShape(request, **call)
+            response = self._stub.InferShape(request, **call.now())
         except grpc.RpcError as error:
             raise translated(error) from error
         return codec.decode_shape_response(response)[0][-1]
@@ -226,7 +226,7 @@ class PoolClient(Settings):
     def server_info(self, *, timeout: float | None = None) -> codec.ServerInfo:
         """Ask the server for its versions, device, layers with their dtypes, and limits."""
         try:
-            response = self._stub.GetServerInfo(pool_pb2.GetServerInfoRequest(), **self._call(timeout))
+            response = self._stub.GetServerInfo(pool_pb2.GetServerInfoRequest(), **self._call(timeout).now())
         except grpc.RpcError as error:
             raise translated(error) from error
         return codec.decode_info(response)
@@ -234,7 +234,7 @@ class PoolClient(Settings):
     def health(self, service: str = "", *, timeout: float | None = None) -> str:
         """Ask for the health of a service by grpc.health.v1: "SERVING" or "NOT_SERVING". Empty: the server's."""
         try:
-            response = self._health(standard_pb2.HealthCheckRequest(service=service), **self._call(timeout))
+            response = self._health(standard_pb2.HealthCheckRequest(service=service), **self._call(timeout).now())
         except grpc.RpcError as error:
             raise translated(error) from error
         return codec.decode_health(response)

@@ -80,6 +80,11 @@ class Layer:
         return DTYPES[self.name]
 
     @property
+    def splits(self) -> bool:
+        """Whether planes that travel apart, or beside other tensors', give torch's bits for the tensor as it is."""
+        return True
+
+    @property
     def gives_indices(self) -> bool:
         """Whether the output comes with the indices of the maxima."""
         return bool(getattr(self, "return_indices", False))
@@ -355,6 +360,11 @@ class _LPPool(_Windowed):
             raise InvalidArgumentError(msg, field="norm_type")
         self._set(norm_type=norm, ceil_mode=boolean("ceil_mode", self.ceil_mode))
         self._set_window()
+
+    @property
+    def splits(self) -> bool:
+        # torch's pow is vectorised but for a tensor's last cells, where another one differs in the last bit.
+        return self.norm_type in (1, 2, inf)
 
 
 class LPPool1d(_LPPool):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from math import inf, prod
+from math import prod
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
 import grpc
@@ -13,9 +13,10 @@ from poolrpc import codec
 from poolrpc._version import __version__
 from poolrpc.arena import Arenas, unix_path
 from poolrpc.chains import Chain, as_chain, check_layout
-from poolrpc.errors import PoolError, UnavailableError
+from poolrpc.errors import InvalidArgumentError, PoolError, UnavailableError
 from poolrpc.limits import MAX_MESSAGE_BYTES, MAX_NUMEL
 from poolrpc.parameters import integer
+from poolrpc.streaming import CallOptions
 from poolrpc.tensors import Array, as_array, dtype_name, spec_of
 from poolrpc.transfer import (
     ARENA_BYTES,
@@ -131,12 +132,11 @@ class Settings:
         """Name the address alone: metadata and credentials may be secrets."""
         return f"{type(self).__name__}({self.address!r})"
 
-    def _call(self, timeout: float | None) -> dict[str, Any]:
+    def _call(self, timeout: float | None) -> CallOptions:
         if self._closed:
             msg = f"{self!r} is closed"
             raise PoolError(msg, reason="CLOSED")
-        seconds = self.timeout if timeout is None else timeout
-        return {"timeout": None if seconds == inf else seconds, "metadata": self._metadata}
+        return CallOptions(self.timeout if timeout is None else timeout, self._metadata)
 
     def _transfer(
         self,
@@ -162,10 +162,10 @@ class Settings:
             return transport
         nbytes, arenas = transfer.outline.nbytes, self._arenas
         if arenas is None or nbytes < ARENA_BYTES:
-            return by_size(transfer)
+            return by_size(transfer, self.max_message_bytes)
         # Larger ones than most go that way where they lie in an arena already.
         fits = nbytes <= ARENA_MOST_BYTES or arenas.find(transfer.arrays[0]) is not None
-        return "arena" if fits else by_size(transfer)
+        return "arena" if fits else by_size(transfer, self.max_message_bytes)
 
     def _no_arena(self) -> PoolError:
         reason = "the address is no unix socket" if self._arenas is None else str(self._arenas.refused or "no room")
@@ -180,10 +180,15 @@ class Settings:
 
         Args:
             shape: As numpy.empty takes it.
-            dtype: As numpy.empty takes it.
+            dtype: As numpy.empty takes it, but for one of objects.
+
+        Raises:
+            InvalidArgumentError: It is one of objects, whose addresses nobody else should see, let alone change.
 
         """
         kind: np.dtype[Any] = np.dtype(dtype)  # type: ignore[call-overload]  # whatever NumPy makes a dtype of
+        if kind.hasobject:
+            raise InvalidArgumentError(f"expected a dtype without objects, got {kind}", field="dtype")
         sizes = (int(shape),) if isinstance(shape, SupportsIndex) else tuple(map(int, shape))
         span = None if self._arenas is None else self._arenas.allocate(prod(sizes) * kind.itemsize)
         return np.empty(sizes, kind) if span is None else span.array(kind, sizes)

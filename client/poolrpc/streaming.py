@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import time
+from math import inf
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +25,31 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
 """Seconds, of which each pause takes a random part: the same as unary calls have in their service config."""
 
 
+class CallOptions:
+    """What goes with a call, of whatever it takes to make it: a deadline, from now on, and metadata."""
+
+    __slots__ = ("_deadline", "_metadata")
+
+    def __init__(self, timeout: float | None, metadata: tuple[tuple[str, str], ...]) -> None:
+        self._deadline = None if timeout is None or timeout == inf else time.monotonic() + timeout
+        self._metadata = metadata
+
+    def left(self) -> float | None:
+        """Give the seconds that are left, None for no limit."""
+        return None if self._deadline is None else self._deadline - time.monotonic()
+
+    def now(self) -> dict[str, Any]:
+        """Give gRPC's arguments for what begins now."""
+        return {"timeout": self.left(), "metadata": self._metadata}
+
+
 class StreamCall:
     """One tensor's way through a stream, which blocks; another thread may cancel it."""
 
     def __init__(
-        self, method: grpc.StreamStreamMultiCallable[bytes, bytes], transfer: Transfer, call: dict[str, Any]
+        self, method: grpc.StreamStreamMultiCallable[bytes, bytes], transfer: Transfer, call: CallOptions
     ) -> None:
-        """Make a call of that method, with the timeout and the metadata of `call`."""
+        """Make a call of that method."""
         self._method = method
         self._transfer = transfer
         self._call = call
@@ -46,18 +65,16 @@ class StreamCall:
             InternalError: What came is no answer to what was asked.
 
         """
-        timeout = self._call["timeout"]
-        deadline = None if timeout is None else time.monotonic() + timeout
         for attempt in range(ATTEMPTS):
             try:
-                return self._attempt(deadline, progress)
+                return self._attempt(progress)
             except grpc.RpcError as error:
                 if self._begun or error.code() != grpc.StatusCode.UNAVAILABLE or attempt == ATTEMPTS - 1:
                     raise
                 pause = random.uniform(0, min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE))  # noqa: S311 - no secret
                 pause = max(pause, getattr(translated(error), "retry_delay", None) or 0)
-                late = deadline is not None and time.monotonic() + pause >= deadline
-                if late or self._cancelled.wait(pause):
+                left = self._call.left()
+                if (left is not None and pause >= left) or self._cancelled.wait(pause):
                     raise
         raise AssertionError("unreachable: the last attempt returns or raises")
 
@@ -67,9 +84,8 @@ class StreamCall:
         if self._answers is not None:
             self._answers.cancel()
 
-    def _attempt(self, deadline: float | None, progress: Progress | None) -> list[PoolResult]:
-        left = None if deadline is None else deadline - time.monotonic()
-        answers = self._answers = self._method(self._transfer.messages(), **{**self._call, "timeout": left})
+    def _attempt(self, progress: Progress | None) -> list[PoolResult]:
+        answers = self._answers = self._method(self._transfer.messages(), **self._call.now())
         if self._cancelled.is_set():
             answers.cancel()
         try:

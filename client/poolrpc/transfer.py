@@ -93,9 +93,13 @@ def check_transport(transport: str | None) -> None:
         raise InvalidArgumentError(msg, field="transport")
 
 
-def by_size(transfer: Transfer) -> str:
-    """Give the path for a transfer's size where there is no arena."""
-    return "stream" if transfer.outline.nbytes >= STREAM_BYTES else "unary"
+def by_size(transfer: Transfer, most: int) -> str:
+    """Give the path for a transfer's size where there is no arena, messages being of at most `most` bytes."""
+    outline = transfer.outline
+    if outline.nbytes < STREAM_BYTES:
+        return "unary"
+    splits = all(layer.splits for chain in outline.request.branches for layer in chain)
+    return "stream" if splits or outline.nbytes > most else "unary"
 
 
 class Outline:

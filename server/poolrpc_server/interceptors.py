@@ -92,7 +92,11 @@ class CallInterceptor(grpc.ServerInterceptor):
                 line.status = "CANCELLED"
                 raise
             except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets a status
-                line.fail(error, context)
+                if context.is_active():
+                    line.fail(error, context)
+                # The caller left, or its time is up: nobody hears a status, and what was raised came of that.
+                left = context.time_remaining()
+                line.status = "DEADLINE_EXCEEDED" if left is not None and left <= 0 else "CANCELLED"
             finally:
                 self._log.add(line.level, line.facts())
 

@@ -1,7 +1,8 @@
-"""Reading ahead: the next message of a stream is received while this one is worked on."""
+"""A stream's own threads: one reads the next message while this one is worked on, one watches that something moves."""
 
 from __future__ import annotations
 
+import time
 from queue import Empty, Queue
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Generic, Self, TypeVar
 from poolrpc.errors import DeadlineExceededError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 T = TypeVar("T")
 
@@ -79,6 +80,36 @@ class ReadAhead(Generic[T]):
         except Exception as error:  # noqa: BLE001 - raised where it is waited for
             end = _End(error)
         self._items.put(end)
+
+
+class Watch:
+    """Calls something once nothing has moved for some time, from a thread that ends with the context."""
+
+    def __init__(self, idle: float, stalled: Callable[[], object]) -> None:
+        """Make one that calls `stalled` where `moved` isn't called for `idle` seconds."""
+        self._idle = idle
+        self._stalled = stalled
+        self._last = time.monotonic()
+        self._ended = Event()
+
+    def __enter__(self) -> Self:
+        """Begin to watch."""
+        Thread(target=self._watch, name="poolrpc-watch", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Watch no more."""
+        self._ended.set()
+
+    def moved(self) -> None:
+        """Tell that something moved."""
+        self._last = time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(max(0.0, self._last + self._idle - time.monotonic())):
+            if time.monotonic() - self._last >= self._idle:
+                self._stalled()
+                return
 
 
 class _End:

@@ -17,7 +17,7 @@ from poolrpc.shapes import clip
 from poolrpc.v1 import pool_pb2
 from poolrpc_server.admission import RETRY_DELAY
 from poolrpc_server.dispatch import Caller
-from poolrpc_server.doors.ahead import ReadAhead
+from poolrpc_server.doors.ahead import ReadAhead, Watch
 from poolrpc_server.interceptors import note
 
 if TYPE_CHECKING:
@@ -109,7 +109,10 @@ class PoolDoor:
     def PoolStream(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Run every branch on the input's blocks, as they come."""
         caller = Caller(context.time_remaining, context.is_active)
-        with self._admitted(), ReadAhead(messages, BLOCKS_AHEAD, self._idle) as ahead:
+        # A caller that doesn't read holds its answer where only the end of the call reaches it. Twice the time, so that
+        # one that doesn't send has an error instead.
+        watched = Watch(2 * self._idle, context.cancel)
+        with self._admitted(), watched as watch, ReadAhead(messages, BLOCKS_AHEAD, self._idle) as ahead:
             header, _ = _cut(next(ahead, b""), pool_pb2.PoolStreamRequest)
             message = _parsed(header, pool_pb2.PoolStreamRequest)
             if not message.HasField("request"):
@@ -122,7 +125,10 @@ class PoolDoor:
                 for block in _blocks(ahead, stream.most * stream.plane_bytes):
                     with self._dispatcher.pool_block(stream, block, caller) as outputs:
                         answers = list(wire.pieces(outputs))
-                    yield from answers
+                    for answer in answers:
+                        watch.moved()
+                        yield answer
+                    watch.moved()
                 stream.finish()
 
     def InferShape(self, request: pool_pb2.InferShapeRequest, _: grpc.ServicerContext) -> pool_pb2.InferShapeResponse:
