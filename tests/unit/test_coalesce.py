@@ -12,6 +12,7 @@ from poolrpc import (
     InternalError,
     InvalidArgumentError,
     LimitExceededError,
+    LPPool2d,
     MaxPool1d,
     MaxPool2d,
     UnavailableError,
@@ -103,6 +104,12 @@ def test_a_layer_that_tells_planes_apart_gets_each_tensor_alone():
     fractional = FractionalMaxPool2d(2, 3)
     assert [len(each) for each in grouped([A, A, A], fractional)] == [1, 1, 1]
     assert [len(each) for each in grouped([A, A, A], MaxPool2d(2), fractional)] == [1, 1, 1]
+
+
+def test_what_cannot_be_split_to_the_bit_goes_alone():
+    """Torch's pow depends on where a cell is in its tensor, so tensors of an LPPool of a general norm go alone."""
+    assert [len(each) for each in grouped([A, A, A], LPPool2d(3, 2))] == [1, 1, 1]
+    assert [len(each) for each in grouped([A, A, A], LPPool2d(2, 2))] == [3]
 
 
 def test_a_global_layer_has_the_tensors_own_rank():

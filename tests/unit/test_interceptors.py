@@ -34,7 +34,14 @@ class Context:
     """A call, as gRPC gives it to a servicer."""
 
     def __init__(self):
-        self.trailing, self.ended = (), None
+        self.trailing, self.ended, self.active = (), None, True
+
+    def is_active(self):
+        """Tell whether the caller is there."""
+        return self.active
+
+    def time_remaining(self):
+        """Give no limit."""
 
     def set_trailing_metadata(self, metadata):
         """Keep what goes with the status."""

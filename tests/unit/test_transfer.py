@@ -14,6 +14,7 @@ from poolrpc import (
     InternalError,
     InvalidArgumentError,
     LimitExceededError,
+    LPPool2d,
     MaxPool2d,
     MaxUnpool2d,
     transfer,
@@ -391,11 +392,15 @@ def test_a_block_may_come_in_pieces_of_any_size():
 
 
 def test_the_path_is_chosen_by_size(monkeypatch):
-    """Tensors of a size go as a stream, smaller ones in a message."""
+    """Tensors of a size go as a stream, smaller ones in a message; those that can't be split, while one has room."""
+    most = 10 * X.nbytes
     monkeypatch.setattr(transfer, "STREAM_BYTES", X.nbytes)
-    assert by_size(make(X, MaxPool2d(2))) == "stream"
+    assert by_size(make(X, MaxPool2d(2)), most) == "stream"
+    assert by_size(make(X, LPPool2d(2, 2)), most) == "stream"
+    assert by_size(make(X, LPPool2d(3, 2)), most) == "unary"
+    assert by_size(make(X, LPPool2d(3, 2)), X.nbytes - 1) == "stream"
     monkeypatch.setattr(transfer, "STREAM_BYTES", X.nbytes + 1)
-    assert by_size(make(X, MaxPool2d(2))) == "unary"
+    assert by_size(make(X, MaxPool2d(2)), most) == "unary"
 
 
 @pytest.mark.parametrize("transport", ["", "Unary", "grpc", 1, b"unary"])
