@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from poolrpc.errors import UnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 RETRY_DELAY = 0.1
 """Seconds that a refused caller is asked to wait: about what a large request takes."""
@@ -18,15 +23,22 @@ class Admission:
         self._held = 0
         self._lock = threading.Lock()
 
-    def hold(self, nbytes: int) -> Held:
-        """Give a context in which `nbytes` are counted; a call of any size fits alone.
-
-        Entering it raises UnavailableError where they don't fit beside other calls.
-        """
-        return Held(self, nbytes)
+    @contextmanager
+    def hold(self, nbytes: int) -> Iterator[None]:
+        """Count bytes for as long as the context lasts; the rest is as in take."""
+        self.take(nbytes)
+        try:
+            yield
+        finally:
+            self.give_back(nbytes)
 
     def take(self, nbytes: int) -> None:
-        """Count bytes; the rest is as in hold."""
+        """Count bytes, until they are given back.
+
+        Raises:
+            UnavailableError: They don't fit beside other calls; a call of any size fits alone.
+
+        """
         with self._lock:
             if self._held and self._held + nbytes > self._limit:
                 msg = f"expected at most {self._limit} bytes under way, got {self._held} and {nbytes} more; try again"
@@ -38,21 +50,3 @@ class Admission:
         """Count bytes no more."""
         with self._lock:
             self._held -= nbytes
-
-
-class Held:
-    """Bytes that are counted for as long as the context lasts."""
-
-    __slots__ = ("_admission", "_nbytes")
-
-    def __init__(self, admission: Admission, nbytes: int) -> None:
-        self._admission = admission
-        self._nbytes = nbytes
-
-    def __enter__(self) -> None:
-        """Count them."""
-        self._admission.take(self._nbytes)
-
-    def __exit__(self, *_: object) -> None:
-        """Give them back."""
-        self._admission.give_back(self._nbytes)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from poolrpc.errors import CancelledError, DeadlineExceededError, InvalidArgumentError, NotFoundError
 from poolrpc.tensors import ALIGNMENT, spans
@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from poolrpc.chains import Chain, Shape
     from poolrpc.codec import ArenaRanges, Request, ServerInfo
     from poolrpc.tensors import Bytes, TensorSpec
-    from poolrpc_server.admission import Admission, Held
+    from poolrpc_server.admission import Admission
     from poolrpc_server.arena import Arena
-    from poolrpc_server.engine import Engine, Run
+    from poolrpc_server.engine import Engine
     from poolrpc_server.validate import Checked, Limits
+
+T = TypeVar("T")
 
 BLOCKS_HELD = 3
 """A stream's blocks in memory at a time: one that arrives, one that waits, one that is computed."""
@@ -90,23 +92,25 @@ class Dispatcher:
         """
         return check_request(request, self._limits, self._engine.schedule)
 
-    def pool(self, checked: Checked, payload: Bytes, caller: Caller) -> AbstractContextManager[Sequence[memoryview]]:
-        """Give a context in which a request is run, and the bytes of `checked.outputs` last.
-
-        Entering it raises a PoolError of the class that says what went wrong, in what is not seen at once.
+    def pool(self, checked: Checked, payload: Bytes, caller: Caller, finish: Callable[[Sequence[memoryview]], T]) -> T:
+        """Run a request and give what `finish` makes of its outputs.
 
         Args:
             checked: The request.
             payload: The bytes of its tensors, in order.
             caller: Who waits.
+            finish: Called with the bytes of `checked.outputs`, whose memory is used again afterwards.
 
         Raises:
             PoolError: Of the class that says what went wrong.
 
         """
-        caller.check_wanted()
-        run = self._engine.run(checked.schedule, payload, caller.check_wanted)
-        return Pooling(self._admission.hold(len(payload) + checked.output_bytes), run)
+        nbytes = len(payload) + checked.output_bytes
+        self._admission.take(nbytes)
+        try:
+            return self._engine.run(checked.schedule, payload, caller.check_wanted, finish)
+        finally:
+            self._admission.give_back(nbytes)
 
     def pool_in_arena(self, checked: Checked, ranges: ArenaRanges, caller: Caller) -> None:
         """Run a request whose tensors lie in an arena, and leave its outputs there.
@@ -116,7 +120,6 @@ class Dispatcher:
             PoolError: Of the class that says what else went wrong.
 
         """
-        caller.check_wanted()
         if self._find_arena is None:
             raise NotFoundError("expected a call with its payload: this server has no arenas", reason="ARENA")
         arena = self._find_arena(ranges.arena_id)
@@ -145,10 +148,11 @@ class Dispatcher:
         with self._admission.hold(BLOCKS_HELD * stream.most * stream.plane_bytes + largest.output_bytes):
             yield stream
 
-    def pool_block(self, stream: Stream, block: Bytes, caller: Caller) -> AbstractContextManager[Sequence[memoryview]]:
+    def pool_block(
+        self, stream: Stream, block: Bytes, caller: Caller, finish: Callable[[Sequence[memoryview]], T]
+    ) -> T:
         """Run the next block of a stream; the rest is as in pool."""
-        checked = stream.take(len(block))
-        return self._engine.run(checked.schedule, block, caller.check_wanted)
+        return self._engine.run(stream.take(len(block)).schedule, block, caller.check_wanted, finish)
 
     def shapes(self, shape: Shape, branches: Sequence[Chain], layout: str) -> list[tuple[Shape, ...]]:
         """Give the shape after every layer of each branch.
@@ -158,30 +162,6 @@ class Dispatcher:
 
         """
         return check_shapes(shape, branches, layout)
-
-
-class Pooling:
-    """A run whose bytes are counted for as long as it lasts."""
-
-    __slots__ = ("_held", "_run")
-
-    def __init__(self, held: Held, run: Run) -> None:
-        self._held = held
-        self._run = run
-
-    def __enter__(self) -> Sequence[memoryview]:
-        """Count its bytes, and run it."""
-        self._held.__enter__()
-        try:
-            return self._run.__enter__()
-        except BaseException:
-            self._held.__exit__()
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        """Let go of its memory."""
-        self._run.__exit__()
-        self._held.__exit__()
 
 
 def _cut(memory: memoryview, specs: Sequence[TensorSpec], field: str) -> list[memoryview]:

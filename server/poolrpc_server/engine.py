@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import pairwise
 from math import prod
 from threading import Semaphore, local
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 # Apple's GPUs lack some pooling kernels; torch computes these on the CPU where it was told so before it is imported.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
@@ -23,11 +23,12 @@ from poolrpc_server.validate import check_indices, steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from contextlib import AbstractContextManager
 
     from poolrpc.codec import BranchResult, Request
     from poolrpc.tensors import Bytes, TensorSpec
 
+
+T = TypeVar("T")
 
 SMALL_BYTES = 16 * 2**10
 """A request of at most this, outputs included, has memory of its own, which torch has seen before: seeing takes longer
@@ -61,7 +62,7 @@ class Engine:
         # nobody, so that calls can't wait for each other in a ring.
         self._seats = Semaphore(threads)
         self._helpers = ThreadPoolExecutor(max(1, threads - 1), "poolrpc-helper", _prepare_thread)
-        self.buffers = Buffers(IDLE_BYTES)
+        self._buffers = Buffers(IDLE_BYTES)
         self._local = local()
 
     def schedule(self, request: Request, spatial_dims: int, results: Sequence[BranchResult]) -> Schedule:
@@ -69,21 +70,42 @@ class Engine:
         device = self._device_for(request.input.dtype)
         return Schedule(request, spatial_dims, results, device, self._share)
 
-    def run(self, schedule: Schedule, payload: Bytes, check_wanted: Callable[[], None]) -> Run:
-        """Give a context in which a request is run, when a seat is free, and its outputs' bytes last.
-
-        Entering it raises InvalidArgumentError where indices are out of range, and what check_wanted raises.
+    def run(
+        self,
+        schedule: Schedule,
+        payload: Bytes,
+        check_wanted: Callable[[], None],
+        finish: Callable[[Sequence[memoryview]], T],
+    ) -> T:
+        """Run a request when a seat is free, and give what `finish` makes of its outputs.
 
         Args:
             schedule: How to run it.
             payload: The bytes of its tensors, in order.
             check_wanted: Called when its turn comes; raises where nobody waits any more.
+            finish: Called with the outputs' bytes, whose memory is used again afterwards.
 
         Raises:
-            InvalidArgumentError: The payload is of another length.
+            InvalidArgumentError: The payload is of another length, or MaxUnpool's indices are out of range.
+            PoolError: What check_wanted raised.
 
         """
-        return Run(self, schedule, split(payload, schedule.inputs), check_wanted)
+        one = len(schedule.inputs) == 1 and len(payload) == schedule.input_bytes
+        inputs = (payload,) if one else split(payload, schedule.inputs)
+        if not schedule.small:
+            with self._buffers.lend(schedule.outputs) as outputs:
+                return finish(self._compute(Stage(schedule, inputs, outputs), check_wanted, in_place=False))
+        try:
+            stage = schedule.stages.pop()
+        except IndexError:  # none, or another call's by now
+            stage = schedule.own_stage()
+        for place, data in zip(stage.inputs, inputs, strict=True):
+            place[:] = data
+        finished = finish(self._compute(stage, check_wanted, in_place=False))
+        # What a failure leaves behind isn't used again.
+        if len(schedule.stages) < self.threads:
+            schedule.stages.append(stage)
+        return finished
 
     def run_in_place(
         self,
@@ -96,14 +118,13 @@ class Engine:
 
         Each is at a multiple of its items' size, and the outputs are apart from the inputs; the rest is as in run.
         """
-        self.compute(Stage(schedule, inputs, outputs), check_wanted, in_place=True)
+        self._compute(Stage(schedule, inputs, outputs), check_wanted, in_place=True)
 
     def close(self) -> None:
         """End the helpers' threads."""
         self._helpers.shutdown()
 
-    def compute(self, stage: Stage, check_wanted: Callable[[], None], *, in_place: bool) -> Sequence[memoryview]:
-        """Compute a stage's outputs and give their bytes, where they are to go or, where not `in_place`, elsewhere."""
+    def _compute(self, stage: Stage, check_wanted: Callable[[], None], *, in_place: bool) -> Sequence[memoryview]:
         with self._seats:
             check_wanted()
             if not hasattr(self._local, "prepared"):
@@ -136,52 +157,12 @@ class Engine:
         return self.device
 
 
-class Run:
-    """A context in which a request is run, and its outputs' bytes last: they are given on entering it."""
-
-    __slots__ = ("_check_wanted", "_engine", "_inputs", "_lent", "_schedule", "_stage")
-
-    def __init__(
-        self, engine: Engine, schedule: Schedule, inputs: Sequence[memoryview], check_wanted: Callable[[], None]
-    ) -> None:
-        self._engine, self._schedule, self._inputs, self._check_wanted = engine, schedule, inputs, check_wanted
-        self._stage: Stage | None = None
-        self._lent: AbstractContextManager[list[memoryview]] | None = None
-
-    def __enter__(self) -> Sequence[memoryview]:
-        """Run it."""
-        schedule, engine = self._schedule, self._engine
-        if schedule.small:
-            try:
-                stage = schedule.stages.pop()
-            except IndexError:  # none, or another call's by now
-                stage = schedule.own_stage()
-            for place, data in zip(stage.inputs, self._inputs, strict=True):
-                place[:] = data
-            outputs = engine.compute(stage, self._check_wanted, in_place=False)
-            self._stage = stage  # What a failure leaves behind isn't used again.
-            return outputs
-        self._lent = engine.buffers.lend(schedule.outputs)
-        try:
-            stage = Stage(schedule, self._inputs, self._lent.__enter__())
-            return engine.compute(stage, self._check_wanted, in_place=False)
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        """Let go of the memory."""
-        if self._stage is not None and len(self._schedule.stages) < self._engine.threads:
-            self._schedule.stages.append(self._stage)
-        if self._lent is not None:
-            self._lent.__exit__(None, None, None)
-
-
 class Schedule:
     """How a request is computed: a plan for each layer. Made once, and run any number of times.
 
     Attributes:
         inputs: The tensors of its payload.
+        input_bytes: The payload's.
         outputs: Those of its answer.
         work: The cells that its kernels visit.
         small: Whether it has stages of its own.
@@ -203,8 +184,9 @@ class Schedule:
         self.device = device
         self.share = share
         self.inputs = request.specs
+        self.input_bytes = sum(spec.nbytes for spec in self.inputs)
         self.outputs = tuple(spec for each in results for spec in each.specs)
-        self.small = sum(spec.nbytes for spec in (*self.inputs, *self.outputs)) <= SMALL_BYTES
+        self.small = self.input_bytes + sum(spec.nbytes for spec in self.outputs) <= SMALL_BYTES
         self.stages: list[Stage] = []
         self.work = 0
         self.plans: list[list[kernels.Plan]] = []
@@ -233,7 +215,7 @@ class Stage:
 
     """
 
-    def __init__(self, schedule: Schedule, inputs: Sequence[memoryview], outputs: Sequence[memoryview]) -> None:
+    def __init__(self, schedule: Schedule, inputs: Sequence[Any], outputs: Sequence[memoryview]) -> None:
         self.inputs, self.outputs = inputs, outputs
         self._schedule = schedule
         if schedule.plans:
@@ -268,7 +250,7 @@ class Stage:
                     given.append(part.numpy().reshape(-1).view(np.uint8).data)
         return given
 
-    def _tensor(self, data: memoryview, spec: TensorSpec) -> torch.Tensor:
+    def _tensor(self, data: Bytes, spec: TensorSpec) -> torch.Tensor:
         dtype: torch.dtype = getattr(torch, spec.dtype)
         memory = np.asarray(_Memory(data))
         if memory.ctypes.data % dtype.itemsize:  # Code that is vectorised by a compiler may fail on such an address.
@@ -314,7 +296,7 @@ def resolve_device(name: str) -> torch.device:
 class _Memory:
     """A read-only buffer, offered to NumPy as writable: torch asks for that, and the engine never writes to inputs."""
 
-    def __init__(self, data: memoryview) -> None:
+    def __init__(self, data: Bytes) -> None:
         address = np.frombuffer(data, np.uint8).__array_interface__["data"][0]
         self._data = data  # Kept for as long as an array looks at it.
         self.__array_interface__ = {"version": 3, "shape": (len(data),), "typestr": "|u1", "data": (address, False)}

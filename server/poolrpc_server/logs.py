@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from queue import SimpleQueue
 from threading import Event, Thread
+from typing import TextIO
 
 import structlog
 
@@ -25,6 +27,12 @@ log: structlog.stdlib.BoundLogger = structlog.wrap_logger(
 )
 
 
+Line = tuple[int, float, dict[str, object]]
+"""A call's: its level, when it ended, and what is to be said of it."""
+
+BATCH = 32
+"""Lines that are written at a time: meanwhile calls wait for the interpreter."""
+
 FLUSH_SECONDS = 0.05
 """How long a call's line may wait for others: one thread then writes them, while no call waits for it."""
 
@@ -37,7 +45,7 @@ class CallLog:
 
     def __init__(self) -> None:
         """Begin; close it when no more calls come."""
-        self._lines: SimpleQueue[tuple[int, float, dict[str, object]] | None] = SimpleQueue()
+        self._lines: SimpleQueue[Line | None] = SimpleQueue()
         self._closing = Event()
         self._dropped = 0
         self._writer = Thread(target=self._write, name="poolrpc-log", daemon=True)
@@ -63,9 +71,12 @@ class CallLog:
             # Each wake-up takes the interpreter from a call: once for many lines, not once for each.
             self._closing.wait(FLUSH_SECONDS)
             while line is not None:
-                self._emit(*line)
+                batch = [line]
+                while not self._lines.empty() and len(batch) < BATCH and (line := self._lines.get()) is not None:
+                    batch.append(line)
+                self._emit(batch)
                 time.sleep(0)  # Whoever answers a call goes first.
-                if self._lines.empty():
+                if line is None or self._lines.empty():
                     break
                 line = self._lines.get()
             if self._dropped:
@@ -75,10 +86,37 @@ class CallLog:
                 return
 
     @staticmethod
-    def _emit(level: int, ended: float, facts: dict[str, object]) -> None:
-        record = _LOGGER.makeRecord(_LOGGER.name, level, __file__, 0, "call", (), None, extra=facts)
-        record.created, record.msecs = ended, int(ended % 1 * 1000)
-        _LOGGER.handle(record)
+    def _emit(batch: list[Line]) -> None:
+        if len(_LOGGER.handlers) == 1 and isinstance(_LOGGER.handlers[0], _Stderr) and not _LOGGER.propagate:
+            _LOGGER.handlers[0].calls(batch)
+            return
+        # Another program's log, which is to have a record of each.
+        for level, ended, facts in batch:
+            record = _LOGGER.makeRecord(_LOGGER.name, level, __file__, 0, "call", (), None, extra=facts)
+            record.created, record.msecs = ended, int(ended % 1 * 1000)
+            _LOGGER.handle(record)
+
+
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Our own log, which writes the lines of calls without the records that they would else be."""
+
+    def __init__(self, final: structlog.typing.Processor) -> None:
+        super().__init__(sys.stderr)
+        self._final = final
+
+    def calls(self, batch: list[Line]) -> None:
+        texts = []
+        for level, ended, facts in batch:
+            event = {
+                "event": "call",
+                **facts,
+                "level": logging.getLevelName(level).lower(),
+                "timestamp": datetime.fromtimestamp(ended, tz=UTC).isoformat(),
+            }
+            texts.append(str(self._final(None, "", event)) + "\n")
+        with self.lock or nullcontext():
+            self.stream.write("".join(texts))
+            self.flush()
 
 
 def _ended(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
@@ -103,7 +141,7 @@ def configure(log_format: str, level: str) -> None:
     tail: list[structlog.typing.Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
     if log_format == "json":
         tail.append(structlog.processors.format_exc_info)
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Stderr(final)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[

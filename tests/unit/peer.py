@@ -35,9 +35,8 @@ class Peer:
         message = pool_pb2.PoolRequest.FromString(data)
         self.calls.append(message)
         checked = self._dispatcher.check(decode_request(message))
-        with self._dispatcher.pool(checked, message.payload, CALLER) as outputs:
-            answer = pool_pb2.PoolResponse(results=encode_results(checked.results), payload=b"".join(outputs))
-        return answer.SerializeToString()
+        payload = self._dispatcher.pool(checked, message.payload, CALLER, b"".join)
+        return pool_pb2.PoolResponse(results=encode_results(checked.results), payload=payload).SerializeToString()
 
     def stream(self, messages):
         """Answer a stream, message by message."""
@@ -52,8 +51,7 @@ class Peer:
                 block += message.payload
                 if not message.unfinished:
                     self.blocks.append(len(block))
-                    with self._dispatcher.pool_block(stream, block, CALLER) as outputs:
-                        yield from list(wire.pieces(outputs))
+                    yield from self._dispatcher.pool_block(stream, block, CALLER, lambda out: list(wire.pieces(out)))
                     block = b""
             assert not block
             stream.finish()

@@ -64,6 +64,10 @@ class _Known:
     answer: bytes
     head: bytes
 
+    def answered(self, outputs: Sequence[memoryview]) -> bytes:
+        """Give the answer with its payload."""
+        return b"".join((self.head, *outputs))
+
 
 class PoolDoor:
     """The servicer of PoolService; messages with payloads come and go as bytes, the others as protobuf has them."""
@@ -101,8 +105,9 @@ class PoolDoor:
         note(known.facts)
         caller = Caller(context.time_remaining, context.is_active)
         if known.ranges is None:
-            with self._dispatcher.pool(known.checked, payload, caller) as outputs:
-                return b"".join((known.head, *outputs))
+            return self._dispatcher.pool(
+                known.checked, payload, caller, lambda outputs: b"".join((known.head, *outputs))
+            )
         self._dispatcher.pool_in_arena(known.checked, known.ranges, caller)
         return known.answer  # in the arena
 
@@ -123,9 +128,7 @@ class PoolDoor:
                 note(_outputs(stream.results))
                 yield pool_pb2.PoolStreamResponse(results=codec.encode_results(stream.results)).SerializeToString()
                 for block in _blocks(ahead, stream.most * stream.plane_bytes):
-                    with self._dispatcher.pool_block(stream, block, caller) as outputs:
-                        answers = list(wire.pieces(outputs))
-                    for answer in answers:
+                    for answer in self._dispatcher.pool_block(stream, block, caller, _pieces):
                         watch.moved()
                         yield answer
                     watch.moved()
@@ -201,6 +204,10 @@ def _blocks(messages: Iterator[bytes], most: int) -> Iterator[Bytes]:
     if parts:
         msg = f"expected the rest of a block, got the end of the stream after {sum(map(len, parts))} bytes of it"
         raise InvalidArgumentError(msg, field="payload")
+
+
+def _pieces(outputs: Sequence[memoryview]) -> list[bytes]:
+    return list(wire.pieces(outputs))
 
 
 def _facts(request: codec.Request) -> dict[str, str]:
