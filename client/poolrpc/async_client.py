@@ -61,18 +61,8 @@ class AsyncPoolClient(Settings):
         progress: Progress | None = None,
     ) -> PoolResult:
         """Run a layer, or a chain of layers, on a tensor: PoolClient.pool."""
-        results = await self.pool_each(
-            x,
-            [layers],
-            indices=indices,
-            layout=layout,
-            out=None if out is None else [out],
-            timeout=timeout,
-            transport=transport,
-            copy=copy,
-            progress=progress,
-        )
-        return results[0]
+        transfer = self._transfer(x, (layers,), indices, layout, None if out is None else (out,))
+        return (await self._run(transfer, transport, timeout, progress, copy=copy))[0]
 
     async def pool_each(  # noqa: PLR0913 - options, all by keyword
         self,

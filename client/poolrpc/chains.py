@@ -26,7 +26,9 @@ def as_chain(layers: Layer | Iterable[Layer]) -> Chain:
         InvalidArgumentError: There is no layer, or something that is none.
 
     """
-    chain = (layers,) if isinstance(layers, Layer) else tuple(layers) if isinstance(layers, Iterable) else ()
+    if isinstance(layers, Layer):
+        return (layers,)
+    chain = tuple(layers) if isinstance(layers, Iterable) else ()
     if not chain or not all(isinstance(each, Layer) for each in chain):
         msg = f"expected a layer or a sequence of layers, got {clip(layers)}"
         raise InvalidArgumentError(msg, field="layers")

@@ -77,17 +77,8 @@ class PoolClient(Settings):
             PoolError: Of the class that says what went wrong; InvalidArgumentError has the paths of fields at fault.
 
         """
-        return self.pool_each(
-            x,
-            [layers],
-            indices=indices,
-            layout=layout,
-            out=None if out is None else [out],
-            timeout=timeout,
-            transport=transport,
-            copy=copy,
-            progress=progress,
-        )[0]
+        transfer = self._transfer(x, (layers,), indices, layout, None if out is None else (out,))
+        return self._run(transfer, transport, timeout, progress, copy=copy)[0]
 
     def pool_each(  # noqa: PLR0913 - options, all by keyword
         self,
