@@ -37,8 +37,8 @@ than pooling there."""
 IDLE_BYTES = 128 * 2**20
 """Memory for outputs that is kept for the next calls."""
 
-SHARED_BYTES = 8 * 2**20
-"""A step that writes at least this is shared among threads: below it, meeting at Python's lock costs what it saves."""
+SHARED_BYTES = 20 * 2**20
+"""A step that reads and writes at least this is shared among threads: below it, meeting costs more than it saves."""
 
 
 class Engine:

@@ -35,7 +35,7 @@ MOST_CHOICES = 256
 """A plan remembers its choice for so many counts of planes."""
 
 Share = Callable[[Callable[[int, int], None], int, int], None]
-"""Calls a function on ranges (start, stop) that make up a number of planes, whose outputs have so many bytes."""
+"""Calls a function on ranges (start, stop) that make up a number of planes, which are of so many bytes, in and out."""
 
 EXPLAINED_PLANES = (1, 8, 64, 512, 4096)
 """For how many planes explain() says the choice."""
@@ -200,7 +200,7 @@ class Plan:
         if share is None:
             part(0, planes)
         else:
-            share(part, planes, output.nbytes)
+            share(part, planes, x.nbytes + output.nbytes)
         return output, places
 
 
