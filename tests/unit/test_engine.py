@@ -155,7 +155,7 @@ def test_a_seed_gives_a_plane_the_same_output_however_it_travels(engine, layer):
 
 def test_a_large_call_is_shared_with_idle_threads(engine):
     """Planes that two threads compute together are those that one computes, indices too."""
-    x = np.random.default_rng(0).standard_normal((3, 61, 128, 100)).astype(np.float32)
+    x = np.random.default_rng(0).standard_normal((7, 61, 128, 100)).astype(np.float32)
     assert x.nbytes > SHARED_BYTES
     alone = Engine("cpu", 1)
     for layer in (MaxPool2d(3, 1, 1), MaxPool2d(3, 1, 1, return_indices=True), AvgPool2d(3, 1, 1)):
@@ -167,7 +167,7 @@ def test_a_large_call_is_shared_with_idle_threads(engine):
 
 def test_large_calls_at_once_wait_for_no_ring(engine):
     """More large calls than threads, at the same time, all come to their end."""
-    x = np.random.default_rng(0).standard_normal((1, 128, 128, 150)).astype(np.float32)
+    x = np.random.default_rng(0).standard_normal((1, 128, 128, 170)).astype(np.float32)
     checked, payload = scheduled(engine, TensorSpec("float32", x.shape), MaxPool2d(3, 1, 1), limits=WIDE), x.tobytes()
     with ThreadPoolExecutor(8) as callers:
         answers = [callers.submit(run, engine, checked, payload) for _ in range(24)]
