@@ -13,7 +13,7 @@ from poolrpc.chains import check_layout, spatial_dims
 from poolrpc.errors import InternalError, InvalidArgumentError, LimitExceededError, PoolError
 from poolrpc.shapes import check_shape
 from poolrpc.tensors import TensorSpec, as_array, spec_of
-from poolrpc.transfer import BLOCK_BYTES, PoolResult, Transfer, outline
+from poolrpc.transfer import PoolResult, Transfer, outline
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
@@ -27,7 +27,7 @@ IN_FLIGHT = 4
 MAX_IN_FLIGHT = 64
 """Of in_flight: each request has a thread."""
 
-GROUP_BYTES = BLOCK_BYTES
+GROUP_BYTES = 2**20
 """Tensors travel together up to about this: larger groups gain nothing and arrive later."""
 
 Outcome = PoolResult | PoolError

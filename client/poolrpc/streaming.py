@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from poolrpc.status import translated
+from poolrpc.tensors import keep_freed_memory
 from poolrpc.transfer import Arrival
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class StreamCall:
             InternalError: What came is no answer to what was asked.
 
         """
+        keep_freed_memory()  # of the blocks, one after the other
         for attempt in range(ATTEMPTS):
             try:
                 return self._attempt(progress)

@@ -194,3 +194,14 @@ def from_raw(spec: TensorSpec, data: Bytes) -> Array:
     """Give a spec's bytes as an array of its own, writable and independent of `data`."""
     flat = np.frombuffer(data, np.uint8)
     return flat.copy().view(numpy_dtype(spec.dtype)).reshape(spec.shape)
+
+
+@lru_cache(1)
+def keep_freed_memory() -> None:
+    """Have the C library keep some freed memory for the next allocation, once for the process.
+
+    glibc gives freed pages back to the system from a threshold on, and asking for them anew takes longer than pooling
+    what lies in them. The threshold is twice the largest block that was mapped on its own and freed (M_MMAP_THRESHOLD
+    in mallopt(3)): so one of nearly the most, 32 MiB, is, without ever being touched.
+    """
+    np.empty(2**25 - 2**16, np.uint8)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 TRANSPORTS = ("unary", "stream", "arena")
 
-STREAM_BYTES = 2 * 2**20
+STREAM_BYTES = 16 * 2**20
 """Tensors of at least this go as a stream: measured, python -m benchmarks transport."""
 
 ARENA_BYTES = 64 * 2**10
@@ -47,7 +47,7 @@ ARENA_BYTES = 64 * 2**10
 ARENA_MOST_BYTES = 256 * 2**20
 """Tensors of more than this don't, unless they lie there: an arena's memory stays taken."""
 
-BLOCK_BYTES = 2**20
+BLOCK_BYTES = 2 * 2**20
 """Of a stream's blocks, about: whole planes, at least one."""
 
 Progress = Callable[[int, int], object]
