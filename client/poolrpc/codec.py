@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from poolrpc.chains import branch_shapes
@@ -164,18 +165,23 @@ def decode_shapes(messages: Iterable[pool_pb2.Shape]) -> tuple[Shape, ...]:
     return tuple(tuple(each.dims) for each in messages)
 
 
-def encode_request(request: Request, ranges: ArenaRanges | None = None) -> pool_pb2.PoolRequest:
+def encode_request(request: Request) -> pool_pb2.PoolRequest:
     """Give a request's message, without its payload."""
-    message = pool_pb2.PoolRequest(
+    return pool_pb2.PoolRequest(
         input=encode_spec(request.input),
         indices=None if request.indices is None else encode_spec(request.indices),
         branches=encode_branches(request.branches),
     )
-    if ranges is not None:
-        message.arena.arena_id = ranges.arena_id
-        message.arena.input.offset, message.arena.input.length = ranges.input
-        message.arena.output.offset, message.arena.output.length = ranges.output
-    return message
+
+
+@lru_cache(1024)
+def encode_ranges(ranges: ArenaRanges) -> bytes:
+    """Give the part of a request's encoded message that says where in an arena its tensors are."""
+    message = pool_pb2.PoolRequest()
+    message.arena.arena_id = ranges.arena_id
+    message.arena.input.offset, message.arena.input.length = ranges.input
+    message.arena.output.offset, message.arena.output.length = ranges.output
+    return message.SerializeToString()
 
 
 def decode_ranges(message: pool_pb2.PoolRequest) -> ArenaRanges | None:

@@ -20,6 +20,7 @@ from poolrpc.arena import unix_path
 from poolrpc.codec import Limit, ServerInfo
 from poolrpc.layers import DTYPES
 from poolrpc.limits import MAX_BRANCHES, MAX_CHAIN, MAX_FRACTIONAL_AXIS, MAX_NUMEL, MAX_PARAMETER
+from poolrpc.tensors import keep_freed_memory
 from poolrpc_server.admission import Admission
 from poolrpc_server.arena import ArenaListener, find_in
 from poolrpc_server.config import Config, ConfigError
@@ -63,6 +64,7 @@ class Server:
             ConfigError: An address can't be had, or there is no such device.
 
         """
+        keep_freed_memory()
         try:
             engine = Engine(config.device, config.threads)
         except ValueError as error:

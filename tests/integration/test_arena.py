@@ -202,8 +202,8 @@ def test_other_tensors_by_the_arena(
 
 
 def test_the_arena_is_taken_by_itself(pool_each: Callable[..., list[poolrpc.PoolResult]]) -> None:
-    """On a unix socket a tensor of 64 KiB goes by the arena, one of less does not, and one of many MiB does."""
-    for side, transport in ((127, "unary"), (128, "arena"), (2048, "arena")):
+    """On a unix socket a tensor of 256 KiB goes by the arena, one of less does not, and one of many MiB does."""
+    for side, transport in ((255, "unary"), (256, "arena"), (2048, "arena")):
         x = np.ones((1, 1, side, side), np.float32)
         assert pool_each(x, [MaxPool2d(2)])[0].transport == transport
 
@@ -374,7 +374,7 @@ async def test_async_calls_share_an_arena(unix: str) -> None:
 @pytest.mark.parametrize("where", ["tcp", "no arenas"])
 def test_without_an_arena_bytes_are_sent(address: str, where: str, kind: str) -> None:
     """On TCP, or where the server has none, transport="arena" is an UnavailableError, and None does without."""
-    x, large = np.ones((1, 4, 128, 128), np.float32), np.ones((1, 64, 128, 128), np.float32)
+    x, large = np.ones((1, 4, 128, 128), np.float32), np.ones((1, 256, 128, 128), np.float32)
 
     async def run(address: str) -> None:
         async with AsyncPoolClient(address) as client:
@@ -408,7 +408,7 @@ def test_without_an_arena_bytes_are_sent(address: str, where: str, kind: str) ->
 
 def test_a_full_quota_falls_back() -> None:
     """Where another client has the quota, bytes are sent; so too what is larger than any arena that can be had."""
-    x, large = np.ones((1, 4, 128, 128), np.float32), np.ones((1, 64, 128, 128), np.float32)
+    x, large = np.ones((1, 4, 128, 128), np.float32), np.ones((1, 256, 128, 128), np.float32)
     with poolrpc_server.embedded(max_arena_bytes=ARENA) as first, PoolClient(first.address) as second:
         assert first.pool(x, MaxPool2d(2)).transport == "arena"
         assert [second.pool(each, MaxPool2d(2)).transport for each in (x, large)] == ["unary", "stream"]

@@ -771,7 +771,7 @@ def test_streams_opened_and_reset_leave_nothing() -> None:
             raise LeftError
 
     with serving("--max-streams", "64", "--call-threads", "96") as server, PoolClient(server.address) as client:
-        process, reset, x = psutil.Process(server.process.pid), Reset(), LARGE[:8]
+        process, reset, x = psutil.Process(server.process.pid), Reset(), LARGE[:48]
 
         def measure(times: int) -> tuple[int, int]:
             for _ in range(times):
@@ -908,7 +908,7 @@ def test_memory_is_bounded_by_the_blocks(tmp_path: Path) -> None:
         before, peaks = own(), [own()]
         result = client.pool(x, MaxPool2d(2), out=y, progress=lambda *_: peaks.append(own()))
     assert result.transport == "stream"
-    assert len(peaks) > 60
+    assert len(peaks) > 30
     grown = [max(each) - start for each, start in zip(zip(*peaks, strict=True), before, strict=True)]
     assert max(grown) < x.nbytes // 2, grown
     np.testing.assert_array_equal(y[::100], x[::100].reshape(-1, 4, 32, 2, 32, 2).max((3, 5)))

@@ -6,13 +6,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from poolrpc import MaxPool2d, wire
-from poolrpc.codec import ArenaRanges, BranchResult, Request, encode_request, encode_results
+from poolrpc.codec import ArenaRanges, BranchResult, Request, encode_ranges, encode_request, encode_results
 from poolrpc.tensors import TensorSpec
 from poolrpc.v1 import pool_pb2
 
 SPEC = TensorSpec("float32", (1, 3, 8, 8))
 REQUEST = encode_request(Request(SPEC, ((MaxPool2d(2),),), TensorSpec("int64", SPEC.shape)))
-IN_ARENA = encode_request(Request(SPEC, ((MaxPool2d(2),), (MaxPool2d(3),))), ArenaRanges(b"id", (0, 64), (64, 2**40)))
+IN_ARENA = encode_request(Request(SPEC, ((MaxPool2d(2),), (MaxPool2d(3),))))
+IN_ARENA.MergeFromString(encode_ranges(ArenaRanges(b"id", (0, 64), (64, 2**40))))
 RESULTS = encode_results([BranchResult(((1, 3, 4, 4),), SPEC, TensorSpec("int64", SPEC.shape)), BranchResult((), SPEC)])
 
 # A field of each message at a time, so that they can be put in any order.
