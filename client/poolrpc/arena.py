@@ -283,12 +283,6 @@ class Arenas:
                 connection.close()
 
 
-def unix_path(address: str) -> str:
-    """Give the path of a gRPC address that is a unix socket's, else nothing."""
-    scheme, _, path = address.partition(":")
-    return path.removeprefix("//") if scheme == "unix" else ""
-
-
 def _whole(nbytes: int, step: int) -> int:
     return -(-nbytes // step) * step
 

@@ -12,10 +12,9 @@ from grpc import aio
 
 from poolrpc import codec
 from poolrpc.chains import Shape, as_chain
-from poolrpc.coalesce import IN_FLIGHT, MAX_IN_FLIGHT, Group, Grouping, Order, Outcome, bar
 from poolrpc.errors import DeadlineExceededError, NotFoundError, PoolError
 from poolrpc.parameters import integer
-from poolrpc.settings import Out, Settings
+from poolrpc.settings import IN_FLIGHT, MAX_IN_FLIGHT, Out, Settings
 from poolrpc.status import translated
 from poolrpc.streaming import CallOptions, StreamCall
 from poolrpc.transfer import (
@@ -30,6 +29,7 @@ from poolrpc.v1 import pool_pb2, standard_pb2
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
 
+    from poolrpc.coalesce import Group, Outcome
     from poolrpc.layers import Layer
 
 MAX_STREAMS = 16
@@ -159,6 +159,8 @@ class AsyncPoolClient(Settings):
         timeout: float | None = None,  # noqa: ASYNC109 - gRPC's deadline, which the server sees too
     ) -> AsyncIterator[PoolResult]:
         """Run a layer, or a chain of layers, on each of many tensors: PoolClient.map, to be read by `async for`."""
+        from poolrpc.coalesce import Grouping, Order, bar  # noqa: PLC0415 - import poolrpc is to be quick
+
         chain = as_chain(layers)
         integer("in_flight", in_flight, 1, MAX_IN_FLIGHT)
 
@@ -198,7 +200,7 @@ class AsyncPoolClient(Settings):
         call = self._call(timeout)
         request = self._shape_request(shape, layers, layout)
         try:
-            response = await self._stub.InferShape(request, **call.now())
+            response = await self._infer_shape(request, **call.now())
         except grpc.RpcError as error:
             raise translated(error) from error
         return codec.decode_shape_response(response)[0][-1]
@@ -206,7 +208,7 @@ class AsyncPoolClient(Settings):
     async def server_info(self, *, timeout: float | None = None) -> codec.ServerInfo:  # noqa: ASYNC109 - gRPC's deadline
         """Ask the server what it is: PoolClient.server_info."""
         try:
-            response = await self._stub.GetServerInfo(pool_pb2.GetServerInfoRequest(), **self._call(timeout).now())
+            response = await self._get_server_info(pool_pb2.GetServerInfoRequest(), **self._call(timeout).now())
         except grpc.RpcError as error:
             raise translated(error) from error
         return codec.decode_info(response)

@@ -10,10 +10,9 @@ import grpc
 
 from poolrpc import codec
 from poolrpc.chains import Shape, as_chain
-from poolrpc.coalesce import IN_FLIGHT, MAX_IN_FLIGHT, Group, Grouping, Order, Outcome, bar
 from poolrpc.errors import NotFoundError, PoolError
 from poolrpc.parameters import integer
-from poolrpc.settings import Out, Settings
+from poolrpc.settings import IN_FLIGHT, MAX_IN_FLIGHT, Out, Settings
 from poolrpc.status import translated
 from poolrpc.streaming import CallOptions, StreamCall
 from poolrpc.transfer import (
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from concurrent.futures import Future
 
+    from poolrpc.coalesce import Group, Outcome
     from poolrpc.layers import Layer
 
 
@@ -173,6 +173,8 @@ class PoolClient(Settings):
             PoolError: A tensor failed, of the class that says how.
 
         """
+        from poolrpc.coalesce import Grouping, Order, bar  # noqa: PLC0415 - import poolrpc is to be quick
+
         chain = as_chain(layers)
         integer("in_flight", in_flight, 1, MAX_IN_FLIGHT)
 
@@ -209,7 +211,7 @@ class PoolClient(Settings):
         call = self._call(timeout)
         request = self._shape_request(shape, layers, layout)
         try:
-            response = self._stub.InferShape(request, **call.now())
+            response = self._infer_shape(request, **call.now())
         except grpc.RpcError as error:
             raise translated(error) from error
         return codec.decode_shape_response(response)[0][-1]
@@ -217,7 +219,7 @@ class PoolClient(Settings):
     def server_info(self, *, timeout: float | None = None) -> codec.ServerInfo:
         """Ask the server for its versions, device, layers with their dtypes, and limits."""
         try:
-            response = self._stub.GetServerInfo(pool_pb2.GetServerInfoRequest(), **self._call(timeout).now())
+            response = self._get_server_info(pool_pb2.GetServerInfoRequest(), **self._call(timeout).now())
         except grpc.RpcError as error:
             raise translated(error) from error
         return codec.decode_info(response)

@@ -21,12 +21,6 @@ if TYPE_CHECKING:
     from poolrpc.chains import Chain, Shape
     from poolrpc.tensors import Array
 
-IN_FLIGHT = 4
-"""Requests under way at a time: while one is computed, others are on their way in both directions."""
-
-MAX_IN_FLIGHT = 64
-"""Of in_flight: each request has a thread."""
-
 GROUP_BYTES = 2**20
 """Tensors travel together up to about this: larger groups gain nothing and arrive later."""
 

@@ -11,7 +11,6 @@ import numpy as np
 
 from poolrpc import codec
 from poolrpc._version import __version__
-from poolrpc.arena import Arenas, unix_path
 from poolrpc.chains import Chain, as_chain, check_layout
 from poolrpc.errors import InvalidArgumentError, PoolError, UnavailableError
 from poolrpc.limits import MAX_MESSAGE_BYTES, MAX_NUMEL
@@ -27,15 +26,19 @@ from poolrpc.transfer import (
     outline,
     outline_of,
 )
-from poolrpc.v1 import pool_pb2, pool_pb2_grpc, standard_pb2
+from poolrpc.v1 import pool_pb2, standard_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from poolrpc.arena import Arenas
     from poolrpc.layers import Layer
 
 Out: TypeAlias = Array | tuple[Array, Array]
 """Where an output goes, or an output and its indices."""
+
+IN_FLIGHT, MAX_IN_FLIGHT = 4, 64
+"""Requests of a map under way at a time: while one is computed, others are on their way; and each has a thread."""
 
 SERVICE = "poolrpc.v1.PoolService"
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
@@ -103,7 +106,11 @@ class Settings:
         )
         self._closed = False
         path = unix_path(address)
-        self._arenas = Arenas(path) if path else None
+        self._arenas: Arenas | None = None
+        if path:
+            from poolrpc.arena import Arenas  # noqa: PLC0415 - import poolrpc is to be quick
+
+            self._arenas = Arenas(path)
         self._connect()
 
     def _connect(self) -> None:
@@ -121,7 +128,16 @@ class Settings:
     def _bind(self, channel: Any) -> None:  # noqa: ANN401 - of either world
         # Messages with payloads are framed by wire, so gRPC gets their bytes as they are.
         self._pool = channel.unary_unary(f"/{SERVICE}/Pool")
-        self._stub = pool_pb2_grpc.PoolServiceStub(channel)
+        self._infer_shape = channel.unary_unary(
+            f"/{SERVICE}/InferShape",
+            pool_pb2.InferShapeRequest.SerializeToString,
+            pool_pb2.InferShapeResponse.FromString,
+        )
+        self._get_server_info = channel.unary_unary(
+            f"/{SERVICE}/GetServerInfo",
+            pool_pb2.GetServerInfoRequest.SerializeToString,
+            pool_pb2.GetServerInfoResponse.FromString,
+        )
         self._health = channel.unary_unary(
             HEALTH_CHECK,
             standard_pb2.HealthCheckRequest.SerializeToString,
@@ -199,3 +215,9 @@ class Settings:
         check_layout(layout)
         sizes = tuple(integer("shape", size, 0, MAX_NUMEL) for size in shape)
         return codec.encode_shape_request(sizes, [as_chain(layers)], layout)
+
+
+def unix_path(address: str) -> str:
+    """Give the path of a gRPC address that is a unix socket's, else nothing."""
+    scheme, _, path = address.partition(":")
+    return path.removeprefix("//") if scheme == "unix" else ""

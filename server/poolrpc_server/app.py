@@ -16,10 +16,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from poolrpc import PoolClient, __version__
-from poolrpc.arena import unix_path
 from poolrpc.codec import Limit, ServerInfo
 from poolrpc.layers import DTYPES
 from poolrpc.limits import MAX_BRANCHES, MAX_CHAIN, MAX_FRACTIONAL_AXIS, MAX_NUMEL, MAX_PARAMETER
+from poolrpc.settings import unix_path
 from poolrpc.tensors import keep_freed_memory
 from poolrpc_server.admission import Admission
 from poolrpc_server.arena import ArenaListener, find_in
