@@ -24,7 +24,8 @@ from poolrpc import (
     MaxPool2d,
     PoolClient,
 )
-from poolrpc.coalesce import GROUP_BYTES, IN_FLIGHT
+from poolrpc.coalesce import GROUP_BYTES
+from poolrpc.settings import IN_FLIGHT
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator
