@@ -6,11 +6,12 @@ import logging
 import secrets
 import time
 from contextvars import ContextVar
+from threading import Event
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 
-from poolrpc.errors import InternalError, PoolError
+from poolrpc.errors import InternalError, InvalidArgumentError, PoolError
 from poolrpc.shapes import clip
 from poolrpc.status import DETAILS_KEY, encode_error
 from poolrpc_server.logs import log
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 QUIET = ("/grpc.health.v1.Health/", "/grpc.reflection.")
 """Methods that probes and tools call, by the second perhaps: logged at DEBUG."""
+
+RESET_SECONDS = 0.1
+"""How long a stream that misses something is taken for one that is being reset."""
 
 _facts: ContextVar[dict[str, str]] = ContextVar("facts")
 
@@ -85,13 +89,17 @@ class CallInterceptor(grpc.ServerInterceptor):
         behaviour: Callable[[Iterator[Any], grpc.ServicerContext], Iterator[object]],
     ) -> grpc.RpcMethodHandler[Any, Any]:
         def answers(requests: Iterator[object], context: grpc.ServicerContext) -> Iterator[object]:
-            line = _Line(method)
+            line, ended = _Line(method), Event()
+            context.add_callback(ended.set)
             try:
                 yield from behaviour(requests, context)
             except GeneratorExit:  # gRPC wants no more answers
                 line.status = "CANCELLED"
                 raise
             except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets a status
+                if isinstance(error, InvalidArgumentError):
+                    # gRPC tells of the end of the messages before it tells that they end by a reset.
+                    ended.wait(RESET_SECONDS)
                 if context.is_active():
                     line.fail(error, context)
                 # The caller left, or its time is up: nobody hears a status, and what was raised came of that.

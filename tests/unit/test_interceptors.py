@@ -40,6 +40,9 @@ class Context:
         """Tell whether the caller is there."""
         return self.active
 
+    def add_callback(self, ended):
+        """Take what is to be called at the end, which these calls don't come to."""
+
     def time_remaining(self):
         """Give no limit."""
 
