@@ -26,6 +26,7 @@ from google.protobuf.message import DecodeError
 
 from poolrpc.errors import InvalidArgumentError, PoolError, UnavailableError
 from poolrpc.status import decode_error, encode_error
+from poolrpc.tensors import ALIGNMENT, align
 from poolrpc.v1 import pool_pb2
 
 if sys.platform == "linux":
@@ -38,9 +39,6 @@ if TYPE_CHECKING:
 
 SUFFIX = ".arena"
 """What the arenas' socket has after the name of the server's own."""
-
-ALIGNMENT = 64
-"""What every tensor's place in an arena is a multiple of: a cache line. Whole pages were measured to gain nothing."""
 
 ID_BYTES = 16
 """Bytes of an arena's id."""
@@ -241,7 +239,7 @@ class Arenas:
 
     def _take(self, nbytes: int, only: Region | None = None) -> Span | None:
         # Under the lock.
-        reserved = _whole(max(nbytes, 1), ALIGNMENT)
+        reserved = align(max(nbytes, 1))
         for region in self._connections if only is None else {only} & self._connections.keys():
             offset = region.take(reserved)
             if offset is not None:
@@ -250,7 +248,7 @@ class Arenas:
 
     def _grow(self, nbytes: int) -> Span | None:
         # After _take found no room, under the lock of those who attach.
-        size = max(self._arena_bytes, _whole(nbytes, STEP_BYTES))
+        size = max(self._arena_bytes, -(-nbytes // STEP_BYTES) * STEP_BYTES)
         if not self._may_ask(size):
             return None
         with self._lock:
@@ -281,10 +279,6 @@ class Arenas:
             connection = self._connections.pop(region, None)
             if connection:
                 connection.close()
-
-
-def _whole(nbytes: int, step: int) -> int:
-    return -(-nbytes // step) * step
 
 
 def peer_uid(connection: socket.socket) -> int:

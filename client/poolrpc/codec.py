@@ -113,6 +113,11 @@ class BranchResult:
         return (self.output,) if self.indices is None else (self.output, self.indices)
 
 
+def tensors(results: Iterable[BranchResult]) -> tuple[TensorSpec, ...]:
+    """Give the tensors of an answer's payload, in order."""
+    return tuple(spec for each in results for spec in each.specs)
+
+
 def encode_spec(spec: TensorSpec) -> pool_pb2.TensorSpec:
     """Give a spec's message."""
     return pool_pb2.TensorSpec(dtype=DTYPE_TO_WIRE[spec.dtype], shape=spec.shape, layout=LAYOUT_TO_WIRE[spec.layout])

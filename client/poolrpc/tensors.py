@@ -35,7 +35,7 @@ ITEM_BYTES: dict[str, int] = {
 """Every dtype that has a name on the wire, and its bytes an element."""
 
 ALIGNMENT = 64
-"""Bytes, of the start of each tensor in memory that is shared or lent: a line of the cache."""
+"""Bytes, of the start of each tensor in memory that is shared or lent: a line of the cache. Pages gain nothing more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,12 +188,6 @@ def spans(specs: Iterable[TensorSpec]) -> tuple[list[tuple[int, int]], int]:
         end = start + spec.nbytes
         places.append((start, end))
     return places, end
-
-
-def from_raw(spec: TensorSpec, data: Bytes) -> Array:
-    """Give a spec's bytes as an array of its own, writable and independent of `data`."""
-    flat = np.frombuffer(data, np.uint8)
-    return flat.copy().view(numpy_dtype(spec.dtype)).reshape(spec.shape)
 
 
 @lru_cache(1)

@@ -33,6 +33,8 @@ from poolrpc.v1 import pool_pb2
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from google.protobuf.message import Message
+
     from poolrpc.arena import Arenas, Span
     from poolrpc.tensors import Bytes
 
@@ -170,7 +172,7 @@ class Outline:
             header, payload = wire.cut(message, pool_pb2.PoolResponse)
             results = self.understood(pool_pb2.PoolResponse.FromString(header).results)
         except DecodeError:
-            raise InternalError("expected a PoolResponse, got bytes that are none", reason="ANSWER") from None
+            raise _no_answer(pool_pb2.PoolResponse) from None
         start = wire.head(header, len(payload))
         if not message.startswith(start):  # as another encoder may write it
             return Answer(results, b""), payload
@@ -193,7 +195,7 @@ class Answer:
 
     def __init__(self, results: Sequence[codec.BranchResult], start: bytes) -> None:
         self.results = results
-        self.specs = [spec for each in results for spec in each.specs]
+        self.specs = codec.tensors(results)
         self.start = start
         ends = accumulate((spec.nbytes for spec in self.specs), initial=len(start))
         self.nbytes = len(start) + sum(spec.nbytes for spec in self.specs)
@@ -258,7 +260,7 @@ class Transfer:
         self.arrays = arrays
         self.out = out
         if out:
-            _check_out([spec for each in outline.results for spec in each.specs], out)
+            _check_out(codec.tensors(outline.results), out)
 
     def message(self, most: int) -> bytes:
         """Give the message of a unary call.
@@ -324,7 +326,7 @@ class Crossing:
 
         """
         places, size = spans(transfer.outline.request.specs)
-        _, out_size = spans([spec for each in transfer.outline.results for spec in each.specs])
+        _, out_size = spans(codec.tensors(transfer.outline.results))
         if not out_size:
             return None
         found = arenas.find(transfer.arrays[0]) if len(transfer.arrays) == 1 else None
@@ -388,20 +390,15 @@ def _inside(out: Sequence[Array | None], span: Span, arenas: Arenas) -> Span | N
 
 
 class Arrival:
-    """What comes of a stream, put where it goes, block by block.
-
-    Attributes:
-        done: Whether all has come.
-
-    """
+    """What comes of a stream, put where it goes, block by block."""
 
     def __init__(self, transfer: Transfer, first: bytes, progress: Progress | None) -> None:
         """Begin with the first message of the answer."""
         try:
             self._results = transfer.outline.understood(pool_pb2.PoolStreamResponse.FromString(first).results)
         except DecodeError:
-            raise InternalError("expected a PoolStreamResponse, got bytes that are none", reason="ANSWER") from None
-        specs = [spec for each in self._results for spec in each.specs]
+            raise _no_answer(pool_pb2.PoolStreamResponse) from None
+        specs = codec.tensors(self._results)
         out = transfer.out or [None] * len(specs)
         self._arrays = [
             np.empty(spec.shape, numpy_dtype(spec.dtype)) if array is None else array
@@ -420,7 +417,7 @@ class Arrival:
             header, payload = wire.cut(message, pool_pb2.PoolStreamResponse)
             unfinished = bool(header) and pool_pb2.PoolStreamResponse.FromString(header).unfinished
         except DecodeError:
-            raise InternalError("expected a PoolStreamResponse, got bytes that are none", reason="ANSWER") from None
+            raise _no_answer(pool_pb2.PoolStreamResponse) from None
         self._parts.append(payload)
         if unfinished:
             return
@@ -443,6 +440,10 @@ class Arrival:
         if self._seen != self._count:
             raise InternalError(f"expected {self._count} planes of output, got {self._seen}")
         return gathered(self._results, self._arrays, "stream")
+
+
+def _no_answer(cls: type[Message]) -> InternalError:
+    return InternalError(f"expected a {cls.DESCRIPTOR.name}, got bytes that are none", reason="ANSWER")
 
 
 def _report(transfer: Transfer, progress: Progress | None) -> None:

@@ -22,8 +22,9 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from poolrpc.arena import ALIGNMENT, ID_BYTES, SUFFIX, decode_request, encode_answer, encode_refusal, peer_uid
+from poolrpc.arena import ID_BYTES, SUFFIX, decode_request, encode_answer, encode_refusal, peer_uid
 from poolrpc.errors import InvalidArgumentError, LimitExceededError, NotFoundError, PermissionDeniedError, PoolError
+from poolrpc.tensors import ALIGNMENT
 from poolrpc_server.logs import log
 
 if sys.platform == "linux":

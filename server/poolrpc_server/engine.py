@@ -15,6 +15,7 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 import numpy as np
 import torch
 
+from poolrpc.codec import tensors
 from poolrpc.layers import INTEGERS
 from poolrpc.tensors import split
 from poolrpc_server import kernels
@@ -185,7 +186,7 @@ class Schedule:
         self.share = share
         self.inputs = request.specs
         self.input_bytes = sum(spec.nbytes for spec in self.inputs)
-        self.outputs = tuple(spec for each in results for spec in each.specs)
+        self.outputs = tensors(results)
         self.small = self.input_bytes + sum(spec.nbytes for spec in self.outputs) <= SMALL_BYTES
         self.stages: list[Stage] = []
         self.work = 0

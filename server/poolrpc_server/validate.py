@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from poolrpc.chains import Chain, Planes, branch_shapes, channels_first, spatial_dims, step_path
-from poolrpc.codec import Request
+from poolrpc.codec import Request, tensors
 from poolrpc.errors import InvalidArgumentError, LimitExceededError, UnsupportedError
 from poolrpc.limits import MAX_NUMEL
 from poolrpc.shapes import check_shape, clip
@@ -70,7 +70,7 @@ class Checked:
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         """The tensors of the answer's payload, in order."""
-        return tuple(spec for each in self.results for spec in each.specs)
+        return tensors(self.results)
 
 
 def steps(

@@ -29,9 +29,10 @@ from hypothesis import strategies as st
 
 import poolrpc.arena
 import poolrpc_server.arena
-from poolrpc.arena import ALIGNMENT, SUFFIX, Arenas
+from poolrpc.arena import SUFFIX, Arenas
 from poolrpc.errors import InvalidArgumentError, LimitExceededError, NotFoundError, PoolError, UnavailableError
 from poolrpc.status import decode_error
+from poolrpc.tensors import ALIGNMENT
 from poolrpc.v1 import pool_pb2
 from poolrpc_server.arena import Arena, ArenaListener
 

@@ -105,9 +105,7 @@ class PoolDoor:
         note(known.facts)
         caller = Caller(context.time_remaining, context.is_active)
         if known.ranges is None:
-            return self._dispatcher.pool(
-                known.checked, payload, caller, lambda outputs: b"".join((known.head, *outputs))
-            )
+            return self._dispatcher.pool(known.checked, payload, caller, known.answered)
         self._dispatcher.pool_in_arena(known.checked, known.ranges, caller)
         return known.answer  # in the arena
 
@@ -191,7 +189,7 @@ def _blocks(messages: Iterator[bytes], most: int) -> Iterator[Bytes]:
     parts: list[memoryview] = []
     for data in messages:
         header, payload = _cut(data, pool_pb2.PoolStreamRequest)
-        # A block in one message has no header but padding, and needs no parsing.
+        # Without padding, a block in one message has no header to parse.
         message = _parsed(header, pool_pb2.PoolStreamRequest) if header else None
         if message is not None and message.HasField("request"):
             raise InvalidArgumentError("expected the request in the first message alone, got it again", field="request")
