@@ -15,6 +15,8 @@ from benchmarks.rounds import interleave, row
 from poolrpc import AvgPool2d, Layer, MaxPool2d
 from poolrpc.codec import Request
 from poolrpc.tensors import TensorSpec
+from poolrpc_server.batcher import Batcher, Bounds
+from poolrpc_server.dispatch import Caller
 from poolrpc_server.engine import Engine
 from poolrpc_server.validate import Limits, check_request
 
@@ -35,8 +37,10 @@ def call(layer: Layer, images: int, threads: int) -> tuple[Engine, Callable[[], 
     request = Request(TensorSpec("float32", x.shape), ((layer,),))
     schedule, payload = check_request(request, LIMITS, engine.schedule).schedule, x.tobytes()
 
+    batcher = engine.seats = Batcher(threads, engine.execute, Bounds())
+    caller = Caller(lambda: None, lambda: True)
     # What comes is there, and its memory is used again.
-    return engine, lambda: engine.run(schedule, payload, lambda: None, len)
+    return engine, lambda: batcher.run(engine.run(schedule, payload, len), caller)
 
 
 def half(layer: Layer, images: int, pipe: Connection) -> None:

@@ -1,4 +1,4 @@
-"""What may be under way at a time: bytes of inputs and outputs, counted before they are allocated."""
+"""What may be under way at a time: bytes of inputs and outputs, counted before they are allocated; and its refusals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,23 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 RETRY_DELAY = 0.1
-"""Seconds that a refused caller is asked to wait: about what a large request takes."""
+"""Seconds that a refused caller is asked to wait, where nothing says better: about what a large request takes."""
+
+
+def refused(reason: str, what: str, limit: float, actual: float, delay: float = RETRY_DELAY) -> UnavailableError:
+    """Give the error of a call for which there is no room at the moment.
+
+    Args:
+        reason: Which room.
+        what: What the limit counts.
+        limit: The limit.
+        actual: What it would be with this call.
+        delay: Seconds to wait before the next try.
+
+    """
+    msg = f"expected at most {limit:g} {what}, got {actual:g} with this one; try again"
+    limits = {"limit": f"{limit:g}", "actual": f"{actual:g}"}
+    return UnavailableError(msg, reason=reason, metadata=limits, retry_delay=delay)
 
 
 class Admission:
@@ -22,6 +38,21 @@ class Admission:
         self._limit = limit
         self._held = 0
         self._lock = threading.Lock()
+
+    @property
+    def held(self) -> int:
+        """The bytes under way."""
+        return self._held
+
+    def check_room(self) -> None:
+        """See that there is room for more, before it is known for how much.
+
+        Raises:
+            UnavailableError: There is none.
+
+        """
+        if self._held >= self._limit:
+            raise self._refused(0)
 
     @contextmanager
     def hold(self, nbytes: int) -> Iterator[None]:
@@ -41,12 +72,15 @@ class Admission:
         """
         with self._lock:
             if self._held and self._held + nbytes > self._limit:
-                msg = f"expected at most {self._limit} bytes under way, got {self._held} and {nbytes} more; try again"
-                limits = {"limit": str(self._limit), "actual": str(self._held + nbytes)}
-                raise UnavailableError(msg, reason="IN_FLIGHT_BYTES", metadata=limits, retry_delay=RETRY_DELAY)
+                raise self._refused(nbytes)
             self._held += nbytes
 
     def give_back(self, nbytes: int) -> None:
         """Count bytes no more."""
         with self._lock:
             self._held -= nbytes
+
+    def _refused(self, nbytes: int) -> UnavailableError:
+        msg = f"expected at most {self._limit} bytes under way, got {self._held} and {nbytes} more; try again"
+        limits = {"limit": str(self._limit), "actual": str(self._held + nbytes)}
+        return UnavailableError(msg, reason="IN_FLIGHT_BYTES", metadata=limits, retry_delay=RETRY_DELAY)

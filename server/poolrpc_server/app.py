@@ -8,7 +8,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 import torch
@@ -21,8 +21,9 @@ from poolrpc.layers import DTYPES
 from poolrpc.limits import MAX_BRANCHES, MAX_CHAIN, MAX_FRACTIONAL_AXIS, MAX_NUMEL, MAX_PARAMETER
 from poolrpc.settings import unix_path
 from poolrpc.tensors import keep_freed_memory
-from poolrpc_server.admission import Admission
+from poolrpc_server.admission import Admission, refused
 from poolrpc_server.arena import ArenaListener, find_in
+from poolrpc_server.batcher import Bounds
 from poolrpc_server.config import Config, ConfigError
 from poolrpc_server.dispatch import Dispatcher
 from poolrpc_server.doors.native import SERVICE, PoolDoor
@@ -32,7 +33,10 @@ from poolrpc_server.logs import CallLog, log
 from poolrpc_server.validate import Limits
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from concurrent.futures import Future
+
+T = TypeVar("T")
 
 CONFIGURED_LIMITS = (
     "max_message_bytes",
@@ -40,12 +44,55 @@ CONFIGURED_LIMITS = (
     "max_output_growth",
     "max_work",
     "max_inflight_bytes",
+    "max_queue",
+    "max_batch_bytes",
     "max_arena_bytes",
     "max_arenas",
     "max_streams",
 )
+NEED_ROOM = (f"/{SERVICE}/Pool", f"/{SERVICE}/PoolStream")
+"""The methods that take a place under way."""
+
+STOPPING_SECONDS = 1.0
+"""How long, after the grace, calls may take to hear that they are not answered."""
+
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class CallThreads(ThreadPoolExecutor):
+    """The threads of calls, which know how many there are: gRPC would let any number wait for one, unseen."""
+
+    def __init__(self, most: int, check_room: Callable[[int], None]) -> None:
+        """Make so many threads, on top of another check."""
+        super().__init__(most, "poolrpc-call")
+        self._most = most
+        self._check_room = check_room
+        self._taken = 0
+        self._counting = threading.Lock()
+
+    def submit(self, fn: Callable[..., T], /, *args: object, **kwargs: object) -> Future[T]:
+        """Have something called."""
+        with self._counting:
+            self._taken += 1
+        future = super().submit(fn, *args, **kwargs)
+        future.add_done_callback(self._done)
+        return future
+
+    def check_room(self, priority: int) -> None:
+        """See that there is a thread for a call, and room for one of that priority.
+
+        Raises:
+            UnavailableError: There is none.
+
+        """
+        if self._taken >= self._most:
+            raise refused("CALLS", "calls at a time", self._most, self._taken + 1)
+        self._check_room(priority)
+
+    def _done(self, _: object) -> None:
+        with self._counting:
+            self._taken -= 1
 
 
 class Server:
@@ -73,12 +120,32 @@ class Server:
         self._engine = engine
         limits = Limits(config.max_message_bytes, config.max_output_bytes, config.max_output_growth, config.max_work)
         self._arenas: list[ArenaListener] = []
-        dispatcher = Dispatcher(limits, Admission(config.max_inflight_bytes), engine, self.info, find_in(self._arenas))
+        bounds = Bounds(
+            config.max_queue, config.max_queue_seconds, config.max_batch_bytes, config.max_queue_delay / 1000
+        )
+        admission = Admission(config.max_inflight_bytes)
+        self._dispatcher = Dispatcher(limits, admission, engine, self.info, find_in(self._arenas), bounds)
         self._call_log = CallLog()
-        self._threads = ThreadPoolExecutor(config.call_threads, "poolrpc-call")
+        self._threads = CallThreads(config.call_threads, self._dispatcher.check_room)
+        # Whoever looks after the server has its answer while every other call waits. A stream of reflection's may be
+        # left open for as long as a caller likes.
+        self._quick, self._reflecting = (ThreadPoolExecutor(4, f"poolrpc-{name}") for name in ("quick", "reflection"))
         self._server = grpc.server(
             self._threads,
-            interceptors=[CallInterceptor(self._call_log)],
+            interceptors=[
+                CallInterceptor(
+                    self._call_log,
+                    self._threads.check_room,
+                    NEED_ROOM,
+                    {
+                        "": self._quick,
+                        f"/{SERVICE}/GetServerInfo": self._quick,
+                        f"/{SERVICE}/InferShape": self._quick,
+                        f"/{health.SERVICE_NAME}/": self._quick,
+                        f"/{reflection.SERVICE_NAME}/": self._reflecting,
+                    },
+                )
+            ],
             options=[
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_send_message_length", config.max_message_bytes),
@@ -89,9 +156,9 @@ class Server:
         )
         # A stream has a call thread for as long as it lasts: one at least is left for others.
         streams = max(1, min(config.max_streams, config.call_threads - 1))
-        door = PoolDoor(dispatcher, streams, config.stream_idle_seconds)
+        door = PoolDoor(self._dispatcher, streams, config.stream_idle_seconds)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, door.handlers()),))
-        self._health = health.HealthServicer()
+        self._health = health.HealthServicer(experimental_thread_pool=self._quick)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._services = ("", SERVICE, health.SERVICE_NAME)
         reflection.enable_server_reflection((*self._services[1:], reflection.SERVICE_NAME), self._server)
@@ -131,10 +198,15 @@ class Server:
     def stop(self, grace: float) -> None:
         """Refuse new calls, finish the accepted ones within `grace` seconds, and end."""
         self.drain()
-        self._server.stop(grace).wait()
+        # What still waits when the time is up is told to try elsewhere, and has a moment to hear it.
+        ended = self._server.stop(grace + STOPPING_SECONDS if grace else 0)
+        if not ended.wait(grace):
+            self._dispatcher.stop()
+            ended.wait()
         for arenas in self._arenas:
             arenas.close()
-        self._threads.shutdown()
+        for threads in (self._threads, self._quick, self._reflecting):
+            threads.shutdown()
         self._engine.close()
         self._call_log.close()
 

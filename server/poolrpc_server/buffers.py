@@ -11,7 +11,7 @@ import numpy as np
 from poolrpc.tensors import ALIGNMENT, align, spans
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from poolrpc.tensors import TensorSpec
 
@@ -22,14 +22,16 @@ SMALL_BYTES = 64 * 2**10
 class Buffers:
     """Buffers that nobody uses at the moment, up to a number of bytes."""
 
-    def __init__(self, keep: int) -> None:
+    def __init__(self, keep: int, allocate: Callable[[int], memoryview] | None = None) -> None:
         """Make a store of none.
 
         Args:
             keep: Bytes to keep for later at most.
+            allocate: Gives new memory. None: the process's own.
 
         """
         self._keep = keep
+        self._allocate = allocate or aligned
         self._idle: list[memoryview] = []  # the last used last: it may still be in the cache
         self._lock = threading.Lock()
 
@@ -55,7 +57,7 @@ class Buffers:
                 # One that is far larger is left to those who need it.
                 if size <= len(self._idle[i]) <= 4 * size:
                     return self._idle.pop(i)
-        return aligned(align(size))
+        return self._allocate(align(size))
 
     def _put(self, buffer: memoryview) -> None:
         if len(buffer) < SMALL_BYTES:

@@ -22,7 +22,10 @@ MOST = {
     "stream_idle_seconds": 86400,
     "drain_seconds": 86400,
     "shutdown_grace": 86400,
+    "max_queue_seconds": 86400,
+    "max_queue_delay": 10_000,
 }
+FROM_ZERO = ("threads", "max_arena_bytes", "max_queue_seconds", "max_queue_delay", "drain_seconds", "shutdown_grace")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -51,7 +54,7 @@ class Config:
         "auto", "device to compute on: auto (cuda, mps or cpu, the first there is) or torch's name for it"
     )
     threads: int = _setting(0, "requests computed at a time, each by one thread; 0: one for each CPU", "threads")
-    call_threads: int = _setting(32, "calls that are read, checked and waited for at a time", "threads")
+    call_threads: int = _setting(256, "calls that are read, checked and waited for at a time", "threads")
     max_message_bytes: int = _setting(MAX_MESSAGE_BYTES, "largest gRPC message, each way", "bytes")
     max_output_bytes: int = _setting(MAX_PAYLOAD_BYTES, "outputs of a request, and each step of a chain", "bytes")
     max_output_growth: int = _setting(64, "outputs of a request over its input, for outputs above 4 MiB", "times")
@@ -59,6 +62,12 @@ class Config:
         4_000_000_000, "work of a request: cells that its layers visit, by the kernels that compute them", "cells"
     )
     max_inflight_bytes: int = _setting(4 * 2**30, "inputs and outputs of all requests under way", "bytes")
+    max_queue: int = _setting(64, "calls of a priority that wait for their turn", "calls")
+    max_queue_seconds: float = _setting(1.0, "work of a priority's calls that wait, by estimate", "seconds")
+    max_queue_delay: float = _setting(
+        0.0, "time that a small call waits for others like it although nothing else is computed", "milliseconds"
+    )
+    max_batch_bytes: int = _setting(2**20, "inputs and outputs of small calls that are computed at once", "bytes")
     max_arena_bytes: int = _setting(2 * 2**30, "shared memory of all clients on unix sockets; 0: none", "bytes")
     max_arenas: int = _setting(256, "pieces of it", "arenas")
     max_streams: int = _setting(16, "streams at a time: each has a thread for as long as it lasts", "streams")
@@ -76,7 +85,7 @@ class Config:
             _check_address(address, insecure=self.insecure)
         for each in fields(self):
             value, unit = getattr(self, each.name), each.metadata["unit"]
-            least = 0 if each.name in ("threads", "max_arena_bytes", "drain_seconds", "shutdown_grace") else 1
+            least = 0 if each.name in FROM_ZERO else 1
             if unit and not value >= least:
                 raise ConfigError(f"{each.name}: expected at least {least} {unit}, got {value}")
             most = MOST.get(each.name, 2**63 - 1)

@@ -1,13 +1,15 @@
-"""One call, from what was asked to what is answered: validation, admission, the engine. It knows no protocol."""
+"""One call, from what was asked to what is answered: validation, admission, its turn, the engine. No protocol."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from poolrpc.errors import CancelledError, DeadlineExceededError, InvalidArgumentError, NotFoundError
+from poolrpc.errors import CancelledError, DeadlineExceededError, InvalidArgumentError, NotFoundError, UnavailableError
 from poolrpc.tensors import ALIGNMENT, spans
+from poolrpc_server.admission import RETRY_DELAY, refused
+from poolrpc_server.batcher import Batcher, Bounds, FullError, StoppedError
 from poolrpc_server.streams import Stream
 from poolrpc_server.validate import block_of, check_request, check_shapes, check_stream
 
@@ -19,13 +21,17 @@ if TYPE_CHECKING:
     from poolrpc.tensors import Bytes, TensorSpec
     from poolrpc_server.admission import Admission
     from poolrpc_server.arena import Arena
-    from poolrpc_server.engine import Engine
+    from poolrpc_server.engine import Engine, Run
     from poolrpc_server.validate import Checked, Limits
 
 T = TypeVar("T")
 
 BLOCKS_HELD = 3
 """A stream's blocks in memory at a time: one that arrives, one that waits, one that is computed."""
+
+
+MOST_DELAY = 5.0
+"""Seconds that a refused caller is asked to wait, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +41,15 @@ class Caller:
     Attributes:
         remaining: Gives the seconds left to answer, None for no limit.
         active: Tells whether the caller still waits.
+        on_leaving: Has something called when the caller waits no more; False where that is so already.
+        priority: 0, 1 or 2; 0 goes first.
 
     """
 
     remaining: Callable[[], float | None]
     active: Callable[[], bool]
+    on_leaving: Callable[[Callable[[], None]], bool] = lambda _: True
+    priority: int = 1
 
     def check_wanted(self) -> None:
         """Stop here if nobody waits for the answer any more.
@@ -59,13 +69,14 @@ class Caller:
 class Dispatcher:
     """The way of every call, whichever door it came by."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - what a call goes through, in order
         self,
         limits: Limits,
         admission: Admission,
         engine: Engine,
         info: ServerInfo,
         find_arena: Callable[[bytes], Arena] | None = None,
+        bounds: Bounds | None = None,
     ) -> None:
         """Make a dispatcher.
 
@@ -75,13 +86,29 @@ class Dispatcher:
             engine: Computes.
             info: What the server says of itself.
             find_arena: Gives an arena of that id. None: there are none.
+            bounds: What may wait for the engine, and what is computed at once. None: as Bounds has it.
 
         """
         self._limits = limits
         self._admission = admission
+        self._batcher = Batcher(engine.threads, engine.execute, bounds or Bounds())
+        engine.seats = self._batcher
         self._engine = engine
         self._find_arena = find_arena
         self.info = info
+
+    def check_room(self, priority: int) -> None:
+        """See that there is room for a call of that priority, before anything of it is read.
+
+        Raises:
+            UnavailableError: There is none.
+
+        """
+        self._admission.check_room()
+        try:
+            self._batcher.check_room(priority)
+        except FullError as error:
+            raise _refused(error) from None
 
     def check(self, request: Request) -> Checked:
         """Check a request, apart from its payload; the same request may then be run any number of times.
@@ -108,9 +135,10 @@ class Dispatcher:
         nbytes = len(payload) + checked.output_bytes
         self._admission.take(nbytes)
         try:
-            return self._engine.run(checked.schedule, payload, caller.check_wanted, finish)
+            answer: T = self._run(self._engine.run(checked.schedule, payload, finish), caller)
         finally:
             self._admission.give_back(nbytes)
+        return answer
 
     def pool_in_arena(self, checked: Checked, ranges: ArenaRanges, caller: Caller) -> None:
         """Run a request whose tensors lie in an arena, and leave its outputs there.
@@ -130,7 +158,7 @@ class Dispatcher:
             raise InvalidArgumentError(msg, field="arena.output")
         inputs = _cut(memory, checked.request.specs, "arena.input")
         outputs = _cut(into, checked.outputs, "arena.output")
-        self._engine.run_in_place(checked.schedule, inputs, outputs, caller.check_wanted)
+        self._run(self._engine.run_in_place(checked.schedule, inputs, outputs), caller)
 
     @contextmanager
     def stream(self, request: Request, caller: Caller) -> Iterator[Stream]:
@@ -152,7 +180,23 @@ class Dispatcher:
         self, stream: Stream, block: Bytes, caller: Caller, finish: Callable[[Sequence[memoryview]], T]
     ) -> T:
         """Run the next block of a stream; the rest is as in pool."""
-        return self._engine.run(stream.take(len(block)).schedule, block, caller.check_wanted, finish)
+        run = self._engine.run(stream.take(len(block)).schedule, block, finish)
+        # The stream was let in as a whole.
+        answer: T = self._run(run, caller, admitted=True)
+        return answer
+
+    def stop(self) -> None:
+        """Fail what waits; what is being computed is finished."""
+        self._batcher.stop()
+
+    def _run(self, run: Run, caller: Caller, *, admitted: bool = False) -> Any:  # noqa: ANN401 - what the run's finish gives
+        try:
+            return self._batcher.run(run, caller, caller.priority, admitted=admitted)
+        except FullError as error:
+            raise _refused(error) from None
+        except StoppedError:
+            msg = "expected a call that was begun before the server stopped, got one that waited; try again"
+            raise UnavailableError(msg, reason="STOPPING", retry_delay=RETRY_DELAY) from None
 
     def shapes(self, shape: Shape, branches: Sequence[Chain], layout: str) -> list[tuple[Shape, ...]]:
         """Give the shape after every layer of each branch.
@@ -162,6 +206,11 @@ class Dispatcher:
 
         """
         return check_shapes(shape, branches, layout)
+
+
+def _refused(error: FullError) -> UnavailableError:
+    delay = min(max(error.delay, RETRY_DELAY / 2), MOST_DELAY)
+    return refused("QUEUE", f"{error.what} that wait", error.limit, error.actual, delay)
 
 
 def _cut(memory: memoryview, specs: Sequence[TensorSpec], field: str) -> list[memoryview]:

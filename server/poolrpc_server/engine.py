@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from math import prod
-from threading import Semaphore, local
-from typing import TYPE_CHECKING, Any, TypeVar
+from threading import local
+from typing import TYPE_CHECKING, Any, Protocol
 
 # Apple's GPUs lack some pooling kernels; torch computes these on the CPU where it was told so before it is imported.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
@@ -15,12 +18,14 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 import numpy as np
 import torch
 
+from poolrpc.chains import Planes
 from poolrpc.codec import tensors
 from poolrpc.layers import INTEGERS
 from poolrpc.tensors import split
 from poolrpc_server import kernels
 from poolrpc_server.buffers import Buffers, aligned
-from poolrpc_server.validate import check_indices, steps
+from poolrpc_server.device import Lanes, resolve_device, settle
+from poolrpc_server.validate import block_of, check_indices, steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,11 +34,13 @@ if TYPE_CHECKING:
     from poolrpc.tensors import Bytes, TensorSpec
 
 
-T = TypeVar("T")
-
 SMALL_BYTES = 16 * 2**10
 """A request of at most this, outputs included, has memory of its own, which torch has seen before: seeing takes longer
 than pooling there."""
+
+GATHERED_BYTES = (8 * 2**20, 64 * 2**10)
+"""Up to this, outputs included, requests are computed together: on another device, where they are copied anyway, and on
+the CPU, where beyond it copying them together costs more than a call of a kernel does."""
 
 IDLE_BYTES = 128 * 2**20
 """Memory for outputs that is kept for the next calls."""
@@ -41,16 +48,77 @@ IDLE_BYTES = 128 * 2**20
 SHARED_BYTES = 20 * 2**20
 """A step that reads and writes at least this is shared among threads: below it, meeting costs more than it saves."""
 
+CALL_SECONDS, CELL_SECONDS = 50e-6, 1e-9
+"""What a request is taken to need before one like it was computed: for itself, and for each cell of its work."""
+
+BATCHES = 1024
+"""Schedules of batches that are remembered."""
+
+
+class Seats(Protocol):
+    """Who says how many may compute."""
+
+    def borrow(self, most: int) -> int:
+        """Take up to so many seats that are free."""
+
+    def give_back(self, seats: int) -> None:
+        """Give them back."""
+
+
+class Gauges(Protocol):
+    """What is told of each execution."""
+
+    def executed(self, requests: int, planes: int, nbytes: int, seconds: float) -> None:
+        """So much was computed at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A request with its tensors, to be computed.
+
+    Attributes:
+        schedule: How.
+        inputs: The bytes of its tensors.
+        finish: Makes the answer of the outputs' bytes, whose memory is used again afterwards.
+        outputs: Where the outputs go. None: anywhere.
+
+    """
+
+    schedule: Schedule
+    inputs: Sequence[Bytes]
+    finish: Callable[[Sequence[memoryview]], Any]
+    outputs: Sequence[memoryview] | None = None
+
+    @property
+    def key(self) -> Alike | None:
+        """What it shares with those that it may be computed with."""
+        return None if self.outputs is not None else self.schedule.key
+
+    @property
+    def gathered(self) -> bool:
+        """Whether it is computed in memory that it shares, even alone: on a CPU that would be a copy for nothing."""
+        return self.key is not None and self.schedule.device.type != "cpu"
+
+    @property
+    def nbytes(self) -> int:
+        """Of inputs and outputs."""
+        return self.schedule.nbytes
+
+    @property
+    def seconds(self) -> float:
+        """How long it takes, by estimate."""
+        return self.schedule.seconds
+
 
 class Engine:
-    """A device, and so many seats: who computes has one, with torch at one thread of its own."""
+    """A device, and what computes on it: whoever asks, with torch at one thread of its own."""
 
     def __init__(self, device: str, threads: int) -> None:
         """Make an engine.
 
         Args:
             device: "auto", or torch's name for one.
-            threads: Requests computed at a time.
+            threads: Executions at a time, which is for its caller to see to.
 
         Raises:
             ValueError: There is no such device here.
@@ -58,12 +126,16 @@ class Engine:
         """
         self.device = resolve_device(device)
         self.threads = threads
-        # A request is computed by the thread that asks, once it has a seat: handing it to another would take longer
-        # than a small one's computing does. A large one is shared with threads whose seats are free. Helpers wait for
-        # nobody, so that calls can't wait for each other in a ring.
-        self._seats = Semaphore(threads)
+        self.seats: Seats | None = None
+        self.gauges: Gauges | None = None
+        self.on_poison: Callable[[], None] | None = None
+        # A request is computed by the thread that asks: handing it to another would take longer than a small one's
+        # computing does. A large one is shared with threads whose seats are free. Helpers wait for nobody, so that
+        # calls can't wait for each other in a ring.
         self._helpers = ThreadPoolExecutor(max(1, threads - 1), "poolrpc-helper", _prepare_thread)
-        self._buffers = Buffers(IDLE_BYTES)
+        self._lanes = Lanes(self.device, threads)
+        self._buffers = Buffers(IDLE_BYTES, self._lanes.memory)
+        self._batch = lru_cache(BATCHES)(self._schedule_batch)
         self._local = local()
 
     def schedule(self, request: Request, spatial_dims: int, results: Sequence[BranchResult]) -> Schedule:
@@ -71,72 +143,108 @@ class Engine:
         device = self._device_for(request.input.dtype)
         return Schedule(request, spatial_dims, results, device, self._share)
 
-    def run(
-        self,
-        schedule: Schedule,
-        payload: Bytes,
-        check_wanted: Callable[[], None],
-        finish: Callable[[Sequence[memoryview]], T],
-    ) -> T:
-        """Run a request when a seat is free, and give what `finish` makes of its outputs.
+    def run(self, schedule: Schedule, payload: Bytes, finish: Callable[[Sequence[memoryview]], Any]) -> Run:
+        """Give what runs a request.
 
         Args:
             schedule: How to run it.
             payload: The bytes of its tensors, in order.
-            check_wanted: Called when its turn comes; raises where nobody waits any more.
-            finish: Called with the outputs' bytes, whose memory is used again afterwards.
+            finish: Called with the outputs' bytes, whose memory is used again afterwards; what it gives is the answer.
 
         Raises:
-            InvalidArgumentError: The payload is of another length, or MaxUnpool's indices are out of range.
-            PoolError: What check_wanted raised.
+            InvalidArgumentError: The payload is of another length.
 
         """
         one = len(schedule.inputs) == 1 and len(payload) == schedule.input_bytes
-        inputs = (payload,) if one else split(payload, schedule.inputs)
-        if not schedule.small:
-            with self._buffers.lend(schedule.outputs) as outputs:
-                return finish(self._compute(Stage(schedule, inputs, outputs), check_wanted, in_place=False))
-        try:
-            stage = schedule.stages.pop()
-        except IndexError:  # none, or another call's by now
-            stage = schedule.own_stage()
-        for place, data in zip(stage.inputs, inputs, strict=True):
-            place[:] = data
-        finished = finish(self._compute(stage, check_wanted, in_place=False))
-        # What a failure leaves behind isn't used again.
-        if len(schedule.stages) < self.threads:
-            schedule.stages.append(stage)
-        return finished
+        return Run(schedule, (payload,) if one else split(payload, schedule.inputs), finish)
 
-    def run_in_place(
-        self,
-        schedule: Schedule,
-        inputs: Sequence[memoryview],
-        outputs: Sequence[memoryview],
-        check_wanted: Callable[[], None],
-    ) -> None:
-        """Run a request whose tensors' bytes, and the places of its outputs', are where the caller says.
+    def run_in_place(self, schedule: Schedule, inputs: Sequence[memoryview], outputs: Sequence[memoryview]) -> Run:
+        """Give what runs a request whose tensors' bytes, and the places of its outputs', are where the caller says.
 
-        Each is at a multiple of its items' size, and the outputs are apart from the inputs; the rest is as in run.
+        Each is at a multiple of its items' size, and the outputs are apart from the inputs.
         """
-        self._compute(Stage(schedule, inputs, outputs), check_wanted, in_place=True)
+        return Run(schedule, inputs, _nothing, outputs)
+
+    def execute(self, runs: Sequence[Run]) -> list[Any]:
+        """Compute a run, or several of one key at once, and give their answers.
+
+        Raises:
+            InvalidArgumentError: MaxUnpool's indices are out of range, in one of them.
+            LimitExceededError: The device has no memory for them.
+
+        """
+        if not hasattr(self._local, "prepared"):
+            _prepare_thread()
+            self._local.prepared = True
+        started = time.perf_counter()
+        try:
+            with self._lanes.lane():
+                answers = self._together(runs) if len(runs) > 1 or runs[0].gathered else [self._alone(runs[0])]
+        except RuntimeError:
+            if self._lanes.poisoned() and self.on_poison is not None:
+                self.on_poison()
+            raise
+        seconds = time.perf_counter() - started
+        if len(runs) == 1:
+            runs[0].schedule.took(seconds)
+        if self.gauges is not None:
+            planes, nbytes = (sum(getattr(run.schedule, name) for run in runs) for name in ("planes", "nbytes"))
+            self.gauges.executed(len(runs), planes, nbytes, seconds)
+        return answers
 
     def close(self) -> None:
         """End the helpers' threads."""
         self._helpers.shutdown()
 
-    def _compute(self, stage: Stage, check_wanted: Callable[[], None], *, in_place: bool) -> Sequence[memoryview]:
-        with self._seats:
-            check_wanted()
-            if not hasattr(self._local, "prepared"):
-                _prepare_thread()
-                self._local.prepared = True
-            return stage.run(in_place=in_place)
+    def _alone(self, run: Run) -> Any:  # noqa: ANN401 - what the run's finish gives
+        schedule = run.schedule
+        if run.outputs is not None:
+            return run.finish(Stage(schedule, run.inputs, run.outputs).run(in_place=True))
+        if not schedule.small:
+            with self._buffers.lend(schedule.outputs) as outputs:
+                return run.finish(Stage(schedule, run.inputs, outputs).run(in_place=False))
+        try:
+            stage = schedule.stages.pop()
+        except IndexError:  # none, or another call's by now
+            stage = schedule.own_stage()
+        for place, data in zip(stage.inputs, run.inputs, strict=True):
+            place[:] = data
+        finished = run.finish(stage.run(in_place=False))
+        # What a failure leaves behind isn't used again.
+        if len(schedule.stages) < self.threads:
+            schedule.stages.append(stage)
+        return finished
+
+    def _together(self, runs: Sequence[Run]) -> list[Any]:
+        total = sum(run.schedule.planes for run in runs)
+        alike = runs[0].key
+        assert alike is not None  # noqa: S101 - those without are computed alone
+        batch = self._batch(alike, total)
+        answers = []
+        with self._buffers.lend(batch.inputs) as inputs, self._buffers.lend(batch.outputs) as outputs:
+            for number, place in enumerate(inputs):
+                end = 0
+                for run in runs:
+                    start, end = end, end + len(run.inputs[number])
+                    place[start:end] = run.inputs[number]
+            given = Stage(batch, inputs, outputs).run(in_place=False)
+            ends = [0] * len(given)
+            for run in runs:
+                parts = []
+                for number, spec in enumerate(run.schedule.outputs):
+                    start, ends[number] = ends[number], ends[number] + spec.nbytes
+                    parts.append(given[number][start : ends[number]])
+                answers.append(run.finish(parts))
+        return answers
+
+    def _schedule_batch(self, alike: Alike, planes: int) -> Schedule:
+        one, dims = alike.plane, alike.spatial_dims
+        request = block_of(one, Planes(one.input, dims), planes, 0)
+        return Schedule(request, dims, request.results(), alike.device, self._share)
 
     def _share(self, part: Callable[[int, int], None], planes: int, nbytes: int) -> None:
-        free = 0
-        while nbytes >= SHARED_BYTES and free + 1 < min(self.threads, planes) and self._seats.acquire(blocking=False):
-            free += 1
+        most = min(self.threads, planes) - 1
+        free = self.seats.borrow(most) if self.seats is not None and most > 0 and nbytes >= SHARED_BYTES else 0
         try:
             ends = [planes * i // (free + 1) for i in range(free + 2)]
             futures = [self._helpers.submit(part, start, stop) for start, stop in pairwise(ends[1:])]
@@ -147,8 +255,8 @@ class Engine:
             for future in futures:
                 future.result()
         finally:
-            for _ in range(free):
-                self._seats.release()
+            if free and self.seats is not None:
+                self.seats.give_back(free)
 
     def _device_for(self, dtype: str) -> torch.device:
         # CUDA has no max of integers, and Metal no float64: these are computed beside it, so that dtypes don't depend
@@ -166,6 +274,10 @@ class Schedule:
         input_bytes: The payload's.
         outputs: Those of its answer.
         work: The cells that its kernels visit.
+        nbytes: Of inputs and outputs.
+        planes: How many it has; images, where channels are last.
+        key: What requests that may be computed together have in common. None: this one is computed alone.
+        seconds: How long it takes, by estimate, and by what it took.
         small: Whether it has stages of its own.
         stages: Those that nobody uses.
 
@@ -187,7 +299,9 @@ class Schedule:
         self.inputs = request.specs
         self.input_bytes = sum(spec.nbytes for spec in self.inputs)
         self.outputs = tensors(results)
-        self.small = self.input_bytes + sum(spec.nbytes for spec in self.outputs) <= SMALL_BYTES
+        self.nbytes = self.input_bytes + sum(spec.nbytes for spec in self.outputs)
+        self.planes = Planes(request.input, spatial_dims).count
+        self.small = device.type == "cpu" and self.nbytes <= SMALL_BYTES
         self.stages: list[Stage] = []
         self.work = 0
         self.plans: list[list[kernels.Plan]] = []
@@ -200,11 +314,36 @@ class Schedule:
                     plan = kernels.plan(layer, dtype, plane, channels, device.type)
                     self.work += plan.work(spec.numel // prod(plan.memory))
                     self.plans[-1].append(plan)
+        self.key = self._key()
+        self.seconds = CALL_SECONDS + CELL_SECONDS * self.work
+
+    def took(self, seconds: float) -> None:
+        """Learn how long it took."""
+        self.seconds += (seconds - self.seconds) / 4
+
+    def _key(self) -> Alike | None:
+        request = self.request
+        alike = all(layer.splits and layer.at_plane(1) is layer for chain in request.branches for layer in chain)
+        if not (self.plans and alike and self.nbytes <= GATHERED_BYTES[self.device.type == "cpu"]):
+            return None
+        return _alike(block_of(request, Planes(request.input, self.spatial_dims), 1, 0), self.spatial_dims, self.device)
 
     def own_stage(self) -> Stage:
         """Make a stage with memory of its own."""
         inputs, outputs = ([aligned(spec.nbytes) for spec in specs] for specs in (self.inputs, self.outputs))
         return Stage(self, inputs, outputs)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Alike:
+    """What requests that may be computed together are, but for their number of planes; one object for all of them."""
+
+    plane: Request
+    spatial_dims: int
+    device: torch.device
+
+
+_alike = lru_cache(4096)(Alike)
 
 
 class Stage:
@@ -232,7 +371,7 @@ class Stage:
         device, x = schedule.device, self._x
         on_cpu = device.type == "cpu"
         if not on_cpu:
-            x = x.to(device)
+            x = x.to(device, non_blocking=True)
         indices = self._indices().to(device) if len(self.inputs) > 1 else None
         given: list[memoryview] = []
         for plans, goals in zip(schedule.plans, self._goals, strict=True):
@@ -245,10 +384,11 @@ class Stage:
                 if part is goal or part is None:
                     given.append(place)
                 elif in_place or not on_cpu or part.dtype == torch.bfloat16 or not part.is_contiguous():
-                    goal.copy_(part)
+                    goal.copy_(part, non_blocking=True)
                     given.append(place)
                 else:
                     given.append(part.numpy().reshape(-1).view(np.uint8).data)
+        settle(device)
         return given
 
     def _tensor(self, data: Bytes, spec: TensorSpec) -> torch.Tensor:
@@ -275,23 +415,8 @@ def _prepare_thread() -> None:
     torch.set_grad_enabled(False)
 
 
-def resolve_device(name: str) -> torch.device:
-    """Give the device of that name; "auto" is the first of cuda, mps and cpu that there is.
-
-    Raises:
-        ValueError: There is no such device here.
-
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        msg = f"device: expected auto or a device of this machine as torch names it, got {name!r}: {reason}"
-        raise ValueError(msg) from None
-    return torch.empty(0, device=device).device
+def _nothing(_: Sequence[memoryview]) -> None:
+    """Make no answer: the outputs are where they should be."""
 
 
 class _Memory:

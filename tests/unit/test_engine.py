@@ -2,7 +2,6 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
-from threading import Event
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ import torch
 from poolrpc import (
     LAYERS,
     AvgPool2d,
-    CancelledError,
     FractionalMaxPool2d,
     FractionalMaxPool3d,
     InvalidArgumentError,
@@ -36,18 +34,14 @@ def engine():
     made.close()
 
 
-def wanted():
-    """Tell that the caller still waits."""
-
-
 def scheduled(engine, spec, *layers, indices=None, limits=LIMITS):
     """Give a request that was checked, each layer a branch of its own."""
     return check_request(Request(spec, tuple((layer,) for layer in layers), indices), limits, engine.schedule)
 
 
-def run(engine, checked, payload, check_wanted=wanted):
-    """Run a request, and give copies of its outputs' bytes."""
-    return engine.run(checked.schedule, payload, check_wanted, copied)
+def run(engine, checked, payload, finish=None):
+    """Run a request, and give copies of its outputs' bytes, or what is made of them."""
+    return engine.execute([engine.run(checked.schedule, payload, finish or copied)])[0]
 
 
 def copied(outputs):
@@ -82,37 +76,6 @@ def test_auto_is_the_first_device_there_is():
     assert resolve_device("cpu") == torch.device("cpu")
 
 
-def test_what_nobody_waits_for_is_not_computed(engine):
-    """A caller that has left when its turn comes ends the request, by the caller's own error."""
-
-    def left():
-        raise CancelledError("the caller left")
-
-    checked = scheduled(engine, SMALL, MaxPool2d(2))
-    with pytest.raises(CancelledError, match="the caller left"):
-        run(engine, checked, bytes(16), left)
-    assert run(engine, checked, bytes(16)) == [bytes(4)]
-
-
-def test_closing_finishes_what_was_submitted():
-    """A request that is under way when the engine closes has its answer."""
-    engine, started, going_on = Engine("cpu", 1), Event(), Event()
-
-    def wait():
-        started.set()
-        going_on.wait()
-
-    checked = scheduled(engine, SMALL, MaxPool2d(2))
-    with ThreadPoolExecutor(2) as callers:
-        answer = callers.submit(run, engine, checked, bytes(16), wait)
-        started.wait()
-        closed = callers.submit(engine.close)
-        assert not answer.done()
-        going_on.set()
-        assert answer.result() == [bytes(4)]
-        closed.result()
-
-
 @pytest.mark.parametrize("cls", LAYERS.values())
 def test_an_input_is_left_as_it_was(engine, cls):
     """No layer writes to a request's bytes, which it reads where they lie; the answer is that of any other way."""
@@ -129,7 +92,7 @@ def test_an_input_is_left_as_it_was(engine, cls):
     before = bytearray(payload)
     checked = scheduled(engine, specs[0], layer, indices=specs[1] if cls.takes_indices else None)
     outputs = [aligned(spec.nbytes) for spec in checked.outputs]
-    engine.run_in_place(checked.schedule, split(payload, specs), outputs, wanted)
+    engine.execute([engine.run_in_place(checked.schedule, split(payload, specs), outputs)])
     assert payload == before
     assert [bytes(each) for each in outputs] == run(engine, checked, payload)
 
@@ -188,7 +151,7 @@ def test_answers_that_are_read_at_a_time_lie_apart(engine, spec):
             ((second,), (first,)) = run(engine, checked, twos), copied(first)
             return first, second
 
-        first, second = engine.run(checked.schedule, ones, wanted, read_beside)
+        first, second = run(engine, checked, ones, read_beside)
         assert set(np.frombuffer(first, np.float32)) == {1}
         assert set(np.frombuffer(second, np.float32)) == {2}
 
@@ -199,7 +162,7 @@ def test_memory_is_used_again(engine):
     places = set()
     for _ in range(5):
         payload = bytes(LARGE.nbytes)
-        places.add(engine.run(checked.schedule, payload, wanted, lambda outputs: np.asarray(outputs[0]).ctypes.data))
+        places.add(run(engine, checked, payload, lambda outputs: np.asarray(outputs[0]).ctypes.data))
     assert len(places) == 1
 
 

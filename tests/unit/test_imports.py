@@ -27,6 +27,7 @@ ROOMS = (
     {"dispatch"},
     {"streams"},
     {"batcher", "engine"},
+    {"device"},
     {"buffers", "kernels"},
     {"validate", "admission"},
     {"arena"},

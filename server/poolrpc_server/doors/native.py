@@ -12,13 +12,13 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from poolrpc import codec, wire
-from poolrpc.errors import InternalError, InvalidArgumentError, UnavailableError
+from poolrpc.errors import InternalError, InvalidArgumentError
 from poolrpc.shapes import clip
 from poolrpc.v1 import pool_pb2
-from poolrpc_server.admission import RETRY_DELAY
+from poolrpc_server.admission import refused
 from poolrpc_server.dispatch import Caller
 from poolrpc_server.doors.ahead import ReadAhead, Watch
-from poolrpc_server.interceptors import note
+from poolrpc_server.interceptors import note, priority
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -103,7 +103,7 @@ class PoolDoor:
         header, payload = _cut(data, pool_pb2.PoolRequest)
         known = (self._remembered if len(header) <= KNOWN_BYTES else self._find)(header)
         note(known.facts)
-        caller = Caller(context.time_remaining, context.is_active)
+        caller = _caller(context)
         if known.ranges is None:
             return self._dispatcher.pool(known.checked, payload, caller, known.answered)
         self._dispatcher.pool_in_arena(known.checked, known.ranges, caller)
@@ -111,7 +111,7 @@ class PoolDoor:
 
     def PoolStream(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Run every branch on the input's blocks, as they come."""
-        caller = Caller(context.time_remaining, context.is_active)
+        caller = _caller(context)
         # A caller that doesn't read holds its answer where only the end of the call reaches it. Twice the time, so that
         # one that doesn't send has an error instead.
         watched = Watch(2 * self._idle, context.cancel)
@@ -147,9 +147,7 @@ class PoolDoor:
     @contextmanager
     def _admitted(self) -> Iterator[None]:
         if not self._streams.acquire(blocking=False):
-            msg = f"expected at most {self._max_streams} streams at a time, got another; try again"
-            limits = {"limit": str(self._max_streams), "actual": str(self._max_streams + 1)}
-            raise UnavailableError(msg, reason="STREAMS", metadata=limits, retry_delay=RETRY_DELAY)
+            raise refused("STREAMS", "streams at a time", self._max_streams, self._max_streams + 1)
         try:
             yield
         finally:
@@ -163,6 +161,10 @@ class PoolDoor:
         answer = pool_pb2.PoolResponse(results=codec.encode_results(checked.results)).SerializeToString()
         head = wire.head(answer, sum(spec.nbytes for spec in checked.outputs))
         return _Known(checked, codec.decode_ranges(message), facts | _outputs(checked.results), answer, head)
+
+
+def _caller(context: grpc.ServicerContext) -> Caller:
+    return Caller(context.time_remaining, context.is_active, context.add_callback, priority())
 
 
 def _cut(data: bytes, cls: type[M]) -> tuple[bytes, memoryview]:

@@ -1,0 +1,413 @@
+"""Whose turn it is: jobs that find every seat taken wait here, and those that can share one execution do.
+
+There is no thread here and no timer. Who asks computes, in its own thread, if a seat is free; else it waits. Who leaves
+a seat wakes the first of the next batch, which computes for all of that batch. So a batch is what gathered while every
+seat was taken, and a caller that is alone pays for nothing of it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterator, Sequence
+
+PRIORITIES = 3
+"""Levels, 0 first."""
+
+STRIDES = (1, 3, 9)
+"""Of nine batches of the last level's, the others' have three and one: nobody waits for ever."""
+
+
+class Job(Protocol):
+    """What is to be executed.
+
+    Attributes:
+        key: What it shares with the jobs that it may be executed with. None: alone.
+        nbytes: What it counts for in a batch.
+        seconds: How long it will take, by estimate.
+
+    """
+
+    @property
+    def key(self) -> Hashable: ...  # noqa: D102 - described above
+    @property
+    def nbytes(self) -> int: ...  # noqa: D102
+    @property
+    def seconds(self) -> float: ...  # noqa: D102
+
+
+class Waiter(Protocol):
+    """Who waits for a job."""
+
+    def remaining(self) -> float | None:
+        """Give the seconds that it waits yet, None for no limit."""
+
+    def check_wanted(self) -> None:
+        """Raise if nobody waits any more."""
+
+    def on_leaving(self, callback: Callable[[], None]) -> bool:
+        """Have something called when nobody waits any more; False where that is so already."""
+
+
+class Gauges(Protocol):
+    """What is told of all that happens."""
+
+    def queued(self, seconds: float) -> None:
+        """A job waited for so long."""
+
+    def cancelled(self, stage: str) -> None:
+        """A waiter left."""
+
+
+J = TypeVar("J", bound=Job)
+
+
+class FullError(Exception):
+    """A level has no room for another job.
+
+    Attributes:
+        what: What there is too much of: "calls" or "seconds" of work.
+        limit: Of that.
+        actual: What it would be.
+        delay: Seconds until what waits will have been executed, by estimate.
+
+    """
+
+    def __init__(self, what: str, limit: float, actual: float, delay: float) -> None:
+        super().__init__(what)
+        self.what, self.limit, self.actual, self.delay = what, limit, actual, delay
+
+
+class StoppedError(Exception):
+    """The batcher was stopped before the job's turn came."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What may wait, and how it is put together.
+
+    Attributes:
+        waiting: Jobs of a level.
+        seconds: Work of a level's jobs, by estimate, spread over the seats.
+        batch_bytes: Of a batch.
+        delay: Seconds that a job with a key waits for others although a seat is free.
+
+    """
+
+    waiting: int = 64
+    seconds: float = 1.0
+    batch_bytes: int = 2**20
+    delay: float = 0.0
+
+
+class _State(Enum):
+    WAITING = "queue"
+    FOLLOWING = "compute"  # in another one's batch
+    LEADING = "leading"
+    DONE = "done"
+
+
+class _Entry(Generic[J]):
+    """A job that waits, with its answer when it comes; its thread is woken once, by the state that it then has."""
+
+    __slots__ = ("batch", "entered", "error", "job", "level", "ripe", "state", "value", "waiter", "woken")
+
+    def __init__(self, job: J, waiter: Waiter, level: _Level[J], delay: float) -> None:
+        self.job, self.waiter, self.level = job, waiter, level
+        self.entered = time.monotonic()
+        self.ripe = self.entered + delay
+        self.state = _State.WAITING
+        self.batch: list[_Entry[J]] = []
+        self.value: Any = None
+        self.error: BaseException | None = None
+        self.woken = threading.Lock()
+        self.woken.acquire()
+
+    def done(self, value: object, error: BaseException | None = None) -> None:
+        self.state, self.value, self.error = _State.DONE, value, error
+        self.woken.release()
+
+
+class _Level(Generic[J]):
+    """The jobs of one priority, by key; keys take turns."""
+
+    def __init__(self, stride: int) -> None:
+        self.keys: dict[Hashable, deque[_Entry[J]]] = {}
+        self.count = 0
+        self.seconds = 0.0
+        self.stride = stride
+        self.passed = 0
+
+    def add(self, entry: _Entry[J]) -> None:
+        # A job without a key takes turns like a key of its own.
+        key = entry if entry.job.key is None else entry.job.key
+        self.keys.setdefault(key, deque()).append(entry)
+        self.count += 1
+        self.seconds += entry.job.seconds
+
+    def remove(self, entry: _Entry[J]) -> None:
+        key = entry if entry.job.key is None else entry.job.key
+        entries = self.keys[key]
+        entries.remove(entry)
+        if not entries:
+            del self.keys[key]
+        self._gone(entry)
+
+    def take(self, key: Hashable, most: int) -> list[_Entry[J]]:
+        """Give a key's next jobs, of `most` bytes or one job; the key goes to the end of the line."""
+        entries = self.keys.pop(key)
+        batch: list[_Entry[J]] = []
+        nbytes = 0
+        while entries and (not batch or nbytes + entries[0].job.nbytes <= most):
+            nbytes += entries[0].job.nbytes
+            batch.append(entries.popleft())
+            self._gone(batch[-1])
+        if entries:
+            self.keys[key] = entries
+        return batch
+
+    def _gone(self, entry: _Entry[J]) -> None:
+        self.count -= 1
+        self.seconds = self.seconds - entry.job.seconds if self.count else 0.0
+
+
+class Batcher(Generic[J]):
+    """So many seats, and the jobs that wait for one."""
+
+    def __init__(
+        self,
+        seats: int,
+        execute: Callable[[Sequence[J]], list[Any]],
+        bounds: Bounds,
+        gauges: Gauges | None = None,
+    ) -> None:
+        """Make one with every seat free.
+
+        Args:
+            seats: Executions at a time.
+            execute: Gives the answers to jobs of one key, in order; or raises, which blames none of them: where
+                there are several, each is then executed alone.
+            bounds: What may wait.
+            gauges: Are told what happens, where there are any.
+
+        """
+        self._seats = self._free = seats
+        self._execute = execute
+        self._bounds = bounds
+        self._gauges = gauges
+        self._levels: list[_Level[J]] = [_Level(stride) for stride in STRIDES]
+        self._stopped = False
+        self._lock = threading.Lock()
+
+    def run(self, job: J, waiter: Waiter, priority: int = 1, *, admitted: bool = False) -> Any:  # noqa: ANN401 - whatever execute gives
+        """Execute a job when its turn comes, with others of its key that wait.
+
+        Args:
+            job: The job.
+            waiter: Who waits for it, and perhaps leaves: then the job has its place no longer.
+            priority: Its level.
+            admitted: Whether it is part of something that was let in: it isn't held to the bounds.
+
+        Raises:
+            FullError: Its level is full.
+            StoppedError: The batcher is being stopped.
+            Exception: What the waiter's check_wanted, or executing the job, raised.
+
+        """
+        entry = None
+        with self._lock:
+            # While a seat is free nothing waits that is ripe.
+            if self._free and not (self._bounds.delay and job.key is not None):
+                self._free -= 1
+            else:
+                entry = self._enter(job, waiter, priority, admitted=admitted)
+        if entry is None:
+            try:
+                waiter.check_wanted()
+                if self._gauges is not None:
+                    self._gauges.queued(0.0)
+                return self._execute([job])[0]
+            finally:
+                self.give_back(1)
+        if not waiter.on_leaving(lambda: self._leave(entry)):
+            self._leave(entry)
+        self._wait(entry)
+        if entry.state is _State.LEADING:
+            self._lead(entry)
+        if entry.error is not None:
+            raise entry.error
+        return entry.value
+
+    def borrow(self, most: int) -> int:
+        """Take up to so many seats that are free, for as long as something that has one is spread over more."""
+        with self._lock:
+            taken = min(self._free, most)
+            self._free -= taken
+            return taken
+
+    def give_back(self, seats: int) -> None:
+        """Leave seats to whoever is next."""
+        with self._lock:
+            self._free += seats
+            self._dispatch()
+
+    def check_room(self, priority: int, seconds: float = 0.0) -> None:
+        """See that a level has room for another job of so many seconds; one job fits whatever it takes.
+
+        Raises:
+            FullError: It has none.
+
+        """
+        level, bounds = self._levels[priority], self._bounds
+        most = bounds.seconds * self._seats
+        if level.count >= bounds.waiting:
+            raise FullError("calls", bounds.waiting, level.count + 1, self._delay())
+        if level.count and level.seconds + seconds > most:
+            raise FullError("seconds", bounds.seconds, (level.seconds + seconds) / self._seats, self._delay())
+
+    def waiting(self) -> list[int]:
+        """Count the jobs that wait, of each level."""
+        return [level.count for level in self._levels]
+
+    def age(self) -> float:
+        """Give the seconds that the one that has waited longest has waited."""
+        with self._lock:
+            first = min((each[0].entered for level in self._levels for each in level.keys.values()), default=None)
+        return 0.0 if first is None else time.monotonic() - first
+
+    def stop(self) -> None:
+        """Fail what waits, and whatever comes; what is being executed is finished."""
+        with self._lock:
+            self._stopped = True
+            for level in self._levels:
+                for entry in [each for entries in level.keys.values() for each in entries]:
+                    level.remove(entry)
+                    entry.done(None, StoppedError())
+
+    def _enter(self, job: J, waiter: Waiter, priority: int, *, admitted: bool) -> _Entry[J]:
+        if self._stopped:
+            raise StoppedError
+        level = self._levels[priority]
+        if not admitted:
+            self.check_room(priority, job.seconds)
+        if not level.count:
+            # It has no claim on the turns that it didn't want.
+            level.passed = max(level.passed, min((each.passed for each in self._levels if each.count), default=0))
+        entry = _Entry(job, waiter, level, self._bounds.delay if job.key is not None else 0.0)
+        level.add(entry)
+        self._dispatch()
+        return entry
+
+    def _wait(self, entry: _Entry[J]) -> None:
+        while True:
+            left = entry.waiter.remaining()
+            ripening = entry.ripe - time.monotonic() if self._bounds.delay else 0.0
+            times = [max(0.0, left)] if left is not None else []
+            if ripening > 0:
+                times.append(ripening)
+            # A lock's timeout is a C long of nanoseconds.
+            if entry.woken.acquire(timeout=min(*times, threading.TIMEOUT_MAX) if times else -1):
+                return
+            if ripening > 0 and (left is None or ripening < left):
+                with self._lock:
+                    self._dispatch()
+            else:
+                self._leave(entry)
+
+    def _leave(self, entry: _Entry[J]) -> None:
+        """Let a job go that nobody waits for, unless its own thread executes it or it is done."""
+        with self._lock:
+            state = entry.state
+            if state not in (_State.WAITING, _State.FOLLOWING):
+                return
+            try:
+                entry.waiter.check_wanted()
+            except Exception as error:  # noqa: BLE001 - what it raises is the answer
+                entry.done(None, error)
+            else:
+                return
+            if state is _State.WAITING:
+                entry.level.remove(entry)
+        if self._gauges is not None:
+            self._gauges.cancelled(state.value)
+
+    def _dispatch(self) -> None:
+        while self._free and (batch := self._next()):
+            self._free -= 1
+            for entry in batch:
+                entry.state = _State.FOLLOWING
+            batch[0].state, batch[0].batch = _State.LEADING, batch
+            batch[0].woken.release()
+
+    def _next(self) -> list[_Entry[J]]:
+        found = [(level, key) for level in self._levels if level.count for key in self._ripe(level)]
+        if not found:
+            return []
+        level, key = min(found, key=lambda each: each[0].passed)
+        level.passed += level.stride
+        return level.take(key, self._bounds.batch_bytes)
+
+    def _ripe(self, level: _Level[J]) -> Iterator[Hashable]:
+        """Give the first key of a level whose jobs needn't wait for others, if there is one."""
+        if not self._bounds.delay:
+            yield next(iter(level.keys))
+            return
+        now = time.monotonic()
+        for key, entries in level.keys.items():
+            if entries[0].ripe <= now or sum(each.job.nbytes for each in entries) >= self._bounds.batch_bytes:
+                yield key
+                return
+
+    def _lead(self, leader: _Entry[J]) -> None:
+        now = time.monotonic()
+        try:
+            wanted = [entry for entry in leader.batch if self._wanted(entry)]
+            if self._gauges is not None:
+                for entry in wanted:
+                    self._gauges.queued(now - entry.entered)
+            answers = self._answers([entry.job for entry in wanted])
+        finally:
+            # First of all, so that the next batch begins while this one's answers are given.
+            self.give_back(1)
+        with self._lock:
+            for entry, (value, error) in zip(wanted, answers, strict=True):
+                if entry is leader:
+                    entry.value, entry.error = value, error
+                elif entry.state is _State.FOLLOWING:
+                    entry.done(value, error)
+        leader.batch = []
+
+    def _wanted(self, entry: _Entry[J]) -> bool:
+        try:
+            entry.waiter.check_wanted()
+        except Exception as error:  # noqa: BLE001 - what it raises is the answer
+            with self._lock:
+                if entry.state is _State.LEADING:
+                    entry.error = error
+                elif entry.state is _State.FOLLOWING:
+                    entry.done(None, error)
+                else:
+                    return False
+            if self._gauges is not None:
+                self._gauges.cancelled(_State.WAITING.value)
+            return False
+        return entry.state is not _State.DONE
+
+    def _answers(self, jobs: list[J]) -> list[tuple[Any, BaseException | None]]:
+        if not jobs:
+            return []
+        try:
+            return [(value, None) for value in self._execute(jobs)]
+        except BaseException as error:  # noqa: BLE001 - whatever it is, those who wait are told of it
+            if len(jobs) == 1:
+                return [(None, error)]
+        return [answer for job in jobs for answer in self._answers([job])]
+
+    def _delay(self) -> float:
+        return sum(level.seconds for level in self._levels) / self._seats
