@@ -102,7 +102,7 @@ class Bounds:
 
     waiting: int = 64
     seconds: float = 1.0
-    batch_bytes: int = 2**20
+    batch_bytes: int = 2 * 2**20
     delay: float = 0.0
 
 

@@ -67,7 +67,7 @@ class Config:
     max_queue_delay: float = _setting(
         0.0, "time that a small call waits for others like it although nothing else is computed", "milliseconds"
     )
-    max_batch_bytes: int = _setting(2**20, "inputs and outputs of small calls that are computed at once", "bytes")
+    max_batch_bytes: int = _setting(2 * 2**20, "inputs and outputs of small calls that are computed at once", "bytes")
     max_arena_bytes: int = _setting(2 * 2**30, "shared memory of all clients on unix sockets; 0: none", "bytes")
     max_arenas: int = _setting(256, "pieces of it", "arenas")
     max_streams: int = _setting(16, "streams at a time: each has a thread for as long as it lasts", "streams")

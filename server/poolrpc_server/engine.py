@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -28,7 +29,7 @@ from poolrpc_server.device import Lanes, resolve_device, settle
 from poolrpc_server.validate import block_of, check_indices, steps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from poolrpc.codec import BranchResult, Request
     from poolrpc.tensors import Bytes, TensorSpec
@@ -38,7 +39,7 @@ SMALL_BYTES = 16 * 2**10
 """A request of at most this, outputs included, has memory of its own, which torch has seen before: seeing takes longer
 than pooling there."""
 
-GATHERED_BYTES = (8 * 2**20, 64 * 2**10)
+GATHERED_BYTES = (8 * 2**20, 256 * 2**10)
 """Up to this, outputs included, requests are computed together: on another device, where they are copied anyway, and on
 the CPU, where beyond it copying them together costs more than a call of a kernel does."""
 
@@ -51,8 +52,8 @@ SHARED_BYTES = 20 * 2**20
 CALL_SECONDS, CELL_SECONDS = 50e-6, 1e-9
 """What a request is taken to need before one like it was computed: for itself, and for each cell of its work."""
 
-BATCHES = 1024
-"""Schedules of batches that are remembered."""
+BATCHES, BATCH_BYTES = 256, 128 * 2**10
+"""Schedules of batches that are remembered, and the size up to which they keep their memory."""
 
 
 class Seats(Protocol):
@@ -200,47 +201,52 @@ class Engine:
         schedule = run.schedule
         if run.outputs is not None:
             return run.finish(Stage(schedule, run.inputs, run.outputs).run(in_place=True))
-        if not schedule.small:
-            with self._buffers.lend(schedule.outputs) as outputs:
-                return run.finish(Stage(schedule, run.inputs, outputs).run(in_place=False))
-        try:
-            stage = schedule.stages.pop()
-        except IndexError:  # none, or another call's by now
-            stage = schedule.own_stage()
-        for place, data in zip(stage.inputs, run.inputs, strict=True):
-            place[:] = data
-        finished = run.finish(stage.run(in_place=False))
-        # What a failure leaves behind isn't used again.
-        if len(schedule.stages) < self.threads:
-            schedule.stages.append(stage)
-        return finished
+        if schedule.small:
+            with self._staged(schedule) as stage:
+                for place, data in zip(stage.inputs, run.inputs, strict=True):
+                    place[:] = data
+                return run.finish(stage.run(in_place=False))
+        with self._buffers.lend(schedule.outputs) as outputs:
+            return run.finish(Stage(schedule, run.inputs, outputs).run(in_place=False))
 
     def _together(self, runs: Sequence[Run]) -> list[Any]:
-        total = sum(run.schedule.planes for run in runs)
         alike = runs[0].key
         assert alike is not None  # noqa: S101 - those without are computed alone
-        batch = self._batch(alike, total)
-        answers = []
-        with self._buffers.lend(batch.inputs) as inputs, self._buffers.lend(batch.outputs) as outputs:
-            for number, place in enumerate(inputs):
+        with self._staged(self._batch(alike, sum(run.schedule.planes for run in runs))) as stage:
+            for number, place in enumerate(stage.inputs):
                 end = 0
                 for run in runs:
                     start, end = end, end + len(run.inputs[number])
                     place[start:end] = run.inputs[number]
-            given = Stage(batch, inputs, outputs).run(in_place=False)
-            ends = [0] * len(given)
+            given = stage.run(in_place=False)
+            answers, starts = [], [0] * len(given)
             for run in runs:
-                parts = []
-                for number, spec in enumerate(run.schedule.outputs):
-                    start, ends[number] = ends[number], ends[number] + spec.nbytes
-                    parts.append(given[number][start : ends[number]])
+                ends = [start + spec.nbytes for start, spec in zip(starts, run.schedule.outputs, strict=True)]
+                parts = [whole[start:end] for whole, start, end in zip(given, starts, ends, strict=True)]
                 answers.append(run.finish(parts))
+                starts = ends
         return answers
+
+    @contextmanager
+    def _staged(self, schedule: Schedule) -> Iterator[Stage]:
+        """Give memory for a request's tensors that nobody else uses, for as long as the context lasts."""
+        if not schedule.small:
+            with self._buffers.lend(schedule.inputs) as inputs, self._buffers.lend(schedule.outputs) as outputs:
+                yield Stage(schedule, inputs, outputs)
+            return
+        try:
+            stage = schedule.stages.pop()
+        except IndexError:  # none, or another call's by now
+            stage = schedule.own_stage()
+        yield stage
+        # What a failure leaves behind isn't used again.
+        if len(schedule.stages) < self.threads:
+            schedule.stages.append(stage)
 
     def _schedule_batch(self, alike: Alike, planes: int) -> Schedule:
         one, dims = alike.plane, alike.spatial_dims
         request = block_of(one, Planes(one.input, dims), planes, 0)
-        return Schedule(request, dims, request.results(), alike.device, self._share)
+        return Schedule(request, dims, request.results(), alike.device, self._share, BATCH_BYTES)
 
     def _share(self, part: Callable[[int, int], None], planes: int, nbytes: int) -> None:
         most = min(self.threads, planes) - 1
@@ -283,13 +289,14 @@ class Schedule:
 
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - what it is made of; made in two places of this file
         self,
         request: Request,
         spatial_dims: int,
         results: Sequence[BranchResult],
         device: torch.device,
         share: kernels.Share,
+        small: int = SMALL_BYTES,
     ) -> None:
         self.request = request
         self.spatial_dims = spatial_dims
@@ -301,7 +308,7 @@ class Schedule:
         self.outputs = tensors(results)
         self.nbytes = self.input_bytes + sum(spec.nbytes for spec in self.outputs)
         self.planes = Planes(request.input, spatial_dims).count
-        self.small = device.type == "cpu" and self.nbytes <= SMALL_BYTES
+        self.small = device.type == "cpu" and self.nbytes <= small
         self.stages: list[Stage] = []
         self.work = 0
         self.plans: list[list[kernels.Plan]] = []

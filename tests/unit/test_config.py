@@ -13,7 +13,7 @@ from poolrpc_server.cli import main
 from poolrpc_server.config import Config, ConfigError, parse
 
 NUMBERS = [each.name for each in fields(Config) if each.metadata["unit"]]
-MAY_BE_0 = ["threads", "max_arena_bytes", "drain_seconds", "shutdown_grace"]
+MAY_BE_0 = ["threads", "max_arena_bytes", "drain_seconds", "shutdown_grace", "max_queue_seconds", "max_queue_delay"]
 
 
 @pytest.fixture(autouse=True)
