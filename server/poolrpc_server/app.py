@@ -138,7 +138,6 @@ class Server:
                     self._threads.check_room,
                     NEED_ROOM,
                     {
-                        "": self._quick,
                         f"/{SERVICE}/GetServerInfo": self._quick,
                         f"/{SERVICE}/InferShape": self._quick,
                         f"/{health.SERVICE_NAME}/": self._quick,

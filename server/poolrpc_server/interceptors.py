@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from threading import Event
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -18,7 +19,6 @@ from poolrpc_server.logs import log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-    from concurrent.futures import ThreadPoolExecutor
 
     from poolrpc_server.logs import CallLog
 
@@ -36,6 +36,7 @@ PRIORITY_NAMES = ("0", "1", "2")
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 """The trailing metadata from which gRPC's own retries take their delay."""
 
+T = TypeVar("T")
 F = TypeVar("F", bound="Callable[..., object]")
 
 _line: ContextVar[_Line] = ContextVar("line")
@@ -49,6 +50,22 @@ def note(facts: Mapping[str, str]) -> None:
 def priority() -> int:
     """Give the priority of the call that this thread answers."""
     return _line.get().priority
+
+
+class _Inline(ThreadPoolExecutor):
+    """Calls what it is given at once, in the thread that gives it: gRPC's own, which may not wait for anything."""
+
+    def submit(self, fn: Callable[..., T], /, *args: object, **kwargs: object) -> Future[T]:
+        future: Future[T] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:  # noqa: BLE001 - whoever asks for the result has it
+            future.set_exception(error)
+        return future
+
+
+INLINE = _Inline(1)
+"""Who refuses: it takes less time than to wake a thread, of which there would have to be many when it matters."""
 
 
 class CallInterceptor(grpc.ServerInterceptor):
@@ -71,7 +88,7 @@ class CallInterceptor(grpc.ServerInterceptor):
             call_log: Where it logs.
             check_room: Raises where there is no room for a call of that priority.
             needs_room: The methods for which that is asked.
-            threads: Who answers methods that begin so; "" who refuses. Any other is answered by the server's own.
+            threads: Who answers methods that begin so. Any other is answered by the server's own.
 
         """
         self._log = call_log
@@ -118,10 +135,10 @@ class CallInterceptor(grpc.ServerInterceptor):
                 self._log.add(line.level, line.facts())
 
         # Of a stream gRPC doesn't read the first message before it asks.
-        return grpc.stream_stream_rpc_method_handler(self._by(self._threads.get(""), refuse))
+        return grpc.stream_stream_rpc_method_handler(self._by(INLINE, refuse))
 
     def _of(self, method: str) -> ThreadPoolExecutor | None:
-        return next((each for start, each in self._threads.items() if start and method.startswith(start)), None)
+        return next((each for start, each in self._threads.items() if method.startswith(start)), None)
 
     @staticmethod
     def _by(threads: ThreadPoolExecutor | None, behaviour: F) -> F:
