@@ -41,6 +41,9 @@ class Job(Protocol):
     @property
     def seconds(self) -> float: ...  # noqa: D102
 
+    def took(self, seconds: float) -> None:
+        """Learn how long it had a seat, when it had one alone."""
+
 
 class Waiter(Protocol):
     """Who waits for a job."""
@@ -116,12 +119,13 @@ class _State(Enum):
 class _Entry(Generic[J]):
     """A job that waits, with its answer when it comes; its thread is woken once, by the state that it then has."""
 
-    __slots__ = ("batch", "entered", "error", "job", "level", "ripe", "state", "value", "waiter", "woken")
+    __slots__ = ("batch", "entered", "error", "job", "level", "ripe", "seated", "state", "value", "waiter", "woken")
 
     def __init__(self, job: J, waiter: Waiter, level: _Level[J], delay: float) -> None:
         self.job, self.waiter, self.level = job, waiter, level
         self.entered = time.monotonic()
         self.ripe = self.entered + delay
+        self.seated = 0.0
         self.state = _State.WAITING
         self.batch: list[_Entry[J]] = []
         self.value: Any = None
@@ -228,12 +232,14 @@ class Batcher(Generic[J]):
             else:
                 entry = self._enter(job, waiter, priority, admitted=admitted)
         if entry is None:
+            started = time.monotonic()
             try:
                 waiter.check_wanted()
                 if self._gauges is not None:
                     self._gauges.queued(0.0)
                 return self._execute([job])[0]
             finally:
+                job.took(time.monotonic() - started)
                 self.give_back(1)
         if not waiter.on_leaving(lambda: self._leave(entry)):
             self._leave(entry)
@@ -338,11 +344,13 @@ class Batcher(Generic[J]):
             self._gauges.cancelled(state.value)
 
     def _dispatch(self) -> None:
+        now = time.monotonic()
         while self._free and (batch := self._next()):
             self._free -= 1
             for entry in batch:
                 entry.state = _State.FOLLOWING
             batch[0].state, batch[0].batch = _State.LEADING, batch
+            batch[0].seated = now
             batch[0].woken.release()
 
     def _next(self) -> list[_Entry[J]]:
@@ -373,6 +381,8 @@ class Batcher(Generic[J]):
                     self._gauges.queued(now - entry.entered)
             answers = self._answers([entry.job for entry in wanted])
         finally:
+            if len(leader.batch) == 1:  # with the time that it took to wake
+                leader.job.took(time.monotonic() - leader.seated)
             # First of all, so that the next batch begins while this one's answers are given.
             self.give_back(1)
         with self._lock:

@@ -110,6 +110,10 @@ class Run:
         """How long it takes, by estimate."""
         return self.schedule.seconds
 
+    def took(self, seconds: float) -> None:
+        """Learn how long it took."""
+        self.schedule.took(seconds)
+
 
 class Engine:
     """A device, and what computes on it: whoever asks, with torch at one thread of its own."""
@@ -186,8 +190,6 @@ class Engine:
                 self.on_poison()
             raise
         seconds = time.perf_counter() - started
-        if len(runs) == 1:
-            runs[0].schedule.took(seconds)
         if self.gauges is not None:
             planes, nbytes = (sum(getattr(run.schedule, name) for run in runs) for name in ("planes", "nbytes"))
             self.gauges.executed(len(runs), planes, nbytes, seconds)
