@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 
-from poolrpc.errors import InternalError, InvalidArgumentError, PoolError
+from poolrpc.errors import InternalError, InvalidArgumentError, PermissionDeniedError, PoolError, UnauthenticatedError
 from poolrpc.shapes import clip
 from poolrpc.status import DETAILS_KEY, encode_error
 from poolrpc_server.logs import log
@@ -28,11 +28,17 @@ RESET_SECONDS = 0.1
 """How long a stream that misses something is taken for one that is being reset."""
 
 _facts: ContextVar[dict[str, str]] = ContextVar("facts")
+_caller: ContextVar[str] = ContextVar("caller", default="")
 
 
 def note(facts: Mapping[str, str]) -> None:
     """Add facts to the log line of the call that this thread answers."""
     _facts.get().update(facts)
+
+
+def name_caller(name: str) -> None:
+    """Say whose the call is that is about to be answered: its log line has the name."""
+    _caller.set(name)
 
 
 class CallInterceptor(grpc.ServerInterceptor):
@@ -64,6 +70,14 @@ class CallInterceptor(grpc.ServerInterceptor):
             return inner
         self._wrapped[method] = wrapped
         return wrapped
+
+    def refusal(self, method: str, error: PoolError) -> grpc.RpcMethodHandler[Any, Any]:
+        """Give a handler, for a method of any kind, that ends a call with an error before a message of it is read."""
+
+        def refuse(_: Iterator[object], __: grpc.ServicerContext) -> NoReturn:
+            raise error
+
+        return self._stream(method, grpc.stream_stream_rpc_method_handler(refuse), refuse)
 
     def _unary(
         self,
@@ -118,7 +132,8 @@ class _Line:
         self.method = method
         self.status = "OK"
         self.level = logging.DEBUG if method.startswith(QUIET) else logging.INFO
-        self._noted: dict[str, str] = {}
+        caller = _caller.get()
+        self._noted: dict[str, str] = {"caller": caller} if caller else {}
         self._started = time.perf_counter()
         _facts.set(self._noted)
 
@@ -130,6 +145,8 @@ class _Line:
         """End the call with the status of an error."""
         if isinstance(error, PoolError):
             self._noted.update(reason=error.reason, error=clip(error.message, 300))
+            if isinstance(error, UnauthenticatedError | PermissionDeniedError):
+                self.level = logging.INFO  # whatever they try
         else:
             error_id = secrets.token_hex(6)
             log.exception("unexpected error", method=self.method, error_id=error_id)
