@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 
-from poolrpc.errors import InternalError, InvalidArgumentError, PermissionDeniedError, PoolError, UnauthenticatedError
+from poolrpc.errors import (
+    InternalError,
+    InvalidArgumentError,
+    PermissionDeniedError,
+    PoolError,
+    UnauthenticatedError,
+    UnsupportedError,
+)
 from poolrpc.shapes import clip
 from poolrpc.status import DETAILS_KEY, encode_error
 from poolrpc_server.logs import log
@@ -143,6 +150,11 @@ class _Line:
 
     def fail(self, error: Exception, context: grpc.ServicerContext) -> NoReturn:
         """End the call with the status of an error."""
+        if isinstance(error, NotImplementedError):
+            # A servicer's generated base class says so before it raises; torch raises the same for reasons of its own.
+            told = context.code()  # type: ignore[attr-defined]  # which the stubs lack
+            if told == grpc.StatusCode.UNIMPLEMENTED:
+                error = UnsupportedError("the service doesn't have this method")
         if isinstance(error, PoolError):
             self._noted.update(reason=error.reason, error=clip(error.message, 300))
             if isinstance(error, UnauthenticatedError | PermissionDeniedError):
