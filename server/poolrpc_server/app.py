@@ -171,11 +171,11 @@ def _connection_options(config: Config) -> list[tuple[str, int]]:
         "grpc.keepalive_timeout_ms": config.keepalive_timeout_seconds,
         "grpc.http2.min_ping_interval_without_data_ms": config.min_ping_seconds,
         "grpc.max_connection_age_ms": config.max_connection_age_seconds,
-        "grpc.max_connection_age_grace_ms": config.shutdown_grace,
         "grpc.max_connection_idle_ms": config.max_connection_idle_seconds,
     }
     return [
         *((name, round(seconds * 1000)) for name, seconds in options.items() if seconds),
+        ("grpc.max_connection_age_grace_ms", round(config.shutdown_grace * 1000)),
         # A connection may also be idle, and its peer gone, without calls.
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.max_concurrent_streams", config.max_connection_calls),
