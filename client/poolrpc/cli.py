@@ -53,7 +53,12 @@ def _plain(data: Any) -> Any:  # noqa: ANN401 - whatever JSON has
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("poolrpc", description="PyTorch's pooling layers over gRPC, without PyTorch.")
+    parser = argparse.ArgumentParser(
+        "poolrpc",
+        description="PyTorch's pooling layers over gRPC, without PyTorch.",
+        epilog="The environment's POOLRPC_TOKEN is sent as the token, and the PEM files that POOLRPC_CA, "
+        "POOLRPC_CLIENT_CERT and POOLRPC_CLIENT_KEY name are for TLS.",
+    )
     parser.add_argument("--version", action="version", version=f"poolrpc {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     server = argparse.ArgumentParser(add_help=False)

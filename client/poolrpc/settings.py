@@ -11,6 +11,7 @@ import numpy as np
 
 from poolrpc import codec
 from poolrpc._version import __version__
+from poolrpc.access import credentials_for, metadata_for
 from poolrpc.chains import Chain, as_chain, check_layout
 from poolrpc.errors import InvalidArgumentError, PoolError, UnavailableError
 from poolrpc.limits import MAX_MESSAGE_BYTES, MAX_NUMEL
@@ -72,6 +73,7 @@ class Settings:
         address: str = "127.0.0.1:50051",
         *,
         credentials: grpc.ChannelCredentials | None = None,
+        token: str | None = None,
         metadata: Sequence[tuple[str, str]] = (),
         options: Mapping[str, Any] | Iterable[tuple[str, Any]] = (),
         timeout: float | None = 60.0,
@@ -81,18 +83,25 @@ class Settings:
 
         Args:
             address: "host:port", "dns:///name:port" (calls take turns over all its addresses) or "unix:PATH".
-            credentials: For TLS, from grpc.ssl_channel_credentials. None: plaintext.
+            credentials: For TLS, from grpc.ssl_channel_credentials. None: TLS with the authorities in the PEM file
+                that POOLRPC_CA names, and the client's certificate and key in those that POOLRPC_CLIENT_CERT and
+                POOLRPC_CLIENT_KEY name; plaintext where the environment has none, and on a unix socket.
+            token: Goes with every call, as `authorization: Bearer`. None: POOLRPC_TOKEN, where the environment has it.
             metadata: Pairs that go with every call.
             options: gRPC channel arguments, before which the client's own give way.
             timeout: Seconds for a call that names none. None: no limit.
             max_message_bytes: The largest message, each way; the server has a limit of its own.
 
+        Raises:
+            InvalidArgumentError: A token would leave this machine without TLS, or the environment's files can't be
+                read.
+
         """
         self.address = address
         self.timeout = timeout
         self.max_message_bytes = max_message_bytes
-        self._credentials = credentials
-        self._metadata = tuple(metadata)
+        self._credentials = credentials_for(address, credentials)
+        self._metadata = metadata_for(address, metadata, token, encrypted=self._credentials is not None)
         self._options: list[tuple[str, Any]] = list(
             {
                 "grpc.max_send_message_length": max_message_bytes,

@@ -30,6 +30,8 @@ from poolrpc_server.doors.native import SERVICE, PoolDoor
 from poolrpc_server.engine import Engine
 from poolrpc_server.interceptors import CallInterceptor
 from poolrpc_server.logs import CallLog, log
+from poolrpc_server.security import Certificates, TokenInterceptor
+from poolrpc_server.tokens import TokenFile
 from poolrpc_server.validate import Limits
 
 if TYPE_CHECKING:
@@ -108,10 +110,11 @@ class Server:
         """Make a server and take its addresses.
 
         Raises:
-            ConfigError: An address can't be had, or there is no such device.
+            ConfigError: An address can't be had, there is no such device, or the TLS or token files can't be used.
 
         """
         keep_freed_memory()
+        self._certificates, tokens = _guards(config)
         try:
             engine = Engine(config.device, config.threads)
         except ValueError as error:
@@ -130,22 +133,23 @@ class Server:
         # Whoever looks after the server has its answer while every other call waits. A stream of reflection's may be
         # left open for as long as a caller likes.
         self._quick, self._reflecting = (ThreadPoolExecutor(4, f"poolrpc-{name}") for name in ("quick", "reflection"))
+        calls = CallInterceptor(
+            self._call_log,
+            self._threads.check_room,
+            NEED_ROOM,
+            {
+                f"/{SERVICE}/GetServerInfo": self._quick,
+                f"/{SERVICE}/InferShape": self._quick,
+                f"/{health.SERVICE_NAME}/": self._quick,
+                f"/{reflection.SERVICE_NAME}/": self._reflecting,
+            },
+        )
+        guards = [TokenInterceptor(tokens, calls, health=config.health_requires_token)] if tokens else []
         self._server = grpc.server(
             self._threads,
-            interceptors=[
-                CallInterceptor(
-                    self._call_log,
-                    self._threads.check_room,
-                    NEED_ROOM,
-                    {
-                        f"/{SERVICE}/GetServerInfo": self._quick,
-                        f"/{SERVICE}/InferShape": self._quick,
-                        f"/{health.SERVICE_NAME}/": self._quick,
-                        f"/{reflection.SERVICE_NAME}/": self._reflecting,
-                    },
-                )
-            ],
+            interceptors=[*guards, calls],
             options=[
+                *_connection_options(config),
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_send_message_length", config.max_message_bytes),
                 # Two servers on one port would take turns unnoticed; and a compressed message may inflate to any size.
@@ -167,7 +171,11 @@ class Server:
 
     def _listen(self, address: str) -> str:
         try:
-            port = self._server.add_insecure_port(address)
+            # A unix socket is this machine's alone, and its clients share memory with the server.
+            if self._certificates is None or address.startswith("unix:"):
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, self._certificates.credentials())
         except RuntimeError:
             raise ConfigError(f"listen: {address!r} can't be had: in use, or not of this machine") from None
         return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
@@ -212,6 +220,38 @@ class Server:
     def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for service in self._services:
             self._health.set(service, status)
+
+
+def _guards(config: Config) -> tuple[Certificates | None, TokenFile | None]:
+    try:
+        cert, key, client_ca = config.tls_cert, config.tls_key, config.tls_client_ca
+        certificates = Certificates(cert, key, client_ca) if cert else None
+    except ValueError as error:
+        raise ConfigError(f"tls_cert: {error}") from None
+    try:
+        return certificates, TokenFile(config.token_file) if config.token_file else None
+    except ValueError as error:
+        raise ConfigError(f"token_file: {error}") from None
+
+
+def _connection_options(config: Config) -> list[tuple[str, int]]:
+    options = {
+        "grpc.keepalive_time_ms": config.keepalive_seconds,
+        "grpc.keepalive_timeout_ms": config.keepalive_timeout_seconds,
+        "grpc.http2.min_ping_interval_without_data_ms": config.min_ping_seconds,
+        "grpc.max_connection_age_ms": config.max_connection_age_seconds,
+        "grpc.max_connection_idle_ms": config.max_connection_idle_seconds,
+    }
+    return [
+        *((name, round(seconds * 1000)) for name, seconds in options.items() if seconds),
+        ("grpc.max_connection_age_grace_ms", round(config.shutdown_grace * 1000)),
+        # A connection may also be idle, and its peer gone, without calls.
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.max_concurrent_streams", config.max_connection_calls),
+        # gRPC drops calls at random between the two.
+        ("grpc.max_metadata_size", config.max_metadata_bytes),
+        ("grpc.absolute_max_metadata_size", config.max_metadata_bytes),
+    ]
 
 
 def _describe(config: Config, engine: Engine) -> ServerInfo:
@@ -260,6 +300,8 @@ def serve(config: Config) -> None:
         device=info.device,
         torch=info.torch_version,
         threads=info.threads,
+        tls="mutual" if config.tls_client_ca else "on" if config.tls_cert else "off",
+        tokens="on" if config.token_file else "off",
         **{name: str(limit) for name, limit in info.limits.items()},
     )
     stopping.wait()

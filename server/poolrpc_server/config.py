@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import configargparse
 
+from poolrpc.access import is_loopback
 from poolrpc.limits import MAX_MESSAGE_BYTES, MAX_PAYLOAD_BYTES
 
 if TYPE_CHECKING:
@@ -19,13 +19,35 @@ MOST = {
     "threads": 1024,
     "call_threads": 65536,
     "max_message_bytes": 2**31 - 1,  # gRPC's is a C int
+    "max_connection_calls": 2**31 - 1,  # these two too
+    "max_metadata_bytes": 2**31 - 1,
     "stream_idle_seconds": 86400,
+    "keepalive_seconds": 86400,
+    "keepalive_timeout_seconds": 86400,
+    "min_ping_seconds": 86400,
+    "max_connection_age_seconds": 7 * 86400,
+    "max_connection_idle_seconds": 7 * 86400,
     "drain_seconds": 86400,
     "shutdown_grace": 86400,
     "max_queue_seconds": 86400,
     "max_queue_delay": 10_000,
 }
-FROM_ZERO = ("threads", "max_arena_bytes", "max_queue_seconds", "max_queue_delay", "drain_seconds", "shutdown_grace")
+MAY_BE_0 = (
+    "threads",
+    "max_queue_seconds",
+    "max_queue_delay",
+    "max_arena_bytes",
+    "max_connection_age_seconds",
+    "max_connection_idle_seconds",
+    "drain_seconds",
+    "shutdown_grace",
+)
+NEEDS = {
+    "tls_cert": "tls_key",
+    "tls_key": "tls_cert",
+    "tls_client_ca": "tls_cert",
+    "health_requires_token": "token_file",
+}
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -42,14 +64,32 @@ class Config:
     """Everything that an operator may set; checked when it is made.
 
     Raises:
-        ConfigError: A setting is out of its range, or an address is public without `insecure`.
+        ConfigError: A setting is out of its range, or an address is public without TLS and tokens, or `insecure`.
 
     """
 
     listen: tuple[str, ...] = _setting(
         ("127.0.0.1:50051",), "address to listen on, host:port (port 0: a free one) or unix:PATH; repeatable"
     )
-    insecure: bool = _setting(False, "allow a public address although anyone who reaches it may call, unencrypted")
+    tls_cert: str = _setting(
+        "", "certificate, PEM, with those between it and its authority: TLS on all addresses but unix sockets"
+    )
+    tls_key: str = _setting(
+        "", "its key, PEM, without a passphrase; certificates and key are read again as they change"
+    )
+    tls_client_ca: str = _setting(
+        "", "authorities, PEM, of the certificates that clients are to have; empty: need none"
+    )
+    token_file: str = _setting(
+        "",
+        "tokens, one of which each call is to carry (authorization: Bearer TOKEN); a line each: NAME, the token's "
+        "SHA-256 (echo -n TOKEN | sha256sum), and the services or methods it is for (package.Service/Method), "
+        "none: all; a line that starts with # is a comment; read again as it changes",
+    )
+    health_requires_token: bool = _setting(False, "health checks need a token too")
+    insecure: bool = _setting(
+        False, "allow a public address without TLS and tokens, although anyone who reaches it may call or listen"
+    )
     device: str = _setting(
         "auto", "device to compute on: auto (cuda, mps or cpu, the first there is) or torch's name for it"
     )
@@ -72,6 +112,24 @@ class Config:
     max_arenas: int = _setting(256, "pieces of it", "arenas")
     max_streams: int = _setting(16, "streams at a time: each has a thread for as long as it lasts", "streams")
     stream_idle_seconds: float = _setting(60.0, "time that a stream may send nothing", "seconds")
+    keepalive_seconds: float = _setting(60.0, "time after which a silent connection is asked for a sign", "seconds")
+    keepalive_timeout_seconds: float = _setting(20.0, "time to give one, or the connection is closed", "seconds")
+    min_ping_seconds: float = _setting(
+        10.0, "least time between a client's own keepalive pings; one that sends more is disconnected", "seconds"
+    )
+    max_connection_age_seconds: float = _setting(
+        0.0,
+        "time after which a client is to connect anew, to another server perhaps; calls have shutdown-grace to end; "
+        "0: no limit",
+        "seconds",
+    )
+    max_connection_idle_seconds: float = _setting(
+        3600.0, "time after which a connection without calls is closed; 0: no limit", "seconds"
+    )
+    max_connection_calls: int = _setting(
+        1024, "calls at a time on a connection; further ones wait at the client", "calls"
+    )
+    max_metadata_bytes: int = _setting(8192, "metadata of a call", "bytes")
     drain_seconds: float = _setting(2.0, "time to go on serving as NOT_SERVING after SIGTERM", "seconds")
     shutdown_grace: float = _setting(30.0, "time to finish accepted calls after that", "seconds")
     log_format: str = _setting("text", f"format of the log: {' or '.join(LOG_FORMATS)}")
@@ -81,11 +139,15 @@ class Config:
         object.__setattr__(self, "listen", tuple(self.listen))
         if not self.listen:
             raise ConfigError("listen: expected at least one address, got none")
+        missing = [(name, other) for name, other in NEEDS.items() if getattr(self, name) and not getattr(self, other)]
+        if missing:
+            raise ConfigError("{1}: expected a file, for {0} is given, got none".format(*missing[0]))
+        guards = [name for name, on in (("TLS", self.tls_cert), ("tokens", self.token_file)) if on]
         for address in self.listen:
-            _check_address(address, insecure=self.insecure)
+            _check_address(address, guards, insecure=self.insecure)
         for each in fields(self):
             value, unit = getattr(self, each.name), each.metadata["unit"]
-            least = 0 if each.name in FROM_ZERO else 1
+            least = 0 if each.name in MAY_BE_0 else 1
             if unit and not value >= least:
                 raise ConfigError(f"{each.name}: expected at least {least} {unit}, got {value}")
             most = MOST.get(each.name, 2**63 - 1)
@@ -108,7 +170,7 @@ def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _check_address(address: str, *, insecure: bool) -> None:
+def _check_address(address: str, guards: Sequence[str], *, insecure: bool) -> None:
     if address.startswith("unix:"):
         if not address.removeprefix("unix:").strip("/"):
             raise ConfigError(f"listen: expected unix:PATH, got {address!r}")
@@ -116,13 +178,10 @@ def _check_address(address: str, *, insecure: bool) -> None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:  # noqa: PLR2004 - the largest port there is
         raise ConfigError(f"listen: expected host:port or unix:PATH, got {address!r}")
-    try:
-        loopback = ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        loopback = host == "localhost"
-    if not (loopback or insecure):
+    if not (is_loopback(host) or insecure or len(guards) == 2):  # noqa: PLR2004 - both that there are
         raise ConfigError(
-            f"listen: {address!r} is public, and this server has neither TLS nor tokens: whoever reaches it may call. "
+            f"listen: {address!r} is public, for which TLS and tokens are expected (--tls-cert, --tls-key and "
+            f"--token-file), got {' '.join(guards) or 'neither'}: whoever reaches it may call or listen. "
             "Listen on 127.0.0.1 or a unix socket, or give --insecure where a network or a proxy guards it"
         )
 

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import grpc
 
-from poolrpc.errors import InternalError, InvalidArgumentError, PoolError, UnavailableError
+from poolrpc.errors import (
+    InternalError,
+    InvalidArgumentError,
+    PermissionDeniedError,
+    PoolError,
+    UnauthenticatedError,
+    UnavailableError,
+    UnsupportedError,
+)
 from poolrpc.shapes import clip
 from poolrpc.status import DETAILS_KEY, encode_error
 from poolrpc_server.logs import log
@@ -40,6 +48,7 @@ T = TypeVar("T")
 F = TypeVar("F", bound="Callable[..., object]")
 
 _line: ContextVar[_Line] = ContextVar("line")
+_caller: ContextVar[str] = ContextVar("caller", default="")
 
 
 def note(facts: Mapping[str, str]) -> None:
@@ -66,6 +75,11 @@ class _Inline(ThreadPoolExecutor):
 
 INLINE = _Inline(1)
 """Who refuses: it takes less time than to wake a thread, of which there would have to be many when it matters."""
+
+
+def name_caller(name: str) -> None:
+    """Say whose the call is that is about to be answered: its log line has the name."""
+    _caller.set(name)
 
 
 class CallInterceptor(grpc.ServerInterceptor):
@@ -110,7 +124,7 @@ class CallInterceptor(grpc.ServerInterceptor):
                 level = _priority_of(handler_call_details.invocation_metadata)
                 self._check_room(level)
             except PoolError as error:
-                return self._refusal(method, error)
+                return self.refusal(method, error)
         wrapped = self._wrapped.get((method, level))
         if wrapped is not None:
             return wrapped
@@ -126,7 +140,9 @@ class CallInterceptor(grpc.ServerInterceptor):
         self._wrapped[method, level] = wrapped
         return wrapped
 
-    def _refusal(self, method: str, error: PoolError) -> grpc.RpcMethodHandler[Any, Any]:
+    def refusal(self, method: str, error: PoolError) -> grpc.RpcMethodHandler[Any, Any]:
+        """Give a handler, for a method of any kind, that ends a call with an error before a message of it is read."""
+
         def refuse(_: object, context: grpc.ServicerContext) -> NoReturn:
             line = _Line(method)
             try:
@@ -209,7 +225,8 @@ class _Line:
         self.priority = level
         self.status = "OK"
         self.level = logging.DEBUG if method.startswith(QUIET) else logging.INFO
-        self.noted: dict[str, str] = {}
+        caller = _caller.get()
+        self.noted: dict[str, str] = {"caller": caller} if caller else {}
         self._started = time.perf_counter()
         _line.set(self)
 
@@ -224,8 +241,15 @@ class _Line:
 
     def fail(self, error: Exception, context: grpc.ServicerContext) -> NoReturn:
         """End the call with the status of an error."""
+        if isinstance(error, NotImplementedError):
+            # A servicer's generated base class says so before it raises; torch raises the same for reasons of its own.
+            told = context.code()  # type: ignore[attr-defined]  # which the stubs lack
+            if told == grpc.StatusCode.UNIMPLEMENTED:
+                error = UnsupportedError("the service doesn't have this method")
         if isinstance(error, PoolError):
             self.noted.update(reason=error.reason, error=clip(error.message, 300))
+            if isinstance(error, UnauthenticatedError | PermissionDeniedError):
+                self.level = logging.INFO  # whatever they try
         else:
             error_id = secrets.token_hex(6)
             log.exception("unexpected error", method=self.method, error_id=error_id)

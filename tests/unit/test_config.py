@@ -13,7 +13,16 @@ from poolrpc_server.cli import main
 from poolrpc_server.config import Config, ConfigError, parse
 
 NUMBERS = [each.name for each in fields(Config) if each.metadata["unit"]]
-MAY_BE_0 = ["threads", "max_arena_bytes", "drain_seconds", "shutdown_grace", "max_queue_seconds", "max_queue_delay"]
+MAY_BE_0 = [
+    "threads",
+    "max_queue_seconds",
+    "max_queue_delay",
+    "max_arena_bytes",
+    "max_connection_age_seconds",
+    "max_connection_idle_seconds",
+    "drain_seconds",
+    "shutdown_grace",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +56,11 @@ def test_threads_are_the_cpus_of_this_process():
 # A value of each setting other than its default, as it is written and as it is read.
 OTHERS = {
     "listen": ("unix:/tmp/x.sock", ("unix:/tmp/x.sock",)),
+    "tls_cert": ("cert.pem", "cert.pem"),
+    "tls_key": ("key.pem", "key.pem"),
+    "tls_client_ca": ("ca.pem", "ca.pem"),
+    "token_file": ("tokens.txt", "tokens.txt"),
+    "health_requires_token": ("true", True),
     "insecure": ("true", True),
     "device": ("cuda:1", "cuda:1"),
     "threads": ("7", 7),
@@ -64,6 +78,13 @@ OTHERS = {
     "max_arenas": ("8", 8),
     "max_streams": ("5", 5),
     "stream_idle_seconds": ("1.5", 1.5),
+    "keepalive_seconds": ("7.5", 7.5),
+    "keepalive_timeout_seconds": ("3", 3.0),
+    "min_ping_seconds": ("4", 4.0),
+    "max_connection_age_seconds": ("600", 600.0),
+    "max_connection_idle_seconds": ("0", 0.0),
+    "max_connection_calls": ("11", 11),
+    "max_metadata_bytes": ("4096", 4096),
     "drain_seconds": ("0.5", 0.5),
     "shutdown_grace": ("6", 6.0),
     "log_format": ("json", "json"),
@@ -71,17 +92,29 @@ OTHERS = {
 }
 
 
+# What a setting is refused without.
+BESIDE = {
+    "tls_cert": {"tls_key": "k"},
+    "tls_key": {"tls_cert": "c"},
+    "tls_client_ca": {"tls_cert": "c", "tls_key": "k"},
+    "health_requires_token": {"token_file": "t"},
+}
+
+
 @pytest.mark.parametrize("name", [each.name for each in fields(Config)])
 def test_a_setting_has_a_flag_and_a_variable(name, monkeypatch):
     """Each setting is given by its flag, or by its POOLRPC_ variable where there is no flag; the flag wins."""
     text, value = OTHERS[name]
-    expected = replace(Config(), **{name: value})
+    beside = BESIDE.get(name, {})
+    expected = replace(Config(), **{name: value, **beside})
     assert expected != Config()
+    for other, path in beside.items():
+        monkeypatch.setenv(f"POOLRPC_{other.upper()}", path)
     given = [flag(name)] if isinstance(value, bool) else [flag(name), text]
     assert parse(given) == expected
     monkeypatch.setenv(f"POOLRPC_{name.upper()}", text)
     assert parse([]) == expected
-    if not isinstance(value, bool):
+    if not (isinstance(value, bool) or beside):
         default = getattr(Config(), name)
         back = default[0] if isinstance(default, tuple) else str(default)
         assert parse([flag(name), back]) == Config()
@@ -185,6 +218,39 @@ def test_a_public_address_needs_insecure(address):
     assert "\n" not in str(raised.value)
     assert Config(listen=(address,), insecure=True).listen == (address,)
     assert parse(["--listen", address, "--insecure"]).insecure
+
+
+TLS = {"tls_cert": "c", "tls_key": "k"}
+
+
+def test_a_public_address_is_safe_with_tls_and_tokens():
+    """Both together make an address safe that others reach; one alone doesn't, and the message says which there is."""
+    both = TLS | {"token_file": "t"}
+    assert Config(listen=("0.0.0.0:1",), **both).listen == ("0.0.0.0:1",)
+    for guards, had in (
+        ({}, "neither"),
+        (TLS, "TLS"),
+        ({"token_file": "t"}, "tokens"),
+        (TLS | {"tls_client_ca": "a"}, "TLS"),
+    ):
+        with pytest.raises(ConfigError, match=rf"TLS and tokens are expected \(.*\), got {had}: "):
+            Config(listen=("0.0.0.0:1",), **guards)
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        ({"tls_cert": "c"}, "tls_key"),
+        ({"tls_key": "k"}, "tls_cert"),
+        ({"tls_client_ca": "a"}, "tls_cert"),
+        ({"health_requires_token": True}, "token_file"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_goes_together_is_asked_for(given, missing):
+    """A certificate without its key, and the like, is refused with what is missing."""
+    with pytest.raises(ConfigError, match=f"^{missing}: expected a file, for {next(iter(given))} is given, got none$"):
+        Config(**given)
 
 
 @pytest.mark.parametrize(

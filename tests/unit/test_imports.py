@@ -22,7 +22,7 @@ ROOMS = (
     {"cli"},
     {"workers"},
     {"app"},
-    {"doors"},
+    {"doors", "security"},
     {"interceptors"},
     {"dispatch"},
     {"streams"},
@@ -30,11 +30,12 @@ ROOMS = (
     {"device"},
     {"buffers", "kernels"},
     {"validate", "admission"},
-    {"arena"},
+    {"arena", "tokens"},
+    {"watched"},
     {"config", "logs", "metrics"},
 )
 DEPTH = {module: depth for depth, room in enumerate(ROOMS) for module in room}
-KNOW_GRPC = {"app", "doors", "interceptors", "cli", "workers"}
+KNOW_GRPC = {"app", "doors", "interceptors", "security", "cli", "workers"}
 KNOW_CONFIG = {"cli", "workers", "app"}
 # What the client's modules may import beside Python's own library when they are themselves imported.
 THIN = {"grpc", "google", "numpy", "poolrpc"}

@@ -1,14 +1,22 @@
 """What surrounds every call: the status of whatever is raised, and the line in the log."""
 
+import contextvars
 import logging
 from collections import namedtuple
 
 import grpc
 import pytest
 
-from poolrpc import InvalidArgumentError, LimitExceededError, UnavailableError
+from poolrpc import (
+    InternalError,
+    InvalidArgumentError,
+    LimitExceededError,
+    UnauthenticatedError,
+    UnavailableError,
+    UnsupportedError,
+)
 from poolrpc.status import DETAILS_KEY, decode_error
-from poolrpc_server.interceptors import CallInterceptor, note
+from poolrpc_server.interceptors import CallInterceptor, name_caller, note
 
 METHOD = "/poolrpc.v1.PoolService/Pool"
 Details = namedtuple("Details", "method")  # noqa: PYI024 - gRPC's has more that no test needs
@@ -34,7 +42,7 @@ class Context:
     """A call, as gRPC gives it to a servicer."""
 
     def __init__(self):
-        self.trailing, self.ended, self.active = (), None, True
+        self.trailing, self.ended, self.active, self.told = (), None, True, None
 
     def is_active(self):
         """Tell whether the caller is there."""
@@ -45,6 +53,10 @@ class Context:
 
     def time_remaining(self):
         """Give no limit."""
+
+    def code(self):
+        """Give the status that the servicer has set."""
+        return self.told
 
     def set_trailing_metadata(self, metadata):
         """Keep what goes with the status."""
@@ -153,6 +165,20 @@ def test_an_unexpected_error_is_explained_in_the_log_alone(lines, caplog, monkey
     (record,) = [each for each in caplog.records if each.message == "unexpected error"]
     assert (record.error_id, record.method) == (error_id, METHOD)
     assert record.exc_info[1] is UNEXPECTED
+
+
+def test_a_method_without_a_servicer_is_unimplemented(lines):
+    """What a servicer's generated base class raises is UNIMPLEMENTED, and the same of torch's is unexpected."""
+
+    def missing(_, context):
+        context.told = grpc.StatusCode.UNIMPLEMENTED
+        raise NotImplementedError("Method not implemented!")
+
+    _, context = call(lines, missing)
+    assert type(context.error()) is UnsupportedError
+    _, context = call(lines, raising(NotImplementedError("no such kernel")))
+    assert type(context.error()) is InternalError
+    assert [facts["status"] for _, facts in lines.kept] == ["UNIMPLEMENTED", "INTERNAL"]
 
 
 def test_what_one_call_noted_is_not_in_the_next_line(lines):
@@ -268,3 +294,30 @@ def test_a_method_of_another_kind_is_left_as_it_is(lines, kind):
     """No service of ours has such methods; what others have is passed on."""
     inner = getattr(grpc, f"{kind}_rpc_method_handler")(lambda *_: "answer")
     assert CallInterceptor(lines, lambda _: None).intercept_service(lambda _: inner, Details("/x/Y")) is inner
+
+
+def test_a_refusal_reads_no_message(lines):
+    """A call that is refused ends with the error before a message of it is read, and is a line even for probes."""
+    context, asked = Context(), []
+    requests = map(asked.append, ["request"])
+    refusal = CallInterceptor(lines, lambda _: None).refusal("/grpc.health.v1.Health/Check", UnauthenticatedError("no"))
+    with pytest.raises(Aborted):
+        refusal.stream_stream(requests, context)
+    assert asked == []
+    assert type(context.error()) is UnauthenticatedError
+    ((level, facts),) = lines.kept
+    assert (level, facts["status"], facts["reason"]) == (logging.INFO, "UNAUTHENTICATED", "UNAUTHENTICATED")
+
+
+def test_whose_call_it_is_is_in_its_line(lines):
+    """The name that was said before the call began is in its line, first of what is noted."""
+
+    def named():
+        name_caller("alice")
+        call(lines, lambda *_: note({"shape": "(1,)"}))
+
+    contextvars.copy_context().run(named)
+    call(lines, lambda *_: "answer")
+    assert list(lines.kept[0][1]) == ["method", "status", "ms", "caller", "shape"]
+    assert lines.kept[0][1]["caller"] == "alice"
+    assert "caller" not in lines.kept[1][1]
