@@ -29,6 +29,7 @@ from poolrpc_server.doors.native import SERVICE, PoolDoor
 from poolrpc_server.engine import Engine
 from poolrpc_server.interceptors import CallInterceptor
 from poolrpc_server.logs import CallLog, log
+from poolrpc_server.metrics import IN_FOLDER, Load, Metrics, MetricsServer
 from poolrpc_server.validate import Limits
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Server:
     Attributes:
         addresses: Where it listens; free ports filled in once it is made.
         info: What it says of itself.
+        metrics_address: Where its metrics are read, "host:port"; empty: nowhere.
 
     """
 
@@ -74,11 +76,13 @@ class Server:
         limits = Limits(config.max_message_bytes, config.max_output_bytes, config.max_output_growth, config.max_work)
         self._arenas: list[ArenaListener] = []
         dispatcher = Dispatcher(limits, Admission(config.max_inflight_bytes), engine, self.info, find_in(self._arenas))
+        self._metrics = Metrics(enabled=bool(config.metrics))
+        self._metrics.watch(self._load)
         self._call_log = CallLog()
         self._threads = ThreadPoolExecutor(config.call_threads, "poolrpc-call")
         self._server = grpc.server(
             self._threads,
-            interceptors=[CallInterceptor(self._call_log)],
+            interceptors=[CallInterceptor(self._call_log, self._metrics)],
             options=[
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_send_message_length", config.max_message_bytes),
@@ -96,6 +100,10 @@ class Server:
         self._services = ("", SERVICE, health.SERVICE_NAME)
         reflection.enable_server_reflection((*self._services[1:], reflection.SERVICE_NAME), self._server)
         self.addresses = tuple(self._listen(address) for address in config.listen)
+        self._serving = False
+        # Where the metrics go to a folder, whoever sums them listens.
+        self._metrics_server = self._show_metrics(config.metrics) if config.metrics and not IN_FOLDER else None
+        self.metrics_address = self._metrics_server.address if self._metrics_server else ""
         if config.max_arena_bytes:
             self._share_memory(config)
 
@@ -119,6 +127,17 @@ class Server:
             except ValueError as error:
                 log.warning("no shared memory: clients send their bytes", error=str(error))
 
+    def _show_metrics(self, address: str) -> MetricsServer:
+        try:
+            return MetricsServer(address, self._metrics.collect, lambda: self._serving)
+        except (OSError, UnicodeError) as error:  # the latter of a name that can't be one
+            raise ConfigError(f"metrics: {address!r} can't be had: {error}") from None
+
+    def _load(self) -> Load:
+        return Load(
+            arenas=sum(each.live for each in self._arenas), arena_bytes=sum(each.nbytes for each in self._arenas)
+        )
+
     def start(self) -> None:
         """Serve."""
         self._server.start()
@@ -137,8 +156,11 @@ class Server:
         self._threads.shutdown()
         self._engine.close()
         self._call_log.close()
+        if self._metrics_server:
+            self._metrics_server.close()
 
     def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        self._serving = status == SERVING
         for service in self._services:
             self._health.set(service, status)
 
@@ -189,6 +211,7 @@ def serve(config: Config) -> None:
         device=info.device,
         torch=info.torch_version,
         threads=info.threads,
+        metrics=server.metrics_address,
         **{name: str(limit) for name, limit in info.limits.items()},
     )
     stopping.wait()

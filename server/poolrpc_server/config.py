@@ -63,6 +63,7 @@ class Config:
     max_arenas: int = _setting(256, "pieces of it", "arenas")
     max_streams: int = _setting(16, "streams at a time: each has a thread for as long as it lasts", "streams")
     stream_idle_seconds: float = _setting(60.0, "time that a stream may send nothing", "seconds")
+    metrics: str = _setting("", "HTTP address of /metrics, /healthz and /readyz, host:port; empty: none")
     drain_seconds: float = _setting(2.0, "time to go on serving as NOT_SERVING after SIGTERM", "seconds")
     shutdown_grace: float = _setting(30.0, "time to finish accepted calls after that", "seconds")
     log_format: str = _setting("text", f"format of the log: {' or '.join(LOG_FORMATS)}")
@@ -73,7 +74,9 @@ class Config:
         if not self.listen:
             raise ConfigError("listen: expected at least one address, got none")
         for address in self.listen:
-            _check_address(address, insecure=self.insecure)
+            _check_address("listen", address, insecure=self.insecure)
+        if self.metrics:
+            _check_address("metrics", self.metrics, insecure=self.insecure)
         for each in fields(self):
             value, unit = getattr(self, each.name), each.metadata["unit"]
             least = 0 if each.name in ("threads", "max_arena_bytes", "drain_seconds", "shutdown_grace") else 1
@@ -99,22 +102,23 @@ def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _check_address(address: str, *, insecure: bool) -> None:
-    if address.startswith("unix:"):
+def _check_address(name: str, address: str, *, insecure: bool) -> None:
+    if name == "listen" and address.startswith("unix:"):
         if not address.removeprefix("unix:").strip("/"):
             raise ConfigError(f"listen: expected unix:PATH, got {address!r}")
         return
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:  # noqa: PLR2004 - the largest port there is
-        raise ConfigError(f"listen: expected host:port or unix:PATH, got {address!r}")
+        expected = "host:port or unix:PATH" if name == "listen" else "host:port"
+        raise ConfigError(f"{name}: expected {expected}, got {address!r}")
     try:
         loopback = ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         loopback = host == "localhost"
     if not (loopback or insecure):
         raise ConfigError(
-            f"listen: {address!r} is public, and this server has neither TLS nor tokens: whoever reaches it may call. "
-            "Listen on 127.0.0.1 or a unix socket, or give --insecure where a network or a proxy guards it"
+            f"{name}: {address!r} is public, and this server has neither TLS nor tokens: whoever reaches it may call. "
+            "Take 127.0.0.1 or a unix socket, or give --insecure where a network or a proxy guards it"
         )
 
 

@@ -1,4 +1,4 @@
-"""What surrounds every call: errors become statuses, and each call becomes a line in the log."""
+"""What surrounds every call: errors become statuses, and each call becomes a line in the log and is counted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 
-from poolrpc.errors import InternalError, InvalidArgumentError, PoolError
+from poolrpc.errors import InternalError, InvalidArgumentError, PoolError, UnavailableError
 from poolrpc.shapes import clip
 from poolrpc.status import DETAILS_KEY, encode_error
 from poolrpc_server.logs import log
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from poolrpc_server.logs import CallLog
+    from poolrpc_server.metrics import Metrics
 
 QUIET = ("/grpc.health.v1.Health/", "/grpc.reflection.")
 """Methods that probes and tools call, by the second perhaps: logged at DEBUG."""
@@ -36,11 +37,12 @@ def note(facts: Mapping[str, str]) -> None:
 
 
 class CallInterceptor(grpc.ServerInterceptor):
-    """Answers with the status of whatever a servicer raises, and logs the call."""
+    """Answers with the status of whatever a servicer raises, logs the call and counts it."""
 
-    def __init__(self, call_log: CallLog) -> None:
-        """Make one that logs there."""
+    def __init__(self, call_log: CallLog, metrics: Metrics) -> None:
+        """Make one that logs and counts there."""
         self._log = call_log
+        self._metrics = metrics
         self._wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
 
     def intercept_service(
@@ -72,13 +74,13 @@ class CallInterceptor(grpc.ServerInterceptor):
         behaviour: Callable[[Any, grpc.ServicerContext], object],
     ) -> grpc.RpcMethodHandler[Any, Any]:
         def answer(request: object, context: grpc.ServicerContext) -> object:
-            line = _Line(method)
+            line = _Line(method, "unary", self._metrics)
             try:
                 return behaviour(request, context)
             except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets a status
                 line.fail(error, context)
             finally:
-                self._log.add(line.level, line.facts())
+                line.end(self._log)
 
         return grpc.unary_unary_rpc_method_handler(answer, inner.request_deserializer, inner.response_serializer)
 
@@ -89,7 +91,7 @@ class CallInterceptor(grpc.ServerInterceptor):
         behaviour: Callable[[Iterator[Any], grpc.ServicerContext], Iterator[object]],
     ) -> grpc.RpcMethodHandler[Any, Any]:
         def answers(requests: Iterator[object], context: grpc.ServicerContext) -> Iterator[object]:
-            line, ended = _Line(method), Event()
+            line, ended = _Line(method, "bidi_stream", self._metrics), Event()
             context.add_callback(ended.set)
             try:
                 yield from behaviour(requests, context)
@@ -106,33 +108,44 @@ class CallInterceptor(grpc.ServerInterceptor):
                 left = context.time_remaining()
                 line.status = "DEADLINE_EXCEEDED" if left is not None and left <= 0 else "CANCELLED"
             finally:
-                self._log.add(line.level, line.facts())
+                line.end(self._log)
 
         return grpc.stream_stream_rpc_method_handler(answers, inner.request_deserializer, inner.response_serializer)
 
 
 class _Line:
-    """The log line of a call, from its begin to its end."""
+    """What is told of a call, in the log and in the metrics, from its begin to its end."""
 
-    def __init__(self, method: str) -> None:
+    def __init__(self, method: str, kind: str, metrics: Metrics) -> None:
         self.method = method
+        service, _, name = method[1:].partition("/")
+        self._labels = kind, service, name
+        self._metrics = metrics
         self.status = "OK"
         self.level = logging.DEBUG if method.startswith(QUIET) else logging.INFO
         self._noted: dict[str, str] = {}
         self._started = time.perf_counter()
         _facts.set(self._noted)
+        metrics.started(*self._labels)
 
-    def facts(self) -> dict[str, object]:
-        milliseconds = round((time.perf_counter() - self._started) * 1000, 3)
-        return {"method": self.method, "status": self.status, "ms": milliseconds, **self._noted}
+    def end(self, call_log: CallLog) -> None:
+        """Log and count it."""
+        seconds = time.perf_counter() - self._started
+        facts = {"method": self.method, "status": self.status, "ms": round(seconds * 1000, 3), **self._noted}
+        call_log.add(self.level, facts)
+        self._metrics.handled(*self._labels, self.status, seconds)
 
     def fail(self, error: Exception, context: grpc.ServicerContext) -> NoReturn:
         """End the call with the status of an error."""
         if isinstance(error, PoolError):
             self._noted.update(reason=error.reason, error=clip(error.message, 300))
+            if isinstance(error, UnavailableError):
+                self._metrics.rejected(error.reason)
         else:
             error_id = secrets.token_hex(6)
             log.exception("unexpected error", method=self.method, error_id=error_id)
+            if not self.method.startswith(QUIET):
+                self._metrics.escaped()
             self._noted.update(error_id=error_id, error=type(error).__name__)
             text = f"the server failed on this call; its log explains it under the id {error_id}"
             error = InternalError(text, metadata={"error_id": error_id})

@@ -9,7 +9,9 @@ import pytest
 from poolrpc import InvalidArgumentError, LimitExceededError, UnavailableError
 from poolrpc.status import DETAILS_KEY, decode_error
 from poolrpc_server.interceptors import CallInterceptor, note
+from poolrpc_server.metrics import Metrics
 
+METRICS = Metrics(enabled=False)
 METHOD = "/poolrpc.v1.PoolService/Pool"
 Details = namedtuple("Details", "method")  # noqa: PYI024 - gRPC's has more that no test needs
 UNEXPECTED = KeyError("a secret")
@@ -70,7 +72,7 @@ def lines():
 def handler(lines, behaviour, *, method=METHOD, kind="unary_unary"):
     """Give what the interceptor makes of a method."""
     inner = getattr(grpc, f"{kind}_rpc_method_handler")(behaviour, None, None)
-    return CallInterceptor(lines).intercept_service(lambda _: inner, Details(method))
+    return CallInterceptor(lines, METRICS).intercept_service(lambda _: inner, Details(method))
 
 
 def call(lines, behaviour, **options):
@@ -243,7 +245,7 @@ def test_a_stream_that_the_caller_leaves_is_cancelled(lines):
 
 def test_a_method_is_wrapped_once(lines):
     """A method that there is has one handler, although gRPC asks about each call."""
-    interceptor, asked = CallInterceptor(lines), []
+    interceptor, asked = CallInterceptor(lines, METRICS), []
 
     def continuation(details):
         asked.append(details.method)
@@ -257,7 +259,7 @@ def test_a_method_is_wrapped_once(lines):
 
 def test_a_method_that_is_not_there_stays_so(lines):
     """Such calls are gRPC's to answer, and not remembered, for callers make up any number."""
-    interceptor, asked = CallInterceptor(lines), []
+    interceptor, asked = CallInterceptor(lines, METRICS), []
     for _ in range(2):
         assert interceptor.intercept_service(asked.append, Details("/no/Such")) is None
     assert len(asked) == 2
@@ -267,4 +269,4 @@ def test_a_method_that_is_not_there_stays_so(lines):
 def test_a_method_of_another_kind_is_left_as_it_is(lines, kind):
     """No service of ours has such methods; what others have is passed on."""
     inner = getattr(grpc, f"{kind}_rpc_method_handler")(lambda *_: "answer")
-    assert CallInterceptor(lines).intercept_service(lambda _: inner, Details("/x/Y")) is inner
+    assert CallInterceptor(lines, METRICS).intercept_service(lambda _: inner, Details("/x/Y")) is inner
