@@ -30,6 +30,7 @@ from poolrpc_server.doors.native import SERVICE, PoolDoor
 from poolrpc_server.engine import Engine
 from poolrpc_server.interceptors import CallInterceptor
 from poolrpc_server.logs import CallLog, log
+from poolrpc_server.metrics import IN_FOLDER, Load, Metrics, MetricsServer
 from poolrpc_server.security import Certificates, TokenInterceptor
 from poolrpc_server.tokens import TokenFile
 from poolrpc_server.validate import Limits
@@ -103,6 +104,7 @@ class Server:
     Attributes:
         addresses: Where it listens; free ports filled in once it is made.
         info: What it says of itself.
+        metrics_address: Where its metrics are read, "host:port"; empty: nowhere.
 
     """
 
@@ -126,8 +128,13 @@ class Server:
         bounds = Bounds(
             config.max_queue, config.max_queue_seconds, config.max_batch_bytes, config.max_queue_delay / 1000
         )
-        admission = Admission(config.max_inflight_bytes)
-        self._dispatcher = Dispatcher(limits, admission, engine, self.info, find_in(self._arenas), bounds)
+        self._admission = Admission(config.max_inflight_bytes)
+        self._metrics = Metrics(enabled=bool(config.metrics))
+        counting = self._metrics if config.metrics else None
+        self._dispatcher = Dispatcher(
+            limits, self._admission, engine, self.info, find_in(self._arenas), bounds, counting
+        )
+        self._metrics.watch(self._load)
         self._call_log = CallLog()
         self._threads = CallThreads(config.call_threads, self._dispatcher.check_room)
         # Whoever looks after the server has its answer while every other call waits. A stream of reflection's may be
@@ -135,6 +142,7 @@ class Server:
         self._quick, self._reflecting = (ThreadPoolExecutor(4, f"poolrpc-{name}") for name in ("quick", "reflection"))
         calls = CallInterceptor(
             self._call_log,
+            self._metrics,
             self._threads.check_room,
             NEED_ROOM,
             {
@@ -159,13 +167,17 @@ class Server:
         )
         # A stream has a call thread for as long as it lasts: one at least is left for others.
         streams = max(1, min(config.max_streams, config.call_threads - 1))
-        door = PoolDoor(self._dispatcher, streams, config.stream_idle_seconds)
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, door.handlers()),))
+        self._door = PoolDoor(self._dispatcher, streams, config.stream_idle_seconds)
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, self._door.handlers()),))
         self._health = health.HealthServicer(experimental_thread_pool=self._quick)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._services = ("", SERVICE, health.SERVICE_NAME)
         reflection.enable_server_reflection((*self._services[1:], reflection.SERVICE_NAME), self._server)
         self.addresses = tuple(self._listen(address) for address in config.listen)
+        self._serving = False
+        # Where the metrics go to a folder, whoever sums them listens.
+        self._metrics_server = self._show_metrics(config.metrics) if config.metrics and not IN_FOLDER else None
+        self.metrics_address = self._metrics_server.address if self._metrics_server else ""
         if config.max_arena_bytes:
             self._share_memory(config)
 
@@ -193,6 +205,23 @@ class Server:
             except ValueError as error:
                 log.warning("no shared memory: clients send their bytes", error=str(error))
 
+    def _show_metrics(self, address: str) -> MetricsServer:
+        try:
+            return MetricsServer(address, self._metrics.collect, lambda: self._serving)
+        except (OSError, UnicodeError) as error:  # the latter of a name that can't be one
+            raise ConfigError(f"metrics: {address!r} can't be had: {error}") from None
+
+    def _load(self) -> Load:
+        lengths, oldest = self._dispatcher.waiting()
+        return Load(
+            inflight_bytes=self._admission.held,
+            queue_lengths=lengths,
+            queue_oldest_seconds=oldest,
+            arenas=sum(each.live for each in self._arenas),
+            arena_bytes=sum(each.nbytes for each in self._arenas),
+            streams=self._door.streams,
+        )
+
     def start(self) -> None:
         """Serve."""
         self._server.start()
@@ -216,8 +245,11 @@ class Server:
             threads.shutdown()
         self._engine.close()
         self._call_log.close()
+        if self._metrics_server:
+            self._metrics_server.close()
 
     def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        self._serving = status == SERVING
         for service in self._services:
             self._health.set(service, status)
 
@@ -302,6 +334,7 @@ def serve(config: Config) -> None:
         threads=info.threads,
         tls="mutual" if config.tls_client_ca else "on" if config.tls_cert else "off",
         tokens="on" if config.token_file else "off",
+        metrics=server.metrics_address,
         **{name: str(limit) for name, limit in info.limits.items()},
     )
     stopping.wait()

@@ -234,9 +234,7 @@ class Batcher(Generic[J]):
         if entry is None:
             started = time.monotonic()
             try:
-                waiter.check_wanted()
-                if self._gauges is not None:
-                    self._gauges.queued(0.0)
+                self._arrived(waiter)
                 return self._execute([job])[0]
             finally:
                 job.took(time.monotonic() - started)
@@ -295,6 +293,16 @@ class Batcher(Generic[J]):
                 for entry in [each for entries in level.keys.values() for each in entries]:
                     level.remove(entry)
                     entry.done(None, StoppedError())
+
+    def _arrived(self, waiter: Waiter) -> None:
+        try:
+            waiter.check_wanted()
+        except Exception:
+            if self._gauges is not None:
+                self._gauges.cancelled("arrival")
+            raise
+        if self._gauges is not None:
+            self._gauges.queued(0.0)
 
     def _enter(self, job: J, waiter: Waiter, priority: int, *, admitted: bool) -> _Entry[J]:
         if self._stopped:

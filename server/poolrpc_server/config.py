@@ -130,6 +130,7 @@ class Config:
         1024, "calls at a time on a connection; further ones wait at the client", "calls"
     )
     max_metadata_bytes: int = _setting(8192, "metadata of a call", "bytes")
+    metrics: str = _setting("", "HTTP address of /metrics, /healthz and /readyz, host:port; empty: none")
     drain_seconds: float = _setting(2.0, "time to go on serving as NOT_SERVING after SIGTERM", "seconds")
     shutdown_grace: float = _setting(30.0, "time to finish accepted calls after that", "seconds")
     log_format: str = _setting("text", f"format of the log: {' or '.join(LOG_FORMATS)}")
@@ -143,8 +144,9 @@ class Config:
         if missing:
             raise ConfigError("{1}: expected a file, for {0} is given, got none".format(*missing[0]))
         guards = [name for name, on in (("TLS", self.tls_cert), ("tokens", self.token_file)) if on]
-        for address in self.listen:
-            _check_address(address, guards, insecure=self.insecure)
+        addresses = [("listen", each) for each in self.listen] + [("metrics", each) for each in (self.metrics,) if each]
+        for name, address in addresses:
+            _check_address(name, address, guards if name == "listen" else (), insecure=self.insecure)
         for each in fields(self):
             value, unit = getattr(self, each.name), each.metadata["unit"]
             least = 0 if each.name in MAY_BE_0 else 1
@@ -170,20 +172,27 @@ def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _check_address(address: str, guards: Sequence[str], *, insecure: bool) -> None:
-    if address.startswith("unix:"):
+def _check_address(name: str, address: str, guards: Sequence[str], *, insecure: bool) -> None:
+    if name == "listen" and address.startswith("unix:"):
         if not address.removeprefix("unix:").strip("/"):
             raise ConfigError(f"listen: expected unix:PATH, got {address!r}")
         return
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:  # noqa: PLR2004 - the largest port there is
-        raise ConfigError(f"listen: expected host:port or unix:PATH, got {address!r}")
-    if not (is_loopback(host) or insecure or len(guards) == 2):  # noqa: PLR2004 - both that there are
+        expected = "host:port or unix:PATH" if name == "listen" else "host:port"
+        raise ConfigError(f"{name}: expected {expected}, got {address!r}")
+    if is_loopback(host) or insecure or len(guards) == 2:  # noqa: PLR2004 - both that there are
+        return
+    if name == "metrics":
         raise ConfigError(
-            f"listen: {address!r} is public, for which TLS and tokens are expected (--tls-cert, --tls-key and "
-            f"--token-file), got {' '.join(guards) or 'neither'}: whoever reaches it may call or listen. "
-            "Listen on 127.0.0.1 or a unix socket, or give --insecure where a network or a proxy guards it"
+            f"metrics: {address!r} is public, and metrics have neither TLS nor tokens: whoever reaches them may read. "
+            "Take 127.0.0.1, or give --insecure where a network or a proxy guards it"
         )
+    raise ConfigError(
+        f"listen: {address!r} is public, for which TLS and tokens are expected (--tls-cert, --tls-key and "
+        f"--token-file), got {' '.join(guards) or 'neither'}: whoever reaches it may call or listen. "
+        "Listen on 127.0.0.1 or a unix socket, or give --insecure where a network or a proxy guards it"
+    )
 
 
 def parse(arguments: Sequence[str] | None = None) -> Config:

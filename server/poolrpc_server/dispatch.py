@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from poolrpc_server.admission import Admission
     from poolrpc_server.arena import Arena
     from poolrpc_server.engine import Engine, Run
+    from poolrpc_server.metrics import Metrics
     from poolrpc_server.validate import Checked, Limits
 
 T = TypeVar("T")
@@ -77,6 +78,7 @@ class Dispatcher:
         info: ServerInfo,
         find_arena: Callable[[bytes], Arena] | None = None,
         bounds: Bounds | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         """Make a dispatcher.
 
@@ -87,12 +89,13 @@ class Dispatcher:
             info: What the server says of itself.
             find_arena: Gives an arena of that id. None: there are none.
             bounds: What may wait for the engine, and what is computed at once. None: as Bounds has it.
+            metrics: Count what happens, where there are any.
 
         """
         self._limits = limits
         self._admission = admission
-        self._batcher = Batcher(engine.threads, engine.execute, bounds or Bounds())
-        engine.seats = self._batcher
+        self._batcher = Batcher(engine.threads, engine.execute, bounds or Bounds(), metrics)
+        engine.seats, engine.gauges = self._batcher, metrics
         self._engine = engine
         self._find_arena = find_arena
         self.info = info
@@ -184,6 +187,10 @@ class Dispatcher:
         # The stream was let in as a whole.
         answer: T = self._run(run, caller, admitted=True)
         return answer
+
+    def waiting(self) -> tuple[tuple[int, ...], float]:
+        """Count the calls that wait, of each priority, and give the seconds that the first of them has waited."""
+        return tuple(self._batcher.waiting()), self._batcher.age()
 
     def stop(self) -> None:
         """Fail what waits; what is being computed is finished."""

@@ -1,4 +1,4 @@
-"""What surrounds every call: errors become statuses, and each call becomes a line in the log."""
+"""What surrounds every call: errors become statuses, and each call becomes a line in the log and is counted."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
     from poolrpc_server.logs import CallLog
+    from poolrpc_server.metrics import Metrics
 
 QUIET = ("/grpc.health.v1.Health/", "/grpc.reflection.")
 """Methods that probes and tools call, by the second perhaps: logged at DEBUG."""
@@ -83,7 +84,7 @@ def name_caller(name: str) -> None:
 
 
 class CallInterceptor(grpc.ServerInterceptor):
-    """Lets calls in, answers with the status of whatever a servicer raises, and logs the call.
+    """Lets calls in, answers with the status of whatever a servicer raises, logs the call and counts it.
 
     What needs room is refused before its message is read where there is none. What needs none (health, the server's
     info, the refusals themselves) has threads of its own, so that it is answered while all others are taken.
@@ -92,7 +93,8 @@ class CallInterceptor(grpc.ServerInterceptor):
     def __init__(
         self,
         call_log: CallLog,
-        check_room: Callable[[int], None],
+        metrics: Metrics,
+        check_room: Callable[[int], None] = lambda _: None,
         needs_room: Collection[str] = (),
         threads: Mapping[str, ThreadPoolExecutor] | None = None,
     ) -> None:
@@ -100,12 +102,14 @@ class CallInterceptor(grpc.ServerInterceptor):
 
         Args:
             call_log: Where it logs.
+            metrics: Where it counts.
             check_room: Raises where there is no room for a call of that priority.
             needs_room: The methods for which that is asked.
             threads: Who answers methods that begin so. Any other is answered by the server's own.
 
         """
         self._log = call_log
+        self._metrics = metrics
         self._check_room = check_room
         self._needs_room = frozenset(needs_room)
         self._threads = dict(threads or {})
@@ -142,13 +146,14 @@ class CallInterceptor(grpc.ServerInterceptor):
 
     def refusal(self, method: str, error: PoolError) -> grpc.RpcMethodHandler[Any, Any]:
         """Give a handler, for a method of any kind, that ends a call with an error before a message of it is read."""
+        kind = "bidi_stream" if (method, 1) in self._wrapped and self._wrapped[method, 1].stream_stream else "unary"
 
         def refuse(_: object, context: grpc.ServicerContext) -> NoReturn:
-            line = _Line(method)
+            line = _Line(method, kind, self._metrics)
             try:
                 line.fail(error, context)
             finally:
-                self._log.add(line.level, line.facts())
+                line.end(self._log)
 
         # Of a stream gRPC doesn't read the first message before it asks.
         return grpc.stream_stream_rpc_method_handler(self._by(INLINE, refuse))
@@ -170,17 +175,17 @@ class CallInterceptor(grpc.ServerInterceptor):
         behaviour: Callable[[Any, grpc.ServicerContext], object],
     ) -> grpc.RpcMethodHandler[Any, Any]:
         def answers(request: object, context: grpc.ServicerContext) -> object:
-            line = _Line(method, level)
+            line = _Line(method, "unary", self._metrics, level)
             try:
                 answer = behaviour(request, context)
             except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets a status
                 line.fail(error, context)
             else:
                 if not context.is_active():
-                    line.leave(context)
+                    line.leave(context, "send")
                 return answer
             finally:
-                self._log.add(line.level, line.facts())
+                line.end(self._log)
 
         return grpc.unary_unary_rpc_method_handler(
             self._by(self._of(method), answers), inner.request_deserializer, inner.response_serializer
@@ -194,7 +199,7 @@ class CallInterceptor(grpc.ServerInterceptor):
         behaviour: Callable[[Iterator[Any], grpc.ServicerContext], Iterator[object]],
     ) -> grpc.RpcMethodHandler[Any, Any]:
         def answers(requests: Iterator[object], context: grpc.ServicerContext) -> Iterator[object]:
-            line, ended = _Line(method, level), Event()
+            line, ended = _Line(method, "bidi_stream", self._metrics, level), Event()
             context.add_callback(ended.set)
             try:
                 yield from behaviour(requests, context)
@@ -210,7 +215,7 @@ class CallInterceptor(grpc.ServerInterceptor):
                 # The caller left, or its time is up: nobody hears a status, and what was raised came of that.
                 line.leave(context)
             finally:
-                self._log.add(line.level, line.facts())
+                line.end(self._log)
 
         return grpc.stream_stream_rpc_method_handler(
             self._by(self._of(method), answers), inner.request_deserializer, inner.response_serializer
@@ -218,26 +223,35 @@ class CallInterceptor(grpc.ServerInterceptor):
 
 
 class _Line:
-    """The log line of a call, from its begin to its end."""
+    """What is told of a call, in the log and in the metrics, from its begin to its end."""
 
-    def __init__(self, method: str, level: int = 1) -> None:
+    def __init__(self, method: str, kind: str, metrics: Metrics, level: int = 1) -> None:
         self.method = method
         self.priority = level
+        service, _, name = method[1:].partition("/")
+        self._labels = kind, service, name
+        self._metrics = metrics
         self.status = "OK"
         self.level = logging.DEBUG if method.startswith(QUIET) else logging.INFO
         caller = _caller.get()
         self.noted: dict[str, str] = {"caller": caller} if caller else {}
         self._started = time.perf_counter()
         _line.set(self)
+        metrics.started(*self._labels)
 
-    def facts(self) -> dict[str, object]:
-        milliseconds = round((time.perf_counter() - self._started) * 1000, 3)
-        return {"method": self.method, "status": self.status, "ms": milliseconds, **self.noted}
+    def end(self, call_log: CallLog) -> None:
+        """Log and count it."""
+        seconds = time.perf_counter() - self._started
+        facts = {"method": self.method, "status": self.status, "ms": round(seconds * 1000, 3), **self.noted}
+        call_log.add(self.level, facts)
+        self._metrics.handled(*self._labels, self.status, seconds)
 
-    def leave(self, context: grpc.ServicerContext) -> None:
-        """End the call of a caller that has gone."""
+    def leave(self, context: grpc.ServicerContext, stage: str = "") -> None:
+        """End the call of a caller that has gone; the stage that it left in is counted."""
         left = context.time_remaining()
         self.status = "DEADLINE_EXCEEDED" if left is not None and left <= 0 else "CANCELLED"
+        if stage:
+            self._metrics.cancelled(stage)
 
     def fail(self, error: Exception, context: grpc.ServicerContext) -> NoReturn:
         """End the call with the status of an error."""
@@ -250,9 +264,13 @@ class _Line:
             self.noted.update(reason=error.reason, error=clip(error.message, 300))
             if isinstance(error, UnauthenticatedError | PermissionDeniedError):
                 self.level = logging.INFO  # whatever they try
+            if isinstance(error, UnavailableError):
+                self._metrics.rejected(error.reason)
         else:
             error_id = secrets.token_hex(6)
             log.exception("unexpected error", method=self.method, error_id=error_id)
+            if not self.method.startswith(QUIET):
+                self._metrics.escaped()
             self.noted.update(error_id=error_id, error=type(error).__name__)
             text = f"the server failed on this call; its log explains it under the id {error_id}"
             error = InternalError(text, metadata={"error_id": error_id})

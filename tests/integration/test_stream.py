@@ -693,9 +693,10 @@ def leaving(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[..., None]]:
             for each in [each for each in threading.enumerate() if each.name.startswith("poolrpc-stream")]:
                 each.join(20)
                 assert not each.is_alive()
-        left, *others = streams_in(caplog)
-        assert left.status == "CANCELLED"
-        assert {each.status for each in others} <= {"OK", "UNAVAILABLE"}
+        # The other streams may have been refused before the one that was left had ended.
+        statuses = [each.status for each in streams_in(caplog)]
+        assert statuses.count("CANCELLED") == 1
+        assert set(statuses) <= {"CANCELLED", "OK", "UNAVAILABLE"}
         assert "unexpected error" not in caplog.text
 
 

@@ -85,6 +85,7 @@ OTHERS = {
     "max_connection_idle_seconds": ("0", 0.0),
     "max_connection_calls": ("11", 11),
     "max_metadata_bytes": ("4096", 4096),
+    "metrics": ("127.0.0.1:9464", "127.0.0.1:9464"),
     "drain_seconds": ("0.5", 0.5),
     "shutdown_grace": ("6", 6.0),
     "log_format": ("json", "json"),
@@ -273,6 +274,26 @@ def test_what_is_no_address_is_refused(address, insecure):
     """An address without a host or a port, or a socket without a path, is refused with what was expected."""
     with pytest.raises(ConfigError, match=r"^listen: expected (host:port or )?unix:PATH, got "):
         Config(listen=(address,), insecure=insecure)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "localhost:9464", "[::1]:9464"])
+def test_metrics_have_an_address_of_this_machine(address):
+    """The address of the metrics is host:port, without leave if it is of this machine alone."""
+    assert Config(metrics=address).metrics == address
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("0.0.0.0:9464", "metrics: '0.0.0.0:9464' is public, .*--insecure"),
+        ("9464", "metrics: expected host:port"),
+        ("unix:/tmp/x", "metrics: expected host:port, got 'unix:/tmp/x'$"),
+    ],
+)
+def test_other_addresses_of_metrics_are_refused(address, words):
+    """A public one needs --insecure; HTTP is on no unix socket."""
+    with pytest.raises(ConfigError, match=f"^{words}"):
+        Config(metrics=address)
 
 
 def test_a_server_listens_somewhere():

@@ -17,7 +17,9 @@ from poolrpc import (
 )
 from poolrpc.status import DETAILS_KEY, decode_error
 from poolrpc_server.interceptors import CallInterceptor, name_caller, note
+from poolrpc_server.metrics import Metrics
 
+METRICS = Metrics(enabled=False)
 METHOD = "/poolrpc.v1.PoolService/Pool"
 Details = namedtuple("Details", "method")  # noqa: PYI024 - gRPC's has more that no test needs
 UNEXPECTED = KeyError("a secret")
@@ -82,7 +84,7 @@ def lines():
 def handler(lines, behaviour, *, method=METHOD, kind="unary_unary"):
     """Give what the interceptor makes of a method."""
     inner = getattr(grpc, f"{kind}_rpc_method_handler")(behaviour, None, None)
-    return CallInterceptor(lines, lambda _: None).intercept_service(lambda _: inner, Details(method))
+    return CallInterceptor(lines, METRICS).intercept_service(lambda _: inner, Details(method))
 
 
 def call(lines, behaviour, **options):
@@ -269,7 +271,7 @@ def test_a_stream_that_the_caller_leaves_is_cancelled(lines):
 
 def test_a_method_is_wrapped_once(lines):
     """A method that there is has one handler, although gRPC asks about each call."""
-    interceptor, asked = CallInterceptor(lines, lambda _: None), []
+    interceptor, asked = CallInterceptor(lines, METRICS), []
 
     def continuation(details):
         asked.append(details.method)
@@ -283,7 +285,7 @@ def test_a_method_is_wrapped_once(lines):
 
 def test_a_method_that_is_not_there_stays_so(lines):
     """Such calls are gRPC's to answer, and not remembered, for callers make up any number."""
-    interceptor, asked = CallInterceptor(lines, lambda _: None), []
+    interceptor, asked = CallInterceptor(lines, METRICS), []
     for _ in range(2):
         assert interceptor.intercept_service(asked.append, Details("/no/Such")) is None
     assert len(asked) == 2
@@ -293,14 +295,14 @@ def test_a_method_that_is_not_there_stays_so(lines):
 def test_a_method_of_another_kind_is_left_as_it_is(lines, kind):
     """No service of ours has such methods; what others have is passed on."""
     inner = getattr(grpc, f"{kind}_rpc_method_handler")(lambda *_: "answer")
-    assert CallInterceptor(lines, lambda _: None).intercept_service(lambda _: inner, Details("/x/Y")) is inner
+    assert CallInterceptor(lines, METRICS).intercept_service(lambda _: inner, Details("/x/Y")) is inner
 
 
 def test_a_refusal_reads_no_message(lines):
     """A call that is refused ends with the error before a message of it is read, and is a line even for probes."""
     context, asked = Context(), []
     requests = map(asked.append, ["request"])
-    refusal = CallInterceptor(lines, lambda _: None).refusal("/grpc.health.v1.Health/Check", UnauthenticatedError("no"))
+    refusal = CallInterceptor(lines, METRICS).refusal("/grpc.health.v1.Health/Check", UnauthenticatedError("no"))
     with pytest.raises(Aborted):
         refusal.stream_stream(requests, context)
     assert asked == []

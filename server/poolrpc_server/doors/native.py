@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from threading import Semaphore
+from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
@@ -70,13 +70,19 @@ class _Known:
 
 
 class PoolDoor:
-    """The servicer of PoolService; messages with payloads come and go as bytes, the others as protobuf has them."""
+    """The servicer of PoolService; messages with payloads come and go as bytes, the others as protobuf has them.
+
+    Attributes:
+        streams: How many are open.
+
+    """
 
     def __init__(self, dispatcher: Dispatcher, max_streams: int, stream_idle_seconds: float) -> None:
         """Make a door to a dispatcher; so many streams are let in at a time, and end that send nothing for so long."""
         self._dispatcher = dispatcher
         self._max_streams = max_streams
-        self._streams = Semaphore(max_streams)
+        self._counting = Lock()
+        self.streams = 0
         self._idle = stream_idle_seconds
         self._remembered = lru_cache(KNOWN)(self._find)
 
@@ -146,12 +152,15 @@ class PoolDoor:
 
     @contextmanager
     def _admitted(self) -> Iterator[None]:
-        if not self._streams.acquire(blocking=False):
-            raise refused("STREAMS", "streams at a time", self._max_streams, self._max_streams + 1)
+        with self._counting:
+            if self.streams >= self._max_streams:
+                raise refused("STREAMS", "streams at a time", self._max_streams, self._max_streams + 1)
+            self.streams += 1
         try:
             yield
         finally:
-            self._streams.release()
+            with self._counting:
+                self.streams -= 1
 
     def _find(self, header: bytes) -> _Known:
         message = _parsed(header, pool_pb2.PoolRequest)
