@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import ipaddress
-import os
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import configargparse
 
 from poolrpc.limits import MAX_MESSAGE_BYTES, MAX_PAYLOAD_BYTES
+from poolrpc_server.machine import cpus, memory_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 LOG_FORMATS = ("text", "json")
+LEAST = {
+    "threads": 0,
+    "max_message_bytes": 0,
+    "max_inflight_bytes": 0,
+    "max_arena_bytes": -1,  # 0: none
+    "drain_seconds": 0,
+    "shutdown_grace": 0,
+}
 MOST = {
     "threads": 1024,
     "call_threads": 65536,
@@ -50,16 +58,26 @@ class Config:
     device: str = _setting(
         "auto", "device to compute on: auto (cuda, mps or cpu, the first there is) or torch's name for it"
     )
-    threads: int = _setting(0, "requests computed at a time, each by one thread; 0: one for each CPU", "threads")
+    threads: int = _setting(
+        0, "requests computed at a time, each by one thread; 0: one for each CPU that it may use", "threads"
+    )
     call_threads: int = _setting(32, "calls that are read, checked and waited for at a time", "threads")
-    max_message_bytes: int = _setting(MAX_MESSAGE_BYTES, "largest gRPC message, each way", "bytes")
+    max_message_bytes: int = _setting(
+        0, "largest gRPC message, each way; 0: an eighth of the memory, at most 513 MiB", "bytes"
+    )
     max_output_bytes: int = _setting(MAX_PAYLOAD_BYTES, "outputs of a request, and each step of a chain", "bytes")
     max_output_growth: int = _setting(64, "outputs of a request over its input, for outputs above 4 MiB", "times")
     max_work: int = _setting(
         4_000_000_000, "work of a request: cells that its layers visit, by the kernels that compute them", "cells"
     )
-    max_inflight_bytes: int = _setting(4 * 2**30, "inputs and outputs of all requests under way", "bytes")
-    max_arena_bytes: int = _setting(2 * 2**30, "shared memory of all clients on unix sockets; 0: none", "bytes")
+    max_inflight_bytes: int = _setting(
+        0, "inputs and outputs of all requests under way; 0: two fifths of the memory, at most 4 GiB", "bytes"
+    )
+    max_arena_bytes: int = _setting(
+        -1,
+        "shared memory of all clients on unix sockets; 0: none; -1: a fifth of the memory, at most 2 GiB",
+        "bytes",
+    )
     max_arenas: int = _setting(256, "pieces of it", "arenas")
     max_streams: int = _setting(16, "streams at a time: each has a thread for as long as it lasts", "streams")
     stream_idle_seconds: float = _setting(60.0, "time that a stream may send nothing", "seconds")
@@ -76,7 +94,7 @@ class Config:
             _check_address(address, insecure=self.insecure)
         for each in fields(self):
             value, unit = getattr(self, each.name), each.metadata["unit"]
-            least = 0 if each.name in ("threads", "max_arena_bytes", "drain_seconds", "shutdown_grace") else 1
+            least = LEAST.get(each.name, 1)
             if unit and not value >= least:
                 raise ConfigError(f"{each.name}: expected at least {least} {unit}, got {value}")
             most = MOST.get(each.name, 2**63 - 1)
@@ -85,8 +103,9 @@ class Config:
         for name, choices in (("log_format", LOG_FORMATS), ("log_level", LOG_LEVELS)):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        if not self.threads:
-            object.__setattr__(self, "threads", _cpus())
+        for name, value in _by_the_machine().items():
+            if getattr(self, name) == LEAST[name]:
+                object.__setattr__(self, name, value)
 
     @staticmethod
     def unit(name: str) -> str:
@@ -94,9 +113,15 @@ class Config:
         return next(str(each.metadata["unit"]) for each in fields(Config) if each.name == name)
 
 
-def _cpus() -> int:
-    # The CPUs that this process may use, where the system tells.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _by_the_machine() -> dict[str, int]:
+    """Give the settings that follow the machine, where they are at their least."""
+    memory = memory_bytes()
+    return {
+        "threads": min(cpus(), MOST["threads"]),
+        "max_message_bytes": min(MAX_MESSAGE_BYTES, max(memory // 8, 2**20)),
+        "max_inflight_bytes": min(4 * 2**30, memory * 2 // 5),
+        "max_arena_bytes": min(2 * 2**30, memory // 5),
+    }
 
 
 def _check_address(address: str, *, insecure: bool) -> None:
@@ -131,7 +156,8 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     parser = configargparse.ArgumentParser(
         prog="poolrpc-server",
         description="Serve PyTorch's pooling layers over gRPC.",
-        epilog="Each flag may also be set by its environment variable; a repeatable one as [a, b].",
+        epilog="Each flag may also be set by its environment variable; a repeatable one as [a, b]. CPUs and memory are "
+        "the machine's, or what its container leaves this process of them.",
         add_config_file_help=False,
         add_env_var_help=False,
     )

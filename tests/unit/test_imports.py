@@ -31,6 +31,7 @@ ROOMS = (
     {"validate", "admission"},
     {"arena"},
     {"config", "logs", "metrics"},
+    {"machine"},
 )
 DEPTH = {module: depth for depth, room in enumerate(ROOMS) for module in room}
 KNOW_GRPC = {"app", "doors", "interceptors", "cli", "workers"}
