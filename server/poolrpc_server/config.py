@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +9,24 @@ import configargparse
 
 from poolrpc.access import is_loopback
 from poolrpc.limits import MAX_MESSAGE_BYTES, MAX_PAYLOAD_BYTES
+from poolrpc_server.machine import cpus, memory_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 LOG_FORMATS = ("text", "json")
+LEAST = {
+    "threads": 0,
+    "max_message_bytes": 0,
+    "max_inflight_bytes": 0,
+    "max_arena_bytes": -1,  # 0: none
+    "max_queue_seconds": 0,
+    "max_queue_delay": 0,
+    "max_connection_age_seconds": 0,
+    "max_connection_idle_seconds": 0,
+    "drain_seconds": 0,
+    "shutdown_grace": 0,
+}
 MOST = {
     "threads": 1024,
     "call_threads": 65536,
@@ -32,16 +44,6 @@ MOST = {
     "max_queue_seconds": 86400,
     "max_queue_delay": 10_000,
 }
-MAY_BE_0 = (
-    "threads",
-    "max_queue_seconds",
-    "max_queue_delay",
-    "max_arena_bytes",
-    "max_connection_age_seconds",
-    "max_connection_idle_seconds",
-    "drain_seconds",
-    "shutdown_grace",
-)
 NEEDS = {
     "tls_cert": "tls_key",
     "tls_key": "tls_cert",
@@ -93,22 +95,32 @@ class Config:
     device: str = _setting(
         "auto", "device to compute on: auto (cuda, mps or cpu, the first there is) or torch's name for it"
     )
-    threads: int = _setting(0, "requests computed at a time, each by one thread; 0: one for each CPU", "threads")
+    threads: int = _setting(
+        0, "requests computed at a time, each by one thread; 0: one for each CPU that it may use", "threads"
+    )
     call_threads: int = _setting(256, "calls that are read, checked and waited for at a time", "threads")
-    max_message_bytes: int = _setting(MAX_MESSAGE_BYTES, "largest gRPC message, each way", "bytes")
+    max_message_bytes: int = _setting(
+        0, "largest gRPC message, each way; 0: an eighth of the memory, at most 513 MiB", "bytes"
+    )
     max_output_bytes: int = _setting(MAX_PAYLOAD_BYTES, "outputs of a request, and each step of a chain", "bytes")
     max_output_growth: int = _setting(64, "outputs of a request over its input, for outputs above 4 MiB", "times")
     max_work: int = _setting(
         4_000_000_000, "work of a request: cells that its layers visit, by the kernels that compute them", "cells"
     )
-    max_inflight_bytes: int = _setting(4 * 2**30, "inputs and outputs of all requests under way", "bytes")
+    max_inflight_bytes: int = _setting(
+        0, "inputs and outputs of all requests under way; 0: two fifths of the memory, at most 4 GiB", "bytes"
+    )
     max_queue: int = _setting(64, "calls of a priority that wait for their turn", "calls")
     max_queue_seconds: float = _setting(1.0, "work of a priority's calls that wait, by estimate", "seconds")
     max_queue_delay: float = _setting(
         0.0, "time that a small call waits for others like it although nothing else is computed", "milliseconds"
     )
     max_batch_bytes: int = _setting(2 * 2**20, "inputs and outputs of small calls that are computed at once", "bytes")
-    max_arena_bytes: int = _setting(2 * 2**30, "shared memory of all clients on unix sockets; 0: none", "bytes")
+    max_arena_bytes: int = _setting(
+        -1,
+        "shared memory of all clients on unix sockets; 0: none; -1: a fifth of the memory, at most 2 GiB",
+        "bytes",
+    )
     max_arenas: int = _setting(256, "pieces of it", "arenas")
     max_streams: int = _setting(16, "streams at a time: each has a thread for as long as it lasts", "streams")
     stream_idle_seconds: float = _setting(60.0, "time that a stream may send nothing", "seconds")
@@ -138,18 +150,10 @@ class Config:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "listen", tuple(self.listen))
-        if not self.listen:
-            raise ConfigError("listen: expected at least one address, got none")
-        missing = [(name, other) for name, other in NEEDS.items() if getattr(self, name) and not getattr(self, other)]
-        if missing:
-            raise ConfigError("{1}: expected a file, for {0} is given, got none".format(*missing[0]))
-        guards = [name for name, on in (("TLS", self.tls_cert), ("tokens", self.token_file)) if on]
-        addresses = [("listen", each) for each in self.listen] + [("metrics", each) for each in (self.metrics,) if each]
-        for name, address in addresses:
-            _check_address(name, address, guards if name == "listen" else (), insecure=self.insecure)
+        self._check_addresses()
         for each in fields(self):
             value, unit = getattr(self, each.name), each.metadata["unit"]
-            least = 0 if each.name in MAY_BE_0 else 1
+            least = LEAST.get(each.name, 1)
             if unit and not value >= least:
                 raise ConfigError(f"{each.name}: expected at least {least} {unit}, got {value}")
             most = MOST.get(each.name, 2**63 - 1)
@@ -158,8 +162,21 @@ class Config:
         for name, choices in (("log_format", LOG_FORMATS), ("log_level", LOG_LEVELS)):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        if not self.threads:
-            object.__setattr__(self, "threads", _cpus())
+        for name, value in _by_the_machine().items():
+            if getattr(self, name) == LEAST[name]:
+                object.__setattr__(self, name, value)
+
+    def _check_addresses(self) -> None:
+        if not self.listen:
+            raise ConfigError("listen: expected at least one address, got none")
+        missing = [(name, other) for name, other in NEEDS.items() if getattr(self, name) and not getattr(self, other)]
+        if missing:
+            raise ConfigError("{1}: expected a file, for {0} is given, got none".format(*missing[0]))
+        guards = [name for name, on in (("TLS", self.tls_cert), ("tokens", self.token_file)) if on]
+        for address in self.listen:
+            _check_address("listen", address, guards, insecure=self.insecure)
+        if self.metrics:
+            _check_address("metrics", self.metrics, (), insecure=self.insecure)
 
     @staticmethod
     def unit(name: str) -> str:
@@ -167,9 +184,15 @@ class Config:
         return next(str(each.metadata["unit"]) for each in fields(Config) if each.name == name)
 
 
-def _cpus() -> int:
-    # The CPUs that this process may use, where the system tells.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _by_the_machine() -> dict[str, int]:
+    """Give the settings that follow the machine, where they are at their least."""
+    memory = memory_bytes()
+    return {
+        "threads": min(cpus(), MOST["threads"]),
+        "max_message_bytes": min(MAX_MESSAGE_BYTES, max(memory // 8, 2**20)),
+        "max_inflight_bytes": min(4 * 2**30, memory * 2 // 5),
+        "max_arena_bytes": min(2 * 2**30, memory // 5),
+    }
 
 
 def _check_address(name: str, address: str, guards: Sequence[str], *, insecure: bool) -> None:
@@ -208,7 +231,8 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     parser = configargparse.ArgumentParser(
         prog="poolrpc-server",
         description="Serve PyTorch's pooling layers over gRPC.",
-        epilog="Each flag may also be set by its environment variable; a repeatable one as [a, b].",
+        epilog="Each flag may also be set by its environment variable; a repeatable one as [a, b]. CPUs and memory are "
+        "the machine's, or what its container leaves this process of them.",
         add_config_file_help=False,
         add_env_var_help=False,
     )

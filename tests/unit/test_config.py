@@ -11,18 +11,25 @@ import pytest
 from poolrpc.limits import MAX_MESSAGE_BYTES, MAX_PAYLOAD_BYTES
 from poolrpc_server.cli import main
 from poolrpc_server.config import Config, ConfigError, parse
+from poolrpc_server.machine import cpus
 
 NUMBERS = [each.name for each in fields(Config) if each.metadata["unit"]]
-MAY_BE_0 = [
-    "threads",
-    "max_queue_seconds",
-    "max_queue_delay",
-    "max_arena_bytes",
-    "max_connection_age_seconds",
-    "max_connection_idle_seconds",
-    "drain_seconds",
-    "shutdown_grace",
-]
+LEAST = {"max_arena_bytes": -1} | dict.fromkeys(
+    [
+        "threads",
+        "max_message_bytes",
+        "max_inflight_bytes",
+        "max_queue_seconds",
+        "max_queue_delay",
+        "max_connection_age_seconds",
+        "max_connection_idle_seconds",
+        "drain_seconds",
+        "shutdown_grace",
+    ],
+    0,
+)
+BY_THE_MACHINE = ["threads", "max_message_bytes", "max_inflight_bytes", "max_arena_bytes"]
+GIB = 2**30
 
 
 @pytest.fixture(autouse=True)
@@ -44,13 +51,31 @@ def test_without_anything_the_defaults_hold():
     assert config == Config()
     assert config.listen == ("127.0.0.1:50051",)
     assert not config.insecure
-    assert (config.max_message_bytes, config.max_output_bytes) == (MAX_MESSAGE_BYTES, MAX_PAYLOAD_BYTES)
+    assert config.max_output_bytes == MAX_PAYLOAD_BYTES
 
 
 def test_threads_are_the_cpus_of_this_process():
     """Unless it is told how many, the server computes on as many threads as there are CPUs for it."""
-    assert Config().threads == len(os.sched_getaffinity(0))
+    assert Config().threads == cpus()
     assert Config(threads=3).threads == 3
+
+
+@pytest.mark.parametrize(
+    ("memory", "message", "inflight", "arenas"),
+    [
+        (64 * GIB, MAX_MESSAGE_BYTES, 4 * GIB, 2 * GIB),
+        (10 * GIB, MAX_MESSAGE_BYTES, 4 * GIB, 2 * GIB),
+        (GIB, GIB // 8, GIB * 2 // 5, GIB // 5),
+        (4 * 2**20, 2**20, 4 * 2**20 * 2 // 5, 4 * 2**20 // 5),
+    ],
+)
+def test_bytes_follow_the_memory(monkeypatch, memory, message, inflight, arenas):
+    """Unless they are told, limits are parts of the memory that the server may use, up to what is of use."""
+    monkeypatch.setattr("poolrpc_server.config.memory_bytes", lambda: memory)
+    config = Config()
+    assert (config.max_message_bytes, config.max_inflight_bytes, config.max_arena_bytes) == (message, inflight, arenas)
+    told = Config(max_message_bytes=MAX_MESSAGE_BYTES, max_inflight_bytes=8 * GIB, max_arena_bytes=0)
+    assert (told.max_message_bytes, told.max_inflight_bytes, told.max_arena_bytes) == (MAX_MESSAGE_BYTES, 8 * GIB, 0)
 
 
 # A value of each setting other than its default, as it is written and as it is read.
@@ -160,9 +185,10 @@ def test_help_has_every_default_and_unit(each, capsys):
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_a_number_has_a_least_value(name):
-    """A count below 1, or below 0 where 0 has a meaning, is refused with the unit and the value."""
-    least = 0 if name in MAY_BE_0 else 1
-    assert getattr(Config(**{name: least}), name) == least or name == "threads"
+    """A count below 1, or below what else has a meaning, is refused with the unit and the value."""
+    least = LEAST.get(name, 1)
+    made = getattr(Config(**{name: least}), name)
+    assert made == (getattr(Config(), name) if name in BY_THE_MACHINE else least)
     with pytest.raises(ConfigError, match=f"^{name}: expected at least {least} {Config.unit(name)}, got {least - 1}$"):
         Config(**{name: least - 1})
     with pytest.raises(ConfigError, match=f"^{name}: expected "):

@@ -33,6 +33,7 @@ ROOMS = (
     {"arena", "tokens"},
     {"watched"},
     {"config", "logs", "metrics"},
+    {"machine"},
 )
 DEPTH = {module: depth for depth, room in enumerate(ROOMS) for module in room}
 KNOW_GRPC = {"app", "doors", "interceptors", "security", "cli", "workers"}
