@@ -26,7 +26,7 @@ def refused(reason: str, what: str, limit: float, actual: float, delay: float = 
         delay: Seconds to wait before the next try.
 
     """
-    msg = f"expected at most {limit:g} {what}, got {actual:g} with this one; try again"
+    msg = f"expected at most {limit:g} {what}, got {actual:g}; try again"
     limits = {"limit": f"{limit:g}", "actual": f"{actual:g}"}
     return UnavailableError(msg, reason=reason, metadata=limits, retry_delay=delay)
 

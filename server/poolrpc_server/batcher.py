@@ -261,19 +261,18 @@ class Batcher(Generic[J]):
             self._free += seats
             self._dispatch()
 
-    def check_room(self, priority: int, seconds: float = 0.0) -> None:
-        """See that a level has room for another job of so many seconds; one job fits whatever it takes.
+    def check_room(self, priority: int) -> None:
+        """See that a level has room for another job, whatever that takes: else the cheap ones alone would come in.
 
         Raises:
             FullError: It has none.
 
         """
         level, bounds = self._levels[priority], self._bounds
-        most = bounds.seconds * self._seats
         if level.count >= bounds.waiting:
             raise FullError("calls", bounds.waiting, level.count + 1, self._delay())
-        if level.count and level.seconds + seconds > most:
-            raise FullError("seconds", bounds.seconds, (level.seconds + seconds) / self._seats, self._delay())
+        if level.count and level.seconds >= bounds.seconds * self._seats:
+            raise FullError("seconds", bounds.seconds, level.seconds / self._seats, self._delay())
 
     def waiting(self) -> list[int]:
         """Count the jobs that wait, of each level."""
@@ -309,7 +308,7 @@ class Batcher(Generic[J]):
             raise StoppedError
         level = self._levels[priority]
         if not admitted:
-            self.check_room(priority, job.seconds)
+            self.check_room(priority)
         if not level.count:
             # It has no claim on the turns that it didn't want.
             level.passed = max(level.passed, min((each.passed for each in self._levels if each.count), default=0))

@@ -1,0 +1,222 @@
+"""Offered load from a tenth of capacity to ten times it: what is answered, how soon, and how soon the rest is refused.
+
+Open loop: several client processes send at random times that were drawn before, whether answers come or not, and try
+nothing again. Every answer is compared, byte by byte, with torch's. The mix is heavy for its size, since clients and
+server share the machine's cores: of large tensors the clients couldn't offer ten times what the server takes.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import numpy as np
+import psutil
+import torch
+
+from poolrpc import AvgPool2d, LPPool2d, MaxPool2d, wire
+from poolrpc.codec import Request, encode_request, encode_results
+from poolrpc.tensors import TensorSpec
+from poolrpc.v1 import pool_pb2
+from scripts.serving import serving
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from multiprocessing.queues import Queue
+    from multiprocessing.synchronize import Barrier
+
+    from poolrpc.layers import Layer
+
+MIX: tuple[tuple[tuple[int, ...], Layer], ...] = (
+    ((1, 8, 64, 64), AvgPool2d(41, 1, 20)),
+    ((1, 8, 64, 64), LPPool2d(3.0, 31, 1)),
+    ((1, 16, 56, 56), AvgPool2d(31, 1, 15)),
+    ((1, 6, 64, 64), LPPool2d(3.0, 25, 1)),
+    ((1, 3, 64, 64), MaxPool2d(2)),
+)
+"""From under one to some twenty milliseconds of one thread, on up to 200 KB."""
+
+TIMES = (0.1, 0.5, 0.8, 1, 2, 5, 10)
+CLIENTS, CALLERS = 2, 4
+"""Processes that offer load, and threads that measure capacity."""
+QUEUE_SECONDS = 0.25
+SECONDS, TIMEOUT = 3, 30
+METHOD = "/poolrpc.v1.PoolService/Pool"
+OPTIONS = [("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)]
+
+
+@dataclass
+class Seen:
+    """What a client saw.
+
+    Attributes:
+        accepted: Seconds of each right answer.
+        rejected: Seconds of each refusal.
+        statuses: How the calls ended.
+        wrong: Answers that weren't torch's.
+        late: Seconds by which a call was sent too late, at most.
+        seconds: From the first call to the last answer.
+
+    """
+
+    accepted: list[float] = field(default_factory=list)
+    rejected: list[float] = field(default_factory=list)
+    statuses: Counter[str] = field(default_factory=Counter)
+    wrong: int = 0
+    late: float = 0.0
+    seconds: float = 0.0
+
+
+def exchange(shape: tuple[int, ...], layer: Layer) -> tuple[bytes, bytes]:
+    """Give a request and the answer that torch has to it."""
+    x = np.random.default_rng(0).standard_normal(shape, np.float32)
+    request = Request(TensorSpec("float32", shape), ((layer,),))
+    names = {"kernel_size": layer.kernel_size, "stride": layer.stride}  # type: ignore[attr-defined]  # they slide
+    names |= {"padding": layer.padding} if hasattr(layer, "padding") else {"norm_type": layer.norm_type}
+    output = getattr(torch.nn, layer.name)(**names)(torch.from_numpy(x)).numpy()
+    answer = pool_pb2.PoolResponse(results=encode_results(request.results())).SerializeToString()
+    return (
+        wire.join(encode_request(request).SerializeToString(), [x.tobytes()]),
+        wire.head(answer, output.nbytes) + output.tobytes(),
+    )
+
+
+def offer(address: str, rate: float, seed: int, begin: Barrier, told: Queue[Seen]) -> None:
+    """Offer so many calls a second, and tell what came of them."""
+    torch.set_num_threads(1)
+    drawn, mix, seen = np.random.default_rng(seed), [exchange(*each) for each in MIX], Seen()
+    times, at = [], drawn.exponential(1 / rate)
+    while at < SECONDS:
+        times.append((at, int(drawn.integers(len(mix)))))
+        at += drawn.exponential(1 / rate)
+    with grpc.insecure_channel(address, options=OPTIONS) as channel:
+        call = channel.unary_unary(METHOD)
+        call(mix[-1][0], timeout=TIMEOUT)
+
+        def ended(future: grpc.Future[bytes], sent: float, expected: bytes) -> None:
+            seconds, code = time.perf_counter() - sent, future.code().name
+            seen.statuses[code] += 1
+            if code == "UNAVAILABLE":
+                seen.rejected.append(seconds)
+            elif code == "OK":
+                if future.result() == expected:
+                    seen.accepted.append(seconds)
+                else:
+                    seen.wrong += 1
+
+        begin.wait()
+        started, futures = time.perf_counter(), []
+        for at, number in times:
+            wait = started + at - time.perf_counter()
+            if wait > 0:
+                time.sleep(wait)
+            seen.late = max(seen.late, -wait)
+            request, expected = mix[number]
+            future, sent = call.future(request, timeout=TIMEOUT), time.perf_counter()
+            future.add_done_callback(lambda each, sent=sent, expected=expected: ended(each, sent, expected))
+            futures.append(future)
+        for future in futures:
+            future.exception()
+        seen.seconds = time.perf_counter() - started
+    told.put(seen)
+
+
+def measure(address: str, rate: float) -> Seen:
+    """Offer a load from several processes, and give what they saw together."""
+    spawn = multiprocessing.get_context("spawn")
+    begin, told = spawn.Barrier(CLIENTS), spawn.Queue()
+    clients = [
+        spawn.Process(target=offer, args=(address, rate / CLIENTS, seed, begin, told)) for seed in range(CLIENTS)
+    ]
+    for client in clients:
+        client.start()
+    parts = [told.get(timeout=SECONDS + 2 * TIMEOUT + 60) for _ in clients]
+    for client in clients:
+        client.join()
+    return Seen(
+        [each for part in parts for each in part.accepted],
+        [each for part in parts for each in part.rejected],
+        sum((part.statuses for part in parts), Counter()),
+        sum(part.wrong for part in parts),
+        max(part.late for part in parts),
+        max(part.seconds for part in parts),
+    )
+
+
+def capacity(call: Callable[[bytes], bytes], mix: list[tuple[bytes, bytes]]) -> float:
+    """Give the calls a second that a few callers get, each sending its next call when it has its answer."""
+    until, counts = time.perf_counter() + SECONDS, [0] * CALLERS
+
+    def send(caller: int) -> None:
+        drawn = np.random.default_rng(caller)
+        while time.perf_counter() < until:
+            call(mix[drawn.integers(len(mix))][0])
+            counts[caller] += 1
+
+    with ThreadPoolExecutor(CALLERS) as callers:
+        list(callers.map(send, range(CALLERS)))
+    return sum(counts) / SECONDS
+
+
+def alone(call: Callable[[bytes], bytes], mix: list[tuple[bytes, bytes]], count: int = 300) -> list[float]:
+    """Give the seconds of calls one after the other."""
+    seconds = []
+    for number in range(count):
+        request, expected = mix[number % len(mix)]
+        started = time.perf_counter()
+        answer = call(request)
+        seconds.append(time.perf_counter() - started)
+        if answer != expected:
+            raise ValueError(f"expected torch's answer, got another, to {MIX[number % len(mix)]}")
+    return seconds
+
+
+def quantile(values: list[float], part: float) -> float | None:
+    """Give a quantile in milliseconds; None of nothing."""
+    return round(sorted(values)[min(len(values) - 1, int(len(values) * part))] * 1000, 2) if values else None
+
+
+def run(_: int) -> Iterator[dict[str, Any]]:
+    """Give the rows: one for each load."""
+    mix = [exchange(*each) for each in MIX]
+    with serving("--threads", "1", "--max-queue-seconds", str(QUEUE_SECONDS)) as server:
+        process = psutil.Process(server.process.pid)
+        with grpc.insecure_channel(server.address, options=OPTIONS) as channel:
+            call = channel.unary_unary(METHOD)
+            alone(call, mix, 50)
+            unloaded = alone(call, mix)
+            most = capacity(call, mix)
+        rows = []
+        for times in TIMES:
+            cpu, seen = process.cpu_times(), measure(server.address, times * most)
+            spent = process.cpu_times()
+            rows.append(
+                {
+                    "case": f"{times:g} times capacity",
+                    "offered": round(times * most, 1),
+                    "goodput": round(len(seen.accepted) / seen.seconds, 1),
+                    **{f"accepted_p{p:g}_ms": quantile(seen.accepted, p / 100) for p in (50, 99, 99.9)},
+                    **{f"rejected_p{p:g}_ms": quantile(seen.rejected, p / 100) for p in (50, 99)},
+                    "statuses": dict(seen.statuses),
+                    "wrong": seen.wrong,
+                    "clients_late_ms": round(seen.late * 1000, 1),
+                    "server_rss_mib": process.memory_info().rss >> 20,
+                    "server_cpus": round((spent.user + spent.system - cpu.user - cpu.system) / seen.seconds, 2),
+                }
+            )
+        peak = max(row["goodput"] for row in rows)
+        bound = 3 * (quantile(unloaded, 0.99) or 0) + QUEUE_SECONDS * 1000
+        for each in rows:
+            yield {
+                **each,
+                "baseline": "the most that was answered at any load",
+                "ratio": round(each["goodput"] / peak, 3),
+                "capacity": round(most, 1),
+                "unloaded_p99_ms": quantile(unloaded, 0.99),
+                "accepted_p99_bound_ms": round(bound, 1),
+            }
