@@ -81,10 +81,10 @@ def lines():
     return Lines()
 
 
-def handler(lines, behaviour, *, method=METHOD, kind="unary_unary"):
+def handler(lines, behaviour, *, method=METHOD, kind="unary_unary", metrics=METRICS):
     """Give what the interceptor makes of a method."""
     inner = getattr(grpc, f"{kind}_rpc_method_handler")(behaviour, None, None)
-    return CallInterceptor(lines, METRICS).intercept_service(lambda _: inner, Details(method))
+    return CallInterceptor(lines, metrics).intercept_service(lambda _: inner, Details(method))
 
 
 def call(lines, behaviour, **options):
@@ -323,3 +323,23 @@ def test_whose_call_it_is_is_in_its_line(lines):
     assert list(lines.kept[0][1]) == ["method", "status", "ms", "caller", "shape"]
     assert lines.kept[0][1]["caller"] == "alice"
     assert "caller" not in lines.kept[1][1]
+
+
+@pytest.mark.parametrize(
+    ("error", "method", "name", "labels"),
+    [
+        (UnavailableError("full", reason="IN_FLIGHT_BYTES"), METHOD, "rejects", {"reason": "IN_FLIGHT_BYTES"}),
+        (UNEXPECTED, METHOD, "validator_escapes", {}),
+        (UNEXPECTED, "/grpc.health.v1.Health/Check", "validator_escapes", None),
+        (InvalidArgumentError("bad"), METHOD, "validator_escapes", None),
+    ],
+    ids=["a reject", "an escape", "a probe's failure", "a bad call"],
+)
+def test_what_fails_is_counted(lines, error, method, name, labels):
+    """A call refused for now is a reject with its reason; one that fails unexpectedly an escape, unless a probe's."""
+    metrics = Metrics()
+    wrapped = handler(lines, raising(error), method=method, metrics=metrics)
+    with pytest.raises(Aborted):
+        wrapped.unary_unary("request", Context())
+    counted = metrics.collect().get_sample_value(f"poolrpc_{name}_total", labels or {})
+    assert counted == (0 if labels is None else 1)

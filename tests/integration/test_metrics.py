@@ -1,0 +1,162 @@
+"""The metrics as an operator meets them: of real servers, over HTTP."""
+
+from __future__ import annotations
+
+import signal
+import urllib.error
+import urllib.request
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
+
+import poolrpc
+import poolrpc_server
+from poolrpc import InternalError, InvalidArgumentError, MaxPool2d, PoolClient
+from poolrpc_server.cli import main
+from poolrpc_server.metrics import FOLDER_VARIABLE, MetricsServer, forget, summed
+from scripts.serving import serving
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+X = np.random.default_rng(3).standard_normal((2, 3, 8, 10), np.float32)
+POOL = {"grpc_type": "unary", "grpc_service": "poolrpc.v1.PoolService", "grpc_method": "Pool"}
+
+
+def get(address: str, page: str) -> tuple[int, str]:
+    """Give the status and the text of a page."""
+    try:
+        with urllib.request.urlopen(f"http://{address}/{page}", timeout=30) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+class Scrape:
+    """What /metrics says now."""
+
+    def __init__(self, address: str) -> None:
+        families = text_string_to_metric_families(get(address, "metrics")[1])
+        self.samples = [sample for family in families for sample in family.samples]
+
+    def __call__(self, name: str, **labels: str) -> float:
+        """Give one sample; 0 where there is none yet."""
+        return sum(each.value for each in self.samples if each.name == name and each.labels == labels)
+
+
+def test_calls_are_counted() -> None:
+    """The start line says where; each call is there by its method and status, and unknown methods leave nothing."""
+    with serving("--metrics", "127.0.0.1:0", "--drain-seconds", "0") as server, PoolClient(server.address) as client:
+        address = server.start["metrics"]
+        client.pool(X, MaxPool2d(2))
+        client.pool(X, MaxPool2d(2), transport="stream")
+        with pytest.raises(InvalidArgumentError):
+            client.pool(X, MaxPool2d(50))
+        with grpc.insecure_channel(server.address) as channel:
+            health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+            with pytest.raises(grpc.RpcError, match="UNIMPLEMENTED"):
+                channel.unary_unary("/poolrpc.v1.PoolService/Nothing")(b"")
+        shown = Scrape(address)
+        assert shown("grpc_server_handled_total", **POOL, grpc_code="OK") == 1
+        assert shown("grpc_server_handled_total", **POOL, grpc_code="InvalidArgument") == 1
+        assert shown("grpc_server_handling_seconds_count", **POOL) == 2
+        stream = POOL | {"grpc_type": "bidi_stream", "grpc_method": "PoolStream"}
+        assert shown("grpc_server_handled_total", **stream, grpc_code="OK") == 1
+        assert shown("poolrpc_validator_escapes_total") == 0
+        assert "Nothing" not in {each.labels.get("grpc_method") for each in shown.samples}
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait() == 0
+    with pytest.raises(urllib.error.URLError):
+        get(address, "healthz")
+
+
+def test_readiness_is_the_health_of_the_server() -> None:
+    """After SIGTERM the server is alive and still shows its metrics, but isn't ready."""
+    with serving("--metrics", "127.0.0.1:0", "--drain-seconds", "60") as server:
+        address = server.start["metrics"]
+        assert get(address, "readyz") == (200, "ready\n")
+        with grpc.insecure_channel(server.address) as channel:
+            watched = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+            assert next(watched).status == health_pb2.HealthCheckResponse.SERVING
+            server.process.send_signal(signal.SIGTERM)
+            assert next(watched).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            assert get(address, "readyz") == (503, "not ready\n")
+            assert get(address, "healthz") == (200, "ok\n")
+            assert Scrape(address).samples
+            watched.cancel()
+
+
+def test_what_passed_the_checks_and_failed_is_an_escape(patch_family: Callable[..., None]) -> None:
+    """An unexpected error of the engine is counted."""
+
+    def fail(_: object) -> Callable[..., Any]:
+        def failing(*_: object) -> None:
+            raise KeyError
+
+        return failing
+
+    patch_family("global_max_pool", fail)
+    server = poolrpc_server.Server(poolrpc_server.Config(listen=("127.0.0.1:0",), metrics="127.0.0.1:0"))
+    server.start()
+    try:
+        with PoolClient(server.addresses[0]) as client, pytest.raises(InternalError):
+            client.pool(X, poolrpc.GlobalMaxPool())
+        shown = Scrape(server.metrics_address)
+        assert shown("poolrpc_validator_escapes_total") == 1
+        assert shown("grpc_server_handled_total", **POOL, grpc_code="Internal") == 1
+    finally:
+        server.stop(grace=0)
+
+
+def test_arenas_are_shown(tmp_path: Path) -> None:
+    """A client's shared memory is in the gauges."""
+    flags = "--metrics", "127.0.0.1:0"
+    with serving(*flags, listen=f"unix:{tmp_path}/s") as server, PoolClient(server.address) as client:
+        x = client.empty((1, 4, 256, 256), np.float32)
+        x[...] = 1
+        assert client.pool(x, MaxPool2d(2)).transport == "arena"
+        shown = Scrape(server.start["metrics"])
+        assert shown("poolrpc_arenas") == 1
+        assert shown("poolrpc_arena_bytes") >= x.nbytes
+
+
+def test_servers_are_summed(tmp_path: Path) -> None:
+    """Servers that count into one folder listen nowhere for it; who sums them shows the calls of both."""
+    folder = str(tmp_path)
+    with ExitStack() as stack:
+        servers = [
+            stack.enter_context(serving("--metrics", "127.0.0.1:0", env={FOLDER_VARIABLE: folder})) for _ in range(2)
+        ]
+        for calls, server in enumerate(servers, 1):
+            assert server.start["metrics"] == ""
+            with PoolClient(server.address) as client:
+                for _ in range(calls):
+                    client.pool(X, MaxPool2d(2))
+        registry = summed(folder, lambda: 0)
+        shown = MetricsServer("127.0.0.1:0", lambda: registry, lambda: True)
+        stack.callback(shown.close)
+        assert Scrape(shown.address)("grpc_server_handled_total", **POOL, grpc_code="OK") == 3
+        servers[1].process.kill()
+        servers[1].wait()
+        forget(folder, servers[1].process.pid)
+        assert Scrape(shown.address)("grpc_server_handled_total", **POOL, grpc_code="OK") == 3
+
+
+def test_an_address_that_is_taken_ends_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """The command ends with status 2 and one line, before it serves."""
+    taken = MetricsServer("127.0.0.1:0", CollectorRegistry, lambda: True)
+    try:
+        assert main(["--listen", "127.0.0.1:0", "--metrics", taken.address]) == 2
+    finally:
+        taken.close()
+    said = capsys.readouterr().err
+    assert said.startswith(f"poolrpc-server: metrics: {taken.address!r} can't be had: ")
+    assert said.count("\n") == 1
