@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import tempfile
 import threading
@@ -17,6 +18,7 @@ from grpc_reflection.v1alpha import reflection
 
 from poolrpc import PoolClient, __version__
 from poolrpc.codec import Limit, ServerInfo
+from poolrpc.errors import UnavailableError
 from poolrpc.layers import DTYPES
 from poolrpc.limits import MAX_BRANCHES, MAX_CHAIN, MAX_FRACTIONAL_AXIS, MAX_NUMEL, MAX_PARAMETER
 from poolrpc.settings import unix_path
@@ -32,7 +34,15 @@ from poolrpc_server.logs import CallLog, log
 from poolrpc_server.validate import Limits
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+    from poolrpc.errors import PoolError
+
+FAILED = 70
+"""The exit status of a process that can't go on and wants to be started again."""
+
+FAILED_SECONDS = 5.0
+"""How long such a process may take to end: whatever hangs in it then is left."""
 
 CONFIGURED_LIMITS = (
     "max_message_bytes",
@@ -54,6 +64,8 @@ class Server:
     Attributes:
         addresses: Where it listens; free ports filled in once it is made.
         info: What it says of itself.
+        failure: Why it can't go on; empty where it can.
+        ending: Set when it can't go on.
 
     """
 
@@ -70,6 +82,8 @@ class Server:
         except ValueError as error:
             raise ConfigError(str(error)) from None
         self.info = _describe(config, engine)
+        self.failure = ""
+        self.ending = threading.Event()
         self._engine = engine
         limits = Limits(config.max_message_bytes, config.max_output_bytes, config.max_output_growth, config.max_work)
         self._arenas: list[ArenaListener] = []
@@ -78,12 +92,13 @@ class Server:
         self._threads = ThreadPoolExecutor(config.call_threads, "poolrpc-call")
         self._server = grpc.server(
             self._threads,
-            interceptors=[CallInterceptor(self._call_log)],
+            interceptors=[CallInterceptor(self._call_log, self._judge)],
             options=[
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_send_message_length", config.max_message_bytes),
-                # Two servers on one port would take turns unnoticed; and a compressed message may inflate to any size.
-                ("grpc.so_reuseport", 0),
+                # Two servers on one port would take turns unnoticed, but for workers, whose supervisor looks after
+                # that; and a compressed message may inflate to any size.
+                ("grpc.so_reuseport", int(config.workers > 1)),
                 ("grpc.compression_enabled_algorithms_bitset", 1),
             ],
         )
@@ -113,9 +128,11 @@ class Server:
             most = {
                 "max_bytes": config.max_arena_bytes // len(paths),
                 "max_arenas": max(1, config.max_arenas // len(paths)),
+                # Other workers don't have a worker's arenas.
+                "calls": Path(path).name if config.workers > 1 else "",
             }
             try:
-                self._arenas.append(ArenaListener(path, **most))
+                self._arenas.append(ArenaListener(path, **most))  # type: ignore[arg-type]
             except ValueError as error:
                 log.warning("no shared memory: clients send their bytes", error=str(error))
 
@@ -123,6 +140,25 @@ class Server:
         """Serve."""
         self._server.start()
         self._set_health(SERVING)
+
+    def fail(self, reason: str) -> None:
+        """Say that this process can't go on, for any thread: its device's state is lost, for example.
+
+        Health says NOT_SERVING; `serve` ends with FAILED, so that the supervisor, or who runs the process, starts it
+        again.
+        """
+        if not self.failure:
+            self.failure = reason
+            log.critical("failed", reason=reason)
+            self.drain()
+            self.ending.set()
+
+    def _judge(self, error: Exception) -> PoolError | None:
+        # What CUDA reports this way stays: every later call of its would fail. Out of memory is another class.
+        if not isinstance(error, torch.AcceleratorError):
+            return None
+        self.fail(str(error).partition("\n")[0])
+        return UnavailableError("the device failed; the server starts again", reason="DEVICE_FAILED")
 
     def drain(self) -> None:
         """Tell health checks to send no more; calls are still served."""
@@ -161,15 +197,27 @@ def _describe(config: Config, engine: Engine) -> ServerInfo:
     )
 
 
-def serve(config: Config) -> None:
+def serve(
+    config: Config,
+    *,
+    stopping: threading.Event | None = None,
+    started: Callable[[dict[str, Any]], object] = lambda facts: log.info("serving", **facts),
+) -> int:
     """Run a server until SIGTERM or SIGINT, then drain and stop; a second signal ends the process at once.
+
+    Gives the exit status: 0, or FAILED where the server can't go on.
+
+    Args:
+        config: The settings.
+        stopping: Stops it as a first signal does, when set by another thread.
+        started: Called with the facts of the start line, once it serves.
 
     Raises:
         ConfigError: The server can't be made as told.
 
     """
     server = Server(config)
-    stopping = threading.Event()
+    server.ending = stopping = stopping or threading.Event()
 
     def on_signal(number: int, _: object) -> None:
         # The next one finds the default: the process ends by it.
@@ -182,21 +230,29 @@ def serve(config: Config) -> None:
     signal.signal(signal.SIGINT, on_signal)
     server.start()
     info = server.info
-    log.info(
-        "serving",
-        addresses=" ".join(server.addresses),
-        version=info.version,
-        device=info.device,
-        torch=info.torch_version,
-        threads=info.threads,
-        **{name: str(limit) for name, limit in info.limits.items()},
+    started(
+        {
+            "addresses": " ".join(server.addresses),
+            "version": info.version,
+            "device": info.device,
+            "torch": info.torch_version,
+            "threads": info.threads,
+            **{name: str(limit) for name, limit in info.limits.items()},
+        }
     )
     stopping.wait()
+    if server.failure:
+        last = threading.Timer(FAILED_SECONDS, os._exit, [FAILED])
+        last.daemon = True
+        last.start()
+        server.stop(grace=min(1.0, config.shutdown_grace))
+        return FAILED
     server.drain()
     # Load balancers need this time to see the health change; nothing ends it early but a second signal.
     threading.Event().wait(config.drain_seconds)
     server.stop(config.shutdown_grace)
     log.info("stopped")
+    return 0
 
 
 @contextmanager

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 LOG_FORMATS = ("text", "json")
 MOST = {
+    "workers": 1024,
     "threads": 1024,
     "call_threads": 65536,
     "max_message_bytes": 2**31 - 1,  # gRPC's is a C int
@@ -50,7 +51,14 @@ class Config:
     device: str = _setting(
         "auto", "device to compute on: auto (cuda, mps or cpu, the first there is) or torch's name for it"
     )
-    threads: int = _setting(0, "requests computed at a time, each by one thread; 0: one for each CPU", "threads")
+    workers: int = _setting(
+        1,
+        "server processes on the same addresses, started again when they die; limits are of all together",
+        "processes",
+    )
+    threads: int = _setting(
+        0, "requests computed at a time by a process, each by one thread; 0: one for each CPU among all", "threads"
+    )
     call_threads: int = _setting(32, "calls that are read, checked and waited for at a time", "threads")
     max_message_bytes: int = _setting(MAX_MESSAGE_BYTES, "largest gRPC message, each way", "bytes")
     max_output_bytes: int = _setting(MAX_PAYLOAD_BYTES, "outputs of a request, and each step of a chain", "bytes")
@@ -86,7 +94,7 @@ class Config:
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if not self.threads:
-            object.__setattr__(self, "threads", _cpus())
+            object.__setattr__(self, "threads", max(1, _cpus() // self.workers))
 
     @staticmethod
     def unit(name: str) -> str:

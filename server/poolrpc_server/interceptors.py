@@ -38,9 +38,10 @@ def note(facts: Mapping[str, str]) -> None:
 class CallInterceptor(grpc.ServerInterceptor):
     """Answers with the status of whatever a servicer raises, and logs the call."""
 
-    def __init__(self, call_log: CallLog) -> None:
-        """Make one that logs there."""
+    def __init__(self, call_log: CallLog, judge: Callable[[Exception], PoolError | None] | None = None) -> None:
+        """Make one that logs there; `judge` may give a better error than InternalError for one that is no PoolError."""
         self._log = call_log
+        self._judge = judge or (lambda _: None)
         self._wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
 
     def intercept_service(
@@ -72,7 +73,7 @@ class CallInterceptor(grpc.ServerInterceptor):
         behaviour: Callable[[Any, grpc.ServicerContext], object],
     ) -> grpc.RpcMethodHandler[Any, Any]:
         def answer(request: object, context: grpc.ServicerContext) -> object:
-            line = _Line(method)
+            line = _Line(method, self._judge)
             try:
                 return behaviour(request, context)
             except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets a status
@@ -89,7 +90,7 @@ class CallInterceptor(grpc.ServerInterceptor):
         behaviour: Callable[[Iterator[Any], grpc.ServicerContext], Iterator[object]],
     ) -> grpc.RpcMethodHandler[Any, Any]:
         def answers(requests: Iterator[object], context: grpc.ServicerContext) -> Iterator[object]:
-            line, ended = _Line(method), Event()
+            line, ended = _Line(method, self._judge), Event()
             context.add_callback(ended.set)
             try:
                 yield from behaviour(requests, context)
@@ -114,8 +115,9 @@ class CallInterceptor(grpc.ServerInterceptor):
 class _Line:
     """The log line of a call, from its begin to its end."""
 
-    def __init__(self, method: str) -> None:
+    def __init__(self, method: str, judge: Callable[[Exception], PoolError | None]) -> None:
         self.method = method
+        self._judge = judge
         self.status = "OK"
         self.level = logging.DEBUG if method.startswith(QUIET) else logging.INFO
         self._noted: dict[str, str] = {}
@@ -128,6 +130,8 @@ class _Line:
 
     def fail(self, error: Exception, context: grpc.ServicerContext) -> NoReturn:
         """End the call with the status of an error."""
+        if not isinstance(error, PoolError):
+            error = self._judge(error) or error
         if isinstance(error, PoolError):
             self._noted.update(reason=error.reason, error=clip(error.message, 300))
         else:
