@@ -1,4 +1,4 @@
-"""A stream's call: its messages sent and received, and begun again where the server was full or gone.
+"""A stream's call: its messages sent and received, and begun again where the server was full or went away.
 
 gRPC would begin a stream again by itself, but was seen to lose a message as it did (1.85.1, two refusals and messages
 of 4 MB, with nothing but grpcio on both sides). So streams have no retry policy there, but this one.
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 ATTEMPTS = 5
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
 """Seconds, of which each pause takes a random part: the same as unary calls have in their service config."""
+
+GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+"""What a server says that is full or stopping, the second to calls that it hasn't begun."""
 
 
 class CallOptions:
@@ -71,7 +74,9 @@ class StreamCall:
             try:
                 return self._attempt(progress)
             except grpc.RpcError as error:
-                if self._begun or error.code() != grpc.StatusCode.UNAVAILABLE or attempt == ATTEMPTS - 1:
+                if error.code() not in GONE or self._cancelled.is_set() or attempt == ATTEMPTS - 1:
+                    raise
+                if self._begun and not self._transfer.repeatable:
                     raise
                 pause = random.uniform(0, min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE))  # noqa: S311 - no secret
                 pause = max(pause, getattr(translated(error), "retry_delay", None) or 0)

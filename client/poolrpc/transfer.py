@@ -263,6 +263,12 @@ class Transfer:
         if out:
             _check_out(codec.tensors(outline.results), out)
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether the inputs are what they were, after some of the outputs came."""
+        goals = [each for each in self.out if each is not None]
+        return not any(np.may_share_memory(array, goal) for array in self.arrays for goal in goals)
+
     def message(self, most: int) -> bytes:
         """Give the message of a unary call.
 

@@ -31,6 +31,7 @@ from poolrpc_server.doors.native import SERVICE, PoolDoor
 from poolrpc_server.engine import Engine
 from poolrpc_server.interceptors import CallInterceptor
 from poolrpc_server.logs import CallLog, log
+from poolrpc_server.sockets import take
 from poolrpc_server.validate import Limits
 
 if TYPE_CHECKING:
@@ -116,8 +117,10 @@ class Server:
 
     def _listen(self, address: str) -> str:
         try:
+            if path := unix_path(address):
+                take(Path(path))
             port = self._server.add_insecure_port(address)
-        except RuntimeError:
+        except (RuntimeError, BlockingIOError):
             raise ConfigError(f"listen: {address!r} can't be had: in use, or not of this machine") from None
         return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
 

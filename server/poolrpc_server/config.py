@@ -53,12 +53,10 @@ class Config:
     )
     workers: int = _setting(
         1,
-        "server processes on the same addresses, started again when they die; limits are of all together",
+        "server processes on the same addresses; what dies is started again; threads and limits are of all together",
         "processes",
     )
-    threads: int = _setting(
-        0, "requests computed at a time by a process, each by one thread; 0: one for each CPU among all", "threads"
-    )
+    threads: int = _setting(0, "requests computed at a time, each by one thread; 0: one for each CPU", "threads")
     call_threads: int = _setting(32, "calls that are read, checked and waited for at a time", "threads")
     max_message_bytes: int = _setting(MAX_MESSAGE_BYTES, "largest gRPC message, each way", "bytes")
     max_output_bytes: int = _setting(MAX_PAYLOAD_BYTES, "outputs of a request, and each step of a chain", "bytes")
@@ -94,7 +92,7 @@ class Config:
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if not self.threads:
-            object.__setattr__(self, "threads", max(1, _cpus() // self.workers))
+            object.__setattr__(self, "threads", _cpus())
 
     @staticmethod
     def unit(name: str) -> str:

@@ -199,6 +199,20 @@ def _remove_stale(path: Path, own: re.Pattern[str]) -> None:
             path.unlink()
 
 
+def take(path: Path) -> None:
+    """Make sure that a unix socket's path is no other server's, from which gRPC would take it without a word.
+
+    Raises:
+        BlockingIOError: It is.
+
+    """
+    if is_live(path):
+        raise BlockingIOError(errno.EAGAIN, "expected no other server, got one", str(path))
+    for link in (path, Path(f"{path}{SUFFIX}")):  # which workers that ended may have left
+        if link.is_symlink() and not link.exists():
+            link.unlink(missing_ok=True)
+
+
 def is_live(path: Path) -> bool:
     """Tell whether somebody listens on a unix socket, of whatever kind."""
     with socket.socket(socket.AF_UNIX) as probe:

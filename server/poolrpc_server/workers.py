@@ -44,6 +44,8 @@ TURN_SECONDS = 1.0
 LATE_SECONDS = 10.0
 """How long workers may take to end beyond what they were given."""
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 ENDED = 1
 """The exit status where the workers can't be started, or one had to be killed at the end."""
 
@@ -67,6 +69,7 @@ def part_of(config: Config, index: int, places: Iterable[Shared]) -> Config:
     return replace(
         config,
         listen=tuple(place.of(index) for place in places),
+        threads=max(1, config.threads // config.workers),
         max_inflight_bytes=max(1, config.max_inflight_bytes // config.workers),
         max_arena_bytes=config.max_arena_bytes // config.workers,
         max_arenas=max(1, config.max_arenas // config.workers),
@@ -88,7 +91,12 @@ def supervise(config: Config) -> int:
             places = [held.enter_context(closing(share(address))) for address in config.listen]
         except ValueError as error:
             raise ConfigError(f"listen: {error}") from None
-        return asyncio.run(Supervisor(config, places).run())
+        supervisor = Supervisor(config, places)
+        status = asyncio.run(supervisor.run())
+    if supervisor.ended_by:
+        signal.signal(supervisor.ended_by, signal.SIG_DFL)
+        os.kill(os.getpid(), supervisor.ended_by)
+    return status
 
 
 @dataclass(eq=False)
@@ -142,12 +150,14 @@ class Supervisor:
 
     Attributes:
         restarts: How many workers were started again.
+        ended_by: The second signal, by which this process is to end too; 0 where none came.
 
     """
 
     def __init__(self, config: Config, places: Sequence[Shared]) -> None:
         """Make one; `places` are where it listens."""
         self.restarts = 0
+        self.ended_by = 0
         self._config = config
         self._places = places
         self._workers: dict[int, _Worker] = {}
@@ -168,7 +178,7 @@ class Supervisor:
     async def run(self) -> int:
         """Run the workers to their end, and give the exit status."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
             loop.add_signal_handler(number, self._signalled, number)
         keepers = [asyncio.create_task(self._keep(index)) for index in range(self._config.workers)]
         for keeper in keepers:
@@ -180,13 +190,14 @@ class Supervisor:
             worker.stop()
         allowed = self._config.drain_seconds + self._config.shutdown_grace + LATE_SECONDS
         _, late = await asyncio.wait(keepers, timeout=allowed)
-        for worker in list(self._workers.values()):
+        for worker in self._workers.values():
             log.error("worker killed: it didn't end in time", worker=worker.index, seconds=allowed)
             worker.kill()
         await asyncio.gather(*keepers)
         if self._failure is not None:
             raise self._failure
-        log.info("stopped")
+        if not self.ended_by:
+            log.info("stopped")
         return ENDED if late else 0
 
     def _signalled(self, number: int) -> None:
@@ -194,12 +205,14 @@ class Supervisor:
             log.info("stopping", signal=signal.Signals(number).name)
             self._stopping.set()
             return
+        # Nothing of the workers is waited for but that they are gone, so that their sockets can be removed; a third
+        # signal finds the default.
+        self.ended_by = number
+        for each in SIGNALS:
+            asyncio.get_running_loop().remove_signal_handler(each)
+            signal.signal(each, signal.SIG_DFL)
         for worker in self._workers.values():
             worker.kill()
-        for place in self._places:
-            place.close()
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
 
     def _fail(self, failure: Exception) -> None:
         self._failure = self._failure or failure
@@ -280,30 +293,31 @@ class Supervisor:
 
 def work(descriptor: int) -> int:
     """Be a worker: take number and Config from that socket, serve until it ends, and give the exit status."""
-    with socket.socket(fileno=descriptor) as control, control.makefile("rb") as told:
-        control.set_inheritable(False)
+    control = socket.socket(fileno=descriptor)
+    control.set_inheritable(False)
+    with control.makefile("rb") as told:
         index, config = pickle.load(told)  # noqa: S301 - of the supervisor, whose process made the socket
-        logs.configure(config.log_format, config.log_level, worker=index)
-        stopping = threading.Event()
+    logs.configure(config.log_format, config.log_level, worker=index)
+    stopping = threading.Event()
 
-        def watch() -> None:
-            with suppress(OSError, ValueError):
-                told.read(1)
-            log.info("stopping", told_by="supervisor")
-            stopping.set()
+    def watch() -> None:
+        with suppress(OSError):
+            control.recv(1)
+        log.info("stopping", told_by="supervisor")
+        stopping.set()
 
-        def tell(**answer: object) -> None:
-            with suppress(OSError):  # the supervisor is gone
-                control.sendall(json.dumps(answer).encode() + b"\n")
+    def tell(**answer: object) -> None:
+        with suppress(OSError):  # the supervisor is gone
+            control.sendall(json.dumps(answer).encode() + b"\n")
 
-        threading.Thread(target=watch, name="poolrpc-watch", daemon=True).start()
-        from poolrpc_server.app import serve  # noqa: PLC0415 - the supervisor doesn't wait for torch
+    threading.Thread(target=watch, name="poolrpc-watch", daemon=True).start()
+    from poolrpc_server.app import serve  # noqa: PLC0415 - the supervisor doesn't wait for torch
 
-        try:
-            return serve(config, stopping=stopping, started=lambda facts: tell(serving=facts))
-        except ConfigError as error:
-            tell(refused=str(error))
-            return 2
+    try:
+        return serve(config, stopping=stopping, started=lambda facts: tell(serving=facts))
+    except ConfigError as error:
+        tell(refused=str(error))
+        return 2
 
 
 if __name__ == "__main__":
