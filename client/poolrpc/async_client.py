@@ -139,7 +139,7 @@ class AsyncPoolClient(Settings):
         def in_loop(done: int, count: int) -> None:
             asyncio.run_coroutine_threadsafe(_called(progress, done, count), loop).result()
 
-        stream = StreamCall(self._streams_of(self._blocking), transfer, call)
+        stream = StreamCall(self._streams_of(self._blocking), transfer, call, lambda: self._closed)
         running = loop.run_in_executor(self._streams, stream.run, None if progress is None else in_loop)
         try:
             # It may wait for a thread until its time is up; once it has one, gRPC sees to its end.

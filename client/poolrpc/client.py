@@ -143,7 +143,7 @@ class PoolClient(Settings):
         return crossing.results(response, copy=copy, progress=progress)
 
     def _stream(self, transfer: Transfer, call: CallOptions, progress: Progress | None) -> list[PoolResult]:
-        return StreamCall(self._pool_stream, transfer, call).run(progress)
+        return StreamCall(self._pool_stream, transfer, call, lambda: self._closed).run(progress)
 
     def map(  # noqa: PLR0913 - options, all by keyword
         self,

@@ -49,7 +49,7 @@ HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 # Pooling changes nothing on the server, so a call that found it full, draining or gone may be tried again: by gRPC
 # itself, at most five times, with growing random pauses, and (the throttling) not while most tries fail: a server
 # process that dies fails hundreds at once, perhaps, and these are to be tried again. A server of gRPC's that stops says
-# CANCELLED to calls that it hasn't begun (github.com/grpc/grpc/issues/41785); who cancels a call himself isn't answered.
+# CANCELLED to calls that it hasn't begun (github.com/grpc/grpc/issues/41785); who cancels a call himself ends it.
 # Streams have their own way, in poolrpc.streaming.
 SERVICE_CONFIG = {
     "loadBalancingConfig": [{"round_robin": {}}],

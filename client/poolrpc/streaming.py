@@ -19,6 +19,8 @@ from poolrpc.tensors import keep_freed_memory
 from poolrpc.transfer import Arrival
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from poolrpc.transfer import PoolResult, Progress, Transfer
 
 ATTEMPTS = 5
@@ -51,9 +53,14 @@ class StreamCall:
     """One tensor's way through a stream, which blocks; another thread may cancel it."""
 
     def __init__(
-        self, method: grpc.StreamStreamMultiCallable[bytes, bytes], transfer: Transfer, call: CallOptions
+        self,
+        method: grpc.StreamStreamMultiCallable[bytes, bytes],
+        transfer: Transfer,
+        call: CallOptions,
+        closed: Callable[[], bool],
     ) -> None:
-        """Make a call of that method."""
+        """Make a call of that method, of a client that says whether it is closed."""
+        self._closed = closed
         self._method = method
         self._transfer = transfer
         self._call = call
@@ -74,14 +81,15 @@ class StreamCall:
             try:
                 return self._attempt(progress)
             except grpc.RpcError as error:
-                if error.code() not in GONE or self._cancelled.is_set() or attempt == ATTEMPTS - 1:
+                left_by_us = self._closed() or self._cancelled.is_set()
+                if error.code() not in GONE or left_by_us or attempt == ATTEMPTS - 1:
                     raise
                 if self._begun and not self._transfer.repeatable:
                     raise
                 pause = random.uniform(0, min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE))  # noqa: S311 - no secret
                 pause = max(pause, getattr(translated(error), "retry_delay", None) or 0)
                 left = self._call.left()
-                if (left is not None and pause >= left) or self._cancelled.wait(pause):
+                if (left is not None and pause >= left) or self._cancelled.wait(pause) or self._closed():
                     raise
         raise AssertionError("unreachable: the last attempt returns or raises")
 

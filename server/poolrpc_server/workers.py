@@ -61,7 +61,12 @@ def pause(failures: int) -> float:
 
 def ending(status: int) -> dict[str, str | int]:
     """Give an exit status in words: the signal that ended the process, or its code."""
-    return {"signal": signal.Signals(-status).name} if status < 0 else {"code": status}
+    if status >= 0:
+        return {"code": status}
+    name = str(-status)
+    with suppress(ValueError):  # one of those that have no name
+        name = signal.Signals(-status).name
+    return {"signal": name}
 
 
 def part_of(config: Config, index: int, places: Iterable[Shared]) -> Config:

@@ -6,7 +6,7 @@ from collections import namedtuple
 import grpc
 import pytest
 
-from poolrpc import InvalidArgumentError, LimitExceededError, UnavailableError
+from poolrpc import InternalError, InvalidArgumentError, LimitExceededError, UnavailableError
 from poolrpc.status import DETAILS_KEY, decode_error
 from poolrpc_server.interceptors import CallInterceptor, note
 
@@ -67,10 +67,10 @@ def lines():
     return Lines()
 
 
-def handler(lines, behaviour, *, method=METHOD, kind="unary_unary"):
+def handler(lines, behaviour, *, method=METHOD, kind="unary_unary", judge=None):
     """Give what the interceptor makes of a method."""
     inner = getattr(grpc, f"{kind}_rpc_method_handler")(behaviour, None, None)
-    return CallInterceptor(lines).intercept_service(lambda _: inner, Details(method))
+    return CallInterceptor(lines, judge).intercept_service(lambda _: inner, Details(method))
 
 
 def call(lines, behaviour, **options):
@@ -268,3 +268,26 @@ def test_a_method_of_another_kind_is_left_as_it_is(lines, kind):
     """No service of ours has such methods; what others have is passed on."""
     inner = getattr(grpc, f"{kind}_rpc_method_handler")(lambda *_: "answer")
     assert CallInterceptor(lines).intercept_service(lambda _: inner, Details("/x/Y")) is inner
+
+
+@pytest.mark.parametrize("kind", ["unary", "stream"])
+def test_an_unexpected_error_may_be_judged(lines, kind):
+    """Who is asked may give an error of ours for what is none; he isn't asked of ours, and need not have an answer."""
+    asked = []
+
+    def judge(error):
+        asked.append(error)
+        return UnavailableError("gone", reason="GONE") if isinstance(error, OSError) else None
+
+    def status(error):
+        if kind == "unary":
+            return call(lines, raising(error), judge=judge)[1].error()
+        answers, context = stream(lines, raising(error), judge=judge)
+        with pytest.raises(Aborted):
+            next(answers)
+        return context.error()
+
+    assert status(OSError("lost")).reason == "GONE"
+    assert type(status(KeyError("odd"))) is InternalError
+    assert type(status(InvalidArgumentError("odd", field="x"))) is InvalidArgumentError
+    assert [type(each) for each in asked] == [OSError, KeyError]
