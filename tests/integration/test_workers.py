@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,8 @@ import pytest
 import poolrpc
 from poolrpc import AsyncPoolClient, GlobalMaxPool, MaxPool2d, PoolClient
 from poolrpc_server.app import FAILED
+from poolrpc_server.config import Config, ConfigError
+from poolrpc_server.workers import supervise
 from scripts.serving import serving
 
 if TYPE_CHECKING:
@@ -67,13 +71,15 @@ class Load:
 
         def call() -> None:
             while not self._ending.is_set():
+                travelled = ""
                 try:
                     result = client.pool(x, MaxPool2d(2), transport=transport)
                     np.testing.assert_array_equal(result.output, expected)
+                    travelled = result.transport
                 except (poolrpc.PoolError, AssertionError) as error:
                     self.errors.append(error)
                 with self._changed:
-                    self.transports[number] = result.transport
+                    self.transports[number] = travelled
                     self._counts[number] += 1
                     self._changed.notify_all()
 
@@ -86,6 +92,11 @@ class Load:
         with self._changed:
             goals = {number: count + calls for number, count in self._counts.items()}
             assert self._changed.wait_for(lambda: all(self._counts[number] >= goals[number] for number in goals), 60)
+
+    def wait_for_transport(self, thread: int, transport: str) -> None:
+        """Wait until a thread's tensors travel that way."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.transports.get(thread) == transport, 60)
 
     def end(self) -> None:
         """End every thread."""
@@ -145,14 +156,14 @@ def test_a_killed_worker_is_missed_by_nobody(tmp_path: Path) -> None:
         calls.add(local, LARGE)
         calls.add(local, SMALL)
         calls.go_on()
-        assert calls.transports[9] == "arena"
+        calls.wait_for_transport(9, "arena")
         for count, index in enumerate((0, 1), 1):
             os.kill(pids(server)[index], signal.SIGKILL)
             ended = server.wait_for("worker ended", count)[-1]
             assert (ended["worker"], ended["signal"], ended["restart_in"]) == (index, "SIGKILL", 0)
             assert len(server.wait_for("worker serving", 2 + count, SERVICE_SECONDS)) == 2 + count
             calls.go_on()
-        assert calls.transports[9] == "arena"
+        calls.wait_for_transport(9, "arena")
         calls.end()
         assert calls.errors == []
         assert {each["worker"] for each in server.of("call")} == {0, 1}
@@ -184,21 +195,24 @@ def test_a_server_that_stops_is_missed_by_nobody() -> None:
 
 
 def test_an_arenas_calls_go_to_its_worker(tmp_path: Path) -> None:
-    """A client whose connection is to one worker may have its arena from the other; a dead one's arena is replaced."""
+    """Connections and arenas take turns, so a client's may be of two workers; the arena of a dead one is replaced."""
     path = tmp_path / "pool.sock"
-    with serving("--workers", "2", listen=f"unix:{path}") as server, ExitStack() as clients:
-        # Connected now, while the path leads to one worker; arenas are attached when it leads to the other.
+    with serving("--workers", "2", *AT_ONCE, listen=f"unix:{path}") as server, ExitStack() as clients:
+        # Connected while the path leads to one worker; the arena is attached when others' calls reach the other.
         client = clients.enter_context(PoolClient(f"unix:{path}"))
         client.pool(SMALL, MaxPool2d(2))
         connected = server.wait_for("call")[0]["worker"]
-        while path.readlink().name != f"pool.sock.{1 - connected}":
-            server.wait_for("never", timeout=0.05)
+        made = 1
+        while server.wait_for("call", made)[-1]["worker"] == connected:
+            with PoolClient(f"unix:{path}", options=OWN_CONNECTION) as another:
+                another.pool(SMALL, MaxPool2d(2))
+            made += 1
         mine = client.empty(LARGE.shape)
         mine[...] = LARGE
         result = client.pool(mine, MaxPool2d(2))
         assert result.transport == "arena"
         np.testing.assert_array_equal(result.output, halved(LARGE))
-        assert server.wait_for("call", 2)[1]["worker"] == 1 - connected
+        assert server.wait_for("call", made + 1)[made]["worker"] == 1 - connected
         os.kill(pids(server)[1 - connected], signal.SIGKILL)
         server.wait_for("worker ended")
         with pytest.raises((poolrpc.UnavailableError, poolrpc.NotFoundError)):
@@ -222,7 +236,7 @@ def test_a_dead_workers_arena_is_replaced_for_asyncio_too(tmp_path: Path) -> Non
             np.testing.assert_array_equal(result.output, halved(LARGE))
             assert (await client.pool(LARGE, MaxPool2d(2))).transport == "arena"
 
-    with serving("--workers", "2", listen=address) as server:
+    with serving("--workers", "2", *AT_ONCE, listen=address) as server:
         asyncio.run(run(server))
 
 
@@ -384,3 +398,68 @@ def test_the_start_line_says_where_all_listen() -> None:
             if each.status == psutil.CONN_LISTEN
         ]
         assert held == [port, port]
+
+
+class Events(logging.Handler):
+    """A log whose events can be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: list[logging.LogRecord] = []
+        self._changed = threading.Condition()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a record."""
+        with self._changed:
+            self._seen.append(record)
+            self._changed.notify_all()
+
+    def wait_for(self, event: str, count: int = 1) -> list[logging.LogRecord]:
+        """Wait for that many of an event, and give them."""
+
+        def found() -> list[logging.LogRecord]:
+            return [each for each in self._seen if each.getMessage() == event]
+
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(found()) >= count, 60)
+        return found()
+
+
+@pytest.fixture
+def events() -> Iterator[Events]:
+    """Give the events of a supervisor in this process."""
+    logger, handler = logging.getLogger("poolrpc_server"), Events()
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield handler
+    logger.removeHandler(handler)
+    logger.setLevel(before)
+
+
+def test_a_supervisor_in_this_process(tmp_path: Path, events: Events) -> None:
+    """supervise() starts workers, restarts one that dies, gives 0 after SIGTERM, and leaves signals as they were."""
+    config = Config(workers=2, listen=("127.0.0.1:0", f"unix:{tmp_path / 'pool.sock'}"), drain_seconds=0)
+
+    def end() -> None:
+        events.wait_for("serving")
+        os.kill(events.wait_for("worker serving")[0].pid, signal.SIGKILL)
+        assert events.wait_for("worker ended")[0].signal == "SIGKILL"
+        events.wait_for("worker serving", 3)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    with ThreadPoolExecutor(1) as threads:
+        ending = threads.submit(end)
+        assert supervise(config) == 0
+        ending.result()
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_supervisor_refuses() -> None:
+    """An address that can't be had and a device that isn't there are a ConfigError, before and after workers start."""
+    with pytest.raises(ConfigError, match=r"listen: 192\.0\.2\.1:0: can't be had"):
+        supervise(Config(workers=2, listen=("192.0.2.1:0",), insecure=True))
+    with pytest.raises(ConfigError, match="device: expected auto or a device of this machine"):
+        supervise(Config(workers=2, listen=("127.0.0.1:0",), device="cuda:99"))
