@@ -25,6 +25,7 @@ from poolrpc.settings import unix_path
 from poolrpc.tensors import keep_freed_memory
 from poolrpc_server.admission import Admission
 from poolrpc_server.arena import ArenaListener, find_in
+from poolrpc_server.bell import Bell
 from poolrpc_server.config import Config, ConfigError
 from poolrpc_server.dispatch import Dispatcher
 from poolrpc_server.doors.native import SERVICE, PoolDoor
@@ -66,7 +67,7 @@ class Server:
         addresses: Where it listens; free ports filled in once it is made.
         info: What it says of itself.
         failure: Why it can't go on; empty where it can.
-        ending: Set when it can't go on.
+        on_failure: Called when it can't go on.
 
     """
 
@@ -84,7 +85,7 @@ class Server:
             raise ConfigError(str(error)) from None
         self.info = _describe(config, engine)
         self.failure = ""
-        self.ending = threading.Event()
+        self.on_failure: Callable[[], object] = lambda: None
         self._engine = engine
         limits = Limits(config.max_message_bytes, config.max_output_bytes, config.max_output_growth, config.max_work)
         self._arenas: list[ArenaListener] = []
@@ -154,7 +155,7 @@ class Server:
             self.failure = reason
             log.critical("failed", reason=reason)
             self.drain()
-            self.ending.set()
+            self.on_failure()
 
     def _judge(self, error: Exception) -> PoolError | None:
         # What CUDA reports this way stays: every later call of its would fail. Out of memory is another class.
@@ -200,10 +201,22 @@ def _describe(config: Config, engine: Engine) -> ServerInfo:
     )
 
 
+def _facts(server: Server) -> dict[str, Any]:
+    info = server.info
+    return {
+        "addresses": " ".join(server.addresses),
+        "version": info.version,
+        "device": info.device,
+        "torch": info.torch_version,
+        "threads": info.threads,
+        **{name: str(limit) for name, limit in info.limits.items()},
+    }
+
+
 def serve(
     config: Config,
     *,
-    stopping: threading.Event | None = None,
+    stopping: Bell | None = None,
     started: Callable[[dict[str, Any]], object] = lambda facts: log.info("serving", **facts),
 ) -> int:
     """Run a server until SIGTERM or SIGINT, then drain and stop; a second signal ends the process at once.
@@ -212,7 +225,7 @@ def serve(
 
     Args:
         config: The settings.
-        stopping: Stops it as a first signal does, when set by another thread.
+        stopping: Stops it as a first signal does, when another thread rings it.
         started: Called with the facts of the start line, once it serves.
 
     Raises:
@@ -220,30 +233,22 @@ def serve(
 
     """
     server = Server(config)
-    server.ending = stopping = stopping or threading.Event()
+    stopping = stopping or Bell()
+    server.on_failure = stopping.ring
 
     def on_signal(number: int, _: object) -> None:
         # The next one finds the default: the process ends by it.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         log.info("stopping", signal=signal.Signals(number).name)
-        stopping.set()
+        stopping.ring()
 
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
-    server.start()
-    info = server.info
-    started(
-        {
-            "addresses": " ".join(server.addresses),
-            "version": info.version,
-            "device": info.device,
-            "torch": info.torch_version,
-            "threads": info.threads,
-            **{name: str(limit) for name, limit in info.limits.items()},
-        }
-    )
-    stopping.wait()
+    with stopping.hearing_signals():
+        signal.signal(signal.SIGTERM, on_signal)
+        signal.signal(signal.SIGINT, on_signal)
+        server.start()
+        started(_facts(server))
+        stopping.wait()
     if server.failure:
         last = threading.Timer(FAILED_SECONDS, os._exit, [FAILED])
         last.daemon = True

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from poolrpc_server import logs
+from poolrpc_server.bell import Bell
 from poolrpc_server.config import Config, ConfigError
 from poolrpc_server.logs import log
 from poolrpc_server.sockets import share
@@ -303,13 +304,13 @@ def work(descriptor: int) -> int:
     with control.makefile("rb") as told:
         index, config = pickle.load(told)  # noqa: S301 - of the supervisor, whose process made the socket
     logs.configure(config.log_format, config.log_level, worker=index)
-    stopping = threading.Event()
+    stopping = Bell()
 
     def watch() -> None:
         with suppress(OSError):
             control.recv(1)
         log.info("stopping", told_by="supervisor")
-        stopping.set()
+        stopping.ring()
 
     def tell(**answer: object) -> None:
         with suppress(OSError):  # the supervisor is gone

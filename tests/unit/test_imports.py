@@ -30,7 +30,7 @@ ROOMS = (
     {"buffers", "kernels"},
     {"validate", "admission"},
     {"arena"},
-    {"config", "logs", "metrics", "sockets"},
+    {"bell", "config", "logs", "metrics", "sockets"},
 )
 DEPTH = {module: depth for depth, room in enumerate(ROOMS) for module in room}
 KNOW_GRPC = {"app", "doors", "interceptors", "cli", "workers"}
