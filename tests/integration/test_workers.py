@@ -176,8 +176,8 @@ def test_a_server_that_stops_is_missed_by_nobody() -> None:
     is nothing that DNS could give.
     """
     with (
-        serving("--drain-seconds", "1") as first,
-        serving("--drain-seconds", "1") as second,
+        serving("--drain-seconds", "1", "--shutdown-grace", "10") as first,
+        serving() as second,
         load() as (calls, clients),
     ):
         client = clients.enter_context(PoolClient(f"ipv4:{first.address},{second.address}"))
