@@ -29,6 +29,7 @@ class Serving:
         self.process = process
         self.start: dict[str, Any] = {}
         self._lines: list[str] = []
+        self._changed = threading.Condition()
         self.started = threading.Event()
         self.reader = threading.Thread(target=self._read, daemon=True)
 
@@ -40,7 +41,19 @@ class Serving:
     @property
     def log(self) -> list[dict[str, Any]]:
         """Its log lines so far; text that is no JSON is the event "text"."""
-        return [json.loads(each) if each.startswith("{") else {"event": "text", "text": each} for each in self._lines]
+        return [
+            json.loads(each) if each.startswith("{") else {"event": "text", "text": each} for each in [*self._lines]
+        ]
+
+    def of(self, event: str) -> list[dict[str, Any]]:
+        """Its log lines of one event so far."""
+        return [each for each in self.log if each["event"] == event]
+
+    def wait_for(self, event: str, count: int = 1, timeout: float = 60) -> list[dict[str, Any]]:
+        """Wait for that many log lines of one event, and give them: fewer after `timeout` seconds, or at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self.of(event)) >= count or not self.reader.is_alive(), timeout)
+        return self.of(event)
 
     def wait(self, timeout: float = 60) -> int:
         """Wait for the process and the last line of its log; give the exit status."""
@@ -51,7 +64,9 @@ class Serving:
     def _read(self) -> None:
         with self.process.stderr or nullcontext(()) as lines:
             for line in lines:
-                self._lines.append(line)
+                with self._changed:
+                    self._lines.append(line)
+                    self._changed.notify_all()
                 if not self.start and self.log[-1]["event"] == "serving":
                     self.start = self.log[-1]
                     self.started.set()

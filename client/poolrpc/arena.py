@@ -19,6 +19,7 @@ from array import array as array_of
 from bisect import bisect
 from collections import deque
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,6 +68,7 @@ class Region:
 
     Attributes:
         arena_id: The server's name for the arena.
+        socket: The name of the socket, in the folder of the server's, for calls that use it; empty: the server's.
         memory: The arena as an array of bytes, which keeps it mapped.
         address: Where it starts.
         free: The parts that are free, as (start, end): in order, apart from each other.
@@ -74,8 +76,9 @@ class Region:
 
     """
 
-    def __init__(self, arena_id: bytes, mapping: mmap.mmap) -> None:
+    def __init__(self, arena_id: bytes, mapping: mmap.mmap, socket: str = "") -> None:
         self.arena_id = arena_id
+        self.socket = socket
         self.memory: Array = np.frombuffer(mapping, np.uint8)
         self.address: int = self.memory.__array_interface__["data"][0]
         self.free = [(0, len(mapping))]
@@ -225,10 +228,15 @@ class Arenas:
         with self._lock:
             self._let_go([span.region])
 
-    def forget(self) -> None:
-        """Let go of every arena: the server knows none of them any more. The next are attached anew, and at once."""
+    def forget(self, socket: str | None = None) -> None:
+        """Let go of every arena: the server knows none of them any more. The next are attached anew, and at once.
+
+        Args:
+            socket: That of the one process that knows none of its own any more. None: all of them.
+
+        """
         with self._lock:
-            self._let_go(list(self._connections))
+            self._let_go([region for region in self._connections if socket in (None, region.socket)])
             self._refused_until = 0.0
 
     def close(self) -> None:
@@ -306,9 +314,9 @@ def decode_request(packet: bytes) -> int:
         raise InvalidArgumentError("expected an AttachRequest, got another packet", field="request") from None
 
 
-def encode_answer(arena_id: bytes, size: int) -> bytes:
+def encode_answer(arena_id: bytes, size: int, socket: str = "") -> bytes:
     """Give the packet that goes beside an arena's descriptor."""
-    return pool_pb2.AttachResponse(arena_id=arena_id, size=size).SerializeToString()
+    return pool_pb2.AttachResponse(arena_id=arena_id, size=size, socket=socket).SerializeToString()
 
 
 def encode_refusal(error: PoolError) -> bytes:
@@ -318,8 +326,8 @@ def encode_refusal(error: PoolError) -> bytes:
     return answer.SerializeToString()
 
 
-def decode_answer(packet: bytes) -> tuple[bytes, int]:
-    """Give the id and the size of the arena that a packet answers with.
+def decode_answer(packet: bytes) -> tuple[bytes, int, str]:
+    """Give the id, the size and the socket of the arena that a packet answers with.
 
     Raises:
         PoolError: It refuses one, or is no answer.
@@ -332,7 +340,7 @@ def decode_answer(packet: bytes) -> tuple[bytes, int]:
     if answer.HasField("error"):
         code = next((name for name, number in CODES.items() if number == answer.error.code), "UNKNOWN")
         raise decode_error(code, answer.error.message, answer.error.SerializeToString())
-    return answer.arena_id, answer.size
+    return answer.arena_id, answer.size, answer.socket
 
 
 def _attach(path: str, size: int) -> tuple[Region, socket.socket]:
@@ -343,7 +351,7 @@ def _attach(path: str, size: int) -> tuple[Region, socket.socket]:
         try:
             connection.settimeout(ATTACH_SECONDS)
             connection.connect(path)
-            return _receive(connection, size), connection
+            return _receive(connection, size, Path(path)), connection
         except BaseException:
             connection.close()
             raise
@@ -358,7 +366,7 @@ def _unexpected(expected: str, received: str) -> UnavailableError:
     return UnavailableError(f"arena: expected {expected}, got {received}", reason="ARENA")
 
 
-def _receive(connection: socket.socket, size: int) -> Region:
+def _receive(connection: socket.socket, size: int, path: Path) -> Region:
     # Anyone may have put a socket there, and whoever can shrink what he shares can kill who reads it.
     if (uid := peer_uid(connection)) not in (os.geteuid(), 0):
         raise _unexpected(f"a server of user {os.geteuid()} or 0", f"one of user {uid}")
@@ -371,7 +379,7 @@ def _receive(connection: socket.socket, size: int) -> Region:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             descriptors.frombytes(data[: len(data) // descriptors.itemsize * descriptors.itemsize])
     try:
-        arena_id, given = decode_answer(packet)
+        arena_id, given, calls = decode_answer(packet)
         if len(descriptors) != 1 or flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC) or len(arena_id) != ID_BYTES:
             raise _unexpected("an arena and 1 descriptor", f"{len(packet)} bytes and {len(descriptors)} descriptors")
         needed = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
@@ -380,7 +388,10 @@ def _receive(connection: socket.socket, size: int) -> Region:
         held = os.fstat(descriptors[0]).st_size
         if not size <= given <= held:
             raise _unexpected(f"{size} bytes", f"{given}, of which {held} are there")
-        return Region(arena_id, mmap.mmap(descriptors[0], given))
+        # Said here, once, not by each call that would then go there.
+        if calls and ("/" in calls or not path.with_name(calls).exists()):
+            raise _unexpected(f"the name of a socket beside {path}", repr(calls))
+        return Region(arena_id, mmap.mmap(descriptors[0], given), calls)
     finally:
         for descriptor in descriptors:
             os.close(descriptor)

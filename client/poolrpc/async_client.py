@@ -12,7 +12,7 @@ from grpc import aio
 
 from poolrpc import codec
 from poolrpc.chains import Shape, as_chain
-from poolrpc.errors import DeadlineExceededError, NotFoundError, PoolError
+from poolrpc.errors import DeadlineExceededError, NotFoundError, PoolError, UnavailableError
 from poolrpc.parameters import integer
 from poolrpc.settings import IN_FLIGHT, MAX_IN_FLIGHT, Out, Settings
 from poolrpc.status import translated
@@ -40,12 +40,14 @@ class AsyncPoolClient(Settings):
     """PoolClient for asyncio: the same methods, awaited. Make it and use it in one event loop."""
 
     def _connect(self) -> None:
-        if self._credentials is None:
-            self._channel = aio.insecure_channel(self.address, self._options)
-        else:
-            self._channel = aio.secure_channel(self.address, self._credentials, self._options)
+        self._channel = self._channel_to(self.address)
         self._streams: ThreadPoolExecutor | None = None
         self._bind(self._channel)
+
+    def _channel_to(self, address: str) -> aio.Channel:
+        if self._credentials is None:
+            return aio.insecure_channel(address, self._options)
+        return aio.secure_channel(address, self._credentials, self._options)
 
     async def pool(  # noqa: PLR0913 - options, all by keyword
         self,
@@ -119,9 +121,9 @@ class AsyncPoolClient(Settings):
             return None
         try:
             with crossing.kept():
-                response = await self._pool(crossing.message, **call.now())
-        except NotFoundError:  # the server is another one by now
-            if required:
+                response = await self._pool_at(crossing.socket)(crossing.message, **call.now())
+        except (NotFoundError, UnavailableError) as error:
+            if required or not crossing.lost(error):
                 raise
             return None
         return crossing.results(response, copy=copy, progress=progress)
@@ -130,14 +132,14 @@ class AsyncPoolClient(Settings):
         # By a blocking channel, in a thread: where a stream ends while it is being written to, grpc.aio reports an
         # internal error in place of the status that the server ended it with (seen in 1.85: set_internal_error).
         if self._streams is None:
-            self._blocking = self._blocking_channel()
+            self._blocking = self._blocking_channel(self.address)
             self._streams = ThreadPoolExecutor(MAX_STREAMS, "poolrpc-stream")
         loop = asyncio.get_running_loop()
 
         def in_loop(done: int, count: int) -> None:
             asyncio.run_coroutine_threadsafe(_called(progress, done, count), loop).result()
 
-        stream = StreamCall(self._streams_of(self._blocking), transfer, call)
+        stream = StreamCall(self._streams_of(self._blocking), transfer, call, lambda: self._closed)
         running = loop.run_in_executor(self._streams, stream.run, None if progress is None else in_loop)
         try:
             # It may wait for a thread until its time is up; once it has one, gRPC sees to its end.
@@ -230,6 +232,8 @@ class AsyncPoolClient(Settings):
             self._blocking.close()
             self._streams.shutdown(wait=False)
         await self._channel.close()
+        for channel, _ in self._others.values():
+            await channel.close()
 
     async def __aenter__(self) -> Self:
         """Give the client, to be closed at the end."""

@@ -10,7 +10,7 @@ import grpc
 
 from poolrpc import codec
 from poolrpc.chains import Shape, as_chain
-from poolrpc.errors import NotFoundError, PoolError
+from poolrpc.errors import NotFoundError, PoolError, UnavailableError
 from poolrpc.parameters import integer
 from poolrpc.settings import IN_FLIGHT, MAX_IN_FLIGHT, Out, Settings
 from poolrpc.status import translated
@@ -40,9 +40,12 @@ class PoolClient(Settings):
     """
 
     def _connect(self) -> None:
-        self._channel = self._blocking_channel()
+        self._channel = self._channel_to(self.address)
         self._pool_stream = self._streams_of(self._channel)
         self._bind(self._channel)
+
+    def _channel_to(self, address: str) -> grpc.Channel:
+        return self._blocking_channel(address)
 
     def pool(  # noqa: PLR0913 - options, all by keyword
         self,
@@ -132,15 +135,15 @@ class PoolClient(Settings):
             return None
         try:
             with crossing.kept():
-                response = self._pool(crossing.message, **call.now())
-        except NotFoundError:  # the server is another one by now
-            if required:
+                response = self._pool_at(crossing.socket)(crossing.message, **call.now())
+        except (NotFoundError, UnavailableError) as error:
+            if required or not crossing.lost(error):
                 raise
             return None
         return crossing.results(response, copy=copy, progress=progress)
 
     def _stream(self, transfer: Transfer, call: CallOptions, progress: Progress | None) -> list[PoolResult]:
-        return StreamCall(self._pool_stream, transfer, call).run(progress)
+        return StreamCall(self._pool_stream, transfer, call, lambda: self._closed).run(progress)
 
     def map(  # noqa: PLR0913 - options, all by keyword
         self,
@@ -238,6 +241,8 @@ class PoolClient(Settings):
         if self._arenas is not None:
             self._arenas.close()
         self._channel.close()
+        for channel, _ in self._others.values():
+            channel.close()
 
     def __enter__(self) -> Self:
         """Give the client, to be closed at the end."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
 import grpc
@@ -42,11 +44,14 @@ IN_FLIGHT, MAX_IN_FLIGHT = 4, 64
 """Requests of a map under way at a time: while one is computed, others are on their way; and each has a thread."""
 
 SERVICE = "poolrpc.v1.PoolService"
+POOL = f"/{SERVICE}/Pool"
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 
 # Pooling changes nothing on the server, so a call that found it full, draining or gone may be tried again: by gRPC
-# itself, at most five times, with growing random pauses, and (the throttling) not while most tries fail. Streams have
-# their own way, in poolrpc.streaming.
+# itself, at most five times, with growing random pauses, and (the throttling) not while most tries fail: a server
+# process that dies fails hundreds at once, perhaps, and these are to be tried again. A server of gRPC's that stops says
+# CANCELLED to calls that it hasn't begun (github.com/grpc/grpc/issues/41785); who cancels a call himself ends it.
+# Streams have their own way, in poolrpc.streaming.
 SERVICE_CONFIG = {
     "loadBalancingConfig": [{"round_robin": {}}],
     "methodConfig": [
@@ -57,11 +62,11 @@ SERVICE_CONFIG = {
                 "initialBackoff": "0.1s",
                 "maxBackoff": "2s",
                 "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
+                "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
             },
         }
     ],
-    "retryThrottling": {"maxTokens": 20, "tokenRatio": 0.5},
+    "retryThrottling": {"maxTokens": 1000, "tokenRatio": 0.5},
 }
 
 
@@ -109,11 +114,17 @@ class Settings:
                 "grpc.service_config": json.dumps(SERVICE_CONFIG),
                 # A call is only tried again while its message is kept, and gRPC keeps 256 KB unless told otherwise.
                 "grpc.per_rpc_retry_buffer_size": max_message_bytes,
+                # Else a first attempt that fails, at a worker's socket that is just going, is followed by a second in
+                # which nothing is tried; and a server that comes back, by up to two minutes.
+                "grpc.initial_reconnect_backoff_ms": 100,
+                "grpc.max_reconnect_backoff_ms": 5000,
                 "grpc.primary_user_agent": f"poolrpc/{__version__}",
                 **dict(options),
             }.items()
         )
         self._closed = False
+        self._others: dict[str, tuple[Any, Any]] = {}
+        self._opening = threading.Lock()
         path = unix_path(address)
         self._arenas: Arenas | None = None
         if path:
@@ -125,10 +136,23 @@ class Settings:
     def _connect(self) -> None:
         raise NotImplementedError
 
-    def _blocking_channel(self) -> grpc.Channel:
+    def _channel_to(self, address: str) -> Any:  # noqa: ANN401 - of either world
+        raise NotImplementedError
+
+    def _blocking_channel(self, address: str) -> grpc.Channel:
         if self._credentials is None:
-            return grpc.insecure_channel(self.address, self._options)
-        return grpc.secure_channel(self.address, self._credentials, self._options)
+            return grpc.insecure_channel(address, self._options)
+        return grpc.secure_channel(address, self._credentials, self._options)
+
+    def _pool_at(self, socket: str) -> Any:  # noqa: ANN401 - of either world
+        # The method of the process that has an arena: of several workers' one.
+        if not socket:
+            return self._pool
+        with self._opening:
+            if socket not in self._others:
+                channel = self._channel_to(f"unix:{Path(unix_path(self.address)).with_name(socket)}")
+                self._others[socket] = channel, channel.unary_unary(POOL)
+            return self._others[socket][1]
 
     @staticmethod
     def _streams_of(channel: grpc.Channel) -> grpc.StreamStreamMultiCallable[bytes, bytes]:
@@ -136,7 +160,7 @@ class Settings:
 
     def _bind(self, channel: Any) -> None:  # noqa: ANN401 - of either world
         # Messages with payloads are framed by wire, so gRPC gets their bytes as they are.
-        self._pool = channel.unary_unary(f"/{SERVICE}/Pool")
+        self._pool = channel.unary_unary(POOL)
         self._infer_shape = channel.unary_unary(
             f"/{SERVICE}/InferShape",
             pool_pb2.InferShapeRequest.SerializeToString,

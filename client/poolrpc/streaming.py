@@ -1,4 +1,4 @@
-"""A stream's call: its messages sent and received, and begun again where the server was full or gone.
+"""A stream's call: its messages sent and received, and begun again where the server was full or went away.
 
 gRPC would begin a stream again by itself, but was seen to lose a message as it did (1.85.1, two refusals and messages
 of 4 MB, with nothing but grpcio on both sides). So streams have no retry policy there, but this one.
@@ -19,11 +19,16 @@ from poolrpc.tensors import keep_freed_memory
 from poolrpc.transfer import Arrival
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from poolrpc.transfer import PoolResult, Progress, Transfer
 
 ATTEMPTS = 5
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
 """Seconds, of which each pause takes a random part: the same as unary calls have in their service config."""
+
+GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+"""What a server says that is full or stopping, the second to calls that it hasn't begun."""
 
 
 class CallOptions:
@@ -48,9 +53,14 @@ class StreamCall:
     """One tensor's way through a stream, which blocks; another thread may cancel it."""
 
     def __init__(
-        self, method: grpc.StreamStreamMultiCallable[bytes, bytes], transfer: Transfer, call: CallOptions
+        self,
+        method: grpc.StreamStreamMultiCallable[bytes, bytes],
+        transfer: Transfer,
+        call: CallOptions,
+        closed: Callable[[], bool],
     ) -> None:
-        """Make a call of that method."""
+        """Make a call of that method, of a client that says whether it is closed."""
+        self._closed = closed
         self._method = method
         self._transfer = transfer
         self._call = call
@@ -71,12 +81,15 @@ class StreamCall:
             try:
                 return self._attempt(progress)
             except grpc.RpcError as error:
-                if self._begun or error.code() != grpc.StatusCode.UNAVAILABLE or attempt == ATTEMPTS - 1:
+                left_by_us = self._closed() or self._cancelled.is_set()
+                if error.code() not in GONE or left_by_us or attempt == ATTEMPTS - 1:
+                    raise
+                if self._begun and not self._transfer.repeatable:
                     raise
                 pause = random.uniform(0, min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE))  # noqa: S311 - no secret
                 pause = max(pause, getattr(translated(error), "retry_delay", None) or 0)
                 left = self._call.left()
-                if (left is not None and pause >= left) or self._cancelled.wait(pause):
+                if (left is not None and pause >= left) or self._cancelled.wait(pause) or self._closed():
                     raise
         raise AssertionError("unreachable: the last attempt returns or raises")
 

@@ -23,6 +23,7 @@ from poolrpc.errors import (
     InvalidArgumentError,
     LimitExceededError,
     NotFoundError,
+    UnavailableError,
     UnsupportedError,
 )
 from poolrpc.shapes import check_shape, clip
@@ -262,6 +263,12 @@ class Transfer:
         if out:
             _check_out(codec.tensors(outline.results), out)
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether the inputs are what they were, after some of the outputs came."""
+        goals = [each for each in self.out if each is not None]
+        return not any(np.may_share_memory(array, goal) for array in self.arrays for goal in goals)
+
     def message(self, most: int) -> bytes:
         """Give the message of a unary call.
 
@@ -300,6 +307,7 @@ class Crossing:
 
     Attributes:
         message: The message of the unary call that says where.
+        socket: The name of the socket that the call goes to, in the folder of the server's; empty: the server's.
 
     """
 
@@ -311,6 +319,7 @@ class Crossing:
         self._output = outputs
         ranges = codec.ArenaRanges(outputs.arena_id, (start, length), (outputs.offset, outputs.nbytes))
         self.message = transfer.outline.in_arena(ranges)
+        self.socket = outputs.region.socket
 
     @classmethod
     def begin(cls, transfer: Transfer, arenas: Arenas, *, attach: bool = True) -> Crossing | None:
@@ -365,6 +374,13 @@ class Crossing:
         _report(self._transfer, progress)
         return gathered(answer.results, arrays, "arena")
 
+    def lost(self, error: BaseException) -> bool:
+        """Tell whether an error means that the arena's process is gone, or is another one by now."""
+        if isinstance(error, NotFoundError):
+            return True
+        # Where there are several, others still serve. One that is full says when to try again.
+        return bool(self.socket) and isinstance(error, UnavailableError) and error.retry_delay is None
+
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Translate a call's errors; let go of an arena to which the server may still write, and of unknown ones."""
@@ -372,8 +388,8 @@ class Crossing:
             yield
         except BaseException as caught:
             error = translated(caught) if isinstance(caught, grpc.RpcError) else caught
-            if isinstance(error, NotFoundError):
-                self._arenas.forget()
+            if self.lost(error):
+                self._arenas.forget(self.socket)
             elif not isinstance(error, InvalidArgumentError | UnsupportedError | LimitExceededError):
                 self._arenas.retire(self._output)
             if error is caught:

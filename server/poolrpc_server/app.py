@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import tempfile
 import threading
@@ -17,6 +18,7 @@ from grpc_reflection.v1alpha import reflection
 
 from poolrpc import PoolClient, __version__
 from poolrpc.codec import Limit, ServerInfo
+from poolrpc.errors import UnavailableError
 from poolrpc.layers import DTYPES
 from poolrpc.limits import MAX_BRANCHES, MAX_CHAIN, MAX_FRACTIONAL_AXIS, MAX_NUMEL, MAX_PARAMETER
 from poolrpc.settings import unix_path
@@ -24,6 +26,7 @@ from poolrpc.tensors import keep_freed_memory
 from poolrpc_server.admission import Admission, refused
 from poolrpc_server.arena import ArenaListener, find_in
 from poolrpc_server.batcher import Bounds
+from poolrpc_server.bell import Bell
 from poolrpc_server.config import Config, ConfigError
 from poolrpc_server.dispatch import Dispatcher
 from poolrpc_server.doors.native import SERVICE, PoolDoor
@@ -32,6 +35,7 @@ from poolrpc_server.interceptors import CallInterceptor
 from poolrpc_server.logs import CallLog, log
 from poolrpc_server.metrics import IN_FOLDER, Load, Metrics, MetricsServer
 from poolrpc_server.security import Certificates, TokenInterceptor
+from poolrpc_server.sockets import take
 from poolrpc_server.tokens import TokenFile
 from poolrpc_server.validate import Limits
 
@@ -39,7 +43,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from concurrent.futures import Future
 
+    from poolrpc.errors import PoolError
+
 T = TypeVar("T")
+
+FAILED = 70
+"""The exit status of a process that can't go on and wants to be started again."""
+
+FAILED_SECONDS = 5.0
+"""How long such a process may take to end: whatever hangs in it then is left."""
 
 CONFIGURED_LIMITS = (
     "max_message_bytes",
@@ -105,6 +117,8 @@ class Server:
         addresses: Where it listens; free ports filled in once it is made.
         info: What it says of itself.
         metrics_address: Where its metrics are read, "host:port"; empty: nowhere.
+        failure: Why it can't go on; empty where it can.
+        on_failure: Called when it can't go on.
 
     """
 
@@ -122,6 +136,8 @@ class Server:
         except ValueError as error:
             raise ConfigError(str(error)) from None
         self.info = _describe(config, engine)
+        self.failure = ""
+        self.on_failure: Callable[[], object] = lambda: None
         self._engine = engine
         limits = Limits(config.max_message_bytes, config.max_output_bytes, config.max_output_growth, config.max_work)
         self._arenas: list[ArenaListener] = []
@@ -151,6 +167,7 @@ class Server:
                 f"/{health.SERVICE_NAME}/": self._quick,
                 f"/{reflection.SERVICE_NAME}/": self._reflecting,
             },
+            self._judge,
         )
         guards = [TokenInterceptor(tokens, calls, health=config.health_requires_token)] if tokens else []
         self._server = grpc.server(
@@ -160,8 +177,9 @@ class Server:
                 *_connection_options(config),
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_send_message_length", config.max_message_bytes),
-                # Two servers on one port would take turns unnoticed; and a compressed message may inflate to any size.
-                ("grpc.so_reuseport", 0),
+                # Two servers on one port would take turns unnoticed, but for workers, whose supervisor looks after
+                # that; and a compressed message may inflate to any size.
+                ("grpc.so_reuseport", int(config.workers > 1)),
                 ("grpc.compression_enabled_algorithms_bitset", 1),
             ],
         )
@@ -183,12 +201,14 @@ class Server:
 
     def _listen(self, address: str) -> str:
         try:
+            if path := unix_path(address):
+                take(Path(path))
             # A unix socket is this machine's alone, and its clients share memory with the server.
-            if self._certificates is None or address.startswith("unix:"):
+            if path or self._certificates is None:
                 port = self._server.add_insecure_port(address)
             else:
                 port = self._server.add_secure_port(address, self._certificates.credentials())
-        except RuntimeError:
+        except (RuntimeError, BlockingIOError):
             raise ConfigError(f"listen: {address!r} can't be had: in use, or not of this machine") from None
         return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
 
@@ -199,9 +219,11 @@ class Server:
             most = {
                 "max_bytes": config.max_arena_bytes // len(paths),
                 "max_arenas": max(1, config.max_arenas // len(paths)),
+                # Other workers don't have a worker's arenas.
+                "calls": Path(path).name if config.workers > 1 else "",
             }
             try:
-                self._arenas.append(ArenaListener(path, **most))
+                self._arenas.append(ArenaListener(path, **most))  # type: ignore[arg-type]
             except ValueError as error:
                 log.warning("no shared memory: clients send their bytes", error=str(error))
 
@@ -226,6 +248,25 @@ class Server:
         """Serve."""
         self._server.start()
         self._set_health(SERVING)
+
+    def fail(self, reason: str) -> None:
+        """Say that this process can't go on, for any thread: its device's state is lost, for example.
+
+        Health says NOT_SERVING; `serve` ends with FAILED, so that the supervisor, or who runs the process, starts it
+        again.
+        """
+        if not self.failure:
+            self.failure = reason
+            log.critical("failed", reason=reason)
+            self.drain()
+            self.on_failure()
+
+    def _judge(self, error: Exception) -> PoolError | None:
+        # What CUDA reports this way stays: every later call of its would fail. Out of memory is another class.
+        if not isinstance(error, torch.AcceleratorError):
+            return None
+        self.fail(str(error).partition("\n")[0])
+        return UnavailableError("the device failed; the server starts again", reason="DEVICE_FAILED")
 
     def drain(self) -> None:
         """Tell health checks to send no more; calls are still served."""
@@ -304,45 +345,69 @@ def _describe(config: Config, engine: Engine) -> ServerInfo:
     )
 
 
-def serve(config: Config) -> None:
+def _facts(server: Server, config: Config) -> dict[str, Any]:
+    info = server.info
+    return {
+        "addresses": " ".join(server.addresses),
+        "version": info.version,
+        "device": info.device,
+        "torch": info.torch_version,
+        "threads": info.threads,
+        "tls": "mutual" if config.tls_client_ca else "on" if config.tls_cert else "off",
+        "tokens": "on" if config.token_file else "off",
+        "metrics": server.metrics_address,
+        **{name: str(limit) for name, limit in info.limits.items()},
+    }
+
+
+def serve(
+    config: Config,
+    *,
+    stopping: Bell | None = None,
+    started: Callable[[dict[str, Any]], object] = lambda facts: log.info("serving", **facts),
+) -> int:
     """Run a server until SIGTERM or SIGINT, then drain and stop; a second signal ends the process at once.
+
+    Gives the exit status: 0, or FAILED where the server can't go on.
+
+    Args:
+        config: The settings.
+        stopping: Stops it as a first signal does, when another thread rings it.
+        started: Called with the facts of the start line, once it serves.
 
     Raises:
         ConfigError: The server can't be made as told.
 
     """
     server = Server(config)
-    stopping = threading.Event()
+    stopping = stopping or Bell()
+    server.on_failure = stopping.ring
 
     def on_signal(number: int, _: object) -> None:
         # The next one finds the default: the process ends by it.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         log.info("stopping", signal=signal.Signals(number).name)
-        stopping.set()
+        stopping.ring()
 
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
-    server.start()
-    info = server.info
-    log.info(
-        "serving",
-        addresses=" ".join(server.addresses),
-        version=info.version,
-        device=info.device,
-        torch=info.torch_version,
-        threads=info.threads,
-        tls="mutual" if config.tls_client_ca else "on" if config.tls_cert else "off",
-        tokens="on" if config.token_file else "off",
-        metrics=server.metrics_address,
-        **{name: str(limit) for name, limit in info.limits.items()},
-    )
-    stopping.wait()
+    with stopping.hearing_signals():
+        signal.signal(signal.SIGTERM, on_signal)
+        signal.signal(signal.SIGINT, on_signal)
+        server.start()
+        started(_facts(server, config))
+        stopping.wait()
+    if server.failure:
+        last = threading.Timer(FAILED_SECONDS, os._exit, [FAILED])
+        last.daemon = True
+        last.start()
+        server.stop(grace=min(1.0, config.shutdown_grace))
+        return FAILED
     server.drain()
     # Load balancers need this time to see the health change; nothing ends it early but a second signal.
     threading.Event().wait(config.drain_seconds)
     server.stop(config.shutdown_grace)
     log.info("stopped")
+    return 0
 
 
 @contextmanager

@@ -89,15 +89,26 @@ class ArenaListener:
         max_bytes: Bytes of all arenas together, at most; those of ended ones count while a call still uses them.
         max_arenas: Arenas, at most, counted likewise.
         allowed_uid: The one user who may connect. None: that of this process.
+        calls: The name of the socket, in the same folder, to which clients are to send the calls that use an arena.
+            Empty: where they send all others.
 
     Raises:
         ValueError: There can't be arenas there, and why.
 
     """
 
-    def __init__(self, path: str | Path, *, max_bytes: int, max_arenas: int, allowed_uid: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        max_bytes: int,
+        max_arenas: int,
+        allowed_uid: int | None = None,
+        calls: str = "",
+    ) -> None:
         if sys.platform != "linux":
             raise ValueError("arenas need Linux, which alone has memfd")
+        self._calls = calls
         self._max_bytes = max_bytes
         self._max_arenas = max_arenas
         self._allowed_uid = os.geteuid() if allowed_uid is None else allowed_uid
@@ -234,7 +245,7 @@ class ArenaListener:
             self._arenas[arena_id] = Arena(mapping)
             self._attached[connection] = arena_id
             del self._waiting[connection]
-            socket.send_fds(connection, [encode_answer(arena_id, size)], [descriptor])
+            socket.send_fds(connection, [encode_answer(arena_id, size, self._calls)], [descriptor])
         finally:
             os.close(descriptor)
 

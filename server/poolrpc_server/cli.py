@@ -17,15 +17,26 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and give its exit status: 0 after a clean stop, 2 where a setting is wrong."""
+    """Run the command and give its exit status.
+
+    0 after a clean stop, 1 where workers can't be started, 2 where a setting is wrong, app.FAILED where the server
+    can't go on and wants to be started again.
+    """
     try:
         settings = config.parse(arguments)
         logs.configure(settings.log_format, settings.log_level)
+        if settings.workers > 1:
+            from poolrpc_server import workers  # noqa: PLC0415 - one process needs none of it
+
+            try:
+                return workers.supervise(settings)
+            except workers.WorkersError as error:
+                print(f"poolrpc-server: {error}", file=sys.stderr)  # noqa: T201 - a command's way to speak
+                return workers.ENDED
         # Not before the settings are known to be right: torch takes a second or two to import.
         from poolrpc_server.app import serve  # noqa: PLC0415
 
-        serve(settings)
+        return serve(settings)
     except config.ConfigError as error:
         print(f"poolrpc-server: {error}", file=sys.stderr)  # noqa: T201 - a command's way to speak
         return 2
-    return 0

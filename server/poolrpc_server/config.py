@@ -28,6 +28,7 @@ LEAST = {
     "shutdown_grace": 0,
 }
 MOST = {
+    "workers": 1024,
     "threads": 1024,
     "call_threads": 65536,
     "max_message_bytes": 2**31 - 1,  # gRPC's is a C int
@@ -94,6 +95,11 @@ class Config:
     )
     device: str = _setting(
         "auto", "device to compute on: auto (cuda, mps or cpu, the first there is) or torch's name for it"
+    )
+    workers: int = _setting(
+        1,
+        "server processes on the same addresses; what dies is started again; threads and limits are of all together",
+        "processes",
     )
     threads: int = _setting(
         0, "requests computed at a time, each by one thread; 0: one for each CPU that it may use", "threads"

@@ -88,13 +88,3 @@ class Lanes:
             raise LimitExceededError(msg, reason="DEVICE_MEMORY") from None
         finally:
             self._lanes.put(stream)
-
-    def poisoned(self) -> bool:
-        """Tell whether an error has made the device unusable for this process: CUDA's are for good."""
-        if not self._cuda:
-            return False
-        try:
-            torch.cuda.synchronize(self.device)
-        except RuntimeError:
-            return True
-        return False

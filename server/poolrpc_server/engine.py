@@ -133,7 +133,6 @@ class Engine:
         self.threads = threads
         self.seats: Seats | None = None
         self.gauges: Gauges | None = None
-        self.on_poison: Callable[[], None] | None = None
         # A request is computed by the thread that asks: handing it to another would take longer than a small one's
         # computing does. A large one is shared with threads whose seats are free. Helpers wait for nobody, so that
         # calls can't wait for each other in a ring.
@@ -182,13 +181,8 @@ class Engine:
             _prepare_thread()
             self._local.prepared = True
         started = time.perf_counter()
-        try:
-            with self._lanes.lane():
-                answers = self._together(runs) if len(runs) > 1 or runs[0].gathered else [self._alone(runs[0])]
-        except RuntimeError:
-            if self._lanes.poisoned() and self.on_poison is not None:
-                self.on_poison()
-            raise
+        with self._lanes.lane():
+            answers = self._together(runs) if len(runs) > 1 or runs[0].gathered else [self._alone(runs[0])]
         seconds = time.perf_counter() - started
         if self.gauges is not None:
             planes, nbytes = (sum(getattr(run.schedule, name) for run in runs) for name in ("planes", "nbytes"))

@@ -88,15 +88,21 @@ class CallInterceptor(grpc.ServerInterceptor):
 
     What needs room is refused before its message is read where there is none. What needs none (health, the server's
     info, the refusals themselves) has threads of its own, so that it is answered while all others are taken.
+
+    Attributes:
+        metrics: Where it counts.
+        judge: Gives a better error than InternalError for one that is no PoolError, perhaps.
+
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - what surrounds a call
         self,
         call_log: CallLog,
         metrics: Metrics,
         check_room: Callable[[int], None] = lambda _: None,
         needs_room: Collection[str] = (),
         threads: Mapping[str, ThreadPoolExecutor] | None = None,
+        judge: Callable[[Exception], PoolError | None] = lambda _: None,
     ) -> None:
         """Make one.
 
@@ -106,10 +112,12 @@ class CallInterceptor(grpc.ServerInterceptor):
             check_room: Raises where there is no room for a call of that priority.
             needs_room: The methods for which that is asked.
             threads: Who answers methods that begin so. Any other is answered by the server's own.
+            judge: Gives a better error than InternalError for one that is no PoolError, perhaps.
 
         """
         self._log = call_log
-        self._metrics = metrics
+        self.metrics = metrics
+        self.judge = judge
         self._check_room = check_room
         self._needs_room = frozenset(needs_room)
         self._threads = dict(threads or {})
@@ -149,7 +157,7 @@ class CallInterceptor(grpc.ServerInterceptor):
         kind = "bidi_stream" if (method, 1) in self._wrapped and self._wrapped[method, 1].stream_stream else "unary"
 
         def refuse(_: object, context: grpc.ServicerContext) -> NoReturn:
-            line = _Line(method, kind, self._metrics)
+            line = _Line(method, kind, self)
             try:
                 line.fail(error, context)
             finally:
@@ -175,7 +183,7 @@ class CallInterceptor(grpc.ServerInterceptor):
         behaviour: Callable[[Any, grpc.ServicerContext], object],
     ) -> grpc.RpcMethodHandler[Any, Any]:
         def answers(request: object, context: grpc.ServicerContext) -> object:
-            line = _Line(method, "unary", self._metrics, level)
+            line = _Line(method, "unary", self, level)
             try:
                 answer = behaviour(request, context)
             except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets a status
@@ -199,7 +207,7 @@ class CallInterceptor(grpc.ServerInterceptor):
         behaviour: Callable[[Iterator[Any], grpc.ServicerContext], Iterator[object]],
     ) -> grpc.RpcMethodHandler[Any, Any]:
         def answers(requests: Iterator[object], context: grpc.ServicerContext) -> Iterator[object]:
-            line, ended = _Line(method, "bidi_stream", self._metrics, level), Event()
+            line, ended = _Line(method, "bidi_stream", self, level), Event()
             context.add_callback(ended.set)
             try:
                 yield from behaviour(requests, context)
@@ -225,19 +233,19 @@ class CallInterceptor(grpc.ServerInterceptor):
 class _Line:
     """What is told of a call, in the log and in the metrics, from its begin to its end."""
 
-    def __init__(self, method: str, kind: str, metrics: Metrics, level: int = 1) -> None:
+    def __init__(self, method: str, kind: str, owner: CallInterceptor, level: int = 1) -> None:
         self.method = method
         self.priority = level
         service, _, name = method[1:].partition("/")
         self._labels = kind, service, name
-        self._metrics = metrics
+        self._metrics, self._judge = owner.metrics, owner.judge
         self.status = "OK"
         self.level = logging.DEBUG if method.startswith(QUIET) else logging.INFO
         caller = _caller.get()
         self.noted: dict[str, str] = {"caller": caller} if caller else {}
         self._started = time.perf_counter()
         _line.set(self)
-        metrics.started(*self._labels)
+        self._metrics.started(*self._labels)
 
     def end(self, call_log: CallLog) -> None:
         """Log and count it."""
@@ -260,6 +268,8 @@ class _Line:
             told = context.code()  # type: ignore[attr-defined]  # which the stubs lack
             if told == grpc.StatusCode.UNIMPLEMENTED:
                 error = UnsupportedError("the service doesn't have this method")
+        if not isinstance(error, PoolError):
+            error = self._judge(error) or error
         if isinstance(error, PoolError):
             self.noted.update(reason=error.reason, error=clip(error.message, 300))
             if isinstance(error, UnauthenticatedError | PermissionDeniedError):

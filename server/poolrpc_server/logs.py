@@ -8,10 +8,14 @@ import time
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from queue import SimpleQueue
+from select import PIPE_BUF
 from threading import Event, Thread
-from typing import TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import structlog
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
 
 _LOGGER = logging.getLogger("poolrpc_server")
 
@@ -105,6 +109,7 @@ class _Stderr(logging.StreamHandler[TextIO]):
         self._final = final
 
     def calls(self, batch: list[Line]) -> None:
+        """Write them by steps that a pipe takes whole: several processes may write to the same one."""
         texts = []
         for level, ended, facts in batch:
             event = {
@@ -115,8 +120,24 @@ class _Stderr(logging.StreamHandler[TextIO]):
             }
             texts.append(str(self._final(None, "", event)) + "\n")
         with self.lock or nullcontext():
-            self.stream.write("".join(texts))
-            self.flush()
+            for piece in pieces(texts, PIPE_BUF):
+                self.stream.write(piece)
+                self.flush()
+
+
+def pieces(lines: Iterable[str], most: int) -> Iterator[str]:
+    """Put lines together, in order, into pieces of at most `most` bytes; a longer line is a piece of its own."""
+    piece: list[str] = []
+    size = 0
+    for line in lines:
+        nbytes = len(line.encode(errors="replace"))
+        if piece and size + nbytes > most:
+            yield "".join(piece)
+            piece, size = [], 0
+        piece.append(line)
+        size += nbytes
+    if piece:
+        yield "".join(piece)
 
 
 def _ended(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
@@ -125,19 +146,25 @@ def _ended(_: object, __: str, event: structlog.typing.EventDict) -> structlog.t
     return event
 
 
-def configure(log_format: str, level: str) -> None:
+def configure(log_format: str, level: str, *, worker: int | None = None) -> None:
     """Send the log to stderr.
 
     Args:
         log_format: "text" or "json".
         level: The least level: "debug", "info", "warning" or "error".
+        worker: The number of this process among several, which every line then says.
 
     """
-    final: structlog.typing.Processor = (
+    render: structlog.typing.Processor = (
         structlog.processors.JSONRenderer()
         if log_format == "json"
         else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0, sort_keys=False)
     )
+
+    def final(logger: object, name: str, event: structlog.typing.EventDict) -> Any:  # noqa: ANN401 - text, of either kind
+        # Here pass the lines of all threads, those of calls too.
+        return render(logger, name, event if worker is None else {**event, "worker": worker})
+
     tail: list[structlog.typing.Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
     if log_format == "json":
         tail.append(structlog.processors.format_exc_info)

@@ -926,6 +926,19 @@ def test_a_forgotten_server_is_attached_anew(path):
             assert (array == 5).all()
 
 
+def test_one_of_several_processes_is_forgotten(path):
+    """An arena says to which socket its calls go; the arenas of one process are let go, those of others stay."""
+    Path(path).touch()
+    with listening(path, calls=Path(path).name) as listener, closing(Arenas(path, arena_bytes=MIB)) as arenas:
+        first = arenas.allocate(MIB)
+        assert first.region.socket == Path(path).name
+        arenas.forget("another")
+        assert arenas.find(first.array(FLOAT32, (16,))) is not None
+        arenas.forget(first.region.socket)
+        assert arenas.find(first.array(FLOAT32, (16,))) is None
+        assert listener.wait_for(0, PATIENCE)
+
+
 def test_threads_allocate_at_once(arenas):
     """Eight threads that allocate, write, check and free: no two ever have the same bytes, and all come back."""
     assert arenas.allocate(MIB) is not None
@@ -1085,7 +1098,7 @@ SEALED = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
 def giving(  # noqa: PLR0913 - one argument a fault
-    *, size=MIB, claim=MIB, seals=SEALED, count=1, arena_id=bytes(16), file=None
+    *, size=MIB, claim=MIB, seals=SEALED, count=1, arena_id=bytes(16), file=None, calls=""
 ):
     """Give an answer with `count` descriptors of a memfd that is not quite as it should be."""
 
@@ -1098,7 +1111,7 @@ def giving(  # noqa: PLR0913 - one argument a fault
             if file is None:
                 os.ftruncate(descriptor, size)
                 fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
-            packet = pool_pb2.AttachResponse(arena_id=arena_id, size=claim).SerializeToString()
+            packet = pool_pb2.AttachResponse(arena_id=arena_id, size=claim, socket=calls).SerializeToString()
             socket.send_fds(connection, [packet], [descriptor] * count)
 
     return answer
@@ -1118,6 +1131,8 @@ HOSTILE = {
     "many descriptors": (giving(count=200), "2 descriptors"),
     "no descriptor": (giving(count=0), "0 descriptors"),
     "no id": (giving(arena_id=b""), "1 descriptors"),
+    "a socket elsewhere": (giving(calls="../x.sock"), "expected the name of a socket beside"),
+    "a socket that isn't there": (giving(calls="x.sock"), "expected the name of a socket beside"),
     "a device": (giving(file="/dev/zero"), "Invalid argument"),
     "a file": (giving(file=sys.executable), "Invalid argument"),
     "garbage": (lambda connection: connection.send(b"\xff" * 50), "expected an AttachResponse, got another packet"),

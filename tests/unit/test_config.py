@@ -88,6 +88,7 @@ OTHERS = {
     "health_requires_token": ("true", True),
     "insecure": ("true", True),
     "device": ("cuda:1", "cuda:1"),
+    "workers": ("2", 2),
     "threads": ("7", 7),
     "call_threads": ("9", 9),
     "max_message_bytes": ("1000", 1000),

@@ -32,7 +32,7 @@ ROOMS = (
     {"validate", "admission"},
     {"arena", "tokens"},
     {"watched"},
-    {"config", "logs", "metrics"},
+    {"bell", "config", "logs", "metrics", "sockets"},
     {"machine"},
 )
 DEPTH = {module: depth for depth, room in enumerate(ROOMS) for module in room}

@@ -81,10 +81,12 @@ def lines():
     return Lines()
 
 
-def handler(lines, behaviour, *, method=METHOD, kind="unary_unary", metrics=METRICS):
+def handler(lines, behaviour, *, method=METHOD, kind="unary_unary", **options):
     """Give what the interceptor makes of a method."""
     inner = getattr(grpc, f"{kind}_rpc_method_handler")(behaviour, None, None)
-    return CallInterceptor(lines, metrics).intercept_service(lambda _: inner, Details(method))
+    return CallInterceptor(lines, options.pop("metrics", METRICS), **options).intercept_service(
+        lambda _: inner, Details(method)
+    )
 
 
 def call(lines, behaviour, **options):
@@ -343,3 +345,26 @@ def test_what_fails_is_counted(lines, error, method, name, labels):
         wrapped.unary_unary("request", Context())
     counted = metrics.collect().get_sample_value(f"poolrpc_{name}_total", labels or {})
     assert counted == (0 if labels is None else 1)
+
+
+@pytest.mark.parametrize("kind", ["unary", "stream"])
+def test_an_unexpected_error_may_be_judged(lines, kind):
+    """Who is asked may give an error of ours for what is none; he isn't asked of ours, and need not have an answer."""
+    asked = []
+
+    def judge(error):
+        asked.append(error)
+        return UnavailableError("gone", reason="GONE") if isinstance(error, OSError) else None
+
+    def status(error):
+        if kind == "unary":
+            return call(lines, raising(error), judge=judge)[1].error()
+        answers, context = stream(lines, raising(error), judge=judge)
+        with pytest.raises(Aborted):
+            next(answers)
+        return context.error()
+
+    assert status(OSError("lost")).reason == "GONE"
+    assert type(status(KeyError("odd"))) is InternalError
+    assert type(status(InvalidArgumentError("odd", field="x"))) is InvalidArgumentError
+    assert [type(each) for each in asked] == [OSError, KeyError]

@@ -12,7 +12,7 @@ from threading import Event, Thread
 import pytest
 
 from poolrpc_server import logs
-from poolrpc_server.logs import CallLog, configure, log
+from poolrpc_server.logs import CallLog, configure, log, pieces
 
 LOGGER = logging.getLogger("poolrpc_server")
 MINUTE = 60.0
@@ -117,11 +117,11 @@ def test_lines_over_the_most_that_may_wait_are_counted(records, monkeypatch):
     assert warning.lines == 50 - len(written)
 
 
-def shown(log_format, monkeypatch):
+def shown(log_format, monkeypatch, **options):
     """Give what a call and an event are on stderr, line by line."""
     stderr = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stderr)
-    configure(log_format, "info")
+    configure(log_format, "info", **options)
     with closing(CallLog()) as calls:
         calls.add(logging.INFO, {"method": "/x/Y", "status": "OK", "ms": 1.5})
     log.warning("something", about="it")
@@ -136,6 +136,22 @@ def test_json_has_a_line_an_event(monkeypatch):
     assert {"event": "something", "level": "warning", "about": "it"}.items() <= event.items()
     for each in (call, event):
         assert abs(datetime.fromisoformat(each["timestamp"]).timestamp() - time.time()) < MINUTE
+
+
+def test_a_worker_is_named_in_every_line(monkeypatch):
+    """What configure is told of the worker is in the lines of calls and of events, of any thread, in both formats."""
+    for log_format, words in (("json", '"worker": 3'), ("text", "worker=3")):
+        lines = shown(log_format, monkeypatch, worker=3)
+        assert len(lines) == 2
+        assert all(words in each for each in lines)
+    assert "worker" not in "".join(shown("text", monkeypatch))
+
+
+def test_lines_are_written_in_pieces_that_a_pipe_takes_whole():
+    """Lines stay whole and in order; a piece is as large as may be, one line where that alone is larger."""
+    lines = ["a\n", "bb\n", "ä\n", "c" * 9 + "\n", "d\n"]
+    assert list(pieces(lines, 5)) == ["a\nbb\n", "ä\n", "c" * 9 + "\n", "d\n"]
+    assert list(pieces([], 5)) == []
 
 
 def test_text_has_a_line_an_event(monkeypatch):

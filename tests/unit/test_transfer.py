@@ -223,6 +223,16 @@ def test_outputs_go_where_they_are_told_to(peer):
         assert_same(results, unary(peer, make(X, *BRANCHES)))
 
 
+def test_a_transfer_may_be_repeated_unless_its_output_is_written_over_its_input():
+    """Only an array of the outputs that may share memory with one of the inputs hinders."""
+    x = X.copy()
+    layer = MaxPool2d(1)
+    assert make(x, layer).repeatable
+    assert make(x, layer, out=[np.empty_like(x)]).repeatable
+    assert make(x, layer, layer, out=[np.empty_like(x), None]).repeatable
+    assert not make(x, layer, layer, out=[None, x]).repeatable
+
+
 def read_only():
     """Give an array of the output's shape and dtype that refuses to be written."""
     array = np.zeros((2, 3, 4, 4), np.float32)

@@ -384,10 +384,15 @@ class AttachResponse(_message.Message):
     ARENA_ID_FIELD_NUMBER: _builtins.int
     SIZE_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    SOCKET_FIELD_NUMBER: _builtins.int
     arena_id: _builtins.bytes
     """Names the arena in requests of this client: 16 random bytes."""
     size: _builtins.int
     """Bytes: what was asked for, in whole pages."""
+    socket: _builtins.str
+    """The name of the gRPC socket, in the folder of the one that the client was given, of the process that has the arena:
+    of several worker processes only that one knows it. Empty: the socket that the client was given.
+    """
     @_builtins.property
     def error(self) -> _standard_pb2.Status:
         """Set where the arena was refused; the rest is then absent."""
@@ -398,10 +403,11 @@ class AttachResponse(_message.Message):
         arena_id: _builtins.bytes = ...,
         size: _builtins.int = ...,
         error: _standard_pb2.Status | None = ...,
+        socket: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena_id", b"arena_id", "error", b"error", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena_id", b"arena_id", "error", b"error", "size", b"size", "socket", b"socket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,465 @@
+"""Several workers as operators and clients meet them: one that dies, signals, exit statuses, sockets, the log."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import psutil
+import pytest
+
+import poolrpc
+from poolrpc import AsyncPoolClient, GlobalMaxPool, MaxPool2d, PoolClient
+from poolrpc_server.app import FAILED
+from poolrpc_server.config import Config, ConfigError
+from poolrpc_server.workers import supervise
+from scripts.serving import serving
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from scripts.serving import Serving
+
+SMALL = np.random.default_rng(5).standard_normal((2, 3, 16, 16), np.float32)
+LARGE = np.random.default_rng(6).standard_normal((2, 8, 128, 128), np.float32)
+"""Of a size that goes by an arena where there is one."""
+
+SERVICE_SECONDS = 10
+"""What a killed worker's service may take to be whole again."""
+
+AT_ONCE = ("--drain-seconds", "0")
+OWN_CONNECTION = {"grpc.use_local_subchannel_pool": 1}
+"""Clients of one process share a connection, and so a worker, unless they are told not to."""
+
+
+def halved(x: np.ndarray) -> np.ndarray:
+    """Give what MaxPool2d(2) makes of x."""
+    n, c, h, w = x.shape
+    return x.reshape(n, c, h // 2, 2, w // 2, 2).max((3, 5))
+
+
+class Load:
+    """Calls without a break from several threads, each answer checked.
+
+    Attributes:
+        errors: What went wrong.
+        transports: How each thread's latest tensors travelled.
+
+    """
+
+    def __init__(self) -> None:
+        self.errors: list[BaseException] = []
+        self.transports: dict[int, str] = {}
+        self._counts: dict[int, int] = {}
+        self._changed = threading.Condition()
+        self._ending = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def add(self, client: PoolClient, x: np.ndarray, transport: str | None = None) -> None:
+        """Begin another thread of calls."""
+        number, expected = len(self._threads), halved(x)
+
+        def call() -> None:
+            while not self._ending.is_set():
+                travelled = ""
+                try:
+                    result = client.pool(x, MaxPool2d(2), transport=transport)
+                    np.testing.assert_array_equal(result.output, expected)
+                    travelled = result.transport
+                except (poolrpc.PoolError, AssertionError) as error:
+                    self.errors.append(error)
+                with self._changed:
+                    self.transports[number] = travelled
+                    self._counts[number] += 1
+                    self._changed.notify_all()
+
+        self._counts[number] = 0
+        self._threads.append(threading.Thread(target=call))
+        self._threads[-1].start()
+
+    def go_on(self, calls: int = 20) -> None:
+        """Wait until every thread has made so many more calls."""
+        with self._changed:
+            goals = {number: count + calls for number, count in self._counts.items()}
+            assert self._changed.wait_for(lambda: all(self._counts[number] >= goals[number] for number in goals), 60)
+
+    def wait_for_transport(self, thread: int, transport: str) -> None:
+        """Wait until a thread's tensors travel that way."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.transports.get(thread) == transport, 60)
+
+    def end(self) -> None:
+        """End every thread."""
+        self._ending.set()
+        for thread in self._threads:
+            thread.join()
+
+
+@contextmanager
+def load() -> Iterator[tuple[Load, ExitStack]]:
+    """Give a load, and what closes its clients after it."""
+    with ExitStack() as clients:
+        made = Load()
+        try:
+            yield made, clients
+        finally:
+            made.end()
+
+
+def pids(server: Serving) -> dict[int, int]:
+    """Give the processes of the workers as the log has them, by number."""
+    return {each["worker"]: each["pid"] for each in server.of("worker serving")}
+
+
+def wait_gone(processes: list[psutil.Process]) -> None:
+    """Wait until processes have ended."""
+    _, alive = psutil.wait_procs(processes, 60)
+    assert not alive
+
+
+def command(*flags: str) -> subprocess.CompletedProcess[str]:
+    """Run poolrpc-server to its end."""
+    program = [sys.executable, "-c", "import sys; from poolrpc_server.cli import main; sys.exit(main())"]
+    return subprocess.run([*program, *flags], capture_output=True, text=True, check=False, timeout=60)  # noqa: S603 - ours
+
+
+def injected(folder: Path, program: str) -> dict[str, str]:
+    """Give the environment in which each worker runs a program of the test's when it starts."""
+    (folder / "sitecustomize.py").write_text(
+        f"import sys\nif any('poolrpc_server' in each for each in sys.orig_argv):\n{program}"
+    )
+    return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
+def test_a_killed_worker_is_missed_by_nobody(tmp_path: Path) -> None:
+    """SIGKILL of one worker after the other, under load by every path: no client has an error; both serve again."""
+    listen = f"unix:{tmp_path / 'pool.sock'}"
+    with serving("--workers", "2", "--listen", listen, *AT_ONCE) as server, load() as (calls, clients):
+        assert server.start["addresses"].split()[1] == listen
+        assert server.start["workers"] == 2
+        for _ in range(4):
+            client = clients.enter_context(PoolClient(server.address, options=OWN_CONNECTION))
+            calls.add(client, SMALL)
+            calls.add(client, LARGE)
+        calls.add(client, LARGE, "stream")
+        local = clients.enter_context(PoolClient(listen))
+        calls.add(local, LARGE)
+        calls.add(local, SMALL)
+        calls.go_on()
+        calls.wait_for_transport(9, "arena")
+        for count, index in enumerate((0, 1), 1):
+            os.kill(pids(server)[index], signal.SIGKILL)
+            ended = server.wait_for("worker ended", count)[-1]
+            assert (ended["worker"], ended["signal"], ended["restart_in"]) == (index, "SIGKILL", 0)
+            assert len(server.wait_for("worker serving", 2 + count, SERVICE_SECONDS)) == 2 + count
+            calls.go_on()
+        calls.wait_for_transport(9, "arena")
+        calls.end()
+        assert calls.errors == []
+        assert {each["worker"] for each in server.of("call")} == {0, 1}
+
+
+def test_a_server_that_stops_is_missed_by_nobody() -> None:
+    """SIGTERM of one of two servers behind one name, under load: no call fails.
+
+    The name is gRPC's ipv4:a,b, which like dns:/// gives round_robin two addresses: a name of two ports on this machine
+    is nothing that DNS could give.
+    """
+    with (
+        serving("--drain-seconds", "1", "--shutdown-grace", "10") as first,
+        serving() as second,
+        load() as (calls, clients),
+    ):
+        client = clients.enter_context(PoolClient(f"ipv4:{first.address},{second.address}"))
+        for x, transport in ((SMALL, None), (LARGE, None), (SMALL, None), (LARGE, "stream")):
+            calls.add(client, x, transport)
+        calls.go_on()
+        assert first.wait_for("call")
+        first.process.send_signal(signal.SIGTERM)
+        assert first.wait() == 0
+        calls.go_on()
+        calls.end()
+        assert calls.errors == []
+        assert second.of("call")
+        assert {each["status"] for each in first.of("call")} == {"OK"}
+
+
+def test_an_arenas_calls_go_to_its_worker(tmp_path: Path) -> None:
+    """Connections and arenas take turns, so a client's may be of two workers; the arena of a dead one is replaced."""
+    path = tmp_path / "pool.sock"
+    with serving("--workers", "2", *AT_ONCE, listen=f"unix:{path}") as server, ExitStack() as clients:
+        # Connected while the path leads to one worker; the arena is attached when others' calls reach the other.
+        client = clients.enter_context(PoolClient(f"unix:{path}"))
+        client.pool(SMALL, MaxPool2d(2))
+        connected = server.wait_for("call")[0]["worker"]
+        made = 1
+        while server.wait_for("call", made)[-1]["worker"] == connected:
+            with PoolClient(f"unix:{path}", options=OWN_CONNECTION) as another:
+                another.pool(SMALL, MaxPool2d(2))
+            made += 1
+        mine = client.empty(LARGE.shape)
+        mine[...] = LARGE
+        result = client.pool(mine, MaxPool2d(2))
+        assert result.transport == "arena"
+        np.testing.assert_array_equal(result.output, halved(LARGE))
+        assert server.wait_for("call", made + 1)[made]["worker"] == 1 - connected
+        os.kill(pids(server)[1 - connected], signal.SIGKILL)
+        server.wait_for("worker ended")
+        with pytest.raises((poolrpc.UnavailableError, poolrpc.NotFoundError)):
+            client.pool(mine, MaxPool2d(2), transport="arena")
+        again = client.pool(mine, MaxPool2d(2))
+        np.testing.assert_array_equal(again.output, halved(LARGE))
+        assert client.pool(LARGE, MaxPool2d(2)).transport == "arena"
+
+
+def test_a_dead_workers_arena_is_replaced_for_asyncio_too(tmp_path: Path) -> None:
+    """AsyncPoolClient falls back to bytes where its arena's worker died, and has another arena afterwards."""
+    address = f"unix:{tmp_path / 'pool.sock'}"
+
+    async def run(server: Serving) -> None:
+        async with AsyncPoolClient(address) as client:
+            assert (await client.pool(LARGE, MaxPool2d(2))).transport == "arena"
+            worker = server.wait_for("call")[0]["worker"]
+            os.kill(pids(server)[worker], signal.SIGKILL)
+            server.wait_for("worker ended")
+            result = await client.pool(LARGE, MaxPool2d(2))
+            np.testing.assert_array_equal(result.output, halved(LARGE))
+            assert (await client.pool(LARGE, MaxPool2d(2))).transport == "arena"
+
+    with serving("--workers", "2", *AT_ONCE, listen=address) as server:
+        asyncio.run(run(server))
+
+
+def test_a_stop_is_passed_on_once_and_leaves_nothing(tmp_path: Path) -> None:
+    """SIGTERM: every worker drains, finishes and stops, says so with its number, and no file is left; status 0."""
+    with serving("--workers", "2", "--drain-seconds", "0.1", listen=f"unix:{tmp_path / 'pool.sock'}") as server:
+        processes = [psutil.Process(pid) for pid in pids(server).values()]
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait() == 0
+        assert not any(each.is_running() for each in processes)
+    assert [each.get("worker") for each in server.of("stopping")] in ([None, 0, 1], [None, 1, 0])
+    assert [each.get("worker") for each in server.of("stopped")] in ([0, 1, None], [1, 0, None])
+    assert not server.of("worker ended")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_service_managers_signal_to_every_process_is_one_stop() -> None:
+    """SIGTERM to the supervisor and to each worker, as to a whole group, drains them, where two would end them."""
+    with serving("--workers", "2", "--drain-seconds", "0.5") as server:
+        for pid in (*pids(server).values(), server.process.pid):
+            os.kill(pid, signal.SIGTERM)
+        assert server.wait() == 0
+    assert len(server.of("stopped")) == 3
+
+
+def test_a_second_signal_ends_all_at_once(tmp_path: Path) -> None:
+    """A second signal waits for no drain: the workers are killed, the supervisor ends by it, no file is left."""
+    flags = ("--workers", "2", "--drain-seconds", "3600")
+    with serving(*flags, listen=f"unix:{tmp_path / 'pool.sock'}") as server:
+        processes = [psutil.Process(pid) for pid in pids(server).values()]
+        server.process.send_signal(signal.SIGINT)
+        server.wait_for("stopping", 3)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait(30) == -signal.SIGTERM
+        wait_gone(processes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_workers_end_with_a_supervisor_that_is_killed(tmp_path: Path) -> None:
+    """SIGKILL of the supervisor: the workers drain and end; what is left of the sockets hinders no next server."""
+    listen = f"unix:{tmp_path / 'pool.sock'}"
+    with serving("--workers", "2", *AT_ONCE, listen=listen) as server:
+        processes = [psutil.Process(pid) for pid in pids(server).values()]
+        server.process.kill()
+        wait_gone(processes)
+        server.wait()
+    assert len(server.of("stopped")) == 2
+    assert tmp_path.joinpath("pool.sock").is_symlink()
+    with serving("--workers", "2", *AT_ONCE, listen=listen), PoolClient(listen) as client:
+        assert client.pool(LARGE, MaxPool2d(2)).transport == "arena"
+
+
+def test_a_worker_that_is_told_to_stop_is_replaced() -> None:
+    """SIGTERM to one worker: it drains and ends with 0, and another takes its place."""
+    with serving("--workers", "2", *AT_ONCE) as server:
+        os.kill(pids(server)[1], signal.SIGTERM)
+        ended = server.wait_for("worker ended")[0]
+        assert (ended["worker"], ended["code"]) == (1, 0)
+        assert len(server.wait_for("worker serving", 3, SERVICE_SECONDS)) == 3
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("kind", ["port", "path"])
+def test_two_servers_do_not_share_an_address(tmp_path: Path, kind: str, workers: str) -> None:
+    """Workers share their port; another server, with workers or without, is refused, with status 2."""
+    listen = "127.0.0.1:0" if kind == "port" else f"unix:{tmp_path / 'pool.sock'}"
+    with serving("--workers", "2", *AT_ONCE, listen=listen) as server:
+        refused = command("--listen", server.address, "--workers", workers)
+        assert refused.returncode == 2
+        assert "can't be had" in refused.stderr.splitlines()[-1]
+        with PoolClient(server.address) as client:
+            assert client.pool(SMALL, MaxPool2d(2)).shape == (2, 3, 8, 8)
+
+
+@pytest.mark.parametrize("kind", ["port", "path"])
+def test_workers_do_not_take_a_servers_address(tmp_path: Path, kind: str) -> None:
+    """Where one process serves, workers are refused, and it still has its sockets."""
+    listen = "127.0.0.1:0" if kind == "port" else f"unix:{tmp_path / 'pool.sock'}"
+    with serving(listen=listen) as server:
+        refused = command("--listen", server.address, "--workers", "2")
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+        assert "can't be had" in refused.stderr
+        with PoolClient(server.address) as client:
+            assert client.pool(LARGE, MaxPool2d(2)).shape == (2, 8, 64, 64)
+
+
+def test_a_setting_that_only_a_worker_can_check() -> None:
+    """What a worker finds wrong is said once, and the status is 2."""
+    refused = command("--workers", "3", "--device", "cuda:99", "--listen", "127.0.0.1:0")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "device: expected auto or a device of this machine" in refused.stderr
+
+
+def test_workers_that_cannot_start(tmp_path: Path) -> None:
+    """Workers that die at each start end the server with status 1, after some attempts, each of which is logged."""
+    env = injected(tmp_path, "    if 'poolrpc_server.workers' in sys.orig_argv: import os; os._exit(3)\n")
+    with (
+        pytest.raises(RuntimeError, match=r"the server ended with 1: .*attempts failed") as caught,
+        serving("--workers", "2", env=env),
+    ):
+        pass
+    assert "'code': 3" in str(caught.value)
+    assert "'restart_in': 1.0" in str(caught.value)
+
+
+POISON = """
+    if '--workers' not in sys.orig_argv or '1' in sys.orig_argv:
+        import torch
+        from poolrpc_server.kernels import eager
+
+        def poisoned(*_):
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+        eager.FAMILIES["global_max_pool"] = lambda *_: poisoned
+"""
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_poisoned_process_ends(tmp_path: Path, workers: str) -> None:
+    """What CUDA reports of a lost context ends the process with a status of its own: a supervisor starts another."""
+    with (
+        serving("--workers", workers, env=injected(tmp_path, POISON)) as server,
+        PoolClient(server.address, options={"grpc.enable_retries": 0}) as client,
+    ):
+        with pytest.raises(poolrpc.UnavailableError, match="the device failed") as caught:
+            client.pool(SMALL, GlobalMaxPool())
+        assert caught.value.reason == "DEVICE_FAILED"
+        assert server.wait_for("failed")[0]["reason"] == "CUDA error: an illegal memory access was encountered"
+        if workers == "1":
+            assert server.wait() == FAILED
+        else:
+            assert server.wait_for("worker ended")[0]["code"] == FAILED
+            assert len(server.wait_for("worker serving", 3, SERVICE_SECONDS)) == 3
+
+
+def test_every_line_of_a_worker_says_which() -> None:
+    """The lines of calls, of errors and of a worker's end have its number; the supervisor's own about it too."""
+    with serving("--workers", "2", *AT_ONCE) as server, PoolClient(server.address) as client:
+        client.pool(SMALL, MaxPool2d(2))
+        with pytest.raises(poolrpc.InvalidArgumentError):
+            client.pool(SMALL, MaxPool2d(99))
+        server.process.send_signal(signal.SIGTERM)
+        server.wait()
+    without = [each["event"] for each in server.log if "worker" not in each]
+    assert without == ["serving", "stopping", "stopped"]
+    assert len(server.of("call")) == 2
+
+
+def test_the_start_line_says_where_all_listen() -> None:
+    """A free port is chosen once for all workers, who are there when it is said; each has its part of the threads."""
+    with serving("--workers", "2", "--threads", "6", *AT_ONCE) as server:
+        assert len(server.of("worker serving")) == 2
+        assert server.start["threads"] == 3
+        port = int(server.address.rpartition(":")[2])
+        held = [
+            each.laddr.port
+            for pid in pids(server).values()
+            for each in psutil.Process(pid).net_connections("inet")
+            if each.status == psutil.CONN_LISTEN
+        ]
+        assert held == [port, port]
+
+
+class Events(logging.Handler):
+    """A log whose events can be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: list[logging.LogRecord] = []
+        self._changed = threading.Condition()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a record."""
+        with self._changed:
+            self._seen.append(record)
+            self._changed.notify_all()
+
+    def wait_for(self, event: str, count: int = 1) -> list[logging.LogRecord]:
+        """Wait for that many of an event, and give them."""
+
+        def found() -> list[logging.LogRecord]:
+            return [each for each in self._seen if each.getMessage() == event]
+
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(found()) >= count, 60)
+        return found()
+
+
+@pytest.fixture
+def events() -> Iterator[Events]:
+    """Give the events of a supervisor in this process."""
+    logger, handler = logging.getLogger("poolrpc_server"), Events()
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield handler
+    logger.removeHandler(handler)
+    logger.setLevel(before)
+
+
+def test_a_supervisor_in_this_process(tmp_path: Path, events: Events) -> None:
+    """supervise() starts workers, restarts one that dies, gives 0 after SIGTERM, and leaves signals as they were."""
+    config = Config(workers=2, listen=("127.0.0.1:0", f"unix:{tmp_path / 'pool.sock'}"), drain_seconds=0)
+
+    def end() -> None:
+        events.wait_for("serving")
+        os.kill(events.wait_for("worker serving")[0].pid, signal.SIGKILL)
+        assert events.wait_for("worker ended")[0].signal == "SIGKILL"
+        events.wait_for("worker serving", 3)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    with ThreadPoolExecutor(1) as threads:
+        ending = threads.submit(end)
+        assert supervise(config) == 0
+        ending.result()
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_supervisor_refuses() -> None:
+    """An address that can't be had and a device that isn't there are a ConfigError, before and after workers start."""
+    with pytest.raises(ConfigError, match=r"listen: 192\.0\.2\.1:0: can't be had"):
+        supervise(Config(workers=2, listen=("192.0.2.1:0",), insecure=True))
+    with pytest.raises(ConfigError, match="device: expected auto or a device of this machine"):
+        supervise(Config(workers=2, listen=("127.0.0.1:0",), device="cuda:99"))
