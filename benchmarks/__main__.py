@@ -8,7 +8,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-NAMES = ("batching", "kernels", "load", "memmap", "threads", "transport")
+NAMES = ("batching", "kernels", "load", "memmap", "soak", "threads", "transport")
 
 
 def main() -> int:
@@ -17,15 +17,17 @@ def main() -> int:
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the rows go")
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds a case [default: 15]")
+    parser.add_argument("--minutes", type=float, default=1, help="how long a soak lasts [default: 1]")
     given = parser.parse_args()
     rows = []
-    for row in import_module(f"benchmarks.{given.name}").run(given.rounds):
+    much = given.minutes if given.name == "soak" else given.rounds
+    for row in import_module(f"benchmarks.{given.name}").run(much):
         rows.append(row)
         print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
     if given.json:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps(rows, indent=1) + "\n")
-    return 0
+    return int(any(row.get("broken") for row in rows))
 
 
 if __name__ == "__main__":
