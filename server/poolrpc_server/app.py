@@ -26,10 +26,14 @@ from poolrpc_server.arena import ArenaListener, find_in
 from poolrpc_server.batcher import Bounds
 from poolrpc_server.config import Config, ConfigError
 from poolrpc_server.dispatch import Dispatcher
+from poolrpc_server.doors import inference
+from poolrpc_server.doors.ahead import Streams
 from poolrpc_server.doors.native import SERVICE, PoolDoor
 from poolrpc_server.engine import Engine
 from poolrpc_server.interceptors import CallInterceptor
 from poolrpc_server.logs import CallLog, log
+from poolrpc_server.models import read_models
+from poolrpc_server.regions import Regions
 from poolrpc_server.validate import Limits
 
 if TYPE_CHECKING:
@@ -50,7 +54,11 @@ CONFIGURED_LIMITS = (
     "max_arenas",
     "max_streams",
 )
-NEED_ROOM = (f"/{SERVICE}/Pool", f"/{SERVICE}/PoolStream")
+NEED_ROOM = (
+    f"/{SERVICE}/Pool",
+    f"/{SERVICE}/PoolStream",
+    *(f"/{inference.SERVICE}/{name}" for name in inference.COMPUTE),
+)
 """The methods that take a place under way."""
 
 STOPPING_SECONDS = 1.0
@@ -101,6 +109,7 @@ class Server:
     Attributes:
         addresses: Where it listens; free ports filled in once it is made.
         info: What it says of itself.
+        models: What it serves by the Open Inference Protocol, by name.
 
     """
 
@@ -141,6 +150,7 @@ class Server:
                         "": self._quick,
                         f"/{SERVICE}/GetServerInfo": self._quick,
                         f"/{SERVICE}/InferShape": self._quick,
+                        **{f"/{inference.SERVICE}/{name}": self._quick for name in inference.QUICK},
                         f"/{health.SERVICE_NAME}/": self._quick,
                         f"/{reflection.SERVICE_NAME}/": self._reflecting,
                     },
@@ -155,12 +165,22 @@ class Server:
             ],
         )
         # A stream has a call thread for as long as it lasts: one at least is left for others.
-        streams = max(1, min(config.max_streams, config.call_threads - 1))
-        door = PoolDoor(self._dispatcher, streams, config.stream_idle_seconds)
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, door.handlers()),))
+        most = max(1, min(config.max_streams, config.call_threads - 1))
+        streams = Streams(most, config.stream_idle_seconds)
+        self._serving = False
+        models, regions = read_models(config.model, config.models), Regions(allowed=config.allow_client_shm)
+        self.models = tuple(models)
+        for service, door in (
+            (SERVICE, PoolDoor(self._dispatcher, streams)),
+            (
+                inference.SERVICE,
+                inference.InferenceDoor(self._dispatcher, models, regions, streams, lambda: self._serving),
+            ),
+        ):
+            self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, door.handlers()),))
         self._health = health.HealthServicer(experimental_thread_pool=self._quick)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        self._services = ("", SERVICE, health.SERVICE_NAME)
+        self._services = ("", SERVICE, inference.SERVICE, health.SERVICE_NAME)
         reflection.enable_server_reflection((*self._services[1:], reflection.SERVICE_NAME), self._server)
         self.addresses = tuple(self._listen(address) for address in config.listen)
         if config.max_arena_bytes:
@@ -211,6 +231,7 @@ class Server:
         self._call_log.close()
 
     def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        self._serving = status == SERVING
         for service in self._services:
             self._health.set(service, status)
 
@@ -261,6 +282,7 @@ def serve(config: Config) -> None:
         device=info.device,
         torch=info.torch_version,
         threads=info.threads,
+        models=" ".join(server.models),
         **{name: str(limit) for name, limit in info.limits.items()},
     )
     stopping.wait()

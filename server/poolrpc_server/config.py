@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import configargparse
 
 from poolrpc.limits import MAX_MESSAGE_BYTES, MAX_PAYLOAD_BYTES
+from poolrpc_server.models import read_models
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,6 +51,13 @@ class Config:
         ("127.0.0.1:50051",), "address to listen on, host:port (port 0: a free one) or unix:PATH; repeatable"
     )
     insecure: bool = _setting(False, "allow a public address although anyone who reaches it may call, unencrypted")
+    model: tuple[str, ...] = _setting(
+        (), "layers to serve under a name of their own to Triton's clients, NAME=LAYER; repeatable"
+    )
+    models: str = _setting("", "TOML file with more of them: lines of NAME = 'LAYER'")
+    allow_client_shm: bool = _setting(
+        False, "read and write shared memory of this user's processes that Triton's clients name"
+    )
     device: str = _setting(
         "auto", "device to compute on: auto (cuda, mps or cpu, the first there is) or torch's name for it"
     )
@@ -83,6 +91,11 @@ class Config:
             raise ConfigError("listen: expected at least one address, got none")
         for address in self.listen:
             _check_address(address, insecure=self.insecure)
+        object.__setattr__(self, "model", tuple(self.model))
+        try:
+            read_models(self.model, self.models)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         for each in fields(self):
             value, unit = getattr(self, each.name), each.metadata["unit"]
             least = 0 if each.name in FROM_ZERO else 1
@@ -147,11 +160,13 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     for each in fields(Config):
         unit, default = each.metadata["unit"], each.default
         shown = (
-            ", ".join(default)
+            ", ".join(default) or "none"
             if isinstance(default, tuple)
             else str(default).lower()
             if isinstance(default, bool)
             else default
+            if default != ""
+            else "none"
         )
         variable = f"POOLRPC_{each.name.upper()}"
         options: dict[str, Any] = {

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields, replace
+from pathlib import Path
 
 import pytest
 
@@ -44,10 +45,15 @@ def test_threads_are_the_cpus_of_this_process():
     assert Config(threads=3).threads == 3
 
 
+MODELS = str(Path(__file__).with_name("models.toml"))
+
 # A value of each setting other than its default, as it is written and as it is read.
 OTHERS = {
     "listen": ("unix:/tmp/x.sock", ("unix:/tmp/x.sock",)),
     "insecure": ("true", True),
+    "model": ("stem=MaxPool2d(3, stride=2)", ("stem=MaxPool2d(3, stride=2)",)),
+    "models": (MODELS, MODELS),
+    "allow_client_shm": ("true", True),
     "device": ("cuda:1", "cuda:1"),
     "threads": ("7", 7),
     "call_threads": ("9", 9),
@@ -81,8 +87,8 @@ def test_a_setting_has_a_flag_and_a_variable(name, monkeypatch):
     assert parse(given) == expected
     monkeypatch.setenv(f"POOLRPC_{name.upper()}", text)
     assert parse([]) == expected
-    if not isinstance(value, bool):
-        default = getattr(Config(), name)
+    default = getattr(Config(), name)
+    if not isinstance(value, bool) and default != ():
         back = default[0] if isinstance(default, tuple) else str(default)
         assert parse([flag(name), back]) == Config()
 
@@ -113,7 +119,8 @@ def test_help_has_every_default_and_unit(each, capsys):
     with pytest.raises(SystemExit) as ended:
         parse(["--help"])
     assert ended.value.code == 0
-    default = each.default[0] if isinstance(each.default, tuple) else each.default
+    default = ", ".join(each.default) if isinstance(each.default, tuple) else each.default
+    default = "none" if default == "" else default
     default = str(default).lower() if isinstance(default, bool) else default
     unit = f" {each.metadata['unit']}" if each.metadata["unit"] else ""
     variable = f"POOLRPC_{each.name.upper()}"
