@@ -262,7 +262,7 @@ def _parameters(parameters: Mapping[str, pb.InferParameter]) -> tuple[str | None
     priority: int | None = None
     timeout: float | None = None
     for key, value in parameters.items():
-        path = f"parameters.{clip(key)}"
+        path = f"parameters.{key}"
         if key == "layer":
             if value.WhichOneof("parameter_choice") != "string_param":
                 raise InvalidArgumentError("expected a text", field=path)
