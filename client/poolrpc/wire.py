@@ -129,7 +129,7 @@ def cut_all(data: bytes, number: int) -> tuple[bytes, list[memoryview]] | None:
 
     Args:
         data: The message, from any protobuf encoder.
-        number: The repeated field that they are in, below 16.
+        number: The repeated field that they are in.
 
     Returns:
         None where it is for protobuf to say what these bytes are.

@@ -47,6 +47,9 @@ KNOWN = 4096
 REQUESTS_AHEAD = 1
 """Requests of a stream that are read while one is computed."""
 
+ERROR_CHARS = 600
+"""Of an error in a stream: as many as a status has."""
+
 EXTENSIONS = ("model_configuration", "model_repository_index", "parameters", "schedule_policy", "statistics")
 SHM_EXTENSION = "system_shared_memory"
 
@@ -135,7 +138,7 @@ class InferenceDoor:
                     raise
                 except PoolError as error:
                     failed += 1
-                    answer = codec.encode_failure(error.code, clip(error.message, 600), request_id)
+                    answer = codec.encode_failure(error.code, error.message[:ERROR_CHARS], request_id)
                 note({"requests": str(count), "failed": str(failed)})
                 yield answer
                 watch.moved()
@@ -213,8 +216,9 @@ class InferenceDoor:
         *,
         streamed: bool,
     ) -> bytes:
-        note({"model": clip(message.model_name)})
-        tally = self._tallies[self._model(message.model_name, message.model_version).name]
+        model = self._model(message.model_name, message.model_version)
+        note({"model": model.name})
+        tally = self._tallies[model.name]
         try:
             answer = self._run(codec.decode_infer(message, raws), message.id, context, timing, streamed=streamed)
         except BaseException:
