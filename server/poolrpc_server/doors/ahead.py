@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager
 from queue import Empty, Queue
-from threading import Event, Semaphore, Thread
+from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from poolrpc.errors import DeadlineExceededError
@@ -115,13 +115,19 @@ class Watch:
 
 
 class Streams:
-    """Lets streams in, whichever door they come by: so many at a time, each of which must move."""
+    """Lets streams in, whichever door they come by: so many at a time, each of which must move.
+
+    Attributes:
+        count: How many there are.
+
+    """
 
     def __init__(self, most: int, idle: float) -> None:
         """Let in `most` at a time; one that sends nothing for `idle` seconds has an error."""
         self._most = most
         self._idle = idle
-        self._free = Semaphore(most)
+        self._counting = Lock()
+        self.count = 0
 
     @contextmanager
     def opened(
@@ -138,15 +144,18 @@ class Streams:
             UnavailableError: There are too many.
 
         """
-        if not self._free.acquire(blocking=False):
-            raise refused("STREAMS", "streams at a time", self._most, self._most + 1)
+        with self._counting:
+            if self.count >= self._most:
+                raise refused("STREAMS", "streams at a time", self._most, self._most + 1)
+            self.count += 1
         try:
             # A caller that doesn't read holds its answer where only the end of the call reaches it. Twice the time, so
             # that one that doesn't send has an error instead.
             with Watch(2 * self._idle, cancel) as watch, ReadAhead(messages, ahead, self._idle) as reading:
                 yield reading, watch
         finally:
-            self._free.release()
+            with self._counting:
+                self.count -= 1
 
 
 class _End:
