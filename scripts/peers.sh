@@ -8,8 +8,8 @@ cd "$(dirname "$0")/.."
 venv=.venv-triton
 versions='tritonclient[grpc]==2.73.0'
 node='@grpc/grpc-js@1.14.7 @grpc/proto-loader@0.8.1'
-done="$venv/.done"
-if [ "$(cat "$done" 2>/dev/null)" = "$versions $node" ]; then
+mark="$venv/.done"
+if [ "$(cat "$mark" 2>/dev/null)" = "$versions $node" ]; then
   exit
 fi
 python3 -m venv "$venv"
@@ -21,4 +21,4 @@ if ! command -v npm >/dev/null; then
 fi
 # shellcheck disable=SC2086 # several words
 npm install --silent --no-audit --no-fund --prefix "$venv/node" $node
-echo "$versions $node" >"$done"
+echo "$versions $node" >"$mark"
