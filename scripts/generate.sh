@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Generate client/poolrpc/v1 from protos/; with --check, only tell whether that would change anything.
+# Generate client/poolrpc/v1 and server/poolrpc_server/inference from protos/; with --check, only tell whether that would
+# change anything.
 #
 # The code is made with the oldest protobuf that users may have (major 6), in a venv of its own: what protoc 6.31 writes
 # runs under protobuf 6.31 and every later 6 and 7, while the server's health and reflection want 7 here.
@@ -13,23 +14,30 @@ if [ ! -e "$venv/.done" ]; then
   touch "$venv/.done"
 fi
 
+protoc() {
+  PATH="$PWD/$venv/bin:$PATH" "$venv/bin/python" -m grpc_tools.protoc --proto_path=protos "$@"
+}
+
 generate() {
-  PATH="$PWD/$venv/bin:$PATH" "$venv/bin/python" -m grpc_tools.protoc \
-    --proto_path=protos \
-    --python_out="$1" --grpc_python_out="$1" --mypy_out="quiet:$1" --mypy_grpc_out="quiet:$1" \
-    protos/poolrpc/v1/*.proto
+  mkdir -p "$1/client" "$1/server/poolrpc_server"
+  protoc --python_out="$1/client" --grpc_python_out="$1/client" --mypy_out="quiet:$1/client" \
+    --mypy_grpc_out="quiet:$1/client" protos/poolrpc/v1/*.proto
   # A file without a service gets an empty grpc module; nobody imports it.
-  rm -f "$1"/poolrpc/v1/standard_pb2_grpc.py "$1"/poolrpc/v1/standard_pb2_grpc.pyi
+  rm -f "$1"/client/poolrpc/v1/standard_pb2_grpc.py "$1"/client/poolrpc/v1/standard_pb2_grpc.pyi
+  # The server alone speaks this one, and needs no stubs; a file that imports no other may lie anywhere.
+  protoc --python_out="$1/server/poolrpc_server" --mypy_out="quiet:$1/server/poolrpc_server" protos/inference/*.proto
 }
 
 if [ "${1:-}" = --check ]; then
   fresh=$(mktemp -d)
   trap 'rm -rf "$fresh"' EXIT
   generate "$fresh"
-  diff -r --exclude=__pycache__ "$fresh/poolrpc/v1" client/poolrpc/v1 || {
-    echo "client/poolrpc/v1 is out of step with protos/: run make generate" >&2
-    exit 1
-  }
+  for made in client/poolrpc/v1 server/poolrpc_server/inference; do
+    diff -r --exclude=__pycache__ "$fresh/$made" "$made" || {
+      echo "$made is out of step with protos/: run make generate" >&2
+      exit 1
+    }
+  done
 else
-  generate client
+  generate .
 fi

@@ -20,7 +20,7 @@ from poolrpc.errors import (
     UnavailableError,
     UnsupportedError,
 )
-from poolrpc.expression import parse_chain, parse_layer
+from poolrpc.expression import parse_branches, parse_chain, parse_layer
 from poolrpc.layers import (
     LAYERS,
     AdaptiveAvgPool1d,
@@ -94,6 +94,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "branch_shapes",
+    "parse_branches",
     "parse_chain",
     "parse_layer",
 ]

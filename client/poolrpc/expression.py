@@ -1,6 +1,7 @@
 """Layer expressions, "MaxPool2d(3, stride=2)": text to layer by a strict walk over Python's ast; nothing is evaluated.
 
-The other way is repr(layer). A chain is a list: "[MaxPool2d(3, stride=2), AvgPool2d(2)]".
+The other way is repr(layer). A chain is a list: "[MaxPool2d(3, stride=2), AvgPool2d(2)]". Branches are a list with a
+list in it: "[[AdaptiveAvgPool2d(1)], [MaxPool2d(2), AdaptiveAvgPool2d(2)]]".
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from poolrpc.errors import ExpressionError, InvalidArgumentError
 from poolrpc.layers import LAYERS, Layer
-from poolrpc.limits import MAX_EXPRESSION_CHARS
+from poolrpc.limits import MAX_BRANCHES, MAX_CHAIN, MAX_EXPRESSION_CHARS
 from poolrpc.shapes import clip
 
 ODD = re.compile(r"[^\w\s,.=()\[\]+*-]|[^\x00-\x7f]|[0-9](?:and|else|for|if|in|is|not|or)\b")
@@ -44,11 +45,28 @@ def parse_chain(text: str) -> tuple[Layer, ...]:
 
     """
     parser = _Parser(text)
-    if not isinstance(parser.root, ast.List | ast.Tuple):
-        return (parser.layer(parser.root),)
-    if not parser.root.elts:
-        raise parser.error("expected at least one layer, got an empty list", parser.root)
-    return tuple(map(parser.layer, parser.root.elts))
+    return parser.chain(parser.root)
+
+
+def parse_branches(text: str) -> tuple[tuple[Layer, ...], ...]:
+    """Give the branches that an expression names: one layer, a list of layers (a chain), or a list with a list in it.
+
+    Each element of the last is a branch: a layer, or a list of layers in order.
+
+    Raises:
+        ExpressionError: As for parse_layer, or there are more branches or layers than a request may have.
+
+    """
+    parser = _Parser(text)
+    root = parser.root
+    several = isinstance(root, ast.List | ast.Tuple) and any(isinstance(e, ast.List | ast.Tuple) for e in root.elts)
+    nodes = root.elts if isinstance(root, ast.List | ast.Tuple) and several else [root]
+    if len(nodes) > MAX_BRANCHES:
+        raise parser.error(f"expected at most {MAX_BRANCHES} branches, got {len(nodes)}", root)
+    for node in nodes:
+        if isinstance(node, ast.List | ast.Tuple) and len(node.elts) > MAX_CHAIN:
+            raise parser.error(f"expected at most {MAX_CHAIN} layers in a chain, got {len(node.elts)}", node)
+    return tuple(map(parser.chain, nodes))
 
 
 class _Parser:
@@ -83,6 +101,13 @@ class _Parser:
 
     def source(self, node: ast.expr) -> str:
         return ast.get_source_segment(self.line, node) or ""
+
+    def chain(self, node: ast.expr) -> tuple[Layer, ...]:
+        if not isinstance(node, ast.List | ast.Tuple):
+            return (self.layer(node),)
+        if not node.elts:
+            raise self.error("expected at least one layer, got an empty list", node)
+        return tuple(map(self.layer, node.elts))
 
     def layer(self, node: ast.expr) -> Layer:
         if not isinstance(node, ast.Call):

@@ -54,6 +54,11 @@ def head(header: bytes, length: int) -> bytes:
     return b"".join((header, bytes((PAYLOAD_TAG,)), _varint(length))) if length else header
 
 
+def lead(number: int, length: int) -> bytes:
+    """Give what stands before the bytes of a field: of a text, of a message, or one of several payloads."""
+    return _varint(number << 3 | _BYTES) + _varint(length)
+
+
 def pieces(payload: Iterable[Bytes], *, padded: bool = False) -> Iterator[bytes]:
     """Give a block of a stream as messages of at most PIECE_BYTES of payload, all but the last marked unfinished.
 
@@ -102,7 +107,7 @@ def cut(data: bytes, cls: type[Message]) -> tuple[bytes, memoryview]:
             that is parsed.
 
     """
-    spans = _payloads(data)
+    spans = _payloads(data, PAYLOAD_TAG)
     view = memoryview(data)
     if spans is None:
         message: Any = cls.FromString(data)
@@ -116,11 +121,33 @@ def cut(data: bytes, cls: type[Message]) -> tuple[bytes, memoryview]:
     if len(spans) == 1:
         tag = spans[0][0]
         return (data[:tag] if end == len(data) else data[:tag] + data[end:]), view[start:end]
+    return _between(view, spans), view[start:end]
+
+
+def cut_all(data: bytes, number: int) -> tuple[bytes, list[memoryview]] | None:
+    """Give the header, encoded, and the payloads of a message that has any number of them.
+
+    Args:
+        data: The message, from any protobuf encoder.
+        number: The repeated field that they are in.
+
+    Returns:
+        None where it is for protobuf to say what these bytes are.
+
+    """
+    spans = _payloads(data, number << 3 | _BYTES)
+    if spans is None:
+        return None
+    view = memoryview(data)
+    return _between(view, spans), [view[start:end] for _, start, end in spans]
+
+
+def _between(view: memoryview, spans: list[tuple[int, int, int]]) -> bytes:
     pieces, done = [], 0
     for tag, _, stop in spans:
         pieces.append(view[done:tag])
         done = stop
-    return b"".join((*pieces, view[done:])), view[start:end]
+    return b"".join((*pieces, view[done:]))
 
 
 def _varint(number: int) -> bytes:
@@ -132,7 +159,7 @@ def _varint(number: int) -> bytes:
     return bytes(data)
 
 
-def _payloads(data: bytes) -> list[tuple[int, int, int]] | None:
+def _payloads(data: bytes, payload_tag: int) -> list[tuple[int, int, int]] | None:
     """Give where each payload's tag, bytes and end are; None where it is for protobuf to say what the bytes are."""
     found: list[tuple[int, int, int]] = []
     place, size = 0, len(data)
@@ -140,16 +167,16 @@ def _payloads(data: bytes) -> list[tuple[int, int, int]] | None:
         tag_at = place
         tag, place = _read_varint(data, place)
         kind = tag & 7
-        if tag == PAYLOAD_TAG or kind == _BYTES:
+        if tag == payload_tag or kind == _BYTES:
             length, place = _read_varint(data, place)
             if length > size - place:
                 return None
-            if tag == PAYLOAD_TAG:
+            if tag == payload_tag:
                 if place - tag_at > _MAX_HEAD_BYTES:
                     return None
                 found.append((tag_at, place, place + length))
             place += length
-        elif tag >> 3 == PAYLOAD_TAG >> 3 or not tag >> 3:
+        elif tag >> 3 == payload_tag >> 3 or not tag >> 3:
             return None
         elif kind == _VARINT:
             _, place = _read_varint(data, place)

@@ -29,11 +29,15 @@ from poolrpc_server.batcher import Bounds
 from poolrpc_server.bell import Bell
 from poolrpc_server.config import Config, ConfigError
 from poolrpc_server.dispatch import Dispatcher
+from poolrpc_server.doors import inference
+from poolrpc_server.doors.ahead import Streams
 from poolrpc_server.doors.native import SERVICE, PoolDoor
 from poolrpc_server.engine import Engine
 from poolrpc_server.interceptors import CallInterceptor
 from poolrpc_server.logs import CallLog, log
 from poolrpc_server.metrics import IN_FOLDER, Load, Metrics, MetricsServer
+from poolrpc_server.models import read_models
+from poolrpc_server.regions import Regions
 from poolrpc_server.security import Certificates, TokenInterceptor
 from poolrpc_server.sockets import take
 from poolrpc_server.tokens import TokenFile
@@ -65,7 +69,11 @@ CONFIGURED_LIMITS = (
     "max_arenas",
     "max_streams",
 )
-NEED_ROOM = (f"/{SERVICE}/Pool", f"/{SERVICE}/PoolStream")
+NEED_ROOM = (
+    f"/{SERVICE}/Pool",
+    f"/{SERVICE}/PoolStream",
+    *(f"/{inference.SERVICE}/{name}" for name in inference.COMPUTE),
+)
 """The methods that take a place under way."""
 
 STOPPING_SECONDS = 1.0
@@ -119,6 +127,7 @@ class Server:
         metrics_address: Where its metrics are read, "host:port"; empty: nowhere.
         failure: Why it can't go on; empty where it can.
         on_failure: Called when it can't go on.
+        models: What it serves by the Open Inference Protocol, by name.
 
     """
 
@@ -164,6 +173,7 @@ class Server:
             {
                 f"/{SERVICE}/GetServerInfo": self._quick,
                 f"/{SERVICE}/InferShape": self._quick,
+                **{f"/{inference.SERVICE}/{name}": self._quick for name in inference.QUICK},
                 f"/{health.SERVICE_NAME}/": self._quick,
                 f"/{reflection.SERVICE_NAME}/": self._reflecting,
             },
@@ -184,15 +194,24 @@ class Server:
             ],
         )
         # A stream has a call thread for as long as it lasts: one at least is left for others.
-        streams = max(1, min(config.max_streams, config.call_threads - 1))
-        self._door = PoolDoor(self._dispatcher, streams, config.stream_idle_seconds)
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, self._door.handlers()),))
+        most = max(1, min(config.max_streams, config.call_threads - 1))
+        self._streams = Streams(most, config.stream_idle_seconds)
+        self._serving = False
+        models, regions = read_models(config.model, config.models), Regions(allowed=config.allow_client_shm)
+        self.models = tuple(models)
+        for service, door in (
+            (SERVICE, PoolDoor(self._dispatcher, self._streams)),
+            (
+                inference.SERVICE,
+                inference.InferenceDoor(self._dispatcher, models, regions, self._streams, lambda: self._serving),
+            ),
+        ):
+            self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, door.handlers()),))
         self._health = health.HealthServicer(experimental_thread_pool=self._quick)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        self._services = ("", SERVICE, health.SERVICE_NAME)
+        self._services = ("", SERVICE, inference.SERVICE, health.SERVICE_NAME)
         reflection.enable_server_reflection((*self._services[1:], reflection.SERVICE_NAME), self._server)
         self.addresses = tuple(self._listen(address) for address in config.listen)
-        self._serving = False
         # Where the metrics go to a folder, whoever sums them listens.
         self._metrics_server = self._show_metrics(config.metrics) if config.metrics and not IN_FOLDER else None
         self.metrics_address = self._metrics_server.address if self._metrics_server else ""
@@ -241,7 +260,7 @@ class Server:
             queue_oldest_seconds=oldest,
             arenas=sum(each.live for each in self._arenas),
             arena_bytes=sum(each.nbytes for each in self._arenas),
-            streams=self._door.streams,
+            streams=self._streams.count,
         )
 
     def start(self) -> None:
@@ -356,6 +375,7 @@ def _facts(server: Server, config: Config) -> dict[str, Any]:
         "tls": "mutual" if config.tls_client_ca else "on" if config.tls_cert else "off",
         "tokens": "on" if config.token_file else "off",
         "metrics": server.metrics_address,
+        "models": " ".join(server.models),
         **{name: str(limit) for name, limit in info.limits.items()},
     }
 

@@ -10,6 +10,7 @@ import configargparse
 from poolrpc.access import is_loopback
 from poolrpc.limits import MAX_MESSAGE_BYTES, MAX_PAYLOAD_BYTES
 from poolrpc_server.machine import cpus, memory_bytes
+from poolrpc_server.models import read_models
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,6 +91,13 @@ class Config:
         "none: all; a line that starts with # is a comment; read again as it changes",
     )
     health_requires_token: bool = _setting(False, "health checks need a token too")
+    model: tuple[str, ...] = _setting(
+        (), "layers to serve under a name of their own to Triton's clients, NAME=LAYER; repeatable"
+    )
+    models: str = _setting("", "TOML file with more of them: lines of NAME = 'LAYER'")
+    allow_client_shm: bool = _setting(
+        False, "read and write shared memory of this user's processes that Triton's clients name; of one worker"
+    )
     insecure: bool = _setting(
         False, "allow a public address without TLS and tokens, although anyone who reaches it may call or listen"
     )
@@ -157,6 +165,14 @@ class Config:
     def __post_init__(self) -> None:
         object.__setattr__(self, "listen", tuple(self.listen))
         self._check_addresses()
+        object.__setattr__(self, "model", tuple(self.model))
+        try:
+            read_models(self.model, self.models)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        if self.allow_client_shm and self.workers > 1:
+            # A region is registered with one process, and a client's connections may be to several.
+            raise ConfigError(f"allow_client_shm: expected 1 worker, got {self.workers}")
         for each in fields(self):
             value, unit = getattr(self, each.name), each.metadata["unit"]
             least = LEAST.get(each.name, 1)
@@ -245,11 +261,13 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     for each in fields(Config):
         unit, default = each.metadata["unit"], each.default
         shown = (
-            ", ".join(default)
+            ", ".join(default) or "none"
             if isinstance(default, tuple)
             else str(default).lower()
             if isinstance(default, bool)
             else default
+            if default != ""
+            else "none"
         )
         variable = f"POOLRPC_{each.name.upper()}"
         options: dict[str, Any] = {

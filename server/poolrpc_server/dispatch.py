@@ -11,7 +11,7 @@ from poolrpc.tensors import ALIGNMENT, spans
 from poolrpc_server.admission import RETRY_DELAY, refused
 from poolrpc_server.batcher import Batcher, Bounds, FullError, StoppedError
 from poolrpc_server.streams import Stream
-from poolrpc_server.validate import block_of, check_request, check_shapes, check_stream
+from poolrpc_server.validate import block_of, check_payload, check_request, check_shapes, check_stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -141,6 +141,21 @@ class Dispatcher:
             answer: T = self._run(self._engine.run(checked.schedule, payload, finish), caller)
         finally:
             self._admission.give_back(nbytes)
+        return answer
+
+    def pool_from(
+        self, checked: Checked, read: Callable[[], Bytes], caller: Caller, finish: Callable[[Sequence[memoryview]], T]
+    ) -> T:
+        """Run a request whose payload `read` gives, once there is room for it; the rest is as in pool.
+
+        Raises:
+            LimitExceededError: The payload is larger than a message may be.
+
+        """
+        nbytes = sum(spec.nbytes for spec in checked.request.specs)
+        check_payload(nbytes, self._limits)
+        with self._admission.hold(nbytes + checked.output_bytes):
+            answer: T = self._run(self._engine.run(checked.schedule, read(), finish), caller)
         return answer
 
     def pool_in_arena(self, checked: Checked, ranges: ArenaRanges, caller: Caller) -> None:

@@ -31,7 +31,11 @@ if TYPE_CHECKING:
     from poolrpc_server.logs import CallLog
     from poolrpc_server.metrics import Metrics
 
-QUIET = ("/grpc.health.v1.Health/", "/grpc.reflection.")
+QUIET = (
+    "/grpc.health.v1.Health/",
+    "/grpc.reflection.",
+    *(f"/inference.GRPCInferenceService/{name}" for name in ("ServerLive", "ServerReady", "ModelReady")),
+)
 """Methods that probes and tools call, by the second perhaps: logged at DEBUG."""
 
 RESET_SECONDS = 0.1

@@ -35,7 +35,8 @@ class Limits:
     """What a request is held to; each is an operator's setting.
 
     Attributes:
-        input_bytes: Of one plane of a tensor that comes in blocks; gRPC bounds what comes in one message.
+        input_bytes: Of one plane of a tensor that comes in blocks, and of what lies in a client's memory; gRPC bounds
+            what comes in one message.
         output_bytes: Of a request's outputs, and of each step of a chain.
         output_growth: A request's output bytes over its input bytes.
         work: Cells that a request's layers visit: eager torch visits each window's, faster kernels fewer.
@@ -164,6 +165,16 @@ def block_of(request: Request, planes: Planes, count: int, first: int) -> Reques
     branches = tuple(tuple(layer.at_plane(first * channels) for layer in chain) for chain in request.branches)
     indices = None if request.indices is None else TensorSpec("int64", spec.shape, spec.layout)
     return Request(spec, branches, indices)
+
+
+def check_payload(nbytes: int, limits: Limits) -> None:
+    """Check the size of a payload that didn't come in a message.
+
+    Raises:
+        LimitExceededError: It is too large.
+
+    """
+    _limit("TENSOR_TOO_LARGE", "bytes of input", nbytes, limits.input_bytes)
 
 
 def check_shapes(shape: Shape, branches: Sequence[Chain], layout: str) -> list[tuple[Shape, ...]]:

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields, replace
+from pathlib import Path
 
 import pytest
 
@@ -78,6 +79,8 @@ def test_bytes_follow_the_memory(monkeypatch, memory, message, inflight, arenas)
     assert (told.max_message_bytes, told.max_inflight_bytes, told.max_arena_bytes) == (MAX_MESSAGE_BYTES, 8 * GIB, 0)
 
 
+MODELS = str(Path(__file__).with_name("models.toml"))
+
 # A value of each setting other than its default, as it is written and as it is read.
 OTHERS = {
     "listen": ("unix:/tmp/x.sock", ("unix:/tmp/x.sock",)),
@@ -87,6 +90,9 @@ OTHERS = {
     "token_file": ("tokens.txt", "tokens.txt"),
     "health_requires_token": ("true", True),
     "insecure": ("true", True),
+    "model": ("stem=MaxPool2d(3, stride=2)", ("stem=MaxPool2d(3, stride=2)",)),
+    "models": (MODELS, MODELS),
+    "allow_client_shm": ("true", True),
     "device": ("cuda:1", "cuda:1"),
     "workers": ("2", 2),
     "threads": ("7", 7),
@@ -141,8 +147,8 @@ def test_a_setting_has_a_flag_and_a_variable(name, monkeypatch):
     assert parse(given) == expected
     monkeypatch.setenv(f"POOLRPC_{name.upper()}", text)
     assert parse([]) == expected
-    if not (isinstance(value, bool) or beside):
-        default = getattr(Config(), name)
+    default = getattr(Config(), name)
+    if not (isinstance(value, bool) or beside or default == ()):
         back = default[0] if isinstance(default, tuple) else str(default)
         assert parse([flag(name), back]) == Config()
 
@@ -173,7 +179,8 @@ def test_help_has_every_default_and_unit(each, capsys):
     with pytest.raises(SystemExit) as ended:
         parse(["--help"])
     assert ended.value.code == 0
-    default = each.default[0] if isinstance(each.default, tuple) else each.default
+    default = ", ".join(each.default) if isinstance(each.default, tuple) else each.default
+    default = "none" if default == "" else default
     default = str(default).lower() if isinstance(default, bool) else default
     unit = f" {each.metadata['unit']}" if each.metadata["unit"] else ""
     variable = f"POOLRPC_{each.name.upper()}"

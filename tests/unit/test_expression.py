@@ -17,10 +17,11 @@ from poolrpc import (
     GlobalAvgPool,
     MaxPool1d,
     MaxPool2d,
+    parse_branches,
     parse_chain,
     parse_layer,
 )
-from poolrpc.limits import MAX_EXPRESSION_CHARS
+from poolrpc.limits import MAX_BRANCHES, MAX_CHAIN, MAX_EXPRESSION_CHARS
 
 from .strategies import layers
 
@@ -36,6 +37,39 @@ def test_repr_parses_back_to_its_layer(layer):
 def test_a_chain_parses_back(chain, kind):
     """A list or a tuple of layers is an expression of the chain."""
     assert parse_chain(repr(kind(chain))) == chain
+
+
+@given(st.lists(st.lists(layers(), min_size=1, max_size=3).map(tuple), min_size=1, max_size=3).map(tuple))
+def test_branches_parse_back(branches):
+    """A list of chains is an expression of the branches; one chain is a branch, and so is one layer."""
+    assert parse_branches(repr([list(chain) for chain in branches])) == branches
+    assert parse_branches(repr(list(branches[0]))) == branches[:1]
+    assert parse_branches(repr(branches[0][0])) == ((branches[0][0],),)
+
+
+def test_a_list_with_a_list_in_it_is_branches():
+    """Beside a chain, a layer alone is a branch too; a list of layers alone is one chain."""
+    one, two = AvgPool2d(2), MaxPool2d(3)
+    assert parse_branches("[AvgPool2d(2), [MaxPool2d(3), AvgPool2d(2)]]") == ((one,), (two, one))
+    assert parse_branches("[AvgPool2d(2), MaxPool2d(3)]") == ((one, two),)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[]", "column 1: expected at least one layer, got an empty list"),
+        ("[[]]", "column 2: expected at least one layer, got an empty list"),
+        ("[[GlobalAvgPool()], []]", "column 21: expected at least one layer"),
+        ("[[[GlobalAvgPool()]]]", "column 3: expected a layer such as MaxPool2d"),
+        (repr([[GlobalAvgPool()]] * (MAX_BRANCHES + 1)), f"expected at most {MAX_BRANCHES} branches"),
+        (repr([GlobalAvgPool()] * (MAX_CHAIN + 1)), f"expected at most {MAX_CHAIN} layers in a chain"),
+        (repr([[GlobalAvgPool()] * (MAX_CHAIN + 1)]), f"expected at most {MAX_CHAIN} layers in a chain"),
+    ],
+)
+def test_what_are_no_branches_is_refused(text, words):
+    """Empty lists, deeper ones, and more than a request may have are refused where they stand."""
+    with pytest.raises(ExpressionError, match=re.escape(words)):
+        parse_branches(text)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import poolrpc
 import poolrpc_server
 
 FOLDERS = {package.__name__: Path(package.__file__).parent for package in (poolrpc, poolrpc_server)}
-GENERATED = "poolrpc.v1"
+GENERATED = ("poolrpc.v1", "poolrpc_server.inference")
 
 # The rooms of the server, from the door inwards: a module imports only what stands further in. A new module gets its
 # place here.
@@ -30,10 +30,11 @@ ROOMS = (
     {"device"},
     {"buffers", "kernels"},
     {"validate", "admission"},
-    {"arena", "tokens"},
+    {"arena", "tokens", "regions"},
     {"watched"},
-    {"bell", "config", "logs", "metrics", "sockets"},
-    {"machine"},
+    {"bell", "config", "logs", "metrics", "sockets", "tally"},
+    {"machine", "models"},
+    {"inference"},  # generated
 )
 DEPTH = {module: depth for depth, room in enumerate(ROOMS) for module in room}
 KNOW_GRPC = {"app", "doors", "interceptors", "security", "cli", "workers"}
@@ -73,7 +74,7 @@ def imported(node, module, path):
 
 def is_module(name):
     """Tell whether a name is that of a module of ours."""
-    return name in SOURCES or name == GENERATED or name.startswith(f"{GENERATED}.")
+    return name in SOURCES or name in GENERATED or name.startswith(tuple(f"{package}." for package in GENERATED))
 
 
 def imports(module, *, when_imported=False):

@@ -280,3 +280,26 @@ def test_unfinished_is_protobufs_field():
     """The header of a message that goes on is what protobuf writes for it, in either direction."""
     for cls in (pool_pb2.PoolStreamRequest, pool_pb2.PoolStreamResponse):
         assert cls(unfinished=True).SerializeToString() == wire.UNFINISHED
+
+
+@given(messages() | damaged())
+def test_all_payloads_are_cut_out(drawn):
+    """Every payload of a message is a view of it, in order, and the rest is its header, which has none any more."""
+    cls, data = drawn
+    cut = wire.cut_all(data, 15)
+    if cut is None:
+        return  # protobuf's to say
+    header, payloads = cut
+    assert all(view.obj is data for view in payloads)
+    assert wire.cut_all(header, 15) == (header, [])
+    expected = by_protobuf(cls, data)
+    if expected is not None:
+        assert by_protobuf(cls, header) == (expected[0], b"")
+        assert bytes(payloads[-1] if payloads else b"") == expected[1]
+
+
+@given(PARTS, st.integers(1, 2000))
+def test_payloads_are_led_as_protobuf_leads_them(parts, number):
+    """What is put together of leads and payloads is cut into them again, whatever the field's number."""
+    data = b"".join(wire.lead(number, len(part)) + part for part in parts)
+    assert wire.cut_all(data, number) == (b"", parts)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from queue import Empty, Queue
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from poolrpc.errors import DeadlineExceededError
+from poolrpc_server.admission import refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -110,6 +112,50 @@ class Watch:
             if time.monotonic() - self._last >= self._idle:
                 self._stalled()
                 return
+
+
+class Streams:
+    """Lets streams in, whichever door they come by: so many at a time, each of which must move.
+
+    Attributes:
+        count: How many there are.
+
+    """
+
+    def __init__(self, most: int, idle: float) -> None:
+        """Let in `most` at a time; one that sends nothing for `idle` seconds has an error."""
+        self._most = most
+        self._idle = idle
+        self._counting = Lock()
+        self.count = 0
+
+    @contextmanager
+    def opened(
+        self, messages: Iterator[T], ahead: int, cancel: Callable[[], object]
+    ) -> Iterator[tuple[ReadAhead[T], Watch]]:
+        """Let one in for as long as the context lasts, and give its messages and what watches it.
+
+        Args:
+            messages: What it sends.
+            ahead: Messages that are read before they are asked for.
+            cancel: Ends it, where nothing moves.
+
+        Raises:
+            UnavailableError: There are too many.
+
+        """
+        with self._counting:
+            if self.count >= self._most:
+                raise refused("STREAMS", "streams at a time", self._most, self._most + 1)
+            self.count += 1
+        try:
+            # A caller that doesn't read holds its answer where only the end of the call reaches it. Twice the time, so
+            # that one that doesn't send has an error instead.
+            with Watch(2 * self._idle, cancel) as watch, ReadAhead(messages, ahead, self._idle) as reading:
+                yield reading, watch
+        finally:
+            with self._counting:
+                self.count -= 1
 
 
 class _End:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
@@ -15,9 +13,8 @@ from poolrpc import codec, wire
 from poolrpc.errors import InternalError, InvalidArgumentError
 from poolrpc.shapes import clip
 from poolrpc.v1 import pool_pb2
-from poolrpc_server.admission import refused
 from poolrpc_server.dispatch import Caller
-from poolrpc_server.doors.ahead import ReadAhead, Watch
+from poolrpc_server.doors import facts
 from poolrpc_server.interceptors import note, priority
 
 if TYPE_CHECKING:
@@ -27,6 +24,7 @@ if TYPE_CHECKING:
 
     from poolrpc.tensors import Bytes
     from poolrpc_server.dispatch import Dispatcher
+    from poolrpc_server.doors.ahead import Streams
     from poolrpc_server.validate import Checked
 
 SERVICE = pool_pb2.DESCRIPTOR.services_by_name["PoolService"].full_name
@@ -37,10 +35,6 @@ KNOWN = 4096
 
 BLOCKS_AHEAD = 1
 """Blocks of a stream that are read while one is computed."""
-
-
-FACT_CHARS = 300
-"""Of each fact in the log line of a call."""
 
 M = TypeVar("M", pool_pb2.PoolRequest, pool_pb2.PoolStreamRequest)
 
@@ -70,20 +64,12 @@ class _Known:
 
 
 class PoolDoor:
-    """The servicer of PoolService; messages with payloads come and go as bytes, the others as protobuf has them.
+    """The servicer of PoolService; messages with payloads come and go as bytes, the others as protobuf has them."""
 
-    Attributes:
-        streams: How many are open.
-
-    """
-
-    def __init__(self, dispatcher: Dispatcher, max_streams: int, stream_idle_seconds: float) -> None:
-        """Make a door to a dispatcher; so many streams are let in at a time, and end that send nothing for so long."""
+    def __init__(self, dispatcher: Dispatcher, streams: Streams) -> None:
+        """Make a door to a dispatcher; streams are let in by `streams`."""
         self._dispatcher = dispatcher
-        self._max_streams = max_streams
-        self._counting = Lock()
-        self.streams = 0
-        self._idle = stream_idle_seconds
+        self._streams = streams
         self._remembered = lru_cache(KNOWN)(self._find)
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
@@ -118,18 +104,15 @@ class PoolDoor:
     def PoolStream(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Run every branch on the input's blocks, as they come."""
         caller = _caller(context)
-        # A caller that doesn't read holds its answer where only the end of the call reaches it. Twice the time, so that
-        # one that doesn't send has an error instead.
-        watched = Watch(2 * self._idle, context.cancel)
-        with self._admitted(), watched as watch, ReadAhead(messages, BLOCKS_AHEAD, self._idle) as ahead:
+        with self._streams.opened(messages, BLOCKS_AHEAD, context.cancel) as (ahead, watch):
             header, _ = _cut(next(ahead, b""), pool_pb2.PoolStreamRequest)
             message = _parsed(header, pool_pb2.PoolStreamRequest)
             if not message.HasField("request"):
                 raise InvalidArgumentError("expected the request in the first message, got none", field="request")
             request = codec.decode_request(message.request)
-            note(_facts(request))
+            note(facts.asked(request))
             with self._dispatcher.stream(request, caller) as stream:
-                note(_outputs(stream.results))
+                note(facts.answered(stream.results))
                 yield pool_pb2.PoolStreamResponse(results=codec.encode_results(stream.results)).SerializeToString()
                 for block in _blocks(ahead, stream.most * stream.plane_bytes):
                     for answer in self._dispatcher.pool_block(stream, block, caller, _pieces):
@@ -141,7 +124,7 @@ class PoolDoor:
     def InferShape(self, request: pool_pb2.InferShapeRequest, _: grpc.ServicerContext) -> pool_pb2.InferShapeResponse:
         """Give the shapes that Pool would give."""
         shape, branches, layout = codec.decode_shape_request(request)
-        note({"layers": clip(branches, FACT_CHARS), "shape": clip(shape, FACT_CHARS)})
+        note({"layers": clip(branches, facts.FACT_CHARS), "shape": clip(shape, facts.FACT_CHARS)})
         return codec.encode_shape_response(self._dispatcher.shapes(shape, branches, layout))
 
     def GetServerInfo(
@@ -150,26 +133,14 @@ class PoolDoor:
         """Tell what the server is."""
         return codec.encode_info(self._dispatcher.info)
 
-    @contextmanager
-    def _admitted(self) -> Iterator[None]:
-        with self._counting:
-            if self.streams >= self._max_streams:
-                raise refused("STREAMS", "streams at a time", self._max_streams, self._max_streams + 1)
-            self.streams += 1
-        try:
-            yield
-        finally:
-            with self._counting:
-                self.streams -= 1
-
     def _find(self, header: bytes) -> _Known:
         message = _parsed(header, pool_pb2.PoolRequest)
         request = codec.decode_request(message)
-        note(facts := _facts(request))  # before the checks: the log tells what was refused
+        note(noted := facts.asked(request))  # before the checks: the log tells what was refused
         checked = self._dispatcher.check(request)
         answer = pool_pb2.PoolResponse(results=codec.encode_results(checked.results)).SerializeToString()
         head = wire.head(answer, sum(spec.nbytes for spec in checked.outputs))
-        return _Known(checked, codec.decode_ranges(message), facts | _outputs(checked.results), answer, head)
+        return _Known(checked, codec.decode_ranges(message), noted | facts.answered(checked.results), answer, head)
 
 
 def _caller(context: grpc.ServicerContext) -> Caller:
@@ -217,16 +188,3 @@ def _blocks(messages: Iterator[bytes], most: int) -> Iterator[Bytes]:
 
 def _pieces(outputs: Sequence[memoryview]) -> list[bytes]:
     return list(wire.pieces(outputs))
-
-
-def _facts(request: codec.Request) -> dict[str, str]:
-    spec = request.input
-    return {
-        "layers": clip(request.branches, FACT_CHARS),
-        "shape": clip(spec.shape, FACT_CHARS),
-        "dtype": spec.dtype,
-    }
-
-
-def _outputs(results: Sequence[codec.BranchResult]) -> dict[str, str]:
-    return {"output": clip([each.output.shape for each in results], FACT_CHARS)}

@@ -1,0 +1,81 @@
+"""Clients that others wrote, as they come from their registries: tritonclient, and gRPC's own for Node.
+
+scripts/peers.sh installs them. Where it can't reach the registries the tests are skipped; CI, which must, fails.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from scripts.serving import Serving, serving
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+PEERS = ROOT / ".venv-triton"
+pytestmark = [pytest.mark.conformance, pytest.mark.timeout(600)]
+
+
+def run(*command: object, env: dict[str, str] | None = None) -> None:
+    """Run a command that must succeed."""
+    done = subprocess.run(  # noqa: S603 - our own commands
+        [str(each) for each in command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **(env or {})},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def peers() -> Path:
+    """The environment with the clients."""
+    done = subprocess.run([ROOT / "scripts/peers.sh"], capture_output=True, text=True, check=False)  # noqa: S603 - ours
+    if done.returncode and "CI" not in os.environ and unreachable(done.stderr):
+        pytest.skip("the registries of the clients can't be reached")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return PEERS
+
+
+def unreachable(said: str) -> bool:
+    """Tell whether an installer failed for want of a network."""
+    words = ("Connection", "Temporary failure", "ENOTFOUND", "EAI_AGAIN", "ECONNREFUSED", "ETIMEDOUT", "ENETUNREACH")
+    return any(word in said for word in words)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Serving]:
+    """A server with a preset, that takes its clients' shared memory."""
+    with serving("--model", "stem=MaxPool2d(3, stride=2, padding=1)", "--allow-client-shm") as made:
+        yield made
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["describe", "infer", "unpool", "errors", "async_infer", "stream", "aio", "shared_memory_regions"],
+)
+def test_tritonclient(peers: Path, server: Serving, case: str) -> None:
+    """The calls of tritonclient, unmodified, have the answers that our client gets, bit for bit: triton_peer.py."""
+    run(peers / "bin/python", HERE / "triton_peer.py", case, server.address, env={"PYTHONPATH": str(ROOT / "client")})
+
+
+def test_node(peers: Path, server: Serving) -> None:
+    """The client of gRPC for Node loads our protos and calls both services: node_peer.js."""
+    node = shutil.which("node") or peers / "bin/node"
+    run(
+        node,
+        HERE / "node_peer.js",
+        ROOT / "protos",
+        server.address,
+        env={"NODE_PATH": str(peers / "node/node_modules")},
+    )

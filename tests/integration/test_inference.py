@@ -1,0 +1,517 @@
+"""The Open Inference door over a real server: answers, errors, presets, streams, shared memory; and who finds it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+from queue import Queue
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import numpy as np
+import pytest
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message_factory import GetMessageClass
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
+import poolrpc
+import poolrpc_server
+from poolrpc import AvgPool2d, GlobalMaxPool, MaxPool2d, MaxUnpool2d
+from poolrpc.layers import DTYPES
+from poolrpc.status import DETAILS_KEY, decode_error
+from poolrpc.tensors import numpy_dtype
+from poolrpc_server.doors.inference import QUICK, SERVICE
+from poolrpc_server.doors.inference_codec import CONTENTS, DATATYPE_OF, DATATYPES
+from poolrpc_server.inference import open_inference_pb2 as pb
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from conftest import Gate
+    from numpy.typing import NDArray
+
+X = np.random.default_rng(7).standard_normal((2, 3, 8, 10), np.float32)
+STEM = "MaxPool2d(3, stride=2, padding=1)"
+BRANCHES = "[[MaxPool2d(2, return_indices=True)], [AvgPool2d(2), MaxPool2d(2, return_indices=True)]]"
+SHM = Path("/dev/shm")  # noqa: S108 - where it is
+
+
+class Caller:
+    """A client of the service as protoc and gRPC alone make one."""
+
+    def __init__(self, address: str) -> None:
+        limit = [("grpc.max_receive_message_length", -1)]
+        self.channel = grpc.insecure_channel(address, limit)
+
+    def call(self, method: str, **fields: Any) -> Any:
+        """Call a method of one message each way."""
+        of = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods_by_name[method]
+        request, response = getattr(pb, of.input_type.name), getattr(pb, of.output_type.name)
+        call = self.channel.unary_unary(f"/{SERVICE}/{method}", request.SerializeToString, response.FromString)
+        return call(request(**fields), timeout=60)
+
+    def infer(self, request: pb.ModelInferRequest, timeout: float = 60) -> pb.ModelInferResponse:
+        """Run a model."""
+        kinds = pb.ModelInferRequest.SerializeToString, pb.ModelInferResponse.FromString
+        return self.channel.unary_unary(f"/{SERVICE}/ModelInfer", *kinds)(request, timeout=timeout)
+
+    def stream(self, requests: Iterator[pb.ModelInferRequest]) -> Any:
+        """Run a model for each of a stream."""
+        kinds = pb.ModelInferRequest.SerializeToString, pb.ModelStreamInferResponse.FromString
+        return self.channel.stream_stream(f"/{SERVICE}/ModelStreamInfer", *kinds)(requests, timeout=60)
+
+    def fail(self, request: pb.ModelInferRequest, timeout: float = 60) -> poolrpc.PoolError:
+        """Give the error that a request has, as our client would raise it."""
+        with pytest.raises(grpc.RpcError) as raised:
+            self.infer(request, timeout)
+        return error_of(raised.value)
+
+
+def error_of(error: Any) -> poolrpc.PoolError:
+    """Give the error of a call."""
+    details = dict(error.trailing_metadata() or ()).get(DETAILS_KEY)
+    return decode_error(error.code().name, error.details(), details)
+
+
+@contextmanager
+def serving(**settings: Any) -> Iterator[Caller]:
+    """Run a server in this process and give a caller of it."""
+    server = poolrpc_server.Server(poolrpc_server.Config(listen=("127.0.0.1:0",), **settings))
+    server.start()
+    caller = Caller(server.addresses[0])
+    try:
+        yield caller
+    finally:
+        caller.channel.close()
+        server.stop(grace=0)
+
+
+@pytest.fixture(scope="module")
+def both() -> Iterator[tuple[Caller, poolrpc.PoolClient]]:
+    """A server with presets that takes shared memory, by a caller of this door and by our own client."""
+    presets = (f"stem={STEM}", f"two={BRANCHES}", "un=MaxUnpool2d(2)")
+    server = poolrpc_server.Server(
+        poolrpc_server.Config(listen=("127.0.0.1:0",), model=presets, allow_client_shm=True, max_message_bytes=2**22)
+    )
+    server.start()
+    caller = Caller(server.addresses[0])
+    with poolrpc.PoolClient(server.addresses[0]) as client:
+        yield caller, client
+    caller.channel.close()
+    server.stop(grace=0)
+
+
+@pytest.fixture
+def caller(both: tuple[Caller, poolrpc.PoolClient]) -> Caller:
+    """A caller of that server."""
+    return both[0]
+
+
+@pytest.fixture
+def client(both: tuple[Caller, poolrpc.PoolClient]) -> poolrpc.PoolClient:
+    """Our client of the same server."""
+    return both[1]
+
+
+@pytest.fixture
+def region(caller: Caller) -> Iterator[Path]:
+    """A file of 64 KiB of shared memory, registered as "it"."""
+    path = SHM / f"poolrpc-test-{secrets.token_hex(8)}"
+    path.write_bytes(bytes(2**16))
+    caller.call("SystemSharedMemoryRegister", name="it", key=f"/{path.name}", offset=16, byte_size=2**16 - 16)
+    yield path
+    caller.call("SystemSharedMemoryUnregister")
+    path.unlink(missing_ok=True)
+
+
+def request(
+    *arrays: NDArray[Any], layer: str = "", model: str = "pool", outputs: Iterable[str] = (), **parameters: int
+) -> pb.ModelInferRequest:
+    """Give a request with raw inputs."""
+    message = pb.ModelInferRequest(model_name=model, raw_input_contents=[each.tobytes() for each in arrays])
+    for name, each in zip(("input", "indices"), arrays, strict=False):
+        message.inputs.add(name=name, datatype=DATATYPE_OF[each.dtype.name], shape=each.shape)
+    if layer:
+        message.parameters["layer"].string_param = layer
+    for name, value in parameters.items():
+        message.parameters[name].int64_param = value
+    for name in outputs:
+        message.outputs.add(name=name)
+    return message
+
+
+def arrays_of(answer: pb.ModelInferResponse) -> dict[str, NDArray[Any]]:
+    """Give the outputs of an answer by name."""
+    return {
+        each.name: np.frombuffer(data, numpy_dtype(DATATYPES[each.datatype])).reshape(each.shape)
+        for each, data in zip(answer.outputs, answer.raw_output_contents, strict=True)
+    }
+
+
+def assert_same(got: NDArray[Any], expected: NDArray[Any]) -> None:
+    """See that two arrays have the same shape, dtype and bytes."""
+    assert (got.shape, got.dtype, got.tobytes()) == (expected.shape, expected.dtype, expected.tobytes())
+
+
+@pytest.mark.parametrize("dtype", DTYPES["MaxPool2d"])
+def test_an_answer_is_that_of_our_client(caller: Caller, client: poolrpc.PoolClient, dtype: str) -> None:
+    """In every dtype, raw and as numbers, the door gives the bytes that our client gets."""
+    x = (X * 50).astype(numpy_dtype(dtype))
+    expected = client.pool(x, MaxPool2d(3, stride=2)).output
+    message = request(x, layer="MaxPool2d(3, stride=2)")
+    assert_same(arrays_of(caller.infer(message))["output"], expected)
+    if dtype in CONTENTS:
+        del message.raw_input_contents[:]
+        getattr(message.inputs[0].contents, CONTENTS[dtype]).extend(x.reshape(-1).tolist())
+        assert_same(arrays_of(caller.infer(message))["output"], expected)
+
+
+def test_branches_are_outputs_by_name(caller: Caller, client: poolrpc.PoolClient) -> None:
+    """Branches, chains and indices are answered under their names, all or those that are asked for, in that order."""
+    one, two = client.pool_each(
+        X, [MaxPool2d(2, return_indices=True), [AvgPool2d(2), MaxPool2d(2, return_indices=True)]]
+    )
+    expected = {"output": one.output, "indices": one.indices, "output_1": two.output, "indices_1": two.indices}
+    for message in (request(X, layer=BRANCHES), request(X, model="two")):
+        found = arrays_of(caller.infer(message))
+        assert list(found) == list(expected)
+        for name, array in found.items():
+            assert_same(array, expected[name])
+    found = arrays_of(caller.infer(request(X, model="two", outputs=["indices_1", "output"])))
+    assert list(found) == ["indices_1", "output"]
+    assert_same(found["indices_1"], expected["indices_1"])
+    assert_same(found["output"], expected["output"])
+
+
+def test_an_unpool_takes_its_indices(caller: Caller, client: poolrpc.PoolClient) -> None:
+    """MaxUnpool has two inputs, in either order."""
+    pooled = client.pool(X, MaxPool2d(2, return_indices=True))
+    expected = client.pool(pooled.output, MaxUnpool2d(2), indices=pooled.indices).output
+    message = request(pooled.output, pooled.indices, model="un")
+    assert_same(arrays_of(caller.infer(message))["output"], expected)
+    swapped = request(pooled.output, pooled.indices, model="un")
+    swapped.inputs[0].CopyFrom(message.inputs[1])
+    swapped.inputs[1].CopyFrom(message.inputs[0])
+    swapped.raw_input_contents[:] = message.raw_input_contents[::-1]
+    assert_same(arrays_of(caller.infer(swapped))["output"], expected)
+
+
+def test_odd_tensors_are_answered(caller: Caller) -> None:
+    """A tensor without a batch axis, one of no images, and an id, come back as they went."""
+    message = request(X[0], layer="AvgPool2d(2)")
+    message.id, message.model_version = "naïve-7", "1"
+    answer = caller.infer(message)
+    assert (answer.id, answer.model_name, answer.model_version) == ("naïve-7", "pool", "1")
+    assert arrays_of(answer)["output"].shape == (3, 4, 5)
+    assert arrays_of(caller.infer(request(X[:0], layer="AvgPool2d(2)")))["output"].shape == (0, 3, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("message", "code", "reason", "words"),
+    [
+        (request(X), "INVALID_ARGUMENT", "", "parameters.layer: expected an expression such as MaxPool2d(2)"),
+        (request(X, layer="MaxPool2d(2"), "INVALID_ARGUMENT", "", "parameters.layer: column"),
+        (request(X, layer="MaxPool2d(99)"), "INVALID_ARGUMENT", "", "max_pool.kernel_size: expected an effective"),
+        (request(X, model="stem", layer="MaxPool2d(2)"), "INVALID_ARGUMENT", "", f"stem is '{STEM}'"),
+        (request(X, layer="MaxPool2d(2)", outputs=["x"]), "INVALID_ARGUMENT", "", "outputs[0].name: expected one of"),
+        (request(X, model="stem", outputs=["output"] * 2), "INVALID_ARGUMENT", "", "outputs[1].name: expected"),
+        (request(X, model="un"), "INVALID_ARGUMENT", "", "indices"),
+        (request(X, X, model="stem"), "INVALID_ARGUMENT", "", "indices"),
+        (request(X > 0, model="stem"), "UNIMPLEMENTED", "DTYPE", "MaxPool2d takes"),
+        (request(X, model="none"), "NOT_FOUND", "MODEL", "expected one of pool, stem, two, un, got 'none'"),
+        (
+            pb.ModelInferRequest(model_name="stem", model_version="2"),
+            "NOT_FOUND", "MODEL", "expected version 1 of stem, got '2'",
+        ),
+        (
+            request(np.zeros((1, 1, 700, 700), np.float32), layer="LPPool2d(2, 255, 1)"),
+            "RESOURCE_EXHAUSTED", "WORK_BUDGET", "expected at most",
+        ),
+    ],
+)  # fmt: skip
+def test_errors_are_the_native_doors(
+    caller: Caller, message: pb.ModelInferRequest, code: str, reason: str, words: str
+) -> None:
+    """What is wrong has the status, the reason and the details that it has by our own client."""
+    error = caller.fail(message)
+    assert error.code == code
+    assert words in str(error)
+    assert not reason or error.reason == reason
+    if isinstance(error, poolrpc.InvalidArgumentError):
+        assert error.violations[0].field
+
+
+def test_what_is_no_message_is_internal(caller: Caller) -> None:
+    """Bytes that are no request have the status that gRPC itself has for them."""
+    with pytest.raises(grpc.RpcError) as raised:
+        caller.channel.unary_unary(f"/{SERVICE}/ModelInfer")(b"\xff\xff", timeout=60)
+    assert error_of(raised.value).code == "INTERNAL"
+
+
+def test_models_are_described(caller: Caller) -> None:
+    """Metadata, configuration, readiness and the index tell of every model, and of none that isn't there."""
+    metadata = caller.call("ModelMetadata", name="two")
+    assert [(each.name, each.datatype, list(each.shape)) for each in metadata.inputs] == [("input", "FP32", [-1] * 4)]
+    assert [(each.name, each.datatype) for each in metadata.outputs] == [
+        ("output", "FP32"), ("indices", "INT64"), ("output_1", "FP32"), ("indices_1", "INT64"),
+    ]  # fmt: skip
+    config = caller.call("ModelConfig", name="stem", version="1").config
+    assert (config.name, config.max_batch_size, config.parameters["layer"].string_value) == ("stem", 0, STEM)
+    assert config.instance_group[0].kind == pb.ModelInstanceGroup.KIND_CPU
+    assert [each.name for each in caller.call("RepositoryIndex", ready=True).models] == ["pool", "stem", "two", "un"]
+    assert {each.state for each in caller.call("RepositoryIndex").models} == {"READY"}
+    ready = {name: caller.call("ModelReady", name=name).ready for name in ("pool", "stem", "none")}
+    assert ready == {"pool": True, "stem": True, "none": False}
+    assert not caller.call("ModelReady", name="stem", version="2").ready
+    for method in ("ModelMetadata", "ModelConfig", "ModelStatistics"):
+        with pytest.raises(grpc.RpcError, match="NOT_FOUND"):
+            caller.call(method, name="none")
+    server = caller.call("ServerMetadata")
+    assert (server.name, server.version) == ("poolrpc", poolrpc.__version__)
+    assert "system_shared_memory" in server.extensions
+    assert caller.call("ServerLive").live
+
+
+def test_requests_are_counted_by_model() -> None:
+    """Statistics tell, of a model or of all, how many requests were answered, how many failed, and their time."""
+    with serving(model=("a=MaxPool2d(2)", "b=AvgPool2d(2)")) as caller:
+        for _ in range(3):
+            caller.infer(request(X, model="a"))
+        caller.fail(request(X[0, 0], model="a"))
+        of = {each.name: each for each in caller.call("ModelStatistics").model_stats}
+        (only,) = caller.call("ModelStatistics", name="a").model_stats
+    assert (list(of), of["a"].inference_count, of["b"].inference_count) == (["pool", "a", "b"], 3, 0)
+    stats = only.inference_stats
+    assert (stats.success.count, stats.fail.count, stats.compute_infer.count) == (3, 1, 3)
+    parts = (stats.queue, stats.compute_input, stats.compute_infer, stats.compute_output)
+    assert sum(each.ns for each in parts) == stats.success.ns > 0
+    assert only.last_inference > 0
+
+
+def test_a_stream_answers_in_order_and_outlives_an_error(caller: Caller) -> None:
+    """Each request of a stream has its answer with its id; what is wrong with one is in its own, and others follow."""
+    requests = [request(X, model="stem") for _ in range(6)]
+    for i, each in enumerate(requests):
+        each.id = str(i)
+    requests[2].model_name = "none"
+    requests[4].raw_input_contents[0] = b"short"
+    answers = list(caller.stream(iter(requests)))
+    assert [each.infer_response.id for each in answers] == list("012345")
+    assert answers[2].error_message.startswith("NOT_FOUND: expected one of pool")
+    assert answers[4].error_message.startswith("INVALID_ARGUMENT: raw_input_contents[0]: expected ")
+    expected = arrays_of(caller.infer(requests[0]))["output"]
+    for each in (answers[0], answers[1], answers[3], answers[5]):
+        assert not each.error_message
+        assert each.infer_response.parameters["triton_final_response"].bool_param
+        assert_same(arrays_of(each.infer_response)["output"], expected)
+
+
+def test_a_stream_answers_before_it_ends(caller: Caller) -> None:
+    """An answer comes while the stream is open: a client may wait for it before it sends more."""
+    sent: Queue[pb.ModelInferRequest | None] = Queue()
+    answers = caller.stream(iter(sent.get, None))
+    for _ in range(3):
+        sent.put(request(X, model="stem"))
+        assert next(answers).infer_response.outputs
+    sent.put(None)
+    assert list(answers) == []
+
+
+def test_streams_of_all_doors_share_their_number() -> None:
+    """A stream too many is refused as unavailable, whichever door the others came by."""
+    with serving(max_streams=1) as caller:
+        sent: Queue[pb.ModelInferRequest | None] = Queue()
+        first = caller.stream(iter(sent.get, None))
+        sent.put(request(X, layer="MaxPool2d(2)"))
+        next(first)
+        native = caller.channel.stream_stream("/poolrpc.v1.PoolService/PoolStream")
+        for other in (caller.stream(iter([])), native(iter([]), timeout=60)):
+            with pytest.raises(grpc.RpcError) as raised:
+                next(other)
+            error = error_of(raised.value)
+            assert (error.code, error.reason) == ("UNAVAILABLE", "STREAMS")
+        sent.put(None)
+        assert list(first) == []
+
+
+def test_a_timeout_of_the_request_is_kept(gate: Gate) -> None:
+    """A request whose `timeout`, in microseconds, passes while it waits has DEADLINE_EXCEEDED; nothing is computed."""
+    with serving(threads=1) as caller:
+        held = threading.Thread(target=caller.infer, args=[request(X, layer=repr(GlobalMaxPool()))])
+        held.start()
+        assert gate.entered.wait(60)
+        error = caller.fail(request(X, layer="MaxPool2d(2)", timeout=1000))
+        assert (error.code, gate.computed) == ("DEADLINE_EXCEEDED", 0)
+        streamed = next(caller.stream(iter([request(X, layer="MaxPool2d(2)", timeout=1000)])))
+        assert streamed.error_message.startswith("DEADLINE_EXCEEDED: ")
+        gate.opened.set()
+        held.join(60)
+        assert caller.infer(request(X, layer="MaxPool2d(2)", timeout=60_000_000)).outputs
+
+
+def test_priority_says_who_waits_where(gate: Gate) -> None:
+    """Triton's priority 1 has a queue of its own: it is let in where others are refused."""
+    with serving(threads=1, max_queue=1) as caller:
+        held = threading.Thread(target=caller.infer, args=[request(X, layer=repr(GlobalMaxPool()))])
+        held.start()
+        assert gate.entered.wait(60)
+        # The level of those that say nothing is full once one waits: which of two that is, is theirs to settle.
+        errors: Queue[poolrpc.PoolError | None] = Queue()
+
+        def wait() -> None:
+            try:
+                caller.infer(request(X, layer="MaxPool2d(2)"))
+            except grpc.RpcError as error:
+                errors.put(error_of(error))
+            else:
+                errors.put(None)
+
+        waiting = [threading.Thread(target=wait) for _ in range(2)]
+        for each in waiting:
+            each.start()
+        refused = errors.get(timeout=60)
+        assert refused is not None
+        assert (refused.code, refused.reason) == ("UNAVAILABLE", "QUEUE")
+        urgent = caller.channel.unary_unary(f"/{SERVICE}/ModelInfer").future(
+            request(X, layer="MaxPool2d(2)", priority=1).SerializeToString(),
+            timeout=60,
+            metadata=[("priority", "0")],
+        )
+        gate.opened.set()
+        assert urgent.result()
+        assert errors.get(timeout=60) is None
+        for each in (held, *waiting):
+            each.join(60)
+
+
+def shared(message: Any, name: str, nbytes: int, offset: int = 0) -> None:
+    """Say of an input or an output that it is in a region."""
+    message.parameters["shared_memory_region"].string_param = name
+    message.parameters["shared_memory_byte_size"].int64_param = nbytes
+    message.parameters["shared_memory_offset"].int64_param = offset
+
+
+def test_tensors_lie_in_shared_memory(caller: Caller, client: poolrpc.PoolClient, region: Path) -> None:
+    """An input is read from a region, outputs are written to one, and what isn't there goes in the message."""
+    expected = client.pool(X, MaxPool2d(2, return_indices=True))
+    data = bytearray(region.read_bytes())
+    data[16 + 8 : 16 + 8 + X.nbytes] = X.tobytes()
+    region.write_bytes(data)
+    message = request(X, layer="MaxPool2d(2, return_indices=True)", outputs=["indices", "output"])
+    del message.raw_input_contents[:]
+    shared(message.inputs[0], "it", X.nbytes, 8)
+    shared(message.outputs[1], "it", expected.output.nbytes + 1, 4096)
+    answer = caller.infer(message)
+    assert list(answer.raw_output_contents) == [expected.indices.tobytes(), b""]
+    assert answer.outputs[1].parameters["shared_memory_byte_size"].int64_param == expected.output.nbytes
+    start = 16 + 4096
+    assert region.read_bytes()[start : start + expected.output.nbytes] == expected.output.tobytes()
+    (streamed,) = caller.stream(iter([message]))
+    assert list(streamed.infer_response.raw_output_contents) == [expected.indices.tobytes(), b""]
+    status = caller.call("SystemSharedMemoryStatus").regions["it"]
+    assert (status.name, status.key, status.offset) == ("it", f"/{region.name}", 16)
+
+
+def test_a_region_that_is_cut_short_is_an_error(caller: Caller, region: Path) -> None:
+    """A file that shrinks under the server costs one call an INVALID_ARGUMENT, and the server goes on."""
+    message = request(X, model="stem", outputs=["output"])
+    del message.raw_input_contents[:]
+    shared(message.inputs[0], "it", X.nbytes)
+    assert caller.infer(message).outputs
+    os.truncate(region, 100)
+    error = caller.fail(message)
+    assert error.code == "INVALID_ARGUMENT"
+    assert "got a file of 100 bytes" in str(error)
+    message = request(X, model="stem", outputs=["output"])
+    shared(message.outputs[0], "it", 4096)
+    error = caller.fail(message)
+    assert (error.code, region.stat().st_size) == ("INVALID_ARGUMENT", 100)
+    assert caller.infer(request(X, model="stem")).outputs
+
+
+def test_what_shared_memory_lacks_is_refused(caller: Caller, region: Path) -> None:
+    """An unknown region, a range too small for an output, and an input larger than a message may be are refused."""
+    message = request(X, model="stem", outputs=["output"])
+    shared(message.outputs[0], "other", 4096)
+    assert caller.fail(message).code == "NOT_FOUND"
+    shared(message.outputs[0], "it", 8)
+    assert "outputs.output.shared_memory_byte_size: expected at least" in str(caller.fail(message))
+    shared(message.outputs[0], "it", 2**20)
+    assert "expected a range within the region's" in str(caller.fail(message))
+    os.truncate(region, 2**23)
+    caller.call("SystemSharedMemoryRegister", name="large", key=region.name, byte_size=2**23)
+    message = request(np.zeros(0, np.uint8), layer="MaxPool2d(8)")
+    message.inputs[0].shape[:] = [1, 2, 2048, 2048]
+    del message.raw_input_contents[:]
+    shared(message.inputs[0], "large", 2**23)
+    error = caller.fail(message)
+    assert (error.code, error.reason) == ("RESOURCE_EXHAUSTED", "TENSOR_TOO_LARGE")
+
+
+def test_shared_memory_is_off_unless_allowed() -> None:
+    """A server that wasn't told so opens no file of its clients', and lists no such extension."""
+    with serving() as caller:
+        path = SHM / f"poolrpc-test-{secrets.token_hex(8)}"
+        path.write_bytes(bytes(16))
+        try:
+            with pytest.raises(grpc.RpcError) as raised:
+                caller.call("SystemSharedMemoryRegister", name="it", key=path.name, byte_size=16)
+        finally:
+            path.unlink()
+        assert error_of(raised.value).code == "UNIMPLEMENTED"
+        assert not caller.call("SystemSharedMemoryStatus").regions
+        assert "system_shared_memory" not in caller.call("ServerMetadata").extensions
+
+
+def test_a_draining_server_is_live_and_not_ready() -> None:
+    """While it drains it says so here as it does to health checks, and goes on answering."""
+    server = poolrpc_server.Server(poolrpc_server.Config(listen=("127.0.0.1:0",)))
+    server.start()
+    caller = Caller(server.addresses[0])
+    health = health_pb2_grpc.HealthStub(caller.channel)
+    asked = health_pb2.HealthCheckRequest(service=SERVICE)
+    assert health.Check(asked).status == health_pb2.HealthCheckResponse.SERVING
+    assert caller.call("ServerReady").ready
+    server.drain()
+    assert health.Check(asked).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    assert not caller.call("ServerReady").ready
+    assert not caller.call("ModelReady", name="pool").ready
+    assert [each.state for each in caller.call("RepositoryIndex").models] == ["UNAVAILABLE"]
+    assert not caller.call("RepositoryIndex", ready=True).models
+    assert caller.call("ServerLive").live
+    assert caller.infer(request(X, layer="MaxPool2d(2)")).outputs
+    caller.channel.close()
+    server.stop(grace=0)
+
+
+def test_the_cheap_methods_are_answered_while_all_threads_are_taken(gate: Gate) -> None:
+    """Probes and tools have their answers while the one thread for calls is held."""
+    with serving(threads=1, call_threads=1) as caller:
+        held = threading.Thread(target=caller.infer, args=[request(X, layer=repr(GlobalMaxPool()))])
+        held.start()
+        assert gate.entered.wait(60)
+        names = {"ModelReady", "ModelMetadata", "ModelConfig", "ModelStatistics"}
+        for method in QUICK:
+            if method != "SystemSharedMemoryRegister":
+                caller.call(method, **({"name": "pool"} if method in names else {}))
+        assert caller.fail(request(X, layer="MaxPool2d(2)")).code == "UNAVAILABLE"
+        gate.opened.set()
+        held.join(60)
+
+
+def test_a_client_that_knows_nothing_finds_it_by_reflection(caller: Caller, client: poolrpc.PoolClient) -> None:
+    """From the address alone: the services, their methods, messages made of what the server says, and a call."""
+    database = ProtoReflectionDescriptorDatabase(caller.channel)
+    assert SERVICE in database.get_services()
+    pool = DescriptorPool(database)  # type: ignore[arg-type]  # it has what a pool asks of a database
+    (infer,) = [each for each in pool.FindServiceByName(SERVICE).methods if each.name == "ModelInfer"]
+    asked = GetMessageClass(infer.input_type)(model_name="stem", raw_input_contents=[X.tobytes()])
+    asked.inputs.add(name="input", datatype="FP32", shape=X.shape)
+    answer_of = GetMessageClass(infer.output_type)
+    call = caller.channel.unary_unary(f"/{SERVICE}/{infer.name}", None, answer_of.FromString)
+    answer = call(asked.SerializeToString(), timeout=60)
+    assert_same(arrays_of(answer)["output"], client.pool(X, MaxPool2d(3, stride=2, padding=1)).output)
