@@ -202,6 +202,7 @@ class Batcher(Generic[J]):
         self._bounds = bounds
         self._gauges = gauges
         self._levels: list[_Level[J]] = [_Level(stride) for stride in STRIDES]
+        self._turn = 0  # what the level of the last batch had passed
         self._stopped = False
         self._lock = threading.Lock()
 
@@ -222,6 +223,8 @@ class Batcher(Generic[J]):
         """
         entry = None
         with self._lock:
+            if self._stopped:
+                raise StoppedError
             # While a seat is free nothing waits that is ripe.
             if self._free and not (self._bounds.delay and job.key is not None):
                 self._free -= 1
@@ -291,14 +294,12 @@ class Batcher(Generic[J]):
                     entry.done(None, StoppedError())
 
     def _enter(self, job: J, waiter: Waiter, priority: int, *, admitted: bool) -> _Entry[J]:
-        if self._stopped:
-            raise StoppedError
         level = self._levels[priority]
         if not admitted:
             self.check_room(priority, job.seconds)
         if not level.count:
-            # It has no claim on the turns that it didn't want.
-            level.passed = max(level.passed, min((each.passed for each in self._levels if each.count), default=0))
+            # It has no claim on the turns that it didn't want, nor have others on those that it had while it was alone.
+            level.passed = self._turn + level.stride
         entry = _Entry(job, waiter, level, self._bounds.delay if job.key is not None else 0.0)
         level.add(entry)
         self._dispatch()
@@ -350,6 +351,7 @@ class Batcher(Generic[J]):
         if not found:
             return []
         level, key = min(found, key=lambda each: each[0].passed)
+        self._turn = level.passed
         level.passed += level.stride
         return level.take(key, self._bounds.batch_bytes)
 
@@ -403,7 +405,7 @@ class Batcher(Generic[J]):
         if not jobs:
             return []
         try:
-            return [(value, None) for value in self._execute(jobs)]
+            return [(value, None) for value, _ in zip(self._execute(jobs), jobs, strict=True)]
         except BaseException as error:  # noqa: BLE001 - whatever it is, those who wait are told of it
             if len(jobs) == 1:
                 return [(None, error)]
