@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from threading import Semaphore
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,7 +17,7 @@ from poolrpc.shapes import clip
 from poolrpc.v1 import pool_pb2
 from poolrpc_server.admission import refused
 from poolrpc_server.dispatch import Caller
-from poolrpc_server.doors.ahead import ReadAhead, Watch
+from poolrpc_server.doors.ahead import Leaving, ReadAhead, Watch
 from poolrpc_server.interceptors import note, priority
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class PoolDoor:
 
     def PoolStream(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Run every branch on the input's blocks, as they come."""
-        caller = _caller(context)
+        caller = replace(_caller(context), on_leaving=Leaving(context.add_callback).tell)
         # A caller that doesn't read holds its answer where only the end of the call reaches it. Twice the time, so that
         # one that doesn't send has an error instead.
         watched = Watch(2 * self._idle, context.cancel)
