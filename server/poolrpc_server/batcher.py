@@ -206,6 +206,7 @@ class Batcher(Generic[J]):
         self._bounds = bounds
         self._gauges = gauges
         self._levels: list[_Level[J]] = [_Level(stride) for stride in STRIDES]
+        self._turn = 0  # what the level of the last batch had passed
         self._stopped = False
         self._lock = threading.Lock()
 
@@ -226,6 +227,8 @@ class Batcher(Generic[J]):
         """
         entry = None
         with self._lock:
+            if self._stopped:
+                raise StoppedError
             # While a seat is free nothing waits that is ripe.
             if self._free and not (self._bounds.delay and job.key is not None):
                 self._free -= 1
@@ -237,8 +240,8 @@ class Batcher(Generic[J]):
                 self._arrived(waiter)
                 return self._execute([job])[0]
             finally:
-                job.took(time.monotonic() - started)
                 self.give_back(1)
+                job.took(time.monotonic() - started)
         if not waiter.on_leaving(lambda: self._leave(entry)):
             self._leave(entry)
         self._wait(entry)
@@ -304,14 +307,12 @@ class Batcher(Generic[J]):
             self._gauges.queued(0.0)
 
     def _enter(self, job: J, waiter: Waiter, priority: int, *, admitted: bool) -> _Entry[J]:
-        if self._stopped:
-            raise StoppedError
         level = self._levels[priority]
         if not admitted:
             self.check_room(priority)
         if not level.count:
-            # It has no claim on the turns that it didn't want.
-            level.passed = max(level.passed, min((each.passed for each in self._levels if each.count), default=0))
+            # It has no claim on the turns that it didn't want, nor have others on those that it had while it was alone.
+            level.passed = self._turn + level.stride
         entry = _Entry(job, waiter, level, self._bounds.delay if job.key is not None else 0.0)
         level.add(entry)
         self._dispatch()
@@ -365,6 +366,7 @@ class Batcher(Generic[J]):
         if not found:
             return []
         level, key = min(found, key=lambda each: each[0].passed)
+        self._turn = level.passed
         level.passed += level.stride
         return level.take(key, self._bounds.batch_bytes)
 
@@ -388,10 +390,10 @@ class Batcher(Generic[J]):
                     self._gauges.queued(now - entry.entered)
             answers = self._answers([entry.job for entry in wanted])
         finally:
-            if len(leader.batch) == 1:  # with the time that it took to wake
-                leader.job.took(time.monotonic() - leader.seated)
             # First of all, so that the next batch begins while this one's answers are given.
             self.give_back(1)
+        if len(leader.batch) == 1:  # with the time that it took to wake
+            leader.job.took(time.monotonic() - leader.seated)
         with self._lock:
             for entry, (value, error) in zip(wanted, answers, strict=True):
                 if entry is leader:
@@ -420,7 +422,7 @@ class Batcher(Generic[J]):
         if not jobs:
             return []
         try:
-            return [(value, None) for value in self._execute(jobs)]
+            return [(value, None) for value, _ in zip(self._execute(jobs), jobs, strict=True)]
         except BaseException as error:  # noqa: BLE001 - whatever it is, those who wait are told of it
             if len(jobs) == 1:
                 return [(None, error)]

@@ -1,13 +1,14 @@
-"""Reading ahead: order, the end and what it came by, how far ahead, and that the reader ends."""
+"""Reading ahead: order, the end and what it came by, how far ahead, that the reader ends; who is told of leaving."""
 
 import threading
+import weakref
 from itertools import count
 from queue import Queue
 
 import pytest
 
 from poolrpc import DeadlineExceededError
-from poolrpc_server.doors.ahead import ReadAhead
+from poolrpc_server.doors.ahead import Leaving, ReadAhead
 
 PATIENCE = 30  # seconds that nothing here takes unless it hangs
 
@@ -134,3 +135,39 @@ def test_a_reader_ends_with_a_context_that_fails(ended):
     with pytest.raises(KeyError):
         fail()
     ended()
+
+
+class Held:
+    """What a callback may hold."""
+
+    def called(self):
+        """Be called."""
+
+
+def test_of_leaving_only_the_last_is_told_and_held():
+    """A stream of any number of blocks has one callback with gRPC, and what it held for a block goes with the block."""
+    kept, told = [], []
+
+    def keep(callback):
+        kept.append(callback)
+        return True
+
+    leaving, first = Leaving(keep), Held()
+    gone = weakref.ref(first)
+    assert leaving.tell(first.called)
+    for number in range(100):
+        assert leaving.tell(lambda number=number: told.append(number))
+    del first
+    assert gone() is None
+    (callback,) = kept
+    callback()
+    assert told == [99]
+    assert not leaving.tell(lambda: told.append("late"))
+    assert told == [99]
+
+
+def test_one_that_left_before_anybody_asked_is_seen():
+    """Where there is nobody left to tell of, the first who asks learns it."""
+    leaving = Leaving(lambda _: False)
+    assert not leaving.tell(lambda: None)
+    assert not leaving.tell(lambda: None)

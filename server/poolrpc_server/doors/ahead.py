@@ -1,4 +1,4 @@
-"""A stream's own threads: one reads the next message while this one is worked on, one watches that something moves."""
+"""What a stream has of its own: a thread that reads ahead, one that watches it, and what is told of its end."""
 
 from __future__ import annotations
 
@@ -156,6 +156,34 @@ class Streams:
         finally:
             with self._counting:
                 self.count -= 1
+
+
+class Leaving:
+    """Tells one at a time that a caller has left: gRPC would keep whatever it is given for as long as the call lasts.
+
+    A stream's blocks are many, and what waits for one holds the block and its answer.
+    """
+
+    def __init__(self, add_callback: Callable[[Callable[[], None]], bool]) -> None:
+        """Make one that is told by what `add_callback` is given; it gives False where the caller has left already."""
+        self._add_callback = add_callback
+        self._callback: Callable[[], None] | None = None
+        self._asked, self._here = False, True
+
+    def tell(self, callback: Callable[[], None]) -> bool:
+        """Have this called, and no longer what was given before it; False where the caller has left."""
+        # In this order: who leaves meanwhile is either seen here or calls it.
+        self._callback = callback
+        if not self._asked:
+            self._asked = True
+            if not self._add_callback(self._left):
+                self._here = False
+        return self._here
+
+    def _left(self) -> None:
+        self._here = False
+        if self._callback is not None:
+            self._callback()
 
 
 class _End:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,6 +15,7 @@ from poolrpc.shapes import clip
 from poolrpc.v1 import pool_pb2
 from poolrpc_server.dispatch import Caller
 from poolrpc_server.doors import facts
+from poolrpc_server.doors.ahead import Leaving
 from poolrpc_server.interceptors import note, priority
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class PoolDoor:
 
     def PoolStream(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Run every branch on the input's blocks, as they come."""
-        caller = _caller(context)
+        caller = replace(_caller(context), on_leaving=Leaving(context.add_callback).tell)
         with self._streams.opened(messages, BLOCKS_AHEAD, context.cancel) as (ahead, watch):
             header, _ = _cut(next(ahead, b""), pool_pb2.PoolStreamRequest)
             message = _parsed(header, pool_pb2.PoolStreamRequest)
