@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 import poolrpc
+import poolrpc_server
 from poolrpc import codec, layer_codec
 from poolrpc.status import DETAILS_KEY, decode_error
 from poolrpc.tensors import TensorSpec
@@ -22,7 +23,7 @@ from poolrpc.v1 import pool_pb2, pool_pb2_grpc
 from scripts.serving import Serving, serving
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 IM, UM = 2**31 - 1, 2**32 - 1
 SIZES = {1: (8,), 2: (8, 8), 3: (8, 8, 8)}
@@ -472,26 +473,62 @@ def test_a_short_deadline(server: Serving) -> None:
         client.pool(np.zeros((1, 64, 512, 512), np.float32), poolrpc.MaxPool2d(2), timeout=0.001)
 
 
-def test_a_cancelled_call(server: Serving) -> None:
-    """P08: callers that cancel leave the others of their time unaffected."""
-    x = np.zeros((1, 16, 256, 256), np.float32)
-    request = message(max2d(kernel_size=[3]), x.shape)
-    with grpc.insecure_channel(server.address) as channel:
-        pool = pool_pb2_grpc.PoolServiceStub(channel).Pool
-        futures = [pool.future(request, timeout=60) for _ in range(16)]
-        for future in futures[::2]:
-            future.cancel()
-        assert all(len(future.result().payload) == 16 * 85 * 85 * 4 for future in futures[1::2])
-
-
-def test_too_much_metadata(server: Serving) -> None:
-    """P10: 20 KB of metadata is RESOURCE_EXHAUSTED, by the library."""
-    metadata = [("padding", "x" * 20000)]
+@pytest.mark.parametrize("nbytes", [20_000, 200_000])
+def test_too_much_metadata(server: Serving, nbytes: int) -> None:
+    """P10: 20 KB of metadata, and far more, is RESOURCE_EXHAUSTED, by the library."""
+    metadata = [("padding", "x" * nbytes)]
     with (
         poolrpc.PoolClient(server.address, metadata=metadata) as client,
         pytest.raises(poolrpc.LimitExceededError),
     ):
         client.server_info()
+
+
+def details_of(call: Callable[[], object]) -> tuple[poolrpc.PoolError, int]:
+    """Make a call that fails; give its error, and the bytes of its message and details."""
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    text, details = caught.value.details(), dict(caught.value.trailing_metadata() or ())[DETAILS_KEY]
+    return decode_error(caught.value.code().name, text, details), len(text.encode()) + len(details)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        max2d(kernel_size=[0] * 10_000),
+        max2d(kernel_size=[2, 2], stride=[UM] * 10_000, padding=[UM] * 10_000, dilation=[0] * 10_000),
+        of("adaptive_avg_pool", 2, output_size=sizes(*[0] * 10_000)),
+    ],
+    ids=["kernel size", "all", "output size"],
+)
+def test_ten_thousand_mistakes(stub: pool_pb2_grpc.PoolServiceStub, layer: dict[str, Any]) -> None:
+    """P10: a request that is wrong in 10,000 places gets an error whose details stay under 4 KB."""
+    request = message(layer, (1, 1, 8, 8))
+    request.branches.extend([request.branches[0]] * 63)
+    error, nbytes = details_of(lambda: stub.Pool(request, timeout=20))
+    assert isinstance(error, poolrpc.InvalidArgumentError)
+    assert error.violations
+    assert nbytes < 4096
+
+
+def test_an_error_of_ten_thousand_violations(patch_family: Callable[..., None]) -> None:
+    """P10: an error of 10,000 violations, each as long as can be, reaches the caller with details under 4 KB."""
+    violations = [poolrpc.FieldViolation(f"branches[{i}]" * 100, "expected 1, got 2" * 100) for i in range(10_000)]
+
+    def fail(_: Any) -> Any:
+        def failing(*_: Any) -> Any:
+            raise poolrpc.InvalidArgumentError("", violations=violations)
+
+        return failing
+
+    patch_family("fractional_max_pool", fail)
+    request = message(of("fractional_max_pool", 2, kernel_size=[2], output_size={"cells": [3]}), (1, 1, 8, 8))
+    with poolrpc_server.embedded() as client, grpc.insecure_channel(client.address) as channel:
+        error, nbytes = details_of(lambda: pool_pb2_grpc.PoolServiceStub(channel).Pool(request, timeout=20))
+        assert isinstance(error, poolrpc.InvalidArgumentError)
+        assert error.violations[0].field.startswith("branches[0]")
+        assert nbytes < 4096
+        assert client.health() == "SERVING"
 
 
 def test_infer_shape_is_checked_too(stub: pool_pb2_grpc.PoolServiceStub) -> None:

@@ -115,7 +115,7 @@ WIDE = "\N{GRINNING FACE}" * 5_000
     ids=["violations", "long violations", "wide violations", "long", "wide", "unavailable"],
 )
 def test_a_huge_error_stays_under_4_kb(error):
-    """The message and the details fit in gRPC's metadata whatever was put into the error, in any script."""
+    """P10: the message and the details fit in gRPC's metadata whatever was put into the error, in any script."""
     message, details = encode_error(error, number(error))
     assert len(message.encode()) + len(details) < DETAILS_BYTES
     assert type(decode_error(error.code, message, details)) is type(error)

@@ -1,0 +1,366 @@
+"""Peers that speak HTTP/2 by themselves, past every gRPC library: bombs, garbage, resets; the server lives on."""
+
+from __future__ import annotations
+
+import re
+import socket
+import struct
+import zlib
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import h2.config
+import h2.connection
+import h2.events
+import numpy as np
+import psutil
+import pytest
+
+import poolrpc
+from poolrpc.v1 import pool_pb2
+from scripts.serving import Serving, serving
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+MIB = 2**20
+SERVICE = "/poolrpc.v1.PoolService/"
+OK, INVALID_ARGUMENT, RESOURCE_EXHAUSTED, UNIMPLEMENTED, INTERNAL = "0", "3", "8", "12", "13"
+
+
+class RawPeer:
+    """A connection to a server, whose frames are written as the test wants them.
+
+    Attributes:
+        socket: The connection.
+        ended: Streams that are over, with the headers and trailers that they had.
+        answering: Streams to which data came.
+
+    """
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        self.socket = socket.create_connection((host, int(port)), timeout=30)
+        self.ended: dict[int, dict[str, str]] = {}
+        self.answering: set[int] = set()
+        self._seen: dict[int, dict[str, str]] = {}
+        self._http = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
+        self._http.initiate_connection()
+        self._http.increment_flow_control_window(MIB)  # of the connection; each stream has 64 KiB, and no more
+        self.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    def open(self, method: str, *headers: tuple[str, str]) -> int:
+        """Open a stream and give its number."""
+        stream = self._http.get_next_available_stream_id()
+        fixed = [
+            (":method", "POST"),
+            (":scheme", "http"),
+            (":path", method),
+            (":authority", "localhost"),
+            ("content-type", "application/grpc"),
+            ("te", "trailers"),
+        ]
+        self._http.send_headers(stream, [*fixed, *headers])
+        return stream
+
+    def send(self, stream: int, data: bytes, *, end: bool = True) -> None:
+        """Send data as the server lets it; stop when the stream is over."""
+        rest = memoryview(data)
+        while stream not in self.ended:
+            room = min(self._http.local_flow_control_window(stream), self._http.max_outbound_frame_size, len(rest))
+            if not room and rest:
+                self.receive()
+                continue
+            self._http.send_data(stream, rest[:room].tobytes(), end_stream=end and room == len(rest))
+            self.flush()
+            rest = rest[room:]
+            if not rest:
+                return
+
+    def reset(self, stream: int) -> None:
+        """Reset a stream; it goes out with the next flush."""
+        self._http.reset_stream(stream, 8)
+
+    def flush(self) -> None:
+        """Send what waits."""
+        self.socket.sendall(self._http.data_to_send())
+
+    def receive(self) -> None:
+        """Wait for the server to say something."""
+        data = self.socket.recv(65536)
+        if not data:
+            raise ConnectionError("the server closed the connection")
+        for event in self._http.receive_data(data):
+            if isinstance(event, h2.events.ResponseReceived | h2.events.TrailersReceived):
+                self._seen.setdefault(event.stream_id, {}).update(event.headers)
+            if isinstance(event, h2.events.DataReceived):
+                self.answering.add(event.stream_id)
+            if isinstance(event, h2.events.StreamEnded | h2.events.StreamReset):
+                self.ended[event.stream_id] = self._seen.get(event.stream_id, {})
+        self.flush()
+
+    def status(self, stream: int) -> str:
+        """Give the gRPC status of a stream, once it is over."""
+        while stream not in self.ended:
+            self.receive()
+        return self.ended[stream]["grpc-status"]
+
+
+def framed(data: bytes, *, compressed: bool = False) -> bytes:
+    """Give a message as gRPC has it on the wire."""
+    return struct.pack(">BI", compressed, len(data)) + data
+
+
+def asked(*shape: int) -> pool_pb2.PoolRequest:
+    """Give a request for MaxPool2d(2) of zeros."""
+    return pool_pb2.PoolRequest(
+        input=pool_pb2.TensorSpec(dtype=pool_pb2.DATA_TYPE_FLOAT32, shape=shape),
+        branches=[pool_pb2.Branch(layers=[pool_pb2.Layer(max_pool={"spatial_dims": 2, "kernel_size": [2]})])],
+    )
+
+
+def begun(*shape: int) -> bytes:
+    """Give the first message of a stream, framed."""
+    return framed(pool_pb2.PoolStreamRequest(request=asked(*shape)).SerializeToString())
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Serving]:
+    """A server for all peers of this file: a crash would fail every later test."""
+    # One heap: glibc's own, one or more a thread, would take long to settle, and hide what is never freed.
+    flags = ["--max-streams", "30", "--threads", "1", "--call-threads", "32"]
+    with serving(*flags, env={"MALLOC_ARENA_MAX": "1"}) as made:
+        yield made
+        assert made.process.poll() is None
+        assert not [each for each in made.log if each["event"] == "unexpected error"]
+
+
+@pytest.fixture(autouse=True)
+def still_serving(server: Serving) -> Iterator[None]:
+    """After each test, a call and a stream of good clients are answered."""
+    yield
+    x = np.random.default_rng(1).standard_normal((2, 3, 8, 8), np.float32)
+    with poolrpc.PoolClient(server.address) as client:
+        for transport in ("unary", "stream"):
+            output = client.pool(x, poolrpc.MaxPool2d(2), transport=transport, timeout=30).output
+            np.testing.assert_array_equal(output, x.reshape(2, 3, 4, 2, 4, 2).max((3, 5)))
+
+
+@contextmanager
+def flat(server: Serving, most: int = 32 * MIB) -> Iterator[None]:
+    """Check that the server's memory never grew by more than that, and that no thread or descriptor stays."""
+    process, folder = psutil.Process(server.process.pid), Path(f"/proc/{server.process.pid}")
+
+    def peak() -> int:
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", (folder / "status").read_text())[1])
+
+    (folder / "clear_refs").write_text("5")  # the peak is counted from here on
+    before, threads, descriptors = peak(), process.num_threads(), process.num_fds()
+    yield
+    with poolrpc.PoolClient(server.address) as client:
+        client.server_info()
+        assert peak() < before + most
+        assert process.num_threads() <= threads + 2
+        assert process.num_fds() <= descriptors + 2
+
+
+def gzip_bomb() -> bytes:
+    """Give 4 GiB of zeros as a gzip file of 4 MB: one chunk's code, repeated, as a full flush allows."""
+    chunk, count = bytes(16 * MIB), 256
+    coder = zlib.compressobj(9, zlib.DEFLATED, -15)
+    code = coder.compress(chunk) + coder.flush(zlib.Z_FULL_FLUSH)
+    crc = 0
+    for _ in range(count):
+        crc = zlib.crc32(chunk, crc)
+    head = bytes([0x1F, 0x8B, 8, 0, 0, 0, 0, 0, 2, 255])
+    end = coder.flush(zlib.Z_FINISH) + struct.pack("<II", crc, (count * len(chunk)) % 2**32)
+    return head + code * count + end
+
+
+@pytest.fixture(scope="module")
+def bomb() -> bytes:
+    """The bomb, which is a real one: what is taken of it inflates to zeros."""
+    made = gzip_bomb()
+    assert 2**21 < len(made) < 2**23
+    inflated = zlib.decompressobj(31).decompress(made, 64 * MIB)
+    assert inflated == bytes(64 * MIB)
+    return made
+
+
+@pytest.mark.parametrize("method", ["Pool", "PoolStream", "InferShape"])
+def test_a_gzip_bomb(server: Serving, bomb: bytes, method: str) -> None:
+    """P02: 4 MB that would inflate to 4 GiB are refused as they are, with the server's memory where it was."""
+    with flat(server), RawPeer(server.address) as peer:
+        stream = peer.open(SERVICE + method, ("grpc-encoding", "gzip"))
+        peer.send(stream, framed(bomb, compressed=True))
+        assert peer.status(stream) in (RESOURCE_EXHAUSTED, UNIMPLEMENTED, INTERNAL)
+
+
+@pytest.mark.parametrize("encoding", ["identity", "deflate", "br", None])
+def test_a_bomb_under_another_name(server: Serving, bomb: bytes, encoding: str | None) -> None:
+    """P02: what is flagged as compressed while its encoding is none, or none that there is, is refused just so."""
+    with flat(server), RawPeer(server.address) as peer:
+        stream = peer.open(SERVICE + "Pool", *([("grpc-encoding", encoding)] if encoding else []))
+        peer.send(stream, framed(bomb, compressed=True))
+        assert peer.status(stream) in (RESOURCE_EXHAUSTED, UNIMPLEMENTED, INTERNAL)
+
+
+@pytest.mark.parametrize("method", ["Pool", "PoolStream", "InferShape"])
+@pytest.mark.parametrize(
+    "data",
+    [framed(b"\xff" * 100), framed(b"\x0a\xff\xff\xff\xff\x0f"), framed(b"\x08"), framed(bytes(MIB))],
+    ids=["ones", "length", "cut", "zeros"],
+)
+def test_a_message_that_is_none(server: Serving, method: str, data: bytes) -> None:
+    """P03: bytes that parse as no message are INTERNAL on every method."""
+    with flat(server), RawPeer(server.address) as peer:
+        stream = peer.open(SERVICE + method)
+        peer.send(stream, data)
+        assert peer.status(stream) == INTERNAL
+
+
+@pytest.mark.parametrize("method", ["Pool", "PoolStream", "InferShape", "GetServerInfo"])
+@pytest.mark.parametrize(
+    ("data", "statuses"),
+    [
+        # gRPC takes what is cut for no message; a method that awaits one, then, for another kind of method.
+        (framed(bytes(100))[:50], {INVALID_ARGUMENT, UNIMPLEMENTED}),
+        (b"\x00\x00", {INVALID_ARGUMENT, UNIMPLEMENTED}),
+        (b"\x07\x00\x00\x00\x01x", {OK, INVALID_ARGUMENT, UNIMPLEMENTED, INTERNAL}),
+        (b"\x00\xff\xff\xff\xff" + bytes(100), {RESOURCE_EXHAUSTED}),
+    ],
+    ids=["cut", "no length", "flags", "4 GiB promised"],
+)
+def test_a_frame_that_is_none(server: Serving, method: str, data: bytes, statuses: set[str]) -> None:
+    """P03: a frame that ends early, has unknown flags or promises 4 GiB ends its call, and takes no memory."""
+    with flat(server), RawPeer(server.address) as peer:
+        stream = peer.open(SERVICE + method)
+        peer.send(stream, data)
+        assert peer.status(stream) in statuses
+
+
+@pytest.mark.parametrize(
+    "data", [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", bytes(MIB)]
+)
+def test_a_connection_that_is_none(server: Serving, data: bytes) -> None:
+    """P03: a peer that speaks HTTP/1, TLS or nothing at all is hung up on."""
+    host, _, port = server.address.rpartition(":")
+    with flat(server), socket.create_connection((host, int(port)), timeout=30) as peer:
+        try:
+            peer.sendall(data)
+            while peer.recv(65536):
+                pass
+        except ConnectionError:
+            pass  # hung up on in the middle of a word
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        SERVICE + "Nothing",
+        SERVICE + "pool",
+        SERVICE,
+        "/poolrpc.v1.PoolService",
+        "/poolrpc.v2.PoolService/Pool",
+        "/",
+        "/" + "x" * 4000,
+        "/%00/\u00e9",
+    ],
+    ids=["method", "case", "empty method", "no method", "version", "slash", "long", "odd"],
+)
+def test_a_method_that_is_none(server: Serving, method: str) -> None:
+    """P04: a method that there isn't is UNIMPLEMENTED."""
+    with RawPeer(server.address) as peer:
+        stream = peer.open(method)
+        peer.send(stream, framed(b""))
+        assert peer.status(stream) == UNIMPLEMENTED
+
+
+def opened(peer: RawPeer) -> int:
+    """Open a stream and say nothing."""
+    return peer.open(SERVICE + "PoolStream")
+
+
+def headed(peer: RawPeer) -> int:
+    """Open a stream and say what comes."""
+    stream = opened(peer)
+    peer.send(stream, begun(64, 1, 64, 64), end=False)
+    return stream
+
+
+def amid_a_block(peer: RawPeer) -> int:
+    """Open a stream and leave its first block, of 1 MiB, unfinished."""
+    stream = headed(peer)
+    peer.send(stream, struct.pack(">BI", 0, MIB + 4) + bytes(10_000), end=False)
+    return stream
+
+
+def a_call(peer: RawPeer) -> int:
+    """Send a whole call, whose answer comes to a stream that is gone."""
+    stream = peer.open(SERVICE + "Pool")
+    request = asked(1, 4, 64, 64)
+    request.payload = bytes(4 * 4 * 64 * 64)
+    peer.send(stream, framed(request.SerializeToString()))
+    return stream
+
+
+@pytest.mark.parametrize("begin", [opened, headed, amid_a_block, a_call], ids=lambda each: each.__name__)
+def test_a_thousand_resets(server: Serving, begin: Callable[[RawPeer], int]) -> None:
+    """P09, P08: a thousand calls of a connection, each opened and reset, leave memory, threads and descriptors."""
+
+    def reset(times: int) -> None:
+        count = 0
+        while count < times:
+            # The server may hang up on a peer that does nothing but reset: then it comes again.
+            with RawPeer(server.address) as peer:
+                try:
+                    while count < times:
+                        stream = begin(peer)
+                        if stream not in peer.ended:
+                            peer.reset(stream)
+                        peer.flush()
+                        count += 1
+                        if count % 20 == 0:
+                            probe = peer.open(SERVICE + "GetServerInfo")
+                            peer.send(probe, framed(b""))
+                            assert peer.status(probe) == OK
+                except ConnectionError:
+                    count += 1
+
+    reset(200)
+    with flat(server):
+        reset(1000)
+
+
+def test_answers_that_nobody_takes(server: Serving) -> None:
+    """P08: callers that leave while their answer is being sent leave nothing; others are answered meanwhile."""
+    request = asked(1, 4, 512, 512)
+    request.payload = bytes(4 * 4 * 512 * 512)
+    message = framed(request.SerializeToString())
+
+    def leave() -> None:
+        with RawPeer(server.address) as peer, poolrpc.PoolClient(server.address) as client:
+            streams = [peer.open(SERVICE + "Pool") for _ in range(4)]
+            for stream in streams:
+                peer.send(stream, message)
+            # Nothing widens the streams' windows of 64 KiB: answers of 1 MiB are begun, and none can end.
+            while not peer.answering.issuperset(streams):
+                peer.receive()
+            assert client.pool(np.ones((1, 1, 2, 2), np.float32), poolrpc.MaxPool2d(2)).output == 1
+            for stream in streams:
+                peer.reset(stream)
+            peer.flush()
+
+    for _ in range(60):
+        leave()
+    # Four requests and answers are 20 MiB; a hundred times four answers that stayed, 400 MiB.
+    with flat(server, 64 * MIB):
+        for _ in range(100):
+            leave()
