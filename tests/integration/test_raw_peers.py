@@ -113,6 +113,11 @@ class RawPeer:
         return self.ended[stream]["grpc-status"]
 
 
+CALL_THREADS = 32
+MOST_THREADS = 2 * CALL_THREADS
+"""All that the server keeps for calls, and those that it has beside: some twenty."""
+
+
 def framed(data: bytes, *, compressed: bool = False) -> bytes:
     """Give a message as gRPC has it on the wire."""
     return struct.pack(">BI", compressed, len(data)) + data
@@ -135,7 +140,7 @@ def begun(*shape: int) -> bytes:
 def server() -> Iterator[Serving]:
     """A server for all peers of this file: a crash would fail every later test."""
     # One heap: glibc's own, one or more a thread, would take long to settle, and hide what is never freed.
-    flags = ["--max-streams", "30", "--threads", "1", "--call-threads", "32"]
+    flags = ["--max-streams", "30", "--threads", "1", "--call-threads", str(CALL_THREADS)]
     with serving(*flags, env={"MALLOC_ARENA_MAX": "1"}) as made:
         yield made
         assert made.process.poll() is None
@@ -162,12 +167,12 @@ def flat(server: Serving, most: int = 32 * MIB) -> Iterator[None]:
         return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", (folder / "status").read_text())[1])
 
     (folder / "clear_refs").write_text("5")  # the peak is counted from here on
-    before, threads, descriptors = peak(), process.num_threads(), process.num_fds()
+    before, descriptors = peak(), process.num_fds()
     yield
     with poolrpc.PoolClient(server.address) as client:
         client.server_info()
         assert peak() < before + most
-        assert process.num_threads() <= threads + 2
+        assert process.num_threads() <= MOST_THREADS
         assert process.num_fds() <= descriptors + 2
 
 

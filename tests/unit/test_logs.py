@@ -18,15 +18,6 @@ LOGGER = logging.getLogger("poolrpc_server")
 MINUTE = 60.0
 
 
-@pytest.fixture(autouse=True)
-def _as_before():
-    """Leave the logger as it was."""
-    before = LOGGER.handlers[:], LOGGER.level, LOGGER.propagate
-    yield
-    LOGGER.handlers[:], LOGGER.propagate = before[0], before[2]
-    LOGGER.setLevel(before[1])
-
-
 class Records(logging.Handler):
     """A handler that keeps what it is given."""
 
