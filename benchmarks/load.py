@@ -45,7 +45,7 @@ TIMES = (0.1, 0.5, 0.8, 1, 2, 5, 10)
 CLIENTS, CALLERS = 2, 4
 """Processes that offer load, and threads that measure capacity."""
 QUEUE_SECONDS = 0.25
-SECONDS, TIMEOUT = 3, 30
+SECONDS, TIMEOUT = 8, 30
 METHOD = "/poolrpc.v1.PoolService/Pool"
 OPTIONS = [("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)]
 

@@ -47,7 +47,9 @@ KILLED = 0.06
 """Of the calls: those whose client is killed amid them."""
 WORKER_SECONDS, CUT_SECONDS = 7.0, 4.0
 """How long, on average, a worker lives, and a connection."""
-GROWTH_MIB = 50
+GROWTH_MIB, GROWTH_MINUTES = 50, 10
+"""What the memory may grow by, after a fifth of the time, in a soak of so many minutes or more: before, it fills what it
+keeps for later."""
 
 
 def make_cases(path: Path) -> None:

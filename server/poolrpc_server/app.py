@@ -27,6 +27,7 @@ from poolrpc_server.admission import Admission, refused
 from poolrpc_server.arena import ArenaListener, find_in
 from poolrpc_server.batcher import Bounds
 from poolrpc_server.bell import Bell
+from poolrpc_server.buffers import one_heap
 from poolrpc_server.config import Config, ConfigError
 from poolrpc_server.dispatch import Dispatcher
 from poolrpc_server.doors import inference
@@ -399,6 +400,7 @@ def serve(
         ConfigError: The server can't be made as told.
 
     """
+    one_heap()  # before there are threads that have others
     server = Server(config)
     stopping = stopping or Bell()
     server.on_failure = stopping.ring

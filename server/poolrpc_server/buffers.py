@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -17,6 +18,21 @@ if TYPE_CHECKING:
 
 SMALL_BYTES = 64 * 2**10
 """Below this the allocator of the C library uses its memory again by itself."""
+
+
+M_ARENA_MAX = -8
+"""mallopt(3)'s number for the number of heaps."""
+
+
+def one_heap() -> None:
+    """Have all threads of this process take their memory from one heap, where the C library is glibc.
+
+    It has up to eight for each CPU, and each keeps what was freed in it (see poolrpc.tensors.keep_freed_memory), for
+    whichever thread has it next: with many callers of large tensors that is a gigabyte.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_ARENA_MAX, 1)
 
 
 class Buffers:
