@@ -48,8 +48,8 @@ KILLED = 0.06
 WORKER_SECONDS, CUT_SECONDS = 7.0, 4.0
 """How long, on average, a worker lives, and a connection."""
 GROWTH_MIB, GROWTH_MINUTES = 50, 10
-"""What the memory may grow by, after a fifth of the time, in a soak of so many minutes or more: before, it fills what it
-keeps for later."""
+"""What the memory may grow by, after a fifth of the time, in a soak of so many minutes or more: before, it fills what
+it keeps for later."""
 
 
 def make_cases(path: Path) -> None:

@@ -24,6 +24,10 @@ STRIDES = (1, 3, 9)
 """Of nine batches of the last level's, the others' have three and one: nobody waits for ever."""
 
 
+BATCH_SECONDS = 0.005
+"""Of a batch, by estimate: where jobs take longer they share next to nothing, and the first would wait for the last."""
+
+
 class Job(Protocol):
     """What is to be executed.
 
@@ -119,10 +123,24 @@ class _State(Enum):
 class _Entry(Generic[J]):
     """A job that waits, with its answer when it comes; its thread is woken once, by the state that it then has."""
 
-    __slots__ = ("batch", "entered", "error", "job", "level", "ripe", "seated", "state", "value", "waiter", "woken")
+    __slots__ = (
+        "batch",
+        "entered",
+        "error",
+        "job",
+        "level",
+        "ripe",
+        "seated",
+        "seconds",
+        "state",
+        "value",
+        "waiter",
+        "woken",
+    )
 
     def __init__(self, job: J, waiter: Waiter, level: _Level[J], delay: float) -> None:
         self.job, self.waiter, self.level = job, waiter, level
+        self.seconds = job.seconds  # as it is now: it is learnt
         self.entered = time.monotonic()
         self.ripe = self.entered + delay
         self.seated = 0.0
@@ -153,7 +171,7 @@ class _Level(Generic[J]):
         key = entry if entry.job.key is None else entry.job.key
         self.keys.setdefault(key, deque()).append(entry)
         self.count += 1
-        self.seconds += entry.job.seconds
+        self.seconds += entry.seconds
 
     def remove(self, entry: _Entry[J]) -> None:
         key = entry if entry.job.key is None else entry.job.key
@@ -164,12 +182,14 @@ class _Level(Generic[J]):
         self._gone(entry)
 
     def take(self, key: Hashable, most: int) -> list[_Entry[J]]:
-        """Give a key's next jobs, of `most` bytes or one job; the key goes to the end of the line."""
+        """Give a key's next jobs, of `most` bytes and BATCH_SECONDS or one job; the key goes to the end of the line."""
         entries = self.keys.pop(key)
         batch: list[_Entry[J]] = []
-        nbytes = 0
-        while entries and (not batch or nbytes + entries[0].job.nbytes <= most):
-            nbytes += entries[0].job.nbytes
+        nbytes, seconds = 0, 0.0
+        while entries and (
+            not batch or (nbytes + entries[0].job.nbytes <= most and seconds + entries[0].seconds <= BATCH_SECONDS)
+        ):
+            nbytes, seconds = nbytes + entries[0].job.nbytes, seconds + entries[0].seconds
             batch.append(entries.popleft())
             self._gone(batch[-1])
         if entries:
@@ -178,7 +198,7 @@ class _Level(Generic[J]):
 
     def _gone(self, entry: _Entry[J]) -> None:
         self.count -= 1
-        self.seconds = self.seconds - entry.job.seconds if self.count else 0.0
+        self.seconds = self.seconds - entry.seconds if self.count else 0.0
 
 
 class Batcher(Generic[J]):
@@ -368,6 +388,10 @@ class Batcher(Generic[J]):
         level, key = min(found, key=lambda each: each[0].passed)
         self._turn = level.passed
         level.passed += level.stride
+        oldest, entries = min(level.keys.items(), key=lambda each: each[1][0].entered)
+        if time.monotonic() - entries[0].entered > self._bounds.seconds / 2:
+            # Those that come later to other keys would have it wait for longer than what was there when it came.
+            key = oldest
         return level.take(key, self._bounds.batch_bytes)
 
     def _ripe(self, level: _Level[J]) -> Iterator[Hashable]:

@@ -278,6 +278,26 @@ def test_keys_take_turns(room):
     assert made.batches[1:] == [["a", "b"], ["A", "B"], ["x"], ["c", "d"], ["C"], ["e"]]
 
 
+def test_who_has_waited_for_long_goes_first(room):
+    """What has waited for half of what may wait is next, whichever key's turn it would be."""
+    made = room(seconds=1e-9, waiting=100)
+    made.occupy("x")
+    futures = made.wait(*jobs("abc", key="k", nbytes=2**20), *jobs("d", key="l"), admitted=True)
+    made.let_go("x")
+    assert sorted(answers(futures)) == ["a", "b", "c", "d"]
+    assert made.batches == [["x"], ["a", "b"], ["c"], ["d"]]
+
+
+def test_a_batch_is_short(room):
+    """Jobs that take their time by themselves aren't put together, though they have a key in common."""
+    made = room(seconds=10.0)
+    made.occupy("x")
+    futures = made.wait(*jobs("abc", seconds=1.0))
+    made.let_go("x")
+    assert sorted(answers(futures)) == ["a", "b", "c"]
+    assert made.batches == [["x"], ["a"], ["b"], ["c"]]
+
+
 def test_a_batch_is_bounded_in_bytes_but_takes_one_job_of_any_size(room):
     """Jobs are taken in order while they fit; one that is larger than a batch goes by itself."""
     made = room(batch_bytes=10)
