@@ -1,6 +1,8 @@
 """One call through validation, admission and the engine, as a door hands it over: whole, in blocks, or in an arena."""
 
 import mmap
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from poolrpc.codec import ArenaRanges, BranchResult, Request
 from poolrpc.tensors import TensorSpec
 from poolrpc_server.admission import Admission
 from poolrpc_server.arena import Arena
+from poolrpc_server.batcher import Bounds
 from poolrpc_server.dispatch import BLOCKS_HELD, Caller, Dispatcher
 from poolrpc_server.engine import Engine
 from poolrpc_server.validate import Limits, check_indices
@@ -376,3 +379,70 @@ def test_without_arenas_none_is_found(dispatcher):
     with pytest.raises(NotFoundError) as raised:
         dispatcher.pool_in_arena(checked, ArenaRanges(b"", (0, 128), (128, 160)), WAITING)
     assert raised.value.reason == "ARENA"
+
+
+@pytest.mark.parametrize("culprit", range(8))
+def test_one_bad_call_of_a_batch_fails_alone(engine, culprit):
+    """P14: of eight unpoolings that are computed together one has an index out of its plane, which fails alone."""
+    dispatcher = Dispatcher(LIMITS, Admission(10**6), engine, INFO)
+    begun, let_go, waits = threading.Event(), threading.Event(), threading.Semaphore(0)
+
+    def hold(_):
+        begun.set()
+        assert let_go.wait(60)
+
+    def wait(_):
+        waits.release()
+        return True
+
+    spec = TensorSpec("float32", (1, 1, 2, 2))
+    checked = dispatcher.check(Request(spec, ((MaxUnpool2d(2),),), TensorSpec("int64", spec.shape)))
+    busy = dispatcher.check(Request(INPUT, ((MaxPool2d(2),),)))
+    caller = Caller(lambda: None, lambda: True, wait)
+    with ThreadPoolExecutor(9) as threads:
+        first = threads.submit(dispatcher.pool, busy, PAYLOAD, WAITING, hold)
+        assert begun.wait(60)
+        futures = []
+        for number in range(8):
+            indices = np.array([0, 5, 10, 16 if number == culprit else 15])
+            payload = np.full(4, number, np.float32).tobytes() + indices.tobytes()
+            futures.append(threads.submit(dispatcher.pool, checked, payload, caller, copied))
+            assert waits.acquire(timeout=60)
+        let_go.set()
+        assert first.result(60) is None
+        for number, future in enumerate(futures):
+            if number == culprit:
+                assert isinstance(future.exception(60), InvalidArgumentError)
+                continue
+            (output,) = future.result(60)
+            assert np.frombuffer(output, np.float32)[[0, 5, 10, 15]].tolist() == [number] * 4
+
+
+def test_a_full_queue_is_a_call_that_may_come_again(engine):
+    """What there is too much of is said with its limit, and the time to wait is at least a moment."""
+    dispatcher = Dispatcher(LIMITS, Admission(10**6), engine, INFO, bounds=Bounds(waiting=0))
+    for priority in range(3):
+        with pytest.raises(UnavailableError, match="at most 0 calls that wait, got 1 with this") as raised:
+            dispatcher.check_room(priority)
+        assert (raised.value.reason, raised.value.metadata) == ("QUEUE", {"limit": "0", "actual": "1"})
+        assert raised.value.retry_delay > 0
+
+
+def test_after_a_stop_a_call_is_told_to_go_elsewhere(engine):
+    """The server stops: what comes may be tried again, and nothing is held for it."""
+    admission = Admission(1000)
+    dispatcher = Dispatcher(LIMITS, admission, engine, INFO)
+    dispatcher.stop()
+    with pytest.raises(UnavailableError) as raised:
+        pool(dispatcher, (MaxPool2d(2),))
+    assert raised.value.reason == "STOPPING"
+    assert raised.value.retry_delay > 0
+    assert admission.held == 0
+
+
+def test_without_room_for_bytes_nothing_is_read(admission, dispatcher):
+    """Where the bytes under way are all there may be, it is known before a call's message is."""
+    dispatcher.check_room(1)
+    with admission.hold(1000), pytest.raises(UnavailableError) as raised:
+        dispatcher.check_room(1)
+    assert raised.value.reason == "IN_FLIGHT_BYTES"

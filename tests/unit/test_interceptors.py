@@ -3,6 +3,7 @@
 import contextvars
 import logging
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
@@ -16,12 +17,12 @@ from poolrpc import (
     UnsupportedError,
 )
 from poolrpc.status import DETAILS_KEY, decode_error
-from poolrpc_server.interceptors import CallInterceptor, name_caller, note
+from poolrpc_server.interceptors import CallInterceptor, name_caller, note, priority
 from poolrpc_server.metrics import Metrics
 
 METRICS = Metrics(enabled=False)
 METHOD = "/poolrpc.v1.PoolService/Pool"
-Details = namedtuple("Details", "method")  # noqa: PYI024 - gRPC's has more that no test needs
+Details = namedtuple("Details", "method invocation_metadata", defaults=[()])  # noqa: PYI024 - as gRPC's
 UNEXPECTED = KeyError("a secret")
 
 
@@ -368,3 +369,76 @@ def test_an_unexpected_error_may_be_judged(lines, kind):
     assert type(status(KeyError("odd"))) is InternalError
     assert type(status(InvalidArgumentError("odd", field="x"))) is InvalidArgumentError
     assert [type(each) for each in asked] == [OSError, KeyError]
+
+
+def refusing(lines, *, metadata=(), threads=None, method=METHOD):
+    """Give what the interceptor makes of a method that needs room where there is none, and the priorities asked for."""
+    asked = []
+
+    def check_room(level):
+        asked.append(level)
+        raise UnavailableError("full", reason="QUEUE", retry_delay=0.25)
+
+    interceptor = CallInterceptor(lines, METRICS, check_room, [METHOD], threads)
+    inner = grpc.unary_unary_rpc_method_handler(lambda *_: "answer")
+    return interceptor.intercept_service(lambda _: inner, Details(method, metadata)), asked
+
+
+def test_where_there_is_no_room_a_call_is_refused_unread(lines):
+    """Its status goes without a message having been asked for, with both ways to say when to come again."""
+    made, asked = refusing(lines)
+    context = Context()
+    with pytest.raises(Aborted):
+        made.stream_stream(None, context)  # a stream isn't read unless its servicer does so
+    assert asked == [1]
+    assert (context.error().reason, context.error().retry_delay) == ("QUEUE", 0.25)
+    assert dict(context.trailing)["grpc-retry-pushback-ms"] == "250"
+    ((_, facts),) = lines.kept
+    assert (facts["method"], facts["status"], facts["reason"]) == (METHOD, "UNAVAILABLE", "QUEUE")
+
+
+def test_a_method_that_needs_no_room_is_not_refused(lines):
+    """What isn't named as one that needs it is answered while the server is full."""
+    made, asked = refusing(lines, method="/other/Method")
+    assert made.unary_unary("request", Context()) == "answer"
+    assert asked == []
+
+
+def test_an_error_that_is_final_says_nothing_of_coming_again(lines):
+    """Only what may be tried again has a pushback."""
+    _, context = call(lines, raising(LimitExceededError("too much", reason="WORK_BUDGET")))
+    assert [key for key, _ in context.trailing] == [DETAILS_KEY]
+
+
+@pytest.mark.parametrize(("metadata", "level"), [((), 1), ((("x", "0"),), 1), ((("priority", "0"),), 0)])
+def test_the_priority_is_what_the_metadata_says(lines, metadata, level):
+    """The servicer has it, and room is looked for at that level."""
+    seen, asked = [], []
+    interceptor = CallInterceptor(lines, asked.append, [METHOD])
+    inner = grpc.unary_unary_rpc_method_handler(lambda *_: seen.append(priority()))
+    interceptor.intercept_service(lambda _: inner, Details(METHOD, metadata)).unary_unary("request", Context())
+    assert seen == asked == [level]
+
+
+@pytest.mark.parametrize("bad", ["3", "", b"0", "high"])
+def test_a_bad_priority_is_the_callers_fault(lines, bad):
+    """It is refused before room is looked for."""
+    made, asked = refusing(lines, metadata=(("priority", bad),))
+    context = Context()
+    with pytest.raises(Aborted):
+        made.stream_stream(None, context)
+    assert context.ended[0] is grpc.StatusCode.INVALID_ARGUMENT
+    assert [each.field for each in context.error().violations] == ["metadata.priority"]
+    assert asked == []
+
+
+def test_who_looks_after_the_server_and_refusals_have_threads_of_their_own(lines):
+    """GRPC is told of them by an attribute of what answers; other methods have the server's."""
+    quick, looking = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+    threads = {"": quick, "/look/": looking}
+    made, _ = refusing(lines, threads=threads)
+    assert made.stream_stream.experimental_thread_pool is quick
+    made, _ = refusing(lines, threads=threads, method="/look/After")
+    assert made.unary_unary.experimental_thread_pool is looking
+    made, _ = refusing(lines, threads=threads, method="/other/Method")
+    assert not hasattr(made.unary_unary, "experimental_thread_pool")
