@@ -135,7 +135,7 @@ def begun(*shape: int) -> bytes:
 def server() -> Iterator[Serving]:
     """A server for all peers of this file: a crash would fail every later test."""
     # One heap: glibc's own, one or more a thread, would take long to settle, and hide what is never freed.
-    flags = ["--max-streams", "30", "--threads", "1", "--call-threads", "32"]
+    flags = ["--max-streams", "7", "--threads", "1", "--call-threads", "8"]
     with serving(*flags, env={"MALLOC_ARENA_MAX": "1"}) as made:
         yield made
         assert made.process.poll() is None
@@ -167,7 +167,8 @@ def flat(server: Serving, most: int = 32 * MIB) -> Iterator[None]:
     with poolrpc.PoolClient(server.address) as client:
         client.server_info()
         assert peak() < before + most
-        assert process.num_threads() <= threads + 2
+        # gRPC's pool and ours grow when they are busy, to a bound; what a call left would be there by the thousand.
+        assert process.num_threads() <= threads + 16
         assert process.num_fds() <= descriptors + 2
 
 
@@ -327,7 +328,7 @@ def test_a_thousand_resets(server: Serving, begin: Callable[[RawPeer], int]) -> 
                             peer.reset(stream)
                         peer.flush()
                         count += 1
-                        if count % 20 == 0:
+                        if count % 5 == 0:
                             probe = peer.open(SERVICE + "GetServerInfo")
                             peer.send(probe, framed(b""))
                             assert peer.status(probe) == OK
