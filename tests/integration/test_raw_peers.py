@@ -332,7 +332,7 @@ def test_a_thousand_resets(server: Serving, begin: Callable[[RawPeer], int]) -> 
                             peer.reset(stream)
                         peer.flush()
                         count += 1
-                        if count % 20 == 0:
+                        if count % 5 == 0:
                             probe = peer.open(SERVICE + "GetServerInfo")
                             peer.send(probe, framed(b""))
                             assert peer.status(probe) == OK

@@ -422,7 +422,7 @@ def test_a_full_queue_is_a_call_that_may_come_again(engine):
     """What there is too much of is said with its limit, and the time to wait is at least a moment."""
     dispatcher = Dispatcher(LIMITS, Admission(10**6), engine, INFO, bounds=Bounds(waiting=0))
     for priority in range(3):
-        with pytest.raises(UnavailableError, match="at most 0 calls that wait, got 1 with this") as raised:
+        with pytest.raises(UnavailableError, match="at most 0 calls that wait, got 1; try again") as raised:
             dispatcher.check_room(priority)
         assert (raised.value.reason, raised.value.metadata) == ("QUEUE", {"limit": "0", "actual": "1"})
         assert raised.value.retry_delay > 0

@@ -2,6 +2,7 @@
 
 import contextvars
 import logging
+import threading
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 
@@ -414,7 +415,7 @@ def test_an_error_that_is_final_says_nothing_of_coming_again(lines):
 def test_the_priority_is_what_the_metadata_says(lines, metadata, level):
     """The servicer has it, and room is looked for at that level."""
     seen, asked = [], []
-    interceptor = CallInterceptor(lines, asked.append, [METHOD])
+    interceptor = CallInterceptor(lines, METRICS, asked.append, [METHOD])
     inner = grpc.unary_unary_rpc_method_handler(lambda *_: seen.append(priority()))
     interceptor.intercept_service(lambda _: inner, Details(METHOD, metadata)).unary_unary("request", Context())
     assert seen == asked == [level]
@@ -432,12 +433,13 @@ def test_a_bad_priority_is_the_callers_fault(lines, bad):
     assert asked == []
 
 
-def test_who_looks_after_the_server_and_refusals_have_threads_of_their_own(lines):
-    """GRPC is told of them by an attribute of what answers; other methods have the server's."""
-    quick, looking = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-    threads = {"": quick, "/look/": looking}
+def test_who_looks_after_the_server_has_threads_of_his_own(lines):
+    """GRPC is told of them by an attribute of what answers; other methods have the server's; who refuses has none."""
+    looking = ThreadPoolExecutor(1)
+    threads = {"/look/": looking}
     made, _ = refusing(lines, threads=threads)
-    assert made.stream_stream.experimental_thread_pool is quick
+    seen = made.stream_stream.experimental_thread_pool.submit(threading.get_ident)
+    assert seen.result() == threading.get_ident()
     made, _ = refusing(lines, threads=threads, method="/look/After")
     assert made.unary_unary.experimental_thread_pool is looking
     made, _ = refusing(lines, threads=threads, method="/other/Method")
