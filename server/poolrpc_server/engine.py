@@ -137,8 +137,8 @@ class Engine:
         # computing does. A large one is shared with threads whose seats are free. Helpers wait for nobody, so that
         # calls can't wait for each other in a ring.
         self._helpers = ThreadPoolExecutor(max(1, threads - 1), "poolrpc-helper", _prepare_thread)
-        self._lanes = Lanes(self.device, threads)
-        self._buffers = Buffers(IDLE_BYTES, self._lanes.memory)
+        self.lanes = Lanes(self.device, threads)
+        self._buffers = Buffers(IDLE_BYTES, self.lanes.memory)
         self._batch = lru_cache(BATCHES)(self._schedule_batch)
         self._local = local()
 
@@ -181,7 +181,7 @@ class Engine:
             _prepare_thread()
             self._local.prepared = True
         started = time.perf_counter()
-        with self._lanes.lane():
+        with self.lanes.lane():
             answers = self._together(runs) if len(runs) > 1 or runs[0].gathered else [self._alone(runs[0])]
         seconds = time.perf_counter() - started
         if self.gauges is not None:
