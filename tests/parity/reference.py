@@ -57,7 +57,8 @@ def reference(
         lead = x.shape[:-dims] if x.ndim == dims + 2 else (1, *x.shape[:-dims])
         # Half precision is computed in float32: torch's own arithmetic there puts windows outside of the plane.
         wide = x.float() if x.dtype.itemsize == 2 else x
-        drawn = torch.tensor(samples(parameters.pop("seed"), lead[0] * lead[1], dims), dtype=wide.dtype)
+        plain = samples(parameters.pop("seed"), lead[0] * lead[1], dims)
+        drawn = torch.tensor(plain, dtype=wide.dtype, device=x.device)
         parameters["return_indices"] = True
         output, places = getattr(torch.nn, layer.name)(**parameters, _random_samples=drawn.reshape(*lead, dims))(wide)
         return output.to(x.dtype), places if layer.gives_indices else None

@@ -1,0 +1,196 @@
+"""What needs a GPU: parity on CUDA, staging memory and lanes, no memory left, and an error that is for good."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+import poolrpc as p
+from poolrpc.codec import Request
+from poolrpc.tensors import TensorSpec
+from poolrpc_server.device import Lanes, settle
+from poolrpc_server.engine import Engine, Run
+from poolrpc_server.validate import Limits, check_request
+from tests.parity.reference import assert_same, reference, values
+from tests.parity.test_parity import GRID, cases
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+WIDE = Limits(2**40, 2**40, 2**40, 2**50)
+MOST_CASES = 200
+"""Of each layer."""
+POISONED = 77
+"""The status with which the process of a poisoned context ends, if it is told of it."""
+
+
+@pytest.fixture(scope="module")
+def cuda() -> torch.device:
+    """The device."""
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture(scope="module")
+def engine(cuda: torch.device) -> Iterator[Engine]:
+    """An engine on it."""
+    made = Engine(str(cuda), 2)
+    yield made
+    made.close()
+
+
+def a_run(engine: Engine, layer: p.Layer, x: torch.Tensor, indices: torch.Tensor | None = None) -> Run:
+    """Give a request of one layer, whose answer is its outputs."""
+    dtype = str(x.dtype).removeprefix("torch.")
+    second = None if indices is None else TensorSpec("int64", tuple(indices.shape))
+    request = Request(TensorSpec(dtype, tuple(x.shape)), ((layer,),), second)
+    checked = check_request(request, WIDE, engine.schedule)
+    parts = [x] if indices is None else [x, indices]
+    payload = b"".join(each.contiguous().view(torch.uint8).numpy().tobytes() for each in parts)
+
+    def finish(outputs: Sequence[memoryview]) -> list[torch.Tensor]:
+        return [
+            torch.frombuffer(bytearray(data), dtype=getattr(torch, spec.dtype)).reshape(spec.shape)
+            for data, spec in zip(outputs, checked.outputs, strict=True)
+        ]
+
+    return engine.run(checked.schedule, payload, finish)
+
+
+def assert_torchs(engine: Engine, layer: p.Layer, x: torch.Tensor, indices: torch.Tensor | None = None) -> None:
+    """Compute a request alone and beside another like it, and hold it to torch's answer on the same device."""
+    # CUDA has no max of integers: there the CPU's answer is the only one.
+    device = "cuda" if x.is_floating_point() else "cpu"
+    on_device = [None if each is None else each.to(device) for each in (x, indices)]
+    expected = [each.cpu() for each in reference(layer, *on_device) if each is not None]
+    run = a_run(engine, layer, x, indices)
+    groups = [[run]] if run.key is None else [[run], [run, a_run(engine, layer, x, indices)]]
+    for runs in groups:
+        for given in engine.execute(runs):
+            for got, other in zip(given, expected, strict=True):
+                assert_same(got, other, (layer, x.shape, x.dtype, len(runs)))
+
+
+@pytest.mark.parametrize("name", [name for name in GRID if "Unpool" not in name])
+def test_parity_on_cuda(engine: Engine, name: str) -> None:
+    """Every layer gives torch's answer on CUDA, bit for bit, alone and in a batch."""
+    every = list(cases(name))
+    step = max(1, len(every) // MOST_CASES) | 1
+    for turn, (layer, shape, dtype) in enumerate(islice(every, 0, None, step)):
+        assert_torchs(engine, layer, values(shape, dtype, turn))
+
+
+@pytest.mark.parametrize("name", [name for name in GRID if "Unpool" in name])
+def test_unpool_parity_on_cuda(engine: Engine, name: str) -> None:
+    """Unpooling what a MaxPool gave is torch's on CUDA too."""
+    for turn, (layer, shape, dtype) in enumerate(cases(name)):
+        full = values(layer.output_shape(shape), dtype, turn)
+        pool = getattr(torch.nn, f"MaxPool{layer.spatial_dims}d")
+        x, indices = pool(layer.kernel_size, layer.stride, layer.padding, return_indices=True)(full)
+        sized = type(layer)(layer.kernel_size, layer.stride, layer.padding, tuple(full.shape[-layer.spatial_dims :]))
+        assert_torchs(engine, sized, x, indices)
+
+
+def test_staging_memory_is_pinned_and_used_again(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first executions of a size no new memory is asked for, and all that was is pinned."""
+    made: list[memoryview] = []
+    memory = Lanes.memory
+
+    def seen(self: Lanes, size: int) -> memoryview:
+        made.append(memory(self, size))
+        return made[-1]
+
+    monkeypatch.setattr(Lanes, "memory", seen)
+    engine = Engine(str(cuda), 1)
+    x = values((4, 16, 64, 64), "float32", 0)
+    engine.execute([a_run(engine, p.MaxPool2d(2), x)])
+    first = len(made)
+    assert first > 0
+    for _ in range(10):
+        engine.execute([a_run(engine, p.MaxPool2d(2), x)])
+    assert len(made) == first
+    assert all(torch.frombuffer(each, dtype=torch.uint8).is_pinned() for each in made)
+    engine.close()
+
+
+def test_a_lanes_copies_overlap_with_anothers_kernel(cuda: torch.device) -> None:
+    """What is copied and computed on one lane is done while a kernel of another lane is still at work."""
+    lanes = Lanes(cuda, 2)
+    busy, done = torch.cuda.Event(), torch.cuda.Event()
+    memory = torch.frombuffer(lanes.memory(2**20), dtype=torch.uint8)
+    memory.fill_(1)
+    memory.to(cuda).sum().item()  # what is done once for a process is done
+    with lanes.lane():
+        # A kernel that only waits, some billions of cycles: as long as the copies need, many times over.
+        torch.cuda._sleep(10**10)  # noqa: SLF001 - torch's own tests wait so
+        busy.record()
+        with lanes.lane():
+            total = memory.to(cuda, non_blocking=True).sum()
+            back = torch.frombuffer(lanes.memory(8), dtype=torch.int64)
+            back.copy_(total.reshape(1), non_blocking=True)
+            done.record()
+            settle(cuda)
+            assert done.query()
+            assert not busy.query()
+            assert back.item() == 2**20
+        settle(cuda)
+    assert busy.query()
+
+
+def test_no_memory_is_a_typed_error_and_the_engine_still_serves(engine: Engine, cuda: torch.device) -> None:
+    """A request that the device has no memory for is refused for good; the next one that fits is answered."""
+    total = torch.cuda.get_device_properties(cuda).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(cuda) + 2**26) / total, cuda)
+    try:
+        with pytest.raises(p.LimitExceededError) as raised:
+            engine.execute([a_run(engine, p.MaxPool2d(2), torch.zeros(1, 32, 1024, 1024))])
+        assert raised.value.reason == "DEVICE_MEMORY"
+        assert_torchs(engine, p.MaxPool2d(2), values((1, 3, 16, 16), "float32", 0))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, cuda)
+
+
+POISON = f"""
+import os
+import torch
+import poolrpc as p
+from poolrpc_server.engine import Engine
+from tests.gpu.test_gpu import a_run
+
+engine = Engine("cuda", 1)
+engine.on_poison = lambda: os._exit({POISONED})
+run = a_run(engine, p.MaxPool2d(2), torch.ones(1, 1, 4, 4))
+
+def finish(outputs):
+    # An index out of range is found by the kernel, and ends the context.
+    torch.ones(2, device="cuda")[torch.tensor([5], device="cuda")].cpu()
+
+engine.execute([engine.run(run.schedule, run.inputs[0], finish)])
+"""
+
+
+def test_a_poisoned_context_is_told_of() -> None:
+    """An error after which CUDA refuses everything reaches whoever is to end the process, in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", POISON], capture_output=True, text=True, check=False)  # noqa: S603 - our own
+    assert done.returncode == POISONED, done.stderr
+
+
+def test_an_error_that_is_not_for_good_is_not_told_of(engine: Engine) -> None:
+    """A RuntimeError of any other kind leaves the device as it was."""
+    told = []
+    engine.on_poison = lambda: told.append(True)
+    run = a_run(engine, p.MaxPool2d(2), torch.ones(1, 1, 4, 4))
+
+    def fail(_: object) -> None:
+        raise RuntimeError("of the caller's")
+
+    with pytest.raises(RuntimeError, match="of the caller's"):
+        engine.execute([engine.run(run.schedule, run.inputs[0], fail)])
+    assert told == []
+    assert_torchs(engine, p.MaxPool2d(2), values((1, 3, 16, 16), "float32", 0))
+    engine.on_poison = None
