@@ -22,6 +22,7 @@ def main() -> None:
     """Draw what there are results of."""
     kernels()
     transport()
+    load()
 
 
 def read(name: str) -> list[dict[str, Any]]:
@@ -35,6 +36,44 @@ def write(name: str, *parts: list[str]) -> None:
     page = DOCS / f"{name}.md"
     head, mark, _ = page.read_text().partition(MARK)
     page.write_text("\n".join([head + mark, *("\n".join([*part, ""]) for part in parts)]))
+
+
+def load() -> None:
+    """Draw what is answered, and how soon, against what is offered; write the table."""
+    rows = read("load")
+    offered = [row["offered"] for row in rows]
+    figure, (answered, latency) = plt.subplots(2, figsize=(9, 7), sharex=True, layout="constrained")
+    answered.plot(offered, [row["goodput"] for row in rows], "o-", label="right answers a second")
+    answered.axvline(rows[0]["capacity"], color="grey", linewidth=0.8, label="capacity")
+    answered.set_ylim(bottom=0)
+    answered.legend()
+    for name, label in (
+        ("accepted_p50_ms", "answered, median"),
+        ("accepted_p99_ms", "answered, 99 %"),
+        ("rejected_p50_ms", "refused, median"),
+    ):
+        latency.plot(offered, [row[name] for row in rows], "o-", label=label)
+    latency.axhline(
+        rows[0]["accepted_p99_bound_ms"], color="grey", linewidth=0.8, label="3 times unloaded, and the queue"
+    )
+    latency.set_xscale("log")
+    latency.set_yscale("log")
+    latency.set_xlabel("calls offered a second")
+    latency.set_ylabel("ms")
+    latency.legend()
+    figure.savefig(RESULTS / "load.png", dpi=110)
+    lines = [
+        "| offered | right a second | of the most | p50, p99, p99.9 ms | refused, p50, p99 ms | MiB | clients late ms |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        *(
+            f"| {row['case'].removesuffix(' capacity')} | {row['goodput']} | {row['ratio']:.2f} "
+            f"| {row['accepted_p50_ms']}, {row['accepted_p99_ms']}, {row['accepted_p99.9_ms']} "
+            f"| {row['rejected_p50_ms'] or '-'}, {row['rejected_p99_ms'] or '-'} | {row['server_rss_mib']} "
+            f"| {row['clients_late_ms']} |"
+            for row in rows
+        ),
+    ]
+    write("load", lines)
 
 
 def kernels() -> None:
