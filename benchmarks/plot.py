@@ -63,7 +63,7 @@ def load() -> None:
     latency.legend()
     figure.savefig(RESULTS / "load.png", dpi=110)
     lines = [
-        "| offered | right a second | of the most | p50, p99, p99.9 ms | refused, p50, p99 ms | MiB | clients late ms |",
+        "| offered | right a second | of the most | p50, p99, p99.9 ms | refused, p50, p99 ms | MiB | late ms |",
         "| --- | --- | --- | --- | --- | --- | --- |",
         *(
             f"| {row['case'].removesuffix(' capacity')} | {row['goodput']} | {row['ratio']:.2f} "
