@@ -21,7 +21,7 @@ PRIORITIES = 3
 """Levels, 0 first."""
 
 STRIDES = (1, 3, 9)
-"""Of nine batches of the last level's, the others' have three and one: nobody waits for ever."""
+"""Of thirteen batches that all levels want they have nine, three and one: nobody waits for ever."""
 
 
 BATCH_SECONDS = 0.005

@@ -23,6 +23,7 @@ from poolrpc.errors import (
 )
 from poolrpc.shapes import clip
 from poolrpc.status import DETAILS_KEY, encode_error
+from poolrpc_server.batcher import PRIORITIES
 from poolrpc_server.logs import log
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ RESET_SECONDS = 0.1
 PRIORITY_KEY = "priority"
 """The metadata by which a caller says how urgent a call is: 0 goes first, 1 is what others have, 2 goes last."""
 
-PRIORITY_NAMES = ("0", "1", "2")
+PRIORITY_NAMES = tuple(map(str, range(PRIORITIES)))
 
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 """The trailing metadata from which gRPC's own retries take their delay."""
