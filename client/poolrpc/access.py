@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
@@ -22,6 +20,8 @@ Metadata = tuple[tuple[str, str], ...]
 
 def is_loopback(host: str) -> bool:
     """Tell whether a host, by name or number, is this machine alone."""
+    import ipaddress  # noqa: PLC0415 - import poolrpc is to be quick
+
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -65,6 +65,8 @@ def _pem(name: str) -> bytes | None:
     path = os.environ.get(name)
     if not path:
         return None
+    from pathlib import Path  # noqa: PLC0415 - import poolrpc is to be quick
+
     try:
         return Path(path).read_bytes()
     except OSError as error:

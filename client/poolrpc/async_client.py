@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
 from typing import TYPE_CHECKING, Self
 
 import grpc
@@ -41,7 +41,7 @@ class AsyncPoolClient(Settings):
 
     def _connect(self) -> None:
         self._channel = self._channel_to(self.address)
-        self._streams: ThreadPoolExecutor | None = None
+        self._streams: futures.ThreadPoolExecutor | None = None
         self._bind(self._channel)
 
     def _channel_to(self, address: str) -> aio.Channel:
@@ -133,7 +133,7 @@ class AsyncPoolClient(Settings):
         # internal error in place of the status that the server ended it with (seen in 1.85: set_internal_error).
         if self._streams is None:
             self._blocking = self._blocking_channel(self.address)
-            self._streams = ThreadPoolExecutor(MAX_STREAMS, "poolrpc-stream")
+            self._streams = futures.ThreadPoolExecutor(MAX_STREAMS, "poolrpc-stream")
         loop = asyncio.get_running_loop()
 
         def in_loop(done: int, count: int) -> None:

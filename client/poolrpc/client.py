@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
 from typing import TYPE_CHECKING, Self
 
 import grpc
@@ -189,7 +189,7 @@ class PoolClient(Settings):
                     return [outcome for each in group.apart() for outcome in outcomes(each)]
                 return group.failed(error)
 
-        with bar(tensors, shown=progress) as advance, ThreadPoolExecutor(in_flight, "poolrpc-map") as executor:
+        with bar(tensors, shown=progress) as advance, futures.ThreadPoolExecutor(in_flight, "poolrpc-map") as executor:
             under_way: deque[Future[list[Outcome]]] = deque()
             order, grouping = Order(return_exceptions), Grouping(chain, layout)
             try:

@@ -7,7 +7,6 @@ list in it: "[[AdaptiveAvgPool2d(1)], [MaxPool2d(2), AdaptiveAvgPool2d(2)]]".
 from __future__ import annotations
 
 import ast
-import difflib
 import math
 import re
 from dataclasses import fields
@@ -114,6 +113,8 @@ class _Parser:
             raise self.error(f"expected a layer such as MaxPool2d(2), got {clip(self.source(node))}", node)
         name = node.func.id if isinstance(node.func, ast.Name) else ""
         if name not in LAYERS:
+            import difflib  # noqa: PLC0415 - import poolrpc is to be quick
+
             near = difflib.get_close_matches(name, LAYERS, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; the layers are {', '.join(LAYERS)}"
             raise self.error(f"unknown layer {clip(self.source(node.func))}{hint}", node.func)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
 import grpc
@@ -102,6 +100,8 @@ class Settings:
                 read.
 
         """
+        import json  # noqa: PLC0415 - import poolrpc is to be quick
+
         self.address = address
         self.timeout = timeout
         self.max_message_bytes = max_message_bytes
@@ -150,6 +150,8 @@ class Settings:
             return self._pool
         with self._opening:
             if socket not in self._others:
+                from pathlib import Path  # noqa: PLC0415 - import poolrpc is to be quick
+
                 channel = self._channel_to(f"unix:{Path(unix_path(self.address)).with_name(socket)}")
                 self._others[socket] = channel, channel.unary_unary(POOL)
             return self._others[socket][1]

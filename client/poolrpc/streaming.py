@@ -6,7 +6,6 @@ of 4 MB, with nothing but grpcio on both sides). So streams have no retry policy
 
 from __future__ import annotations
 
-import random
 import time
 from math import inf
 from threading import Event
@@ -86,6 +85,8 @@ class StreamCall:
                     raise
                 if self._begun and not self._transfer.repeatable:
                     raise
+                import random  # noqa: PLC0415 - import poolrpc is to be quick
+
                 pause = random.uniform(0, min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE))  # noqa: S311 - no secret
                 pause = max(pause, getattr(translated(error), "retry_delay", None) or 0)
                 left = self._call.left()

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from statistics import median
 
 import pytest
 
@@ -72,14 +71,14 @@ def test_a_thin_install_is_thin(thin: Path) -> None:
 
 
 def test_import_is_light(thin: Path) -> None:
-    """`import poolrpc` leaves torch out and costs at most 1.5 times `import grpc, numpy`, by interleaved CPU times."""
+    """`import poolrpc` leaves torch out and costs at most 1.5 times `import grpc, numpy`, by the least time of each."""
     # Of the thread that imports: NumPy's OpenBLAS starts threads that spin for a while, whatever else is done.
     code = "import time; start = time.thread_time(); import {}; print(time.thread_time() - start)"
     base, ours = [], []
-    for _ in range(15):
+    for _ in range(25):
         base.append(float(run(thin, "-c", code.format("grpc, numpy"))))
         ours.append(float(run(thin, "-c", code.format("poolrpc"))))
-    assert median(ours) <= 1.5 * median(base)
+    assert min(ours) <= 1.5 * min(base)
     assert run(thin, "-c", "import sys, poolrpc; print('torch' in sys.modules)") == "False\n"
 
 
