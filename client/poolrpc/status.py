@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf.message import DecodeError
@@ -45,21 +46,34 @@ def encode_error(error: PoolError, number: int) -> tuple[str, bytes]:
 
     """
     text = _cut(error.message, MESSAGE_CHARS)
-    status = standard_pb2.Status(code=number, message=text)
-    metadata = {_cut(key, 40): _cut(value) for key, value in list(error.metadata.items())[:4]}
-    _add(status, standard_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata))
+    metadata = tuple((_cut(key, 40), _cut(value)) for key, value in list(error.metadata.items())[:4])
+    violations: tuple[tuple[str, str], ...] = ()
     if isinstance(error, InvalidArgumentError):
+        violations = tuple((_cut(each.field), _cut(each.description)) for each in error.violations[:VIOLATIONS])
+    delay = error.retry_delay if isinstance(error, UnavailableError) else None
+    return text, _details(number, text, error.reason, metadata, violations, delay)
+
+
+@lru_cache(64)  # A full server says the same a hundred times a second, and this is most of what a refusal takes.
+def _details(  # noqa: PLR0913, PLR0917 - what an error says
+    number: int,
+    text: str,
+    reason: str,
+    metadata: tuple[tuple[str, str], ...],
+    violations: tuple[tuple[str, str], ...],
+    delay: float | None,
+) -> bytes:
+    status = standard_pb2.Status(code=number, message=text)
+    _add(status, standard_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=dict(metadata)))
+    if violations:
         violation = standard_pb2.BadRequest.FieldViolation
-        violations = [
-            violation(field=_cut(each.field), description=_cut(each.description))
-            for each in error.violations[:VIOLATIONS]
-        ]
-        _add(status, standard_pb2.BadRequest(field_violations=violations))
-    if isinstance(error, UnavailableError) and error.retry_delay is not None:
+        bad = [violation(field=field, description=description) for field, description in violations]
+        _add(status, standard_pb2.BadRequest(field_violations=bad))
+    if delay is not None:
         retry = standard_pb2.RetryInfo()
-        retry.retry_delay.FromMilliseconds(round(error.retry_delay * 1000))
+        retry.retry_delay.FromMilliseconds(round(delay * 1000))
         _add(status, retry)
-    return text, status.SerializeToString()
+    return status.SerializeToString()
 
 
 def _add(status: standard_pb2.Status, detail: Message) -> None:

@@ -231,8 +231,9 @@ class Dispatcher:
 
 
 def _refused(error: FullError) -> UnavailableError:
-    delay = min(max(error.delay, RETRY_DELAY / 2), MOST_DELAY)
-    return refused("QUEUE", f"{error.what} that wait", error.limit, error.actual, delay)
+    # Rounded, so that a full server says the same to many: what is said is encoded once.
+    delay = round(min(max(error.delay, RETRY_DELAY / 2), MOST_DELAY), 2)
+    return refused("QUEUE", f"{error.what} that wait", error.limit, round(error.actual, 2), delay)
 
 
 def _cut(memory: memoryview, specs: Sequence[TensorSpec], field: str) -> list[memoryview]:
