@@ -21,6 +21,7 @@ from poolrpc.v1 import pool_pb2
 from poolrpc_server import dispatch, engine
 from poolrpc_server.doors import native
 from tests.parity.reference import assert_same, reference, values
+from tests.scrape import Scrape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -220,8 +221,8 @@ MIXED = [
 
 
 def test_64_callers_at_once_have_torchs_answers(serve: Any, load: Load) -> None:
-    """Over mixed layers, shapes and dtypes each answer is torch's; what waited together was computed in batches."""
-    server = serve(max_queue_seconds=60.0)
+    """Each answer is torch's, of many layers, shapes and dtypes; the metrics show batches of what waited."""
+    server = serve(max_queue_seconds=60.0, metrics="127.0.0.1:0")
     load.hold(0)
     turn = threading.Barrier(64)
 
@@ -247,6 +248,10 @@ def test_64_callers_at_once_have_torchs_answers(serve: Any, load: Load) -> None:
     assert max(sizes) > 4
     # Beside each other are those of other shapes too, as long as their planes are alike.
     assert any(len(set(shapes)) > 1 for shapes in load.executions)
+    shown = Scrape(server.metrics_address)
+    assert shown("poolrpc_requests_total") == 64 * 4
+    assert shown("poolrpc_executions_total") == shown("poolrpc_batch_requests_count") == len(sizes)
+    assert shown("poolrpc_batch_requests_bucket", le="1.0") == sizes.count(1) < len(sizes)
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_again(serve: Any, load: Load, callers: Any) -> None:

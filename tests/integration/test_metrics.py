@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import urllib.error
-import urllib.request
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry
-from prometheus_client.parser import text_string_to_metric_families
 
 import poolrpc
 import poolrpc_server
@@ -21,6 +19,7 @@ from poolrpc import InternalError, InvalidArgumentError, MaxPool2d, PoolClient
 from poolrpc_server.cli import main
 from poolrpc_server.metrics import FOLDER_VARIABLE, MetricsServer, forget, summed
 from scripts.serving import serving
+from tests.scrape import Scrape, get
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,28 +27,6 @@ if TYPE_CHECKING:
 
 X = np.random.default_rng(3).standard_normal((2, 3, 8, 10), np.float32)
 POOL = {"grpc_type": "unary", "grpc_service": "poolrpc.v1.PoolService", "grpc_method": "Pool"}
-
-
-def get(address: str, page: str) -> tuple[int, str]:
-    """Give the status and the text of a page."""
-    try:
-        with urllib.request.urlopen(f"http://{address}/{page}", timeout=30) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read().decode()
-
-
-class Scrape:
-    """What /metrics says now."""
-
-    def __init__(self, address: str) -> None:
-        families = text_string_to_metric_families(get(address, "metrics")[1])
-        self.samples = [sample for family in families for sample in family.samples]
-
-    def __call__(self, name: str, **labels: str) -> float:
-        """Give one sample; 0 where there is none yet."""
-        return sum(each.value for each in self.samples if each.name == name and each.labels == labels)
 
 
 def test_calls_are_counted() -> None:
