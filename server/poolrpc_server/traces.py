@@ -42,10 +42,10 @@ def destination(name: str, environment: Mapping[str, str] = os.environ) -> str:
     if name != "otlp":
         return name
     _, default = OTLP.get(_protocol(environment), ("", ""))
-    url = urlsplit(_of_traces(environment, "ENDPOINT") or default)
-    place = url.netloc.rpartition("@")[2]
-    # Without a scheme it is "host:port", which has none of those parts.
-    return f"otlp {url.scheme}://{place}{url.path}" if place else f"otlp {url.geturl().rpartition('@')[2]}"
+    place = _of_traces(environment, "ENDPOINT") or default
+    url = urlsplit(place if "://" in place else f"//{place}")
+    scheme = f"{url.scheme}://" if url.scheme else ""
+    return f"otlp {scheme}{url.netloc.rpartition('@')[2]}{url.path}"
 
 
 def begin() -> Spans | None:
