@@ -217,7 +217,7 @@ class Dispatcher:
     def _run(self, run: Run, caller: Caller, *, admitted: bool = False) -> Any:  # noqa: ANN401 - what the run's finish gives
         if caller.timeline is None:
             return self._take_turn(run, caller, admitted=admitted)
-        with caller.timeline.turn(run.schedule.planes) as turn:
+        with caller.timeline.turn(run.schedule.planes, caller.priority) as turn:
             timed = replace(run, finish=turn.timed(run.finish), turn=turn)
             return self._take_turn(timed, caller, admitted=admitted)
 

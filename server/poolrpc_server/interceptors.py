@@ -275,8 +275,7 @@ class _Line:
         facts = {"method": self.method, "status": self.status, "ms": round(seconds * 1000, 3), **self.noted}
         if self.span is not None:
             code = grpc.StatusCode[self.status].value[0]
-            told: dict[str, str | int] = {**self.noted, "priority": self.priority}
-            self.span.end(self.status, code, told, streams=self._labels[0] != "unary")
+            self.span.end(self.status, code, self.noted, streams=self._labels[0] != "unary")
             facts["trace_id"] = self.span.trace_id
         call_log.add(self.level, facts)
         self._metrics.handled(*self._labels, self.status, seconds)

@@ -71,15 +71,16 @@ class Spans:
         if turn.computed:
             stages.append(("encode", turn.computed, turn.encoded))
         context = set_span_in_context(parent)
+        attributes = {
+            "queue": {"poolrpc.priority": turn.priority},
+            "compute": {
+                "poolrpc.planes": turn.planes,
+                "poolrpc.batch_requests": turn.batch_requests,
+                "poolrpc.batch_planes": turn.batch_planes,
+            },
+        }
         for name, begin, end in stages:
-            attributes = None
-            if name == "compute":
-                attributes = {
-                    "poolrpc.planes": turn.planes,
-                    "poolrpc.batch_requests": turn.batch_requests,
-                    "poolrpc.batch_planes": turn.batch_planes,
-                }
-            span = self._tracer.start_span(name, context, attributes=attributes, start_time=begin)
+            span = self._tracer.start_span(name, context, attributes=attributes.get(name), start_time=begin)
             if turn.error and name == stages[-1][0]:
                 span.set_attribute("error.type", turn.error)
                 span.set_status(StatusCode.ERROR)
@@ -111,7 +112,7 @@ class CallSpan:
         self.trace_id = format_trace_id(span.get_span_context().trace_id)
         self.timeline = Timeline() if span.is_recording() else None
 
-    def end(self, status: str, code: int, facts: Mapping[str, str | int], *, streams: bool) -> None:
+    def end(self, status: str, code: int, facts: Mapping[str, str], *, streams: bool) -> None:
         """End it.
 
         Args:
@@ -133,7 +134,7 @@ class CallSpan:
         if status != "OK":
             self._span.set_attribute("error.type", status)
         if status in OWN_FAULT:
-            self._span.set_status(StatusCode.ERROR, str(facts.get("error", "")))
+            self._span.set_status(StatusCode.ERROR, facts.get("error", ""))
         self._span.end()
 
 

@@ -20,6 +20,7 @@ class Turn:
 
     Attributes:
         planes: Its own.
+        priority: The level that it waits in.
         queued: When it was ready to be computed.
         begun: When it was.
         computed: When its outputs were there.
@@ -32,6 +33,7 @@ class Turn:
     """
 
     planes: int
+    priority: int
     queued: int
     begun: int = 0
     computed: int = 0
@@ -79,9 +81,9 @@ class Timeline:
         self.count = 0
 
     @contextmanager
-    def turn(self, planes: int) -> Iterator[Turn]:
-        """Give a turn of so many planes, which lasts as long as the context."""
-        turn = Turn(planes, time_ns())
+    def turn(self, planes: int, priority: int) -> Iterator[Turn]:
+        """Give a turn of so many planes at a priority, which lasts as long as the context."""
+        turn = Turn(planes, priority, time_ns())
         self.count += 1
         if len(self.turns) < MOST_TURNS:
             self.turns.append(turn)

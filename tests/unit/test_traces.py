@@ -69,7 +69,7 @@ def test_without_the_extra_there_is_a_warning(monkeypatch, caplog):
 def test_a_turn_is_told_stage_by_stage():
     """Times follow each other, and a batch that is computed anew, one by one, is told anew."""
     timeline = Timeline()
-    with timeline.turn(6) as turn:
+    with timeline.turn(6, 1) as turn:
         turn.begin(3, 18)
         turn.compute_ended()
         turn.begin(1, 6)
@@ -83,7 +83,7 @@ def test_a_turn_is_told_stage_by_stage():
 def test_a_turn_keeps_what_it_failed_with():
     """The error's name is kept, and the error goes on."""
     timeline = Timeline()
-    with pytest.raises(ValueError, match="no"), timeline.turn(1) as turn:
+    with pytest.raises(ValueError, match="no"), timeline.turn(1, 1) as turn:
         raise ValueError("no")
     assert (turn.error, turn.begun) == ("ValueError", 0)
     assert turn.ended >= turn.queued
@@ -93,6 +93,6 @@ def test_only_the_first_turns_are_kept():
     """Any number is counted; a stream without end takes no more memory."""
     timeline = Timeline()
     for _ in range(MOST_TURNS + 5):
-        with timeline.turn(1):
+        with timeline.turn(1, 1):
             pass
     assert (timeline.count, len(timeline.turns)) == (MOST_TURNS + 5, MOST_TURNS)
