@@ -14,9 +14,10 @@ from poolrpc import codec
 from poolrpc.chains import Shape, as_chain
 from poolrpc.errors import DeadlineExceededError, NotFoundError, PoolError, UnavailableError
 from poolrpc.parameters import integer
-from poolrpc.settings import IN_FLIGHT, MAX_IN_FLIGHT, Out, Settings
+from poolrpc.settings import HEALTH_CHECK, IN_FLIGHT, MAX_IN_FLIGHT, METHODS, SERVICE, Out, Settings
 from poolrpc.status import translated
 from poolrpc.streaming import CallOptions, StreamCall
+from poolrpc.tracing import traced
 from poolrpc.transfer import (
     Crossing,
     PoolResult,
@@ -94,8 +95,17 @@ class AsyncPoolClient(Settings):
         copy: bool = True,
     ) -> list[PoolResult]:
         call, path = self._call(timeout), self._path(transfer, transport)
+        with traced(METHODS[path], self.address, call, transfer.outline.request) as span:
+            results = await self._send(transfer, call, path, progress, copy=copy, required=transport is not None)
+            if span is not None:
+                span.set_attribute("poolrpc.transport", results[0].transport)
+            return results
+
+    async def _send(  # noqa: PLR0913 - what _run was told, and what it chose
+        self, transfer: Transfer, call: CallOptions, path: str, progress: Progress | None, *, copy: bool, required: bool
+    ) -> list[PoolResult]:
         if path == "arena":
-            results = await self._cross(transfer, call, progress, copy=copy, required=transport is not None)
+            results = await self._cross(transfer, call, progress, copy=copy, required=required)
             if results is not None:
                 return results
             path = by_size(transfer, self.max_message_bytes)
@@ -201,26 +211,31 @@ class AsyncPoolClient(Settings):
         """Ask the server for the shape that pool would give: PoolClient.output_shape."""
         call = self._call(timeout)
         request = self._shape_request(shape, layers, layout)
-        try:
-            response = await self._infer_shape(request, **call.now())
-        except grpc.RpcError as error:
-            raise translated(error) from error
+        with traced(f"{SERVICE}/InferShape", self.address, call):
+            try:
+                response = await self._infer_shape(request, **call.now())
+            except grpc.RpcError as error:
+                raise translated(error) from error
         return codec.decode_shape_response(response)[0][-1]
 
     async def server_info(self, *, timeout: float | None = None) -> codec.ServerInfo:  # noqa: ASYNC109 - gRPC's deadline
         """Ask the server what it is: PoolClient.server_info."""
-        try:
-            response = await self._get_server_info(pool_pb2.GetServerInfoRequest(), **self._call(timeout).now())
-        except grpc.RpcError as error:
-            raise translated(error) from error
+        call = self._call(timeout)
+        with traced(f"{SERVICE}/GetServerInfo", self.address, call):
+            try:
+                response = await self._get_server_info(pool_pb2.GetServerInfoRequest(), **call.now())
+            except grpc.RpcError as error:
+                raise translated(error) from error
         return codec.decode_info(response)
 
     async def health(self, service: str = "", *, timeout: float | None = None) -> str:  # noqa: ASYNC109 - gRPC's deadline
         """Ask for the health of a service: PoolClient.health."""
-        try:
-            response = await self._health(standard_pb2.HealthCheckRequest(service=service), **self._call(timeout).now())
-        except grpc.RpcError as error:
-            raise translated(error) from error
+        call = self._call(timeout)
+        with traced(HEALTH_CHECK.removeprefix("/"), self.address, call):
+            try:
+                response = await self._health(standard_pb2.HealthCheckRequest(service=service), **call.now())
+            except grpc.RpcError as error:
+                raise translated(error) from error
         return codec.decode_health(response)
 
     async def close(self) -> None:

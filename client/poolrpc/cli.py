@@ -195,6 +195,8 @@ def _info(given: argparse.Namespace) -> tuple[object, list[str], int]:
         f"torch {info.torch_version} on {info.device}, {info.threads} threads",
         "limits:",
         *(f"  {name}: {limit}" for name, limit in info.limits.items()),
+        *(["features:"] if info.features else []),
+        *(f"  {name}: {value}" for name, value in info.features.items()),
         "layers:",
         *(f"  {name}: {', '.join(dtypes)}" for name, dtypes in info.layers.items()),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent import futures
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Self
 
 import grpc
@@ -12,9 +13,10 @@ from poolrpc import codec
 from poolrpc.chains import Shape, as_chain
 from poolrpc.errors import NotFoundError, PoolError, UnavailableError
 from poolrpc.parameters import integer
-from poolrpc.settings import IN_FLIGHT, MAX_IN_FLIGHT, Out, Settings
+from poolrpc.settings import HEALTH_CHECK, IN_FLIGHT, MAX_IN_FLIGHT, METHODS, SERVICE, Out, Settings
 from poolrpc.status import translated
 from poolrpc.streaming import CallOptions, StreamCall
+from poolrpc.tracing import traced
 from poolrpc.transfer import (
     Crossing,
     PoolResult,
@@ -112,8 +114,17 @@ class PoolClient(Settings):
         copy: bool = True,
     ) -> list[PoolResult]:
         call, path = self._call(timeout), self._path(transfer, transport)
+        with traced(METHODS[path], self.address, call, transfer.outline.request) as span:
+            results = self._send(transfer, call, path, progress, copy=copy, required=transport is not None)
+            if span is not None:
+                span.set_attribute("poolrpc.transport", results[0].transport)
+            return results
+
+    def _send(  # noqa: PLR0913 - what _run was told, and what it chose
+        self, transfer: Transfer, call: CallOptions, path: str, progress: Progress | None, *, copy: bool, required: bool
+    ) -> list[PoolResult]:
         if path == "arena":
-            results = self._cross(transfer, call, progress, copy=copy, required=transport is not None)
+            results = self._cross(transfer, call, progress, copy=copy, required=required)
             if results is not None:
                 return results
             path = by_size(transfer, self.max_message_bytes)
@@ -194,7 +205,8 @@ class PoolClient(Settings):
             order, grouping = Order(return_exceptions), Grouping(chain, layout)
             try:
                 for group in grouping.over(tensors):
-                    under_way.append(executor.submit(outcomes, group))
+                    # With what is current where the results are read: a span, perhaps.
+                    under_way.append(executor.submit(copy_context().run, outcomes, group))
                     if len(under_way) > in_flight:
                         yield from order.give(under_way.popleft().result(), advance)
                 while under_way:
@@ -213,26 +225,31 @@ class PoolClient(Settings):
         """Ask the server for the shape that pool would give; layer.output_shape(shape) is the same, offline."""
         call = self._call(timeout)
         request = self._shape_request(shape, layers, layout)
-        try:
-            response = self._infer_shape(request, **call.now())
-        except grpc.RpcError as error:
-            raise translated(error) from error
+        with traced(f"{SERVICE}/InferShape", self.address, call):
+            try:
+                response = self._infer_shape(request, **call.now())
+            except grpc.RpcError as error:
+                raise translated(error) from error
         return codec.decode_shape_response(response)[0][-1]
 
     def server_info(self, *, timeout: float | None = None) -> codec.ServerInfo:
         """Ask the server for its versions, device, layers with their dtypes, and limits."""
-        try:
-            response = self._get_server_info(pool_pb2.GetServerInfoRequest(), **self._call(timeout).now())
-        except grpc.RpcError as error:
-            raise translated(error) from error
+        call = self._call(timeout)
+        with traced(f"{SERVICE}/GetServerInfo", self.address, call):
+            try:
+                response = self._get_server_info(pool_pb2.GetServerInfoRequest(), **call.now())
+            except grpc.RpcError as error:
+                raise translated(error) from error
         return codec.decode_info(response)
 
     def health(self, service: str = "", *, timeout: float | None = None) -> str:
         """Ask for the health of a service by grpc.health.v1: "SERVING" or "NOT_SERVING". Empty: the server's."""
-        try:
-            response = self._health(standard_pb2.HealthCheckRequest(service=service), **self._call(timeout).now())
-        except grpc.RpcError as error:
-            raise translated(error) from error
+        call = self._call(timeout)
+        with traced(HEALTH_CHECK.removeprefix("/"), self.address, call):
+            try:
+                response = self._health(standard_pb2.HealthCheckRequest(service=service), **call.now())
+            except grpc.RpcError as error:
+                raise translated(error) from error
         return codec.decode_health(response)
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -300,6 +300,7 @@ class ServerInfo:
         threads: How many requests are computed at a time.
         layers: The dtypes of every layer that is served, by the layer's name.
         limits: Every limit in force, by its name.
+        features: What is on, by name: "tls", "tokens", "metrics", "traces"; empty from a server that doesn't say.
 
     """
 
@@ -309,6 +310,7 @@ class ServerInfo:
     threads: int
     layers: dict[str, tuple[str, ...]]
     limits: dict[str, Limit]
+    features: dict[str, str] = field(default_factory=dict)
 
 
 def encode_info(info: ServerInfo) -> pool_pb2.GetServerInfoResponse:
@@ -323,6 +325,7 @@ def encode_info(info: ServerInfo) -> pool_pb2.GetServerInfoResponse:
             for name, dtypes in info.layers.items()
         ],
         limits=[pool_pb2.Limit(name=name, value=each.value, unit=each.unit) for name, each in info.limits.items()],
+        features=info.features,
     )
 
 
@@ -338,6 +341,7 @@ def decode_info(message: pool_pb2.GetServerInfoResponse) -> ServerInfo:
             for each in message.layers
         },
         limits={each.name: Limit(each.value, each.unit) for each in message.limits},
+        features=dict(message.features),
     )
 
 

@@ -44,6 +44,8 @@ IN_FLIGHT, MAX_IN_FLIGHT = 4, 64
 SERVICE = "poolrpc.v1.PoolService"
 POOL = f"/{SERVICE}/Pool"
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
+METHODS = {"unary": f"{SERVICE}/Pool", "stream": f"{SERVICE}/PoolStream", "arena": f"{SERVICE}/Pool"}
+"""What pools, by each way."""
 
 # Pooling changes nothing on the server, so a call that found it full, draining or gone may be tried again: by gRPC
 # itself, at most five times, with growing random pauses, and (the throttling) not while most tries fail: a server

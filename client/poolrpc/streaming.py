@@ -18,7 +18,7 @@ from poolrpc.tensors import keep_freed_memory
 from poolrpc.transfer import Arrival
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from poolrpc.transfer import PoolResult, Progress, Transfer
 
@@ -38,6 +38,10 @@ class CallOptions:
     def __init__(self, timeout: float | None, metadata: tuple[tuple[str, str], ...]) -> None:
         self._deadline = None if timeout is None or timeout == inf else time.monotonic() + timeout
         self._metadata = metadata
+
+    def carry(self, metadata: Mapping[str, str]) -> None:
+        """Have this go with it too."""
+        self._metadata += tuple(metadata.items())
 
     def left(self) -> float | None:
         """Give the seconds that are left, None for no limit."""

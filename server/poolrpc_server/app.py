@@ -23,6 +23,7 @@ from poolrpc.layers import DTYPES
 from poolrpc.limits import MAX_BRANCHES, MAX_CHAIN, MAX_FRACTIONAL_AXIS, MAX_NUMEL, MAX_PARAMETER
 from poolrpc.settings import unix_path
 from poolrpc.tensors import keep_freed_memory
+from poolrpc_server import traces
 from poolrpc_server.admission import Admission, refused
 from poolrpc_server.arena import ArenaListener, find_in
 from poolrpc_server.batcher import Bounds
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from poolrpc.errors import PoolError
+    from poolrpc_server.spans import Spans
 
 T = TypeVar("T")
 
@@ -132,8 +134,8 @@ class Server:
 
     """
 
-    def __init__(self, config: Config) -> None:
-        """Make a server and take its addresses.
+    def __init__(self, config: Config, spans: Spans | None = None) -> None:
+        """Make a server and take its addresses; `spans` are closed with it.
 
         Raises:
             ConfigError: An address can't be had, there is no such device, or the TLS or token files can't be used.
@@ -145,7 +147,8 @@ class Server:
             engine = Engine(config.device, config.threads)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        self.info = _describe(config, engine)
+        self.info = _describe(config, engine, spans)
+        self._spans = spans
         self.failure = ""
         self.on_failure: Callable[[], object] = lambda: None
         self._engine = engine
@@ -179,6 +182,7 @@ class Server:
                 f"/{reflection.SERVICE_NAME}/": self._reflecting,
             },
             self._judge,
+            spans,
         )
         guards = [TokenInterceptor(tokens, calls, health=config.health_requires_token)] if tokens else []
         self._server = grpc.server(
@@ -305,6 +309,8 @@ class Server:
         for threads in (self._threads, self._quick, self._reflecting):
             threads.shutdown()
         self._engine.close()
+        if self._spans is not None:
+            self._spans.close(grace)
         self._call_log.close()
         if self._metrics_server:
             self._metrics_server.close()
@@ -347,7 +353,7 @@ def _connection_options(config: Config) -> list[tuple[str, int]]:
     ]
 
 
-def _describe(config: Config, engine: Engine) -> ServerInfo:
+def _describe(config: Config, engine: Engine, spans: Spans | None) -> ServerInfo:
     return ServerInfo(
         version=__version__,
         torch_version=torch.__version__,
@@ -362,10 +368,16 @@ def _describe(config: Config, engine: Engine) -> ServerInfo:
             "max_branches": Limit(MAX_BRANCHES, "branches"),
             "max_chain": Limit(MAX_CHAIN, "layers"),
         },
+        features={
+            "tls": "mutual" if config.tls_client_ca else "on" if config.tls_cert else "off",
+            "tokens": "on" if config.token_file else "off",
+            "metrics": "on" if config.metrics else "off",
+            "traces": "off" if spans is None else spans.destination,
+        },
     )
 
 
-def _facts(server: Server, config: Config) -> dict[str, Any]:
+def _facts(server: Server) -> dict[str, Any]:
     info = server.info
     return {
         "addresses": " ".join(server.addresses),
@@ -373,8 +385,7 @@ def _facts(server: Server, config: Config) -> dict[str, Any]:
         "device": info.device,
         "torch": info.torch_version,
         "threads": info.threads,
-        "tls": "mutual" if config.tls_client_ca else "on" if config.tls_cert else "off",
-        "tokens": "on" if config.token_file else "off",
+        **info.features,
         "metrics": server.metrics_address,
         "models": " ".join(server.models),
         **{name: str(limit) for name, limit in info.limits.items()},
@@ -401,7 +412,7 @@ def serve(
 
     """
     one_heap()  # before there are threads that have others
-    server = Server(config)
+    server = Server(config, traces.begin())
     stopping = stopping or Bell()
     server.on_failure = stopping.ring
 
@@ -416,7 +427,7 @@ def serve(
         signal.signal(signal.SIGTERM, on_signal)
         signal.signal(signal.SIGINT, on_signal)
         server.start()
-        started(_facts(server, config))
+        started(_facts(server))
         stopping.wait()
     if server.failure:
         last = threading.Timer(FAILED_SECONDS, os._exit, [FAILED])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from poolrpc.errors import CancelledError, DeadlineExceededError, InvalidArgumentError, NotFoundError, UnavailableError
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from poolrpc_server.arena import Arena
     from poolrpc_server.engine import Engine, Run
     from poolrpc_server.metrics import Metrics
+    from poolrpc_server.timeline import Timeline
     from poolrpc_server.validate import Checked, Limits
 
 T = TypeVar("T")
@@ -44,6 +45,7 @@ class Caller:
         active: Tells whether the caller still waits.
         on_leaving: Has something called when the caller waits no more; False where that is so already.
         priority: 0, 1 or 2; 0 goes first.
+        timeline: Is told when each stage begins, where there is one.
 
     """
 
@@ -51,6 +53,7 @@ class Caller:
     active: Callable[[], bool]
     on_leaving: Callable[[Callable[[], None]], bool] = lambda _: True
     priority: int = 1
+    timeline: Timeline | None = None
 
     def check_wanted(self) -> None:
         """Stop here if nobody waits for the answer any more.
@@ -212,6 +215,13 @@ class Dispatcher:
         self._batcher.stop()
 
     def _run(self, run: Run, caller: Caller, *, admitted: bool = False) -> Any:  # noqa: ANN401 - what the run's finish gives
+        if caller.timeline is None:
+            return self._take_turn(run, caller, admitted=admitted)
+        with caller.timeline.turn(run.schedule.planes, caller.priority) as turn:
+            timed = replace(run, finish=turn.timed(run.finish), turn=turn)
+            return self._take_turn(timed, caller, admitted=admitted)
+
+    def _take_turn(self, run: Run, caller: Caller, *, admitted: bool) -> Any:  # noqa: ANN401 - as above
         try:
             return self._batcher.run(run, caller, caller.priority, admitted=admitted)
         except FullError as error:

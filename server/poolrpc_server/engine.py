@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from poolrpc.codec import BranchResult, Request
     from poolrpc.tensors import Bytes, TensorSpec
+    from poolrpc_server.timeline import Turn
 
 
 SMALL_BYTES = 16 * 2**10
@@ -82,6 +83,7 @@ class Run:
         inputs: The bytes of its tensors.
         finish: Makes the answer of the outputs' bytes, whose memory is used again afterwards.
         outputs: Where the outputs go. None: anywhere.
+        turn: Is told how far it is, where there is one.
 
     """
 
@@ -89,6 +91,7 @@ class Run:
     inputs: Sequence[Bytes]
     finish: Callable[[Sequence[memoryview]], Any]
     outputs: Sequence[memoryview] | None = None
+    turn: Turn | None = None
 
     @property
     def key(self) -> Alike | None:
@@ -180,6 +183,9 @@ class Engine:
         if not hasattr(self._local, "prepared"):
             _prepare_thread()
             self._local.prepared = True
+        turns = [run.turn for run in runs if run.turn is not None]
+        for turn in turns:
+            turn.begin(len(runs), sum(run.schedule.planes for run in runs))
         started = time.perf_counter()
         with self.lanes.lane():
             answers = self._together(runs) if len(runs) > 1 or runs[0].gathered else [self._alone(runs[0])]
@@ -215,6 +221,9 @@ class Engine:
                     start, end = end, end + len(run.inputs[number])
                     place[start:end] = run.inputs[number]
             given = stage.run(in_place=False)
+            for run in runs:
+                if run.turn is not None:
+                    run.turn.compute_ended()
             answers, starts = [], [0] * len(given)
             for run in runs:
                 ends = [start + spec.nbytes for start, spec in zip(starts, run.schedule.outputs, strict=True)]

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from poolrpc_server.logs import CallLog
     from poolrpc_server.metrics import Metrics
+    from poolrpc_server.spans import CallSpan, Spans
+    from poolrpc_server.timeline import Timeline
 
 QUIET = (
     "/grpc.health.v1.Health/",
@@ -67,6 +69,12 @@ def priority() -> int:
     return _line.get().priority
 
 
+def timeline() -> Timeline | None:
+    """Give where the stages of the call that this thread answers are told, where somebody wants to know."""
+    span = _line.get().span
+    return None if span is None else span.timeline
+
+
 class _Inline(ThreadPoolExecutor):
     """Calls what it is given at once, in the thread that gives it: gRPC's own, which may not wait for anything."""
 
@@ -97,6 +105,7 @@ class CallInterceptor(grpc.ServerInterceptor):
     Attributes:
         metrics: Where it counts.
         judge: Gives a better error than InternalError for one that is no PoolError, perhaps.
+        spans: Makes spans, where there are any.
 
     """
 
@@ -108,6 +117,7 @@ class CallInterceptor(grpc.ServerInterceptor):
         needs_room: Collection[str] = (),
         threads: Mapping[str, ThreadPoolExecutor] | None = None,
         judge: Callable[[Exception], PoolError | None] = lambda _: None,
+        spans: Spans | None = None,
     ) -> None:
         """Make one.
 
@@ -118,11 +128,13 @@ class CallInterceptor(grpc.ServerInterceptor):
             needs_room: The methods for which that is asked.
             threads: Who answers methods that begin so. Any other is answered by the server's own.
             judge: Gives a better error than InternalError for one that is no PoolError, perhaps.
+            spans: Makes spans, where there are any.
 
         """
         self._log = call_log
         self.metrics = metrics
         self.judge = judge
+        self.spans = spans
         self._check_room = check_room
         self._needs_room = frozenset(needs_room)
         self._threads = dict(threads or {})
@@ -162,7 +174,7 @@ class CallInterceptor(grpc.ServerInterceptor):
         kind = "bidi_stream" if (method, 1) in self._wrapped and self._wrapped[method, 1].stream_stream else "unary"
 
         def refuse(_: object, context: grpc.ServicerContext) -> NoReturn:
-            line = _Line(method, kind, self)
+            line = _Line(method, kind, self, context)
             try:
                 line.fail(error, context)
             finally:
@@ -188,7 +200,7 @@ class CallInterceptor(grpc.ServerInterceptor):
         behaviour: Callable[[Any, grpc.ServicerContext], object],
     ) -> grpc.RpcMethodHandler[Any, Any]:
         def answers(request: object, context: grpc.ServicerContext) -> object:
-            line = _Line(method, "unary", self, level)
+            line = _Line(method, "unary", self, context, level)
             try:
                 answer = behaviour(request, context)
             except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets a status
@@ -212,7 +224,7 @@ class CallInterceptor(grpc.ServerInterceptor):
         behaviour: Callable[[Iterator[Any], grpc.ServicerContext], Iterator[object]],
     ) -> grpc.RpcMethodHandler[Any, Any]:
         def answers(requests: Iterator[object], context: grpc.ServicerContext) -> Iterator[object]:
-            line, ended = _Line(method, "bidi_stream", self, level), Event()
+            line, ended = _Line(method, "bidi_stream", self, context, level), Event()
             context.add_callback(ended.set)
             try:
                 yield from behaviour(requests, context)
@@ -236,9 +248,11 @@ class CallInterceptor(grpc.ServerInterceptor):
 
 
 class _Line:
-    """What is told of a call, in the log and in the metrics, from its begin to its end."""
+    """What is told of a call, in the log, the metrics and the traces, from its begin to its end."""
 
-    def __init__(self, method: str, kind: str, owner: CallInterceptor, level: int = 1) -> None:
+    def __init__(
+        self, method: str, kind: str, owner: CallInterceptor, context: grpc.ServicerContext, level: int = 1
+    ) -> None:
         self.method = method
         self.priority = level
         service, _, name = method[1:].partition("/")
@@ -248,14 +262,21 @@ class _Line:
         self.level = logging.DEBUG if method.startswith(QUIET) else logging.INFO
         caller = _caller.get()
         self.noted: dict[str, str] = {"caller": caller} if caller else {}
+        self.span: CallSpan | None = None
+        if owner.spans is not None and not method.startswith(QUIET):
+            self.span = owner.spans.begin(method, context.invocation_metadata(), context.peer())
         self._started = time.perf_counter()
         _line.set(self)
         self._metrics.started(*self._labels)
 
     def end(self, call_log: CallLog) -> None:
-        """Log and count it."""
+        """Log and count it, and end its span."""
         seconds = time.perf_counter() - self._started
         facts = {"method": self.method, "status": self.status, "ms": round(seconds * 1000, 3), **self.noted}
+        if self.span is not None:
+            code = grpc.StatusCode[self.status].value[0]
+            self.span.end(self.status, code, self.noted, streams=self._labels[0] != "unary")
+            facts["trace_id"] = self.span.trace_id
         call_log.add(self.level, facts)
         self._metrics.handled(*self._labels, self.status, seconds)
 

@@ -140,6 +140,12 @@ def pieces(lines: Iterable[str], most: int) -> Iterator[str]:
         yield "".join(piece)
 
 
+def adopt(name: str) -> None:
+    """Send what another package logs where this log goes."""
+    other = logging.getLogger(name)
+    other.handlers[:], other.propagate = _LOGGER.handlers, _LOGGER.propagate
+
+
 def _ended(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
     # When it happened, which for a call is before it is written.
     event["timestamp"] = datetime.fromtimestamp(event["_record"].created, tz=UTC).isoformat()

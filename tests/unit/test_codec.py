@@ -116,6 +116,7 @@ INFOS = st.builds(
     threads=st.integers(0, 2**32 - 1),
     layers=st.dictionaries(st.text(), st.lists(st.sampled_from(list(ITEM_BYTES))).map(tuple)),
     limits=st.dictionaries(st.text(), st.builds(Limit, st.integers(0, 2**64 - 1), st.text())),
+    features=st.dictionaries(st.text(), st.text()),
 )
 
 

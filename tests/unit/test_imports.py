@@ -31,9 +31,10 @@ ROOMS = (
     {"buffers", "kernels"},
     {"validate", "admission"},
     {"arena", "tokens", "regions"},
-    {"watched"},
+    {"traces", "watched"},
     {"bell", "config", "logs", "metrics", "sockets", "tally"},
-    {"machine", "models"},
+    {"machine", "models", "spans"},
+    {"timeline"},
     {"inference"},  # generated
 )
 DEPTH = {module: depth for depth, room in enumerate(ROOMS) for module in room}

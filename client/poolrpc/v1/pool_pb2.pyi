@@ -1099,12 +1099,33 @@ class GetServerInfoResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class FeaturesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     VERSION_FIELD_NUMBER: _builtins.int
     TORCH_VERSION_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     THREADS_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """The version of poolrpc."""
     torch_version: _builtins.str
@@ -1121,6 +1142,12 @@ class GetServerInfoResponse(_message.Message):
     def limits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Limit]:
         """Every limit in force."""
 
+    @_builtins.property
+    def features(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What is on, by name: "tls" ("off", "on", "mutual"), "tokens" and "metrics" ("off", "on"), "traces" ("off", or where
+        spans are sent). Nothing secret.
+        """
+
     def __init__(
         self,
         *,
@@ -1130,10 +1157,11 @@ class GetServerInfoResponse(_message.Message):
         threads: _builtins.int = ...,
         layers: _abc.Iterable[Global___LayerInfo] | None = ...,
         limits: _abc.Iterable[Global___Limit] | None = ...,
+        features: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "layers", b"layers", "limits", b"limits", "threads", b"threads", "torch_version", b"torch_version", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "features", b"features", "layers", b"layers", "limits", b"limits", "threads", b"threads", "torch_version", b"torch_version", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -18,7 +18,7 @@ from poolrpc_server.dispatch import Caller
 from poolrpc_server.doors import facts
 from poolrpc_server.doors import inference_codec as codec
 from poolrpc_server.inference import open_inference_pb2 as pb
-from poolrpc_server.interceptors import note, priority
+from poolrpc_server.interceptors import note, priority, timeline
 from poolrpc_server.models import POOL, output_names
 from poolrpc_server.regions import Place
 from poolrpc_server.tally import Tally, Timing
@@ -333,4 +333,4 @@ def _caller(context: grpc.ServicerContext, infer: codec.Infer, timing: Timing) -
         return context.is_active()
 
     level = priority() if infer.priority is None else infer.priority
-    return Caller(remaining, active, context.add_callback, level)
+    return Caller(remaining, active, context.add_callback, level, timeline())

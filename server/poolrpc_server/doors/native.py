@@ -16,7 +16,7 @@ from poolrpc.v1 import pool_pb2
 from poolrpc_server.dispatch import Caller
 from poolrpc_server.doors import facts
 from poolrpc_server.doors.ahead import Leaving
-from poolrpc_server.interceptors import note, priority
+from poolrpc_server.interceptors import note, priority, timeline
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -145,7 +145,7 @@ class PoolDoor:
 
 
 def _caller(context: grpc.ServicerContext) -> Caller:
-    return Caller(context.time_remaining, context.is_active, context.add_callback, priority())
+    return Caller(context.time_remaining, context.is_active, context.add_callback, priority(), timeline())
 
 
 def _cut(data: bytes, cls: type[M]) -> tuple[bytes, memoryview]:
