@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test check format generate bench clean
+.PHONY: help setup demo test check format generate bench dist clean
 
 help:  ## Say what there is.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +27,8 @@ check: setup  ## Lint, format, types, proto, generated code in step.
 	$(BIN)/mypy
 	$(BIN)/buf lint
 	$(BIN)/hadolint server/Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/zizmor --offline --quiet .github/workflows
 	scripts/generate.sh --check
 
 format: setup  ## Format and fix what can be fixed.
@@ -38,6 +40,9 @@ generate:  ## Generate client/poolrpc/v1 from protos/.
 
 bench: setup  ## Run a benchmark: make bench NAME=kernels
 	$(BIN)/python -m benchmarks $(NAME) --json benchmarks/results/$(NAME).json
+
+dist: setup  ## Build the sdist and the wheel into dist/.
+	$(BIN)/python -m hatchling build --clean -d dist
 
 clean:  ## Remove what the others made.
 	rm -rf .venv .venv-generate .venv-triton demo dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

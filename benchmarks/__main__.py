@@ -8,7 +8,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-NAMES = ("batching", "kernels", "load", "memmap", "soak", "threads", "transport")
+NAMES = ("batching", "capacity", "kernels", "load", "memmap", "soak", "threads", "transport")
 
 
 def main() -> int:
@@ -18,9 +18,19 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the rows go")
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds a case [default: 15]")
     parser.add_argument("--minutes", type=float, default=1, help="how long a soak lasts [default: 1]")
+    capacity = parser.add_argument_group("capacity", "how many replicas a load needs; see benchmarks/capacity.py")
+    capacity.add_argument("--rate", type=float, help="calls a second; without it, the measured curve is simulated")
+    capacity.add_argument("--bytes", type=int, nargs="+", default=[602_112], help="of an input [default: 602112]")
+    capacity.add_argument("--p99", type=float, default=0.1, help="seconds for 99 of 100 calls [default: 0.1]")
+    capacity.add_argument(
+        "--path", choices=("unary", "stream", "arena"), help="how tensors travel [default: as the client does over TCP]"
+    )
+    capacity.add_argument("--layer-ms", type=float, default=0, help="what the layer takes more than MaxPool2d(2)")
+    capacity.add_argument("--client-side", action="store_true", help="clients choose replicas [default: least request]")
+    capacity.add_argument("--retry", action="store_true", help="calls that are refused come again, as our client's do")
     given = parser.parse_args()
     rows = []
-    much = given.minutes if given.name == "soak" else given.rounds
+    much = {"soak": given.minutes, "capacity": given}.get(given.name, given.rounds)
     for row in import_module(f"benchmarks.{given.name}").run(much):
         rows.append(row)
         print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)

@@ -86,14 +86,20 @@ def exchange(shape: tuple[int, ...], layer: Layer) -> tuple[bytes, bytes]:
     )
 
 
+def arrivals(rate: float, seed: int) -> list[tuple[float, int]]:
+    """Draw when a client sends, and which of the mix."""
+    drawn, times = np.random.default_rng(seed), []
+    at = drawn.exponential(1 / rate)
+    while at < SECONDS:
+        times.append((at, int(drawn.integers(len(MIX)))))
+        at += drawn.exponential(1 / rate)
+    return times
+
+
 def offer(address: str, rate: float, seed: int, begin: Barrier, told: Queue[Seen]) -> None:
     """Offer so many calls a second, and tell what came of them."""
     torch.set_num_threads(1)
-    drawn, mix, seen = np.random.default_rng(seed), [exchange(*each) for each in MIX], Seen()
-    times, at = [], drawn.exponential(1 / rate)
-    while at < SECONDS:
-        times.append((at, int(drawn.integers(len(mix)))))
-        at += drawn.exponential(1 / rate)
+    times, mix, seen = arrivals(rate, seed), [exchange(*each) for each in MIX], Seen()
     with grpc.insecure_channel(address, options=OPTIONS) as channel:
         call = channel.unary_unary(METHOD)
         call(mix[-1][0], timeout=TIMEOUT)
@@ -191,6 +197,8 @@ def run(_: int) -> Iterator[dict[str, Any]]:
             alone(call, mix, 50)
             unloaded = alone(call, mix)
             most = capacity(call, mix)
+        # What disturbs a call only adds to it.
+        mix_ms = [quantile(unloaded[number :: len(mix)], 0.25) for number in range(len(mix))]
         rows = []
         for times in TIMES:
             cpu, seen = process.cpu_times(), measure(server.address, times * most)
@@ -218,5 +226,6 @@ def run(_: int) -> Iterator[dict[str, Any]]:
                 "ratio": round(each["goodput"] / peak, 3),
                 "capacity": round(most, 1),
                 "unloaded_p99_ms": quantile(unloaded, 0.99),
+                "mix_ms": mix_ms,
                 "accepted_p99_bound_ms": round(bound, 1),
             }

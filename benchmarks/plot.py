@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,20 @@ mpl.use("agg")
 
 import matplotlib.pyplot as plt
 
+from benchmarks import capacity
+from benchmarks.capacity import Question
+
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parent.parent / "docs"
+LOADS = (
+    (500, 12_288, 0.01),
+    (5000, 12_288, 0.01),
+    (500, 10**6, 0.01),
+    (5000, 10**6, 0.01),
+    (50, 25_690_112, 0.1),
+    (500, 25_690_112, 0.1),
+)
+BUSY = (0.3, 0.5, 0.7, 0.8, 0.9)
 MARK = "written by python -m benchmarks.plot -->\n"
 PATHS = ("unary", "stream", "unix unary", "unix stream", "arena", "arena, no copies")
 
@@ -23,6 +37,7 @@ def main() -> None:
     kernels()
     transport()
     load()
+    scaling()
 
 
 def read(name: str) -> list[dict[str, Any]]:
@@ -74,6 +89,73 @@ def load() -> None:
         ),
     ]
     write("load", lines)
+
+
+def scaling() -> None:
+    """Write what follows from the measured times for more than one core."""
+    calls = {
+        (row["bytes"], row["contender"]): row["ms"]
+        for row in read("transport")
+        if row["case"].startswith("MaxPool2d") and row["baseline"] == "torch"
+    }
+    cores = [
+        "What one core does, with a lone client's own work in it, and how many such cores' inputs fill a network:",
+        "",
+        "| bytes | TCP ms | calls a second | MB/s | fill 10 Gbit/s | fill 100 Gbit/s | arena ms | MB/s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for nbytes in sorted({nbytes for nbytes, _ in calls}):
+        tcp, arena = calls[nbytes, "auto"], calls[nbytes, "arena"]
+        fill = " | ".join(f"{limit / (nbytes * 8 / tcp * 1000):,.1f}" for limit in (10e9, 100e9))
+        cores.append(
+            f"| {nbytes:,} | {tcp} | {1000 / tcp:,.0f} | {nbytes / tcp / 1000:,.1f} | {fill} "
+            f"| {arena} | {nbytes / arena / 1000:,.1f} |"
+        )
+    lines = [
+        "What the simulation takes a call to need, by the line that fits the measured times:",
+        "",
+        "| path | ms a call | ms a MB | the worst point is off by |",
+        "| --- | --- | --- | --- |",
+    ]
+    for path in ("unary", "stream", "arena"):
+        fixed, each, off = capacity.seconds_of(path)
+        lines.append(f"| {path} | {fixed * 1000:.2f} | {each * 1e9:.2f} | {off:.0%} |")
+    waits = [
+        "The p99, in times of what a call takes alone, of calls that are all alike:",
+        "",
+        f"| replicas | chosen by | {' | '.join(f'{busy:.0%} busy' for busy in BUSY)} |",
+        "| --- " * (len(BUSY) + 2) + "|",
+    ]
+    for replicas, least in product((1, 2, 8, 32), (True, False)):
+        if replicas > 1 or least:
+            chosen = "-" if replicas == 1 else "least request" if least else "many clients"
+            figures = " | ".join(f"{capacity.waiting(replicas, busy, least_request=least):.1f}" for busy in BUSY)
+            waits.append(f"| {replicas} | {chosen} | {figures} |")
+    loads = [
+        "Replicas that are needed:",
+        "",
+        "| calls a second | bytes each | p99 | least request | many clients | least request, by the arena |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for rate, nbytes, p99 in LOADS:
+        asked = Question(rate, [nbytes], p99)
+        figures = []
+        for each in (asked, replace(asked, client_side=True), replace(asked, path="arena")):
+            *_, last = capacity.answer(each)
+            figures.append(str(last["replicas"]))
+        loads.append(f"| {rate:,} | {nbytes:,} | {p99 * 1000:g} ms | {' | '.join(figures)} |")
+    checks = [
+        "The simulation, and what was measured:",
+        "",
+        "| offered | right a second | measured | p50 ms | measured | p99 ms | measured |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        *(
+            f"| {row['case'].removesuffix(' capacity')} | {row['goodput']} | {row['measured_goodput']} "
+            f"| {row['p50_ms']} | {row['measured_p50_ms']} | {row['p99_ms']} | {row['measured_p99_ms']} |"
+            for row in map(capacity.compared, read("load"))
+        ),
+    ]
+    write("scaling", cores, lines, loads, waits, checks)
 
 
 def kernels() -> None:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from poolrpc import __version__
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -69,7 +71,8 @@ def build(engine: Callable[..., str]) -> Callable[..., str]:
     run(ROOT / "scripts/wheelhouse.sh", PYTHON=sys.executable)
 
     def built(target: str, tag: str, folder: Path = ROOT) -> str:
-        arguments = (f"--build-arg=BASE_IMAGE={BASE_IMAGE}", "--build-arg=PIP_NO_INDEX=1", "--network=none")
+        given = (f"BASE_IMAGE={BASE_IMAGE}", "PIP_NO_INDEX=1", f"VERSION={__version__}")
+        arguments = ("--network=none", *(f"--build-arg={each}" for each in given))
         engine("build", "-q", *arguments, "-f", folder / "server/Dockerfile", f"--target={target}", "-t", tag, folder)
         return tag
 

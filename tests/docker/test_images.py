@@ -6,6 +6,8 @@ import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
+from poolrpc import __version__
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -23,13 +25,14 @@ def python(engine: Callable[..., str], image: str, code: str) -> str:
 
 
 def test_the_servers_image_says_how_it_is_run(engine: Callable[..., str], server_image: str) -> None:
-    """It runs as user 10001, asks its own command for its health, stops on SIGTERM and names its licence."""
+    """It runs as user 10001, asks its own command for its health, stops on SIGTERM, names its version and licence."""
     config = described(engine, server_image)["Config"]
     assert config["User"] == "10001:10001"
     assert config["Healthcheck"]["Test"] == ["CMD", "poolrpc", "health", "--timeout", "3"]
     assert config["StopSignal"] == "SIGTERM"
     assert config["Entrypoint"] == ["poolrpc-server"]
     assert config["Labels"]["org.opencontainers.image.title"] == "poolrpc"
+    assert config["Labels"]["org.opencontainers.image.version"] == __version__
     assert config["Labels"]["org.opencontainers.image.licenses"] == "Apache-2.0"
 
 

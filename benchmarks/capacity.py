@@ -1,0 +1,201 @@
+"""How many replicas a load needs, by a simulation of them whose every time was measured.
+
+    python -m benchmarks capacity --rate 500 --bytes 1000000 --p99 0.05
+    python -m benchmarks capacity --json benchmarks/results/capacity.json
+
+The first says how many replicas answer 99 of 100 calls within 50 ms; the second holds the simulation against the curve
+that `python -m benchmarks load` measured, call by call of the same draw.
+
+Calls come at random, whether others are answered or not. A call takes its seat for as long as a client that was alone
+waited for its answer over the loopback, which holds the client's own part too: a real server does somewhat better. The
+network takes no time: what it takes is to be added.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from bisect import bisect_left
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from benchmarks import load
+from benchmarks.fleet import Call, Fleet, Outcome
+from poolrpc.transfer import STREAM_BYTES
+from poolrpc_server.batcher import Bounds
+from poolrpc_server.engine import GATHERED_BYTES
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+    from collections.abc import Iterator, Sequence
+
+RESULTS = Path(__file__).parent / "results"
+CALLS = 20_000
+"""Of one simulation: two hundred of them are slower than the 99 % that are asked about."""
+ATTEMPTS = 5
+"""Of our client: the first, and four more."""
+
+LIKE = Call(0.0, 1.0, 0, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked.
+
+    Attributes:
+        rate: Calls a second.
+        bytes: Of a call's input; of several, each is as likely.
+        p99: Seconds within which 99 of 100 calls are to be answered.
+        path: How tensors travel; None leaves it to their size, as the client does over TCP.
+        layer_ms: What the layer takes more than MaxPool2d(2) does.
+        client_side: Whether many clients choose, each in turn, and no balancer that knows who is busy.
+        retry: Whether a refused call comes again.
+
+    """
+
+    rate: float
+    bytes: Sequence[int]
+    p99: float
+    path: str | None = None
+    layer_ms: float = 0.0
+    client_side: bool = False
+    retry: bool = False
+
+
+def seconds_of(path: str) -> tuple[float, float, float]:
+    """Give what a call by a path takes: for itself, for each byte, and the part by which the worst point is off.
+
+    It is the line with the least relative deviations from the times of benchmarks/results/transport.json, over the
+    sizes that the client sends so.
+    """
+    points = {
+        row["bytes"]: row["ms"] / 1000
+        for row in read("transport")
+        if row["contender"] == path and (path != "unary" or row["bytes"] < STREAM_BYTES)
+    }
+    nbytes, times = np.array(list(points), float), np.array(list(points.values()))
+    terms = np.stack([1 / times, nbytes / times], axis=1)
+    fixed, each = np.linalg.lstsq(terms, np.ones(len(times)))[0]
+    return float(fixed), float(each), float(np.abs(terms @ [fixed, each] - 1).max())
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    """Give the rows of a benchmark."""
+    rows: list[dict[str, Any]] = json.loads((RESULTS / f"{name}.json").read_text())
+    return rows
+
+
+def call_of(nbytes: int, question: Question) -> Call:
+    """Give a call with an input of so many bytes."""
+    path = question.path or ("unary" if nbytes < STREAM_BYTES else "stream")
+    fixed, each, _ = seconds_of(path)
+    both = nbytes * 5 // 4  # with MaxPool2d(2)'s output
+    gathered = path == "unary" and both <= GATHERED_BYTES[True]
+    return Call(0.0, fixed + each * nbytes + question.layer_ms / 1000, both, nbytes if gathered else None)
+
+
+def drawn(rate: float, kinds: Sequence[Call]) -> list[Call]:
+    """Draw calls that come at random, of each kind as often."""
+    draw = np.random.default_rng(0)
+    times, chosen = np.cumsum(draw.exponential(1 / rate, CALLS)), draw.integers(len(kinds), size=CALLS)
+    return [replace(kinds[kind], at=float(at)) for at, kind in zip(times, chosen, strict=True)]
+
+
+def waiting(replicas: int, busy: float, *, least_request: bool) -> float:
+    """Give the p99 of calls that are all alike, in times of what one takes, where nothing is refused."""
+    bounds = Bounds(waiting=CALLS, seconds=float(CALLS))
+    return Fleet(replicas, bounds, least_request=least_request).serve(drawn(busy * replicas, [LIKE])).within(0.99)
+
+
+def answer(question: Question) -> Iterator[dict[str, Any]]:
+    """Give a row for each number of replicas that was tried, the fewest that do last.
+
+    Raises:
+        SystemExit: No number does.
+
+    """
+    rate = question.rate
+    if rate <= 0 or min(question.bytes) < 0:
+        sys.exit(f"expected --rate above 0 and --bytes of at least 0, got {rate} and {question.bytes}")
+    kinds = [call_of(nbytes, question) for nbytes in question.bytes]
+    alone = max(call.seconds for call in kinds)
+    if alone >= question.p99:
+        sys.exit(f"expected --p99 of more than {alone:.4g} s, which a call takes alone, got {question.p99:g}")
+    calls = drawn(rate, kinds)
+    tried: dict[int, Outcome] = {}
+
+    def enough(replicas: int) -> bool:
+        if replicas not in tried:
+            attempts = ATTEMPTS if question.retry else 1
+            fleet = Fleet(replicas, Bounds(), least_request=not question.client_side, attempts=attempts)
+            tried[replicas] = fleet.serve(calls)
+        return tried[replicas].within(0.99) <= question.p99
+
+    least = most = math.ceil(rate * sum(call.seconds for call in kinds) / len(kinds))
+    while not enough(most):
+        most *= 2
+    fewest = bisect_left(range(most + 1), True, lo=least, key=enough)
+    for replicas in sorted(tried, key=lambda each: (each == fewest, each)):
+        outcome = tried[replicas]
+        yield {
+            "case": f"{rate:g} calls a second of {', '.join(f'{each:,}' for each in question.bytes)} bytes",
+            "replicas": replicas,
+            "enough": enough(replicas),
+            "baseline": "the p99 that is asked for",
+            "ratio": round(question.p99 / outcome.within(0.99), 3),
+            **{f"p{part}_ms": milliseconds(outcome.within(part / 100)) for part in (50, 99)},
+            "refusals_a_call": round(outcome.refusals / CALLS, 4),
+            "busy": round(outcome.busy / outcome.seconds / replicas, 3),
+            "gbit_a_second_each": round(
+                outcome.goodput * sum(question.bytes) / len(question.bytes) * 8e-9 / replicas, 3
+            ),
+        }
+
+
+def milliseconds(seconds: float) -> float | None:
+    """Give milliseconds; None of for ever."""
+    return round(seconds * 1000, 2) if seconds < math.inf else None
+
+
+def replay(row: dict[str, Any]) -> Outcome:
+    """Simulate the very calls that a row of `python -m benchmarks load` offered."""
+    kinds = []
+    for number, (shape, layer) in enumerate(load.MIX):
+        nbytes = 4 * (math.prod(shape) + math.prod(layer.output_shape(shape)))
+        kinds.append(
+            Call(0.0, row["mix_ms"][number] / 1000, nbytes, number if nbytes <= GATHERED_BYTES[True] else None)
+        )
+    calls = [
+        replace(kinds[kind], at=at)
+        for client in range(load.CLIENTS)
+        for at, kind in load.arrivals(row["offered"] / load.CLIENTS, client)
+    ]
+    return Fleet(1, Bounds(seconds=load.QUEUE_SECONDS)).serve(calls)
+
+
+def compared(row: dict[str, Any]) -> dict[str, Any]:
+    """Give what the simulation has instead of what was measured at a load."""
+    outcome = replay(row)
+    p50, p99 = (outcome.answered[int(len(outcome.answered) * part)] for part in (0.5, 0.99))
+    return {
+        "case": row["case"],
+        "baseline": "measured",
+        "ratio": round(outcome.goodput / row["goodput"], 3),
+        "goodput": round(outcome.goodput, 1),
+        "measured_goodput": row["goodput"],
+        "p50_ms": milliseconds(p50),
+        "measured_p50_ms": row["accepted_p50_ms"],
+        "p99_ms": milliseconds(p99),
+        "measured_p99_ms": row["accepted_p99_ms"],
+    }
+
+
+def run(given: Namespace) -> Iterator[dict[str, Any]]:
+    """Give the rows: the answer to what the command asks, or the simulation against what was measured."""
+    if given.rate is None:
+        return map(compared, read("load"))
+    return answer(Question(**{each.name: getattr(given, each.name) for each in fields(Question)}))
