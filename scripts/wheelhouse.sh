@@ -12,7 +12,7 @@ python=${PYTHON:-python3}
 mkdir -p "wheelhouse/$kind"
 requirements=$(mktemp)
 trap 'rm -f "$requirements"' EXIT
-"$python" scripts/requirements.py pyproject.toml server >"$requirements"
+"$python" scripts/requirements.py pyproject.toml server otel >"$requirements"
 "$python" -m pip download -q --dest wheelhouse --find-links "wheelhouse/$kind" --constraint constraints.txt \
   --only-binary=:all: --python-version 3.11 --requirement "$requirements" hatchling
 mv wheelhouse/torch-*.whl "wheelhouse/$kind/"
