@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test check format generate bench clean
+.PHONY: help setup demo test check docs format generate bench clean
 
 help:  ## Say what there is.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,13 +21,17 @@ demo: setup  ## Start a server and run the main job on a real photograph; pictur
 test: setup  ## Run all tests, with coverage.
 	$(BIN)/pytest --cov --cov-report=term $(ARGS)
 
-check: setup  ## Lint, format, types, proto, generated code in step.
+check: setup  ## Lint, format, types, proto, generated code in step, docs that build.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/buf lint
 	$(BIN)/hadolint server/Dockerfile
 	scripts/generate.sh --check
+	$(BIN)/mkdocs build --quiet --strict
+
+docs: setup  ## Build the site of docs/ into site/.
+	$(BIN)/mkdocs build --strict
 
 format: setup  ## Format and fix what can be fixed.
 	$(BIN)/ruff format .
@@ -40,4 +44,4 @@ bench: setup  ## Run a benchmark: make bench NAME=kernels
 	$(BIN)/python -m benchmarks $(NAME) --json benchmarks/results/$(NAME).json
 
 clean:  ## Remove what the others made.
-	rm -rf .venv .venv-generate .venv-triton demo dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv .venv-generate .venv-triton demo dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

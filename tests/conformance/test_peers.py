@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,14 +38,20 @@ def run(*command: object, env: dict[str, str] | None = None) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.fixture(scope="session")
-def peers() -> Path:
-    """The environment with the clients."""
+@cache
+def installed() -> Path:
+    """Give the environment with the clients, installed if need be."""
     done = subprocess.run([ROOT / "scripts/peers.sh"], capture_output=True, text=True, check=False)  # noqa: S603 - ours
     if done.returncode and "CI" not in os.environ and unreachable(done.stderr):
         pytest.skip("the registries of the clients can't be reached")
     assert done.returncode == 0, done.stdout + done.stderr
     return PEERS
+
+
+@pytest.fixture(scope="session")
+def peers() -> Path:
+    """The environment with the clients."""
+    return installed()
 
 
 def unreachable(said: str) -> bool:
