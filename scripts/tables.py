@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from poolrpc.layers import LAYERS, Layer
+from poolrpc.layers import DTYPES, FLOATS, INTEGERS, LAYERS, WIDE_FLOATS, Layer
 from poolrpc_server.config import Config
 from poolrpc_server.metrics import Metrics
 
@@ -67,8 +67,6 @@ def _call(layer: type[Layer]) -> str:
 
 
 def _dtypes(layer: type[Layer]) -> str:
-    from poolrpc.layers import DTYPES, FLOATS, INTEGERS, WIDE_FLOATS  # noqa: PLC0415 - of this table alone
-
     names = {FLOATS: "floats", FLOATS + INTEGERS: "floats, integers", WIDE_FLOATS: ", ".join(WIDE_FLOATS)}
     return names[DTYPES[layer.__name__]]
 
@@ -97,10 +95,9 @@ def _flag(setting: Any) -> tuple[str, str, str]:  # noqa: ANN401 - a dataclass's
 
 def metrics() -> str:
     """Each metric, of what type it is, and what it counts."""
-    families = sorted(Metrics().collect().collect(), key=lambda each: each.name)
     rows = (
         (f"`{each.name}{'_total' if each.type == 'counter' else ''}`", each.type, each.documentation)
-        for each in families
+        for each in Metrics().collect().collect()
     )
     return table(("metric", "type", "what"), rows)
 
@@ -113,7 +110,7 @@ def alerts() -> str:
         for group in groups
         for rule in group["rules"]
     )
-    return table(("alert", "severity", "when", "for"), rows)
+    return table(("alert", "how grave", "when", "for"), rows)
 
 
 def _results(name: str) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 import pytest
 import yaml
 from sybil import Document, Region, Sybil
@@ -61,12 +61,14 @@ DATA: dict[str, Callable[[str], object]] = {
 }
 """Languages that are read and no more."""
 
+SHELL = "sh|bash"
+
 RULES = {
-    "docker": ("sh", r"^\s*docker\b"),
-    "helm": ("sh", r"^\s*(helm|kubectl)\b"),
-    "ray": ("sh|python", r"^\s*(ray|serve)\s|^\s*(import|from) ray\b|\bpoolrpc(_server)?\.ray\b"),
-    "server": ("sh", r"^poolrpc-server\b(?!.*--help)"),
-    "shell": ("sh", ""),
+    "docker": (SHELL, r"^\s*docker\b"),
+    "helm": (SHELL, r"^\s*(helm|kubectl)\b"),
+    "ray": (f"{SHELL}|python", r"^\s*(ray|serve)\s|^\s*(import|from) ray\b|\bpoolrpc(_server)?\.ray\b"),
+    "server": (SHELL, r"^(\w+=\S+ )*poolrpc-server\b(?!.*--help)"),
+    "shell": (SHELL, ""),
     "triton": ("python", r"^import tritonclient\b"),
     "python": ("python", ""),
     "data": ("|".join(DATA), ""),
@@ -106,10 +108,9 @@ class Block:
         return f"{self.page}:{self.line}"
 
     def check(self, printed: str) -> None:
-        """See that what was printed is what the page says; of Python's blocks, that nothing goes unsaid."""
-        expected = self.expected or ""
-        if printed != expected and (self.expected is not None or self.language == "python"):
-            raise AssertionError(f"{self}: expected to print\n{expected}\ngot\n{printed}")
+        """See that what was printed is what the page says, where it does."""
+        if self.expected not in {None, printed}:
+            raise AssertionError(f"{self}: expected to print\n{self.expected}\ngot\n{printed}")
 
 
 def read(document: Document) -> list[tuple[Region, Block]]:
@@ -153,13 +154,15 @@ class Page:
     """
 
     def __init__(self) -> None:
+        from matplotlib import get_data_path  # noqa: PLC0415 - which collecting tests need not wait for
+
         self._open = ExitStack()
         # A short name: a socket's path has 108 characters at most.
         self.folder = Path(self._open.enter_context(tempfile.TemporaryDirectory(prefix="poolrpc-")))
         for each in ROOT.iterdir():
             if not each.name.startswith("."):
                 (self.folder / each.name).symlink_to(each)
-        shutil.copy(Path(mpl.get_data_path()) / "sample_data/grace_hopper.jpg", self.folder / "photo.jpg")
+        shutil.copy(Path(get_data_path()) / "sample_data/grace_hopper.jpg", self.folder / "photo.jpg")
         self._places = {SOCKETS: str(self.folder)}
         self._server = self._open.enter_context(ExitStack())
 
@@ -180,7 +183,7 @@ class Page:
             return
         if block.rule == "triton":
             printed = self._command(installed() / "bin/python", "-c", source, PYTHONPATH=str(ROOT / "client"))
-        elif block.language == "sh":
+        elif block.language != "python":
             printed = self._command("bash", "-euo", "pipefail", "-c", source)
         else:
             code = compile(pad(source, block.line), ROOT / block.page, "exec", dont_inherit=True)
@@ -207,21 +210,23 @@ class Page:
         return done.stdout
 
     def _serve(self, source: str) -> None:
-        """Start a server, which ends the one before it."""
+        """Run commands that end with a server, and wait until it serves; the one before it on the page ends."""
         self._server.close()
         command = re.sub(r"(--(?:listen|metrics) )[\w.]+:\d+", r"\g<1>127.0.0.1:0", source)
         own = {"POOLRPC_LISTEN": "127.0.0.1:0", "POOLRPC_LOG_FORMAT": "json"}
         process = subprocess.Popen(  # noqa: S603 - our own docs
-            ["bash", "-euc", f"exec {command}"],  # noqa: S607 - wherever it is
+            ["bash", "-euc", command],  # noqa: S607 - wherever it is
             cwd=self.folder,
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
             env={**os.environ, **ENVIRONMENT, **own},
         )
         made = Serving(process)
         made.reader.start()
         self._server.callback(made.wait)
-        self._server.callback(process.kill)
+        self._server.callback(os.killpg, process.pid, signal.SIGKILL)
         made.started.wait(120)
         if not made.start:
             raise AssertionError(f"expected a server that serves, got {made.log}")
