@@ -1,8 +1,8 @@
 """The blocks of code in README.md and docs/, and how each is run: by its language and by what it calls.
 
 Sybil finds the blocks and makes tests of them, one each, which the root's conftest.py collects. Those of a page run in
-order and share names, files and a server. What needs a Docker engine or Helm is run by the tests that have these:
-tests/docker/test_docs.py and tests/deploy/test_chart.py. A block that no rule covers fails.
+order and share names, files and a server. What needs a Docker engine, Helm or Ray is run by the tests that have these,
+in tests/docker, tests/deploy and tests/ray. A block that no rule covers fails.
 """
 
 from __future__ import annotations
@@ -19,19 +19,17 @@ import tempfile
 import tomllib
 from contextlib import ExitStack, chdir, redirect_stdout
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pytest
 import yaml
 from sybil import Document, Region, Sybil
 from sybil.evaluators.python import pad
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 
 from scripts.serving import Serving
-from tests.conformance.test_peers import installed
+from tests.installing import install
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -76,11 +74,11 @@ RULES = {
 }
 """How blocks are run: by the first whose language it is, of which a line is so."""
 
-ELSEWHERE = ("docker", "helm", "figure")
+ELSEWHERE = ("docker", "helm", "ray", "figure")
 """What isn't run from here: by the tests that have what it needs, or not at all."""
 
-MARKS = {"triton": "conformance", "ray": "ray"}
-"""pytest's marks of those that need more than is here."""
+MARKS = {"triton": "conformance"}
+"""pytest's marks of what is run from here and needs more than is here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,8 +170,6 @@ class Page:
 
     def run(self, block: Block, names: dict[str, Any]) -> None:
         """Run a block, and see that it prints what it says."""
-        if block.rule == "ray" and not find_spec("ray"):
-            pytest.skip("Ray isn't installed: the extra `ray`")
         source = self._placed(block.source)
         if block.rule == "server":
             self._serve(source)
@@ -182,7 +178,8 @@ class Page:
             DATA[block.language](source)
             return
         if block.rule == "triton":
-            printed = self._command(installed() / "bin/python", "-c", source, PYTHONPATH=str(ROOT / "client"))
+            install("scripts/peers.sh", "the clients")
+            printed = self._command(ROOT / ".venv-triton/bin/python", "-c", source, PYTHONPATH=str(ROOT / "client"))
         elif block.language != "python":
             printed = self._command("bash", "-euo", "pipefail", "-c", source)
         else:
