@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test check format generate bench dist clean
+.PHONY: help setup demo test check docs format generate bench dist clean
 
 help:  ## Say what there is.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,7 +21,7 @@ demo: setup  ## Start a server and run the main job on a real photograph; pictur
 test: setup  ## Run all tests, with coverage.
 	$(BIN)/pytest --cov --cov-report=term $(ARGS)
 
-check: setup  ## Lint, format, types, proto, generated code in step.
+check: setup  ## Lint, format, types, proto, generated code in step, docs that build.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -30,6 +30,10 @@ check: setup  ## Lint, format, types, proto, generated code in step.
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/zizmor --offline --quiet .github/workflows
 	scripts/generate.sh --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+docs: setup  ## Build the site of docs/ into site/.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: setup  ## Format and fix what can be fixed.
 	$(BIN)/ruff format .
@@ -45,4 +49,4 @@ dist: setup  ## Build the sdist and the wheel into dist/.
 	$(BIN)/python -m hatchling build --clean -d dist
 
 clean:  ## Remove what the others made.
-	rm -rf .venv .venv-generate .venv-triton demo dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv .venv-generate .venv-triton demo dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

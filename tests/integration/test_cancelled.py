@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from conftest import Gate
-
     from scripts.serving import Serving
 
 LIMIT = 48 * 2**20

@@ -31,8 +31,9 @@ from poolrpc_server.inference import open_inference_pb2 as pb
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from conftest import Gate
     from numpy.typing import NDArray
+
+    from conftest import Gate
 
 X = np.random.default_rng(7).standard_normal((2, 3, 8, 10), np.float32)
 STEM = "MaxPool2d(3, stride=2, padding=1)"

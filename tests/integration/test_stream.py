@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from conftest import Gate
-
     from poolrpc.chains import Chain
 
 MIB = 2**20

@@ -1,0 +1,164 @@
+"""Write the tables of the docs that say what the code and the results say: python -m scripts.tables.
+
+A page has a table between two comments. tests/docs/test_pages.py holds each to what this would write.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from poolrpc.layers import DTYPES, FLOATS, INTEGERS, LAYERS, WIDE_FLOATS, Layer
+from poolrpc_server.config import Config
+from poolrpc_server.metrics import Metrics
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+ROOT = Path(__file__).parent.parent
+PLACE = re.compile(r"(<!-- (\w+): written by python -m scripts\.tables -->\n).*?(<!-- end -->)", re.DOTALL)
+SHAPE = re.compile(r"^Shape:\n((?:    .*\n?)+)", re.MULTILINE)
+
+KERNELS = ("max", "max with indices", "average", "adaptive max", "adaptive average", "power average")
+TENSORS = ("MaxPool2d(2) 1x3x224x224", "MaxPool2d(2) 8x64x56x56", "MaxPool2d(2) 16x64x128x128")
+PATHS = ("unary", "stream", "arena", "arena, no copies")
+
+
+def main() -> None:
+    """Write every table."""
+    for page in pages():
+        page.write_text(written(page))
+
+
+def pages() -> list[Path]:
+    """Give the pages that have tables."""
+    return [page for page in sorted((ROOT / "docs").glob("*.md")) if PLACE.search(page.read_text())]
+
+
+def written(page: Path) -> str:
+    """Give a page's text with its tables as they should be."""
+    return PLACE.sub(lambda place: f"{place[1]}\n{TABLES[place[2]]()}\n\n{place[3]}", page.read_text())
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """Give a table in Markdown."""
+    names = [*head]
+    lines = [names, ["---"] * len(names), *([str(cell).replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def layers() -> str:
+    """Each layer as it is called, and its dtypes."""
+    return table(("layer", "dtypes"), ((f"`{_call(each)}`", _dtypes(each)) for each in LAYERS.values()))
+
+
+def _call(layer: type[Layer]) -> str:
+    parameters = (
+        each.name if each.default is MISSING else f"{each.name}={each.default!r}"
+        for each in fields(layer)  # type: ignore[arg-type]  # every layer is a dataclass
+    )
+    return f"{layer.__name__}({', '.join(parameters)})"
+
+
+def _dtypes(layer: type[Layer]) -> str:
+    names = {FLOATS: "floats", FLOATS + INTEGERS: "floats, integers", WIDE_FLOATS: ", ".join(WIDE_FLOATS)}
+    return names[DTYPES[layer.__name__]]
+
+
+def shapes() -> str:
+    """The shape rule of each family, as its first layer's docstring has it."""
+    rules: dict[str, tuple[list[str], str]] = {}
+    for name, layer in LAYERS.items():
+        found = SHAPE.search(inspect.getdoc(layer) or "")
+        rules.setdefault(layer.family, ([], " ".join(found[1].split()) if found else ""))[0].append(name)
+    return table(("layers", "shape"), ((", ".join(names), rule) for names, rule in rules.values()))
+
+
+def flags() -> str:
+    """Each flag of the server, its default and what it is."""
+    return table(("flag", "default", "what"), map(_flag, fields(Config)))
+
+
+def _flag(setting: Any) -> tuple[str, str, str]:  # noqa: ANN401 - a dataclass's field
+    default, unit = setting.default, setting.metadata["unit"]
+    many = isinstance(default, tuple)
+    shown = "" if isinstance(default, bool) or default in ("", ()) else f"`{default[0] if many else default}` {unit}"
+    value = "" if isinstance(default, bool) else f" {(unit or setting.name.rpartition('_')[2]).upper()}"
+    return f"`--{setting.name.replace('_', '-')}{value}`", shown.strip(), setting.metadata["help"]
+
+
+def metrics() -> str:
+    """Each metric, of what type it is, and what it counts."""
+    rows = (
+        (f"`{each.name}{'_total' if each.type == 'counter' else ''}`", each.type, each.documentation)
+        for each in Metrics().collect().collect()
+    )
+    return table(("metric", "type", "what"), rows)
+
+
+def alerts() -> str:
+    """Each alert rule: how grave, when, and what it says."""
+    groups = yaml.safe_load((ROOT / "deploy/prometheus/alerts.yml").read_text())["groups"]
+    rows = (
+        (f"`{rule['alert']}`", rule["labels"]["severity"], f"`{' '.join(rule['expr'].split())}`", rule.get("for", "-"))
+        for group in groups
+        for rule in group["rules"]
+    )
+    return table(("alert", "how grave", "when", "for"), rows)
+
+
+def _results(name: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+    return rows
+
+
+def kernels() -> str:
+    """The geometric means of a few groups of layers."""
+    means = {row["case"].removeprefix("geometric mean: "): row for row in _results("kernels") if "cases" in row}
+    rows = ((name, means[name]["cases"], means[name]["ratio"], means[name]["least"]) for name in KERNELS)
+    return table(("layers", "cases", "times eager torch, geometric mean", "the least of them"), rows)
+
+
+def paths() -> str:
+    """How a few tensors fare by each path against each baseline."""
+    rows = _results("transport")
+
+    def ratio(case: str, path: str, baseline: str) -> str:
+        key = (case, path, baseline)
+        return next(f"{row['ratio']:.2f}" for row in rows if (row["case"], row["contender"], row["baseline"]) == key)
+
+    def lines() -> Iterator[tuple[str, ...]]:
+        for case in TENSORS:
+            for baseline in ("torch", "echo", "plain server"):
+                yield (case, baseline, *(ratio(case, path, baseline) for path in PATHS))
+
+    return table(("tensor", "times the speed of", *PATHS), lines())
+
+
+def rest() -> str:
+    """Many small tensors, a file, and a load ten times too large."""
+    many = {row["contender"]: row["ratio"] for row in _results("transport") if row["baseline"] == "one call each"}
+    file = _results("memmap")[0]
+    load = {row["case"]: row for row in _results("load")}
+    rows = [(f"20,000 tensors of 3x32x32, {name}", f"{ratio} times one call each") for name, ratio in many.items()]
+    rows += [
+        (f"{file['case']}, {file['bytes'] / 2**30:.1f} GiB", f"{file['ratio']} times local torch"),
+        ("ten times the load that it can take", f"{load['10 times capacity']['ratio']:.2f} of the most it answers"),
+    ]
+    return table(("what", "figure"), rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    each.__name__: each for each in (layers, shapes, flags, metrics, alerts, kernels, paths, rest)
+}
+"""What writes each table, by the name that the page has for it."""
+
+
+if __name__ == "__main__":
+    main()

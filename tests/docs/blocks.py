@@ -1,0 +1,264 @@
+"""The blocks of code in README.md and docs/, and how each is run: by its language and by what it calls.
+
+Sybil finds the blocks and makes tests of them, one each, which the root's conftest.py collects. Those of a page run in
+order and share names, files and a server. What needs a Docker engine, Helm or Ray is run by the tests that have these,
+in tests/docker, tests/deploy and tests/ray. A block that no rule covers fails.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import tomllib
+from contextlib import ExitStack, chdir, redirect_stdout
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from sybil import Document, Region, Sybil
+from sybil.evaluators.python import pad
+from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
+
+from scripts.serving import Serving
+from tests.installing import install
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from sybil import Example
+
+ROOT = Path(__file__).parents[2]
+PAGES = (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
+FENCES = RawFencedCodeBlockLexer(re.compile(r"(?P<language>[^\n]*)$\n", re.MULTILINE))
+
+ADDRESS, METRICS, SOCKETS = "127.0.0.1:50051", "127.0.0.1:9464", "/run/poolrpc"
+"""Where servers are in the docs. In a test they are elsewhere, since these places may be taken."""
+
+ENVIRONMENT = {
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    "MAKEFLAGS": "n",  # make says what it would do: some of its targets are these very tests
+    "PIP_DRY_RUN": "1",  # what is to be installed is here already, or the block fails
+    "PIP_NO_INDEX": "1",
+    "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+}
+"""What commands have beside this process's own."""
+
+DATA: dict[str, Callable[[str], object]] = {
+    "yaml": lambda text: list(yaml.safe_load_all(text)),
+    "toml": tomllib.loads,
+    "json": json.loads,
+}
+"""Languages that are read and no more."""
+
+SHELL = "sh|bash"
+
+RULES = {
+    "docker": (SHELL, r"^\s*docker\b"),
+    "helm": (SHELL, r"^\s*(helm|kubectl)\b"),
+    "ray": (f"{SHELL}|python", r"^\s*(ray|serve)\s|^\s*(import|from) ray\b|\bpoolrpc(_server)?\.ray\b"),
+    "server": (SHELL, r"^(\w+=\S+ )*poolrpc-server\b(?!.*--help)"),
+    "shell": (SHELL, ""),
+    "triton": ("python", r"^import tritonclient\b"),
+    "apart": ("python", r"^from opentelemetry\b"),  # it sets up its whole process
+    "python": ("python", ""),
+    "data": ("|".join(DATA), ""),
+    "figure": ("text", ""),
+}
+"""How blocks are run: by the first whose language it is, of which a line is so."""
+
+ELSEWHERE = ("docker", "helm", "ray", "figure")
+"""What isn't run from here: by the tests that have what it needs, or not at all."""
+
+MARKS = {"triton": "conformance"}
+"""pytest's marks of what is run from here and needs more than is here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A block of code.
+
+    Attributes:
+        page: Its page, from the root.
+        line: Where it begins.
+        rule: How it is run; empty where no rule says.
+        language: Its language.
+        source: Its text.
+        expected: What it prints, as the text block right below it has it; None where there is none.
+
+    """
+
+    page: str
+    line: int
+    rule: str
+    language: str
+    source: str
+    expected: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+    def check(self, printed: str) -> None:
+        """See that what was printed is what the page says, where it does."""
+        if self.expected not in {None, printed}:
+            raise AssertionError(f"{self}: expected to print\n{self.expected}\ngot\n{printed}")
+
+
+def read(document: Document) -> list[tuple[Region, Block]]:
+    """Give the blocks of a page; a text block right below another one is what that prints."""
+    found: list[tuple[Region, Block]] = []
+    taken: Region | None = None
+    last = Region(len(document.text), len(document.text), lexemes={"language": "", "source": ""})
+    for region, after in pairwise([*FENCES(document), last]):
+        if region is taken:
+            continue
+        language, source = region.lexemes["language"].strip(), str(region.lexemes["source"])
+        prints = language != "text" and after.lexemes["language"].strip() == "text"
+        taken = after if prints and not document.text[region.end : after.start].strip() else None
+        page = str(Path(document.path).relative_to(ROOT))
+        line = document.text.count("\n", 0, region.start) + 1
+        expected = str(taken.lexemes["source"]) if taken else None
+        found.append((region, Block(page, line, rule_of(language, source), language, source, expected)))
+    return found
+
+
+def rule_of(language: str, source: str) -> str:
+    """Give the name of the rule for a block."""
+    for name, (languages, line) in RULES.items():
+        if re.fullmatch(languages, language) and re.search(line, source, re.MULTILINE):
+            return name
+    return ""
+
+
+def blocks(rule: str) -> list[Block]:
+    """Give all blocks of a rule."""
+    documents = (Document(path.read_text(), str(path)) for path in PAGES)
+    return [block for document in documents for _, block in read(document) if block.rule == rule]
+
+
+class Page:
+    """What the blocks of a page share: a folder, which has what a clone has, and a photograph; and a server.
+
+    Attributes:
+        folder: The folder.
+
+    """
+
+    def __init__(self) -> None:
+        from matplotlib import get_data_path  # noqa: PLC0415 - which collecting tests need not wait for
+
+        self._open = ExitStack()
+        # A short name: a socket's path has 108 characters at most.
+        self.folder = Path(self._open.enter_context(tempfile.TemporaryDirectory(prefix="poolrpc-")))
+        for each in ROOT.iterdir():
+            if not each.name.startswith("."):
+                (self.folder / each.name).symlink_to(each)
+        shutil.copy(Path(get_data_path()) / "sample_data/grace_hopper.jpg", self.folder / "photo.jpg")
+        self._places = {SOCKETS: str(self.folder)}
+        self._server = self._open.enter_context(ExitStack())
+
+    def close(self) -> None:
+        """End the server and remove the folder."""
+        self._open.close()
+
+    def run(self, block: Block, names: dict[str, Any]) -> None:
+        """Run a block, and see that it prints what it says."""
+        source = self._placed(block.source)
+        if block.rule == "server":
+            self._serve(source)
+            return
+        if block.rule == "data":
+            DATA[block.language](source)
+            return
+        if block.rule == "triton":
+            install("scripts/peers.sh", "the clients")
+            printed = self._command(ROOT / ".venv-triton/bin/python", "-c", source, PYTHONPATH=str(ROOT / "client"))
+        elif block.rule == "apart":
+            printed = self._command(sys.executable, "-c", source)
+        elif block.language != "python":
+            printed = self._command("bash", "-euo", "pipefail", "-c", source)
+        else:
+            code = compile(pad(source, block.line), ROOT / block.page, "exec", dont_inherit=True)
+            with chdir(self.folder), redirect_stdout(io.StringIO()) as output:
+                exec(code, names)  # noqa: S102 - our own docs
+            printed = output.getvalue()
+        for written, place in self._places.items():
+            printed = printed.replace(place, written)
+        block.check(printed)
+
+    def _placed(self, source: str) -> str:
+        for written, place in self._places.items():
+            source = source.replace(written, place)
+        return source
+
+    def _command(self, *command: str | Path, **environment: str) -> str:
+        own = {**ENVIRONMENT, "POOLRPC_ADDRESS": self._places.get(ADDRESS, ADDRESS), **environment}
+        done = subprocess.run(  # noqa: S603 - our own docs
+            command, cwd=self.folder, capture_output=True, text=True, check=False, env={**os.environ, **own}
+        )
+        # pip warns of an extra that there isn't.
+        if done.returncode or "WARNING" in done.stderr:
+            raise AssertionError(f"expected a command that succeeds, got {done.returncode}\n{done.stdout}{done.stderr}")
+        return done.stdout
+
+    def _serve(self, source: str) -> None:
+        """Run commands that end with a server, and wait until it serves; the one before it on the page ends."""
+        self._server.close()
+        command = re.sub(r"(--(?:listen|metrics) )[\w.]+:\d+", r"\g<1>127.0.0.1:0", source)
+        own = {"POOLRPC_LISTEN": "127.0.0.1:0", "POOLRPC_LOG_FORMAT": "json"}
+        process = subprocess.Popen(  # noqa: S603 - our own docs
+            ["bash", "-euc", command],  # noqa: S607 - wherever it is
+            cwd=self.folder,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, **ENVIRONMENT, **own},
+        )
+        made = Serving(process)
+        made.reader.start()
+        self._server.callback(made.wait)
+        self._server.callback(os.killpg, process.pid, signal.SIGKILL)
+        made.started.wait(120)
+        if not made.start:
+            raise AssertionError(f"expected a server that serves, got {made.log}")
+        told = (each for each in made.start["addresses"].split() if not each.startswith("unix:"))
+        self._places |= {ADDRESS: next(told, ADDRESS), METRICS: made.start["metrics"] or METRICS}
+
+
+def parse(document: Document) -> Iterator[Region]:
+    """Give Sybil what it is to run here."""
+    for region, block in read(document):
+        if block.rule not in ELSEWHERE:
+            region.parsed, region.evaluator = block, evaluate
+            yield region
+
+
+def evaluate(example: Example) -> str | None:
+    """Run a block, or say why not."""
+    block: Block = example.parsed
+    if not block.rule:
+        return f"expected a block of a language that a rule covers, got {block.language!r}: tests/docs/blocks.py"
+    example.namespace["_page"].run(block, example.namespace)
+    return None
+
+
+def begin(namespace: dict[str, Any]) -> None:
+    """Make what the blocks of a page share."""
+    namespace["_page"] = Page()
+
+
+def end(namespace: dict[str, Any]) -> None:
+    """Undo it."""
+    namespace["_page"].close()
+
+
+DOCUMENTS = Sybil([parse], patterns=["README.md", "docs/*.md"], path=str(ROOT), setup=begin, teardown=end)
