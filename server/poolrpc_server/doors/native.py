@@ -16,7 +16,7 @@ from poolrpc.v1 import pool_pb2
 from poolrpc_server.dispatch import Caller
 from poolrpc_server.doors import facts
 from poolrpc_server.doors.ahead import Leaving
-from poolrpc_server.interceptors import note, priority
+from poolrpc_server.interceptors import NO_MESSAGE, note, priority
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -164,7 +164,7 @@ def _parsed(header: bytes, cls: type[M]) -> M:
 
 def _no_message(cls: type[Message]) -> InternalError:
     # The status that gRPC itself has for what it can't parse.
-    return InternalError(f"expected a {cls.DESCRIPTOR.full_name}, got bytes that are none", reason="NO_MESSAGE")
+    return InternalError(f"expected a {cls.DESCRIPTOR.full_name}, got bytes that are none", reason=NO_MESSAGE)
 
 
 def _blocks(messages: Iterator[bytes], most: int) -> Iterator[Bytes]:
