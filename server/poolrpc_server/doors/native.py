@@ -140,8 +140,11 @@ class PoolDoor:
         note(noted := facts.asked(request))  # before the checks: the log tells what was refused
         checked = self._dispatcher.check(request)
         answer = pool_pb2.PoolResponse(results=codec.encode_results(checked.results)).SerializeToString()
-        head = wire.head(answer, sum(spec.nbytes for spec in checked.outputs))
-        return _Known(checked, codec.decode_ranges(message), noted | facts.answered(checked.results), answer, head)
+        head = wire.head(answer, checked.output_bytes)
+        ranges = codec.decode_ranges(message)
+        if ranges is None:
+            self._dispatcher.check_answer(len(head) + checked.output_bytes)
+        return _Known(checked, ranges, noted | facts.answered(checked.results), answer, head)
 
 
 def _caller(context: grpc.ServicerContext) -> Caller:
