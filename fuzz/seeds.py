@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from poolrpc import codec, wire
 from poolrpc.arena import encode_answer, encode_refusal, encode_request
 from poolrpc.chains import Planes, spatial_dims
-from poolrpc.errors import InvalidArgumentError, LimitExceededError
+from poolrpc.errors import InvalidArgumentError, LimitExceededError, UnavailableError
 from poolrpc.expression import parse_branches
 from poolrpc.shapes import check_shape
 from poolrpc.status import encode_error
@@ -232,6 +232,7 @@ def answers(rng: Random) -> Iterator[Case]:
     for error, number in (
         (InvalidArgumentError("expected 1, got 2", field="input.shape"), 3),
         (LimitExceededError("expected 1, got 2", reason="X", metadata={"limit": "1"}), 8),
+        (UnavailableError("full", reason="QUEUE", retry_delay=0.25), 14),
     ):
         text, details = encode_error(error, number)
         yield bytes((2, number)) + text.encode(), details

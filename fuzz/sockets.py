@@ -12,6 +12,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from fuzz.findings import FoundError
 from fuzz.seeds import CLOSE, FDS, GIVEN_BYTES, NEW, READ, SHORT, SHUT, UNSEALED
 from poolrpc.arena import SUFFIX, Arenas, decode_answer
@@ -112,21 +114,27 @@ class HostileArenas:
         self._case = case
         arenas = Arenas(self._path, arena_bytes=GIVEN_BYTES)
         try:
-            span = arenas.allocate(100)
-            if span is None:
-                return f"refused/{arenas.refused.reason}" if arenas.refused else "refused"
-            if span.offset % ALIGNMENT or len(span.region.memory) < GIVEN_BYTES:
-                raise FoundError("a span that isn't aligned, or of too small an arena")
-            span.array("uint8", (100,))[:] = 1  # type: ignore[arg-type]  # NumPy's word for its dtype
-            return "OK"
+            ending = self._asked(arenas)
         finally:
             arenas.close()
-            self._served.acquire()
+        if not self._served.acquire(timeout=DEADLINE):
+            raise FoundError("a client that keeps its connection")
+        return ending
 
     def close(self) -> None:
         """Listen no more."""
         self._socket.close()
         self._folder.cleanup()
+
+    @staticmethod
+    def _asked(arenas: Arenas) -> str:
+        span = arenas.allocate(100)
+        if span is None:
+            return f"refused/{arenas.refused.code}" if arenas.refused else "refused"
+        if span.offset % ALIGNMENT or len(span.region.memory) < GIVEN_BYTES:
+            raise FoundError("a span that isn't aligned, or of too small an arena")
+        span.array(np.dtype("uint8"), (100,))[:] = 1
+        return "OK"
 
     def _serve(self) -> None:
         while True:
