@@ -7,6 +7,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from random import Random
 from typing import Any
 
@@ -102,29 +103,27 @@ def check_log(server: Serving) -> None:
 
 def _fuzzed(server: Serving, path: str, seconds: float, seed: int) -> dict[str, Any]:
     _, tcp = server.start["addresses"].split()
-    peer = Peer(tcp, path, crowded=True)
-    run = Run(seed, peer, f"{path}.arena")
-    begun = time.monotonic()
-    samples = []
-    for end in (WARM * seconds, seconds):
-        with ThreadPoolExecutor(THREADS) as threads:
-            list(threads.map(run.until, [begun + end] * THREADS))
-        samples.append(measured(server.process.pid))
-    try:
-        peer.check_well()
-        check_at_rest(server.start["metrics"])
-        check_growth(*samples)
-        check_log(server)
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is found
-        run.tally.found("server", (), error)
-    run.close()
-    peer.close()
-    return {
-        "target": "all, of a server process",
-        "cases": run.tally.cases,
-        "seconds": round(time.monotonic() - begun, 1),
-        "warm": samples[0],
-        "end": samples[1],
-        "endings": {target: dict(counted) for target, counted in sorted(run.tally.endings.items())},
-        "findings": run.tally.findings,
-    }
+    with closing(Peer(tcp, path, crowded=True)) as peer, closing(Run(seed, peer, f"{path}.arena")) as run:
+        begun = time.monotonic()
+        samples = []
+        for end in (WARM * seconds, seconds):
+            with ThreadPoolExecutor(THREADS) as threads:
+                list(threads.map(run.until, [begun + end] * THREADS))
+            samples.append(measured(server.process.pid))
+        cases, took = run.tally.cases, time.monotonic() - begun
+        try:
+            peer.check_well()
+            check_at_rest(server.start["metrics"])
+            check_growth(*samples)
+            check_log(server)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is found
+            run.tally.found("server", (), error)
+        return {
+            "target": "all, of a server process",
+            "cases": cases,
+            "seconds": round(took, 1),
+            "warm": samples[0],
+            "end": samples[1],
+            "endings": {target: dict(counted) for target, counted in sorted(run.tally.endings.items())},
+            "findings": run.tally.findings,
+        }
