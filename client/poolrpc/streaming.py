@@ -92,7 +92,8 @@ class StreamCall:
                 import random  # noqa: PLC0415 - import poolrpc is to be quick
 
                 pause = random.uniform(0, min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE))  # noqa: S311 - no secret
-                pause = max(pause, getattr(translated(error), "retry_delay", None) or 0)
+                # What a server asks for may be more than a clock can wait for.
+                pause = min(max(pause, getattr(translated(error), "retry_delay", None) or 0), TIMEOUT_MAX)
                 left = self._call.left()
                 if (left is not None and pause >= left) or self._cancelled.wait(pause) or self._closed():
                     raise

@@ -11,7 +11,7 @@ from poolrpc.tensors import ALIGNMENT, spans
 from poolrpc_server.admission import RETRY_DELAY, refused
 from poolrpc_server.batcher import Batcher, Bounds, FullError, StoppedError
 from poolrpc_server.streams import Stream
-from poolrpc_server.validate import block_of, check_payload, check_request, check_shapes, check_stream
+from poolrpc_server.validate import block_of, check_answer, check_payload, check_request, check_shapes, check_stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -124,6 +124,15 @@ class Dispatcher:
 
         """
         return check_request(request, self._limits, self._engine.schedule)
+
+    def check_answer(self, nbytes: int) -> None:
+        """See that an answer of so many bytes may be one message.
+
+        Raises:
+            LimitExceededError: It may not.
+
+        """
+        check_answer(nbytes, self._limits)
 
     def pool(self, checked: Checked, payload: Bytes, caller: Caller, finish: Callable[[Sequence[memoryview]], T]) -> T:
         """Run a request and give what `finish` makes of its outputs.

@@ -7,10 +7,12 @@ import secrets
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
+from functools import wraps
 from threading import Event
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from poolrpc.errors import (
     InternalError,
@@ -51,6 +53,9 @@ PRIORITY_NAMES = tuple(map(str, range(PRIORITIES)))
 
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 """The trailing metadata from which gRPC's own retries take their delay."""
+
+NO_MESSAGE = "NO_MESSAGE"
+"""Why a call is INTERNAL, as gRPC has it, whose bytes are no message: no fault of the server's."""
 
 T = TypeVar("T")
 F = TypeVar("F", bound="Callable[..., object]")
@@ -145,7 +150,7 @@ class CallInterceptor(grpc.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler[Any, Any] | None],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Wrap a method of a kind that the services have: one message each way, or a stream each way."""
+        """Wrap a method of a kind that the services have."""
         method = handler_call_details.method
         level = 1
         if method in self._needs_room:
@@ -164,6 +169,8 @@ class CallInterceptor(grpc.ServerInterceptor):
             wrapped = self._unary(method, level, inner, inner.unary_unary)
         elif inner.stream_stream is not None:
             wrapped = self._stream(method, level, inner, inner.stream_stream)
+        elif inner.unary_stream is not None:
+            wrapped = _watched(inner, inner.unary_stream)
         else:
             return inner
         self._wrapped[method, level] = wrapped
@@ -199,10 +206,12 @@ class CallInterceptor(grpc.ServerInterceptor):
         inner: grpc.RpcMethodHandler[Any, Any],
         behaviour: Callable[[Any, grpc.ServicerContext], object],
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        def answers(request: object, context: grpc.ServicerContext) -> object:
+        read = _reading(inner)
+
+        def answers(data: bytes, context: grpc.ServicerContext) -> object:
             line = _Line(method, "unary", self, context, level)
             try:
-                answer = behaviour(request, context)
+                answer = behaviour(read(data), context)
             except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets a status
                 line.fail(error, context)
             else:
@@ -213,7 +222,7 @@ class CallInterceptor(grpc.ServerInterceptor):
                 line.end(self._log)
 
         return grpc.unary_unary_rpc_method_handler(
-            self._by(self._of(method), answers), inner.request_deserializer, inner.response_serializer
+            self._by(self._of(method), answers), response_serializer=inner.response_serializer
         )
 
     def _stream(
@@ -223,11 +232,13 @@ class CallInterceptor(grpc.ServerInterceptor):
         inner: grpc.RpcMethodHandler[Any, Any],
         behaviour: Callable[[Iterator[Any], grpc.ServicerContext], Iterator[object]],
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        def answers(requests: Iterator[object], context: grpc.ServicerContext) -> Iterator[object]:
+        read = _reading(inner)
+
+        def answers(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[object]:
             line, ended = _Line(method, "bidi_stream", self, context, level), Event()
             context.add_callback(ended.set)
             try:
-                yield from behaviour(requests, context)
+                yield from behaviour(map(read, messages), context)
             except GeneratorExit:  # gRPC wants no more answers
                 line.status = "CANCELLED"
                 raise
@@ -243,8 +254,44 @@ class CallInterceptor(grpc.ServerInterceptor):
                 line.end(self._log)
 
         return grpc.stream_stream_rpc_method_handler(
-            self._by(self._of(method), answers), inner.request_deserializer, inner.response_serializer
+            self._by(self._of(method), answers), response_serializer=inner.response_serializer
         )
+
+
+def _reading(inner: grpc.RpcMethodHandler[Any, Any]) -> Callable[[bytes], Any]:
+    """Give what reads a method's messages.
+
+    gRPC would do it, but of a call whose message it can't read it keeps all that it has of it, for good: memory, and a
+    place among the connection's calls. Nor would that call be in the log.
+    """
+    deserialize = inner.request_deserializer or (lambda data: data)
+
+    def read(data: bytes) -> Any:  # noqa: ANN401 - the method's kind of message
+        try:
+            return deserialize(data)
+        except DecodeError:
+            raise InternalError(
+                "expected a message of the method's, got bytes that are none", reason=NO_MESSAGE
+            ) from None
+
+    return read
+
+
+def _watched(
+    inner: grpc.RpcMethodHandler[Any, Any], behaviour: Callable[..., Iterator[Any]]
+) -> grpc.RpcMethodHandler[Any, Any]:
+    """Give the method that watches health, which says by attributes of its own how it is to be called."""
+    read = _reading(inner)
+
+    @wraps(behaviour)
+    def answers(data: bytes, context: grpc.ServicerContext, *rest: object) -> Iterator[Any]:
+        try:
+            message = read(data)
+        except InternalError as error:
+            _fail(context, error)
+        return behaviour(message, context, *rest)
+
+    return grpc.unary_stream_rpc_method_handler(answers, response_serializer=inner.response_serializer)
 
 
 class _Line:

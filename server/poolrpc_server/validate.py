@@ -35,8 +35,8 @@ class Limits:
     """What a request is held to; each is an operator's setting.
 
     Attributes:
-        input_bytes: Of one plane of a tensor that comes in blocks, and of what lies in a client's memory; gRPC bounds
-            what comes in one message.
+        input_bytes: Of one plane of a tensor that comes in blocks, of what lies in a client's memory, and of an answer
+            in one message; gRPC bounds what comes in one.
         output_bytes: Of a request's outputs, and of each step of a chain.
         output_growth: A request's output bytes over its input bytes.
         work: Cells that a request's layers visit: eager torch visits each window's, faster kernels fewer.
@@ -175,6 +175,16 @@ def check_payload(nbytes: int, limits: Limits) -> None:
 
     """
     _limit("TENSOR_TOO_LARGE", "bytes of input", nbytes, limits.input_bytes)
+
+
+def check_answer(nbytes: int, limits: Limits) -> None:
+    """Check the size of an answer, before it is computed: gRPC would find out when there is nothing left to do.
+
+    Raises:
+        LimitExceededError: It is larger than a message may be.
+
+    """
+    _limit("MESSAGE_TOO_LARGE", "bytes of answer in a message (--max-message-bytes)", nbytes, limits.input_bytes)
 
 
 def check_shapes(shape: Shape, branches: Sequence[Chain], layout: str) -> list[tuple[Shape, ...]]:

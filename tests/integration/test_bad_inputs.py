@@ -435,6 +435,19 @@ def test_a_message_over_the_servers_limit() -> None:
         assert client.health() == "SERVING"
 
 
+def test_an_answer_over_the_servers_limit() -> None:
+    """P01: an answer that no message may be is refused before it is computed, typed as any limit; an arena has room."""
+    layer = poolrpc.AdaptiveMaxPool2d(200)
+    x = np.ones((1, 1, 8, 8), np.float32)
+    with poolrpc_server.embedded(max_message_bytes=100_000) as client:
+        with pytest.raises(poolrpc.LimitExceededError, match="--max-message-bytes") as caught:
+            client.pool(x, layer, transport="unary")
+        assert caught.value.reason == "MESSAGE_TOO_LARGE"
+        assert caught.value.metadata["limit"] == "100000"
+        assert int(caught.value.metadata["actual"]) > 4 * 200 * 200
+        assert client.pool(x, layer, transport="arena").output.all()
+
+
 def test_a_compressed_message_is_not_inflated(server: Serving) -> None:
     """P02: compressed requests are refused, so that none inflates in the server's memory."""
     process = psutil.Process(server.process.pid)

@@ -453,6 +453,21 @@ def test_what_shared_memory_lacks_is_refused(caller: Caller, region: Path) -> No
     assert (error.code, error.reason) == ("RESOURCE_EXHAUSTED", "TENSOR_TOO_LARGE")
 
 
+def test_an_answer_that_no_message_may_be() -> None:
+    """An answer over the limit of a message is refused before it is computed; a little less is answered."""
+    x, least = np.ones((1, 1, 8, 8), np.float32), 4 * 100 * 100
+    asked = request(x, layer="AdaptiveMaxPool2d(100)")
+    with serving(max_message_bytes=least) as caller:
+        error = caller.fail(asked)
+        assert (error.code, error.reason) == ("RESOURCE_EXHAUSTED", "MESSAGE_TOO_LARGE")
+        (answer,) = caller.stream(iter([asked]))
+        assert answer.error_message.startswith("RESOURCE_EXHAUSTED: ")
+    with serving(max_message_bytes=least + 400) as caller:
+        assert arrays_of(caller.infer(asked))["output"].shape == (1, 1, 100, 100)
+        (answer,) = caller.stream(iter([asked]))
+        assert arrays_of(answer.infer_response)["output"].shape == (1, 1, 100, 100)
+
+
 def test_shared_memory_is_off_unless_allowed() -> None:
     """A server that wasn't told so opens no file of its clients', and lists no such extension."""
     with serving() as caller:

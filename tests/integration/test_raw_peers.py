@@ -231,6 +231,28 @@ def test_a_message_that_is_none(server: Serving, method: str, data: bytes) -> No
         assert peer.status(stream) == INTERNAL
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        SERVICE + "InferShape",
+        SERVICE + "Pool",
+        "/inference.GRPCInferenceService/ModelReady",
+        "/grpc.health.v1.Health/Check",
+        "/grpc.health.v1.Health/Watch",
+    ],
+)
+def test_a_thousand_messages_that_are_none(server: Serving, method: str) -> None:
+    """P03: a call whose bytes are no message leaves no memory, and no place among the calls of its connection."""
+    with flat(server, 8 * MIB), RawPeer(server.address) as peer:
+        for _ in range(1500):  # gRPC's own refusal keeps 20 KB of each, and this connection has 1024 places
+            stream = peer.open(method)
+            peer.send(stream, framed(b"\xff"))
+            assert peer.status(stream) == INTERNAL
+        stream = peer.open(SERVICE + "GetServerInfo")
+        peer.send(stream, framed(b""))
+        assert peer.status(stream) == OK
+
+
 @pytest.mark.parametrize("method", ["Pool", "PoolStream", "InferShape", "GetServerInfo"])
 @pytest.mark.parametrize(
     ("data", "statuses"),

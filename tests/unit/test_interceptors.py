@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2
 
 from poolrpc import (
     InternalError,
@@ -295,11 +296,33 @@ def test_a_method_that_is_not_there_stays_so(lines):
     assert len(asked) == 2
 
 
-@pytest.mark.parametrize("kind", ["unary_stream", "stream_unary"])
-def test_a_method_of_another_kind_is_left_as_it_is(lines, kind):
+def test_a_method_of_another_kind_is_left_as_it_is(lines):
     """No service of ours has such methods; what others have is passed on."""
-    inner = getattr(grpc, f"{kind}_rpc_method_handler")(lambda *_: "answer")
+    inner = grpc.stream_unary_rpc_method_handler(lambda *_: "answer")
     assert CallInterceptor(lines, METRICS).intercept_service(lambda _: inner, Details("/x/Y")) is inner
+
+
+@pytest.mark.parametrize("kind", ["unary_unary", "unary_stream", "stream_stream"])
+def test_grpc_reads_no_message(lines, kind):
+    """Of any method the interceptor itself reads the messages; of bytes that are none it makes INTERNAL, told why."""
+    behaviours = {
+        "unary_unary": lambda asked, _: asked.service,
+        "unary_stream": lambda asked, _: iter([asked.service]),
+        "stream_stream": lambda asked, _: (each.service for each in asked),
+    }
+    inner = getattr(grpc, f"{kind}_rpc_method_handler")(behaviours[kind], health_pb2.HealthCheckRequest.FromString)
+    handler = CallInterceptor(lines, METRICS).intercept_service(lambda _: inner, Details("/x/Y"))
+    assert handler.request_deserializer is None
+    context = Context()
+
+    def answers(data):
+        answer = getattr(handler, kind)(iter([data]) if kind == "stream_stream" else data, context)
+        return [answer] if kind == "unary_unary" else list(answer)
+
+    assert answers(health_pb2.HealthCheckRequest(service="x").SerializeToString()) == ["x"]
+    with pytest.raises(Aborted):
+        answers(b"\xff")
+    assert (type(context.error()), context.error().reason) == (InternalError, "NO_MESSAGE")
 
 
 def test_a_refusal_reads_no_message(lines):

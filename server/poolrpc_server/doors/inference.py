@@ -47,6 +47,9 @@ KNOWN = 4096
 REQUESTS_AHEAD = 1
 """Requests of a stream that are read while one is computed."""
 
+FRAME_BYTES = 64
+"""Of an answer beside its head, its id and its tensors, and of each of these: more than there are."""
+
 ERROR_CHARS = 600
 """Of an error in a stream: as many as a status has."""
 
@@ -237,6 +240,8 @@ class InferenceDoor:
             self._check_targets(known, infer.targets)
             named = [(name, spec) for _, name, spec in known.outputs]
             head = codec.encode_answer(infer.asked.model, named, infer.targets)
+        here = [spec.nbytes for _, name, spec in known.outputs if name not in infer.targets]
+        self._dispatcher.check_answer(len(head) + len(request_id) + FRAME_BYTES * (1 + len(here)) + sum(here))
 
         def finish(outputs: Sequence[memoryview]) -> bytes:
             timing.computed = time.perf_counter_ns()

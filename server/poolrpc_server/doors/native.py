@@ -16,7 +16,7 @@ from poolrpc.v1 import pool_pb2
 from poolrpc_server.dispatch import Caller
 from poolrpc_server.doors import facts
 from poolrpc_server.doors.ahead import Leaving
-from poolrpc_server.interceptors import note, priority, timeline
+from poolrpc_server.interceptors import NO_MESSAGE, note, priority, timeline
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -140,8 +140,11 @@ class PoolDoor:
         note(noted := facts.asked(request))  # before the checks: the log tells what was refused
         checked = self._dispatcher.check(request)
         answer = pool_pb2.PoolResponse(results=codec.encode_results(checked.results)).SerializeToString()
-        head = wire.head(answer, sum(spec.nbytes for spec in checked.outputs))
-        return _Known(checked, codec.decode_ranges(message), noted | facts.answered(checked.results), answer, head)
+        head = wire.head(answer, checked.output_bytes)
+        ranges = codec.decode_ranges(message)
+        if ranges is None:
+            self._dispatcher.check_answer(len(head) + checked.output_bytes)
+        return _Known(checked, ranges, noted | facts.answered(checked.results), answer, head)
 
 
 def _caller(context: grpc.ServicerContext) -> Caller:
@@ -164,7 +167,7 @@ def _parsed(header: bytes, cls: type[M]) -> M:
 
 def _no_message(cls: type[Message]) -> InternalError:
     # The status that gRPC itself has for what it can't parse.
-    return InternalError(f"expected a {cls.DESCRIPTOR.full_name}, got bytes that are none", reason="NO_MESSAGE")
+    return InternalError(f"expected a {cls.DESCRIPTOR.full_name}, got bytes that are none", reason=NO_MESSAGE)
 
 
 def _blocks(messages: Iterator[bytes], most: int) -> Iterator[Bytes]:

@@ -1,0 +1,1 @@
+"""Fuzzing: what a server, and a client, make of bytes that nobody should send; docs/fuzzing.md says how to run it."""

@@ -1,0 +1,58 @@
+"""What is told of a run: how many cases ended how, and what ended as nothing should."""
+
+from __future__ import annotations
+
+import threading
+import traceback
+from base64 import b64encode
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from fuzz.mutate import pack
+
+if TYPE_CHECKING:
+    from fuzz.mutate import Case
+
+MOST_KEPT = 50
+"""Findings with their case; of each kind the shortest."""
+
+
+class FoundError(Exception):
+    """A case ended as none should."""
+
+
+class Tally:
+    """Counts how cases ended, from any thread, and keeps what was found."""
+
+    def __init__(self) -> None:
+        self.endings: dict[str, Counter[str]] = {}
+        self.findings: dict[str, dict[str, Any]] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def cases(self) -> int:
+        """How many there were."""
+        return sum(counter.total() for counter in self.endings.values())
+
+    def ended(self, target: str, ending: str) -> None:
+        """Count a case."""
+        with self._lock:
+            self.endings.setdefault(target, Counter())[ending] += 1
+
+    def found(self, target: str, case: Case, error: BaseException) -> None:
+        """Keep a case that ended as none should."""
+        frames = traceback.extract_tb(error.__traceback__)
+        where = (
+            "" if isinstance(error, FoundError) else f" at {frames[-1].filename.rpartition('/')[2]}:{frames[-1].name}"
+        )
+        kind = f"{target}: {type(error).__name__}{where}: {str(error).partition(':')[0][:120]}"
+        text = "".join(traceback.format_exception(error))[-3000:]
+        packed = b64encode(pack(case)).decode()
+        with self._lock:
+            self.endings.setdefault(target, Counter())["FINDING"] += 1
+            known = self.findings.get(kind)
+            if known is None and len(self.findings) >= MOST_KEPT:
+                return
+            if known is None or len(packed) < len(known["case"]):
+                self.findings[kind] = {"count": 0 if known is None else known["count"], "case": packed, "text": text}
+            self.findings[kind]["count"] += 1

@@ -1,0 +1,292 @@
+"""What mutation starts from: valid calls of every kind, many layers, dtypes, shapes and ways for tensors to travel."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import TYPE_CHECKING
+
+from poolrpc import codec, wire
+from poolrpc.arena import encode_answer, encode_refusal, encode_request
+from poolrpc.chains import Planes, spatial_dims
+from poolrpc.errors import InvalidArgumentError, LimitExceededError, UnavailableError
+from poolrpc.expression import parse_branches
+from poolrpc.shapes import check_shape
+from poolrpc.status import encode_error
+from poolrpc.tensors import TensorSpec
+from poolrpc.v1 import pool_pb2
+from poolrpc_server.doors.inference import QUICK
+from poolrpc_server.doors.inference_codec import CONTENTS, DATATYPE_OF, PLACE
+from poolrpc_server.inference import open_inference_pb2 as pb
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fuzz.mutate import Case
+
+EXPRESSIONS = (
+    "MaxPool1d(2)",
+    "MaxPool2d(3, stride=2, padding=1)",
+    "MaxPool2d((2, 3), dilation=(2, 1), ceil_mode=True, return_indices=True)",
+    "MaxPool3d(2, stride=1)",
+    "AvgPool1d(3, stride=2, padding=1, count_include_pad=False)",
+    "AvgPool2d(2, divisor_override=3)",
+    "AvgPool2d(3, padding=1, ceil_mode=True)",
+    "AvgPool3d((1, 2, 2))",
+    "LPPool1d(2, 3, stride=2)",
+    "LPPool2d(1.5, 2)",
+    "LPPool3d(3, 2)",
+    "FractionalMaxPool2d(2, output_size=(2, 3), seed=7)",
+    "FractionalMaxPool2d(2, output_ratio=0.5, return_indices=True)",
+    "FractionalMaxPool3d(2, output_size=2)",
+    "AdaptiveMaxPool1d(3)",
+    "AdaptiveMaxPool2d((2, None), return_indices=True)",
+    "AdaptiveMaxPool3d(2)",
+    "AdaptiveAvgPool1d(4)",
+    "AdaptiveAvgPool2d((None, 3))",
+    "AdaptiveAvgPool3d(1)",
+    "MaxUnpool1d(2)",
+    "MaxUnpool2d(2, stride=2)",
+    "MaxUnpool3d(2)",
+    "GlobalMaxPool()",
+    "GlobalAvgPool()",
+    "[MaxPool2d(2), AvgPool2d(2, stride=1), GlobalMaxPool()]",
+    "[[AdaptiveAvgPool2d(1)], [MaxPool2d(2), AdaptiveAvgPool2d(2)]]",
+    "[[MaxPool1d(2, return_indices=True)], [AvgPool1d(2)], [GlobalAvgPool()]]",
+)
+LIMITS = {
+    "max_message_bytes": 2**23,
+    "max_output_bytes": 2**20,
+    "max_output_growth": 64,
+    "max_work": 2_000_000,
+    "max_inflight_bytes": 2**26,
+    "max_arena_bytes": 2**27,
+}
+"""What keeps the work of a case to a millisecond or two."""
+
+MODELS = ("stem=MaxPool2d(3, stride=2, padding=1)", "twice=[MaxPool2d(2), AvgPool2d(2)]")
+
+ARENA_ID = b"the arena's id.."
+"""Stands for the id of the arena that the fuzzer has."""
+
+ARENA_BYTES = 2**16
+REGION_KEY = "poolrpc-fuzz-00000000"
+"""Stands for the name of the fuzzer's file in /dev/shm."""
+
+REGION = "region"
+REGION_BYTES = 2**16
+
+
+def requests(rng: Random, rounds: int = 2) -> Iterator[tuple[str, codec.Request, bytes]]:
+    """Give expressions, a request for each, and the bytes of its tensors."""
+    for text in EXPRESSIONS * rounds:
+        branches = parse_branches(text)
+        dims = spatial_dims(branches) or 2
+        dtypes = sorted(set.intersection(*(set(layer.dtypes) for chain in branches for layer in chain)))
+        shape = (rng.randrange(1, 3), rng.randrange(1, 4), *(rng.randrange(4, 8) for _ in range(dims)))
+        spec = TensorSpec(rng.choice(dtypes), shape[rng.randrange(2) :], rng.choice(("NCHW", "NCHW", "NHWC")))
+        unpools = any(chain[0].takes_indices for chain in branches)
+        request = codec.Request(spec, branches, TensorSpec("int64", spec.shape, spec.layout) if unpools else None)
+        try:
+            request.results()
+        except InvalidArgumentError:
+            continue  # this layer doesn't fit this shape
+        yield text, request, rng.randbytes(spec.nbytes) + bytes(request.specs[-1].nbytes if unpools else 0)
+
+
+def pool(rng: Random) -> Iterator[Case]:
+    """Give calls of Pool: plain, padded, and in an arena."""
+    for _, request, payload in requests(rng):
+        header = codec.encode_request(request).SerializeToString()
+        yield (wire.join(header, [payload]),)
+        yield (wire.join(wire.pad(header, len(payload)), [payload]),)
+        ranges = codec.ArenaRanges(ARENA_ID, (0, ARENA_BYTES // 2), (ARENA_BYTES // 2, ARENA_BYTES // 2))
+        yield (header + codec.encode_ranges(ranges),)
+
+
+def pool_stream(rng: Random) -> Iterator[Case]:
+    """Give calls of PoolStream, of one block or several, in one message or several."""
+    for _, request, payload in requests(rng):
+        first = pool_pb2.PoolStreamRequest(request=codec.encode_request(request)).SerializeToString()
+        planes = Planes(request.input, check_shape(request.input.shape, spatial_dims(request.branches)))
+        yield first, *wire.pieces([payload], padded=True)
+        if request.indices is None:
+            step = planes.nbytes * rng.randrange(1, 3)
+            yield first, *(wire.join(b"", [payload[i : i + step]]) for i in range(0, len(payload), step))
+            yield first, wire.join(wire.UNFINISHED, [payload[:7]]), wire.join(b"", [payload[7:]])
+
+
+def infer_shape(rng: Random) -> Iterator[Case]:
+    """Give calls of InferShape."""
+    for _, request, _ in requests(rng):
+        spec = request.input
+        yield (codec.encode_shape_request(spec.shape, request.branches, spec.layout).SerializeToString(),)
+
+
+def infers(rng: Random) -> Iterator[bytes]:
+    """Give calls of ModelInfer: raw tensors, typed ones, in shared memory, of `pool` and of presets."""
+    for text, request, payload in requests(rng):
+        if request.input.layout == "NCHW":
+            for way in ("raw", "typed", "region"):
+                yield _infer(text, request, payload, way, rng).SerializeToString()
+    for name in ("stem", "twice"):
+        message = pb.ModelInferRequest(model_name=name, model_version="1")
+        message.inputs.add(name="input", datatype="FP32", shape=(1, 2, 8, 8))
+        message.raw_input_contents.append(rng.randbytes(4 * 128))
+        yield message.SerializeToString()
+
+
+def _infer(text: str, request: codec.Request, payload: bytes, way: str, rng: Random) -> pb.ModelInferRequest:
+    message = pb.ModelInferRequest(model_name="pool", id="7")
+    message.parameters["layer"].string_param = text
+    end = 0
+    for name, spec in zip(("input", "indices"), request.specs, strict=False):
+        start, end = end, end + spec.nbytes
+        tensor = message.inputs.add(name=name, datatype=DATATYPE_OF[spec.dtype], shape=spec.shape)
+        if way == "typed" and spec.dtype in CONTENTS:
+            getattr(tensor.contents, CONTENTS[spec.dtype]).extend([rng.randrange(2)] * spec.numel)
+        elif way == "region":
+            _place(tensor, start, spec.nbytes)
+        else:
+            message.raw_input_contents.append(payload[start:end])
+    if rng.randrange(2):
+        wanted = message.outputs.add(name="output")
+        if way == "region":
+            _place(wanted, REGION_BYTES // 2, REGION_BYTES // 2)
+    if rng.randrange(3) == 0:
+        message.parameters["priority"].uint64_param = rng.randrange(4)
+        message.parameters["timeout"].int64_param = 10**7
+    return message
+
+
+def _place(
+    tensor: pb.ModelInferRequest.InferInputTensor | pb.ModelInferRequest.InferRequestedOutputTensor,
+    offset: int,
+    nbytes: int,
+) -> None:
+    tensor.parameters[PLACE[0]].string_param = REGION
+    tensor.parameters[PLACE[1]].int64_param = nbytes
+    tensor.parameters[PLACE[2]].int64_param = offset
+
+
+def model_infer(rng: Random) -> Iterator[Case]:
+    """Give calls of ModelInfer."""
+    for each in infers(rng):
+        yield (each,)
+
+
+def model_stream_infer(rng: Random) -> Iterator[Case]:
+    """Give calls of ModelStreamInfer."""
+    messages = [*infers(rng)]
+    for at in range(0, len(messages), 2):
+        yield tuple(messages[at : at + rng.randrange(1, 4)])
+
+
+def quick(_: Random) -> Iterator[Case]:
+    """Give calls of every method that computes nothing; the first message is the method's number."""
+    named = ("ModelReady", "ModelMetadata", "ModelConfig", "ModelStatistics")
+    for number, method in enumerate(("GetServerInfo", *QUICK)):
+        lead = bytes((number,))
+        yield lead, b""
+        for model in ("pool", "stem", "nothing"):
+            if method in named:
+                yield lead, getattr(pb, f"{method}Request")(name=model, version="1").SerializeToString()
+        if method == "RepositoryIndex":
+            yield lead, pb.RepositoryIndexRequest(ready=True).SerializeToString()
+        if method.startswith("SystemSharedMemory"):
+            values = {"name": REGION, "key": f"/{REGION_KEY}", "offset": 0, "byte_size": REGION_BYTES}
+            kind = getattr(pb, f"{method}Request")
+            yield (
+                lead,
+                kind(**{k: v for k, v in values.items() if k in kind.DESCRIPTOR.fields_by_name}).SerializeToString(),
+            )
+
+
+QUESTIONS = tuple(request for _, request, _ in requests(Random(7), 1))
+"""What a client asks whom the fuzzer answers."""
+
+FDS, NEW, READ, CLOSE, SHUT = 3, 4, 8, 16, 32
+"""Bits of the first byte of an arena's step: descriptors to send; a new connection first; what to do after it."""
+
+
+def attach(rng: Random) -> Iterator[Case]:
+    """Give conversations with the arena's socket: each step is a byte of what to do, and a packet."""
+    for size in (1, 4096, 65536, 2**40, 0):
+        packet = encode_request(size)
+        for flags in (NEW | READ, NEW | READ | 1, NEW | CLOSE | 3, NEW | SHUT | READ, NEW):
+            yield (bytes((flags,)) + packet,)
+            yield bytes((NEW | READ,)) + packet, bytes((flags & ~NEW | rng.randrange(4),)) + packet
+            yield bytes((NEW,)) + packet, bytes((NEW | READ,)) + packet, bytes((flags,)) + packet
+
+
+def answers(rng: Random) -> Iterator[Case]:
+    """Give what a server says: the first message is what it answers to (a way, a question), the others the answer."""
+    for number, request in enumerate(QUESTIONS):
+        asked = bytes((number,))
+        results = request.results()
+        payload = rng.randbytes(sum(spec.nbytes for spec in codec.tensors(results)))
+        messages = codec.encode_results(results)
+        yield b"\0" + asked, wire.join(pool_pb2.PoolResponse(results=messages).SerializeToString(), [payload])
+        head = pool_pb2.PoolStreamResponse(results=messages).SerializeToString()
+        yield b"\1" + asked, head, *wire.pieces([payload])
+        yield b"\1" + asked, head, wire.join(wire.UNFINISHED, [payload[:5]]), wire.join(b"", [payload[5:]])
+    for error, number in (
+        (InvalidArgumentError("expected 1, got 2", field="input.shape"), 3),
+        (LimitExceededError("expected 1, got 2", reason="X", metadata={"limit": "1"}), 8),
+        (UnavailableError("full", reason="QUEUE", retry_delay=0.25), 14),
+    ):
+        text, details = encode_error(error, number)
+        yield bytes((2, number)) + text.encode(), details
+    shapes = pool_pb2.InferShapeResponse(branches=[{"shapes": [{"dims": [1, 2]}]}])
+    yield b"\3", shapes.SerializeToString()
+    info = pool_pb2.GetServerInfoResponse(version="1", layers=[{"name": "MaxPool2d", "dtypes": [1]}])
+    yield b"\4", info.SerializeToString()
+
+
+GIVEN_BYTES = 2**20
+"""Of an arena that a client has from the fuzzer: the least that it asks for."""
+
+UNSEALED, SHORT = 4, 8
+"""Bits of the first byte of what an arena's server does, beside how many descriptors it gives."""
+
+
+def attached(_: Random) -> Iterator[Case]:
+    """Give what an arena's server says to a client: each step is a byte of what comes with it, and a packet."""
+    good = encode_answer(bytes(range(16)), GIVEN_BYTES)
+    for flags in (1, 0, 2, 3, 1 | UNSEALED, 1 | SHORT):
+        yield (bytes((flags,)) + good,)
+    yield (b"\1" + encode_answer(bytes(16), 1),)
+    yield (b"\1" + encode_answer(bytes(16), GIVEN_BYTES, "another.sock"),)
+    yield (b"\0" + encode_refusal(LimitExceededError("expected 1, got 2", reason="ARENA_QUOTA")),)
+    yield b"\0" + good[:9], b"\1" + good
+
+
+SEEDS = {
+    "Pool": pool,
+    "PoolStream": pool_stream,
+    "InferShape": infer_shape,
+    "ModelInfer": model_infer,
+    "ModelStreamInfer": model_stream_infer,
+    "quick": quick,
+    "attach": attach,
+    "answers": answers,
+    "attached": attached,
+}
+
+
+SHARES = {
+    "Pool": 28,
+    "PoolStream": 6,
+    "InferShape": 14,
+    "ModelInfer": 26,
+    "ModelStreamInfer": 4,
+    "quick": 8,
+    "attach": 6,
+    "answers": 6,
+    "attached": 2,
+}
+"""Of a hundred cases: those that take longest have the fewest, but what is one message and computes has the most."""
+
+
+def seeds(target: str, seed: int = 0) -> list[Case]:
+    """Give what a target's mutation starts from."""
+    return list(SEEDS[target](Random(seed)))

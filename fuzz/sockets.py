@@ -1,0 +1,166 @@
+"""The arenas' handshake over its unix socket, descriptors included: a server's side, and a client's."""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import os
+import socket
+import tempfile
+import threading
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fuzz.findings import FoundError
+from fuzz.seeds import CLOSE, FDS, GIVEN_BYTES, NEW, READ, SHORT, SHUT, UNSEALED
+from poolrpc.arena import SUFFIX, Arenas, decode_answer
+from poolrpc.errors import InternalError, PoolError
+from poolrpc.tensors import ALIGNMENT
+
+if TYPE_CHECKING:
+    from fuzz.mutate import Case
+
+DEADLINE = 20.0
+MOST_OPEN = 4
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+def converse(path: str, case: Case) -> str:
+    """Hold a conversation with an arenas' socket and say how it ended.
+
+    Raises:
+        FoundError: As none should.
+
+    """
+    ending = "silent"
+    with ExitStack() as opened:
+        peers: list[socket.socket] = []
+        for step in case:
+            flags, packet = (step or b"\0")[0], step[1:]
+            if not peers or (flags & NEW and len(peers) < MOST_OPEN):
+                peer = opened.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+                peer.settimeout(DEADLINE)
+                peer.connect(path)
+                peers.append(peer)
+            peer = peers[-1]
+            with suppress(ConnectionError):
+                _send(peer, packet, flags & FDS)
+                if flags & SHUT:
+                    peer.shutdown(socket.SHUT_WR)
+                if flags & READ:
+                    ending = _answer_to(peer)
+            if flags & CLOSE:
+                peers.pop().close()
+    return ending
+
+
+def _send(peer: socket.socket, packet: bytes, count: int) -> None:
+    descriptors = [os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC) for _ in range(count)]
+    try:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+        peer.sendmsg([packet], rights)
+    finally:
+        for each in descriptors:
+            os.close(each)
+
+
+def _answer_to(peer: socket.socket) -> str:
+    try:
+        packet, descriptors, _, _ = socket.recv_fds(peer, 4096, 4)
+    except TimeoutError:
+        raise FoundError("no answer, and no end of the connection") from None
+    try:
+        if not packet:
+            return "ended"
+        arena_id, size, _ = decode_answer(packet)
+        if len(descriptors) != 1 or not arena_id or not size:
+            raise FoundError(f"an arena of {size} bytes with {len(descriptors)} descriptors")
+        if fcntl.fcntl(descriptors[0], fcntl.F_GET_SEALS) & SEALS != SEALS or os.fstat(descriptors[0]).st_size != size:
+            raise FoundError("an arena without its seals, or of another size")
+    except InternalError as error:
+        raise FoundError(f"INTERNAL: {error.message}") from None
+    except PoolError as error:
+        return f"{error.code}/{error.reason}"
+    else:
+        return "OK"
+    finally:
+        for each in descriptors:
+            os.close(each)
+
+
+class HostileArenas:
+    """A server of arenas that answers as a case says, and a client that has to live with it."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="poolrpc-fuzz-")
+        self._path = str(Path(self._folder.name) / "pool.sock")
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.bind(self._path + SUFFIX)
+        self._socket.listen()
+        self._case: Case = ()
+        self._served = threading.Semaphore(0)
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def judge(self, case: Case) -> str:
+        """Have a client ask, answer it as the case says, and say how it ended.
+
+        Raises:
+            FoundError: As none should.
+
+        """
+        self._case = case
+        arenas = Arenas(self._path, arena_bytes=GIVEN_BYTES)
+        try:
+            ending = self._asked(arenas)
+        finally:
+            arenas.close()
+        if not self._served.acquire(timeout=DEADLINE):
+            raise FoundError("a client that keeps its connection")
+        return ending
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._socket.close()
+        self._folder.cleanup()
+
+    @staticmethod
+    def _asked(arenas: Arenas) -> str:
+        span = arenas.allocate(100)
+        if span is None:
+            return f"refused/{arenas.refused.code}" if arenas.refused else "refused"
+        if span.offset % ALIGNMENT or len(span.region.memory) < GIVEN_BYTES:
+            raise FoundError("a span that isn't aligned, or of too small an arena")
+        span.array(np.dtype("uint8"), (100,))[:] = 1
+        return "OK"
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                peer, _ = self._socket.accept()
+            except OSError:
+                return
+            with peer, suppress(OSError):
+                for step in self._case:
+                    self._say(peer, (step or b"\0")[0], step[1:])
+                peer.shutdown(socket.SHUT_WR)
+                while peer.recv(4096):
+                    pass
+            self._served.release()
+
+    @staticmethod
+    def _say(peer: socket.socket, flags: int, packet: bytes) -> None:
+        descriptors = []
+        try:
+            for _ in range(flags & FDS):
+                descriptors.append(os.memfd_create("fuzz", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+                os.ftruncate(descriptors[-1], 100 if flags & SHORT else GIVEN_BYTES)
+                if not flags & UNSEALED:
+                    fcntl.fcntl(descriptors[-1], fcntl.F_ADD_SEALS, SEALS)
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+            peer.sendmsg([packet], rights)
+        finally:
+            for each in descriptors:
+                os.close(each)
