@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from math import inf
-from threading import Event
+from threading import TIMEOUT_MAX, Event
 from typing import TYPE_CHECKING, Any
 
 import grpc

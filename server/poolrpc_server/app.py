@@ -163,7 +163,6 @@ class Server:
         self._dispatcher = Dispatcher(
             limits, self._admission, engine, self.info, find_in(self._arenas), bounds, counting
         )
-        self._metrics.watch(self._load)
         self._call_log = CallLog()
         self._threads = CallThreads(config.call_threads, self._dispatcher.check_room)
         # Whoever looks after the server has its answer while every other call waits. A stream of reflection's may be
@@ -201,6 +200,7 @@ class Server:
         # A stream has a call thread for as long as it lasts: one at least is left for others.
         most = max(1, min(config.max_streams, config.call_threads - 1))
         self._streams = Streams(most, config.stream_idle_seconds)
+        self._metrics.watch(self._load)
         self._serving = False
         models, regions = read_models(config.model, config.models), Regions(allowed=config.allow_client_shm)
         self.models = tuple(models)
@@ -211,7 +211,10 @@ class Server:
                 inference.InferenceDoor(self._dispatcher, models, regions, self._streams, lambda: self._serving),
             ),
         ):
-            self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, door.handlers()),))
+            handlers = door.handlers()
+            self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+            for name, handler in handlers.items():
+                self._metrics.expect("bidi_stream" if handler.request_streaming else "unary", service, name)
         self._health = health.HealthServicer(experimental_thread_pool=self._quick)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._services = ("", SERVICE, inference.SERVICE, health.SERVICE_NAME)

@@ -34,6 +34,12 @@ SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2
 REQUESTS = tuple(2**power for power in range(9))
 PLANES = tuple(4**power for power in range(9))
 
+REASONS = ("CALLS", "DEVICE_FAILED", "IN_FLIGHT_BYTES", "QUEUE", "STOPPING", "STREAMS")
+"""Why calls are refused for what is under way."""
+
+STAGES = ("arrival", "queue", "compute", "send")
+"""How far calls are whose caller leaves."""
+
 PATIENCE = 10
 """Seconds that a connection may take to send its request."""
 
@@ -102,6 +108,18 @@ class Metrics:
         self._queue_length = self._gauge(
             "poolrpc_queue_length", "Requests in the queue.", "livesum", labels=("priority",)
         )
+        # Prometheus doesn't see a sample that begins with 1 rise: what there may be is shown from 0 on.
+        for reason in REASONS:
+            self._rejects.labels(reason)
+        for stage in STAGES:
+            self._cancelled.labels(stage)
+
+    def expect(self, kind: str, service: str, method: str) -> None:
+        """Show a method before its first call, with no calls that ended well and none that failed."""
+        self._started(kind, service, method)
+        self._seconds(kind, service, method)
+        for code in ("OK", "INTERNAL"):
+            self._handled(kind, service, method, _shown_code(code))
 
     def started(self, kind: str, service: str, method: str) -> None:
         """Count a call that begins; its kind is "unary", or "bidi_stream" and the like."""
@@ -117,7 +135,7 @@ class Metrics:
             self.refresh()
 
     def rejected(self, reason: str) -> None:
-        """Count a call that was refused for what is under way."""
+        """Count a call that was refused for what is under way: one of REASONS."""
         self._rejects.labels(reason).inc()
 
     def escaped(self) -> None:
@@ -125,7 +143,7 @@ class Metrics:
         self._escapes.inc()
 
     def cancelled(self, stage: str) -> None:
-        """Count a call whose caller left, at "arrival", in the "queue", in "compute", or while it is "send"."""
+        """Count a call whose caller left, at one of STAGES."""
         self._cancelled.labels(stage).inc()
 
     def executed(self, requests: int, planes: int, nbytes: int, seconds: float) -> None:
@@ -142,8 +160,10 @@ class Metrics:
         self._queue.observe(seconds)
 
     def watch(self, read: Callable[[], Load]) -> None:
-        """Take the gauges from what a function gives: when they are looked at, or as calls begin and end."""
+        """Take the gauges from what a function gives: when they are looked at, or now and as calls begin and end."""
         self._read = read
+        if IN_FOLDER:
+            self.refresh()
 
     def refresh(self) -> None:
         """Take the gauges now.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import hashlib
 import json
 import signal
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 import grpc
 import numpy as np
 import pytest
-import trustme
+from authority import Authority, files
 from cryptography.hazmat.primitives import serialization
 from google.protobuf import descriptor_pool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -172,9 +171,10 @@ class _Token(grpc.StreamStreamClientInterceptor):
         return continuation(details._replace(metadata=[("authorization", f"Bearer {TOKEN}")]), requests)
 
 
-def status(channel: grpc.Channel, method: str) -> grpc.StatusCode:
+def status(channel: grpc.Channel, method: str, token: str = "") -> grpc.StatusCode:
     """Give what an empty message gets, of a method of any kind; OK where it answers."""
-    call = channel.stream_stream(method)(iter([b""]), timeout=30)
+    metadata = [("authorization", f"Bearer {token}")] if token else []
+    call = channel.stream_stream(method)(iter([b""]), timeout=30, metadata=metadata)
     try:
         next(call, None)
     except grpc.RpcError as error:
@@ -197,6 +197,17 @@ def test_every_method_asks_for_a_token_but_health(guarded: Serving) -> None:
                 assert got == (grpc.StatusCode.UNIMPLEMENTED if each.endswith("List") else grpc.StatusCode.OK), each
             else:
                 assert got == grpc.StatusCode.UNAUTHENTICATED, each
+
+
+def test_every_method_but_the_allowed_refuses_a_lesser_token(guarded: Serving) -> None:
+    """Whatever reflection knows refuses a token whose line doesn't name it; health asks for none."""
+    found = methods(guarded.address)
+    with PoolClient(guarded.address, token=INFO_ONLY) as client:
+        assert client.server_info().threads
+    with grpc.insecure_channel(guarded.address) as channel:
+        got = {each: status(channel, each, INFO_ONLY) for each in found if not each.startswith("/grpc.health.")}
+    assert got.pop("/poolrpc.v1.PoolService/GetServerInfo") == grpc.StatusCode.OK
+    assert set(got.values()) == {grpc.StatusCode.PERMISSION_DENIED}
 
 
 def test_health_can_be_closed_too(tmp_path: Path) -> None:
@@ -278,37 +289,6 @@ def test_the_log_says_who_calls_and_nothing_secret(tmp_path: Path) -> None:
 # TLS.
 
 
-class Authority:
-    """An authority and the files of what it issued.
-
-    Attributes:
-        ca: The file of its own certificate.
-
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._authority = trustme.CA()
-        self.ca = folder / "ca.pem"
-        folder.mkdir()
-        self._authority.cert_pem.write_to_path(self.ca)
-
-    def issue(self, name: str, *, expired: bool = False) -> tuple[Path, Path]:
-        """Give the files of a new certificate and its key."""
-        now = dt.datetime.now(dt.UTC)
-        begin, end = now - dt.timedelta(days=2), now + dt.timedelta(days=-1 if expired else 1)
-        issued = self._authority.issue_cert(name, not_before=begin, not_after=end)
-        chain, key = self._folder / f"{name}.{expired}.pem", self._folder / f"{name}.{expired}.key"
-        chain.write_bytes(b"".join(each.bytes() for each in issued.cert_chain_pems))
-        issued.private_key_pem.write_to_path(key)
-        return chain, key
-
-    def trust(self, pair: tuple[Path, Path] | None = None) -> grpc.ChannelCredentials:
-        """Give a client's credentials that trust this authority, with a certificate of the client's or without."""
-        chain, key = (each.read_bytes() for each in pair) if pair else (None, None)
-        return grpc.ssl_channel_credentials(self.ca.read_bytes(), key, chain)
-
-
 @pytest.fixture
 def ours(tmp_path: Path) -> Authority:
     """Give the authority of the server's certificates."""
@@ -319,11 +299,6 @@ def ours(tmp_path: Path) -> Authority:
 def others(tmp_path: Path) -> Authority:
     """Give another one."""
     return Authority(tmp_path / "others")
-
-
-def files(pair: tuple[Path, Path]) -> dict[str, str]:
-    """Give the settings for a certificate and its key."""
-    return {"tls_cert": str(pair[0]), "tls_key": str(pair[1])}
 
 
 def assert_refused(address: str, credentials: grpc.ChannelCredentials | None) -> None:

@@ -1,17 +1,20 @@
 """What is counted, how it is called, and where it is read; over processes too."""
 
+import re
 import socket
 import subprocess
 import sys
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from poolrpc_server.metrics import FOLDER_VARIABLE, Load, Metrics, MetricsServer, forget, summed
+import poolrpc_server
+from poolrpc_server.metrics import FOLDER_VARIABLE, REASONS, STAGES, Load, Metrics, MetricsServer, forget, summed
 
 CALL = ("unary", "poolrpc.v1.PoolService", "Pool")
 LABELS = dict(zip(("grpc_type", "grpc_service", "grpc_method"), CALL, strict=True))
@@ -131,6 +134,25 @@ def test_calls_that_fail_are_counted_by_their_reason():
     assert value(shown, "poolrpc_validator_escapes_total") == 1
 
 
+def test_what_may_be_counted_is_shown_from_0_on():
+    """Every reason, every stage, and each method of a service has its samples before the first call."""
+    metrics = Metrics()
+    metrics.expect(*CALL)
+    shown = metrics.collect()
+    assert {value(shown, "poolrpc_rejects_total", reason=each) for each in REASONS} == {0}
+    assert {value(shown, "poolrpc_cancelled_total", stage=each) for each in STAGES} == {0}
+    assert value(shown, "grpc_server_started_total", **LABELS) == 0
+    assert {value(shown, "grpc_server_handled_total", **LABELS, grpc_code=each) for each in ("OK", "Internal")} == {0}
+    assert value(shown, "grpc_server_handling_seconds_bucket", **LABELS, le="30.0") == 0
+
+
+def test_the_reasons_are_those_that_the_server_gives():
+    """REASONS has each reason of an UnavailableError that the server's code makes, and no other."""
+    sources = [each.read_text() for each in Path(poolrpc_server.__file__).parent.rglob("*.py")]
+    made = [re.findall(r'(?:refused\(|UnavailableError\([^)]*reason=)"([A-Z_]+)"', each) for each in sources]
+    assert {reason for each in made for reason in each} == set(REASONS)
+
+
 def test_gauges_are_what_is_under_way_at_the_time_of_looking():
     """What is watched is asked when somebody looks, and not when calls end."""
     metrics, asked = Metrics(), [Load(7), LOAD, LOAD]
@@ -246,8 +268,7 @@ def test_processes_are_summed(counting, tmp_path):
     assert value(shown, "poolrpc_queue_oldest_seconds") == 2.5
     assert value(shown, "poolrpc_worker_restarts_total") == 7
     names = {name for name in families(busy().collect()) if not name.endswith("_created")}
-    # Those with labels are shown from their first count on.
-    assert set(families(shown)) == names - {"poolrpc_rejects", "poolrpc_cancelled"} | {"poolrpc_worker_restarts"}
+    assert set(families(shown)) == names | {"poolrpc_worker_restarts"}
 
 
 def test_a_process_that_died_leaves_its_counts(counting, tmp_path):

@@ -1,0 +1,205 @@
+"""The alerts and the dashboard, by Debian's Prometheus, which scripts/prometheus.sh fetches: real processes of both."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import threading
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import grpc
+import numpy as np
+import pytest
+import yaml
+
+import poolrpc
+from poolrpc import LPPool2d, MaxPool2d, PoolClient
+from poolrpc_server.inference import open_inference_pb2
+from scripts.observed import RULES, alerts, ask, await_scrape, metrics, panels, value
+from scripts.serving import Serving, serving
+from tests.installing import ROOT, install
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [pytest.mark.conformance, pytest.mark.timeout(300)]
+
+CASES = Path(__file__).parent / "alerts"
+CONFIG = RULES.with_name("prometheus.yml")
+ASKED = {name for expression in (*alerts().values(), *panels().values()) for name in metrics(expression)}
+OF_WORKERS = "poolrpc_worker_restarts_total"
+"""The one metric that only a server with workers has."""
+
+X = np.random.default_rng(5).standard_normal((1, 16, 128, 128), np.float32)
+
+
+@pytest.fixture(scope="session")
+def programs() -> Path:
+    """Have prometheus and promtool."""
+    install("scripts/prometheus.sh", "Prometheus")
+    return ROOT / ".debs/prometheus/usr/bin"
+
+
+def promtool(programs: Path, *arguments: str | Path) -> str:
+    """Give what promtool says; its words are the error where it fails."""
+    command = [programs / "promtool", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - its own
+    assert not done.returncode, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_configuration_and_the_rules_are_right(programs: Path) -> None:
+    """Prometheus's own tool accepts both, and finds the alerts."""
+    promtool(programs, "check", "config", CONFIG)
+    assert f"SUCCESS: {len(alerts())} rules found" in promtool(programs, "check", "rules", "--lint-fatal", RULES)
+
+
+@pytest.mark.parametrize("alert", alerts())
+def test_an_alert_comes_when_it_should(programs: Path, alert: str) -> None:
+    """Each fires on the series of its file in alerts/ at the times that the file says, and not at the others."""
+    case = CASES / f"{alert}.yml"
+    expected = [
+        each["exp_alerts"] for test in yaml.safe_load(case.read_text())["tests"] for each in test["alert_rule_test"]
+    ]
+    assert [] in expected
+    assert any(expected)
+    assert "SUCCESS" in promtool(programs, "test", "rules", case)
+
+
+def test_a_case_that_is_wrong_is_found(programs: Path, tmp_path: Path) -> None:
+    """With a status in gRPC's own spelling, which the server's metrics don't have, the alert's case fails."""
+    text = (CASES / "PoolrpcFails.yml").read_text().replace("../../../deploy/prometheus/alerts.yml", "alerts.yml")
+    (tmp_path / "case.yml").write_text(text)
+    (tmp_path / "alerts.yml").write_text(RULES.read_text().replace('"Internal"', '"INTERNAL"'))
+    with pytest.raises(AssertionError, match="FAILED"):
+        promtool(programs, "test", "rules", tmp_path / "case.yml")
+
+
+@contextmanager
+def prometheus(programs: Path, folder: Path, target: str) -> Iterator[str]:
+    """Run Prometheus by our own configuration, but for where the server is and how often it looks; give its address."""
+    config = yaml.safe_load(CONFIG.read_text())
+    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    config["rule_files"] = [str(RULES)]
+    (job,) = config["scrape_configs"]
+    del job["dns_sd_configs"]
+    job["static_configs"] = [{"targets": [target]}]
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+    flags = {"config.file": folder / "prometheus.yml", "storage.tsdb.path": folder / "data", "log.format": "json"}
+    process = subprocess.Popen(  # noqa: S603 - Debian's
+        [programs / "prometheus", "--web.listen-address=127.0.0.1:0", *(f"--{k}={v}" for k, v in flags.items())],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    said: list[dict[str, str]] = []
+    ready = threading.Event()
+
+    def read() -> None:
+        for line in process.stderr or ():
+            said.append(json.loads(line))
+            if said[-1].get("msg", "").startswith("Server is ready"):
+                ready.set()
+        ready.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        assert ready.wait(60)
+        assert process.poll() is None, said
+        yield next(each["address"] for each in said if each.get("msg") == "Listening on")
+    finally:
+        process.terminate()
+        process.wait(60)
+        reader.join()
+        if process.stderr:
+            process.stderr.close()
+
+
+def refused_stream(address: str) -> None:
+    """Have a stream refused, because others have the two places that there are, or the one of a worker."""
+    with grpc.insecure_channel(address) as channel:
+        ended, open_calls = threading.Event(), threading.Event()
+
+        def messages() -> Iterator[bytes]:
+            open_calls.wait(60)
+            yield from ()
+
+        calls = [channel.stream_stream("/poolrpc.v1.PoolService/PoolStream")(messages()) for _ in range(3)]
+        for each in calls:
+            if not each.add_callback(ended.set):  # it has ended
+                ended.set()
+        assert ended.wait(60)
+        assert grpc.StatusCode.UNAVAILABLE in {each.code() for each in calls if not each.is_active()}
+        for each in calls:
+            each.cancel()
+        open_calls.set()
+
+
+def traffic(server: Serving) -> None:
+    """Call in every way, and in ways that are refused, and leave early."""
+    tcp, unix = server.start["addresses"].split()
+    with PoolClient(tcp) as client:
+        client.pool(X, MaxPool2d(2))
+        client.pool(X, MaxPool2d(2), transport="stream")
+        with pytest.raises(poolrpc.InvalidArgumentError):
+            client.pool(X, MaxPool2d(500))
+        # Whatever the machine's speed, one of these ends after the call has come and before it is computed.
+        for timeout in (0.1, 0.4, 1.6):
+            with suppress(poolrpc.DeadlineExceededError):
+                client.pool(X.repeat(2, 2).repeat(2, 3), LPPool2d(3, 63, stride=1), timeout=timeout)
+    with PoolClient(unix) as client:
+        assert client.pool(X, MaxPool2d(2), transport="arena").transport == "arena"
+    with grpc.insecure_channel(tcp) as channel:
+        request = open_inference_pb2.ModelInferRequest(model_name="stem", raw_input_contents=[X.tobytes()])
+        request.inputs.add(name="input", datatype="FP32", shape=X.shape)
+        channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")(request.SerializeToString())
+    refused_stream(tcp)
+
+
+def operand(expression: str) -> str:
+    """Give what an alert looks at: its expression, without what it compares it with."""
+    return re.sub(r" (?:>|==) [0-9]+$", "", expression).removeprefix("absent")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_prometheus_has_what_is_asked_of_it(programs: Path, tmp_path: Path, workers: int) -> None:
+    """Each metric of the dashboard and the alerts is there before the first call; then all expressions have values.
+
+    The dashboard's are numbers, and no alert fires.
+    """
+    flags = ("--threads", str(workers), "--workers", str(workers), "--max-streams", "2")
+    more = ("--metrics", "127.0.0.1:0", "--model", "stem=MaxPool2d(3, stride=2, padding=1)")
+    unix = ("--listen", f"unix:{tmp_path}/sock", "--drain-seconds", "0")
+    with serving(*flags, *more, *unix) as server, prometheus(programs, tmp_path, server.start["metrics"]) as address:
+        assert await_scrape(lambda: value(address, "up") == 1)
+        scraped = set(ask(address, "label/__name__/values"))
+        missing = {OF_WORKERS} if workers == 1 else set()
+        assert ASKED - scraped == missing
+        assert value(address, "sum(grpc_server_started_total)") == 0
+        traffic(server)
+        for last in ("poolrpc_rejects_total", "poolrpc_cancelled_total"):
+            assert await_scrape(lambda last=last: value(address, f"sum({last})") >= 1), last
+        for name, expression in panels().items():
+            if not metrics(expression) & missing:
+                samples = ask(address, "query", query=expression)["result"]
+                assert samples, name
+                assert not any(each["value"][1] in {"NaN", "+Inf"} for each in samples), name
+        for name, expression in alerts().items():
+            ask(address, "query", query=expression)
+            if not metrics(expression) & missing:
+                assert ask(address, "query", query=operand(expression))["result"], name
+        rules = ask(address, "rules")["groups"][0]["rules"]
+        assert {each["name"]: each["health"] for each in rules} == dict.fromkeys(alerts(), "ok")
+        assert not [each["name"] for each in rules if each["state"] == "firing"]
+
+
+def test_the_metrics_of_an_expression_are_found(programs: Path, tmp_path: Path) -> None:
+    """They are those of the expressions as Prometheus itself writes them."""
+    with prometheus(programs, tmp_path, "127.0.0.1:1") as address:
+        for expression in (*alerts().values(), *panels().values()):
+            found = metrics(expression)
+            assert found
+            assert metrics(ask(address, "format_query", query=expression)) == found

@@ -1,0 +1,48 @@
+"""Certificates for the tests, made as they run."""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import TYPE_CHECKING
+
+import grpc
+import trustme
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class Authority:
+    """An authority and the files of what it issued.
+
+    Attributes:
+        ca: The file of its own certificate.
+
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._authority = trustme.CA()
+        self.ca = folder / "ca.pem"
+        folder.mkdir()
+        self._authority.cert_pem.write_to_path(self.ca)
+
+    def issue(self, name: str, *, expired: bool = False) -> tuple[Path, Path]:
+        """Give the files of a new certificate and its key."""
+        now = dt.datetime.now(dt.UTC)
+        begin, end = now - dt.timedelta(days=2), now + dt.timedelta(days=-1 if expired else 1)
+        issued = self._authority.issue_cert(name, not_before=begin, not_after=end)
+        chain, key = self._folder / f"{name}.{expired}.pem", self._folder / f"{name}.{expired}.key"
+        chain.write_bytes(b"".join(each.bytes() for each in issued.cert_chain_pems))
+        issued.private_key_pem.write_to_path(key)
+        return chain, key
+
+    def trust(self, pair: tuple[Path, Path] | None = None) -> grpc.ChannelCredentials:
+        """Give a client's credentials that trust this authority, with a certificate of the client's or without."""
+        chain, key = (each.read_bytes() for each in pair) if pair else (None, None)
+        return grpc.ssl_channel_credentials(self.ca.read_bytes(), key, chain)
+
+
+def files(pair: tuple[Path, Path]) -> dict[str, str]:
+    """Give the settings for a certificate and its key."""
+    return {"tls_cert": str(pair[0]), "tls_key": str(pair[1])}
