@@ -40,4 +40,4 @@ bench: setup  ## Run a benchmark: make bench NAME=kernels
 	$(BIN)/python -m benchmarks $(NAME) --json benchmarks/results/$(NAME).json
 
 clean:  ## Remove what the others made.
-	rm -rf .venv .venv-generate .venv-triton demo dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv .venv-generate .venv-triton .venv-ray demo dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -132,8 +132,12 @@ class Server:
 
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, make_server: Callable[..., grpc.Server] = grpc.server) -> None:
         """Make a server and take its addresses.
+
+        Args:
+            config: The settings.
+            make_server: What receives its calls: gRPC's own server, or one that takes grpc.server's arguments.
 
         Raises:
             ConfigError: An address can't be had, there is no such device, or the TLS or token files can't be used.
@@ -181,7 +185,7 @@ class Server:
             self._judge,
         )
         guards = [TokenInterceptor(tokens, calls, health=config.health_requires_token)] if tokens else []
-        self._server = grpc.server(
+        self._server = make_server(
             self._threads,
             interceptors=[*guards, calls],
             options=[

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from scripts.serving import Serving, serving
+from tests.installing import ROOT, install
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 PEERS = ROOT / ".venv-triton"
 pytestmark = [pytest.mark.conformance, pytest.mark.timeout(600)]
@@ -40,17 +40,8 @@ def run(*command: object, env: dict[str, str] | None = None) -> None:
 @pytest.fixture(scope="session")
 def peers() -> Path:
     """The environment with the clients."""
-    done = subprocess.run([ROOT / "scripts/peers.sh"], capture_output=True, text=True, check=False)  # noqa: S603 - ours
-    if done.returncode and "CI" not in os.environ and unreachable(done.stderr):
-        pytest.skip("the registries of the clients can't be reached")
-    assert done.returncode == 0, done.stdout + done.stderr
+    install("scripts/peers.sh", "the clients")
     return PEERS
-
-
-def unreachable(said: str) -> bool:
-    """Tell whether an installer failed for want of a network."""
-    words = ("Connection", "Temporary failure", "ENOTFOUND", "EAI_AGAIN", "ECONNREFUSED", "ETIMEDOUT", "ENETUNREACH")
-    return any(word in said for word in words)
 
 
 @pytest.fixture(scope="module")
