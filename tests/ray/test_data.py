@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import tempfile
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from scripts.raying import folder
 from scripts.serving import serving
 from tests.installing import ROOT
 
@@ -29,13 +29,13 @@ numpy.savez(sys.argv[2], **{row["path"].rpartition("/")[2]: numpy.asarray(row["p
 
 def run(environment: dict[str, str], *command: object) -> None:
     """Run a command in Ray's environment, with a Ray of its own."""
-    with tempfile.TemporaryDirectory(prefix="poolrpc-ray-", ignore_cleanup_errors=True) as folder:
+    with folder() as made:
         done = subprocess.run(  # noqa: S603 - our own commands
             ["python", *map(str, command)],  # noqa: S607 - of the environment's path
             capture_output=True,
             text=True,
             check=False,
-            env={**environment, "RAY_TMPDIR": folder},
+            env={**environment, "RAY_TMPDIR": made},
             timeout=300,
         )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -53,15 +53,15 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("where", ["engine", "server"])
-def test_every_image_is_pooled(environment: dict[str, str], photos: Path, tmp_path: Path, where: str) -> None:
+def test_every_image_is_pooled(rays_environment: dict[str, str], photos: Path, tmp_path: Path, where: str) -> None:
     """Each image's tensor is what torch makes of it, in the image's own layout."""
     command = [ROOT / "examples/ray_data.py", photos, tmp_path / "pooled", "--layer", "MaxPool2d(4)"]
     if where == "engine":
-        run(environment, *command)
+        run(rays_environment, *command)
     else:
         with serving() as server:
-            run(environment, *command, "--address", server.address)
-    run(environment, "-c", READ, tmp_path / "pooled", tmp_path / "pooled.npz")
+            run(rays_environment, *command, "--address", server.address)
+    run(rays_environment, "-c", READ, tmp_path / "pooled", tmp_path / "pooled.npz")
     with np.load(tmp_path / "pooled.npz") as pooled:
         for path in photos.iterdir():
             image = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ import poolrpc as p
 from tests.parity.reference import assert_same, reference, values
 
 if TYPE_CHECKING:
-    from tests.ray.conftest import Cluster
+    from scripts.raying import Cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -102,6 +103,21 @@ def test_metadata_reaches_the_replica(cluster: Cluster) -> None:
         pytest.raises(p.InvalidArgumentError, match=r"metadata\.priority"),
     ):
         client.pool(np.zeros((1, 1, 4, 4), np.float32), p.MaxPool2d(2))
+
+
+@pytest.mark.parametrize(("name", "value"), [("listen", "127.0.0.1:1"), ("workers", 2), ("threads", -1)])
+def test_settings_are_checked_before_deploying(rays_environment: dict[str, str], name: str, value: object) -> None:
+    """The application isn't built with a setting that is wrong, or of what Ray does itself."""
+    program = f"from poolrpc_server.ray import app; app({ {name: value} })"
+    done = subprocess.run(  # noqa: S603 - our own command
+        ["python", "-c", program],  # noqa: S607 - of the environment's path
+        capture_output=True,
+        text=True,
+        check=False,
+        env=rays_environment,
+    )
+    assert done.returncode == 1
+    assert f"ConfigError: {name}: expected" in done.stderr
 
 
 def test_a_deadline_ends_the_call(client: p.PoolClient) -> None:

@@ -14,7 +14,7 @@ from ray import serve
 from ray.serve.context import _get_global_client  # the one way to deploy a file and wait for it
 from ray.serve.schema import ServeDeploySchema
 
-CONFIG = Path(__file__).parents[2] / "deploy/ray/serve.yaml"
+CONFIG = Path(__file__).parents[1] / "deploy/ray/serve.yaml"
 
 folder, grpc_port, http_port = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 config = yaml.safe_load(CONFIG.read_text())
@@ -30,7 +30,7 @@ ray.init(
 try:
     serve.start(config["proxy_location"], http_options=config["http_options"], grpc_options=config["grpc_options"])
     _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config), _blocking=True)
-    print("ready", flush=True)  # noqa: T201 - to whoever started it
+    print("ready", flush=True)
     sys.stdin.read()
 finally:
     serve.shutdown()
