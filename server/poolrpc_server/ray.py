@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pickle import PickleBuffer
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
@@ -69,9 +70,9 @@ def _nothing(*_: object) -> NoReturn:
 
 def _unary(forward: Callable[..., Any]) -> Any:  # noqa: ANN401 - of grpc.aio, which the handlers' types leave out
     async def answers(request: bytes, context: Any) -> bytes:  # noqa: ANN401 - as above
-        answer: bytes = await forward(request, context)
+        answer = await forward(request, context)
         _name_loss(context)
-        return answer
+        return bytes(answer)
 
     return answers
 
@@ -80,7 +81,7 @@ def _streaming(forward: Callable[..., Any]) -> Any:  # noqa: ANN401 - as above
     async def answers(requests: Any, context: Any) -> AsyncIterator[bytes]:  # noqa: ANN401 - as above
         async for answer in forward(requests, context):
             if not context.code():  # the status comes with an empty message, for Ray has no other way for its details
-                yield answer
+                yield bytes(answer)
         _name_loss(context)
 
     return answers
@@ -89,7 +90,7 @@ def _streaming(forward: Callable[..., Any]) -> Any:  # noqa: ANN401 - as above
 def _name_loss(context: Any) -> None:  # noqa: ANN401 - as above
     # Whatever our own servicer says has details.
     ours = any(key == DETAILS_KEY for key, _ in context.trailing_metadata() or ())
-    if not ours and context.code() in (*LOST, *(code.value[0] for code in LOST)):  # numbers in grpcio before 1.80
+    if not ours and context.code() in LOST:
         context.set_code(grpc.StatusCode.UNAVAILABLE)
 
 
@@ -99,8 +100,9 @@ class _Message:
     def __init__(self, data: bytes) -> None:
         self._data = data
 
-    def SerializeToString(self) -> bytes:
-        return self._data
+    def SerializeToString(self) -> PickleBuffer:
+        # Ray lays this into its memory as it is; bytes would be copied into a pickle first, and out of it.
+        return PickleBuffer(self._data)
 
 
 class PoolReplica:
@@ -168,8 +170,9 @@ class PoolReplica:
             raise RuntimeError(self._server.failure)
 
     def __del__(self) -> None:
-        """Stop, once Ray has drained the replica."""
-        self._server.stop(grace=0)
+        """Stop, once Ray has drained the replica; it calls this, and then Python does."""
+        if server := self.__dict__.pop("_server", None):
+            server.stop(grace=0)
 
 
 def _call(method: str, context: RayServegRPCContext) -> Call:

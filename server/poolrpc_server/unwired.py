@@ -170,11 +170,13 @@ class UnwiredServer(grpc.Server):
         behaviour: Any = handler.unary_unary or handler.stream_stream  # the latter of one that refuses, whatever it is
 
         def answer() -> bytes:
-            answered: bytes = write(behaviour(read(request), call))
-            return answered
+            try:
+                return _guarded(call, lambda: write(behaviour(read(request), call)), b"")
+            finally:
+                self._end(call)
 
-        future: Future[bytes] = run(lambda: _guarded(call, answer, b""))
-        future.add_done_callback(lambda _: self._end(call))
+        future: Future[bytes] = run(answer)
+        future.add_done_callback(lambda _: self._end(call))  # it may be cancelled before a thread has it
         return future
 
     def stream(self, call: Call, requests: Iterator[bytes]) -> Answers:
@@ -197,11 +199,12 @@ class UnwiredServer(grpc.Server):
     def _begin(self, call: Call) -> tuple[Handler, Run]:
         context = contextvars.copy_context()
         with self._changed:
-            handler = None if self._stopped else context.run(self._find, _Details(call.method, call.metadata))
-            if handler is None:
-                told = (UNAVAILABLE, "the server stops") if self._stopped else (UNIMPLEMENTED, "no such method")
-                handler = grpc.stream_stream_rpc_method_handler(lambda _, call: call.abort(*told))
+            stopped = self._stopped
             self._calls.add(call)
+        handler = None if stopped else context.run(self._find, _Details(call.method, call.metadata))
+        if handler is None:
+            told = (UNAVAILABLE, "the server stops") if stopped else (UNIMPLEMENTED, "no such method")
+            handler = grpc.stream_stream_rpc_method_handler(lambda _, call: call.abort(*told))
         behaviour = handler.unary_unary or handler.stream_stream
         # What grpc.server asks of a behaviour too.
         threads = getattr(behaviour, "experimental_thread_pool", None) or self._threads
@@ -235,7 +238,7 @@ class UnwiredServer(grpc.Server):
         """Do nothing: calls are answered as they are handed in."""
 
     def stop(self, grace: float | None) -> threading.Event:
-        """Refuse calls from now on; those under way have `grace` seconds. What it gives is set once they have ended."""
+        """Refuse calls from now on, and cancel those that take longer than `grace` seconds; the event tells the end."""
         ended = threading.Event()
 
         def wait() -> None:
@@ -244,8 +247,6 @@ class UnwiredServer(grpc.Server):
                 left = tuple(self._calls)
             for each in left:
                 each.cancel()
-            with self._changed:
-                self._changed.wait_for(lambda: not self._calls)
             ended.set()
 
         with self._changed:

@@ -19,8 +19,9 @@ def test_the_commands_do_what_they_say(rays_environment: dict[str, str]) -> None
     (commands,) = re.findall(r"^```sh\n(.*?)^```$", (ROOT / "docs/ray.md").read_text(), re.MULTILINE | re.DOTALL)
     with folder() as made:
         done = subprocess.run(  # noqa: S603 - our own commands
-            # With jobs, as in a terminal: without, what runs in the background doesn't hear its interrupt.
-            ["bash", "-mec", commands],  # noqa: S607 - wherever it is
+            # As in a terminal: without -m what runs in the background doesn't hear its interrupt, nor where this test
+            # itself does.
+            ["env", "--default-signal=INT", "bash", "-mec", commands],  # noqa: S607 - wherever they are
             cwd=ROOT,
             capture_output=True,
             text=True,

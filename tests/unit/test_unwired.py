@@ -166,6 +166,18 @@ def test_stopping_waits_for_calls_and_refuses_others() -> None:
         assert told.is_set()
 
 
+def test_stopping_cancels_what_takes_longer() -> None:
+    """A stream that nobody reads is told, and doesn't hold the end up."""
+    with ThreadPoolExecutor(1) as threads:
+        server = served(threads, grpc.stream_stream_rpc_method_handler(lambda *_: iter((b"1", b"2"))))
+        call = Call("/a.B/C", ())
+        assert server.stream(call, iter(())).next().result(WAIT) == b"1"
+        assert call.is_active()
+        assert server.stop(0).wait(WAIT)
+        assert not call.is_active()
+        assert call.code() is grpc.StatusCode.CANCELLED
+
+
 def served(threads: ThreadPoolExecutor, handler: grpc.RpcMethodHandler[Any, Any]) -> UnwiredServer:
     """Give a server of one method, /a.B/C."""
     server = UnwiredServer(threads)
