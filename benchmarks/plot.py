@@ -23,6 +23,7 @@ def main() -> None:
     kernels()
     transport()
     load()
+    ray()
 
 
 def read(name: str) -> list[dict[str, Any]]:
@@ -74,6 +75,19 @@ def load() -> None:
         ),
     ]
     write("load", lines)
+
+
+def ray() -> None:
+    """Write the table of calls through Ray's proxy."""
+    lines = [
+        "| case | bytes | times our server's speed | ms | our server's ms |",
+        "| --- | --- | --- | --- | --- |",
+        *(
+            f"| {row['case']} | {row['bytes']:,} | {row['ratio']:.2f} | {row['ms']:.1f} | {row['baseline_ms']:.1f} |"
+            for row in read("ray")
+        ),
+    ]
+    write("ray", lines)
 
 
 def kernels() -> None:

@@ -208,11 +208,16 @@ def app(settings: dict[str, Any]) -> serve.Application:
     """Give the application, for the `import_path` of a Serve config; its `args` are fields of Config.
 
     Raises:
-        ConfigError: A setting is wrong, or is one of what Ray does in its own way.
+        ConfigError: A setting is wrong, or is one of what Ray does in its own way; or `insecure` isn't given.
 
     """
     for name in NOT_OURS:
         if name in settings:
             raise ConfigError(f"{name}: expected to be left to Ray Serve, got {settings[name]!r}")
+    if not settings.get("insecure"):
+        raise ConfigError(
+            "insecure: expected true, got none: Ray's proxy is public and without TLS, so that whoever reaches it may "
+            "call or listen. Keep its port inside, and say that you know"
+        )
     Config(**settings)  # each replica makes its own: defaults follow the machine
     return serve.deployment(PoolReplica, name="pool").bind(settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 
 import psutil
@@ -10,6 +11,9 @@ import pytest
 
 from scripts.raying import folder
 from tests.installing import ROOT
+
+TERMINAL = ["env", "--default-signal=INT", "script", "-qec"]
+"""Elsewhere a shell has no jobs, and what runs in its background doesn't hear an interrupt."""
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -19,9 +23,8 @@ def test_the_commands_do_what_they_say(rays_environment: dict[str, str]) -> None
     (commands,) = re.findall(r"^```sh\n(.*?)^```$", (ROOT / "docs/ray.md").read_text(), re.MULTILINE | re.DOTALL)
     with folder() as made:
         done = subprocess.run(  # noqa: S603 - our own commands
-            # As in a terminal: without -m what runs in the background doesn't hear its interrupt, nor where this test
-            # itself does.
-            ["env", "--default-signal=INT", "bash", "-mec", commands],  # noqa: S607 - wherever they are
+            [*TERMINAL, shlex.join(["bash", "-mec", commands]), "/dev/null"],
+            stdin=subprocess.DEVNULL,
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -29,7 +32,8 @@ def test_the_commands_do_what_they_say(rays_environment: dict[str, str]) -> None
             env={**rays_environment, "RAY_TMPDIR": made},
             timeout=500,
         )
-        assert "(8, 64, 28, 28) SERVING\n" in done.stdout, done.stdout + done.stderr
+        assert "(8, 64, 28, 28) SERVING" in done.stdout, done.stdout + done.stderr
+        assert "KeyboardInterrupt, shutting down" in done.stdout, done.stdout + done.stderr
         assert done.returncode == 0
         of_ray = [each for each in psutil.process_iter() if made in " ".join(cmdline(each))]
         _, left = psutil.wait_procs(of_ray, timeout=60)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -22,24 +24,32 @@ from poolrpc_server.unwired import Call, UnwiredServer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 POOL, STREAM = "/poolrpc.v1.PoolService/Pool", "/poolrpc.v1.PoolService/PoolStream"
 WAIT = 30
 
 
-@pytest.fixture
-def unwired() -> Iterator[UnwiredServer]:
-    """Everything that a server has, but for the wire."""
+@contextmanager
+def serving(**settings: Any) -> Iterator[UnwiredServer]:
+    """Run everything that a server has, but for the wire."""
     made: list[UnwiredServer] = []
 
     def make(*arguments: Any, **options: Any) -> UnwiredServer:
         made.append(UnwiredServer(*arguments, **options))
         return made[0]
 
-    server = Server(Config(threads=1), make)
+    server = Server(Config(threads=1, **settings), make)
     server.start()
     yield made[0]
     server.stop(grace=0)
+
+
+@pytest.fixture
+def unwired() -> Iterator[UnwiredServer]:
+    """Such a server."""
+    with serving() as made:
+        yield made
 
 
 def request(layer: p.Layer, *, stream: bool = False) -> bytes:
@@ -109,6 +119,18 @@ def test_interceptors_refuse(unwired: UnwiredServer) -> None:
     call = Call(STREAM, [("priority", "9")])
     assert unwired.stream(call, iter(())).next().result(WAIT) is None
     assert "priority" in str(error_of(call))
+
+
+def test_tokens_are_asked_for(tmp_path: Path) -> None:
+    """A call with a token is answered, one without is UNAUTHENTICATED."""
+    tokens = tmp_path / "tokens"
+    tokens.write_text(f"someone {sha256(b'secret').hexdigest()}\n")
+    with serving(token_file=str(tokens)) as server:
+        call = Call(POOL, [("authorization", "Bearer secret")])
+        assert server.unary(call, join(request(p.MaxPool2d(2)), [X])).result(WAIT).endswith(POOLED)
+        call = Call(POOL, ())
+        assert server.unary(call, join(request(p.MaxPool2d(2)), [X])).result(WAIT) == b""
+        assert isinstance(error_of(call), p.UnauthenticatedError)
 
 
 def test_an_unknown_method_is_unimplemented(unwired: UnwiredServer) -> None:
