@@ -49,4 +49,4 @@ dist: setup  ## Build the sdist and the wheel into dist/.
 	$(BIN)/python -m hatchling build --clean -d dist
 
 clean:  ## Remove what the others made.
-	rm -rf .venv .venv-generate .venv-triton .debs demo dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv .venv-generate .venv-triton .venv-ray .debs demo dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

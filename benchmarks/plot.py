@@ -38,6 +38,7 @@ def main() -> None:
     transport()
     load()
     scaling()
+    ray()
 
 
 def read(name: str) -> list[dict[str, Any]]:
@@ -156,6 +157,19 @@ def scaling() -> None:
         ),
     ]
     write("scaling", cores, lines, loads, waits, checks)
+
+
+def ray() -> None:
+    """Write the table of calls through Ray's proxy."""
+    lines = [
+        "| case | bytes | times our server's speed | ms | our server's ms |",
+        "| --- | --- | --- | --- | --- |",
+        *(
+            f"| {row['case']} | {row['bytes']:,} | {row['ratio']:.2f} | {row['ms']:.1f} | {row['baseline_ms']:.1f} |"
+            for row in read("ray")
+        ),
+    ]
+    write("ray", lines)
 
 
 def kernels() -> None:

@@ -134,8 +134,18 @@ class Server:
 
     """
 
-    def __init__(self, config: Config, spans: Spans | None = None) -> None:
-        """Make a server and take its addresses; `spans` are closed with it.
+    def __init__(
+        self,
+        config: Config,
+        spans: Spans | None = None,
+        make_server: Callable[..., grpc.Server] = grpc.server,
+    ) -> None:
+        """Make a server and take its addresses.
+
+        Args:
+            config: The settings.
+            spans: Where its calls' spans are made; closed with it.
+            make_server: What receives its calls: gRPC's own server, or one that takes grpc.server's arguments.
 
         Raises:
             ConfigError: An address can't be had, there is no such device, or the TLS or token files can't be used.
@@ -184,7 +194,7 @@ class Server:
             spans,
         )
         guards = [TokenInterceptor(tokens, calls, health=config.health_requires_token)] if tokens else []
-        self._server = grpc.server(
+        self._server = make_server(
             self._threads,
             interceptors=[*guards, calls],
             options=[

@@ -20,9 +20,9 @@ GENERATED = ("poolrpc.v1", "poolrpc_server.inference")
 # place here.
 ROOMS = (
     {"cli"},
-    {"workers"},
+    {"workers", "ray"},
     {"app"},
-    {"doors", "security"},
+    {"doors", "security", "unwired"},
     {"interceptors"},
     {"dispatch"},
     {"streams"},
@@ -38,8 +38,8 @@ ROOMS = (
     {"inference"},  # generated
 )
 DEPTH = {module: depth for depth, room in enumerate(ROOMS) for module in room}
-KNOW_GRPC = {"app", "doors", "interceptors", "security", "cli", "workers"}
-KNOW_CONFIG = {"cli", "workers", "app"}
+KNOW_GRPC = {"app", "doors", "interceptors", "security", "cli", "workers", "ray", "unwired"}
+KNOW_CONFIG = {"cli", "workers", "ray", "app"}
 # What the client's modules may import beside Python's own library when they are themselves imported.
 THIN = {"grpc", "google", "numpy", "poolrpc"}
 

@@ -1,0 +1,37 @@
+"""A small Ray of this machine that serves deploy/ray/serve.yaml, until its standard input ends.
+
+python local_ray.py FOLDER, in .venv-ray. It says "ready" once all replicas are. Ray listens on every interface that
+there is, so it is to be run by apart.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import ray
+import yaml
+from ray import serve
+from ray.serve.context import _get_global_client  # the one way to deploy a file and wait for it
+from ray.serve.schema import ServeDeploySchema
+
+CONFIG = Path(__file__).parents[1] / "deploy/ray/serve.yaml"
+
+config = yaml.safe_load(CONFIG.read_text())
+
+ray.init(
+    num_cpus=2,
+    include_dashboard=False,
+    log_to_driver=False,
+    object_store_memory=256 * 2**20,
+    _node_ip_address="127.0.0.1",
+    _temp_dir=sys.argv[1],
+)
+try:
+    serve.start(config["proxy_location"], http_options=config["http_options"], grpc_options=config["grpc_options"])
+    _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config), _blocking=True)
+    print("ready", flush=True)
+    sys.stdin.read()
+finally:
+    serve.shutdown()
+    ray.shutdown()

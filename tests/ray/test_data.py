@@ -1,0 +1,70 @@
+"""examples/ray_data.py on a few images, with an engine in its actors and with a server."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from scripts.raying import APART, folder
+from scripts.serving import serving
+from tests.installing import ROOT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+# The columns as an .npz: their types are Ray's own.
+READ = """
+import sys, numpy, ray.data, pyarrow.parquet
+rows = pyarrow.parquet.read_table(sys.argv[1]).to_pylist()
+numpy.savez(sys.argv[2], **{row["path"].rpartition("/")[2]: numpy.asarray(row["pooled"]) for row in rows})
+"""
+
+
+def run(environment: dict[str, str], *command: object) -> None:
+    """Run a command in Ray's environment, with a Ray of its own."""
+    with folder() as made:
+        done = subprocess.run(  # noqa: S603 - our own commands
+            [*APART, "python", *map(str, command)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**environment, "RAY_TMPDIR": made},
+            timeout=300,
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of two sizes."""
+    folder = tmp_path_factory.mktemp("photos")
+    generator = np.random.default_rng(0)
+    for i in range(5):
+        shape = (20, 30, 3) if i < 3 else (17, 9, 3)
+        Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("where", ["engine", "server"])
+def test_every_image_is_pooled(rays_environment: dict[str, str], photos: Path, tmp_path: Path, where: str) -> None:
+    """Each image's tensor is what torch makes of it, in the image's own layout."""
+    command = [ROOT / "examples/ray_data.py", photos, tmp_path / "pooled", "--layer", "MaxPool2d(4)"]
+    if where == "engine":
+        run(rays_environment, *command)
+    else:
+        with serving(listen=f"unix:{tmp_path / 'pool.sock'}") as server:
+            run(rays_environment, *command, "--address", server.address)
+    run(rays_environment, "-c", READ, tmp_path / "pooled", tmp_path / "pooled.npz")
+    with np.load(tmp_path / "pooled.npz") as pooled:
+        for path in photos.iterdir():
+            image = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
+            expected = torch.nn.functional.max_pool2d(image.float(), 4).byte().permute(1, 2, 0)
+            assert torch.equal(torch.from_numpy(pooled[path.name]), expected)
+        assert len(pooled.files) == 5

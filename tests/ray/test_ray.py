@@ -1,0 +1,155 @@
+"""Our client against a real local Ray that serves deploy/ray/serve.yaml: two replicas behind Ray's own gRPC proxy."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+
+import poolrpc as p
+from tests.parity.reference import assert_same, reference, values
+
+if TYPE_CHECKING:
+    from scripts.raying import Cluster
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+LAYERS = [
+    (p.MaxPool1d(3, stride=2), (2, 3, 33)),
+    (p.MaxPool2d(3, stride=2, padding=1), (2, 3, 16, 17)),
+    (p.MaxPool2d(2, return_indices=True), (2, 3, 16, 16)),
+    (p.MaxPool3d(2), (1, 2, 4, 6, 8)),
+    (p.AvgPool2d(2, ceil_mode=True), (2, 3, 9, 9)),
+    (p.LPPool2d(2, 3), (2, 3, 12, 12)),
+    (p.AdaptiveAvgPool2d((3, 5)), (2, 3, 13, 11)),
+    (p.AdaptiveMaxPool2d(4), (2, 3, 13, 11)),
+    (p.FractionalMaxPool2d(2, output_ratio=0.6, seed=7), (2, 3, 20, 20)),
+]
+
+
+def as_numpy(x: torch.Tensor) -> np.ndarray:
+    """Give a tensor as the client takes it, bfloat16 too."""
+    import ml_dtypes  # noqa: PLC0415 - of the client, optional
+
+    return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if x.dtype is torch.bfloat16 else x.numpy()
+
+
+@pytest.mark.parametrize("transport", ["unary", "stream"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "uint8"])
+def test_answers_are_torchs(client: p.PoolClient, dtype: str, transport: str) -> None:
+    """Every family gives what torch.nn gives, values, NaN and indices, bit for bit, by a message and by a stream."""
+    for i, (layer, shape) in enumerate(LAYERS):
+        if dtype not in layer.dtypes:
+            continue
+        x = values(shape, dtype, seed=i)
+        expected, places = reference(layer, x)
+        result = client.pool(as_numpy(x), layer, transport=transport)
+        assert result.transport == transport
+        assert_same(result.output, expected, layer)
+        if places is not None:
+            assert_same(result.indices, places, layer)
+
+
+def test_a_large_tensor_is_streamed_by_itself(client: p.PoolClient) -> None:
+    """The client picks the stream as it does with our own server, and torch.equal holds over many blocks."""
+    x = torch.randn(8, 64, 128, 128)
+    result = client.pool(x, p.MaxPool2d(2))
+    assert result.transport == "stream"
+    assert torch.equal(torch.from_numpy(result.output), torch.nn.functional.max_pool2d(x, 2))
+
+
+def test_shapes_info_and_health(client: p.PoolClient) -> None:
+    """InferShape, GetServerInfo and the standard health check answer; a replica has the threads of its one CPU."""
+    assert client.output_shape((8, 64, 56, 56), p.MaxPool2d(3, stride=2, padding=1)) == (8, 64, 28, 28)
+    info = client.server_info()
+    assert (info.version, info.device, info.threads) == (p.__version__, "cpu", 1)
+    assert info.limits["max_inflight_bytes"].value == 2**30
+    assert client.health() == client.health("poolrpc.v1.PoolService") == "SERVING"
+    with pytest.raises(p.NotFoundError):
+        client.health("nothing")
+
+
+@pytest.mark.parametrize("transport", ["unary", "stream"])
+def test_errors_are_those_that_the_server_raised(client: p.PoolClient, transport: str) -> None:
+    """Class, text, the field's path, reason and metadata go through Ray's proxy."""
+    x = np.zeros((1, 1, 8, 8), np.float32)
+    with pytest.raises(p.InvalidArgumentError, match="effective kernel of at most") as wrong:
+        client.pool(x, [p.MaxPool2d(2), p.MaxPool2d(99)], transport=transport)
+    assert [each.field for each in wrong.value.violations] == ["branches[0].layers[1].max_pool.kernel_size"]
+    with pytest.raises(p.UnsupportedError) as unsupported:
+        client.pool(x.astype(np.int32), p.AvgPool2d(2), transport=transport)
+    assert (unsupported.value.reason, unsupported.value.metadata["layer"]) == ("DTYPE", "AvgPool2d")
+
+
+def test_an_error_that_ends_a_stream_in_its_middle_has_its_details(client: p.PoolClient) -> None:
+    """What is wrong with a later block is told as well, after answers that came before."""
+    x = torch.randn(64, 32, 32, 32)
+    output, places = torch.nn.functional.max_pool2d(x, 2, return_indices=True)
+    places[-1, -1, -1, -1] = 10**6
+    with pytest.raises(p.InvalidArgumentError) as wrong:
+        client.pool(output, p.MaxUnpool2d(2), indices=places, transport="stream")
+    assert wrong.value.violations[0].field
+
+
+def test_metadata_reaches_the_replica(cluster: Cluster) -> None:
+    """A call's priority is read there, and refused where it is none."""
+    with (
+        p.PoolClient(cluster.address, metadata=[("priority", "9")]) as client,
+        pytest.raises(p.InvalidArgumentError, match=r"metadata\.priority"),
+    ):
+        client.pool(np.zeros((1, 1, 4, 4), np.float32), p.MaxPool2d(2))
+
+
+@pytest.mark.parametrize(("name", "value"), [("listen", "127.0.0.1:1"), ("threads", -1), ("insecure", False)])
+def test_settings_are_checked_before_deploying(rays_environment: dict[str, str], name: str, value: object) -> None:
+    """The application isn't built with a setting that is wrong, of what Ray does itself, or unguarded by mistake."""
+    program = f"from poolrpc_server.ray import app; app({ {'insecure': True, name: value} })"
+    done = subprocess.run(  # noqa: S603 - our own command
+        ["python", "-c", program],  # noqa: S607 - of the environment's path
+        capture_output=True,
+        text=True,
+        check=False,
+        env=rays_environment,
+    )
+    assert done.returncode == 1
+    assert f"ConfigError: {name}: expected" in done.stderr
+
+
+def test_a_deadline_ends_the_call(client: p.PoolClient) -> None:
+    """A caller whose time is up has its error, and the replica is there for others."""
+    x = np.zeros((16, 64, 128, 128), np.float32)
+    for transport in ("unary", "stream"):
+        with pytest.raises(p.DeadlineExceededError):
+            client.pool(x, p.AvgPool2d(31, stride=1), timeout=0.05, transport=transport)
+    assert client.pool(x[:1, :1], p.MaxPool2d(2)).shape == (1, 1, 64, 64)
+
+
+def test_a_replica_that_is_killed_under_load_costs_no_call(cluster: Cluster, client: p.PoolClient) -> None:
+    """One of two replicas dies by SIGKILL under calls and streams: each has its answer, by retries at most."""
+    x = torch.randn(4, 16, 64, 64)
+    expected = torch.nn.functional.max_pool2d(x, 3).numpy()
+    begun, killed = threading.Barrier(7), threading.Event()
+    replicas = cluster.replicas()
+    assert len(replicas) == 2
+
+    def calls(transport: str) -> int:
+        client.pool(x, p.MaxPool2d(3), transport=transport)
+        begun.wait(60)
+        after = count = 0
+        while after < 30:  # calls after the kill
+            after += killed.is_set()
+            count += np.array_equal(client.pool(x, p.MaxPool2d(3), transport=transport).output, expected)
+        return count
+
+    with ThreadPoolExecutor(6) as threads:
+        under_way = [threads.submit(calls, each) for each in ("unary",) * 4 + ("stream",) * 2]
+        begun.wait(60)
+        replicas[0].kill()
+        killed.set()
+        assert all(each.result(120) >= 30 for each in under_way)
+    assert not replicas[0].is_running()
