@@ -39,7 +39,7 @@ def serving(**settings: Any) -> Iterator[UnwiredServer]:
         made.append(UnwiredServer(*arguments, **options))
         return made[0]
 
-    server = Server(Config(threads=1, **settings), make)
+    server = Server(Config(threads=1, **settings), make_server=make)
     server.start()
     yield made[0]
     server.stop(grace=0)
