@@ -23,6 +23,7 @@ from poolrpc.transfer import (
     PoolResult,
     Progress,
     Transfer,
+    announcement,
     by_size,
 )
 from poolrpc.v1 import pool_pb2, standard_pb2
@@ -112,7 +113,9 @@ class AsyncPoolClient(Settings):
         try:
             if path == "stream":
                 return await self._stream(transfer, call, progress)
-            response = await self._pool(transfer.message(self.max_message_bytes), **call.now())
+            message = transfer.message(self.max_message_bytes)
+            call.carry(announcement(message))
+            response = await self._pool(message, **call.now())
         except grpc.RpcError as error:
             raise translated(error) from error
         return transfer.results(response, progress)

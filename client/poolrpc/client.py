@@ -22,6 +22,7 @@ from poolrpc.transfer import (
     PoolResult,
     Progress,
     Transfer,
+    announcement,
     by_size,
 )
 from poolrpc.v1 import pool_pb2, standard_pb2
@@ -131,7 +132,9 @@ class PoolClient(Settings):
         try:
             if path == "stream":
                 return self._stream(transfer, call, progress)
-            response = self._pool(transfer.message(self.max_message_bytes), **call.now())
+            message = transfer.message(self.max_message_bytes)
+            call.carry(announcement(message))
+            response = self._pool(message, **call.now())
         except grpc.RpcError as error:
             raise translated(error) from error
         return transfer.results(response, progress)

@@ -50,6 +50,9 @@ ARENA_BYTES = 256 * 2**10
 ARENA_MOST_BYTES = 256 * 2**20
 """Tensors of more than this don't, unless they lie there: an arena's memory stays taken."""
 
+ANNOUNCED_BYTES = 2**20
+"""Messages of at least this are announced, so that a server which has no room for one refuses it before it is sent."""
+
 BLOCK_BYTES = 2 * 2**20
 """Of a stream's blocks, about: whole planes, at least one."""
 
@@ -94,6 +97,11 @@ def check_transport(transport: str | None) -> None:
     if transport not in (None, *TRANSPORTS):
         msg = f"expected one of {', '.join(TRANSPORTS)} or None, got {clip(transport)}"
         raise InvalidArgumentError(msg, field="transport")
+
+
+def announcement(message: bytes) -> dict[str, str]:
+    """Give the metadata that says how large a unary call's message is; none of a small one."""
+    return {wire.MESSAGE_BYTES_KEY: str(len(message))} if len(message) >= ANNOUNCED_BYTES else {}
 
 
 def by_size(transfer: Transfer, most: int) -> str:

@@ -32,6 +32,9 @@ UNFINISHED = bytes((2 << 3, 1))
 PIECE_BYTES = 4 * 2**20
 """Of a block in one message of a stream: a larger one, of a single large plane, takes several."""
 
+MESSAGE_BYTES_KEY = "poolrpc-message-bytes"
+"""The metadata by which a client announces how large a unary call's message is: a server counts it before it comes."""
+
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MAX_VARINT_BYTES = 10
 _MAX_HEAD_BYTES = 6  # of a payload's tag and length, as encoders write them; of longer forms protobuf refuses some

@@ -8,6 +8,7 @@ import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -87,34 +88,60 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class CallThreads(ThreadPoolExecutor):
-    """The threads of calls, which know how many there are: gRPC would let any number wait for one, unseen."""
+    """The threads of calls, which know how many there are: gRPC would let any number wait for one, unseen.
 
-    def __init__(self, most: int, check_room: Callable[[int], None]) -> None:
-        """Make so many threads, on top of another check."""
+    A call's thread waits for its message before it comes to the servicer. What was announced is counted until then.
+    """
+
+    def __init__(self, most: int, dispatcher: Dispatcher) -> None:
+        """Make so many threads, for calls for which the dispatcher has room."""
         super().__init__(most, "poolrpc-call")
         self._most = most
-        self._check_room = check_room
+        self._dispatcher = dispatcher
         self._taken = 0
         self._counting = threading.Lock()
+        self._announced = threading.local()
 
     def submit(self, fn: Callable[..., T], /, *args: object, **kwargs: object) -> Future[T]:
         """Have something called."""
         with self._counting:
             self._taken += 1
+        # gRPC does so in the thread in which it asked for the call's handler, right after that.
+        if announced := self._take():
+            fn = partial(self._awaiting, announced, fn)
         future = super().submit(fn, *args, **kwargs)
         future.add_done_callback(self._done)
         return future
 
-    def check_room(self, priority: int) -> None:
-        """See that there is a thread for a call, and room for one of that priority.
+    def check_room(self, priority: int, announced: int) -> None:
+        """See that there is a thread for a call, and room for one of that priority, which this thread hands on next.
 
         Raises:
             UnavailableError: There is none.
+            LimitExceededError: No message may be as large as is announced.
 
         """
         if self._taken >= self._most:
             raise refused("CALLS", "calls at a time", self._most, self._taken + 1)
-        self._check_room(priority)
+        self._dispatcher.check_room(priority, announced)
+        self._announced.nbytes = announced
+
+    def arrived(self) -> None:
+        """Say that this thread's call has its message."""
+        if announced := self._take():
+            self._dispatcher.arrived(announced)
+
+    def _awaiting(self, announced: int, fn: Callable[..., T], *args: object, **kwargs: object) -> T:
+        self._announced.nbytes = announced
+        try:
+            return fn(*args, **kwargs)
+        finally:
+            self.arrived()  # where the caller left before it
+
+    def _take(self) -> int:
+        nbytes: int = getattr(self._announced, "nbytes", 0)
+        self._announced.nbytes = 0
+        return nbytes
 
     def _done(self, _: object) -> None:
         with self._counting:
@@ -174,14 +201,14 @@ class Server:
             limits, self._admission, engine, self.info, find_in(self._arenas), bounds, counting
         )
         self._call_log = CallLog()
-        self._threads = CallThreads(config.call_threads, self._dispatcher.check_room)
+        self._threads = CallThreads(config.call_threads, self._dispatcher)
         # Whoever looks after the server has its answer while every other call waits. A stream of reflection's may be
         # left open for as long as a caller likes.
         self._quick, self._reflecting = (ThreadPoolExecutor(4, f"poolrpc-{name}") for name in ("quick", "reflection"))
         calls = CallInterceptor(
             self._call_log,
             self._metrics,
-            self._threads.check_room,
+            self._threads,
             NEED_ROOM,
             {
                 f"/{SERVICE}/GetServerInfo": self._quick,

@@ -114,7 +114,7 @@ class Config:
     )
     call_threads: int = _setting(256, "calls that are read, checked and waited for at a time", "threads")
     max_message_bytes: int = _setting(
-        0, "largest gRPC message, each way; 0: an eighth of the memory, at most 513 MiB", "bytes"
+        0, "largest gRPC message, each way; 0: a 32nd of the memory, 4 to 513 MiB", "bytes"
     )
     max_output_bytes: int = _setting(MAX_PAYLOAD_BYTES, "outputs of a request, and each step of a chain", "bytes")
     max_output_growth: int = _setting(64, "outputs of a request over its input, for outputs above 4 MiB", "times")
@@ -211,7 +211,7 @@ def _by_the_machine() -> dict[str, int]:
     memory = memory_bytes()
     return {
         "threads": min(cpus(), MOST["threads"]),
-        "max_message_bytes": min(MAX_MESSAGE_BYTES, max(memory // 8, 2**20)),
+        "max_message_bytes": min(MAX_MESSAGE_BYTES, max(memory // 32, 4 * 2**20)),
         "max_inflight_bytes": min(4 * 2**30, memory * 2 // 5),
         "max_arena_bytes": min(2 * 2**30, memory // 5),
     }

@@ -11,7 +11,7 @@ from poolrpc.tensors import ALIGNMENT, spans
 from poolrpc_server.admission import RETRY_DELAY, refused
 from poolrpc_server.batcher import Batcher, Bounds, FullError, StoppedError
 from poolrpc_server.streams import Stream
-from poolrpc_server.validate import block_of, check_answer, check_payload, check_request, check_shapes, check_stream
+from poolrpc_server.validate import block_of, check_message, check_payload, check_request, check_shapes, check_stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -103,18 +103,31 @@ class Dispatcher:
         self._find_arena = find_arena
         self.info = info
 
-    def check_room(self, priority: int) -> None:
+    def check_room(self, priority: int, announced: int = 0) -> None:
         """See that there is room for a call of that priority, before anything of it is read.
+
+        Args:
+            priority: Its priority.
+            announced: How large it says that its message is, which is counted from now on, until `arrived`; 0: it
+                says nothing.
 
         Raises:
             UnavailableError: There is none.
+            LimitExceededError: No message may be as large.
 
         """
+        check_message(announced, self._limits, "request")
         self._admission.check_room()
         try:
             self._batcher.check_room(priority)
         except FullError as error:
             raise _refused(error) from None
+        if announced:
+            self._admission.take(announced)
+
+    def arrived(self, announced: int) -> None:
+        """Count a message no more that was announced: it is here, and counted as what it is; or it won't come."""
+        self._admission.give_back(announced)
 
     def check(self, request: Request) -> Checked:
         """Check a request, apart from its payload; the same request may then be run any number of times.
@@ -132,7 +145,7 @@ class Dispatcher:
             LimitExceededError: It may not.
 
         """
-        check_answer(nbytes, self._limits)
+        check_message(nbytes, self._limits, "answer")
 
     def pool(self, checked: Checked, payload: Bytes, caller: Caller, finish: Callable[[Sequence[memoryview]], T]) -> T:
         """Run a request and give what `finish` makes of its outputs.

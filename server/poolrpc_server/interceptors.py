@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from functools import wraps
 from threading import Event
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -25,6 +25,7 @@ from poolrpc.errors import (
 )
 from poolrpc.shapes import clip
 from poolrpc.status import DETAILS_KEY, encode_error
+from poolrpc.wire import MESSAGE_BYTES_KEY
 from poolrpc_server.batcher import PRIORITIES
 from poolrpc_server.logs import log
 
@@ -50,6 +51,9 @@ PRIORITY_KEY = "priority"
 """The metadata by which a caller says how urgent a call is: 0 goes first, 1 is what others have, 2 goes last."""
 
 PRIORITY_NAMES = tuple(map(str, range(PRIORITIES)))
+
+MOST_DIGITS = 19
+"""Of a number of bytes."""
 
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 """The trailing metadata from which gRPC's own retries take their delay."""
@@ -101,6 +105,16 @@ def name_caller(name: str) -> None:
     _caller.set(name)
 
 
+class Room(Protocol):
+    """Who knows whether there is room for a call."""
+
+    def check_room(self, priority: int, announced: int) -> None:
+        """Raise where there is none for a call of that priority, whose message has so many bytes; 0: unknown."""
+
+    def arrived(self) -> None:
+        """Hear that the call of this thread has its message."""
+
+
 class CallInterceptor(grpc.ServerInterceptor):
     """Lets calls in, answers with the status of whatever a servicer raises, logs the call and counts it.
 
@@ -118,7 +132,7 @@ class CallInterceptor(grpc.ServerInterceptor):
         self,
         call_log: CallLog,
         metrics: Metrics,
-        check_room: Callable[[int], None] = lambda _: None,
+        room: Room | None = None,
         needs_room: Collection[str] = (),
         threads: Mapping[str, ThreadPoolExecutor] | None = None,
         judge: Callable[[Exception], PoolError | None] = lambda _: None,
@@ -129,7 +143,7 @@ class CallInterceptor(grpc.ServerInterceptor):
         Args:
             call_log: Where it logs.
             metrics: Where it counts.
-            check_room: Raises where there is no room for a call of that priority.
+            room: Knows whether there is room for a call. None: there always is.
             needs_room: The methods for which that is asked.
             threads: Who answers methods that begin so. Any other is answered by the server's own.
             judge: Gives a better error than InternalError for one that is no PoolError, perhaps.
@@ -140,7 +154,7 @@ class CallInterceptor(grpc.ServerInterceptor):
         self.metrics = metrics
         self.judge = judge
         self.spans = spans
-        self._check_room = check_room
+        self._room = room
         self._needs_room = frozenset(needs_room)
         self._threads = dict(threads or {})
         self._wrapped: dict[tuple[str, int], grpc.RpcMethodHandler[Any, Any]] = {}
@@ -155,8 +169,9 @@ class CallInterceptor(grpc.ServerInterceptor):
         level = 1
         if method in self._needs_room:
             try:
-                level = _priority_of(handler_call_details.invocation_metadata)
-                self._check_room(level)
+                level, announced = _said(handler_call_details.invocation_metadata)
+                if self._room is not None:
+                    self._room.check_room(level, announced)
             except PoolError as error:
                 return self.refusal(method, error)
         wrapped = self._wrapped.get((method, level))
@@ -206,9 +221,11 @@ class CallInterceptor(grpc.ServerInterceptor):
         inner: grpc.RpcMethodHandler[Any, Any],
         behaviour: Callable[[Any, grpc.ServicerContext], object],
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        read = _reading(inner)
+        read, room = _reading(inner), self._room
 
         def answers(data: bytes, context: grpc.ServicerContext) -> object:
+            if room is not None:
+                room.arrived()
             line = _Line(method, "unary", self, context, level)
             try:
                 answer = behaviour(read(data), context)
@@ -232,9 +249,11 @@ class CallInterceptor(grpc.ServerInterceptor):
         inner: grpc.RpcMethodHandler[Any, Any],
         behaviour: Callable[[Iterator[Any], grpc.ServicerContext], Iterator[object]],
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        read = _reading(inner)
+        read, room = _reading(inner), self._room
 
         def answers(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[object]:
+            if room is not None:
+                room.arrived()
             line, ended = _Line(method, "bidi_stream", self, context, level), Event()
             context.add_callback(ended.set)
             try:
@@ -371,11 +390,18 @@ def _fail(context: grpc.ServicerContext, error: PoolError) -> NoReturn:
     context.abort(code, text)
 
 
-def _priority_of(metadata: Iterable[tuple[str, str | bytes]] | None) -> int:
+def _said(metadata: Iterable[tuple[str, str | bytes]] | None) -> tuple[int, int]:
+    """Give what a caller says: the call's priority, and how large its message is, 0 where it doesn't."""
+    level, announced = 1, 0
     for key, value in metadata or ():
         if key == PRIORITY_KEY:
             if value not in PRIORITY_NAMES:
                 msg = f"expected one of {', '.join(PRIORITY_NAMES)}, got {clip(value)}"
                 raise InvalidArgumentError(msg, field=f"metadata.{PRIORITY_KEY}")
-            return int(value)
-    return 1
+            level = int(value)
+        elif key == MESSAGE_BYTES_KEY:
+            if not (isinstance(value, str) and value.isdecimal() and len(value) <= MOST_DIGITS):
+                msg = f"expected a number of bytes, got {clip(value)}"
+                raise InvalidArgumentError(msg, field=f"metadata.{MESSAGE_BYTES_KEY}")
+            announced = int(value)
+    return level, announced

@@ -177,14 +177,14 @@ def check_payload(nbytes: int, limits: Limits) -> None:
     _limit("TENSOR_TOO_LARGE", "bytes of input", nbytes, limits.input_bytes)
 
 
-def check_answer(nbytes: int, limits: Limits) -> None:
-    """Check the size of an answer, before it is computed: gRPC would find out when there is nothing left to do.
+def check_message(nbytes: int, limits: Limits, what: str) -> None:
+    """Check the size of a message that isn't there yet, a "request" or an "answer": gRPC would find out when it is.
 
     Raises:
         LimitExceededError: It is larger than a message may be.
 
     """
-    _limit("MESSAGE_TOO_LARGE", "bytes of answer in a message (--max-message-bytes)", nbytes, limits.input_bytes)
+    _limit("MESSAGE_TOO_LARGE", f"bytes of {what} in a message (--max-message-bytes)", nbytes, limits.input_bytes)
 
 
 def check_shapes(shape: Shape, branches: Sequence[Chain], layout: str) -> list[tuple[Shape, ...]]:

@@ -86,9 +86,9 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
         made.executes(runs)
         return execute(self, runs)
 
-    def checked(self: dispatch.Dispatcher, priority: int) -> None:
+    def checked(self: dispatch.Dispatcher, priority: int, announced: int) -> None:
         try:
-            check_room(self, priority)
+            check_room(self, priority, announced)
         except p.UnavailableError:
             made.refused.release()
             raise

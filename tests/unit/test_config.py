@@ -65,9 +65,9 @@ def test_threads_are_the_cpus_of_this_process():
     ("memory", "message", "inflight", "arenas"),
     [
         (64 * GIB, MAX_MESSAGE_BYTES, 4 * GIB, 2 * GIB),
-        (10 * GIB, MAX_MESSAGE_BYTES, 4 * GIB, 2 * GIB),
-        (GIB, GIB // 8, GIB * 2 // 5, GIB // 5),
-        (4 * 2**20, 2**20, 4 * 2**20 * 2 // 5, 4 * 2**20 // 5),
+        (10 * GIB, 10 * GIB // 32, 4 * GIB, 2 * GIB),
+        (GIB, GIB // 32, GIB * 2 // 5, GIB // 5),
+        (4 * 2**20, 4 * 2**20, 4 * 2**20 * 2 // 5, 4 * 2**20 // 5),
     ],
 )
 def test_bytes_follow_the_memory(monkeypatch, memory, message, inflight, arenas):

@@ -19,7 +19,7 @@ from poolrpc import (
     UnsupportedError,
 )
 from poolrpc.status import DETAILS_KEY, decode_error
-from poolrpc_server.interceptors import CallInterceptor, name_caller, note, priority
+from poolrpc_server.interceptors import CallInterceptor, Room, name_caller, note, priority
 from poolrpc_server.metrics import Metrics
 
 METRICS = Metrics(enabled=False)
@@ -399,11 +399,12 @@ def refusing(lines, *, metadata=(), threads=None, method=METHOD):
     """Give what the interceptor makes of a method that needs room where there is none, and the priorities asked for."""
     asked = []
 
-    def check_room(level):
-        asked.append(level)
-        raise UnavailableError("full", reason="QUEUE", retry_delay=0.25)
+    class Full(Room):
+        def check_room(self, level, _):
+            asked.append(level)
+            raise UnavailableError("full", reason="QUEUE", retry_delay=0.25)
 
-    interceptor = CallInterceptor(lines, METRICS, check_room, [METHOD], threads)
+    interceptor = CallInterceptor(lines, METRICS, Full(), [METHOD], threads)
     inner = grpc.unary_unary_rpc_method_handler(lambda *_: "answer")
     return interceptor.intercept_service(lambda _: inner, Details(method, metadata)), asked
 
@@ -438,7 +439,12 @@ def test_an_error_that_is_final_says_nothing_of_coming_again(lines):
 def test_the_priority_is_what_the_metadata_says(lines, metadata, level):
     """The servicer has it, and room is looked for at that level."""
     seen, asked = [], []
-    interceptor = CallInterceptor(lines, METRICS, asked.append, [METHOD])
+
+    class Free(Room):
+        def check_room(self, level, _):
+            asked.append(level)
+
+    interceptor = CallInterceptor(lines, METRICS, Free(), [METHOD])
     inner = grpc.unary_unary_rpc_method_handler(lambda *_: seen.append(priority()))
     interceptor.intercept_service(lambda _: inner, Details(METHOD, metadata)).unary_unary("request", Context())
     assert seen == asked == [level]
