@@ -5,7 +5,6 @@ import socket
 import subprocess
 import sys
 import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import poolrpc_server
 from poolrpc_server.metrics import FOLDER_VARIABLE, REASONS, STAGES, Load, Metrics, MetricsServer, forget, summed
+from tests.scrape import get
 
 CALL = ("unary", "poolrpc.v1.PoolService", "Pool")
 LABELS = dict(zip(("grpc_type", "grpc_service", "grpc_method"), CALL, strict=True))
@@ -56,16 +56,6 @@ def busy():
     metrics.executed(3, 24, 4096, 0.001)
     metrics.queued(0.003)
     return metrics
-
-
-def get(server, path):
-    """Give the status and the text of a page."""
-    try:
-        with urllib.request.urlopen(f"http://{server.address}{path}", timeout=30) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read().decode()
 
 
 @pytest.fixture
@@ -199,12 +189,12 @@ def test_no_count_is_lost_among_threads():
 
 def test_pages_of_the_server(server):
     """/metrics is what is counted; /healthz and /readyz are for probes; another page is a 404 that names those."""
-    status, text = get(server, "/metrics")
+    status, text = get(server.address, "metrics")
     assert status == 200
     assert "poolrpc_validator_escapes_total 1.0\n" in text
-    assert get(server, "/healthz") == (200, "ok\n")
-    assert get(server, "/readyz") == (200, "ready\n")
-    assert get(server, "/x") == (404, "expected /metrics, /healthz or /readyz, got /x\n")
+    assert get(server.address, "healthz") == (200, "ok\n")
+    assert get(server.address, "readyz") == (200, "ready\n")
+    assert get(server.address, "x") == (404, "expected /metrics, /healthz or /readyz, got /x\n")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
@@ -213,12 +203,12 @@ def test_it_listens_where_it_says(host):
     made = MetricsServer(f"{host}:0", busy().collect, lambda: False)
     try:
         assert made.address.startswith(f"{host}:")
-        assert get(made, "/healthz")[0] == 200
-        assert get(made, "/readyz") == (503, "not ready\n")
+        assert get(made.address, "healthz")[0] == 200
+        assert get(made.address, "readyz") == (503, "not ready\n")
     finally:
         made.close()
     with pytest.raises(urllib.error.URLError):
-        get(made, "/healthz")
+        get(made.address, "healthz")
 
 
 def test_an_address_has_one_server(server):
@@ -234,7 +224,7 @@ def test_a_peer_that_leaves_is_no_news(server, capfd):
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # a reset instead of an end
     connection.send(b"GET /metr")
     connection.close()
-    assert get(server, "/healthz")[0] == 200
+    assert get(server.address, "healthz")[0] == 200
     assert capfd.readouterr().err == ""
 
 
