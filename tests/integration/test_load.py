@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -93,21 +94,18 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
             made.refused.release()
             raise
 
-    def caller(
-        remaining: Callable[[], float | None],
-        active: Callable[[], bool],
-        on_leaving: Callable[[Callable[[], None]], bool],
-        priority: int,
-    ) -> dispatch.Caller:
+    def caller(*told: Any) -> dispatch.Caller:
+        made_by_the_door = dispatch.Caller(*told)
+
         def seen(callback: Callable[[], None]) -> bool:
             def leaves() -> None:
                 callback()
                 made.left.release()
 
             made.waits.release()
-            return on_leaving(leaves)
+            return made_by_the_door.on_leaving(leaves)
 
-        return dispatch.Caller(remaining, active, seen, priority)
+        return replace(made_by_the_door, on_leaving=seen)
 
     monkeypatch.setattr(engine.Engine, "execute", executed)
     monkeypatch.setattr(dispatch.Dispatcher, "check_room", checked)
