@@ -115,7 +115,12 @@ class AsyncPoolClient(Settings):
                 return await self._stream(transfer, call, progress)
             message = transfer.message(self.max_message_bytes)
             call.carry(announcement(message))
-            response = await self._pool(message, **call.now())
+            try:
+                response = await self._pool(message, **call.now())
+            except grpc.RpcError as error:
+                if not self._broke_off(error):
+                    raise
+                response = await self._pool(message, **call.now())
         except grpc.RpcError as error:
             raise translated(error) from error
         return transfer.results(response, progress)

@@ -134,7 +134,12 @@ class PoolClient(Settings):
                 return self._stream(transfer, call, progress)
             message = transfer.message(self.max_message_bytes)
             call.carry(announcement(message))
-            response = self._pool(message, **call.now())
+            try:
+                response = self._pool(message, **call.now())
+            except grpc.RpcError as error:
+                if not self._broke_off(error):
+                    raise
+                response = self._pool(message, **call.now())
         except grpc.RpcError as error:
             raise translated(error) from error
         return transfer.results(response, progress)

@@ -17,8 +17,10 @@ from poolrpc.layers import LAYERS, Layer
 from poolrpc.limits import MAX_BRANCHES, MAX_CHAIN, MAX_EXPRESSION_CHARS
 from poolrpc.shapes import clip
 
-ODD = re.compile(r"[^\w\s,.=()\[\]+*-]|[^\x00-\x7f]|[0-9](?:and|else|for|if|in|is|not|or)\b")
-"""What no layer expression has in it."""
+ODD = re.compile(
+    r"[^\w\s,.=()\[\]+*-]|[^\x00-\x7f]|(?:[0-9]\.?[jJ]?|0[xX][0-9a-fA-F_]+)(?:and|else|for|if|in|is|not|or)"
+)
+"""What no layer expression has in it: other characters, and numbers with a keyword right after them."""
 
 
 def parse_layer(text: str) -> Layer:

@@ -44,6 +44,9 @@ IN_FLIGHT, MAX_IN_FLIGHT = 4, 64
 SERVICE = "poolrpc.v1.PoolService"
 POOL = f"/{SERVICE}/Pool"
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
+BROKEN_OFF = ("Stream removed", "Socket closed", "Connection reset", "recvmsg")
+"""How gRPC's text begins where a connection broke; of another, the caller hears as of any error."""
+
 METHODS = {"unary": f"{SERVICE}/Pool", "stream": f"{SERVICE}/PoolStream", "arena": f"{SERVICE}/Pool"}
 """What pools, by each way."""
 
@@ -124,6 +127,7 @@ class Settings:
                 **dict(options),
             }.items()
         )
+        self._retries = bool(dict(self._options).get("grpc.enable_retries", 1))
         self._closed = False
         self._others: dict[str, tuple[Any, Any]] = {}
         self._opening = threading.Lock()
@@ -157,6 +161,14 @@ class Settings:
                 channel = self._channel_to(f"unix:{Path(unix_path(self.address)).with_name(socket)}")
                 self._others[socket] = channel, channel.unary_unary(POOL)
             return self._others[socket][1]
+
+    def _broke_off(self, error: Any) -> bool:  # noqa: ANN401 - of either world
+        """Tell whether a call is to be made once more: its connection broke in the middle of the answer.
+
+        gRPC gives such a call up at once, and only its text says so.
+        """
+        broke_off = error.code() is grpc.StatusCode.UNAVAILABLE and (error.details() or "").startswith(BROKEN_OFF)
+        return self._retries and broke_off
 
     @staticmethod
     def _streams_of(channel: grpc.Channel) -> grpc.StreamStreamMultiCallable[bytes, bytes]:

@@ -258,6 +258,10 @@ def test_hostile_text_is_refused_and_nothing_else_happens(parse, text, tmp_path,
 
 @given(st.text(max_size=80) | st.from_regex(r"[A-Za-z0-9_()\[\]{},=.*+'\"#\\ -]{0,60}", fullmatch=True))
 @example("MaxPool2d(2)#")
+@example("0is0")
+@example("1.if 1 else 2")
+@example("1jin 2")
+@example("0xfor 1")
 def test_any_text_is_a_layer_or_an_expression_error(text):
     """No text whatever raises anything but an ExpressionError."""
     with warnings.catch_warnings(record=True) as heard:
