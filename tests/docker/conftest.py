@@ -67,14 +67,17 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def build(engine: Callable[..., str]) -> Callable[..., str]:
-    """Give the way to build an image of a target from a folder, without a network: all of it is in wheelhouse/."""
+    """Give the way to build an image of a target from a folder, without a network: all of it is in wheelhouse/.
+
+    It gives the image's id, since what the docs build takes the tag.
+    """
     run(ROOT / "scripts/wheelhouse.sh", PYTHON=sys.executable)
 
     def built(target: str, tag: str, folder: Path = ROOT) -> str:
         given = (f"BASE_IMAGE={BASE_IMAGE}", "PIP_NO_INDEX=1", f"VERSION={__version__}")
         arguments = ("--network=none", *(f"--build-arg={each}" for each in given))
-        engine("build", "-q", *arguments, "-f", folder / "server/Dockerfile", f"--target={target}", "-t", tag, folder)
-        return tag
+        what = "-f", folder / "server/Dockerfile", f"--target={target}", "-t", tag, folder
+        return engine("build", "-q", *arguments, *what)
 
     return built
 
