@@ -32,6 +32,9 @@ BLOCKS_HELD = 3
 """A stream's blocks in memory at a time: one that arrives, one that waits, one that is computed."""
 
 
+COPIES = 2
+"""How often gRPC has a message in memory as it hands it over: as it came, and in one piece."""
+
 MOST_DELAY = 5.0
 """Seconds that a refused caller is asked to wait, at most."""
 
@@ -123,11 +126,11 @@ class Dispatcher:
         except FullError as error:
             raise _refused(error) from None
         if announced:
-            self._admission.take(announced)
+            self._admission.take(COPIES * announced)
 
     def arrived(self, announced: int) -> None:
         """Count a message no more that was announced: it is here, and counted as what it is; or it won't come."""
-        self._admission.give_back(announced)
+        self._admission.give_back(COPIES * announced)
 
     def check(self, request: Request) -> Checked:
         """Check a request, apart from its payload; the same request may then be run any number of times.

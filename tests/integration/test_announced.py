@@ -16,7 +16,7 @@ from poolrpc.status import translated
 from poolrpc.tensors import TensorSpec
 from poolrpc.transfer import ANNOUNCED_BYTES
 from poolrpc.wire import MESSAGE_BYTES_KEY
-from poolrpc_server.dispatch import Dispatcher
+from poolrpc_server.dispatch import COPIES, Dispatcher
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -103,17 +103,18 @@ def error_of(call: Any) -> p.PoolError:
 
 def test_what_is_announced_is_counted_before_it_comes(announce: Callable[[int], Any], seen: Seen, address: str) -> None:
     """While one message is awaited there is no room for another, until its caller leaves."""
-    first = announce(6 * MIB)
+    first = announce(3 * MIB)
     assert seen.let_in.acquire(timeout=PATIENCE)
-    error = error_of(announce(6 * MIB))
+    error = error_of(announce(3 * MIB))
     assert isinstance(error, p.UnavailableError)
-    assert (error.reason, error.metadata) == ("IN_FLIGHT_BYTES", {"limit": str(8 * MIB), "actual": str(12 * MIB)})
+    assert error.reason == "IN_FLIGHT_BYTES"
+    assert error.metadata == {"limit": str(8 * MIB), "actual": str(2 * COPIES * 3 * MIB)}
     first.cancel()
     assert seen.arrived.acquire(timeout=PATIENCE)
     with p.PoolClient(address, timeout=PATIENCE) as client:
         x = np.ones((1, 1, 1024, 1024), np.float32)
         assert client.pool(x, LAYER, transport="unary").shape == (1, 1, 512, 512)
-    assert seen.announced[:2] == [6 * MIB] * 2
+    assert seen.announced[:2] == [3 * MIB] * 2
     assert 4 * MIB < seen.announced[2] < 4 * MIB + 100
 
 
