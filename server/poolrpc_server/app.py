@@ -8,9 +8,8 @@ import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import torch
@@ -25,7 +24,7 @@ from poolrpc.limits import MAX_BRANCHES, MAX_CHAIN, MAX_FRACTIONAL_AXIS, MAX_NUM
 from poolrpc.settings import unix_path
 from poolrpc.tensors import keep_freed_memory
 from poolrpc_server import traces
-from poolrpc_server.admission import Admission, refused
+from poolrpc_server.admission import Admission
 from poolrpc_server.arena import ArenaListener, find_in
 from poolrpc_server.batcher import Bounds
 from poolrpc_server.bell import Bell
@@ -43,17 +42,15 @@ from poolrpc_server.models import read_models
 from poolrpc_server.regions import Regions
 from poolrpc_server.security import Certificates, TokenInterceptor
 from poolrpc_server.sockets import take
+from poolrpc_server.threads import CallThreads
 from poolrpc_server.tokens import TokenFile
 from poolrpc_server.validate import Limits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from concurrent.futures import Future
 
     from poolrpc.errors import PoolError
     from poolrpc_server.spans import Spans
-
-T = TypeVar("T")
 
 FAILED = 70
 """The exit status of a process that can't go on and wants to be started again."""
@@ -85,67 +82,6 @@ STOPPING_SECONDS = 1.0
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-
-
-class CallThreads(ThreadPoolExecutor):
-    """The threads of calls, which know how many there are: gRPC would let any number wait for one, unseen.
-
-    A call's thread waits for its message before it comes to the servicer. What was announced is counted until then.
-    """
-
-    def __init__(self, most: int, dispatcher: Dispatcher) -> None:
-        """Make so many threads, for calls for which the dispatcher has room."""
-        super().__init__(most, "poolrpc-call")
-        self._most = most
-        self._dispatcher = dispatcher
-        self._taken = 0
-        self._counting = threading.Lock()
-        self._announced = threading.local()
-
-    def submit(self, fn: Callable[..., T], /, *args: object, **kwargs: object) -> Future[T]:
-        """Have something called."""
-        with self._counting:
-            self._taken += 1
-        # gRPC does so in the thread in which it asked for the call's handler, right after that.
-        if announced := self._take():
-            fn = partial(self._awaiting, announced, fn)
-        future = super().submit(fn, *args, **kwargs)
-        future.add_done_callback(self._done)
-        return future
-
-    def check_room(self, priority: int, announced: int) -> None:
-        """See that there is a thread for a call, and room for one of that priority, which this thread hands on next.
-
-        Raises:
-            UnavailableError: There is none.
-            LimitExceededError: No message may be as large as is announced.
-
-        """
-        if self._taken >= self._most:
-            raise refused("CALLS", "calls at a time", self._most, self._taken + 1)
-        self._dispatcher.check_room(priority, announced)
-        self._announced.nbytes = announced
-
-    def arrived(self) -> None:
-        """Say that this thread's call has its message."""
-        if announced := self._take():
-            self._dispatcher.arrived(announced)
-
-    def _awaiting(self, announced: int, fn: Callable[..., T], *args: object, **kwargs: object) -> T:
-        self._announced.nbytes = announced
-        try:
-            return fn(*args, **kwargs)
-        finally:
-            self.arrived()  # where the caller left before it
-
-    def _take(self) -> int:
-        nbytes: int = getattr(self._announced, "nbytes", 0)
-        self._announced.nbytes = 0
-        return nbytes
-
-    def _done(self, _: object) -> None:
-        with self._counting:
-            self._taken -= 1
 
 
 class Server:
@@ -241,8 +177,10 @@ class Server:
         self._serving = False
         models, regions = read_models(config.model, config.models), Regions(allowed=config.allow_client_shm)
         self.models = tuple(models)
+        pool = PoolDoor(self._dispatcher, self._streams)
+        self._threads.quick[f"/{SERVICE}/Pool".encode()] = pool.is_quick
         for service, door in (
-            (SERVICE, PoolDoor(self._dispatcher, self._streams)),
+            (SERVICE, pool),
             (
                 inference.SERVICE,
                 inference.InferenceDoor(self._dispatcher, models, regions, self._streams, lambda: self._serving),

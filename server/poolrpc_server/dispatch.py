@@ -35,6 +35,9 @@ BLOCKS_HELD = 3
 COPIES = 2
 """How often gRPC has a message in memory as it hands it over: as it came, and in one piece."""
 
+QUICK_SECONDS = 250e-6
+"""Calls that take up to this are over before a thread that is handed one has woken, give or take."""
+
 MOST_DELAY = 5.0
 """Seconds that a refused caller is asked to wait, at most."""
 
@@ -100,7 +103,9 @@ class Dispatcher:
         """
         self._limits = limits
         self._admission = admission
-        self._batcher = Batcher(engine.threads, engine.execute, bounds or Bounds(), metrics)
+        bounds = bounds or Bounds()
+        self._waits = bool(bounds.delay)
+        self._batcher = Batcher(engine.threads, engine.execute, bounds, metrics)
         engine.seats, engine.gauges = self._batcher, metrics
         self._engine = engine
         self._find_arena = find_arena
@@ -149,6 +154,10 @@ class Dispatcher:
 
         """
         check_message(nbytes, self._limits, "answer")
+
+    def is_quick(self, checked: Checked) -> bool:
+        """Tell whether a request that finds a seat free is computed in next to no time."""
+        return checked.schedule.seconds <= QUICK_SECONDS and not self._waits
 
     def pool(self, checked: Checked, payload: Bytes, caller: Caller, finish: Callable[[Sequence[memoryview]], T]) -> T:
         """Run a request and give what `finish` makes of its outputs.

@@ -44,11 +44,12 @@ def client(address: str) -> Iterator[poolrpc.PoolClient]:
 @pytest.fixture
 def patch_family(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Callable[[Run], Run]], None]]:
     """Give the way to wrap what computes a family of layers in servers of this process: to fail, to wait, to count."""
-    from poolrpc_server.kernels import eager, plan  # noqa: PLC0415 - not where only the client is installed
+    from poolrpc_server.kernels import eager, plan, plans  # noqa: PLC0415 - not where only the client is installed
 
     def patch(family: str, wrap: Callable[[Run], Run]) -> None:
         bound = eager.FAMILIES[family]
         monkeypatch.setitem(eager.FAMILIES, family, lambda *arguments: wrap(bound(*arguments)))
+        monkeypatch.setattr(plans, "TABLE", [row for row in plans.TABLE if family not in row.families])
         plan.cache_clear()
 
     yield patch
@@ -59,7 +60,7 @@ def patch_family(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Cal
 class Gate:
     """Holds the engine's thread inside a layer until it is opened, and counts what MaxPool computes.
 
-    A FractionalMaxPool is held, and a GlobalMaxPool of small planes, for which there is no kernel of the server's own.
+    A FractionalMaxPool is held, and a GlobalMaxPool.
     """
 
     def __init__(self, patch_family: Callable[..., None]) -> None:

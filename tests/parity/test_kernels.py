@@ -115,6 +115,28 @@ def test_rows_give_torchs_answer(name: str, data: st.DataObject, seed: int, size
     assert (chosen is None) == (not layer.gives_indices)
 
 
+def test_what_is_bound_computes_what_is_there_now() -> None:
+    """A kernel that is bound to memory gives the answer to whatever lies there, each time that it is called."""
+    for layer in (
+        p.MaxPool2d(2),
+        p.MaxPool2d(3, 2, 1),
+        p.MaxPool2d(2, 1, 1, 3),
+        p.MaxPool2d(1, 2),
+        p.MaxPool2d(3, 3, 1),
+    ):
+        for dtype in ("float32", "int8"):
+            made = plan(layer, getattr(torch, dtype), (6, 5), None, "cpu")
+            memory = values((2, 3, 6, 5), dtype, 0)
+            output = memory.new_empty(2, 3, *made.result)
+            run = made.bind(memory, output)
+            assert run is not None
+            for seed in range(3):
+                memory.copy_(values((2, 3, 6, 5), dtype, seed))
+                run()
+                assert_same(output, reference(layer, memory)[0], (layer, dtype, seed))
+    assert plan(p.MaxPool2d(2), torch.bfloat16, (6, 5), None, "cpu").bind(memory, output) is None
+
+
 def test_averages_of_negative_zeros_are_zero() -> None:
     """Torch's sums start from 0.0, so that no average is -0.0, and ours are the same bits."""
     x = torch.full((2, 6, 6), -0.0)
@@ -137,7 +159,7 @@ def test_threads_share_nothing() -> None:
     layers = [p.MaxPool2d(3, 2, 1), p.AvgPool2d(3, 2, 1), p.MaxPool2d(3, 2, 1, return_indices=True)]
     for layer in layers:
         made = plan(layer, x.dtype, (30, 30), None, "cpu")
-        (row,) = made.rows
+        row = made.rows[0]
         expected, places = reference(layer, x[None])
         output, chosen = torch.empty(expected.shape[1:]), torch.empty(expected.shape[1:], dtype=torch.int64)
 

@@ -23,7 +23,7 @@ ROOMS = (
     {"workers", "ray"},
     {"app"},
     {"doors", "security", "unwired"},
-    {"interceptors"},
+    {"interceptors", "threads"},
     {"dispatch"},
     {"streams"},
     {"batcher", "engine"},
@@ -38,7 +38,7 @@ ROOMS = (
     {"inference"},  # generated
 )
 DEPTH = {module: depth for depth, room in enumerate(ROOMS) for module in room}
-KNOW_GRPC = {"app", "doors", "interceptors", "security", "cli", "workers", "ray", "unwired"}
+KNOW_GRPC = {"app", "doors", "interceptors", "security", "cli", "workers", "ray", "threads", "unwired"}
 KNOW_CONFIG = {"cli", "workers", "ray", "app"}
 # What the client's modules may import beside Python's own library when they are themselves imported.
 THIN = {"grpc", "google", "numpy", "poolrpc"}

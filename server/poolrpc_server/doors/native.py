@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
@@ -71,7 +70,7 @@ class PoolDoor:
         """Make a door to a dispatcher; streams are let in by `streams`."""
         self._dispatcher = dispatcher
         self._streams = streams
-        self._remembered = lru_cache(KNOWN)(self._find)
+        self._known: dict[bytes, _Known] = {}
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
         """Give gRPC's handlers of the service's methods."""
@@ -91,10 +90,19 @@ class PoolDoor:
             ),
         }
 
+    def is_quick(self, data: bytes) -> bool:
+        """Tell whether Pool takes so little for a message, by what is known of its like, that other calls can wait."""
+        try:
+            header, _ = wire.cut(data, pool_pb2.PoolRequest)
+        except DecodeError:
+            return False
+        known = self._known.get(header)
+        return known is not None and self._dispatcher.is_quick(known.checked)
+
     def Pool(self, data: bytes, context: grpc.ServicerContext) -> bytes:
         """Run every branch of the request on its input."""
         header, payload = _cut(data, pool_pb2.PoolRequest)
-        known = (self._remembered if len(header) <= KNOWN_BYTES else self._find)(header)
+        known = self._known.get(header) or self._find(header)
         note(known.facts)
         caller = _caller(context)
         if known.ranges is None:
@@ -144,7 +152,12 @@ class PoolDoor:
         ranges = codec.decode_ranges(message)
         if ranges is None:
             self._dispatcher.check_answer(len(head) + checked.output_bytes)
-        return _Known(checked, ranges, noted | facts.answered(checked.results), answer, head)
+        known = _Known(checked, ranges, noted | facts.answered(checked.results), answer, head)
+        if len(header) <= KNOWN_BYTES:
+            if len(self._known) >= KNOWN:
+                self._known.clear()
+            self._known[header] = known
+        return known
 
 
 def _caller(context: grpc.ServicerContext) -> Caller:

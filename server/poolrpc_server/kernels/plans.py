@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from poolrpc_server.kernels import choice
+from poolrpc_server.kernels import choice, tiny_max
 from poolrpc_server.kernels.adaptive import MOST_WINDOWS, adaptive_avg, adaptive_max, uniform
 from poolrpc_server.kernels.choice import Case
 from poolrpc_server.kernels.eager import Pooled, Run, bind
@@ -203,6 +203,17 @@ class Plan:
             share(part, planes, x.nbytes + output.nbytes)
         return output, places
 
+    def bind(self, x: torch.Tensor, output: torch.Tensor) -> Callable[[], None] | None:
+        """Give what computes the layer from and to memory that stays where it is, where a kernel can settle that once.
+
+        The tensors are as in compute.
+        """
+        planes = x.numel() // self._cells
+        row = self.choose(planes)
+        if row is None or row.bind is None:
+            return None
+        return row.bind(self, x.view(planes, *self.memory), output.view(planes, *self.result))
+
 
 @lru_cache(maxsize=4096)
 def plan(layer: Layer, dtype: torch.dtype, plane: Sizes, channels: int | None, device: str) -> Plan:
@@ -226,6 +237,7 @@ class Row:
         passes: How often it visits each cell, where that isn't once for each cell of a window.
         channels_last: Whether it takes (planes, *plane, C) too.
         indices: Whether it gives indices.
+        bind: Gives what computes (plan, input, output) any number of times, where that can be made once.
 
     """
 
@@ -237,6 +249,7 @@ class Row:
     passes: Callable[[Windows], int] | None = None
     channels_last: bool = False
     indices: bool = False
+    bind: Callable[[Plan, torch.Tensor, torch.Tensor], Callable[[], None]] | None = None
 
 
 def _indexed(plan: Plan, x: torch.Tensor, out: torch.Tensor, places: torch.Tensor) -> None:
@@ -248,6 +261,11 @@ def _indexed(plan: Plan, x: torch.Tensor, out: torch.Tensor, places: torch.Tenso
         places[start:stop] = chosen[0]  # type: ignore[index]  # the layer returns them
 
 
+def _tiny_max(plan: Plan, x: torch.Tensor, out: torch.Tensor) -> Callable[[], None]:
+    assert plan.windows is not None  # noqa: S101 - a max slides
+    return tiny_max.bind(plan.windows, x.numpy(), out.numpy())
+
+
 TABLE = (
     Row(
         "separable max",
@@ -256,6 +274,15 @@ TABLE = (
         pays=lambda plan, case: (choice.max_last_pays if plan.channels else choice.max_pays)(case),
         passes=choice.steps,
         channels_last=True,
+    ),
+    Row(
+        "max of a few cells by NumPy",
+        ("max_pool",),
+        run=lambda plan, x, out, _: _tiny_max(plan, x, out)(),
+        pays=lambda _, case: tiny_max.pays(case.sliding, case.outputs),
+        fits=lambda plan: plan.dtype in tiny_max.DTYPES,
+        channels_last=True,
+        bind=_tiny_max,
     ),
     Row(
         "max of cells packed with their places",
