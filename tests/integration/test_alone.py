@@ -11,7 +11,7 @@ import grpc
 import numpy as np
 import pytest
 
-from poolrpc import MaxPool2d, PoolClient
+from poolrpc import AvgPool2d, MaxPool2d, PoolClient
 from poolrpc_server import threads
 from poolrpc_server.app import Server
 from poolrpc_server.config import Config
@@ -172,7 +172,7 @@ def test_many_callers_of_quick_calls() -> None:
 
 
 def test_the_server_knows_quick_calls_by_their_like(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small call has a thread the first time, and later is computed where its message was read; a large never is."""
+    """A quick call has a thread the first time, and is later computed where its message was read; a long never is."""
     names: list[str] = []
     execute = Engine.execute
 
@@ -190,7 +190,7 @@ def test_the_server_knows_quick_calls_by_their_like(monkeypatch: pytest.MonkeyPa
                 np.testing.assert_array_equal(client.pool(x, MaxPool2d(2)).output.ravel(), [5, 7, 13, 15])
             small, names[:] = names[:], []
             for _ in range(3):
-                client.pool(np.zeros((1, 8, 64, 64), np.float32), MaxPool2d(2))
+                client.pool(np.zeros((1, 8, 128, 128), np.float32), AvgPool2d(7, stride=1))  # milliseconds
     finally:
         server.stop(0)
     assert small[0].startswith("poolrpc-call")
