@@ -31,7 +31,6 @@ T = TypeVar("T")
 BLOCKS_HELD = 3
 """A stream's blocks in memory at a time: one that arrives, one that waits, one that is computed."""
 
-
 COPIES = 2
 """How often gRPC has a message in memory as it hands it over: as it came, and in one piece."""
 
@@ -103,9 +102,8 @@ class Dispatcher:
         """
         self._limits = limits
         self._admission = admission
-        bounds = bounds or Bounds()
-        self._waits = bool(bounds.delay)
-        self._batcher = Batcher(engine.threads, engine.execute, bounds, metrics)
+        self._bounds = bounds or Bounds()
+        self._batcher = Batcher(engine.threads, engine.execute, self._bounds, metrics)
         engine.seats, engine.gauges = self._batcher, metrics
         self._engine = engine
         self._find_arena = find_arena
@@ -157,7 +155,7 @@ class Dispatcher:
 
     def is_quick(self, checked: Checked) -> bool:
         """Tell whether a request that finds a seat free is computed in next to no time."""
-        return checked.schedule.seconds <= QUICK_SECONDS and not self._waits
+        return checked.schedule.seconds <= QUICK_SECONDS and not self._bounds.delay
 
     def pool(self, checked: Checked, payload: Bytes, caller: Caller, finish: Callable[[Sequence[memoryview]], T]) -> T:
         """Run a request and give what `finish` makes of its outputs.

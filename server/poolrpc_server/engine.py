@@ -378,6 +378,7 @@ class Stage:
             self._x = self._tensor(inputs[0], schedule.inputs[0])
             goals = iter(self._tensor(*each) for each in zip(outputs, schedule.outputs, strict=True))
             self._goals = [[next(goals) for _ in result.specs] for result in schedule.results]
+            # One layer alone: what a chain hands on has no place that stays.
             if stays and [len(plans) for plans in schedule.plans] == [1] and schedule.device.type == "cpu":
                 self._bound = schedule.plans[0][0].bind(self._x, self._goals[0][0])
 

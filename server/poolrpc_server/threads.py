@@ -31,11 +31,12 @@ def _find_inside() -> Any:  # noqa: ANN401 - a module that nobody has typed
             if not " ".join(inspect.signature(function).parameters).startswith(names):
                 return None
         state = inside._RPCState()  # noqa: SLF001
-        used = state.condition, state.due, state.request, inside._RECEIVE_MESSAGE_TOKEN  # noqa: SLF001
+        known = all(hasattr(state, name) for name in ("condition", "due", "request"))
+        known &= hasattr(inside, "_RECEIVE_MESSAGE_TOKEN")
         inside.cygrpc.ReceiveMessageOperation(0)
     except (ImportError, AttributeError, TypeError, ValueError):
         return None
-    return inside if used else None
+    return inside if known else None
 
 
 INSIDE = _find_inside()

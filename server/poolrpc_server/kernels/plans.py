@@ -263,7 +263,7 @@ def _indexed(plan: Plan, x: torch.Tensor, out: torch.Tensor, places: torch.Tenso
 
 def _tiny_max(plan: Plan, x: torch.Tensor, out: torch.Tensor) -> Callable[[], None]:
     assert plan.windows is not None  # noqa: S101 - a max slides
-    return tiny_max.bind(plan.windows, x.numpy(), out.numpy())
+    return tiny_max.bind(plan.windows, x, out)
 
 
 TABLE = (
@@ -279,7 +279,7 @@ TABLE = (
         "max of a few cells by NumPy",
         ("max_pool",),
         run=lambda plan, x, out, _: _tiny_max(plan, x, out)(),
-        pays=lambda _, case: tiny_max.pays(case.sliding, case.outputs),
+        pays=lambda _, case: choice.tiny_max_pays(case),
         fits=lambda plan: plan.dtype in tiny_max.DTYPES,
         channels_last=True,
         bind=_tiny_max,

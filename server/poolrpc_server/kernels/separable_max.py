@@ -24,7 +24,7 @@ from poolrpc_server.kernels.blocks import (
     padded_shape,
     scratch,
 )
-from poolrpc_server.kernels.windows import Windows
+from poolrpc_server.kernels.windows import Windows, within
 
 SHORT_ROW = 16
 """Rows of so few cells (times the stride) are pooled on a padded copy, as one run of memory."""
@@ -98,8 +98,7 @@ def stage_steps(stage: Stage, size: int) -> tuple[Step, ...]:
     """The calls of a stage over an axis of `size` cells; cells outside it are never read."""
     reach = {}
     for offset in stage.offsets:
-        first = max(0, -(offset // stage.stride))
-        last = min(stage.length, (size - 1 - offset) // stage.stride + 1)
+        first, last = within(offset, stage.stride, size, stage.length)
         if first < last:
             reach[offset] = (first, last)
     order = sorted(reach, key=lambda o: reach[o][0] - reach[o][1])

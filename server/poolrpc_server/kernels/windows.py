@@ -8,6 +8,14 @@ from typing import Self
 Sizes = tuple[int, ...]
 
 
+def within(offset: int, stride: int, size: int, count: int) -> tuple[int, int]:
+    """Give which of `count` windows, [first, last), have a cell at an offset from their start inside of an axis.
+
+    That cell of window i is at i * stride + offset, of an axis of `size` cells.
+    """
+    return max(0, -(offset // stride)), min(count, (size - 1 - offset) // stride + 1)
+
+
 @dataclass(frozen=True, slots=True)
 class Windows:
     """Sliding windows: for each axis of a plane, in cells.
