@@ -10,18 +10,18 @@ import numpy as np
 
 from benchmarks.rounds import interleave, row
 from poolrpc import AdaptiveAvgPool2d, AvgPool2d, LPPool2d, MaxPool2d
-from poolrpc.codec import Request
+from poolrpc._wire.codec import Request
 from poolrpc.tensors import TensorSpec
-from poolrpc_server.batcher import Batcher, Bounds
-from poolrpc_server.dispatch import Caller
-from poolrpc_server.engine import Engine
-from poolrpc_server.validate import Limits, check_request
+from poolrpc_server.calls.batcher import Batcher, QueueLimits
+from poolrpc_server.calls.dispatch import Caller
+from poolrpc_server.calls.validate import Limits, check_request
+from poolrpc_server.compute.engine import Engine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from poolrpc.layers import Layer
-    from poolrpc_server.engine import Run
+    from poolrpc_server.compute.engine import Run
 
 LAYERS = (
     MaxPool2d(2),
@@ -48,7 +48,7 @@ def runs(engine: Engine, layer: Layer, shape: Sequence[int], count: int) -> list
 def run(rounds: int) -> Iterator[dict[str, Any]]:
     """Give the rows: for each layer, shape and number of requests, together against one by one; and a lone caller's."""
     engine = Engine("cpu", 1)
-    batcher = engine.seats = Batcher(1, engine.execute, Bounds())
+    batcher = engine.seats = Batcher(1, engine.execute, QueueLimits())
     caller = Caller(lambda: None, lambda: True)
     for layer, shape in product(LAYERS, SHAPES):
         case = f"{layer!r} {'x'.join(map(str, shape))}"

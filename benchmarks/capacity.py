@@ -25,9 +25,9 @@ import numpy as np
 
 from benchmarks import load
 from benchmarks.fleet import Call, Fleet, Outcome
-from poolrpc.transfer import STREAM_BYTES
-from poolrpc_server.batcher import Bounds
-from poolrpc_server.engine import GATHERED_BYTES
+from poolrpc._transport.transfer import STREAM_BYTES
+from poolrpc_server.calls.batcher import QueueLimits
+from poolrpc_server.compute.engine import GATHERED_BYTES
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -107,7 +107,7 @@ def drawn(rate: float, kinds: Sequence[Call]) -> list[Call]:
 
 def waiting(replicas: int, busy: float, *, least_request: bool) -> float:
     """Give the p99 of calls that are all alike, in times of what one takes, where nothing is refused."""
-    bounds = Bounds(waiting=CALLS, seconds=float(CALLS))
+    bounds = QueueLimits(waiting=CALLS, seconds=float(CALLS))
     return Fleet(replicas, bounds, least_request=least_request).serve(drawn(busy * replicas, [LIKE])).within(0.99)
 
 
@@ -131,7 +131,7 @@ def answer(question: Question) -> Iterator[dict[str, Any]]:
     def enough(replicas: int) -> bool:
         if replicas not in tried:
             attempts = ATTEMPTS if question.retry else 1
-            fleet = Fleet(replicas, Bounds(), least_request=not question.client_side, attempts=attempts)
+            fleet = Fleet(replicas, QueueLimits(), least_request=not question.client_side, attempts=attempts)
             tried[replicas] = fleet.serve(calls)
         return tried[replicas].within(0.99) <= question.p99
 
@@ -174,7 +174,7 @@ def replay(row: dict[str, Any]) -> Outcome:
         for client in range(load.CLIENTS)
         for at, kind in load.arrivals(row["offered"] / load.CLIENTS, client)
     ]
-    return Fleet(1, Bounds(seconds=load.QUEUE_SECONDS)).serve(calls)
+    return Fleet(1, QueueLimits(seconds=load.QUEUE_SECONDS)).serve(calls)
 
 
 def compared(row: dict[str, Any]) -> dict[str, Any]:

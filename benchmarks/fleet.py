@@ -15,9 +15,9 @@ from heapq import heappop, heappush
 from itertools import count
 from typing import TYPE_CHECKING
 
-from poolrpc_server.admission import RETRY_DELAY
-from poolrpc_server.batcher import BATCH_SECONDS, Bounds
-from poolrpc_server.dispatch import MOST_DELAY
+from poolrpc_server.calls.admission import RETRY_DELAY
+from poolrpc_server.calls.batcher import BATCH_SECONDS, QueueLimits
+from poolrpc_server.calls.dispatch import MOST_DELAY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable
@@ -43,7 +43,7 @@ class Call:
 
 @dataclass(slots=True)
 class Replica:
-    """A server with one seat: the essence of poolrpc_server.batcher, where time is a number.
+    """A server with one seat: the essence of poolrpc_server.calls.batcher, where time is a number.
 
     Attributes:
         bounds: What may wait.
@@ -55,7 +55,7 @@ class Replica:
 
     """
 
-    bounds: Bounds
+    bounds: QueueLimits
     keys: dict[Hashable, deque[tuple[float, Call]]] = field(default_factory=dict)
     waiting: int = 0
     work: float = 0.0
@@ -131,7 +131,7 @@ class Outcome:
 class Fleet:
     """Replicas, their balancer, and the clients."""
 
-    def __init__(self, replicas: int, bounds: Bounds, *, least_request: bool = True, attempts: int = 1) -> None:
+    def __init__(self, replicas: int, bounds: QueueLimits, *, least_request: bool = True, attempts: int = 1) -> None:
         """Make one that has nothing to do.
 
         Args:

@@ -16,7 +16,7 @@ import torch
 
 import poolrpc as p
 from benchmarks.rounds import interleave, row
-from poolrpc_server.kernels import plan
+from poolrpc_server.compute.kernels import plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

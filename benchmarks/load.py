@@ -19,8 +19,9 @@ import numpy as np
 import psutil
 import torch
 
-from poolrpc import AvgPool2d, LPPool2d, MaxPool2d, wire
-from poolrpc.codec import Request, encode_request, encode_results
+from poolrpc import AvgPool2d, LPPool2d, MaxPool2d
+from poolrpc._wire import framing
+from poolrpc._wire.codec import Request, encode_request, encode_results
 from poolrpc.tensors import TensorSpec
 from poolrpc.v1 import pool_pb2
 from scripts.serving import serving
@@ -83,8 +84,8 @@ def exchange(shape: tuple[int, ...], layer: Layer) -> tuple[bytes, bytes]:
     output = getattr(torch.nn, layer.name)(**names)(torch.from_numpy(x)).numpy()
     answer = pool_pb2.PoolResponse(results=encode_results(request.results())).SerializeToString()
     return (
-        wire.join(encode_request(request).SerializeToString(), [x.tobytes()]),
-        wire.head(answer, output.nbytes) + output.tobytes(),
+        framing.join(encode_request(request).SerializeToString(), [x.tobytes()]),
+        framing.head(answer, output.nbytes) + output.tobytes(),
     )
 
 

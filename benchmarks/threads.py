@@ -13,12 +13,12 @@ import numpy as np
 
 from benchmarks.rounds import interleave, row
 from poolrpc import AvgPool2d, Layer, MaxPool2d
-from poolrpc.codec import Request
+from poolrpc._wire.codec import Request
 from poolrpc.tensors import TensorSpec
-from poolrpc_server.batcher import Batcher, Bounds
-from poolrpc_server.dispatch import Caller
-from poolrpc_server.engine import Engine
-from poolrpc_server.validate import Limits, check_request
+from poolrpc_server.calls.batcher import Batcher, QueueLimits
+from poolrpc_server.calls.dispatch import Caller
+from poolrpc_server.calls.validate import Limits, check_request
+from poolrpc_server.compute.engine import Engine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,7 +37,7 @@ def call(layer: Layer, images: int, threads: int) -> tuple[Engine, Callable[[], 
     request = Request(TensorSpec("float32", x.shape), ((layer,),))
     schedule, payload = check_request(request, LIMITS, engine.schedule).schedule, x.tobytes()
 
-    batcher = engine.seats = Batcher(threads, engine.execute, Bounds())
+    batcher = engine.seats = Batcher(threads, engine.execute, QueueLimits())
     caller = Caller(lambda: None, lambda: True)
     # What comes is there, and its memory is used again.
     return engine, lambda: batcher.run(engine.run(schedule, payload, len), caller)

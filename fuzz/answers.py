@@ -9,11 +9,11 @@ from google.protobuf.message import DecodeError
 
 from fuzz.findings import FoundError
 from fuzz.seeds import QUESTIONS
-from poolrpc import codec
+from poolrpc._transport.transfer import PreparedRequest, StreamReader, Transfer
+from poolrpc._wire import codec
+from poolrpc._wire.status import decode_error
 from poolrpc.errors import BY_CODE, PoolError
-from poolrpc.status import decode_error
 from poolrpc.tensors import numpy_dtype
-from poolrpc.transfer import Arrival, Outline, Transfer
 from poolrpc.v1 import pool_pb2
 
 if TYPE_CHECKING:
@@ -52,9 +52,11 @@ def judge(case: Case) -> str:
 
 def _results(request: codec.Request, answer: Case, *, streamed: bool) -> str:
     expected = codec.tensors(request.results())
-    transfer = Transfer(Outline(request), [np.zeros(spec.shape, numpy_dtype(spec.dtype)) for spec in request.specs])
+    transfer = Transfer(
+        PreparedRequest(request), [np.zeros(spec.shape, numpy_dtype(spec.dtype)) for spec in request.specs]
+    )
     if streamed:
-        arrival = Arrival(transfer, (answer or (b"",))[0], None)
+        arrival = StreamReader(transfer, (answer or (b"",))[0], None)
         for each in answer[1:]:
             arrival.take(each)
         results = arrival.finish()

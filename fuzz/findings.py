@@ -21,7 +21,7 @@ class FoundError(Exception):
     """A case ended as none should."""
 
 
-class Tally:
+class ModelStatistics:
     """Counts how cases ended, from any thread, and keeps what was found."""
 
     def __init__(self) -> None:

@@ -18,13 +18,13 @@ import atheris
 
 with atheris.instrument_imports(include=["poolrpc", "poolrpc_server"]):
     from fuzz import answers, sockets
-    from fuzz.findings import FoundError, Tally
+    from fuzz.findings import FoundError, ModelStatistics
     from fuzz.growth import check_at_rest, check_growth, measured
     from fuzz.mutate import MOST_BYTES, MOST_MESSAGES, fields_of, mutated, pack, unpack
     from fuzz.seeds import LIMITS, MODELS, seeds
     from fuzz.served import Peer
     from poolrpc_server import Config, Server, interceptors
-    from poolrpc_server.arena import ArenaListener
+    from poolrpc_server.transports.local.arenas import ArenaListener
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,7 +41,7 @@ HUNG_SECONDS = 120
 MOST_MIB = 6144
 
 
-class Watched(logging.Handler):
+class ReloadingFile(logging.Handler):
     """Keeps the last thing that the server didn't expect: the traceback of a status that tells nothing."""
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class Watched(logging.Handler):
 class Embedded:
     """A server in this process, and a caller of it."""
 
-    def __init__(self, folder: str, watched: Watched) -> None:
+    def __init__(self, folder: str, watched: ReloadingFile) -> None:
         # A stream that ends too early waits so long for its reset: a hundred streams a second would be ten.
         interceptors.RESET_SECONDS = 0.0
         for name in ("poolrpc_server", "grpc"):
@@ -99,7 +99,7 @@ def _attach(folder: str) -> tuple[Callable[[Case], str], Callable[[], None]]:
 
 
 def prepared(
-    target: str, folder: str, watched: Watched, closing: ExitStack
+    target: str, folder: str, watched: ReloadingFile, closing: ExitStack
 ) -> tuple[Callable[[Case], str], Callable[[], None]]:
     """Give what runs a case of a target, and what sees, after all of them, that everything is well."""
     if target == "attach":
@@ -128,7 +128,7 @@ class Session:
         self._starts = seeds(target, seed)
         for number, case in enumerate(self._starts):
             (self.corpus / f"{number:04}").write_bytes(pack(case))
-        self._watched, self._tally = Watched(), Tally()
+        self._watched, self._tally = ReloadingFile(), ModelStatistics()
         self._judge, self._check = prepared(target, self.folder, self._watched, self._closing)
         self._begun = time.monotonic()
         self._warm: dict[str, int] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from poolrpc import wire
+from poolrpc._wire import framing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -210,7 +210,7 @@ def written(fields: Sequence[Field]) -> bytes:
         if isinstance(value, int):
             parts += (varint(number << 3 | kind), varint(value))
         else:
-            parts += (wire.lead(number, len(value)) if kind == BYTES else varint(number << 3 | kind), value)
+            parts += (framing.lead(number, len(value)) if kind == BYTES else varint(number << 3 | kind), value)
     return b"".join(parts)
 
 

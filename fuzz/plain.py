@@ -12,7 +12,7 @@ from random import Random
 from typing import Any
 
 from fuzz import answers, sockets
-from fuzz.findings import Tally
+from fuzz.findings import ModelStatistics
 from fuzz.growth import check_at_rest, check_growth, measured
 from fuzz.mutate import Case, mutated
 from fuzz.seeds import LIMITS, MODELS, SEEDS, SHARES, seeds
@@ -34,7 +34,7 @@ class Run:
     """The cases of a seed: the same number is the same case, whoever's turn it is."""
 
     def __init__(self, seed: int, peer: Peer, arena_socket: str) -> None:
-        self.tally = Tally()
+        self.tally = ModelStatistics()
         self._seed = seed
         self._peer = peer
         self._arena_socket = arena_socket

@@ -5,18 +5,18 @@ from __future__ import annotations
 from random import Random
 from typing import TYPE_CHECKING
 
-from poolrpc import codec, wire
-from poolrpc.arena import encode_answer, encode_refusal, encode_request
+from poolrpc._shapes.rules import check_shape
+from poolrpc._transport.arena_memory import encode_answer, encode_refusal, encode_request
+from poolrpc._wire import codec, framing
+from poolrpc._wire.status import encode_error
 from poolrpc.chains import Planes, spatial_dims
 from poolrpc.errors import InvalidArgumentError, LimitExceededError, UnavailableError
 from poolrpc.expression import parse_branches
-from poolrpc.shapes import check_shape
-from poolrpc.status import encode_error
 from poolrpc.tensors import TensorSpec
 from poolrpc.v1 import pool_pb2
-from poolrpc_server.doors.inference import QUICK
-from poolrpc_server.doors.inference_codec import CONTENTS, DATATYPE_OF, PLACE
-from poolrpc_server.inference import open_inference_pb2 as pb
+from poolrpc_server.protocols.triton.codec import CONTENTS, DATATYPE_OF, PLACE
+from poolrpc_server.protocols.triton.generated import open_inference_pb2 as pb
+from poolrpc_server.protocols.triton.servicer import QUICK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -97,8 +97,8 @@ def pool(rng: Random) -> Iterator[Case]:
     """Give calls of Pool: plain, padded, and in an arena."""
     for _, request, payload in requests(rng):
         header = codec.encode_request(request).SerializeToString()
-        yield (wire.join(header, [payload]),)
-        yield (wire.join(wire.pad(header, len(payload)), [payload]),)
+        yield (framing.join(header, [payload]),)
+        yield (framing.join(framing.pad(header, len(payload)), [payload]),)
         ranges = codec.ArenaRanges(ARENA_ID, (0, ARENA_BYTES // 2), (ARENA_BYTES // 2, ARENA_BYTES // 2))
         yield (header + codec.encode_ranges(ranges),)
 
@@ -108,11 +108,11 @@ def pool_stream(rng: Random) -> Iterator[Case]:
     for _, request, payload in requests(rng):
         first = pool_pb2.PoolStreamRequest(request=codec.encode_request(request)).SerializeToString()
         planes = Planes(request.input, check_shape(request.input.shape, spatial_dims(request.branches)))
-        yield first, *wire.pieces([payload], padded=True)
+        yield first, *framing.pieces([payload], padded=True)
         if request.indices is None:
             step = planes.nbytes * rng.randrange(1, 3)
-            yield first, *(wire.join(b"", [payload[i : i + step]]) for i in range(0, len(payload), step))
-            yield first, wire.join(wire.UNFINISHED, [payload[:7]]), wire.join(b"", [payload[7:]])
+            yield first, *(framing.join(b"", [payload[i : i + step]]) for i in range(0, len(payload), step))
+            yield first, framing.join(framing.UNFINISHED, [payload[:7]]), framing.join(b"", [payload[7:]])
 
 
 def infer_shape(rng: Random) -> Iterator[Case]:
@@ -225,10 +225,10 @@ def answers(rng: Random) -> Iterator[Case]:
         results = request.results()
         payload = rng.randbytes(sum(spec.nbytes for spec in codec.tensors(results)))
         messages = codec.encode_results(results)
-        yield b"\0" + asked, wire.join(pool_pb2.PoolResponse(results=messages).SerializeToString(), [payload])
+        yield b"\0" + asked, framing.join(pool_pb2.PoolResponse(results=messages).SerializeToString(), [payload])
         head = pool_pb2.PoolStreamResponse(results=messages).SerializeToString()
-        yield b"\1" + asked, head, *wire.pieces([payload])
-        yield b"\1" + asked, head, wire.join(wire.UNFINISHED, [payload[:5]]), wire.join(b"", [payload[5:]])
+        yield b"\1" + asked, head, *framing.pieces([payload])
+        yield b"\1" + asked, head, framing.join(framing.UNFINISHED, [payload[:5]]), framing.join(b"", [payload[5:]])
     for error, number in (
         (InvalidArgumentError("expected 1, got 2", field="input.shape"), 3),
         (LimitExceededError("expected 1, got 2", reason="X", metadata={"limit": "1"}), 8),

@@ -16,14 +16,14 @@ from google.protobuf.message import DecodeError
 import poolrpc
 from fuzz.findings import FoundError
 from fuzz.seeds import ARENA_BYTES, ARENA_ID, REGION, REGION_BYTES, REGION_KEY
-from poolrpc import codec
-from poolrpc.arena import Arenas
+from poolrpc._transport.arena_memory import Arenas
+from poolrpc._wire import codec
+from poolrpc._wire.status import DETAILS_KEY, translated
 from poolrpc.errors import BY_CODE, DOMAIN, InternalError, UnavailableError
-from poolrpc.status import DETAILS_KEY, translated
 from poolrpc.v1 import pool_pb2, standard_pb2
-from poolrpc_server.doors.inference import QUICK
-from poolrpc_server.inference import open_inference_pb2 as pb
-from poolrpc_server.interceptors import NO_MESSAGE
+from poolrpc_server.protocols.triton.generated import open_inference_pb2 as pb
+from poolrpc_server.protocols.triton.servicer import QUICK
+from poolrpc_server.transports.grpc.interceptor import NO_MESSAGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable

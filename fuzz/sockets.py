@@ -16,7 +16,7 @@ import numpy as np
 
 from fuzz.findings import FoundError
 from fuzz.seeds import CLOSE, FDS, GIVEN_BYTES, NEW, READ, SHORT, SHUT, UNSEALED
-from poolrpc.arena import SUFFIX, Arenas, decode_answer
+from poolrpc._transport.arena_memory import SUFFIX, Arenas, decode_answer
 from poolrpc.errors import InternalError, PoolError
 from poolrpc.tensors import ALIGNMENT
 

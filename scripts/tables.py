@@ -16,7 +16,7 @@ import yaml
 
 from poolrpc.layers import DTYPES, FLOATS, INTEGERS, LAYERS, WIDE_FLOATS, Layer
 from poolrpc_server.config import Config
-from poolrpc_server.metrics import Metrics
+from poolrpc_server.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

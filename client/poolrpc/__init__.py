@@ -1,10 +1,11 @@
 """poolrpc: PyTorch's pooling layers over gRPC, for clients without PyTorch."""
 
+from poolrpc._transport.transfer import PoolResult
 from poolrpc._version import __version__
+from poolrpc._wire.codec import Limit, ServerInfo
 from poolrpc.async_client import AsyncPoolClient
 from poolrpc.chains import branch_shapes
 from poolrpc.client import PoolClient
-from poolrpc.codec import Limit, ServerInfo
 from poolrpc.errors import (
     CancelledError,
     DeadlineExceededError,
@@ -47,7 +48,6 @@ from poolrpc.layers import (
     MaxUnpool2d,
     MaxUnpool3d,
 )
-from poolrpc.transfer import PoolResult
 
 __all__ = [
     "LAYERS",

@@ -10,35 +10,35 @@ from typing import TYPE_CHECKING, Self
 import grpc
 from grpc import aio
 
-from poolrpc import codec
-from poolrpc.chains import Shape, as_chain
-from poolrpc.errors import DeadlineExceededError, NotFoundError, PoolError, UnavailableError
-from poolrpc.parameters import integer
-from poolrpc.settings import HEALTH_CHECK, IN_FLIGHT, MAX_IN_FLIGHT, METHODS, SERVICE, Out, Settings
-from poolrpc.status import translated
-from poolrpc.streaming import CallOptions, StreamCall
-from poolrpc.tracing import traced
-from poolrpc.transfer import (
-    Crossing,
+from poolrpc._base_client import HEALTH_CHECK, IN_FLIGHT, MAX_IN_FLIGHT, METHODS, SERVICE, BaseClient, Out
+from poolrpc._shapes.parameters import integer
+from poolrpc._transport.stream import CallOptions, StreamCall
+from poolrpc._transport.transfer import (
+    ArenaCall,
     PoolResult,
     Progress,
     Transfer,
     announcement,
     by_size,
 )
+from poolrpc._wire import codec
+from poolrpc._wire.status import translated
+from poolrpc.chains import Shape, as_chain
+from poolrpc.errors import DeadlineExceededError, NotFoundError, PoolError, UnavailableError
+from poolrpc.tracing import traced
 from poolrpc.v1 import pool_pb2, standard_pb2
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
 
-    from poolrpc.coalesce import Group, Outcome
+    from poolrpc._transport.coalesce import Group, Outcome
     from poolrpc.layers import Layer
 
 MAX_STREAMS = 16
 """Streams at a time; more wait for these."""
 
 
-class AsyncPoolClient(Settings):
+class AsyncPoolClient(BaseClient):
     """PoolClient for asyncio: the same methods, awaited. Make it and use it in one event loop."""
 
     def _connect(self) -> None:
@@ -130,9 +130,9 @@ class AsyncPoolClient(Settings):
     ) -> list[PoolResult] | None:
         crossing = None
         if self._arenas is not None:
-            crossing = Crossing.begin(transfer, self._arenas, attach=False)
+            crossing = ArenaCall.begin(transfer, self._arenas, attach=False)
             # The server is asked for a further arena in a thread, where it may take its time.
-            crossing = crossing or await asyncio.to_thread(Crossing.begin, transfer, self._arenas)
+            crossing = crossing or await asyncio.to_thread(ArenaCall.begin, transfer, self._arenas)
         if crossing is None:
             if required and transfer.outline.nbytes:
                 raise self._no_arena()
@@ -179,7 +179,7 @@ class AsyncPoolClient(Settings):
         timeout: float | None = None,  # noqa: ASYNC109 - gRPC's deadline, which the server sees too
     ) -> AsyncIterator[PoolResult]:
         """Run a layer, or a chain of layers, on each of many tensors: PoolClient.map, to be read by `async for`."""
-        from poolrpc.coalesce import Grouping, Order, bar  # noqa: PLC0415 - import poolrpc is to be quick
+        from poolrpc._transport.coalesce import Grouping, Order, bar  # noqa: PLC0415 - import poolrpc is to be quick
 
         chain = as_chain(layers)
         integer("in_flight", in_flight, 1, MAX_IN_FLIGHT)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import TypeAlias
 
+from poolrpc._shapes.rules import check_shape, clip
 from poolrpc.errors import InvalidArgumentError
 from poolrpc.layers import Layer
-from poolrpc.shapes import check_shape, clip
 from poolrpc.tensors import ITEM_BYTES, TensorSpec
 
 Shape: TypeAlias = tuple[int, ...]

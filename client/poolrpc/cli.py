@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from poolrpc import files
+from poolrpc._shapes.rules import clip
 from poolrpc._version import __version__
 from poolrpc.chains import LAYOUTS, branch_shapes
 from poolrpc.client import PoolClient
+from poolrpc.command import files
+from poolrpc.command.explain import explain, lines
 from poolrpc.errors import InvalidArgumentError, PoolError
-from poolrpc.explain import explain, lines
 from poolrpc.expression import parse_chain, parse_layer
-from poolrpc.shapes import clip
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

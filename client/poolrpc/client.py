@@ -1,4 +1,4 @@
-"""PoolClient: the I/O between the pure steps of poolrpc.settings and poolrpc.transfer."""
+"""PoolClient: the I/O between the pure steps of poolrpc._base_client and poolrpc._transport.transfer."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from typing import TYPE_CHECKING, Self
 
 import grpc
 
-from poolrpc import codec
-from poolrpc.chains import Shape, as_chain
-from poolrpc.errors import NotFoundError, PoolError, UnavailableError
-from poolrpc.parameters import integer
-from poolrpc.settings import HEALTH_CHECK, IN_FLIGHT, MAX_IN_FLIGHT, METHODS, SERVICE, Out, Settings
-from poolrpc.status import translated
-from poolrpc.streaming import CallOptions, StreamCall
-from poolrpc.tracing import traced
-from poolrpc.transfer import (
-    Crossing,
+from poolrpc._base_client import HEALTH_CHECK, IN_FLIGHT, MAX_IN_FLIGHT, METHODS, SERVICE, BaseClient, Out
+from poolrpc._shapes.parameters import integer
+from poolrpc._transport.stream import CallOptions, StreamCall
+from poolrpc._transport.transfer import (
+    ArenaCall,
     PoolResult,
     Progress,
     Transfer,
     announcement,
     by_size,
 )
+from poolrpc._wire import codec
+from poolrpc._wire.status import translated
+from poolrpc.chains import Shape, as_chain
+from poolrpc.errors import NotFoundError, PoolError, UnavailableError
+from poolrpc.tracing import traced
 from poolrpc.v1 import pool_pb2, standard_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from concurrent.futures import Future
 
-    from poolrpc.coalesce import Group, Outcome
+    from poolrpc._transport.coalesce import Group, Outcome
     from poolrpc.layers import Layer
 
 
-class PoolClient(Settings):
+class PoolClient(BaseClient):
     """A connection to a pool server. Any number of threads may use one; it doesn't survive a fork.
 
     Every method raises a poolrpc.PoolError where the server, or the way to it, does: see poolrpc.errors for the tree.
@@ -147,7 +147,7 @@ class PoolClient(Settings):
     def _cross(
         self, transfer: Transfer, call: CallOptions, progress: Progress | None, *, copy: bool, required: bool
     ) -> list[PoolResult] | None:
-        crossing = None if self._arenas is None else Crossing.begin(transfer, self._arenas)
+        crossing = None if self._arenas is None else ArenaCall.begin(transfer, self._arenas)
         if crossing is None:
             if required and transfer.outline.nbytes:
                 raise self._no_arena()
@@ -195,7 +195,7 @@ class PoolClient(Settings):
             PoolError: A tensor failed, of the class that says how.
 
         """
-        from poolrpc.coalesce import Grouping, Order, bar  # noqa: PLC0415 - import poolrpc is to be quick
+        from poolrpc._transport.coalesce import Grouping, Order, bar  # noqa: PLC0415 - import poolrpc is to be quick
 
         chain = as_chain(layers)
         integer("in_flight", in_flight, 1, MAX_IN_FLIGHT)

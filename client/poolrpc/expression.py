@@ -12,10 +12,10 @@ import re
 from dataclasses import fields
 from typing import Any
 
+from poolrpc._shapes.limits import MAX_BRANCHES, MAX_CHAIN, MAX_EXPRESSION_CHARS
+from poolrpc._shapes.rules import clip
 from poolrpc.errors import ExpressionError, InvalidArgumentError
 from poolrpc.layers import LAYERS, Layer
-from poolrpc.limits import MAX_BRANCHES, MAX_CHAIN, MAX_EXPRESSION_CHARS
-from poolrpc.shapes import clip
 
 ODD = re.compile(
     r"[^\w\s,.=()\[\]+*-]|[^\x00-\x7f]|(?:[0-9]\.?[jJ]?|0[xX][0-9a-fA-F_]+)(?:and|else|for|if|in|is|not|or)"

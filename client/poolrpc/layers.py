@@ -11,10 +11,10 @@ from dataclasses import MISSING, dataclass, fields, replace
 from math import inf, prod
 from typing import ClassVar, Self
 
+from poolrpc._shapes.limits import MAX_FRACTIONAL_AXIS, MAX_NORM, MAX_NUMEL
+from poolrpc._shapes.parameters import Axes, OptionalAxes, axes, boolean, integer, optional_axes, ratios, real, spread
+from poolrpc._shapes.rules import check_shape, fractional, pooled, unpooled
 from poolrpc.errors import InvalidArgumentError
-from poolrpc.limits import MAX_FRACTIONAL_AXIS, MAX_NORM, MAX_NUMEL
-from poolrpc.parameters import Axes, OptionalAxes, axes, boolean, integer, optional_axes, ratios, real, spread
-from poolrpc.shapes import check_shape, fractional, pooled, unpooled
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 WIDE_FLOATS = ("float32", "float64")

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from poolrpc._shapes.rules import clip
 from poolrpc.errors import InvalidArgumentError, PoolError, UnsupportedError
-from poolrpc.shapes import clip
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from poolrpc._shapes.rules import clip
 from poolrpc._version import __version__
 from poolrpc.errors import PoolError
-from poolrpc.shapes import clip
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from opentelemetry.trace import Span
 
-    from poolrpc.codec import Request
-    from poolrpc.streaming import CallOptions
+    from poolrpc._transport.stream import CallOptions
+    from poolrpc._wire.codec import Request
 
 FACT_CHARS = 300
 """Of each attribute."""

@@ -17,40 +17,40 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from poolrpc import PoolClient, __version__
-from poolrpc.codec import Limit, ServerInfo
+from poolrpc._base_client import unix_path
+from poolrpc._shapes.limits import MAX_BRANCHES, MAX_CHAIN, MAX_FRACTIONAL_AXIS, MAX_NUMEL, MAX_PARAMETER
+from poolrpc._wire.codec import Limit, ServerInfo
 from poolrpc.errors import UnavailableError
 from poolrpc.layers import DTYPES
-from poolrpc.limits import MAX_BRANCHES, MAX_CHAIN, MAX_FRACTIONAL_AXIS, MAX_NUMEL, MAX_PARAMETER
-from poolrpc.settings import unix_path
 from poolrpc.tensors import keep_freed_memory
-from poolrpc_server import traces
-from poolrpc_server.admission import Admission
-from poolrpc_server.arena import ArenaListener, find_in
-from poolrpc_server.batcher import Bounds
-from poolrpc_server.bell import Bell
-from poolrpc_server.buffers import one_heap
+from poolrpc_server.calls.admission import AdmissionControl
+from poolrpc_server.calls.batcher import QueueLimits
+from poolrpc_server.calls.dispatch import Dispatcher
+from poolrpc_server.calls.streams import Streams
+from poolrpc_server.calls.tokens import TokenFile
+from poolrpc_server.calls.validate import Limits
+from poolrpc_server.compute.buffers import one_heap
+from poolrpc_server.compute.engine import Engine
 from poolrpc_server.config import Config, ConfigError
-from poolrpc_server.dispatch import Dispatcher
-from poolrpc_server.doors import inference
-from poolrpc_server.doors.ahead import Streams
-from poolrpc_server.doors.native import SERVICE, PoolDoor
-from poolrpc_server.engine import Engine
-from poolrpc_server.interceptors import CallInterceptor
-from poolrpc_server.logs import CallLog, log
-from poolrpc_server.metrics import IN_FOLDER, Load, Metrics, MetricsServer
-from poolrpc_server.models import read_models
-from poolrpc_server.regions import Regions
-from poolrpc_server.security import Certificates, TokenInterceptor
+from poolrpc_server.presets import read_models
+from poolrpc_server.protocols.native import SERVICE, PoolDoor
+from poolrpc_server.protocols.triton import servicer
+from poolrpc_server.protocols.triton.shared_memory import SharedMemoryRegistry
+from poolrpc_server.signals import SignalEvent
 from poolrpc_server.sockets import take
-from poolrpc_server.threads import CallThreads
-from poolrpc_server.tokens import TokenFile
-from poolrpc_server.validate import Limits
+from poolrpc_server.telemetry import traces
+from poolrpc_server.telemetry.logs import CallLog, log
+from poolrpc_server.telemetry.metrics import IN_FOLDER, Load, Metrics, MetricsServer
+from poolrpc_server.transports.grpc.interceptor import CallInterceptor
+from poolrpc_server.transports.grpc.threads import CallThreads
+from poolrpc_server.transports.grpc.tls import Certificates, TokenInterceptor
+from poolrpc_server.transports.local.arenas import ArenaListener, find_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from poolrpc.errors import PoolError
-    from poolrpc_server.spans import Spans
+    from poolrpc_server.telemetry.spans import Spans
 
 FAILED = 70
 """The exit status of a process that can't go on and wants to be started again."""
@@ -73,7 +73,7 @@ CONFIGURED_LIMITS = (
 NEED_ROOM = (
     f"/{SERVICE}/Pool",
     f"/{SERVICE}/PoolStream",
-    *(f"/{inference.SERVICE}/{name}" for name in inference.COMPUTE),
+    *(f"/{servicer.SERVICE}/{name}" for name in servicer.COMPUTE),
 )
 """The methods that take a place under way."""
 
@@ -127,10 +127,10 @@ class Server:
         self._engine = engine
         limits = Limits(config.max_message_bytes, config.max_output_bytes, config.max_output_growth, config.max_work)
         self._arenas: list[ArenaListener] = []
-        bounds = Bounds(
+        bounds = QueueLimits(
             config.max_queue, config.max_queue_seconds, config.max_batch_bytes, config.max_queue_delay / 1000
         )
-        self._admission = Admission(config.max_inflight_bytes)
+        self._admission = AdmissionControl(config.max_inflight_bytes)
         self._metrics = Metrics(enabled=bool(config.metrics))
         counting = self._metrics if config.metrics else None
         self._dispatcher = Dispatcher(
@@ -149,7 +149,7 @@ class Server:
             {
                 f"/{SERVICE}/GetServerInfo": self._quick,
                 f"/{SERVICE}/InferShape": self._quick,
-                **{f"/{inference.SERVICE}/{name}": self._quick for name in inference.QUICK},
+                **{f"/{servicer.SERVICE}/{name}": self._quick for name in servicer.QUICK},
                 f"/{health.SERVICE_NAME}/": self._quick,
                 f"/{reflection.SERVICE_NAME}/": self._reflecting,
             },
@@ -175,15 +175,18 @@ class Server:
         self._streams = Streams(most, config.stream_idle_seconds)
         self._metrics.watch(self._load)
         self._serving = False
-        models, regions = read_models(config.model, config.models), Regions(allowed=config.allow_client_shm)
+        models, regions = (
+            read_models(config.model, config.models),
+            SharedMemoryRegistry(allowed=config.allow_client_shm),
+        )
         self.models = tuple(models)
         pool = PoolDoor(self._dispatcher, self._streams)
         self._threads.quick[f"/{SERVICE}/Pool".encode()] = pool.is_quick
         for service, door in (
             (SERVICE, pool),
             (
-                inference.SERVICE,
-                inference.InferenceDoor(self._dispatcher, models, regions, self._streams, lambda: self._serving),
+                servicer.SERVICE,
+                servicer.InferenceDoor(self._dispatcher, models, regions, self._streams, lambda: self._serving),
             ),
         ):
             handlers = door.handlers()
@@ -192,7 +195,7 @@ class Server:
                 self._metrics.expect("bidi_stream" if handler.request_streaming else "unary", service, name)
         self._health = health.HealthServicer(experimental_thread_pool=self._quick)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        self._services = ("", SERVICE, inference.SERVICE, health.SERVICE_NAME)
+        self._services = ("", SERVICE, servicer.SERVICE, health.SERVICE_NAME)
         reflection.enable_server_reflection((*self._services[1:], reflection.SERVICE_NAME), self._server)
         self.addresses = tuple(self._listen(address) for address in config.listen)
         # Where the metrics go to a folder, whoever sums them listens.
@@ -373,7 +376,7 @@ def _facts(server: Server) -> dict[str, Any]:
 def serve(
     config: Config,
     *,
-    stopping: Bell | None = None,
+    stopping: SignalEvent | None = None,
     started: Callable[[dict[str, Any]], object] = lambda facts: log.info("serving", **facts),
 ) -> int:
     """Run a server until SIGTERM or SIGINT, then drain and stop; a second signal ends the process at once.
@@ -391,7 +394,7 @@ def serve(
     """
     one_heap()  # before there are threads that have others
     server = Server(config, traces.begin())
-    stopping = stopping or Bell()
+    stopping = stopping or SignalEvent()
     server.on_failure = stopping.ring
 
     def on_signal(number: int, _: object) -> None:

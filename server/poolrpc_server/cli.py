@@ -6,7 +6,8 @@ import sys
 from typing import TYPE_CHECKING
 
 try:
-    from poolrpc_server import config, logs
+    from poolrpc_server import config
+    from poolrpc_server.telemetry import logs
 except ImportError:
     # The thin install has this command too, but not what it needs.
     sys.stderr.write("poolrpc-server: the server needs its extra: pip install 'poolrpc[server]'\n")
@@ -26,13 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = config.parse(arguments)
         logs.configure(settings.log_format, settings.log_level)
         if settings.workers > 1:
-            from poolrpc_server import workers  # noqa: PLC0415 - one process needs none of it
+            from poolrpc_server.workers import supervisor  # noqa: PLC0415 - one process needs none of it
 
             try:
-                return workers.supervise(settings)
-            except workers.WorkersError as error:
+                return supervisor.supervise(settings)
+            except supervisor.WorkersError as error:
                 print(f"poolrpc-server: {error}", file=sys.stderr)  # noqa: T201 - a command's way to speak
-                return workers.ENDED
+                return supervisor.ENDED
         # Not before the settings are known to be right: torch takes a second or two to import.
         from poolrpc_server.app import serve  # noqa: PLC0415
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import configargparse
 
+from poolrpc._shapes.limits import MAX_MESSAGE_BYTES, MAX_PAYLOAD_BYTES
 from poolrpc.access import is_loopback
-from poolrpc.limits import MAX_MESSAGE_BYTES, MAX_PAYLOAD_BYTES
-from poolrpc_server.machine import cpus, memory_bytes
-from poolrpc_server.models import read_models
+from poolrpc_server.presets import read_models
+from poolrpc_server.resources import cpus, memory_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -17,7 +17,7 @@ import yaml
 
 import poolrpc
 from poolrpc import LPPool2d, MaxPool2d, PoolClient
-from poolrpc_server.inference import open_inference_pb2
+from poolrpc_server.protocols.triton.generated import open_inference_pb2
 from scripts.observed import RULES, alerts, ask, await_scrape, metrics, panels, value
 from scripts.serving import Serving, serving
 from tests.installing import ROOT, install

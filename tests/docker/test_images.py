@@ -66,7 +66,7 @@ def test_a_change_of_code_makes_one_layer_anew(
     """Of changed code's image, all layers but the last are those of the image before: torch isn't installed again."""
     ignored = shutil.ignore_patterns(".*cache*", "__pycache__", ".git", ".venv*", ".debs", "benchmarks")
     shutil.copytree(root, tmp_path / "tree", ignore=ignored)
-    with (tmp_path / "tree/server/poolrpc_server/logs.py").open("a") as file:
+    with (tmp_path / "tree/server/poolrpc_server/telemetry/logs.py").open("a") as file:
         file.write("# changed\n")
     changed = build("cpu", "poolrpc:test-changed", tmp_path / "tree")
     try:

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import poolrpc as p
-from poolrpc.codec import Request
+from poolrpc._wire.codec import Request
 from poolrpc.tensors import TensorSpec
-from poolrpc_server.device import Lanes, settle
-from poolrpc_server.engine import Engine, Run
-from poolrpc_server.validate import Limits, check_request
+from poolrpc_server.calls.validate import Limits, check_request
+from poolrpc_server.compute.device import DeviceStreams, settle
+from poolrpc_server.compute.engine import Engine, Run
 from tests.parity.reference import assert_same, reference, values
 from tests.parity.test_parity import GRID, cases
 
@@ -96,13 +96,13 @@ def test_unpool_parity_on_cuda(engine: Engine, name: str) -> None:
 def test_staging_memory_is_pinned_and_used_again(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the first executions of a size no new memory is asked for, and all that was is pinned."""
     made: list[memoryview] = []
-    memory = Lanes.memory
+    memory = DeviceStreams.memory
 
-    def seen(self: Lanes, size: int) -> memoryview:
+    def seen(self: DeviceStreams, size: int) -> memoryview:
         made.append(memory(self, size))
         return made[-1]
 
-    monkeypatch.setattr(Lanes, "memory", seen)
+    monkeypatch.setattr(DeviceStreams, "memory", seen)
     engine = Engine(str(cuda), 1)
     x = values((4, 16, 64, 64), "float32", 0)
     engine.execute([a_run(engine, p.MaxPool2d(2), x)])
@@ -117,7 +117,7 @@ def test_staging_memory_is_pinned_and_used_again(cuda: torch.device, monkeypatch
 
 def test_a_lanes_copies_overlap_with_anothers_kernel(cuda: torch.device) -> None:
     """What is copied and computed on one lane is done while a kernel of another lane is still at work."""
-    lanes = Lanes(cuda, 2)
+    lanes = DeviceStreams(cuda, 2)
     busy, done = torch.cuda.Event(), torch.cuda.Event()
     memory = torch.frombuffer(lanes.memory(2**20), dtype=torch.uint8)
     memory.fill_(1)
@@ -158,7 +158,7 @@ def test_a_lost_context_ends_the_process() -> None:
     program = (
         "import torch, poolrpc, poolrpc_server\n"
         "from poolrpc_server.app import FAILED\n"
-        "from poolrpc_server.kernels import eager\n"
+        "from poolrpc_server.compute.kernels import eager\n"
         "bad = lambda *_: lambda x, _: torch.zeros(4, device='cuda')[torch.tensor([9], device='cuda')].cpu()\n"
         "eager.FAMILIES['max_pool'] = bad\n"
         "server = poolrpc_server.Server(poolrpc_server.Config(listen=('127.0.0.1:0',), device='cuda'))\n"

@@ -17,7 +17,7 @@ import poolrpc
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from poolrpc_server.kernels.eager import Run
+    from poolrpc_server.compute.kernels.eager import Run
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +44,7 @@ def client(address: str) -> Iterator[poolrpc.PoolClient]:
 @pytest.fixture
 def patch_family(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Callable[[Run], Run]], None]]:
     """Give the way to wrap what computes a family of layers in servers of this process: to fail, to wait, to count."""
-    from poolrpc_server.kernels import eager, plan, plans  # noqa: PLC0415 - not where only the client is installed
+    from poolrpc_server.compute.kernels import eager, plan, plans  # noqa: PLC0415 - not where only the client is installed
 
     def patch(family: str, wrap: Callable[[Run], Run]) -> None:
         bound = eager.FAMILIES[family]

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from poolrpc import AvgPool2d, MaxPool2d, PoolClient
-from poolrpc_server import threads
 from poolrpc_server.app import Server
+from poolrpc_server.compute.engine import Engine
 from poolrpc_server.config import Config
-from poolrpc_server.engine import Engine
-from poolrpc_server.threads import CallThreads
+from poolrpc_server.transports.grpc import threads
+from poolrpc_server.transports.grpc.threads import CallThreads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,7 +25,7 @@ METHOD, HELD = "/test.Names/Mine", "/test.Names/Held"
 SECONDS = 20
 
 
-class Watched(CallThreads):
+class ReloadingFile(CallThreads):
     """Tells of each call that begins and ends."""
 
     def __init__(self, most: int) -> None:
@@ -45,9 +45,9 @@ class Watched(CallThreads):
 
 
 @contextmanager
-def naming(held: threading.Event) -> Iterator[tuple[Watched, grpc.Channel]]:
+def naming(held: threading.Event) -> Iterator[tuple[ReloadingFile, grpc.Channel]]:
     """Run gRPC's server with our threads; its methods give the name of the thread that answers."""
-    pool = Watched(4)
+    pool = ReloadingFile(4)
     pool.quick = {METHOD.encode(): lambda message: message == b"quick"}
 
     def name(_: bytes, __: grpc.ServicerContext) -> bytes:

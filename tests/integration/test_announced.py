@@ -11,12 +11,12 @@ import pytest
 
 import poolrpc as p
 import poolrpc_server
-from poolrpc.codec import Request, encode_request
-from poolrpc.status import translated
+from poolrpc._transport.transfer import ANNOUNCED_BYTES
+from poolrpc._wire.codec import Request, encode_request
+from poolrpc._wire.framing import MESSAGE_BYTES_KEY
+from poolrpc._wire.status import translated
 from poolrpc.tensors import TensorSpec
-from poolrpc.transfer import ANNOUNCED_BYTES
-from poolrpc.wire import MESSAGE_BYTES_KEY
-from poolrpc_server.dispatch import COPIES, Dispatcher
+from poolrpc_server.calls.dispatch import COPIES, Dispatcher
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -16,8 +16,8 @@ import pytest
 
 import poolrpc
 import poolrpc_server
-from poolrpc import codec, layer_codec
-from poolrpc.status import DETAILS_KEY, decode_error
+from poolrpc._wire import codec, layer_codec
+from poolrpc._wire.status import DETAILS_KEY, decode_error
 from poolrpc.tensors import TensorSpec
 from poolrpc.v1 import pool_pb2, pool_pb2_grpc
 from scripts.serving import Serving, serving

@@ -14,7 +14,8 @@ import pytest
 
 import poolrpc
 import poolrpc_server
-from poolrpc import AsyncPoolClient, AvgPool2d, FractionalMaxPool2d, MaxPool2d, PoolClient, codec
+from poolrpc import AsyncPoolClient, AvgPool2d, FractionalMaxPool2d, MaxPool2d, PoolClient
+from poolrpc._wire import codec
 from poolrpc.chains import as_chain
 from poolrpc.tensors import TensorSpec
 from poolrpc.v1 import pool_pb2, pool_pb2_grpc

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 import grpc
 import numpy as np
 import pytest
-from authority import Authority, files
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import poolrpc
 import poolrpc_server
 from poolrpc import MaxPool2d, PoolClient
-from poolrpc_server.inference import open_inference_pb2 as pb
+from poolrpc_server.protocols.triton.generated import open_inference_pb2 as pb
+from tests.integration.authority import Authority, files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

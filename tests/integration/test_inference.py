@@ -21,12 +21,12 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 import poolrpc
 import poolrpc_server
 from poolrpc import AvgPool2d, GlobalMaxPool, MaxPool2d, MaxUnpool2d
+from poolrpc._wire.status import DETAILS_KEY, decode_error
 from poolrpc.layers import DTYPES
-from poolrpc.status import DETAILS_KEY, decode_error
 from poolrpc.tensors import numpy_dtype
-from poolrpc_server.doors.inference import QUICK, SERVICE
-from poolrpc_server.doors.inference_codec import CONTENTS, DATATYPE_OF, DATATYPES
-from poolrpc_server.inference import open_inference_pb2 as pb
+from poolrpc_server.protocols.triton.codec import CONTENTS, DATATYPE_OF, DATATYPES
+from poolrpc_server.protocols.triton.generated import open_inference_pb2 as pb
+from poolrpc_server.protocols.triton.servicer import QUICK, SERVICE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

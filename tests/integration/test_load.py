@@ -15,12 +15,13 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 import poolrpc as p
 import poolrpc_server
-from poolrpc.codec import Request, encode_request
-from poolrpc.status import DETAILS_KEY, decode_error
+from poolrpc._wire.codec import Request, encode_request
+from poolrpc._wire.status import DETAILS_KEY, decode_error
 from poolrpc.tensors import TensorSpec
 from poolrpc.v1 import pool_pb2
-from poolrpc_server import dispatch, engine
-from poolrpc_server.doors import native
+from poolrpc_server.calls import dispatch
+from poolrpc_server.compute import engine
+from poolrpc_server.protocols import native
 from tests.parity.reference import assert_same, reference, values
 from tests.scrape import Scrape
 
@@ -103,9 +104,9 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
                 made.left.release()
 
             made.waits.release()
-            return made_by_the_door.on_leaving(leaves)
+            return made_by_the_door.add_done_callback(leaves)
 
-        return replace(made_by_the_door, on_leaving=seen)
+        return replace(made_by_the_door, add_done_callback=seen)
 
     monkeypatch.setattr(engine.Engine, "execute", executed)
     monkeypatch.setattr(dispatch.Dispatcher, "check_room", checked)

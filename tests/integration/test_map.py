@@ -24,8 +24,8 @@ from poolrpc import (
     MaxPool2d,
     PoolClient,
 )
-from poolrpc.coalesce import GROUP_BYTES
-from poolrpc.settings import IN_FLIGHT
+from poolrpc._base_client import IN_FLIGHT
+from poolrpc._transport.coalesce import GROUP_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator

@@ -17,7 +17,7 @@ import poolrpc
 import poolrpc_server
 from poolrpc import InternalError, InvalidArgumentError, MaxPool2d, PoolClient
 from poolrpc_server.cli import main
-from poolrpc_server.metrics import FOLDER_VARIABLE, MetricsServer, forget, summed
+from poolrpc_server.telemetry.metrics import FOLDER_VARIABLE, MetricsServer, forget, summed
 from scripts.serving import serving
 from tests.scrape import Scrape, get
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import grpc
 import numpy as np
 import pytest
-from authority import Authority, files
 from cryptography.hazmat.primitives import serialization
 from google.protobuf import descriptor_pool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -23,6 +22,7 @@ import poolrpc_server
 from poolrpc import AsyncPoolClient, MaxPool2d, PoolClient
 from poolrpc.cli import main
 from scripts.serving import Serving, serving
+from tests.integration.authority import Authority, files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

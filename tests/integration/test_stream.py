@@ -35,10 +35,10 @@ from poolrpc import (
     MaxPool3d,
     MaxUnpool2d,
     PoolClient,
-    codec,
 )
+from poolrpc._wire import codec
+from poolrpc._wire.status import translated
 from poolrpc.chains import as_chain
-from poolrpc.status import translated
 from poolrpc.tensors import TensorSpec
 from poolrpc.v1 import pool_pb2
 from scripts.serving import serving
@@ -64,14 +64,14 @@ LARGE = RNG.standard_normal((64, 4, 128, 128), np.float32)
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make blocks of two or three of X's planes, in pieces of less than one."""
-    monkeypatch.setattr("poolrpc.transfer.BLOCK_BYTES", 1900)
-    monkeypatch.setattr("poolrpc.wire.PIECE_BYTES", 500)
+    monkeypatch.setattr("poolrpc._transport.transfer.BLOCK_BYTES", 1900)
+    monkeypatch.setattr("poolrpc._wire.framing.PIECE_BYTES", 500)
 
 
 @pytest.fixture
 def many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make blocks of one of LARGE's planes."""
-    monkeypatch.setattr("poolrpc.transfer.BLOCK_BYTES", 65536)
+    monkeypatch.setattr("poolrpc._transport.transfer.BLOCK_BYTES", 65536)
 
 
 @pytest.fixture(params=["sync", "async"])

@@ -296,8 +296,8 @@ with tracer.start_as_current_span("all"), PoolClient(address) as client:
 
 def test_a_long_stream_has_the_stages_of_its_first_blocks(collector: Collector) -> None:
     """Of a stream of any length only so many spans are made; the stream's own has the number of all blocks."""
-    from poolrpc_server.streams import BLOCK_BYTES  # noqa: PLC0415 - this test's alone
-    from poolrpc_server.timeline import MOST_TURNS  # noqa: PLC0415 - this test's alone
+    from poolrpc_server.calls.stream_blocks import BLOCK_BYTES  # noqa: PLC0415 - this test's alone
+    from poolrpc_server.telemetry.timeline import MOST_TURNS  # noqa: PLC0415 - this test's alone
 
     planes = MOST_TURNS + 2
     x = np.zeros((1, planes, BLOCK_BYTES // 4096, 1024), np.float32)
@@ -379,10 +379,10 @@ def test_nothing_is_traced_unless_asked() -> None:
     program = """
 import sys, threading
 from poolrpc_server.app import serve
-from poolrpc_server.bell import Bell
+from poolrpc_server.signals import SignalEvent
 from poolrpc_server.config import Config
 import numpy as np, poolrpc
-stopping = Bell()
+stopping = SignalEvent()
 def call(facts):
     def go():
         with poolrpc.PoolClient(facts["addresses"]) as client:

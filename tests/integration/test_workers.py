@@ -21,7 +21,7 @@ import poolrpc
 from poolrpc import AsyncPoolClient, GlobalMaxPool, MaxPool2d, PoolClient
 from poolrpc_server.app import FAILED
 from poolrpc_server.config import Config, ConfigError
-from poolrpc_server.workers import supervise
+from poolrpc_server.workers.supervisor import supervise
 from scripts.serving import serving
 
 if TYPE_CHECKING:
@@ -332,7 +332,7 @@ def test_a_setting_that_only_a_worker_can_check() -> None:
 
 def test_workers_that_cannot_start(tmp_path: Path) -> None:
     """Workers that die at each start end the server with status 1, after some attempts, each of which is logged."""
-    env = injected(tmp_path, "    if 'poolrpc_server.workers' in sys.orig_argv: import os; os._exit(3)\n")
+    env = injected(tmp_path, "    if 'poolrpc_server.workers.supervisor' in sys.orig_argv: import os; os._exit(3)\n")
     with (
         pytest.raises(RuntimeError, match=r"the server ended with 1: .*attempts failed") as caught,
         serving("--workers", "2", env=env),
@@ -345,7 +345,7 @@ def test_workers_that_cannot_start(tmp_path: Path) -> None:
 POISON = """
     if '--workers' not in sys.orig_argv or '1' in sys.orig_argv:
         import torch
-        from poolrpc_server.kernels import eager
+        from poolrpc_server.compute.kernels import eager
 
         def poisoned(*_):
             raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")

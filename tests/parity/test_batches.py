@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import poolrpc as p
-from poolrpc.codec import Request
+from poolrpc._wire.codec import Request
 from poolrpc.tensors import TensorSpec
-from poolrpc_server.engine import GATHERED_BYTES, Engine, Run
-from poolrpc_server.validate import Limits, check_request
+from poolrpc_server.calls.validate import Limits, check_request
+from poolrpc_server.compute.engine import GATHERED_BYTES, Engine, Run
 from tests.parity.reference import assert_same, values
 from tests.parity.test_parity import GRID, cases
 

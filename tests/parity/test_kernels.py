@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import poolrpc as p
-from poolrpc_server.kernels import blocks, plan, plans, separable_max
-from poolrpc_server.kernels.choice import Case
-from poolrpc_server.kernels.windows import Windows
+from poolrpc_server.compute.kernels import blocks, plan, plans, separable_max
+from poolrpc_server.compute.kernels.choice import Case
+from poolrpc_server.compute.kernels.windows import Windows
 from tests.parity.reference import assert_same, reference, values
 
 many = settings(

@@ -108,7 +108,7 @@ def test_metadata_reaches_the_replica(cluster: Cluster) -> None:
 @pytest.mark.parametrize(("name", "value"), [("listen", "127.0.0.1:1"), ("threads", -1), ("insecure", False)])
 def test_settings_are_checked_before_deploying(rays_environment: dict[str, str], name: str, value: object) -> None:
     """The application isn't built with a setting that is wrong, of what Ray does itself, or unguarded by mistake."""
-    program = f"from poolrpc_server.ray import app; app({ {'insecure': True, name: value} })"
+    program = f"from poolrpc_server.transports.ray import app; app({ {'insecure': True, name: value} })"
     done = subprocess.run(  # noqa: S603 - our own command
         ["python", "-c", program],  # noqa: S607 - of the environment's path
         capture_output=True,

@@ -6,8 +6,8 @@ from functools import cache
 from hypothesis import strategies as st
 
 from poolrpc import LAYERS
-from poolrpc.limits import MAX_NUMEL, MAX_PARAMETER
-from poolrpc.parameters import spread
+from poolrpc._shapes.limits import MAX_NUMEL, MAX_PARAMETER
+from poolrpc._shapes.parameters import spread
 
 CLASSES = tuple(LAYERS.values())
 

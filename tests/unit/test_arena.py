@@ -27,14 +27,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import poolrpc.arena
-import poolrpc_server.arena
-from poolrpc.arena import SUFFIX, Arenas
+import poolrpc_server.transports.local.arenas
+from poolrpc._transport import arena_memory
+from poolrpc._transport.arena_memory import SUFFIX, Arenas
+from poolrpc._wire.status import decode_error
 from poolrpc.errors import InvalidArgumentError, LimitExceededError, NotFoundError, PoolError, UnavailableError
-from poolrpc.status import decode_error
 from poolrpc.tensors import ALIGNMENT
 from poolrpc.v1 import pool_pb2
-from poolrpc_server.arena import Arena, ArenaListener
+from poolrpc_server.transports.local.arenas import Arena, ArenaListener
 
 if sys.platform != "linux":
     pytest.skip("arenas need Linux", allow_module_level=True)
@@ -106,7 +106,7 @@ def refusal_on(connection):
     assert not descriptors
     assert not answer.arena_id
     assert connection.recv(1) == b""
-    names = {number: name for name, number in poolrpc.arena.CODES.items()}
+    names = {number: name for name, number in arena_memory.CODES.items()}
     return decode_error(names[answer.error.code], answer.error.message, answer.error.SerializeToString())
 
 
@@ -157,7 +157,7 @@ def another(program, *arguments, **options):
 
 PRELUDE = """
 import array, errno, os, socket, sys
-from poolrpc.arena import Arenas
+from poolrpc._transport.arena_memory import Arenas
 from poolrpc.v1 import pool_pb2
 
 def say(*words):
@@ -333,7 +333,7 @@ def test_two_packets_at_once_leave_no_arena(listener, path):
 
 def test_a_client_that_says_nothing_is_let_go(path, monkeypatch):
     """A connection that asks for nothing ends after its time; an arena, however old, doesn't."""
-    monkeypatch.setattr(poolrpc_server.arena, "WAITING_SECONDS", 0.05)
+    monkeypatch.setattr(poolrpc_server.transports.local.arenas, "WAITING_SECONDS", 0.05)
     with listening(path) as listener, attached(path, 4096) as (arena_id, _, _), connect(path) as silent:
         assert silent.recv(1) == b""
         assert listener.find(arena_id).size == 4096
@@ -341,7 +341,7 @@ def test_a_client_that_says_nothing_is_let_go(path, monkeypatch):
 
 def test_the_connections_that_wait_are_bounded(listener, path, monkeypatch):
     """Of many silent clients the last are turned away at once; when one goes, there is room again."""
-    monkeypatch.setattr(poolrpc_server.arena, "MAX_WAITING", 2)
+    monkeypatch.setattr(poolrpc_server.transports.local.arenas, "MAX_WAITING", 2)
     with connect(path), connect(path) as second:
         with connect(path) as third:
             assert third.recv(1) == b""
@@ -497,7 +497,7 @@ say(arenas.allocate(1), arenas.refused.code, arenas.refused)
 
 def test_no_accept_loop_without_descriptors(listener, path, log, monkeypatch):
     """EMFILE is logged once, not in a loop, and the next connection that ends lets the waiting one in."""
-    monkeypatch.setattr(poolrpc_server.arena, "PAUSE_SECONDS", 10 * PATIENCE)
+    monkeypatch.setattr(poolrpc_server.transports.local.arenas, "PAUSE_SECONDS", 10 * PATIENCE)
     with attached(path, 4096), ExitStack() as first:
         first.enter_context(attached(path, 4096))
         # By then it has closed the descriptors that it handed over.
@@ -515,7 +515,7 @@ def test_no_accept_loop_without_descriptors(listener, path, log, monkeypatch):
 
 def test_accepting_goes_on_after_a_while(path, log, monkeypatch):
     """Where no connection of its own ends, the listener tries again by itself."""
-    monkeypatch.setattr(poolrpc_server.arena, "PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(poolrpc_server.transports.local.arenas, "PAUSE_SECONDS", 0.05)
     with listening(path):
         with connect_without_descriptors(path) as waiting:
             assert log.wait_for("arena socket accepts nothing for now")
@@ -544,7 +544,7 @@ def connect_without_descriptors(path):
 def test_an_unexpected_failure_ends_its_own_connection_alone(listener, path, log, monkeypatch):
     """What fails as nobody foresaw is logged and closes that connection; the listener goes on."""
     with monkeypatch.context() as patch:
-        patch.setattr(poolrpc_server.arena.secrets, "token_bytes", lambda _: 1 / 0)
+        patch.setattr(poolrpc_server.transports.local.arenas.secrets, "token_bytes", lambda _: 1 / 0)
         with connect(path) as connection:
             connection.send(request(4096))
             assert connection.recv(1) == b""
@@ -866,7 +866,7 @@ def test_over_the_quota_there_is_none(path, monkeypatch):
         del held
         assert arenas.allocate(MIB) is not None
         held = arenas.allocate(4 * MIB)
-        monkeypatch.setattr(poolrpc.arena, "REFUSED_SECONDS", 0)
+        monkeypatch.setattr(arena_memory, "REFUSED_SECONDS", 0)
         with closing(Arenas(path, arena_bytes=MIB)) as others:
             assert others.allocate(1) is None
             arenas.retire(held)
@@ -1176,7 +1176,7 @@ def test_a_server_that_is_as_it_should_be_is_trusted(path):
 
 def test_a_server_that_says_nothing_costs_its_time_once(path, monkeypatch):
     """A server that hangs is waited for as long as ATTACH_SECONDS says."""
-    monkeypatch.setattr(poolrpc.arena, "ATTACH_SECONDS", 0.05)
+    monkeypatch.setattr(arena_memory, "ATTACH_SECONDS", 0.05)
     gone = threading.Event()
     with hostile(path, lambda _: gone.wait(PATIENCE)), closing(Arenas(path)) as arenas:
         started = time.monotonic()
@@ -1225,7 +1225,7 @@ def test_the_module_is_there_on_every_system():
     program = """
 import sys, grpc, numpy, google.protobuf.json_format, socket, mmap
 sys.platform, sys.modules["fcntl"] = "darwin", None
-from poolrpc.arena import Arenas
+from poolrpc._transport.arena_memory import Arenas
 arenas = Arenas("/nowhere")
 print(arenas.allocate(1), arenas.refused)
 """

@@ -14,32 +14,25 @@ import poolrpc
 import poolrpc_server
 
 FOLDERS = {package.__name__: Path(package.__file__).parent for package in (poolrpc, poolrpc_server)}
-GENERATED = ("poolrpc.v1", "poolrpc_server.inference")
+GENERATED = ("poolrpc.v1", "poolrpc_server.protocols.triton.generated")
 
-# The rooms of the server, from the door inwards: a module imports only what stands further in. A new module gets its
-# place here.
+# The folders and modules of the server, from the command inwards: a module imports only what stands further in.
 ROOMS = (
     {"cli"},
-    {"workers", "ray"},
+    {"workers"},
     {"app"},
-    {"doors", "security", "unwired"},
-    {"interceptors", "threads"},
-    {"dispatch"},
-    {"streams"},
-    {"batcher", "engine"},
-    {"device"},
-    {"buffers", "kernels"},
-    {"validate", "admission"},
-    {"arena", "tokens", "regions"},
-    {"traces", "watched"},
-    {"bell", "config", "logs", "metrics", "sockets", "tally"},
-    {"machine", "models", "spans"},
-    {"timeline"},
-    {"inference"},  # generated
+    {"transports"},
+    {"protocols"},
+    {"calls"},
+    {"compute"},
+    {"reloading_file"},
+    {"telemetry"},
+    {"config", "sockets"},
+    {"presets", "resources", "signals"},
 )
 DEPTH = {module: depth for depth, room in enumerate(ROOMS) for module in room}
-KNOW_GRPC = {"app", "doors", "interceptors", "security", "cli", "workers", "ray", "threads", "unwired"}
-KNOW_CONFIG = {"cli", "workers", "ray", "app"}
+KNOW_GRPC = {"cli", "workers", "app", "transports"}
+KNOW_CONFIG = {"cli", "workers", "app", "poolrpc_server.transports.ray"}
 # What the client's modules may import beside Python's own library when they are themselves imported.
 THIN = {"grpc", "google", "numpy", "poolrpc"}
 
@@ -107,13 +100,13 @@ SERVER = [name for name in SOURCES if name.partition(".")[0] == "poolrpc_server"
 
 def test_the_walk_sees_imports():
     """What this file finds are the imports that there are: of a module, of a name, relative, lazy, and for types."""
-    assert {"poolrpc.codec", "poolrpc.v1.pool_pb2", "poolrpc_server.dispatch", "grpc"} <= imports(
-        "poolrpc_server.doors.native"
+    assert {"poolrpc._wire.codec", "poolrpc.v1.pool_pb2", "poolrpc_server.calls.dispatch", "grpc"} <= imports(
+        "poolrpc_server.protocols.native"
     )
     assert "ml_dtypes" in imports("poolrpc.tensors")
     assert "ml_dtypes" not in imports("poolrpc.tensors", when_imported=True)
-    assert "poolrpc.layers" in imports("poolrpc.explain")
-    assert "poolrpc.layers" not in imports("poolrpc.explain", when_imported=True)
+    assert "poolrpc.layers" in imports("poolrpc.command.explain")
+    assert "poolrpc.layers" not in imports("poolrpc.command.explain", when_imported=True)
     assert len(CLIENT) > 10
     assert len(SERVER) > 10
 

@@ -1,0 +1,1 @@
+"""Shape rules, parameter checks and limits: integer arithmetic that client and server share."""

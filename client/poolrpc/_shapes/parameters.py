@@ -1,0 +1,109 @@
+"""Checks that turn what a caller wrote for a layer's parameter into its canonical form, or say what was expected."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any, TypeAlias
+
+from poolrpc._shapes.limits import MAX_PARAMETER
+from poolrpc._shapes.rules import clip
+from poolrpc.errors import InvalidArgumentError
+
+Axes: TypeAlias = int | tuple[int, ...]
+"""A parameter with one value for all spatial axes, or one for each."""
+OptionalAxes: TypeAlias = int | tuple[int | None, ...]
+"""The same, where an axis may be None."""
+
+
+def integer(name: str, value: object, low: int, high: int) -> int:
+    """Give `value` as an int in low..high; a bool or a float is refused, as torch refuses them."""
+    if type(value) is not int:
+        kind = type(value).__name__
+        try:
+            # Arrays and tensors have __index__ too, and raise where they are no scalar integers.
+            index = None if kind in ("bool", "bool_") else operator.index(value)  # type: ignore[arg-type]
+        except TypeError:
+            index = None
+        if index is None:
+            msg = f"expected an integer, got {clip(value)} ({kind})"
+            raise InvalidArgumentError(msg, field=name)
+        value = index
+    if not low <= value <= high:
+        msg = f"expected {low} to {high}, got {clip(value)}"
+        raise InvalidArgumentError(msg, field=name)
+    return value
+
+
+def boolean(name: str, value: object) -> bool:
+    """Give `value` as a bool; anything but a bool is refused."""
+    if isinstance(value, bool) or type(value).__name__ in ("bool_", "bool"):
+        return bool(value)
+    msg = f"expected True or False, got {clip(value)}"
+    raise InvalidArgumentError(msg, field=name)
+
+
+def real(name: str, value: object) -> float:
+    """Give `value` as a float above 0, perhaps infinite; a bool is refused."""
+    refused = type(value).__name__ in ("bool", "bool_") or hasattr(value, "__len__")  # strings and arrays
+    try:
+        number = None if refused else float(value)  # type: ignore[arg-type]  # refused below where it is none
+    except OverflowError:  # an integer that no float holds
+        number = math.nan
+    except (TypeError, ValueError):
+        number = None
+    if number is None:
+        raise InvalidArgumentError(f"expected a number, got {clip(value)} ({type(value).__name__})", field=name)
+    if not number > 0:
+        raise InvalidArgumentError(f"expected a number above 0, got {clip(value)}", field=name)
+    return number
+
+
+def sequence(name: str, value: object, dims: int) -> tuple[Any, ...]:
+    """Give a list, tuple or array as a tuple of 1 or `dims` values."""
+    if isinstance(value, str | bytes | dict | set):
+        msg = f"expected an integer or a tuple, got {clip(value)}"
+        raise InvalidArgumentError(msg, field=name)
+    try:
+        values: tuple[Any, ...] = tuple(value)  # type: ignore[arg-type]  # refused below where it isn't iterable
+    except TypeError:
+        msg = f"expected an integer or a tuple of {dims}, got {clip(value)} ({type(value).__name__})"
+        raise InvalidArgumentError(msg, field=name) from None
+    if len(values) not in (1, dims):
+        msg = f"expected 1 value or {dims}, got {len(values)}: {clip(values)}"
+        raise InvalidArgumentError(msg, field=name)
+    return values
+
+
+def axes(name: str, value: object, dims: int, *, low: int = 1, high: int = MAX_PARAMETER) -> Axes:
+    """Give an int, or a tuple of one int an axis; a tuple of equal ints is one int, so that equal layers are equal."""
+    if not hasattr(value, "__len__"):
+        return integer(name, value, low, high)
+    values = tuple(integer(name, each, low, high) for each in sequence(name, value, dims))
+    return values[0] if len(set(values)) == 1 else values
+
+
+def optional_axes(name: str, value: object, dims: int, *, high: int) -> OptionalAxes:
+    """Give what `axes` gives, where a value in a tuple may also be None."""
+    if not hasattr(value, "__len__"):
+        return integer(name, value, 1, high)
+    values = tuple(None if each is None else integer(name, each, 1, high) for each in sequence(name, value, dims))
+    if None in values:
+        return values * dims if len(values) == 1 else values
+    return values[0] if len(set(values)) == 1 else values  # type: ignore[return-value]  # no None is left
+
+
+def ratios(name: str, value: object, dims: int) -> float | tuple[float, ...]:
+    """Give a float in (0, 1), or a tuple of one an axis."""
+    values = sequence(name, value, dims) if hasattr(value, "__len__") else (value,)
+    numbers = tuple(real(name, each) for each in values)
+    for number in numbers:
+        if not number < 1:
+            msg = f"expected a ratio in (0, 1), got {clip(number)}"
+            raise InvalidArgumentError(msg, field=name)
+    return numbers[0] if len(set(numbers)) == 1 else numbers
+
+
+def spread(value: Any, dims: int) -> tuple[Any, ...]:  # noqa: ANN401 - whatever a parameter holds
+    """Give a parameter as one value an axis."""
+    return value if isinstance(value, tuple) else (value,) * dims

@@ -1,0 +1,1 @@
+"""How a call's tensors travel, one file a path."""

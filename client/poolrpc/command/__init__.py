@@ -1,0 +1,1 @@
+"""What the `poolrpc` command prints and reads."""

@@ -1,0 +1,1 @@
+"""What happens to one call, whatever its transport and protocol."""

@@ -1,0 +1,1 @@
+"""The device and the kernels: the only code that imports torch."""

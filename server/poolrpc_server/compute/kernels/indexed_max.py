@@ -1,0 +1,103 @@
+"""Max pooling with indices: each cell and its place become one integer, so that a maximum finds both."""
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from poolrpc_server.compute.kernels.blocks import Cells, Program, scratch
+from poolrpc_server.compute.kernels.separable_max import add_max
+from poolrpc_server.compute.kernels.windows import Windows
+
+DTYPES = (
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+)
+
+
+def empty_windows(plane: Sequence[int], windows: Windows, result: Sequence[int]) -> bool:
+    """Whether a dilated window may lie in the padding alone, where torch's place is no cell: leave those to eager."""
+    geometry = zip(windows.kernel, windows.stride, windows.padding, windows.dilation, strict=True)
+    for n, (k, s, p, d), length in zip(plane, geometry, result, strict=True):
+        # A window that starts in the input has a cell of it: only those that start before it may have none.
+        for start in range(-p, min(0, (length - 1) * s - p + 1), s):
+            first = start % d  # the least cell of the window, or of its going on, that is in the input
+            if first >= min(n, start + (k - 1) * d + 1):
+                return True
+    return False
+
+
+def max_pool_indices(x: Tensor, windows: Windows, out: Tensor, indices: Tensor) -> list[tuple[int, int]]:
+    """Write pooled planes and their int64 places; return the ranges of planes that may hold NaN, left for eager."""
+    spatial, result = x.shape[1:], out.shape[1:]
+    cells = prod(spatial)
+    floating = x.dtype.is_floating_point
+    short = x.element_size() <= 2 and cells <= 1 << 16
+    packed = torch.int32 if short else torch.int64
+    shift = 16 if short else 32
+    program = Program(x.shape[0], cells * packed.itemsize)
+    skipped: list[tuple[int, int]] = []
+
+    source = Cells(program, x, reused=False)
+    read = source.at()
+    if floating:
+        number = torch.int16 if x.element_size() == 2 else torch.int32
+        rest = torch.iinfo(number).max
+        bits = x.element_size() * 8 - 1
+        values = scratch(program, x, spatial)
+        signs = scratch(program, x, spatial, number).at()
+        value = values.at()
+        ordered = Cells(program, values.tensor.view(number), reused=True).at()
+        program.calls += [
+            # Any NaN makes the sum NaN, and so may infinities, which costs no more than time.
+            lambda i: skipped.append(_range(program, i)) if read[i].sum().isnan() else None,
+            # -0.0 and 0.0 tie.
+            lambda i: torch.add(read[i], 0.0, out=value[i]),
+            lambda i: torch.bitwise_right_shift(ordered[i], bits, out=signs[i]),
+            lambda i: signs[i].bitwise_and_(rest),
+            lambda i: ordered[i].bitwise_xor_(signs[i]),
+        ]
+    else:
+        ordered = read
+    keys = scratch(program, x, spatial, packed)
+    key = keys.at()
+    # The first of equal cells has the largest key.
+    places = torch.arange(cells - 1, -1, -1, dtype=packed).view(spatial)
+    program.calls += [
+        lambda i: key[i].copy_(ordered[i]),
+        lambda i: torch.add(places, key[i], alpha=1 << shift, out=key[i]),
+    ]
+    best = scratch(program, x, result, packed)
+    add_max(keys, windows, best)
+
+    chosen, place = best.at(), Cells(program, indices, reused=False).at()
+    low = scratch(program, x, result, packed).at()
+    write = Cells(program, out.view(number) if floating else out, reused=False).at()
+    program.calls += [
+        lambda i: torch.bitwise_and(chosen[i], (1 << shift) - 1, out=low[i]),
+        lambda i: torch.sub(cells - 1, low[i], out=place[i]) if low[i].dtype == torch.int64 else place[i].copy_(low[i]),
+        lambda i: chosen[i].bitwise_right_shift_(shift),
+        lambda i: write[i].copy_(chosen[i]),
+    ]
+    if low[0].dtype != torch.int64:
+        program.calls.append(lambda i: place[i].neg_().add_(cells - 1))
+    if floating:
+        sign = scratch(program, x, result, number).at()
+        program.calls += [
+            lambda i: torch.bitwise_right_shift(write[i], bits, out=sign[i]),
+            lambda i: sign[i].bitwise_and_(rest),
+            lambda i: write[i].bitwise_xor_(sign[i]),
+        ]
+    program.run()
+    return skipped
+
+
+def _range(program: Program, number: int) -> tuple[int, int]:
+    start = number * program.step
+    return start, start + (program.step if number < program.full else program.tail)

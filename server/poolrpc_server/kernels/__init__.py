@@ -1,5 +1,0 @@
-"""What computes a layer: torch's own operators, and kernels that give the same answer sooner on a CPU."""
-
-from poolrpc_server.kernels.plans import Plan, Share, plan
-
-__all__ = ["Plan", "Share", "plan"]

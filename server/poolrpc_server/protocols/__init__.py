@@ -1,0 +1,1 @@
+"""What the bytes of a call mean: message to request to message."""

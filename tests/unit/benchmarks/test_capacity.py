@@ -1,0 +1,124 @@
+"""The simulation that says how many replicas a load needs: against queueing theory, and against what was measured."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from benchmarks import capacity
+from benchmarks.capacity import Question
+from benchmarks.fleet import Call, Fleet
+from poolrpc_server.calls.batcher import QueueLimits
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+ROOT = Path(__file__).parents[3]
+GOODPUT, MEDIAN, TAIL = 0.15, 1.5, 2.0
+"""How far the simulation may be from the measured curve, at each load: the part of the goodput, and factors of the
+median and the 99 % of the answers' times; the last is the slowest of some forty calls at the lowest load."""
+UNBOUNDED = QueueLimits(waiting=10**9, seconds=10**9)
+
+
+def load(rate: float, seconds: Iterable[float], count: int = 20_000) -> list[Call]:
+    """Draw calls that come at random, each of a kind of its own."""
+    drawn, kinds = np.random.default_rng(1), list(seconds)
+    times = np.cumsum(drawn.exponential(1 / rate, count))
+    return [Call(float(at), kinds[drawn.integers(len(kinds))], 0, None) for at in times]
+
+
+def needed(question: Question) -> int:
+    """Give the fewest replicas that are enough."""
+    *_, last = capacity.answer(question)
+    assert last["enough"]
+    assert last["p99_ms"] <= question.p99 * 1000
+    return last["replicas"]
+
+
+@pytest.mark.parametrize("row", capacity.read("load"), ids=lambda row: row["case"])
+def test_it_foretells_the_measured_curve(row: dict[str, Any]) -> None:
+    """Offered the calls of the measured run, it answers as many a second and as soon, within the tolerances above."""
+    ours = capacity.compared(row)
+    assert ours["goodput"] == pytest.approx(row["goodput"], rel=GOODPUT)
+    assert 1 / MEDIAN <= ours["p50_ms"] / row["accepted_p50_ms"] <= MEDIAN
+    assert 1 / TAIL <= ours["p99_ms"] / row["accepted_p99_ms"] <= TAIL
+
+
+@pytest.mark.parametrize("busy", [0.3, 0.6, 0.8])
+@pytest.mark.parametrize("seconds", [(0.01,), (0.001, 0.019)])
+def test_one_replica_waits_as_theory_has_it(busy: float, seconds: tuple[float, ...]) -> None:
+    """Without bounds the mean wait is that of Pollaczek and Khinchine, within a tenth, alike and unlike times both."""
+    average = mean(seconds)
+    outcome = Fleet(1, UNBOUNDED).serve(load(busy / average, seconds, 50_000))
+    expected = busy / average * mean(each**2 for each in seconds) / (2 * (1 - busy))
+    assert mean(outcome.latencies) - average == pytest.approx(expected, rel=0.1)
+    assert outcome.busy / outcome.seconds == pytest.approx(busy, rel=0.03)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    """At twice what a replica can do half is refused, and no answer takes longer than the queue and a call."""
+    outcome = Fleet(1, QueueLimits(seconds=0.25)).serve(load(200, [0.01]))
+    assert outcome.goodput == pytest.approx(100, rel=0.02)
+    assert outcome.refusals == sum(each == float("inf") for each in outcome.latencies)
+    assert max(outcome.answered) <= 0.25 + 2 * 0.01 + 1e-9
+    assert outcome.within(0.99) == float("inf")
+
+
+def test_calls_of_a_kind_share_a_turn() -> None:
+    """Small calls of one kind that wait are computed together, and end together; others take turns with them."""
+    small = [Call(0.001, 0.001, 1000, "small") for _ in range(4)]
+    calls = [Call(0.0, 0.01, 0, None), small[0], Call(0.001, 0.01, 0, None), *small[1:]]
+    outcome = Fleet(1, QueueLimits()).serve(calls)
+    assert outcome.latencies == pytest.approx([0.01, *[0.013] * 4, 0.023])
+
+
+def test_retries_are_answered_later() -> None:
+    """A burst that is too much for one replica is answered in the end where clients try again."""
+    burst = [Call(0.0, 0.01, 0, None) for _ in range(40)]
+    once, again = (Fleet(1, QueueLimits(seconds=0.25), attempts=each).serve(burst) for each in (1, 5))
+    assert len(once.answered) < len(again.answered) == len(burst)
+    assert once.refusals == len(burst) - len(once.answered)
+
+
+def test_the_less_busy_replica_is_the_better_one() -> None:
+    """Of unlike calls, 99 % are answered sooner by least request than where many clients take turns."""
+    calls = load(200, [0.001, 0.039])
+    least, turns = (Fleet(8, UNBOUNDED, least_request=each).serve(calls) for each in (True, False))
+    assert least.within(0.99) < turns.within(0.99)
+
+
+def test_the_fewest_replicas_are_found() -> None:
+    """One less than what it answers isn't enough; more load or a heavier layer needs more, the arena needs fewer."""
+    question = Question(5000, [10**6], 0.005)
+    found = needed(question)
+    assert not {row["replicas"]: row["enough"] for row in capacity.answer(question)}.get(found - 1)
+    assert needed(replace(question, rate=10_000)) > found
+    assert needed(replace(question, layer_ms=1)) > found
+    assert needed(replace(question, client_side=True)) >= found
+    assert needed(replace(question, path="arena")) < found
+
+
+def test_times_are_fitted_to_what_was_measured() -> None:
+    """Each path's line is within a half of every time that it is fitted to; a call and a byte both cost something."""
+    for path in ("unary", "stream", "arena"):
+        fixed, each, off = capacity.seconds_of(path)
+        assert fixed > 0
+        assert each > 0
+        assert off < 0.5
+
+
+def test_the_command_answers_and_refuses() -> None:
+    """The command prints the replicas; of a p99 that a lone call can't keep it says what that takes."""
+    command = [sys.executable, "-m", "benchmarks", "capacity", "--rate", "500", "--bytes", "1000000", "--p99"]
+    done = subprocess.run([*command, "0.05"], capture_output=True, text=True, check=True, cwd=ROOT)  # noqa: S603 - our own command
+    assert "replicas=1 enough=True" in done.stdout
+    done = subprocess.run([*command, "0.00001"], capture_output=True, text=True, check=False, cwd=ROOT)  # noqa: S603 - the same
+    assert done.returncode == 1
+    assert "expected --p99 of more than" in done.stderr

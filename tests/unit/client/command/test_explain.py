@@ -1,0 +1,217 @@
+"""Explanations: their own output against torch's, their formulas, and what they show."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import nn
+
+from poolrpc import (
+    AdaptiveAvgPool1d,
+    AdaptiveAvgPool2d,
+    AdaptiveMaxPool2d,
+    AvgPool1d,
+    AvgPool2d,
+    FractionalMaxPool2d,
+    GlobalAvgPool,
+    GlobalMaxPool,
+    InvalidArgumentError,
+    LPPool1d,
+    LPPool2d,
+    MaxPool1d,
+    MaxPool2d,
+    MaxPool3d,
+    MaxUnpool2d,
+)
+from poolrpc.command.explain import explain, lines
+from tests.unit.strategies import classes, layers
+
+KNOWN = np.array([[1, 3, 2, 4], [5, 6, 8, 7], [4, 2, 1, 0], [9, 7, 3, 2]], np.float32)
+
+
+def torchs(layer, plane, result=0):
+    """Give torch's output for one plane, or with 1 its indices."""
+    x = torch.from_numpy(plane.copy())[None, None]
+    if layer.family.startswith("global"):
+        module = getattr(nn, f"Adaptive{layer.name.removeprefix('Global')}{plane.ndim}d")(1)
+    else:
+        arguments = {each.name: getattr(layer, each.name) for each in dataclasses.fields(layer)}
+        if arguments.get("output_size") == (None,):  # which torch's 1d layers lack
+            arguments["output_size"] = len(plane)
+        module = getattr(nn, layer.name)(**arguments)
+    output = module(x)
+    return (output[result] if isinstance(output, tuple) else output)[0, 0].numpy()
+
+
+@st.composite
+def cases(draw):
+    """Draw a layer with fixed windows and a plane of small whole and half numbers, now and then an infinity or NaN."""
+    dims = draw(st.integers(1, 3))
+    among = [cls for cls in classes(dims) if cls.family not in ("fractional_max_pool", "max_unpool")]
+    layer = draw(layers(among, most=4, most_output=5, indices=False))
+    values = st.integers(-8, 8).map(lambda n: n / 2)
+    if layer.family in ("max_pool", "adaptive_max_pool", "global_max_pool"):
+        values |= st.sampled_from([float("nan"), float("inf"), float("-inf")])
+    if layer.family == "lp_pool":
+        # torch's powers of large exponents overflow float32, and those of negative numbers are mostly NaN.
+        layer = dataclasses.replace(layer, norm_type=draw(st.sampled_from([1, 2, 3, 0.5, 1.5])))
+        values = st.integers(0, 8).map(lambda n: n / 2) if layer.norm_type % 1 else values
+    plane = [draw(st.integers(1, 6)) for _ in range(dims)]
+    count = int(np.prod(plane))
+    cells = draw(st.lists(values, min_size=count, max_size=count))
+    return layer, np.array(cells, np.float32).reshape(plane)
+
+
+@given(cases())
+def test_the_windows_come_to_torchs_output(case):
+    """What is worked out window by window is what torch computes, for every family, rank and parameter."""
+    layer, plane = case
+    try:
+        told = explain(layer, plane)
+    except InvalidArgumentError:
+        assume(False)
+    expected = torchs(layer, plane)
+    assert told.output.shape == expected.shape
+    assert np.allclose(told.output, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert [window.index for window in told.windows] == list(np.ndindex(expected.shape))
+    assert len(told.formulas) == plane.ndim
+    for axis, formula in zip(expected.shape, told.formulas, strict=True):
+        assert re.search(rf"(= |-> ){axis}\b", formula)
+    assert "\n".join(lines(told))
+
+
+@given(st.sampled_from([MaxPool2d(2, stride=1), MaxPool2d(3, padding=1), AdaptiveMaxPool2d(2)]), st.data())
+def test_a_maximum_is_named_where_torch_finds_it(layer, data):
+    """Among equals and among NaN the cell that an explanation names is the one of torch's index."""
+    cells = data.draw(st.lists(st.sampled_from([0.0, 1.0, float("nan"), float("-inf")]), min_size=12, max_size=12))
+    plane = np.array(cells, np.float32).reshape(3, 4)
+    indices = torchs(dataclasses.replace(layer, return_indices=True), plane, result=1)
+    for window, index in zip(explain(layer, plane).windows, indices.flatten(), strict=True):
+        assert window.how.endswith(f" at ({index // 4}, {index % 4})")
+
+
+@pytest.mark.parametrize(
+    ("layer", "output"),
+    [
+        (MaxPool2d(2, 2), [[6, 8], [9, 3]]),
+        (AvgPool2d(2, 2), [[3.75, 5.25], [5.5, 1.5]]),
+        (AdaptiveAvgPool2d((1, 1)), [[4.0]]),
+        (AdaptiveMaxPool2d((1, 1)), [[9.0]]),
+        (GlobalAvgPool(), [[4.0]]),
+        (GlobalMaxPool(), [[9.0]]),
+        (LPPool2d(1, 2), [[15, 21], [22, 6]]),
+    ],
+    ids=repr,
+)
+def test_the_worked_examples(layer, output):
+    """The examples of many a lesson have their right answers."""
+    assert explain(layer, KNOWN).output.tolist() == output
+
+
+def test_a_window_is_shown_with_its_place_and_its_choice():
+    """Each window, in order, has its rows and columns, its cells, and where its maximum lies."""
+    text = lines(explain(MaxPool2d(2, 2), KNOWN))
+    start = text.index("window (0, 1): rows 0..1, columns 2..3")
+    assert [line.split() for line in text[start + 1 : start + 3]] == [["2", "4"], ["8", "7"]]
+    assert text[start + 3].strip() == "max 8 at (1, 2)"
+    assert [line for line in text if line.startswith("window")] == sorted(
+        line for line in text if line.startswith("window")
+    )
+    assert text[0] == "MaxPool2d(2, stride=2) on a plane of 4 x 4"
+
+
+def test_an_average_is_shown_as_a_sum_and_its_divisor():
+    """A mean shows what was added and by what it was divided; padding counts in the divisor where it does in torch."""
+    plane = np.array([3, 5], np.float32)
+    padded = AvgPool1d(2, stride=1, padding=1)
+    assert [window.how for window in explain(padded, plane).windows] == [
+        "(3) / 2 = 1.5",
+        "(3 + 5) / 2 = 4",
+        "(5) / 2 = 2.5",
+    ]
+    apart = dataclasses.replace(padded, count_include_pad=False)
+    assert [window.how for window in explain(apart, plane).windows][::2] == ["(3) / 1 = 3", "(5) / 1 = 5"]
+    divided = AvgPool2d((1, 2), divisor_override=4)
+    assert explain(divided, plane[None]).windows[0].how == "(3 + 5) / 4 = 2"
+
+
+def test_padding_is_shown():
+    """Cells of the padding are points, with a line that says so, and None among the cells; without padding neither."""
+    told = explain(MaxPool2d(2, padding=1), np.ones((2, 2), np.float32))
+    assert told.windows[0].cells == [[None, None], [None, 1.0]]
+    text = lines(told)
+    assert text[2:5] == ["window (0, 0): rows -1..0, columns -1..0", "       .      .", "       .      1"]
+    assert "(. is padding)" in text
+    assert "(. is padding)" not in lines(explain(MaxPool2d(2), np.ones((2, 2), np.float32)))
+
+
+def test_a_window_without_a_cell_of_the_input_is_minus_infinity():
+    """A dilated window may lie in the padding alone: torch's answer is minus infinity, and the reason is given."""
+    layer, plane = MaxPool1d(2, padding=1, dilation=3), np.array([1, 2], np.float32)
+    told = explain(layer, plane)
+    assert told.windows[0].how == "no cell of the input: -inf"
+    assert told.output.tolist() == torchs(layer, plane).tolist() == [float("-inf")]
+
+
+DROPPED = (
+    "columns: ceil((5 + 2*1 - 1*(2 - 1) - 1) / 3) + 1 = 3, but the last window would start at 5, "
+    "not inside the input of 5 or its left padding: ceil_mode drops it -> 2"
+)
+
+
+@pytest.mark.parametrize(
+    ("layer", "plane", "formula"),
+    [
+        (MaxPool1d(3, 2, padding=1), 8, "columns: floor((8 + 2*1 - 1*(3 - 1) - 1) / 2) + 1 = 4"),
+        (MaxPool1d(2, 2, dilation=3), 9, "columns: floor((9 + 2*0 - 3*(2 - 1) - 1) / 2) + 1 = 3"),
+        (MaxPool1d(2, 2, ceil_mode=True), 4, "columns: ceil((4 + 2*0 - 1*(2 - 1) - 1) / 2) + 1 = 2"),
+        (MaxPool1d(2, 2, ceil_mode=True), 5, "columns: ceil((5 + 2*0 - 1*(2 - 1) - 1) / 2) + 1 = 3 (floor gives 2)"),
+        (
+            MaxPool1d(2, 3, padding=1, ceil_mode=True),
+            5,
+            DROPPED,
+        ),
+        (LPPool1d(2, 3), 7, "columns: floor((7 + 2*0 - 1*(3 - 1) - 1) / 3) + 1 = 2"),
+        (AdaptiveAvgPool1d(3), 7, "columns: window i of 3 spans floor(i * 7 / 3) to ceil((i + 1) * 7 / 3) -> 3"),
+        (GlobalAvgPool(), 7, "columns: the whole of 7 -> 1"),
+    ],
+    ids=repr,
+)
+def test_a_formula_has_its_numbers_filled_in(layer, plane, formula):
+    """The rule of an axis is shown with its numbers; where ceil_mode adds or drops a window, it says so."""
+    assert explain(layer, np.zeros(plane, np.float32)).formulas == (formula,)
+    assert lines(explain(layer, np.zeros(plane, np.float32)))[-1].strip() == formula
+
+
+def test_each_axis_has_its_formula_by_name():
+    """A plane's axes are depth, rows and columns, first to last."""
+    formulas = explain(MaxPool3d((1, 2, 3)), np.zeros((4, 4, 4), np.float32)).formulas
+    assert [(formula.partition(":")[0], formula[-1]) for formula in formulas] == [
+        ("depths", "4"),
+        ("rows", "2"),
+        ("columns", "1"),
+    ]
+
+
+@pytest.mark.parametrize("layer", [FractionalMaxPool2d(2, 2), MaxUnpool2d(2)], ids=repr)
+def test_a_layer_without_fixed_windows_is_not_explained(layer):
+    """Windows that the seed places, or that there are not, are refused with the layer."""
+    with pytest.raises(InvalidArgumentError, match=re.escape(f"got {layer!r}")):
+        explain(layer, KNOWN)
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (1, 1, 4), (1, 1, 4, 4), (0, 4), (4, 0)])
+def test_a_plane_of_another_rank_is_refused(shape):
+    """A plane must have the layer's spatial axes, no fewer and no more, and cells."""
+    with pytest.raises(InvalidArgumentError):
+        explain(MaxPool2d(1), np.zeros(shape, np.float32))
+
+
+def test_a_plane_that_the_layer_cannot_pool_is_refused():
+    """A kernel over the plane is an error of the kernel."""
+    with pytest.raises(InvalidArgumentError, match=r"^kernel_size: expected an effective kernel of at most"):
+        explain(MaxPool2d(5), KNOWN)

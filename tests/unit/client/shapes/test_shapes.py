@@ -1,0 +1,335 @@
+"""Every layer's output shape against torch's, and the rules of one axis.
+
+POOLRPC_SHAPE_CASES is how many random cases the comparison with torch has, over all layers together. 100,000:
+
+    POOLRPC_SHAPE_CASES=100000 pytest tests/unit/client/shapes -k torch
+"""
+
+import os
+from dataclasses import fields
+from functools import cache
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import poolrpc
+from poolrpc import InvalidArgumentError
+from poolrpc._shapes.limits import MAX_FRACTIONAL_AXIS, MAX_NUMEL, MAX_PARAMETER
+from poolrpc._shapes.parameters import spread
+from poolrpc._shapes.rules import adaptive_window, check_shape, clip, fractional, pooled, starts_outside, unpooled
+from tests.unit.strategies import CLASSES, layers, parameters, shapes
+
+CASES = -(-int(os.environ.get("POOLRPC_SHAPE_CASES", "300")) // len(CLASSES))
+
+# What poolrpc refuses although torch takes it: what, why, and a call that shows it.
+REFUSED = (
+    (
+        "an axis other than N is 0",
+        "there is nothing to pool; torch takes it in some layers and refuses it in others",
+        (poolrpc.AdaptiveAvgPool2d, {"output_size": 2}, (1, 0, 4, 4)),
+    ),
+    (
+        "an output size is 0, or a ratio comes to 0",
+        "an output without elements is a mistake, and has crashed torch",
+        (poolrpc.FractionalMaxPool2d, {"kernel_size": 1, "output_ratio": 0.1}, (1, 1, 4, 4)),
+    ),
+    (
+        "a fractional kernel is 0 or negative",
+        "torch answers with minus infinities",
+        (poolrpc.FractionalMaxPool2d, {"kernel_size": 0, "output_size": 2}, (1, 1, 4, 4)),
+    ),
+    (
+        "a divisor is negative",
+        "torch negates the output",
+        (poolrpc.AvgPool2d, {"kernel_size": 2, "divisor_override": -1}, (1, 1, 4, 4)),
+    ),
+    (
+        "a norm is negative",
+        "torch answers with what no norm is",
+        (poolrpc.LPPool2d, {"norm_type": -1.0, "kernel_size": 2}, (1, 1, 4, 4)),
+    ),
+    (
+        "a dilation is over input + 2*padding",
+        "with a kernel of 1 torch takes any, and its CUDA kernels then read elsewhere",
+        (poolrpc.MaxPool2d, {"kernel_size": 1, "dilation": 5}, (1, 1, 4, 4)),
+    ),
+    (
+        "an unpool kernel, stride or padding is out of bounds",
+        "torch computes no more than the default output size from them",
+        (poolrpc.MaxUnpool2d, {"kernel_size": 2, "stride": 0}, (1, 1, 4, 4)),
+    ),
+    (
+        "an unpool output has no cells",
+        "as for an output size of 0",
+        (poolrpc.MaxUnpool1d, {"kernel_size": 2, "padding": 1}, (1, 1, 1)),
+    ),
+    (
+        "an adaptive output * input is over 2**31 - 1 on an axis",
+        "CUDA's kernels overflow: PyTorch issue 176784",
+        (poolrpc.AdaptiveAvgPool1d, {"output_size": 2**16}, (1, 2**15)),
+    ),
+    (
+        "a fractional axis is over 2**22",
+        "torch places the windows in float32, which is wrong by a cell from 2**23 on",
+        (poolrpc.FractionalMaxPool2d, {"kernel_size": 1, "output_size": 1}, (1, 1, 2**22 + 1)),
+    ),
+)
+# What poolrpc takes although torch refuses it.
+TAKEN = (
+    (
+        "a 1d adaptive size of (None,)",
+        "torch takes None in the 2d and 3d layers alone",
+        (poolrpc.AdaptiveMaxPool1d, {"output_size": (None,)}, (1, 1, 4)),
+    ),
+    (
+        "an LPPool1d with a kernel of one value in a tuple",
+        "torch multiplies by the tuple",
+        (poolrpc.LPPool1d, {"norm_type": 2, "kernel_size": (2,)}, (1, 1, 4)),
+    ),
+)
+
+
+def refusals(cls, arguments, shape):
+    """Give those of REFUSED that hold for a call."""
+    dims = cls.spatial_dims or len(shape) - 2
+    plane, batched = shape[-dims:], len(shape) == dims + 2
+
+    def axes(name, default):
+        value = arguments.get(name)
+        return spread(default if value is None else value, dims)
+
+    kernel, padding, sizes = axes("kernel_size", 1), axes("padding", 0), axes("output_size", 1)
+    stride, dilation = axes("stride", arguments.get("kernel_size", 1)), axes("dilation", 1)
+    unpool = cls.family == "max_unpool"
+    default = [unpooled(size, k, s, p) for size, k, s, p in zip(plane, kernel, stride, padding, strict=True)]
+    ratios = arguments.get("output_ratio")
+    holds = (
+        0 in shape[batched:],
+        0 in sizes
+        or (ratios is not None and 0 in map(int, map(float.__mul__, map(float, plane), spread(ratios, dims)))),
+        cls.family == "fractional_max_pool" and min(kernel) < 1,
+        (arguments.get("divisor_override") or 0) < 0,
+        not arguments.get("norm_type", 1) > 0,
+        any(d > size + 2 * p for d, size, p in zip(dilation, plane, padding, strict=True)),
+        unpool and (min(kernel) < 1 or min(stride) < 1 or min(padding) < 0),
+        unpool and arguments.get("output_size") is None and min(default) < 1,
+        cls.family.startswith("adaptive")
+        and any(size * (cells or size) > MAX_NUMEL for size, cells in zip(plane, sizes, strict=True)),
+        cls.family == "fractional_max_pool" and max(plane) > MAX_FRACTIONAL_AXIS,
+    )
+    return [rule for rule, held in zip(REFUSED, holds, strict=True) if held]
+
+
+def extras(cls, arguments):
+    """Give those of TAKEN that hold for a call."""
+    holds = (
+        cls.family.startswith("adaptive") and cls.spatial_dims == 1 and arguments["output_size"] == (None,),
+        cls is poolrpc.LPPool1d and isinstance(arguments["kernel_size"], tuple),
+    )
+    return [rule for rule, held in zip(TAKEN, holds, strict=True) if held]
+
+
+def ours(cls, arguments, shape):
+    """Give the shape that poolrpc computes, None where it refuses."""
+    try:
+        return cls(**arguments).output_shape(shape)
+    except InvalidArgumentError:
+        return None
+
+
+def torchs(cls, arguments, shape, device):
+    """Give the shape of what torch.nn returns, None where it raises."""
+    arguments = {name: value for name, value in arguments.items() if name != "seed"}
+    x = torch.zeros(shape, device=device)
+    # torch raises whatever it likes for bad arguments: six types were seen.
+    try:
+        if cls.family.startswith("global"):
+            y = getattr(nn, f"Adaptive{cls.__name__.removeprefix('Global')}{len(shape) - 2}d")(1)(x)
+        elif cls.family == "max_unpool":
+            size = arguments.pop("output_size", None)
+            indices = torch.zeros(shape, dtype=torch.int64, device=device)
+            y = getattr(nn, cls.__name__)(**arguments)(x, indices, output_size=size)
+        else:
+            y = getattr(nn, cls.__name__)(**arguments)(x)
+    except Exception:  # noqa: BLE001
+        return None
+    return tuple((y[0] if isinstance(y, tuple) else y).shape)
+
+
+def compare(cls, arguments, shape, devices):
+    """Hold poolrpc's answer to a call against torch's."""
+    computed = ours(cls, arguments, shape)
+    for device in devices:
+        expected = torchs(cls, arguments, shape, device)
+        if computed is None and expected is not None:
+            assert refusals(cls, arguments, shape)
+        elif expected is None and computed is not None:
+            assert extras(cls, arguments)
+        else:
+            assert computed == expected
+
+
+@cache
+def calls(cls):
+    """Draw a layer's arguments and a shape for it, small, now and then with an axis of 0."""
+    if cls.spatial_dims is not None:
+        return st.tuples(parameters(cls), shapes(cls.spatial_dims, zeros=True))
+    batched = [shapes(dims, zeros=True).filter(lambda shape, dims=dims: len(shape) == dims + 2) for dims in (1, 2, 3)]
+    return st.tuples(parameters(cls), st.one_of(batched))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@settings(max_examples=CASES)
+@given(data=st.data())
+def test_torch_gives_the_same_shape_or_refuses_the_same_call(cls, data):
+    """A layer computes torch's shape, on the meta device and the CPU, and refuses what torch refuses, REFUSED aside."""
+    compare(cls, *data.draw(calls(cls)), devices=("meta", "cpu"))
+
+
+@pytest.mark.parametrize("cls", [cls for cls in CLASSES if cls.spatial_dims == 1])
+@settings(max_examples=CASES)
+@given(data=st.data())
+def test_torch_gives_the_same_shape_of_any_size_or_refuses_it(cls, data):
+    """A layer computes torch's shape where parameters and axes are as large as they may be, and overflows nowhere."""
+    layer = data.draw(layers([cls]))
+    size = st.integers(1, MAX_NUMEL) | st.integers(1, 2 * MAX_PARAMETER)
+    arguments = {each.name: getattr(layer, each.name) for each in fields(layer)}
+    compare(cls, arguments, (1, data.draw(size)), devices=["meta"])
+
+
+@pytest.mark.parametrize("rule", REFUSED, ids=[what for what, _, _ in REFUSED])
+def test_poolrpc_alone_refuses(rule):
+    """Every rule of REFUSED is needed: torch takes its call, poolrpc doesn't, and no other rule is the reason."""
+    call = rule[2]
+    assert ours(*call) is None
+    assert torchs(*call, "meta") is not None
+    assert refusals(*call) == [rule]
+
+
+@pytest.mark.parametrize("rule", TAKEN, ids=[what for what, _, _ in TAKEN])
+def test_poolrpc_alone_takes(rule):
+    """Every rule of TAKEN is needed: poolrpc takes its call, and torch doesn't."""
+    cls, arguments, shape = rule[2]
+    assert ours(cls, arguments, shape) is not None
+    assert torchs(cls, arguments, shape, "meta") is None
+    assert extras(cls, arguments) == [rule]
+
+
+@pytest.mark.parametrize("ceil_mode", [False, True])
+@pytest.mark.parametrize("dilation", [1, 2, 3])
+@pytest.mark.parametrize("kernel", [1, 2, 3, 4])
+def test_pooled_is_torchs_rule_on_every_small_axis(kernel, dilation, ceil_mode):
+    """The rule of an axis gives torch's size, or one below 1 where torch finds no room for a window."""
+    for size, stride, padding in product(range(1, 10), range(1, 6), range(kernel // 2 + 1)):
+        x = torch.empty((1, 1, size), device="meta")
+        try:
+            out = nn.functional.max_pool2d(
+                x, (1, kernel), (1, stride), (0, padding), (1, dilation), ceil_mode=ceil_mode
+            ).shape[-1]
+        except RuntimeError:
+            out = 0
+        computed = pooled(size, kernel, stride, padding, dilation, ceil_mode=ceil_mode)
+        assert max(computed, 0) == out, (size, stride, padding)
+
+
+@pytest.mark.parametrize("cls", [poolrpc.AvgPool2d, poolrpc.AvgPool3d, poolrpc.LPPool2d, poolrpc.LPPool3d])
+def test_a_3d_average_alone_must_fit_its_input(cls):
+    """As in torch, padding and ceil_mode make room for a kernel in every layer but the 3d averages."""
+    norm = {"norm_type": 2} if cls.family == "lp_pool" else {}
+    for size, kernel, padding, ceil_mode in product(range(1, 6), range(1, 7), range(2), (False, True)):
+        arguments = {"kernel_size": kernel, "ceil_mode": ceil_mode, **norm}
+        arguments |= {} if norm else {"padding": min(padding, kernel // 2)}
+        shape = (1, *[5] * (cls.spatial_dims - 1), size)
+        assert ours(cls, arguments, shape) == torchs(cls, arguments, shape, "meta")
+
+
+def test_ceil_mode_drops_a_last_window_that_starts_in_the_right_padding():
+    """5 cells under windows of 2, two padded, step 3: ceil gives 3, the third would start at 5, so there are 2."""
+    assert starts_outside(3, 5, 3, 1)
+    assert not starts_outside(2, 5, 3, 1)
+    assert pooled(5, 2, 3, 1, ceil_mode=True) == 2
+    assert pooled(6, 2, 3, 1, ceil_mode=True) == 3
+
+
+@pytest.mark.parametrize("size", range(1, 13))
+def test_adaptive_windows_are_torchs(size):
+    """Window i spans the cells that torch takes the max and the min of."""
+    rising = torch.arange(size, dtype=torch.float64)[None]
+    for out in range(1, 16):
+        starts = -nn.functional.adaptive_max_pool1d(-rising, out)[0]
+        ends = nn.functional.adaptive_max_pool1d(rising, out)[0] + 1
+        expected = list(zip(starts.int().tolist(), ends.int().tolist(), strict=True))
+        assert [adaptive_window(i, size, out) for i in range(out)] == expected
+
+
+@pytest.mark.parametrize(("size", "ratio", "out"), [(10, 0.5, 5), (10, 0.29999, 2), (100, 0.29, 28), (3, 0.1, 0)])
+def test_a_fractional_size_is_cut_to_whole_cells(size, ratio, out):
+    """A ratio's output is int(size * ratio), the float's error included: 100 * 0.29 is a little under 29."""
+    assert fractional(size, ratio) == out
+
+
+@pytest.mark.parametrize(
+    ("shape", "dims"),
+    [
+        ((), 1),
+        ((3,), 1),
+        ((1, 2, 3, 4), 1),
+        ((4, 4), 2),
+        ((1, 1, 1, 4, 4), 2),
+        ((1, 4, 4), 3),
+        ((3, 4), None),
+        ((1, 1, 1, 1, 1, 1), None),
+        ((1, 0, 4, 4), 2),
+        ((1, 1, 0, 4), 2),
+        ((0, 4, 4), 2),
+        ((-1, 1, 4, 4), 2),
+        ((1, 1, -4, -4), 2),
+        ((1, 1, MAX_NUMEL + 1, 1), 2),
+        ((2**32, 2**32, 1, 16), 2),
+    ],
+)
+def test_a_shape_that_cannot_be_pooled_is_refused_by_name(shape, dims):
+    """A wrong rank, an axis of 0 other than N, a negative and a huge one are refused, with the shape in the message."""
+    with pytest.raises(InvalidArgumentError) as raised:
+        check_shape(shape, dims)
+    assert [each.field for each in raised.value.violations] == ["shape"]
+    assert str(shape) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dims", "expected"),
+    [((0, 1, 4), 1, 1), ((2, 3, 4, 4), 2, 2), ((3, 4, 4), 2, 2), ((1, 4, 4, 4), 3, 3), ((0, 1, 4), None, 1)],
+)
+def test_a_shape_tells_its_spatial_axes(shape, dims, expected):
+    """A batched or unbatched shape gives the number of spatial axes; N may be 0."""
+    assert check_shape(shape, dims) == expected
+
+
+@pytest.mark.parametrize("size", [True, 4.0, "4", None, -1, MAX_NUMEL + 1, 2**64])
+def test_output_shape_refuses_a_size_that_is_no_axis(size):
+    """A bool, a float, a string, a negative and a huge size are refused as the shape's."""
+    with pytest.raises(InvalidArgumentError, match=r"^shape: expected"):
+        poolrpc.MaxPool2d(2).output_shape((1, 1, 4, size))
+
+
+@given(st.text() | st.binary() | st.integers() | st.lists(st.integers()))
+def test_clip_fits_any_value_in_a_message(value):
+    """A value's repr is whole where it fits, else its beginning and an ellipsis."""
+    text = clip(value, 40)
+    assert text == repr(value) or (len(text) == 40 and text == f"{repr(value)[:37]}...")
+
+
+@pytest.mark.parametrize("value", [10**5000, -(10**5000), [10**5000], (1, 10**5000)], ids=["+", "-", "list", "tuple"])
+def test_clip_fits_a_value_that_python_refuses_to_print(value):
+    """An integer of more digits than Python prints is named in a message all the same."""
+    assert 0 < len(clip(value)) <= 120
+
+
+def test_a_parameter_over_the_bound_names_both():
+    """A kernel over 65535 is refused with the bound and the value."""
+    with pytest.raises(InvalidArgumentError, match=f"kernel_size: expected 1 to {MAX_PARAMETER}, got 65536"):
+        poolrpc.AvgPool2d(MAX_PARAMETER + 1)

@@ -1,0 +1,181 @@
+"""Chains and branches: layouts, what may follow what, and the shape after every step."""
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from poolrpc import (
+    AdaptiveMaxPool2d,
+    AvgPool1d,
+    AvgPool2d,
+    GlobalAvgPool,
+    GlobalMaxPool,
+    InvalidArgumentError,
+    MaxPool1d,
+    MaxPool2d,
+    MaxUnpool2d,
+    branch_shapes,
+)
+from poolrpc.chains import Planes, as_chain, channels_first, in_layout, spatial_dims
+from poolrpc.tensors import ITEM_BYTES, TensorSpec
+from tests.unit.strategies import classes, layers, shapes
+
+
+@given(st.integers(1, 3).flatmap(lambda dims: st.tuples(st.just(dims), shapes(dims))))
+def test_a_layout_moves_the_channels_and_nothing_else(case):
+    """Channels last is NumPy's moveaxis of channels first, batched or not, and the way back undoes it."""
+    dims, shape = case
+    last = np.moveaxis(np.empty(shape, np.int8), -dims - 1, -1).shape
+    assert in_layout(shape, dims, "NHWC") == last
+    assert channels_first(last, dims, "NHWC") == shape
+    assert in_layout(shape, dims, "NCHW") == channels_first(shape, dims, "NCHW") == shape
+
+
+@st.composite
+def calls(draw):
+    """Draw a shape and branches that mostly fit it."""
+    dims = draw(st.integers(1, 3))
+    among = [cls for cls in classes(dims) if not cls.takes_indices]
+    layer = layers(among, most=2, most_output=5, indices=False)
+    branches = draw(st.lists(st.lists(layer, min_size=1, max_size=3).map(tuple), min_size=1, max_size=3))
+    return draw(shapes(dims, most=9).filter(lambda shape: len(shape) == dims + 2)), branches
+
+
+@given(calls(), st.sampled_from(["NCHW", "NHWC"]))
+def test_the_shapes_of_a_chain_are_those_of_its_layers_in_turn(call, layout):
+    """Each step's shape is what its layer makes of the one before; each branch starts from the input; any layout."""
+    shape, branches = call
+    dims = len(shape) - 2
+    expected, failed = [], None
+    for i, chain in enumerate(branches):
+        step, steps = shape, []
+        for j, layer in enumerate(chain):
+            try:
+                step = layer.output_shape(step)
+            except InvalidArgumentError:
+                failed = failed or f"branches[{i}].layers[{j}].{layer.family}."
+                break
+            steps.append(in_layout(step, dims, layout))
+        expected.append(tuple(steps))
+    given_ = in_layout(shape, dims, layout)
+    if failed:
+        with pytest.raises(InvalidArgumentError) as raised:
+            branch_shapes(given_, branches, layout)
+        assert raised.value.violations[0].field.startswith(failed)
+    else:
+        assert branch_shapes(given_, branches, layout) == expected
+
+
+SQUARE = (2, 3, 8, 8)
+WITH_INDICES = MaxPool2d(2, return_indices=True)
+
+
+@pytest.mark.parametrize(
+    ("branches", "field", "description"),
+    [
+        (
+            [[MaxPool2d(2)], [AvgPool2d(2), MaxPool2d(5)]],
+            "branches[1].layers[1].max_pool.kernel_size",
+            "effective kernel",
+        ),
+        ([[MaxPool2d(1, dilation=9)]], "branches[0].layers[0].max_pool.dilation", "at most input"),
+        ([[AdaptiveMaxPool2d(2**31 - 1)]], "branches[0].layers[0].adaptive_max_pool.output_size", "output * input"),
+        ([[WITH_INDICES, AvgPool2d(2)]], "branches[0].layers[0].max_pool.return_indices", "last layer of a chain"),
+        ([[AvgPool2d(2), MaxUnpool2d(2)]], "branches[0].layers[1].max_unpool", "first in its chain"),
+        ([[AvgPool2d(2)], [AvgPool1d(2)]], "branches[1].layers[0].avg_pool", "expected a 2d layer"),
+        ([[GlobalMaxPool(), AvgPool2d(1), MaxPool1d(1)]], "branches[0].layers[2].max_pool", "expected a 2d layer"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.startswith("branches") else "",
+)
+def test_an_error_names_the_layer_and_the_parameter(branches, field, description):
+    """What doesn't fit is named by its path in the request."""
+    with pytest.raises(InvalidArgumentError, match=re.escape(description)) as raised:
+        branch_shapes(SQUARE, branches)
+    assert [each.field for each in raised.value.violations] == [field]
+
+
+def test_indices_are_given_last_and_taken_first():
+    """A chain may end in return_indices and begin with MaxUnpool; each branch has its own end."""
+    branches = [[MaxUnpool2d(2), MaxPool2d(2), WITH_INDICES], [WITH_INDICES]]
+    assert branch_shapes(SQUARE, branches) == [
+        ((2, 3, 16, 16), (2, 3, 8, 8), (2, 3, 4, 4)),
+        ((2, 3, 4, 4),),
+    ]
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8, 3), (8, 8, 3)])
+def test_a_channels_last_shape_stays_so(shape):
+    """An image's shapes have the channels last at every step."""
+    steps = branch_shapes(shape, [[MaxPool2d((2, 4)), AvgPool2d((2, 1))]], "NHWC")[0]
+    lead = shape[:-3]
+    assert steps == ((*lead, 4, 2, 3), (*lead, 2, 2, 3))
+
+
+def test_a_global_layer_takes_its_rank_from_the_others_or_the_shape():
+    """Beside a 2d layer three dims are unbatched; alone, a global layer takes them as batched."""
+    assert branch_shapes((3, 8, 8), [[MaxPool2d(2), GlobalAvgPool()]]) == [((3, 4, 4), (3, 1, 1))]
+    assert branch_shapes((3, 8, 8), [[GlobalAvgPool()]]) == [((3, 8, 1),)]
+    assert spatial_dims([[GlobalAvgPool()], [GlobalMaxPool()]]) is None
+    assert spatial_dims([[GlobalAvgPool()], [GlobalMaxPool(), AvgPool1d(2)]]) == 1
+
+
+@pytest.mark.parametrize("layout", ["nchw", "NWHC", "", None, 1, "x" * 10_000])
+def test_an_unknown_layout_is_refused(layout):
+    """A layout is one of two names; the message has both, and not all of a hostile one."""
+    with pytest.raises(InvalidArgumentError, match=r"^layout: expected one of NCHW, NHWC, got") as raised:
+        branch_shapes(SQUARE, [[MaxPool2d(2)]], layout)
+    assert len(str(raised.value)) < 200
+
+
+def test_one_layer_and_several_are_a_chain():
+    """A layer, a list and an iterator give a tuple of layers."""
+    one, two = MaxPool2d(2), AvgPool2d(2)
+    assert as_chain(one) == (one,)
+    assert as_chain([one, two]) == as_chain(iter([one, two])) == (one, two)
+
+
+@pytest.mark.parametrize("value", [[], (), None, 2, "MaxPool2d(2)", MaxPool2d, [MaxPool2d], [[MaxPool2d(2)]], [None]])
+def test_what_is_no_chain_is_refused(value):
+    """Nothing, a class, an expression, a nested list: what was received is in the message."""
+    with pytest.raises(InvalidArgumentError, match=r"^layers: expected a layer or a sequence of layers, got"):
+        as_chain(value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "count", "cells", "three"),
+    [
+        ((2, 3, 5, 7), (2, "NCHW"), 6, 35, (1, 3, 5, 7)),
+        ((3, 5, 7), (2, "NCHW"), 3, 35, (1, 3, 5, 7)),
+        ((2, 5, 7, 3), (2, "NHWC"), 2, 105, (3, 5, 7, 3)),
+        ((5, 7, 3), (2, "NHWC"), 1, 105, (3, 5, 7, 3)),
+        ((2, 3, 9), (1, "NCHW"), 6, 9, (1, 3, 9)),
+        ((2, 9, 3), (1, "NHWC"), 2, 27, (3, 9, 3)),
+        ((2, 3, 4, 5, 6), (3, "NCHW"), 6, 120, (1, 3, 4, 5, 6)),
+        ((0, 3, 5, 7), (2, "NCHW"), 0, 35, (1, 3, 5, 7)),
+        ((0, 5, 7, 3), (2, "NHWC"), 0, 105, (3, 5, 7, 3)),
+    ],
+)
+def test_a_tensor_is_so_many_planes(shape, axes, count, cells, three):
+    """Planes are counted and measured in either layout, batched or not, and some of them are a batched tensor."""
+    dims, layout = axes
+    planes = Planes(TensorSpec("float16", shape, layout), dims)
+    assert (planes.count, planes.nbytes) == (count, 2 * cells)
+    assert planes.part(3) == TensorSpec("float16", three, layout)
+
+
+@given(
+    st.integers(1, 3).flatmap(lambda dims: st.tuples(st.just(dims), shapes(dims))),
+    st.sampled_from(["NCHW", "NHWC"]),
+    st.sampled_from(list(ITEM_BYTES)),
+)
+def test_all_planes_are_the_tensor(case, layout, dtype):
+    """As many planes as there are have the tensor's bytes and planes of its size, which a layer pools alike."""
+    dims, shape = case
+    planes = Planes(TensorSpec(dtype, in_layout(shape, dims, layout), layout), dims)
+    whole = planes.part(planes.count)
+    assert whole.nbytes == planes.spec.nbytes == planes.count * planes.nbytes
+    assert (Planes(whole, dims).count, Planes(whole, dims).nbytes) == (planes.count, planes.nbytes)
+    assert channels_first(whole.shape, dims, layout)[-dims:] == shape[-dims:]

@@ -1,0 +1,302 @@
+"""Layer expressions: the way there and back, the column of what is wrong, and hostile text."""
+
+import re
+import sys
+import warnings
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from poolrpc import (
+    LAYERS,
+    AdaptiveAvgPool2d,
+    AvgPool2d,
+    ExpressionError,
+    FractionalMaxPool2d,
+    GlobalAvgPool,
+    MaxPool1d,
+    MaxPool2d,
+    parse_branches,
+    parse_chain,
+    parse_layer,
+)
+from poolrpc._shapes.limits import MAX_BRANCHES, MAX_CHAIN, MAX_EXPRESSION_CHARS
+from tests.unit.strategies import layers
+
+
+@given(layers())
+def test_repr_parses_back_to_its_layer(layer):
+    """The repr of any layer is an expression of it, as a layer and as a chain of one."""
+    assert parse_layer(repr(layer)) == layer
+    assert parse_chain(repr(layer)) == (layer,)
+
+
+@given(st.lists(layers(), min_size=1, max_size=4).map(tuple), st.sampled_from([list, tuple]))
+def test_a_chain_parses_back(chain, kind):
+    """A list or a tuple of layers is an expression of the chain."""
+    assert parse_chain(repr(kind(chain))) == chain
+
+
+@given(st.lists(st.lists(layers(), min_size=1, max_size=3).map(tuple), min_size=1, max_size=3).map(tuple))
+def test_branches_parse_back(branches):
+    """A list of chains is an expression of the branches; one chain is a branch, and so is one layer."""
+    assert parse_branches(repr([list(chain) for chain in branches])) == branches
+    assert parse_branches(repr(list(branches[0]))) == branches[:1]
+    assert parse_branches(repr(branches[0][0])) == ((branches[0][0],),)
+
+
+def test_a_list_with_a_list_in_it_is_branches():
+    """Beside a chain, a layer alone is a branch too; a list of layers alone is one chain."""
+    one, two = AvgPool2d(2), MaxPool2d(3)
+    assert parse_branches("[AvgPool2d(2), [MaxPool2d(3), AvgPool2d(2)]]") == ((one,), (two, one))
+    assert parse_branches("[AvgPool2d(2), MaxPool2d(3)]") == ((one, two),)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[]", "column 1: expected at least one layer, got an empty list"),
+        ("[[]]", "column 2: expected at least one layer, got an empty list"),
+        ("[[GlobalAvgPool()], []]", "column 21: expected at least one layer"),
+        ("[[[GlobalAvgPool()]]]", "column 3: expected a layer such as MaxPool2d"),
+        (repr([[GlobalAvgPool()]] * (MAX_BRANCHES + 1)), f"expected at most {MAX_BRANCHES} branches"),
+        (repr([GlobalAvgPool()] * (MAX_CHAIN + 1)), f"expected at most {MAX_CHAIN} layers in a chain"),
+        (repr([[GlobalAvgPool()] * (MAX_CHAIN + 1)]), f"expected at most {MAX_CHAIN} layers in a chain"),
+    ],
+)
+def test_what_are_no_branches_is_refused(text, words):
+    """Empty lists, deeper ones, and more than a request may have are refused where they stand."""
+    with pytest.raises(ExpressionError, match=re.escape(words)):
+        parse_branches(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "layer"),
+    [
+        ("MaxPool2d(3, 2, 1, 1, True, True)", MaxPool2d(3, 2, 1, 1, return_indices=True, ceil_mode=True)),
+        ("MaxPool2d(kernel_size=(3, 2))", MaxPool2d((3, 2))),
+        ("MaxPool2d([3, 2])", MaxPool2d((3, 2))),
+        (" \t MaxPool2d ( 3 ,\n  stride = 2 ) \n", MaxPool2d(3, stride=2)),
+        ("(MaxPool2d(2))", MaxPool2d(2)),
+        ("MaxPool1d((2,))", MaxPool1d(2)),
+        ("AvgPool2d(0x10, padding=0b11, divisor_override=1_000)", AvgPool2d(16, padding=3, divisor_override=1000)),
+        ("AdaptiveAvgPool2d((None, 7))", AdaptiveAvgPool2d((None, 7))),
+        ("FractionalMaxPool2d(2, None, 5e-1)", FractionalMaxPool2d(2, output_ratio=0.5)),
+        ("GlobalAvgPool()", GlobalAvgPool()),
+    ],
+)
+def test_an_expression_is_written_as_python_has_it(text, layer):
+    """Arguments go by place and by name, over several lines, in any of Python's notations of a number."""
+    assert parse_layer(text) == layer
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "message"),
+    [
+        ("MaxPool2d(0)", 11, "kernel_size: expected 1 to 65535, got 0"),
+        ("MaxPool2d(3, stride=0)", 14, "stride: expected 1 to 65535, got 0"),
+        ("MaxPool2d(2, 1, 2)", 17, "padding: expected at most half of"),
+        ("MaxPool2d(2, -1)", 14, "stride: expected 1 to 65535, got -1"),
+        ("MaxPool2d(2.0)", 11, "kernel_size: expected an integer, got 2.0"),
+        ("MaxPool2d(True)", 11, "kernel_size: expected an integer, got True"),
+        ("MaxPool2d((1, 2, 3))", 11, "kernel_size: expected 1 value or 2, got 3"),
+        ("  MaxPool2d(0)", 13, "kernel_size: expected"),
+        ("MaxPool2d(2,\n stride=0)", 15, "stride: expected"),
+        ("MaxPool2d(2, strid=2)", 14, "unknown parameter 'strid' of MaxPool2d, which takes kernel_size, stride,"),
+        ("MaxPool2d(2, kernel_size=2)", 14, "kernel_size is given twice"),
+        ("MaxPool2d(stride=2)", 1, "MaxPool2d lacks its parameter kernel_size"),
+        ("LPPool2d()", 1, "LPPool2d lacks its parameter norm_type"),
+        ("LPPool2d(2)", 1, "LPPool2d lacks its parameter kernel_size"),
+        ("FractionalMaxPool2d(2)", 1, "output_size: expected either output_size or output_ratio, got neither"),
+        ("GlobalAvgPool(2)", 15, "expected at most 0 arguments for GlobalAvgPool, got 1"),
+        ("AvgPool1d(2, 1, 0, True, True, 5)", 32, "expected at most 5 arguments for AvgPool1d, got 6"),
+        ("MaxPol2d(2)", 1, "unknown layer 'MaxPol2d'; did you mean MaxPool2d?"),
+        ("Conv2d(3)", 1, "unknown layer 'Conv2d'"),
+        ("nn.MaxPool2d(2)", 1, "unknown layer 'nn.MaxPool2d'"),
+        ("MaxPool2d", 1, "expected a layer such as MaxPool2d(2), got 'MaxPool2d'"),
+        ("7", 1, "expected a layer such as MaxPool2d(2), got '7'"),
+        ("MaxPool2d('2')", 11, "expected a number, True, False or None"),
+        ("MaxPool2d(stride='2')", 18, "expected a number, True, False or None"),
+        ("MaxPool2d((1, (2, 3)))", 15, "expected a number, True, False or None"),
+        ("MaxPool2d(2", 10, "expected a layer expression"),
+        ("MaxPool2d(2))", 13, "expected a layer expression"),
+        ("MaxPool2d(2) MaxPool2d(2)", 14, "expected a layer expression"),
+        ("", 1, "expected a layer expression"),
+        ("[MaxPool2d(2)]", 1, "expected a layer such as MaxPool2d(2)"),
+    ],
+)
+def test_an_error_says_what_was_expected_and_the_column(text, column, message):
+    """The column is that of the argument, the name or the sign at fault, counted from 1."""
+    with pytest.raises(ExpressionError, match=re.escape(message)) as raised:
+        parse_layer(text)
+    assert raised.value.column == column
+    assert str(raised.value).startswith(f"column {column}: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "column"),
+    [
+        ("[MaxPool2d(2), AvgPool2d(0)]", 26),
+        ("[MaxPool2d(2), 7]", 16),
+        ("[MaxPool2d(2), [AvgPool2d(2)]]", 16),
+        ("[]", 1),
+        ("MaxPool2d(2), Foo(2)", 15),
+        ("{MaxPool2d(2)}", 1),
+    ],
+)
+def test_an_error_in_a_chain_has_its_column(text, column):
+    """Columns count from the beginning of the chain's expression."""
+    with pytest.raises(ExpressionError) as raised:
+        parse_chain(text)
+    assert raised.value.column == column
+
+
+HOSTILE = {
+    "calls": "__import__('os').system('touch evaluated')",
+    "an attribute": "MaxPool2d(2).__class__",
+    "an attribute of a name": "MaxPool2d.__init__(2)",
+    "an argument's attribute": "MaxPool2d((1).real)",
+    "an argument's call": "MaxPool2d(int(2))",
+    "a subscript": "MaxPool2d([2][0])",
+    "a lambda": "(lambda: MaxPool2d(2))()",
+    "a lambda's argument": "MaxPool2d(lambda: 2)",
+    "an f-string": "MaxPool2d(f'{2}')",
+    "a walrus": "MaxPool2d(x := 2)",
+    "a condition": "MaxPool2d(2 if True else 3)",
+    "a comprehension": "MaxPool2d([x for x in (2, 2)])",
+    "a generator": "MaxPool2d(*(2 for _ in (1,)))",
+    "star arguments": "MaxPool2d(*[2])",
+    "double star arguments": "MaxPool2d(**{'kernel_size': 2})",
+    "both": "MaxPool2d(2, *(), **{})",
+    "a keyword of object": "MaxPool2d(__class__=2)",
+    "await": "await MaxPool2d(2)",
+    "yield": "(yield MaxPool2d(2))",
+    "a statement": "import os",
+    "an assignment": "x = MaxPool2d(2)",
+    "a semicolon": "MaxPool2d(2); MaxPool2d(3)",
+    "two lines": "MaxPool2d(2)\nMaxPool2d(3)",
+    "a comparison": "MaxPool2d(2) == MaxPool2d(2)",
+    "arithmetic": "MaxPool2d(1 + 1)",
+    "a power": "MaxPool2d(9 ** 9 ** 9)",
+    "a shift": "MaxPool2d(1 << 99999999)",
+    "a repetition": "MaxPool2d((1,) * 99999999)",
+    "a complex number": "MaxPool2d(2j)",
+    "bytes": "MaxPool2d(b'2')",
+    "an ellipsis": "MaxPool2d(...)",
+    "a set": "MaxPool2d({2})",
+    "a dict": "MaxPool2d({2: 2})",
+    "minus a flag": "MaxPool2d(-True)",
+    "minus nothing": "MaxPool2d(-None)",
+    "not": "MaxPool2d(not 0)",
+    "twice minus": "MaxPool2d(--2)",
+    "plus": "MaxPool2d(+2)",
+    "minus infinity": "LPPool2d(-1e999, 2)",
+    "a long number": f"MaxPool2d({'9' * 4000})",
+    "a negative long number": f"MaxPool2d(-{'9' * 4000})",
+    "a number longer than Python prints": f"MaxPool2d(0x{'f' * 4000})",
+    "a negative number longer than Python prints": f"MaxPool2d(-0x{'f' * 4000})",
+    "such a seed": f"FractionalMaxPool2d(2, 2, seed=0x{'f' * 4000})",
+    "such a norm": f"LPPool2d(0x{'f' * 4000}, 2)",
+    "such a ratio": f"FractionalMaxPool2d(2, output_ratio=0x{'f' * 4000})",
+    "such a divisor": f"AvgPool2d(2, divisor_override=0x{'f' * 4000})",
+    "such a flag": f"AvgPool2d(2, ceil_mode=0x{'f' * 4000})",
+    "a thousand arguments": f"MaxPool2d({'2, ' * 1000})",
+    "a thousand values": f"MaxPool2d(({'2, ' * 1000}))",
+    "a sum of 2000 terms": "+".join(["1"] * 2000),
+    "a sum of 2000 terms as argument": f"MaxPool2d({'+'.join(['1'] * 2000)})",
+    "deep parentheses": "(" * 2000 + ")" * 2000,
+    "open parentheses": "(" * 4000,
+    "deep lists": "[" * 2000 + "]" * 2000,
+    "deep calls": "MaxPool2d(" * 400,
+    "many minus": f"MaxPool2d({'-' * 4000}2)",
+    "many not": f"MaxPool2d({'not ' * 1000}2)",
+    "a deep attribute": f"MaxPool2d{'.a' * 2000}(2)",
+    "a deep call": f"MaxPool2d{'()' * 2000}",
+    "a deep lambda": f"{'lambda:' * 500}0",
+    "NUL": "MaxPool2d(2)\0",
+    "NUL in an argument": "MaxPool2d(\0)",
+    "NUL in a string": "MaxPool2d('\0')",
+    "a surrogate": "MaxPool2d('\ud800')",
+    "a surrogate as a name": "\ud800(2)",
+    "non-ASCII": "МaxPool2d(2)",  # noqa: RUF001 - a Cyrillic letter
+    "an emoji": "\N{GRINNING FACE}(2)",
+    "digits of another script": "MaxPool2d(\N{ARABIC-INDIC DIGIT TWO})",
+    "a direction override": "\u202eMaxPool2d(2)",
+    "a backslash": "MaxPool2d(\\",
+    "an escape that isn't": r"MaxPool2d('\d')",
+    "a number that runs into a name": "MaxPool2d(2if True else 3)",
+    "an octal escape that isn't": r"MaxPool2d('\777')",
+    "a string that is called": "'MaxPool2d'(2)",
+    "a number that is called": "2(2)",
+    "an open string": "MaxPool2d('2",
+    "an open block string": "MaxPool2d('''2",
+    "a comment alone": "# MaxPool2d(2)",
+    "form feeds": "\f\f\f",
+    "newlines": "\n" * 4000,
+    "carriage returns": "\r" * 4000,
+    "blanks": " " * 4000,
+    "too long": " " * MAX_EXPRESSION_CHARS + "MaxPool2d(2)",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("parse", [parse_layer, parse_chain])
+def test_hostile_text_is_refused_and_nothing_else_happens(parse, text, tmp_path, monkeypatch):
+    """What is no layer gives an ExpressionError of one short line, evaluates nothing, and warns of nothing."""
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        with pytest.raises(ExpressionError) as raised:
+            parse(text)
+    assert not heard
+    assert not list(tmp_path.iterdir())
+    assert len(str(raised.value)) < 700
+    assert 1 <= raised.value.column <= len(text) + 1
+
+
+@given(st.text(max_size=80) | st.from_regex(r"[A-Za-z0-9_()\[\]{},=.*+'\"#\\ -]{0,60}", fullmatch=True))
+@example("MaxPool2d(2)#")
+@example("0is0")
+@example("1.if 1 else 2")
+@example("1jin 2")
+@example("0xfor 1")
+def test_any_text_is_a_layer_or_an_expression_error(text):
+    """No text whatever raises anything but an ExpressionError."""
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        for parse in (parse_layer, parse_chain):
+            try:
+                parse(text)
+            except ExpressionError:
+                continue
+    assert not heard
+
+
+@given(st.sampled_from(list(LAYERS)), st.data())
+def test_any_arguments_give_a_layer_or_an_expression_error(name, data):
+    """A layer's name with any numbers, by place or by name, is a layer or an ExpressionError."""
+    value = st.none() | st.booleans() | st.integers() | st.floats() | st.tuples(st.integers(), st.floats())
+    arguments = data.draw(st.lists(value.map(repr), max_size=7))
+    names = st.sampled_from(["kernel_size", "stride", "padding", "output_size", "seed", "nothing"])
+    arguments += data.draw(st.lists(st.tuples(names, value).map(lambda pair: f"{pair[0]}={pair[1]!r}"), max_size=3))
+    try:
+        assert parse_layer(f"{name}({', '.join(arguments)})").name == name
+    except ExpressionError as error:
+        assert "\n" not in str(error)  # noqa: PT017 - which of the two happens is the point
+
+
+@pytest.mark.parametrize(("text", "column"), [("MaxPool2d(é=1, *[2])", 11), ("  MaxPool2d(é=1, ])", 13)])
+def test_a_column_counts_characters(text, column):
+    """A letter that no layer's expression has is refused where it stands, blanks before it counted."""
+    with pytest.raises(ExpressionError) as raised:
+        parse_layer(text)
+    assert raised.value.column == column
+
+
+def test_the_recursion_limit_is_left_as_it_was():
+    """A deep expression is refused without touching the interpreter's limit."""
+    before = sys.getrecursionlimit()
+    with pytest.raises(ExpressionError):
+        parse_layer("-" * 4000 + "1")
+    assert sys.getrecursionlimit() == before

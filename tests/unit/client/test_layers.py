@@ -1,0 +1,374 @@
+"""The layers as values: torch.nn's signatures, bounds, canonical forms, dtypes and windows."""
+
+import copy
+import inspect
+import math
+import pickle
+from dataclasses import FrozenInstanceError, fields, replace
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import poolrpc
+from poolrpc import LAYERS, AvgPool2d, InvalidArgumentError, MaxPool1d, MaxPool2d
+from poolrpc._shapes.limits import MAX_NUMEL, MAX_PARAMETER
+from poolrpc._shapes.rules import adaptive_window
+from poolrpc.layers import DTYPES, FLOATS, INTEGERS
+from poolrpc.tensors import ITEM_BYTES
+from tests.unit.strategies import CLASSES, layers, shapes
+
+IN_TORCH = [cls for cls in CLASSES if not cls.family.startswith("global")]
+# The least that a class must be given, beside the parameter in question.
+REQUIRED = {"lp_pool": {"norm_type": 2}, "fractional_max_pool": {"output_size": 2}}
+
+
+def with_parameter(name):
+    """Give the layers that have a parameter, and the other arguments that they need."""
+    cases = []
+    for cls in CLASSES:
+        names = [each.name for each in fields(cls)]
+        if name in names:
+            others = {"kernel_size": 6} if "kernel_size" in names else {}
+            others |= REQUIRED.get(cls.family, {}) | ({"output_size": 2} if cls.family.startswith("adaptive") else {})
+            others.pop(name, None)
+            cases.append(pytest.param(cls, others, id=f"{cls.__name__}-{name}"))
+    return cases
+
+
+@pytest.mark.parametrize("cls", IN_TORCH)
+def test_a_signature_is_that_of_torch_nn(cls):
+    """Parameters have torch.nn's names, order and defaults; seed stands for _random_samples, MaxUnpool adds a size."""
+    expected = [
+        ("seed", 0) if name == "_random_samples" else (name, parameter.default)
+        for name, parameter in inspect.signature(getattr(nn, cls.__name__)).parameters.items()
+    ]
+    if cls.family == "max_unpool":
+        expected.append(("output_size", None))
+    given_ = inspect.signature(cls).parameters
+    assert [(name, parameter.default) for name, parameter in given_.items()] == expected
+
+
+def test_every_pooling_layer_of_torch_nn_is_here():
+    """The layers are those of torch.nn, and the two global ones of ONNX."""
+    modules = nn.modules.pooling
+    theirs = {name for name in modules.__all__ if inspect.isclass(getattr(modules, name))}
+    assert set(LAYERS) == theirs | {"GlobalMaxPool", "GlobalAvgPool"}
+    assert all(LAYERS[name].__name__ == name and getattr(poolrpc, name) is LAYERS[name] for name in LAYERS)
+
+
+@pytest.mark.parametrize("name", ["kernel_size", "stride", "padding", "dilation", "output_size"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        True,
+        np.True_,
+        2.0,
+        np.float64(2),
+        math.nan,
+        "2",
+        b"22",
+        {2: 2},
+        {2},
+        ...,
+        -1,
+        2**31,
+        2**63,
+        (),
+        (2, 2, 2, 2),
+        (2, 2.0),
+        (True,),
+        ("2",),
+        ((2,),),
+        (-1,),
+        np.array([2.0]),
+        np.array([[2]]),
+        torch.tensor(2.5),
+    ],
+    ids=repr,
+)
+def test_a_size_that_is_no_integer_in_bounds_is_refused_by_name(name, value):
+    """A bool, a float, a string, a wrong length, a negative and a huge one are refused, in the parameter's name."""
+    for cls, others in (case.values for case in with_parameter(name)):
+        with pytest.raises(InvalidArgumentError, match=f"^{name}: expected") as raised:
+            cls(**others, **{name: value})
+        assert [each.field for each in raised.value.violations] == [name]
+
+
+@pytest.mark.parametrize("value", [np.array(2.5), np.array([2, 2]), torch.tensor(2.5), torch.tensor([2, 2])], ids=repr)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda value: poolrpc.FractionalMaxPool2d(2, 2, seed=value),
+        lambda value: AvgPool2d(2, divisor_override=value),
+        lambda value: MaxPool2d((2, value)),
+        lambda value: MaxPool2d(2).output_shape((1, 1, 4, value)),
+    ],
+    ids=["seed", "divisor_override", "kernel_size", "shape"],
+)
+def test_an_array_where_an_integer_belongs_is_refused(make, value):
+    """An array, which has __index__ without being an index, is refused like any other value."""
+    with pytest.raises(InvalidArgumentError, match=r"expected an integer"):
+        make(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [
+        ("kernel_size", 1, MAX_PARAMETER),
+        ("stride", 1, MAX_PARAMETER),
+        ("dilation", 1, MAX_PARAMETER),
+        ("padding", 0, 3),
+        ("seed", 0, 2**64 - 1),
+        ("divisor_override", 1, MAX_NUMEL),
+        ("output_size", 1, MAX_NUMEL),
+    ],
+)
+def test_a_bound_itself_is_taken_and_the_next_is_not(name, low, high):
+    """An integer parameter takes its least and its greatest value, and none beyond."""
+    cases = with_parameter(name)
+    assert cases
+    for cls, others in (case.values for case in cases):
+        # MaxUnpool's padding has no kernel to stay within.
+        most = MAX_PARAMETER if name == "padding" and cls.takes_indices else high
+        for value in (low, most):
+            assert set(np.atleast_1d(getattr(cls(**others, **{name: value}), name))) == {value}
+        for value in (low - 1, most + 1):
+            with pytest.raises(InvalidArgumentError, match=f"^{name}: expected"):
+                cls(**others, **{name: value})
+
+
+@pytest.mark.parametrize(
+    "cls", [MaxPool1d, MaxPool2d, poolrpc.MaxPool3d, poolrpc.AvgPool1d, AvgPool2d, poolrpc.AvgPool3d]
+)
+def test_padding_goes_as_far_as_torch_has_it(cls):
+    """Padding is taken or refused as torch does it, for every small kernel and dilation."""
+    dims = cls.spatial_dims
+    x = torch.empty((1, 1, *[40] * dims), device="meta")
+    dilations = range(1, 4) if cls.family == "max_pool" else [1]
+    for kernel, padding, dilation in product(range(1, 6), range(8), dilations):
+        arguments = {"kernel_size": kernel, "padding": padding} | ({"dilation": dilation} if dilation > 1 else {})
+        try:
+            getattr(nn, cls.__name__)(**arguments)(x)
+        except RuntimeError:
+            with pytest.raises(InvalidArgumentError, match=r"^padding: expected at most half"):
+                cls(**arguments)
+        else:
+            assert cls(**arguments).padding == padding
+
+
+@pytest.mark.parametrize("name", ["ceil_mode", "return_indices", "count_include_pad"])
+@pytest.mark.parametrize("value", [1, 0, None, "yes", 1.0, [True]], ids=repr)
+def test_a_flag_is_a_bool(name, value):
+    """A flag takes a bool alone, NumPy's too."""
+    for cls, others in (case.values for case in with_parameter(name)):
+        with pytest.raises(InvalidArgumentError, match=f"^{name}: expected True or False"):
+            cls(**others, **{name: value})
+        assert getattr(cls(**others, **{name: np.True_}), name) is True
+
+
+@pytest.mark.parametrize("cls", [poolrpc.LPPool1d, poolrpc.LPPool2d, poolrpc.LPPool3d])
+@pytest.mark.parametrize("norm", [0, -1, -0.0, -math.inf, math.nan, True, "2", None, [2.0], 1j, 10**400], ids=repr)
+def test_a_norm_is_above_0(cls, norm):
+    """A norm of 0, by which torch divides, and any but a positive number are refused."""
+    with pytest.raises(InvalidArgumentError, match=r"^norm_type: expected a"):
+        cls(norm, 2)
+
+
+def test_a_norm_may_be_infinite():
+    """The infinite norm is a max, which in 3d takes planes that no average does."""
+    assert repr(poolrpc.LPPool2d(math.inf, 2)) == "LPPool2d(inf, 2)"
+    assert poolrpc.LPPool3d(math.inf, 3, 2, ceil_mode=True).output_shape((1, 1, 2, 2, 2)) == (1, 1, 1, 1, 1)
+    with pytest.raises(InvalidArgumentError, match="kernel_size"):
+        poolrpc.LPPool3d(2, 3, 2, ceil_mode=True).output_shape((1, 1, 2, 2, 2))
+
+
+@pytest.mark.parametrize("cls", [poolrpc.FractionalMaxPool2d, poolrpc.FractionalMaxPool3d])
+@pytest.mark.parametrize(
+    "ratio", [0, 1, 1.0, 0.0, -0.5, 2, math.nan, math.inf, True, "0.5", (), (0.5,) * 4, (0.5, None)]
+)
+def test_a_ratio_lies_between_0_and_1(cls, ratio):
+    """A ratio of 0, of 1 and beyond, and what is no number, are refused."""
+    with pytest.raises(InvalidArgumentError, match=r"^output_ratio: expected"):
+        cls(2, output_ratio=ratio)
+
+
+@pytest.mark.parametrize("cls", [poolrpc.FractionalMaxPool2d, poolrpc.FractionalMaxPool3d])
+@pytest.mark.parametrize("arguments", [{}, {"output_size": 2, "output_ratio": 0.5}])
+def test_a_fractional_layer_has_a_size_or_a_ratio(cls, arguments):
+    """Neither an output size nor a ratio, or both, is refused."""
+    with pytest.raises(InvalidArgumentError, match=r"^output_size: expected either output_size or output_ratio, got"):
+        cls(2, **arguments)
+
+
+@pytest.mark.parametrize("size", [None, (None, None, None, None), (None, 0), (None, 2.0), (None, True)])
+def test_an_adaptive_size_may_be_none_in_a_tuple_alone(size):
+    """None stands for the input's size of one axis; everything else is checked beside it."""
+    assert poolrpc.AdaptiveMaxPool2d((None, 3)).output_size == (None, 3)
+    with pytest.raises(InvalidArgumentError, match=r"^output_size: expected"):
+        poolrpc.AdaptiveAvgPool2d(size)
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        (2, 2),
+        [2, 2],
+        (2,),
+        [2],
+        np.int64(2),
+        np.uint8(2),
+        np.array([2, 2]),
+        (np.int16(2), 2),
+        torch.Size([2, 2]),
+    ],
+    ids=repr,
+)
+def test_equal_layers_are_equal_however_they_are_written(same):
+    """A tuple of equal values, a list, an array and NumPy's integers all give the same layer, in Python's ints."""
+    layer = MaxPool2d(same, stride=same, dilation=same)
+    assert layer == MaxPool2d(2, stride=2, dilation=2)
+    assert hash(layer) == hash(MaxPool2d(2, stride=2, dilation=2))
+    assert [type(value) for value in (layer.kernel_size, layer.stride, layer.dilation)] == [int, int, int]
+
+
+def test_layers_of_different_classes_or_parameters_differ():
+    """A layer equals no other class's, and no other parameters'."""
+    assert len({MaxPool1d(2), MaxPool2d(2), MaxPool2d((2, 3)), MaxPool2d((3, 2)), MaxPool2d(2, ceil_mode=True)}) == 5
+
+
+@given(layers())
+def test_a_layer_is_a_frozen_value(layer):
+    """A layer is equal to its pickle and its copies, hashes as they do, and refuses any change."""
+    for other in (pickle.loads(pickle.dumps(layer)), copy.copy(layer), copy.deepcopy(layer)):  # noqa: S301 - ours
+        assert (other, hash(other), type(other)) == (layer, hash(layer), type(layer))
+    for each in fields(layer):
+        with pytest.raises(FrozenInstanceError):
+            setattr(layer, each.name, 1)
+
+
+def run(cls, dtype, dims):
+    """Run a layer of torch.nn on ones."""
+    x = torch.ones((1, 1, *[4] * dims)).to(dtype)
+    if cls is poolrpc.GlobalMaxPool:
+        return x.amax(tuple(range(2, dims + 2)), keepdim=True)
+    if cls is poolrpc.GlobalAvgPool:
+        return getattr(nn, f"AdaptiveAvgPool{dims}d")(1)(x)
+    module = getattr(nn, cls.__name__)
+    if cls.family == "max_unpool":
+        return module(1)(x, torch.arange(4**dims).reshape(x.shape))
+    arguments = {"norm_type": 2} if cls.family == "lp_pool" else {}
+    names = [each.name for each in fields(cls)]
+    arguments |= {"kernel_size": 2} if "kernel_size" in names else {}
+    arguments |= {"output_size": 2} if "adaptive" in cls.family or "fractional" in cls.family else {}
+    # max_pool1d has integers only with its indices.
+    arguments |= {"return_indices": True} if "return_indices" in names else {}
+    y = module(**arguments)(x)
+    return y[0] if isinstance(y, tuple) else y
+
+
+def left_out(cls, dtype):
+    """Tell why a dtype that torch runs on the CPU isn't in a layer's list, as the comment on DTYPES has it."""
+    if dtype == "bool":
+        return "no layer takes bool"
+    if cls.family == "avg_pool" and dtype == "int64":
+        return "torch has int64 alone, on the CPU alone, truncated"
+    if cls.family == "lp_pool" and dtype in INTEGERS:
+        return "torch answers in float32"
+    return ""
+
+
+@pytest.mark.parametrize("dtype", ITEM_BYTES)
+@pytest.mark.parametrize("cls", CLASSES)
+def test_the_dtypes_are_those_that_torch_runs(cls, dtype):
+    """PyTorch runs every dtype of a layer and answers in it; what it runs beside these is left out for a reason."""
+    for dims in [cls.spatial_dims] if cls.spatial_dims else (1, 2, 3):
+        try:
+            runs = run(cls, getattr(torch, dtype), dims).dtype == getattr(torch, dtype)
+        except (RuntimeError, NotImplementedError):
+            runs = False
+        if dtype in DTYPES[cls.__name__]:
+            assert runs
+        elif runs:
+            assert left_out(cls, dtype)
+
+
+def test_left_out_reasons_hold():
+    """PyTorch truncates the mean of integers, and answers an integer's power average in float32."""
+    ones = torch.tensor([[[1, 2]]])
+    assert nn.AvgPool1d(2)(ones).tolist() == [[[1]]]
+    assert nn.LPPool1d(2.0, 2)(ones).dtype == torch.float32
+    assert all(set(dtypes) <= {*FLOATS, *INTEGERS} for dtypes in DTYPES.values())
+
+
+@given(st.data(), layers([cls for cls in CLASSES if "adaptive" in cls.family], most_output=9))
+def test_a_window_is_as_large_as_the_largest(data, layer):
+    """An adaptive layer's window has the cells of its largest on each axis, or one more."""
+    plane = data.draw(shapes(layer.spatial_dims))[-layer.spatial_dims :]
+    out, window = layer.output_plane(plane), layer.window(plane)
+    for size, cells, most in zip(plane, out, window, strict=True):
+        spans = [end - start for start, end in (adaptive_window(i, size, cells) for i in range(cells))]
+        assert max(spans) <= most <= min(size, max(spans) + 1)
+
+
+@pytest.mark.parametrize(
+    ("layer", "plane", "window"),
+    [
+        (MaxPool2d((3, 2), dilation=4), (20, 20), (3, 2)),
+        (poolrpc.AvgPool3d(3), (9, 9, 9), (3, 3, 3)),
+        (poolrpc.LPPool1d(2, 5), (9,), (5,)),
+        (poolrpc.FractionalMaxPool2d((2, 3), 1), (9, 9), (2, 3)),
+        (poolrpc.GlobalMaxPool(), (4, 5, 6), (4, 5, 6)),
+        (poolrpc.GlobalAvgPool(), (4,), (4,)),
+    ],
+    ids=repr,
+)
+def test_a_window_counts_cells(layer, plane, window):
+    """A window's size is its cells on each axis: the kernel without the gaps of a dilation, or the whole plane."""
+    assert layer.window(plane) == window
+
+
+@pytest.mark.parametrize(
+    ("layer", "text"),
+    [
+        (MaxPool2d(2), "MaxPool2d(2)"),
+        (MaxPool2d(3, 2, 1, 1, return_indices=True, ceil_mode=True), None),
+        (MaxPool2d((3, 2), stride=(2, 1)), "MaxPool2d((3, 2), stride=(2, 1))"),
+        (poolrpc.LPPool1d(2, 3), "LPPool1d(2.0, 3)"),
+        (poolrpc.AdaptiveAvgPool2d((None, 7)), "AdaptiveAvgPool2d((None, 7))"),
+        (AvgPool2d(2, count_include_pad=False, divisor_override=3), None),
+        (poolrpc.FractionalMaxPool2d(2, output_ratio=0.5, seed=7), "FractionalMaxPool2d(2, output_ratio=0.5, seed=7)"),
+        (poolrpc.GlobalAvgPool(), "GlobalAvgPool()"),
+    ],
+    ids=repr,
+)
+def test_a_repr_has_what_was_asked_for(layer, text):
+    """A repr gives the required parameters in order and the others where they aren't the default."""
+    texts = {
+        "MaxPool2d": "MaxPool2d(3, stride=2, padding=1, return_indices=True, ceil_mode=True)",
+        "AvgPool2d": "AvgPool2d(2, count_include_pad=False, divisor_override=3)",
+    }
+    assert repr(layer) == (text or texts[layer.name])
+
+
+def test_the_indices_that_a_layer_gives_and_takes():
+    """A layer with return_indices gives indices, MaxUnpool takes them, and the others do neither."""
+    assert MaxPool2d(2, return_indices=True).gives_indices
+    assert not MaxPool2d(2).gives_indices
+    assert not AvgPool2d(2).gives_indices
+    assert [cls.__name__ for cls in CLASSES if cls.takes_indices] == ["MaxUnpool1d", "MaxUnpool2d", "MaxUnpool3d"]
+
+
+@given(layers(), st.integers(0, 2**40))
+def test_a_layer_is_the_same_at_any_plane_unless_it_tells_planes_apart(layer, first):
+    """Only the fractional layers give another for a tensor's planes from some number on, which differs by its seed."""
+    there = layer.at_plane(first)
+    if layer.family != "fractional_max_pool":
+        assert there is layer
+        return
+    assert replace(there, seed=layer.seed) == layer
+    assert (there.seed == layer.seed) == (first == 0)

@@ -1,0 +1,302 @@
+"""Tensors from anything array-like to bytes and back."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from poolrpc import InvalidArgumentError, PoolError, UnsupportedError
+from poolrpc._transport.transfer import Answer
+from poolrpc._wire.codec import BranchResult
+from poolrpc.tensors import ITEM_BYTES, TensorSpec, as_array, numpy_dtype, raw, spec_of, split
+
+VALUES = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+
+
+class DlpackOnly:
+    """What has DLPack and nothing else."""
+
+    def __init__(self, held):
+        self.held = held
+
+    def __dlpack__(self, **arguments):
+        return self.held.__dlpack__(**arguments)
+
+    def __dlpack_device__(self):
+        return self.held.__dlpack_device__()
+
+
+class ArrayOnly:
+    """What has `__array__` and nothing else."""
+
+    def __array__(self, dtype=None, copy=None):
+        return VALUES
+
+
+class Image(torch.Tensor):
+    """A subclass of torch's tensor that lives in another module, as torchvision's do."""
+
+
+def read_only(array):
+    """Give a copy that refuses to be written."""
+    array = array.copy()
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        VALUES,
+        VALUES.astype(">f4"),
+        read_only(VALUES),
+        np.asfortranarray(VALUES),
+        np.repeat(VALUES, 2, axis=2)[:, :, ::2],
+        VALUES[::-1][::-1],
+        np.ascontiguousarray(VALUES.transpose(2, 0, 1)).transpose(1, 2, 0),
+        torch.from_numpy(VALUES),
+        torch.from_numpy(VALUES.copy()).requires_grad_(),
+        torch.nn.Parameter(torch.from_numpy(VALUES.copy())),
+        torch.from_numpy(np.ascontiguousarray(VALUES.transpose(2, 0, 1))).permute(1, 2, 0),
+        torch.from_numpy(VALUES).to("cpu").as_subclass(Image),
+        torch.from_numpy(VALUES.copy()).as_subclass(Image).requires_grad_(),
+        DlpackOnly(VALUES),
+        DlpackOnly(torch.from_numpy(VALUES)),
+        ArrayOnly(),
+        np.ma.masked_array(VALUES),
+        VALUES.view(np.memmap),
+    ],
+    ids=[
+        "plain",
+        "big-endian",
+        "read-only",
+        "Fortran order",
+        "strided",
+        "reversed twice",
+        "transposed",
+        "torch",
+        "torch with a gradient",
+        "torch parameter",
+        "torch transposed",
+        "torch subclass",
+        "torch subclass with a gradient",
+        "DLPack of NumPy",
+        "DLPack of torch",
+        "__array__",
+        "masked",
+        "memmap",
+    ],
+)
+def test_anything_array_like_gives_the_same_array(x):
+    """Strides, byte order, flags, subclasses and protocols don't matter: a plain C-contiguous array comes out."""
+    array = as_array(x)
+    assert type(array) is np.ndarray
+    assert (array.dtype, array.shape) == (np.dtype("<f4"), (2, 3, 4))
+    assert array.flags.c_contiguous
+    assert np.array_equal(array, VALUES)
+
+
+def test_nothing_is_copied_that_need_not_be():
+    """A contiguous array and a contiguous torch tensor are taken as they lie in memory."""
+    assert as_array(VALUES) is VALUES
+    tensor = torch.zeros(2, 3)
+    assert as_array(tensor).ctypes.data == tensor.data_ptr()
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.int64, np.int16, np.float64])
+def test_a_big_endian_array_keeps_its_values(kind):
+    """A big-endian array of any width is swapped by value."""
+    values = np.array([[1, 2], [3, 258]], kind)
+    swapped = as_array(values.astype(values.dtype.newbyteorder(">")))
+    assert np.array_equal(swapped, values)
+    assert bytes(raw(swapped)) == values.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("x", "shape"),
+    [
+        (np.float32(3), ()),
+        (torch.tensor(3.0), ()),
+        (np.empty((0, 3)), (0, 3)),
+        (torch.empty(2, 0), (2, 0)),
+        ([[1.0, 2.0], [3.0, 4.0]], (2, 2)),
+        (((1, 2),), (1, 2)),
+        ([], (0,)),
+        ([VALUES, VALUES], (2, 2, 3, 4)),
+        ([torch.zeros(3), torch.zeros(3)], (2, 3)),
+        (VALUES[0].view(np.matrix), (3, 4)),
+    ],
+    ids=[
+        "0-d",
+        "torch 0-d",
+        "empty",
+        "torch empty",
+        "list",
+        "tuple",
+        "no list",
+        "list of arrays",
+        "of tensors",
+        "matrix",
+    ],
+)
+def test_any_shape_is_taken(x, shape):
+    """Scalars, empty arrays, nested lists and matrices give plain arrays of their shapes, with their bytes."""
+    array = as_array(x)
+    assert type(array) is np.ndarray
+    assert array.shape == shape
+    assert len(raw(array)) == array.nbytes == spec_of(array).nbytes
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.tensor([[1.5, -2.0], [float("inf"), 0.0]], dtype=torch.bfloat16),
+        torch.tensor([[1.5, float("inf")], [-2.0, 0.0]], dtype=torch.bfloat16).T,
+        torch.tensor([[1.5, -2.0], [float("inf"), 0.0]], dtype=torch.bfloat16, requires_grad=True),
+        torch.tensor([[1.5, -2.0], [float("inf"), 0.0]], dtype=torch.bfloat16).as_subclass(Image),
+        np.array([[1.5, -2.0], [np.inf, 0.0]], ml_dtypes.bfloat16),
+        np.array([[1.5, np.inf], [-2.0, 0.0]], ml_dtypes.bfloat16).T,
+    ],
+    ids=["torch", "torch transposed", "torch with a gradient", "torch subclass", "NumPy", "NumPy transposed"],
+)
+def test_bfloat16_keeps_its_bits(x):
+    """Torch's and NumPy's bfloat16, which know nothing of each other, are the same array."""
+    array = as_array(x)
+    assert (spec_of(array), array.flags.c_contiguous) == (TensorSpec("bfloat16", (2, 2)), True)
+    assert bytes(raw(array)) == np.array([0x3FC0, 0xC000, 0x7F80, 0], "<u2").tobytes()
+
+
+@pytest.mark.parametrize(
+    "x",
+    [None, 3, 3.0, "[[1]]", b"1", {1: 2}, {1}, object(), range(3), (i for i in [1]), len],
+    ids=lambda x: type(x).__name__,
+)
+def test_what_is_no_array_is_refused(x):
+    """A scalar of Python's, a string, a mapping, an iterator: the type is in the message."""
+    with pytest.raises(InvalidArgumentError, match=r"^input: expected an array, a tensor or a nested list") as raised:
+        as_array(x)
+    assert type(x).__name__ in str(raised.value)
+
+
+def nested(depth):
+    """Give a list in a list, and so on."""
+    made = [1]
+    for _ in range(depth):
+        made = [made]
+    return made
+
+
+@pytest.mark.parametrize("x", [[[1, 2], [3]], [[1], 2], nested(100)], ids=["ragged", "mixed", "deep"])
+def test_a_list_that_is_no_tensor_is_refused(x):
+    """A ragged or a too deep list is an error of the input."""
+    with pytest.raises(InvalidArgumentError, match=r"^input: "):
+        as_array(x)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.zeros(2, dtype=torch.float8_e4m3fn),
+        torch.eye(2).to_sparse(),
+        torch.zeros(2, device="meta"),
+        DlpackOnly(torch.zeros(2, dtype=torch.bfloat16)),
+    ],
+    ids=["float8", "sparse", "meta", "DLPack of bfloat16"],
+)
+def test_what_numpy_cannot_hold_is_refused(x):
+    """A tensor that can't become an array is refused by an error of ours, not by whatever NumPy or torch raise."""
+    with pytest.raises(PoolError):
+        spec_of(as_array(x))
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros(2, np.complex64),
+        np.zeros(2, np.uint16),
+        np.zeros(2, np.longdouble),
+        np.array(["a" * 10_000]),
+        np.array([None]),
+        np.zeros(2, "M8[s]"),
+        np.zeros(2, [("a", "f4")]),
+        np.zeros(2, ml_dtypes.float8_e4m3fn),
+    ],
+    ids=lambda array: array.dtype.name[:20],
+)
+def test_a_dtype_that_no_layer_takes_is_named(array):
+    """An array of any other dtype is refused with the dtypes that there are."""
+    with pytest.raises(UnsupportedError, match=r"^expected one of float16, bfloat16, float32, ") as raised:
+        spec_of(array)
+    assert raised.value.reason == "DTYPE"
+    assert raised.value.metadata == {"dtypes": ",".join(ITEM_BYTES)}
+    assert len(str(raised.value)) < 300
+
+
+@pytest.mark.parametrize("name", ITEM_BYTES)
+def test_a_dtypes_name_leads_to_numpys_and_back(name):
+    """Every dtype of the wire is NumPy's of that name, little-endian, with its width."""
+    dtype = numpy_dtype(name)
+    assert (dtype.name, dtype.itemsize) == (name, ITEM_BYTES[name])
+    assert dtype.byteorder in "=|<"
+    assert spec_of(np.zeros((2, 3), dtype), "NHWC") == TensorSpec(name, (2, 3), "NHWC")
+
+
+ARRAYS = st.sampled_from(list(ITEM_BYTES)).flatmap(
+    lambda name: arrays.arrays(
+        np.dtype(f"u{ITEM_BYTES[name]}"), arrays.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4)
+    ).map(lambda bits: bits.view(numpy_dtype(name)))
+)
+
+
+def taken(spec, data):
+    """Take the one tensor out of an answer's payload."""
+    (array,) = Answer([BranchResult((spec.shape,), spec)], b"").arrays(data, ())
+    return array
+
+
+@given(ARRAYS)
+def test_an_array_survives_its_bytes(array):
+    """Any array is, bit for bit, what its bytes and its spec give back."""
+    spec, data = spec_of(array), raw(as_array(array))
+    assert spec.numel == array.size
+    back = taken(spec, bytes(data))
+    assert (back.dtype, back.shape) == (array.dtype, array.shape)
+    assert back.tobytes() == array.tobytes()
+
+
+def test_what_comes_back_is_the_callers_own():
+    """An array made of bytes is writable, and neither follows nor changes where they came from."""
+    data = bytearray(VALUES.tobytes())
+    array = taken(TensorSpec("float32", (2, 3, 4)), memoryview(data))
+    data[:4] = b"\xff" * 4
+    assert np.array_equal(array, VALUES)
+    array[0, 0, 0] = 9
+    assert bytes(data[:4]) == b"\xff" * 4
+    assert array.flags.owndata or array.base.flags.owndata
+
+
+@given(st.lists(ARRAYS, max_size=4))
+def test_a_payload_is_cut_into_its_tensors(given_):
+    """The bytes of several tensors, end to end, are cut where each begins, without a copy."""
+    payload = b"".join(raw(as_array(array)) for array in given_)
+    pieces = split(payload, [spec_of(array) for array in given_])
+    assert [bytes(piece) for piece in pieces] == [array.tobytes() for array in given_]
+    assert all(piece.obj is payload for piece in pieces)
+
+
+@pytest.mark.parametrize("length", [0, 23, 25, 1000])
+def test_a_payload_of_another_length_is_refused(length):
+    """One byte more or fewer is an error of the payload, with what was expected and what came."""
+    specs = [TensorSpec("float32", (1, 1, 2)), TensorSpec("int64", (1, 1, 2))]
+    expected = rf"^payload: expected 24 bytes for float32 \(1, 1, 2\) and int64 \(1, 1, 2\), got {length}$"
+    with pytest.raises(InvalidArgumentError, match=expected):
+        split(bytes(length), specs)
+
+
+def test_a_specs_size_does_not_wrap():
+    """Elements and bytes are Python's integers, where NumPy's product of these axes is 0."""
+    spec = TensorSpec("float64", (2**32, 2**32, 1, 16))
+    assert (spec.numel, spec.nbytes) == (2**68, 2**71)

@@ -1,0 +1,360 @@
+"""Messages to values and back: layers, requests, responses, and what a stranger may send."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from poolrpc import (
+    LAYERS,
+    AdaptiveAvgPool2d,
+    AvgPool1d,
+    AvgPool2d,
+    GlobalMaxPool,
+    InvalidArgumentError,
+    LimitExceededError,
+    MaxPool2d,
+    MaxUnpool2d,
+)
+from poolrpc._shapes.limits import MAX_BRANCHES, MAX_CHAIN, MAX_RANK
+from poolrpc._wire.codec import (
+    DTYPE_TO_WIRE,
+    ArenaRanges,
+    BranchResult,
+    Limit,
+    Request,
+    ServerInfo,
+    decode_info,
+    decode_ranges,
+    decode_request,
+    decode_results,
+    decode_shape_request,
+    decode_shape_response,
+    decode_spec,
+    encode_info,
+    encode_ranges,
+    encode_request,
+    encode_results,
+    encode_shape_request,
+    encode_shape_response,
+    encode_spec,
+)
+from poolrpc._wire.layer_codec import decode_branches, decode_layer, encode_branches, encode_layer
+from poolrpc.tensors import ITEM_BYTES, TensorSpec
+from poolrpc.v1 import pool_pb2
+from tests.unit.strategies import layers
+
+DIMS = st.integers(-(2**63), 2**63 - 1)
+SHAPES = st.lists(DIMS, max_size=MAX_RANK).map(tuple)
+LAYOUTS = st.sampled_from(["NCHW", "NHWC"])
+SPECS = st.builds(TensorSpec, st.sampled_from(list(ITEM_BYTES)), SHAPES, LAYOUTS)
+BRANCHES = st.lists(st.lists(layers(), min_size=1, max_size=3).map(tuple), min_size=1, max_size=3).map(tuple)
+
+
+def over_the_wire(message):
+    """Give a message as the other side parses it."""
+    return type(message).FromString(message.SerializeToString())
+
+
+@given(layers())
+def test_a_layer_goes_over_the_wire(layer):
+    """Any layer is the same on the other side, its defaults and its class too."""
+    assert decode_layer(over_the_wire(encode_layer(layer)), "layer") == layer
+
+
+@pytest.mark.parametrize("cls", LAYERS.values())
+def test_a_layer_says_its_rank_and_its_family(cls):
+    """A layer's message has the family's field alone, and the number of spatial axes, unless it takes any."""
+    for message in pool_pb2.Layer.DESCRIPTOR.oneofs_by_name["layer"].fields:
+        if message.name == cls.family:
+            assert ("spatial_dims" in message.message_type.fields_by_name) == (cls.spatial_dims is not None)
+            break
+    else:
+        pytest.fail(f"the proto has no {cls.family}")
+
+
+def test_the_proto_has_no_family_without_a_layer():
+    """Every field of the oneof is some layer's family."""
+    families = {field.name for field in pool_pb2.Layer.DESCRIPTOR.oneofs_by_name["layer"].fields}
+    assert families == {cls.family for cls in LAYERS.values()}
+
+
+UINT64 = st.integers(0, 2**64 - 1)
+RANGES = st.builds(ArenaRanges, st.binary(max_size=20), st.tuples(UINT64, UINT64), st.tuples(UINT64, UINT64))
+
+
+@given(SPECS, st.none() | SPECS, BRANCHES, st.none() | RANGES)
+def test_a_request_goes_over_the_wire(spec, indices, branches, ranges):
+    """Any request is the same on the other side, whatever its shapes, with the ranges of an arena or without."""
+    request = Request(spec, branches, indices)
+    data = encode_request(request).SerializeToString() + (b"" if ranges is None else encode_ranges(ranges))
+    message = pool_pb2.PoolRequest.FromString(data)
+    assert decode_request(message) == request
+    assert decode_ranges(message) == ranges
+
+
+@given(st.lists(st.builds(BranchResult, st.lists(SHAPES).map(tuple), SPECS, st.none() | SPECS)))
+def test_results_go_over_the_wire(results):
+    """Any results are the same on the other side, in a unary answer and in a stream's first."""
+    for message in (pool_pb2.PoolResponse, pool_pb2.PoolStreamResponse):
+        assert decode_results(over_the_wire(message(results=encode_results(results))).results) == results
+
+
+@given(SHAPES, BRANCHES, LAYOUTS, st.lists(st.lists(SHAPES).map(tuple)))
+def test_shapes_go_over_the_wire(shape, branches, layout, answer):
+    """A question about shapes and its answer are the same on the other side."""
+    message = over_the_wire(encode_shape_request(shape, branches, layout))
+    assert decode_shape_request(message) == (shape, branches, layout)
+    assert decode_shape_response(over_the_wire(encode_shape_response(answer))) == answer
+
+
+INFOS = st.builds(
+    ServerInfo,
+    version=st.text(),
+    torch_version=st.text(),
+    device=st.text(),
+    threads=st.integers(0, 2**32 - 1),
+    layers=st.dictionaries(st.text(), st.lists(st.sampled_from(list(ITEM_BYTES))).map(tuple)),
+    limits=st.dictionaries(st.text(), st.builds(Limit, st.integers(0, 2**64 - 1), st.text())),
+    features=st.dictionaries(st.text(), st.text()),
+)
+
+
+@given(INFOS)
+def test_a_servers_description_goes_over_the_wire(info):
+    """What a server says of itself is the same on the other side."""
+    assert decode_info(over_the_wire(encode_info(info))) == info
+
+
+def test_a_dtype_of_the_future_is_left_out_of_a_description():
+    """A client skips the dtypes that it doesn't know, and keeps the layer."""
+    message = pool_pb2.GetServerInfoResponse(layers=[pool_pb2.LayerInfo(name="MaxPool9d", dtypes=[3, 99])])
+    assert decode_info(over_the_wire(message)).layers == {"MaxPool9d": ("float32",)}
+
+
+def test_a_limit_is_read_with_its_unit():
+    """A limit prints as its value and what it counts."""
+    assert str(Limit(4, "bytes")) == "4 bytes"
+
+
+def test_every_dtype_has_a_name_on_both_sides():
+    """The wire's dtypes are those of a tensor's spec."""
+    assert set(DTYPE_TO_WIRE) == set(ITEM_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("message", "layer"),
+    [
+        (pool_pb2.Layer(max_pool={"spatial_dims": 2, "kernel_size": [2]}), MaxPool2d(2)),
+        (pool_pb2.Layer(max_pool={"spatial_dims": 2, "kernel_size": [2, 2], "stride": [2]}), MaxPool2d(2, stride=2)),
+        (pool_pb2.Layer(avg_pool={"spatial_dims": 1, "kernel_size": [2]}), AvgPool1d(2)),
+        (
+            pool_pb2.Layer(avg_pool={"spatial_dims": 2, "kernel_size": [2], "count_include_pad": False}),
+            AvgPool2d(2, count_include_pad=False),
+        ),
+        (pool_pb2.Layer(max_unpool={"spatial_dims": 2, "kernel_size": [2]}), MaxUnpool2d(2)),
+        (
+            pool_pb2.Layer(adaptive_avg_pool={"spatial_dims": 2, "output_size": [{}, {"cells": 3}]}),
+            AdaptiveAvgPool2d((None, 3)),
+        ),
+        (
+            pool_pb2.Layer(adaptive_avg_pool={"spatial_dims": 2, "output_size": [{}]}),
+            AdaptiveAvgPool2d((None, None)),
+        ),
+        (pool_pb2.Layer(global_max_pool={}), GlobalMaxPool()),
+    ],
+    ids=repr,
+)
+def test_what_is_unset_is_torchs_default(message, layer):
+    """A message with the least that a layer needs gives the layer with its defaults."""
+    assert decode_layer(over_the_wire(message), "layer") == layer
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        (pool_pb2.Layer(), "at"),
+        (pool_pb2.Layer.FromString(b"\xf2\x07\x00"), "at"),
+        (pool_pb2.Layer(max_pool={"kernel_size": [2]}), "at.max_pool.spatial_dims"),
+        (pool_pb2.Layer(max_pool={"spatial_dims": 4, "kernel_size": [2]}), "at.max_pool.spatial_dims"),
+        (pool_pb2.Layer(max_pool={"spatial_dims": 2**32 - 1, "kernel_size": [2]}), "at.max_pool.spatial_dims"),
+        (
+            pool_pb2.Layer(fractional_max_pool={"spatial_dims": 1, "kernel_size": [2], "output_size": {"cells": [1]}}),
+            "at.fractional_max_pool.spatial_dims",
+        ),
+        (pool_pb2.Layer(max_pool={"spatial_dims": 2}), "at.max_pool.kernel_size"),
+        (pool_pb2.Layer(max_pool={"spatial_dims": 2, "kernel_size": [0]}), "at.max_pool.kernel_size"),
+        (pool_pb2.Layer(max_pool={"spatial_dims": 2, "kernel_size": [2] * 1000}), "at.max_pool.kernel_size"),
+        (pool_pb2.Layer(max_pool={"spatial_dims": 2, "kernel_size": [2**32 - 1]}), "at.max_pool.kernel_size"),
+        (pool_pb2.Layer(max_pool={"spatial_dims": 2, "kernel_size": [2], "stride": [1, 0]}), "at.max_pool.stride"),
+        (pool_pb2.Layer(max_pool={"spatial_dims": 2, "kernel_size": [2], "padding": [2]}), "at.max_pool.padding"),
+        (
+            pool_pb2.Layer(avg_pool={"spatial_dims": 1, "kernel_size": [2], "divisor_override": 3}),
+            "at.avg_pool.divisor_override",
+        ),
+        (
+            pool_pb2.Layer(avg_pool={"spatial_dims": 2, "kernel_size": [2], "divisor_override": 0}),
+            "at.avg_pool.divisor_override",
+        ),
+        (pool_pb2.Layer(lp_pool={"spatial_dims": 2, "kernel_size": [2]}), "at.lp_pool.norm_type"),
+        (
+            pool_pb2.Layer(lp_pool={"spatial_dims": 2, "kernel_size": [2], "norm_type": float("nan")}),
+            "at.lp_pool.norm_type",
+        ),
+        (pool_pb2.Layer(adaptive_avg_pool={"spatial_dims": 2}), "at.adaptive_avg_pool.output_size"),
+        (
+            pool_pb2.Layer(adaptive_max_pool={"spatial_dims": 2, "output_size": [{"cells": 0}]}),
+            "at.adaptive_max_pool.output_size",
+        ),
+        (
+            pool_pb2.Layer(fractional_max_pool={"spatial_dims": 2, "kernel_size": [2]}),
+            "at.fractional_max_pool.output_size",
+        ),
+        (
+            pool_pb2.Layer(fractional_max_pool={"spatial_dims": 2, "kernel_size": [2], "output_size": {}}),
+            "at.fractional_max_pool.output_size",
+        ),
+        (
+            pool_pb2.Layer(fractional_max_pool={"spatial_dims": 2, "kernel_size": [2], "output_ratio": {}}),
+            "at.fractional_max_pool.output_ratio",
+        ),
+        (
+            pool_pb2.Layer(max_unpool={"spatial_dims": 2, "kernel_size": [2], "output_size": [1, 2, 3]}),
+            "at.max_unpool.output_size",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_message_that_is_no_layer_names_its_field(message, field):
+    """What is missing, unknown, out of bounds, or not the class's own is refused under its path."""
+    with pytest.raises(InvalidArgumentError, match=r": expected ") as raised:
+        decode_layer(over_the_wire(message), "at")
+    assert [each.field for each in raised.value.violations] == [field]
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_that_parse_give_a_layer_or_an_error(data):
+    """Whatever a stranger sends for a layer, it is decoded or refused by name."""
+    message = pool_pb2.Layer()
+    try:
+        message.ParseFromString(data)
+    except Exception:  # noqa: BLE001 - bytes that are no message are gRPC's to refuse
+        return
+    try:
+        decoded = decode_layer(message, "at")
+    except InvalidArgumentError as error:
+        assert all(each.field.startswith("at") for each in error.violations)  # noqa: PT017
+    else:
+        assert decode_layer(encode_layer(decoded), "at") == decoded
+
+
+@pytest.mark.parametrize("spec", [{"dtype": 0}, {"dtype": 99}, {"dtype": -1}, {}])
+def test_an_unknown_dtype_is_refused(spec):
+    """A dtype that isn't set, or that this version doesn't know, is an error of its field, with the names there are."""
+    with pytest.raises(InvalidArgumentError, match=r"^input\.dtype: expected one of DATA_TYPE_FLOAT16, ") as raised:
+        decode_spec(over_the_wire(pool_pb2.TensorSpec(**spec)), "input")
+    assert [each.field for each in raised.value.violations] == ["input.dtype"]
+
+
+def test_an_unknown_layout_is_refused_and_an_unset_one_is_channels_first():
+    """A layout that this version doesn't know is an error of its field; unset, it is torch's."""
+    with pytest.raises(InvalidArgumentError, match=r"^indices\.layout: expected one of LAYOUT_CHANNELS_FIRST, "):
+        decode_spec(pool_pb2.TensorSpec(dtype=3, layout=99), "indices")
+    assert decode_spec(pool_pb2.TensorSpec(dtype=3), "input") == TensorSpec("float32", (), "NCHW")
+
+
+def test_a_question_about_shapes_names_its_layout():
+    """An unknown layout in a question about shapes is named by the field that it has there."""
+    message = pool_pb2.InferShapeRequest(layout=99, branches=encode_branches([(MaxPool2d(2),)]))
+    with pytest.raises(InvalidArgumentError) as raised:
+        decode_shape_request(message)
+    assert [each.field for each in raised.value.violations] == ["layout"]
+
+
+@pytest.mark.parametrize(("branches", "field"), [([], "branches"), ([pool_pb2.Branch()], "branches[0].layers")])
+def test_a_request_needs_a_branch_and_a_branch_needs_a_layer(branches, field):
+    """No branches, or a branch without layers, is refused."""
+    with pytest.raises(InvalidArgumentError, match=r"expected at least one, got none") as raised:
+        decode_branches(branches)
+    assert [each.field for each in raised.value.violations] == [field]
+
+
+@pytest.mark.parametrize(
+    ("counts", "limit", "actual"),
+    [
+        ([1] * (MAX_BRANCHES + 1), MAX_BRANCHES, MAX_BRANCHES + 1),
+        ([1, MAX_CHAIN + 1], MAX_CHAIN, MAX_CHAIN + 1),
+    ],
+    ids=["branches", "layers"],
+)
+def test_too_many_layers_are_a_limit(counts, limit, actual):
+    """One branch or one layer over the limit is refused for good, with the limit and the actual number."""
+    layer = encode_layer(MaxPool2d(1))
+    with pytest.raises(LimitExceededError) as raised:
+        decode_branches([pool_pb2.Branch(layers=[layer] * count) for count in counts])
+    assert raised.value.reason == "TOO_MANY_LAYERS"
+    assert raised.value.metadata == {"limit": str(limit), "actual": str(actual)}
+
+
+def test_as_many_layers_as_the_limit_are_taken():
+    """The greatest number of branches, each of the greatest length, is decoded."""
+    branch = pool_pb2.Branch(layers=[encode_layer(MaxPool2d(1))] * MAX_CHAIN)
+    assert decode_branches([branch] * MAX_BRANCHES) == ((MaxPool2d(1),) * MAX_CHAIN,) * MAX_BRANCHES
+
+
+def test_the_path_of_a_bad_layer_has_its_branch_and_step():
+    """A bad parameter of a request is named by its branch, its step and its family."""
+    branches = encode_branches([(MaxPool2d(1),), (MaxPool2d(1), AvgPool2d(1))])
+    branches[1].layers[1].avg_pool.kernel_size[0] = 0
+    request = pool_pb2.PoolRequest(branches=branches, input=encode_spec(TensorSpec("float32", (1, 1, 1, 1))))
+    with pytest.raises(InvalidArgumentError) as raised:
+        decode_request(over_the_wire(request))
+    assert [each.field for each in raised.value.violations] == ["branches[1].layers[1].avg_pool.kernel_size"]
+
+
+PAYLOADS = [
+    pool_pb2.PoolRequest,
+    pool_pb2.PoolResponse,
+    pool_pb2.PoolStreamRequest,
+    pool_pb2.PoolStreamResponse,
+]
+
+
+@pytest.mark.parametrize("message", PAYLOADS)
+def test_the_payload_is_the_last_field(message):
+    """A message's payload has its highest field number, so that it can be framed without a copy."""
+    numbers = {field.name: field.number for field in message.DESCRIPTOR.fields}
+    assert max(numbers, key=numbers.get) == "payload"
+
+
+def test_results_have_the_specs_of_what_comes_back():
+    """A request says, for each branch, the shapes, the output and the indices that will come of it."""
+    branches = ((MaxPool2d(2, return_indices=True),), (AvgPool2d(2), AvgPool2d(2)))
+    request = Request(TensorSpec("float32", (1, 8, 8, 3), "NHWC"), branches)
+    halved, quartered = (1, 4, 4, 3), (1, 2, 2, 3)
+    assert request.results() == (
+        BranchResult((halved,), TensorSpec("float32", halved, "NHWC"), TensorSpec("int64", halved, "NHWC")),
+        BranchResult((halved, quartered), TensorSpec("float32", quartered, "NHWC")),
+    )
+    assert [len(each.specs) for each in request.results()] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("shape", "layer", "field"),
+    [
+        ((8, 8), MaxPool2d(2), "input.shape"),
+        ((1, 1, 4, 4), MaxPool2d(5), "branches[0].layers[0].max_pool.kernel_size"),
+    ],
+    ids=["shape", "layer"],
+)
+def test_results_that_there_are_none_of_name_the_requests_field(shape, layer, field):
+    """What can't be pooled is the input's fault, or the layer's, by the path that it has in a request."""
+    with pytest.raises(InvalidArgumentError) as raised:
+        Request(TensorSpec("float32", shape), ((layer,),)).results()
+    assert [each.field for each in raised.value.violations] == [field]
+
+
+def test_a_tensor_of_more_axes_than_any_layer_takes_is_refused_before_they_are_copied():
+    """A spec of six axes names its shape and says how many were given."""
+    message = pool_pb2.TensorSpec(dtype=pool_pb2.DATA_TYPE_FLOAT32, shape=[1] * 6)
+    with pytest.raises(InvalidArgumentError, match=r"^input\.shape: expected at most 5 dims, got 6$"):
+        decode_spec(message, "input")

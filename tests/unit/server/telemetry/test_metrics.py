@@ -1,0 +1,289 @@
+"""What is counted, how it is called, and where it is read; over processes too."""
+
+import re
+import socket
+import subprocess
+import sys
+import urllib.error
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from prometheus_client.exposition import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+import poolrpc_server
+from poolrpc_server.telemetry.metrics import (
+    FOLDER_VARIABLE,
+    REASONS,
+    STAGES,
+    Load,
+    Metrics,
+    MetricsServer,
+    forget,
+    summed,
+)
+from tests.scrape import get
+
+CALL = ("unary", "poolrpc.v1.PoolService", "Pool")
+LABELS = dict(zip(("grpc_type", "grpc_service", "grpc_method"), CALL, strict=True))
+LOAD = Load(1000, (2, 0, 1), 1.5, 3, 4096, 5)
+
+# Counts one of each, says so, and ends when it is told to.
+COUNTING = """
+import sys
+from poolrpc_server.telemetry.metrics import Load, Metrics
+metrics = Metrics()
+metrics.watch(lambda: Load(1000, (2, 0, 1), float(sys.argv[1]), 3, 4096, 5))
+metrics.started("unary", "poolrpc.v1.PoolService", "Pool")
+metrics.handled("unary", "poolrpc.v1.PoolService", "Pool", "OK", 0.002)
+metrics.executed(3, 24, 4096, 0.001)
+print("counted", flush=True)
+sys.stdin.read()
+"""
+
+
+def families(registry):
+    """Give what a registry shows, as Prometheus reads it, by name."""
+    return {each.name: each for each in text_string_to_metric_families(generate_latest(registry).decode())}
+
+
+def value(registry, name, **labels):
+    """Give one sample."""
+    return registry.get_sample_value(name, labels)
+
+
+def busy():
+    """Give metrics in which everything was counted once."""
+    metrics = Metrics()
+    metrics.watch(lambda: LOAD)
+    metrics.started(*CALL)
+    metrics.handled(*CALL, "OK", 0.002)
+    metrics.rejected("STREAMS")
+    metrics.escaped()
+    metrics.cancelled("queue")
+    metrics.executed(3, 24, 4096, 0.001)
+    metrics.queued(0.003)
+    return metrics
+
+
+@pytest.fixture
+def server():
+    """Give an HTTP server of busy metrics, which is ready."""
+    made = MetricsServer("127.0.0.1:0", busy().collect, lambda: True)
+    yield made
+    made.close()
+
+
+def test_names_are_as_prometheus_has_them():
+    """Names are lower-case with a prefix; counters end in _total, times in _seconds, sizes in _bytes; all have a help.
+
+    What Prometheus parses is what was counted.
+    """
+    shown = families(busy().collect())
+    shown = {name: family for name, family in shown.items() if not name.endswith("_created")}
+    assert set(shown) >= {"grpc_server_started", "grpc_server_handled", "grpc_server_handling_seconds"}
+    assert {"poolrpc_rejects", "poolrpc_validator_escapes", "poolrpc_cancelled", "poolrpc_executions"} < set(shown)
+    for name, family in shown.items():
+        assert name.startswith(("grpc_server_", "poolrpc_"))
+        assert name == name.lower()
+        assert family.documentation.endswith(".")
+        assert family.samples
+        suffixes = {sample.name.removeprefix(name) for sample in family.samples}
+        expected = {"counter": {"_total"}, "histogram": {"_bucket", "_sum", "_count"}, "gauge": {""}}
+        assert suffixes == expected[family.type]
+        assert not name.endswith(("_ms", "_milliseconds", "_kb", "_mb"))
+
+
+def test_calls_are_counted_by_method_and_status():
+    """Begun, ended by status and timed, with the labels and the codes of grpc-ecosystem."""
+    metrics = Metrics()
+    for code in ("OK", "OK", "INVALID_ARGUMENT", "CANCELLED"):
+        metrics.started(*CALL)
+        metrics.handled(*CALL, code, 0.25)
+    shown = metrics.collect()
+    assert value(shown, "grpc_server_started_total", **LABELS) == 4
+    assert value(shown, "grpc_server_handled_total", **LABELS, grpc_code="OK") == 2
+    assert value(shown, "grpc_server_handled_total", **LABELS, grpc_code="InvalidArgument") == 1
+    assert value(shown, "grpc_server_handled_total", **LABELS, grpc_code="Canceled") == 1
+    assert value(shown, "grpc_server_handling_seconds_sum", **LABELS) == 1
+    assert value(shown, "grpc_server_handling_seconds_bucket", **LABELS, le="0.1") == 0
+    assert value(shown, "grpc_server_handling_seconds_bucket", **LABELS, le="0.25") == 4
+
+
+def test_an_execution_is_counted_with_what_is_in_it():
+    """Executions against requests, and the batches' sizes and times."""
+    metrics = busy()
+    metrics.executed(1, 8, 1000, 0.25)
+    shown = metrics.collect()
+    assert value(shown, "poolrpc_executions_total") == 2
+    assert value(shown, "poolrpc_requests_total") == 4
+    assert value(shown, "poolrpc_executed_bytes_total") == 5096
+    assert value(shown, "poolrpc_batch_requests_bucket", le="1.0") == 1
+    assert value(shown, "poolrpc_batch_planes_sum") == 32
+    assert value(shown, "poolrpc_compute_seconds_sum") == pytest.approx(0.251)
+    assert value(shown, "poolrpc_queue_seconds_count") == 1
+
+
+def test_calls_that_fail_are_counted_by_their_reason():
+    """Rejects have their reason, cancelled calls their stage, escapes none."""
+    shown = busy().collect()
+    assert value(shown, "poolrpc_rejects_total", reason="STREAMS") == 1
+    assert value(shown, "poolrpc_cancelled_total", stage="queue") == 1
+    assert value(shown, "poolrpc_validator_escapes_total") == 1
+
+
+def test_what_may_be_counted_is_shown_from_0_on():
+    """Every reason, every stage, and each method of a service has its samples before the first call."""
+    metrics = Metrics()
+    metrics.expect(*CALL)
+    shown = metrics.collect()
+    assert {value(shown, "poolrpc_rejects_total", reason=each) for each in REASONS} == {0}
+    assert {value(shown, "poolrpc_cancelled_total", stage=each) for each in STAGES} == {0}
+    assert value(shown, "grpc_server_started_total", **LABELS) == 0
+    assert {value(shown, "grpc_server_handled_total", **LABELS, grpc_code=each) for each in ("OK", "Internal")} == {0}
+    assert value(shown, "grpc_server_handling_seconds_bucket", **LABELS, le="30.0") == 0
+
+
+def test_the_reasons_are_those_that_the_server_gives():
+    """REASONS has each reason of an UnavailableError that the server's code makes, and no other."""
+    sources = [each.read_text() for each in Path(poolrpc_server.__file__).parent.rglob("*.py")]
+    made = [re.findall(r'(?:refused\(|UnavailableError\([^)]*reason=)"([A-Z_]+)"', each) for each in sources]
+    assert {reason for each in made for reason in each} == set(REASONS)
+
+
+def test_gauges_are_what_is_under_way_at_the_time_of_looking():
+    """What is watched is asked when somebody looks, and not when calls end."""
+    metrics, asked = Metrics(), [Load(7), LOAD, LOAD]
+    metrics.watch(lambda: asked.pop(0))
+    assert value(metrics.collect(), "poolrpc_inflight_bytes") == 7
+    metrics.started(*CALL)
+    shown = metrics.collect()
+    assert metrics.collect() is shown
+    assert asked == []
+    assert value(shown, "poolrpc_inflight_bytes") == 1000
+    assert [value(shown, "poolrpc_queue_length", priority=each) for each in "012"] == [2, 0, 1]
+    assert value(shown, "poolrpc_queue_oldest_seconds") == 1.5
+    assert value(shown, "poolrpc_arenas") == 3
+    assert value(shown, "poolrpc_arena_bytes") == 4096
+    assert value(shown, "poolrpc_streams") == 5
+
+
+def test_metrics_that_are_off_count_nothing():
+    """They take everything, ask nobody and show nothing."""
+    metrics = Metrics(enabled=False)
+    metrics.watch(lambda: pytest.fail("asked"))
+    metrics.started(*CALL)
+    metrics.handled(*CALL, "OK", 1)
+    metrics.rejected("STREAMS")
+    metrics.escaped()
+    metrics.cancelled("queue")
+    metrics.executed(1, 1, 1, 1)
+    metrics.queued(1)
+    assert families(metrics.collect()) == {}
+
+
+def test_no_count_is_lost_among_threads():
+    """Threads that count at once count all."""
+    metrics = Metrics()
+
+    def count(_):
+        for _ in range(500):
+            metrics.started(*CALL)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(count, range(4)))
+    assert value(metrics.collect(), "grpc_server_started_total", **LABELS) == 2000
+
+
+def test_pages_of_the_server(server):
+    """/metrics is what is counted; /healthz and /readyz are for probes; another page is a 404 that names those."""
+    status, text = get(server.address, "metrics")
+    assert status == 200
+    assert "poolrpc_validator_escapes_total 1.0\n" in text
+    assert get(server.address, "healthz") == (200, "ok\n")
+    assert get(server.address, "readyz") == (200, "ready\n")
+    assert get(server.address, "x") == (404, "expected /metrics, /healthz or /readyz, got /x\n")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
+def test_it_listens_where_it_says(host):
+    """A free port is filled in, of either family of addresses; a server that isn't ready says so with a 503."""
+    made = MetricsServer(f"{host}:0", busy().collect, lambda: False)
+    try:
+        assert made.address.startswith(f"{host}:")
+        assert get(made.address, "healthz")[0] == 200
+        assert get(made.address, "readyz") == (503, "not ready\n")
+    finally:
+        made.close()
+    with pytest.raises(urllib.error.URLError):
+        get(made.address, "healthz")
+
+
+def test_an_address_has_one_server(server):
+    """A second one on the same address fails at once."""
+    with pytest.raises(OSError, match="in use"):
+        MetricsServer(server.address, busy().collect, lambda: True)
+
+
+def test_a_peer_that_leaves_is_no_news(server, capfd):
+    """A connection that breaks off leaves nothing on stderr, and others are answered."""
+    host, port = server.address.split(":")
+    connection = socket.create_connection((host, int(port)))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # a reset instead of an end
+    connection.send(b"GET /metr")
+    connection.close()
+    assert get(server.address, "healthz")[0] == 200
+    assert capfd.readouterr().err == ""
+
+
+@pytest.fixture
+def counting(tmp_path, monkeypatch):
+    """Give two processes that have counted into a folder, whose oldest requests have waited for 1.5 and 2.5 seconds."""
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    made = [
+        subprocess.Popen([sys.executable, "-c", COUNTING, age], stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: S603 - ours
+        for age in ("1.5", "2.5")
+    ]
+    try:
+        for each in made:
+            assert each.stdout.readline() == b"counted\n"
+        yield made
+    finally:
+        for each in made:
+            each.communicate()
+
+
+def test_processes_are_summed(counting, tmp_path):
+    """Counters, histograms and gauges of several processes are shown as sums, the age as the greatest."""
+    assert all(each.poll() is None for each in counting)
+    shown = summed(str(tmp_path), lambda: 7)
+    assert value(shown, "grpc_server_started_total", **LABELS) == 2
+    assert value(shown, "grpc_server_handled_total", **LABELS, grpc_code="OK") == 2
+    assert value(shown, "grpc_server_handling_seconds_bucket", **LABELS, le="0.0025") == 2
+    assert value(shown, "poolrpc_requests_total") == 6
+    assert value(shown, "poolrpc_inflight_bytes") == 2000
+    assert value(shown, "poolrpc_queue_length", priority="2") == 2
+    assert value(shown, "poolrpc_queue_oldest_seconds") == 2.5
+    assert value(shown, "poolrpc_worker_restarts_total") == 7
+    names = {name for name in families(busy().collect()) if not name.endswith("_created")}
+    assert set(families(shown)) == names | {"poolrpc_worker_restarts"}
+
+
+def test_a_process_that_died_leaves_its_counts(counting, tmp_path):
+    """What a dead process had under way is no longer shown, what it counted still is."""
+    counting[1].kill()
+    counting[1].wait()
+    forget(str(tmp_path), counting[1].pid)
+    shown = summed(str(tmp_path), lambda: 1)
+    assert value(shown, "grpc_server_started_total", **LABELS) == 2
+    assert value(shown, "poolrpc_inflight_bytes") == 1000
+    assert value(shown, "poolrpc_queue_oldest_seconds") == 1.5
+
+
+def test_a_supervisor_needs_neither_torch_nor_grpc():
+    """Importing the metrics imports none of what computes or serves calls."""
+    program = (
+        "import poolrpc_server.telemetry.metrics, sys; sys.exit(bool({'torch', 'grpc', 'numpy'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0  # noqa: S603 - ours

@@ -1,0 +1,267 @@
+"""What a process may use of its machine: trees of cgroup v1 and v2, as containers show them, and a real cgroup."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from poolrpc_server.resources import cpus, memory_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+MIB = 2**20
+HOST_CPUS, HOST_MEMORY = 64, 8192 * MIB
+NO_V1_LIMIT = 0x7FFFFFFFFFFFF000
+"""What memory.limit_in_bytes says where there is none."""
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, int]]:
+    """Give the way to make a machine of 64 CPUs and 8 GiB, which gives the CPUs and the memory that are seen there.
+
+    It takes /proc/self/cgroup, the lines of /proc/self/mountinfo for cgroups, and what lies in the cgroups' folders.
+    """
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(HOST_CPUS), raising=False)
+
+    def make(cgroup: str, mounts: list[str], files: Mapping[str, str]) -> tuple[int, int]:
+        lines = [f"3{number} 24 0:2{number} {each}" for number, each in enumerate(mounts)]
+        proc = {
+            "proc/meminfo": f"MemTotal:        {HOST_MEMORY // 1024} kB\nMemFree:         1 kB\n",
+            "proc/self/cgroup": cgroup,
+            "proc/self/mountinfo": "\n".join(["22 1 8:1 / / rw - ext4 /dev/sda1 rw,errors=remount-ro", *lines]),
+        }
+        root = Path(tempfile.mkdtemp(dir=tmp_path))
+        for name, text in {**proc, **files}.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text(f"{text}\n" if text else "")
+        return cpus(root), memory_bytes(root)
+
+    return make
+
+
+def v1(controllers: str, shown: str = "/") -> str:
+    """Give the mount of a v1 hierarchy."""
+    return f"{shown} /sys/fs/cgroup/{controllers} rw,nosuid shared:9 - cgroup cgroup rw,{controllers}"
+
+
+def v2(shown: str = "/", point: str = "/sys/fs/cgroup") -> str:
+    """Give the mount of v2's hierarchy."""
+    return f"{shown} {point} rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"
+
+
+def test_no_cgroup_is_the_whole_machine(tree):
+    """Without cgroups, or with files that can't be read, the machine's CPUs and memory are this process's."""
+    assert tree("", [], {}) == (HOST_CPUS, HOST_MEMORY)
+    assert tree("0::/gone (deleted)", [v2()], {}) == (HOST_CPUS, HOST_MEMORY)
+
+
+def test_a_system_without_proc_is_asked_itself(tmp_path):
+    """Where there is no /proc, as elsewhere than on Linux, the system tells its memory and its CPUs."""
+    assert cpus(tmp_path) == len(os.sched_getaffinity(0))
+    assert memory_bytes(tmp_path) == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize(
+    ("quota", "expected"),
+    [
+        ("max 100000", HOST_CPUS),
+        ("50000 100000", 1),
+        ("1000 100000", 1),
+        ("100000 100000", 1),
+        ("100001 100000", 2),
+        ("150000 100000", 2),
+        ("75000 50000", 2),
+        ("400000 100000", 4),
+        ("6400000 50000", HOST_CPUS),
+    ],
+)
+def test_a_quota_is_rounded_up(tree, quota, expected):
+    """A CPU quota is as many CPUs as are needed to use it up, at least one, and never more than there are."""
+    name = "sys/fs/cgroup/cpu.max"
+    assert tree("0::/", [v2()], {name: quota})[0] == expected
+    time, period = quota.replace("max", "-1").split()
+    folder = "sys/fs/cgroup/cpu,cpuacct"
+    files = {f"{folder}/cpu.cfs_quota_us": time, f"{folder}/cpu.cfs_period_us": period}
+    assert tree("4:cpu,cpuacct:/", [v1("cpu,cpuacct")], files)[0] == expected
+
+
+def test_v2_in_a_namespace_of_its_own(tree):
+    """A container sees its own cgroup as the root: its limits lie at the mount point."""
+    files = {"sys/fs/cgroup/cpu.max": "200000 100000", "sys/fs/cgroup/memory.max": str(512 * MIB)}
+    assert tree("0::/", [v2()], files) == (2, 512 * MIB)
+
+
+def test_v2_on_the_host_has_every_limit_above(tree):
+    """The least limit from the process's cgroup up to the root counts, wherever on the path it stands."""
+    folder = "sys/fs/cgroup"
+    files = {
+        f"{folder}/user.slice/memory.max": str(700 * MIB),
+        f"{folder}/user.slice/cpu.max": "max 100000",
+        f"{folder}/user.slice/a.service/memory.max": "max",
+        f"{folder}/user.slice/a.service/cpu.max": "300000 100000",
+        f"{folder}/user.slice/a.service/b/memory.max": str(900 * MIB),
+        f"{folder}/user.slice/a.service/b/cpu.max": "500000 100000",
+        f"{folder}/other/memory.max": str(MIB),  # another's
+        f"{folder}/other/cpu.max": "1000 100000",
+    }
+    assert tree("0::/user.slice/a.service/b", [v2()], files) == (3, 700 * MIB)
+
+
+def test_v2_slows_down_over_memory_high(tree):
+    """memory.high counts as memory.max does: over it a process stalls."""
+    files = {"sys/fs/cgroup/memory.high": str(300 * MIB), "sys/fs/cgroup/memory.max": str(512 * MIB)}
+    assert tree("0::/", [v2()], files)[1] == 300 * MIB
+
+
+V1_GROUPS = "11:memory:{path}\n4:cpu,cpuacct:{path}\n1:name=systemd:{path}\n0::/"
+V1_FILES = {
+    "memory/memory.limit_in_bytes": str(512 * MIB),
+    "cpu,cpuacct/cpu.cfs_quota_us": "250000",
+    "cpu,cpuacct/cpu.cfs_period_us": "100000",
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "shown", "inside"),
+    [
+        ("/docker/4f2a", "/docker/4f2a", ""),
+        ("/", "/", ""),
+        ("/docker/4f2a", "/", "docker/4f2a/"),
+        ("/docker/4f2a/app", "/docker/4f2a", "app/"),
+        ("/", "/..", ""),
+        ("/", "/docker/4f2a", ""),
+        ("/../other", "/", ""),
+        ("/kubepods/pod1/c1", "/docker/9/kubepods/pod1/c1", ""),
+    ],
+    ids=[
+        "bound to the host's path",
+        "namespace",
+        "host",
+        "deeper",
+        "mounted outside of the namespace",
+        "namespace, the host's mount",
+        "moved out of the namespace",
+        "nested runtimes",
+    ],
+)
+def test_v1_is_found_through_its_mount(tree, path, shown, inside):
+    """The cgroup's path is taken from the mount's root on; where that shows another part, the mount point counts."""
+    files = {}
+    for name, text in V1_FILES.items():
+        controller, _, file = name.partition("/")
+        files[f"sys/fs/cgroup/{controller}/{inside}{file}"] = text
+    mounts = [v1("memory", shown), v1("cpu,cpuacct", shown), v1("cpuset")]
+    assert tree(V1_GROUPS.format(path=path), mounts, files) == (3, 512 * MIB)
+
+
+def test_v1_without_limits_says_so_by_a_huge_number(tree):
+    """V1's number for no memory limit, and -1 for no quota, leave the machine's; a limit above is seen past them."""
+    folder = "sys/fs/cgroup"
+    files = {
+        f"{folder}/memory/app/memory.limit_in_bytes": str(NO_V1_LIMIT),
+        f"{folder}/cpu/app/cpu.cfs_quota_us": "-1",
+        f"{folder}/cpu/app/cpu.cfs_period_us": "100000",
+    }
+    groups = "5:memory:/app\n3:cpu:/app"
+    assert tree(groups, [v1("memory"), v1("cpu")], files) == (HOST_CPUS, HOST_MEMORY)
+    files |= {
+        f"{folder}/memory/memory.limit_in_bytes": str(100 * MIB),
+        f"{folder}/cpu/cpu.cfs_quota_us": "20000",
+        f"{folder}/cpu/cpu.cfs_period_us": "10000",
+    }
+    assert tree(groups, [v1("memory"), v1("cpu")], files) == (2, 100 * MIB)
+
+
+def test_hybrid_has_each_controller_in_one_version(tree):
+    """With both versions mounted, a controller's limits are found in whichever has it."""
+    folder = "sys/fs/cgroup"
+    files = {
+        f"{folder}/memory/app/memory.limit_in_bytes": str(256 * MIB),
+        f"{folder}/unified/app/cpu.max": "350000 100000",
+        f"{folder}/unified/app/cgroup.procs": "1",
+    }
+    mounts = [v1("memory"), v1("pids"), v2(point="/sys/fs/cgroup/unified")]
+    assert tree("9:memory:/app\n8:pids:/app\n0::/app", mounts, files) == (4, 256 * MIB)
+
+
+def test_a_path_with_spaces(tree):
+    """A mount point and a root with spaces, which mountinfo escapes, are read as they are."""
+    files = {"a b/c d/memory.max": str(64 * MIB)}
+    assert tree("0::/x y/c d", [v2("/x\\040y", "/a\\040b")], files)[1] == 64 * MIB
+
+
+def test_what_is_no_number_is_no_limit(tree):
+    """Empty files, words, and zeros where a period stands are taken for no limit."""
+    folder = "sys/fs/cgroup"
+    for quota, limit in [("", ""), ("some", "many"), ("1000 0", "0"), ("max", "-1")]:
+        files = {f"{folder}/cpu.max": quota, f"{folder}/memory.max": limit}
+        assert tree("0::/", [v2()], files) == (HOST_CPUS, HOST_MEMORY)
+
+
+@contextmanager
+def real_cgroup(controller: str) -> Iterator[Path]:
+    """Make a cgroup with one inside, give the outer, and remove both; skip where that can't be.
+
+    Only where this process is in the root of its controller's hierarchy: a cgroup that someone made for it is theirs
+    to remove, and is not to be found with more inside.
+    """
+    folder = Path("/sys/fs/cgroup")
+    version_2 = (folder / "cgroup.controllers").exists()
+    top = folder if version_2 else folder / controller
+    groups = Path("/proc/self/cgroup").read_text() if Path("/proc/self/cgroup").exists() else ""
+    ours = [each.split(":", 2) for each in groups.splitlines()]
+    at_root = any(path == "/" and (version_2 or controller in names.split(",")) for _, names, path in ours)
+    outer = top / f"poolrpc-test-{os.getpid()}"
+    try:
+        if not at_root:
+            raise PermissionError(f"this process is in a {controller} cgroup that others made")
+        outer.mkdir()
+    except OSError as error:
+        pytest.skip(f"no cgroup can be made here: {error}")
+    try:
+        if version_2 and controller not in (outer / "cgroup.controllers").read_text().split():
+            pytest.skip(f"no cgroup can be made here: the {controller} controller isn't enabled at {top}")
+        (outer / "inner").mkdir()
+        yield outer
+    finally:
+        for each in (outer / "inner", outer):
+            if each.exists():
+                each.rmdir()
+
+
+def measured_in(cgroup: Path) -> int:
+    """Give the CPUs that a process in a cgroup finds for itself."""
+    program = (
+        "import sys, pathlib, os\n"
+        "pathlib.Path(sys.argv[1], 'cgroup.procs').write_text(str(os.getpid()))\n"
+        "from poolrpc_server.resources import cpus\n"
+        "print(cpus())"
+    )
+    command = [sys.executable, "-c", program, str(cgroup)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout)  # noqa: S603 - ours
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cgroups are Linux's")
+def test_a_real_cgroup_of_one_cpu():
+    """A process in a cgroup whose parent has a quota of half a CPU finds one; without the quota, all."""
+    with real_cgroup("cpu") as outer:
+        before = measured_in(outer / "inner")
+        assert before == cpus()
+        if (outer / "cpu.max").exists():
+            (outer / "cpu.max").write_text("50000 100000")
+        else:
+            (outer / "cpu.cfs_quota_us").write_text("50000")
+        assert measured_in(outer / "inner") == 1
+
+
+def test_the_real_machine_has_memory():
+    """What this process may use is no more than the machine has, and enough to run it."""
+    assert 64 * MIB < memory_bytes() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
