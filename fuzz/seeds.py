@@ -234,7 +234,7 @@ def answers(rng: Random) -> Iterator[Case]:
         (LimitExceededError("expected 1, got 2", reason="X", metadata={"limit": "1"}), 8),
         (UnavailableError("full", reason="QUEUE", retry_delay=0.25), 14),
     ):
-        text, details = encode_error(error, number)
+        text, details = encode_error(error)
         yield bytes((2, number)) + text.encode(), details
     shapes = pool_pb2.InferShapeResponse(branches=[{"shapes": [{"dims": [1, 2]}]}])
     yield b"\3", shapes.SerializeToString()

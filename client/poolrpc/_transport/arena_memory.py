@@ -322,7 +322,7 @@ def encode_answer(arena_id: bytes, size: int, socket: str = "") -> bytes:
 def encode_refusal(error: PoolError) -> bytes:
     """Give the packet that refuses an arena; the error's class is one of CODES."""
     answer = pool_pb2.AttachResponse()
-    answer.error.MergeFromString(encode_error(error, CODES[error.code])[1])
+    answer.error.MergeFromString(encode_error(error)[1])
     return answer.SerializeToString()
 
 

@@ -21,6 +21,32 @@ from poolrpc.v1 import standard_pb2
 if TYPE_CHECKING:
     from google.protobuf.message import Message
 
+STATUS_NUMBERS = {
+    name: number
+    for number, name in enumerate(
+        (
+            "OK",
+            "CANCELLED",
+            "UNKNOWN",
+            "INVALID_ARGUMENT",
+            "DEADLINE_EXCEEDED",
+            "NOT_FOUND",
+            "ALREADY_EXISTS",
+            "PERMISSION_DENIED",
+            "RESOURCE_EXHAUSTED",
+            "FAILED_PRECONDITION",
+            "ABORTED",
+            "OUT_OF_RANGE",
+            "UNIMPLEMENTED",
+            "INTERNAL",
+            "UNAVAILABLE",
+            "DATA_LOSS",
+            "UNAUTHENTICATED",
+        )
+    )
+}
+"""The number of each status code (google/rpc/code.proto)."""
+
 DETAILS_KEY = "grpc-status-details-bin"
 """Where gRPC's clients of every language look for the details."""
 
@@ -37,21 +63,15 @@ def _cut(text: str, most: int = TEXT_CHARS) -> str:
     return text if len(data) <= most else data[: most - 3].decode(errors="ignore") + "..."
 
 
-def encode_error(error: PoolError, number: int) -> tuple[str, bytes]:
-    """Give an error's status message and its details, both bounded in size.
-
-    Args:
-        error: The error.
-        number: The number of its status code.
-
-    """
+def encode_error(error: PoolError) -> tuple[str, bytes]:
+    """Return an error's status message and its encoded google.rpc.Status, both bounded in size."""
     text = _cut(error.message, MESSAGE_CHARS)
     metadata = tuple((_cut(key, 40), _cut(value)) for key, value in list(error.metadata.items())[:4])
     violations: tuple[tuple[str, str], ...] = ()
     if isinstance(error, InvalidArgumentError):
         violations = tuple((_cut(each.field), _cut(each.description)) for each in error.violations[:VIOLATIONS])
     delay = error.retry_delay if isinstance(error, UnavailableError) else None
-    return text, _details(number, text, error.reason, metadata, violations, delay)
+    return text, _details(STATUS_NUMBERS[error.code], text, error.reason, metadata, violations, delay)
 
 
 @lru_cache(64)  # A full server says the same a hundred times a second, and this is most of what a refusal takes.

@@ -298,7 +298,7 @@ def _guarded(call: Call, work: Callable[[], T], otherwise: T) -> T:
     except Exception:  # noqa: BLE001 - as gRPC has it
         # The interceptors answer for servicers, so it is a message that can't be read or written.
         log.exception("unexpected error", method=call.method)
-        text, details = encode_error(InternalError("expected a message of the method's, got bytes that are none"), 13)
+        text, details = encode_error(InternalError("expected a message of the method's, got bytes that are none"))
         call.set_trailing_metadata([(DETAILS_KEY, details)])
         call.set_code(grpc.StatusCode.INTERNAL)
         call.set_details(text)

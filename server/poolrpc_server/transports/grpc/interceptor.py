@@ -382,7 +382,7 @@ class _Line:
 
 def _fail(context: grpc.ServicerContext, error: PoolError) -> NoReturn:
     code = grpc.StatusCode[error.code]
-    text, details = encode_error(error, code.value[0])
+    text, details = encode_error(error)
     trailing: list[tuple[str, str | bytes]] = [(DETAILS_KEY, details)]
     if isinstance(error, UnavailableError) and error.retry_delay is not None:
         trailing.append((PUSHBACK_KEY, str(round(error.retry_delay * 1000))))
