@@ -1,4 +1,4 @@
-"""What files say, read again when they change; a change that can't be used leaves what there was."""
+"""Values read from files, and read again after the files change."""
 
 from __future__ import annotations
 
@@ -15,56 +15,62 @@ T = TypeVar("T")
 
 
 class ReloadingFile(Generic[T]):
-    """Files that are looked at whenever somebody asks what they say: no thread, and no wait for a change to count.
+    """A value loaded from files, whose state is checked on each access.
+
+    There is no thread and no delay before a change takes effect. If the changed files are invalid, the last valid
+    value stays in use.
 
     Args:
-        what: What they are, for the log.
+        description: What the files are, for the log.
         paths: The files.
-        load: Reads all of them.
+        load: Reads all of them and returns the value.
 
     Raises:
-        ValueError: They can't be used, and why.
+        ValueError: The files cannot be read or are invalid.
 
     """
 
-    def __init__(self, what: str, paths: Sequence[str], load: Callable[[], T]) -> None:
-        self._what = what
+    def __init__(self, description: str, paths: Sequence[str], load: Callable[[], T]) -> None:
+        self._description = description
         self._paths = tuple(paths)
         self._load = load
         self._lock = Lock()
-        # Taken before the files are read: one that changes meanwhile is read again the next time.
-        self._seen = self._state()
+        # The state is taken before the files are read: a change in between causes another read at the next access.
+        self._state = self._file_states()
         self._value = self._read()
 
     def get(self) -> T:
-        """Give what the files say now, or said when they could last be used; each bad state is logged once."""
+        """Return the current value, or the last valid one. Each invalid state of the files is logged once."""
         with self._lock:
-            state = self._state()
-            if state != self._seen:
-                self._seen = state
+            state = self._file_states()
+            if state != self._state:
+                self._state = state
                 try:
                     self._value = self._read()
                 except ValueError as error:
-                    log.error(f"{self._what} changed and can't be used; what was read before stays", error=str(error))
+                    message = (
+                        f"{self._description} changed, but could not be loaded; the last valid version stays in use"
+                    )
+                    log.error(message, error=str(error))
                 else:
-                    log.info(f"{self._what} changed", files=" ".join(self._paths))
+                    log.info(f"{self._description} changed", files=" ".join(self._paths))
             return self._value
 
     def _read(self) -> T:
         try:
             return self._load()
         except OSError as error:
-            # The name is missing where OpenSSL is at fault, the reason where it is Python.
+            # OpenSSL's errors lack the file's name; Python's may lack the reason.
             raise ValueError(f"{error.filename or ', '.join(self._paths)}: {error.strerror or error}") from None
 
-    def _state(self) -> tuple[object, ...]:
-        return tuple(map(_state, self._paths))
+    def _file_states(self) -> tuple[object, ...]:
+        return tuple(map(_file_state, self._paths))
 
 
-def _state(path: str) -> object:
-    # Replacing a file changes its number, rewriting it in place the rest.
+def _file_state(path: str) -> object:
+    # Replacing a file changes its inode number; rewriting it in place changes the times or the size.
     try:
-        now = Path(path).stat()
+        status = Path(path).stat()
     except OSError as error:
         return error.errno
-    return now.st_dev, now.st_ino, now.st_mtime_ns, now.st_ctime_ns, now.st_size
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size

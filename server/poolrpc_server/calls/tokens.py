@@ -1,14 +1,15 @@
-"""Who may call what: tokens by their hashes, in a file that may change while the server runs.
+"""Access tokens: the tokens file, which may change while the server runs, and the check of each call's token.
 
-A line of the file is a token: a name for the log, the token's SHA-256 in hexadecimal, and what it may call: services or
-methods by their full names, or nothing more for everything. Blank lines, and lines that start with #, say nothing.
+Each line of the file describes one token: a name for the log, the token's SHA-256 in hexadecimal, and the full names of
+the services or methods that the token allows. A line without such names allows everything. Blank lines and lines that
+start with # are ignored.
 
-    # A token is made by: openssl rand -hex 32; its hash by: echo -n "$TOKEN" | sha256sum
+    # Create a token with: openssl rand -hex 32; its hash with: echo -n "$TOKEN" | sha256sum
     alice      03ac674216f3e15c761ee1a5e255f067953623c8b388b4459e13f978d7c846f4
     dashboard  88d4266fd4e6338d13b845fcf289579d209c897823b9217da3e161936f031589  poolrpc.v1.PoolService/GetServerInfo
 
-Several tokens may have one name, the old and the new one while a token is replaced. A plain hash is as good as a slow
-one only for tokens that nobody can guess: let a program make them.
+Several tokens may have the same name, for example the old and the new token during a rotation. A plain SHA-256 is as
+safe as a slow hash only for tokens that cannot be guessed, so tokens should be random.
 """
 
 from __future__ import annotations
@@ -18,8 +19,13 @@ import hmac
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from poolrpc.errors import PermissionDeniedError, UnauthenticatedError
 from poolrpc_server.reloading_file import ReloadingFile
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 NAME = re.compile(r"[\w.@-]{1,64}", re.ASCII)
 DIGEST = re.compile(r"[0-9a-fA-F]{64}")
@@ -28,12 +34,12 @@ ALLOWED = re.compile(r"\w+(\.\w+)+(/\w+)?", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A token, of which nobody here knows more than its hash.
+    """A token, of which the server knows only the hash.
 
     Attributes:
-        name: Whose it is.
-        digest: Its SHA-256.
-        allowed: Services and methods, by their full names. None of them: everything.
+        name: The caller's name.
+        digest: The token's SHA-256.
+        allowed: Full names of the services and methods that the token allows. Empty: all of them.
 
     """
 
@@ -42,16 +48,27 @@ class Token:
     allowed: frozenset[str] = frozenset()
 
     def allows(self, method: str) -> bool:
-        """Tell whether it is good for a method, "/package.Service/Method"."""
-        full = method.removeprefix("/")
-        return not self.allowed or full in self.allowed or full.rpartition("/")[0] in self.allowed
+        """Return whether the token allows a method, "/package.Service/Method"."""
+        full_name = method.removeprefix("/")
+        return not self.allowed or full_name in self.allowed or full_name.rpartition("/")[0] in self.allowed
+
+    def authorize(self, method: str) -> None:
+        """Check that the token allows a method, "/package.Service/Method".
+
+        Raises:
+            PermissionDeniedError: The token does not allow the method.
+
+        """
+        if not self.allows(method):
+            raise PermissionDeniedError("the token does not allow this method")
 
 
 def parse_tokens(text: str) -> tuple[Token, ...]:
-    """Give the tokens of a file's text.
+    """Return the tokens that a file's text describes.
 
     Raises:
-        ValueError: There is none, or a line is wrong; says which, and nothing of what stands there, a token perhaps.
+        ValueError: There is no token, or a line is invalid. The message names the line but quotes nothing from it,
+            because a token may have been written there in clear.
 
     """
     tokens: list[Token] = []
@@ -67,36 +84,54 @@ def parse_tokens(text: str) -> tuple[Token, ...]:
                 f"line {number}: expected the token's SHA-256 as 64 hexadecimal digits after the name, "
                 f"got {len(digest)} characters"
             )
-        for place, each in enumerate(allowed, 3):
-            if not ALLOWED.fullmatch(each):
-                raise ValueError(f"line {number}: expected package.Service or package.Service/Method as word {place}")
+        for position, full_name in enumerate(allowed, 3):
+            if not ALLOWED.fullmatch(full_name):
+                raise ValueError(
+                    f"line {number}: expected package.Service or package.Service/Method as word {position}"
+                )
         tokens.append(Token(name, bytes.fromhex(digest), frozenset(allowed)))
     if not tokens:
         raise ValueError("expected at least one token, got none")
-    if len({each.digest for each in tokens}) < len(tokens):
+    if len({token.digest for token in tokens}) < len(tokens):
         raise ValueError("expected each token once, got one of them twice")
     return tuple(tokens)
 
 
 class TokenFile:
-    """The tokens of a file, as it is now.
+    """The current tokens of a tokens file.
 
     Args:
         path: The file.
 
     Raises:
-        ValueError: It can't be used, and why.
+        ValueError: The file cannot be read or is invalid.
 
     """
 
     def __init__(self, path: str) -> None:
-        self._watched = ReloadingFile("the token file", [path], lambda: parse_tokens(Path(path).read_text("utf-8")))
+        self._tokens = ReloadingFile("the token file", [path], lambda: parse_tokens(Path(path).read_text("utf-8")))
 
     def find(self, token: str) -> Token | None:
-        """Give what is known of a token; None: nothing."""
+        """Return the description of a token, or None if the file does not have it."""
         digest, found = hashlib.sha256(token.encode()).digest(), None
-        # All of them, whichever it is: the time says nothing of where it stands.
-        for each in self._watched.get():
-            if hmac.compare_digest(each.digest, digest):
-                found = each
+        # Every token is compared, so that the time reveals nothing about the position of a match.
+        for known in self._tokens.get():
+            if hmac.compare_digest(known.digest, digest):
+                found = known
+        return found
+
+    def authenticate(self, authorization: Sequence[str]) -> Token:
+        """Return the token that a call presents.
+
+        Args:
+            authorization: All values of the call's `authorization` metadata; exactly one, "Bearer TOKEN", is valid.
+
+        Raises:
+            UnauthenticatedError: There is no valid token. The message is the same whatever the reason.
+
+        """
+        scheme, _, token = authorization[0].partition(" ") if len(authorization) == 1 else ("", "", "")
+        found = self.find(token) if scheme.lower() == "bearer" else None
+        if found is None:
+            raise UnauthenticatedError("expected a valid token, as the metadata authorization: Bearer TOKEN")
         return found

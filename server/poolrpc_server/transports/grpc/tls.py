@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from poolrpc.errors import PermissionDeniedError, PoolError, UnauthenticatedError
+from poolrpc.errors import PoolError
 from poolrpc_server.reloading_file import ReloadingFile
 from poolrpc_server.transports.grpc.interceptor import name_caller
 
@@ -113,19 +113,13 @@ class TokenInterceptor(grpc.ServerInterceptor):
         if method.startswith(HEALTH) and not self._health:
             return handler
         try:
-            name_caller(self._caller(handler_call_details))
+            self._check_token(handler_call_details)
         except PoolError as error:
             return self._calls.refusal(UNKNOWN if handler is None else method, error)
         return handler
 
-    def _caller(self, details: grpc.HandlerCallDetails) -> str:
-        given = [value for key, value in details.invocation_metadata or () if key == "authorization"]
-        scheme, _, token = str(given[0]).partition(" ") if len(given) == 1 else ("", "", "")
-        known = self._tokens.find(token) if scheme.lower() == "bearer" else None
-        if known is None:
-            # The same words whatever was wrong.
-            raise UnauthenticatedError("expected a valid token, as the metadata authorization: Bearer TOKEN")
-        if not known.allows(details.method):
-            name_caller(known.name)
-            raise PermissionDeniedError("the token does not allow this method")
-        return known.name
+    def _check_token(self, details: grpc.HandlerCallDetails) -> None:
+        metadata = details.invocation_metadata or ()
+        token = self._tokens.authenticate([str(value) for key, value in metadata if key == "authorization"])
+        name_caller(token.name)
+        token.authorize(details.method)

@@ -1,4 +1,4 @@
-"""Tokens: what a line of their file says, what they allow, and a file that changes."""
+"""The tokens file: its format, its errors, what a token allows, and changes of the file."""
 
 import hashlib
 import logging
@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from poolrpc.errors import PermissionDeniedError, UnauthenticatedError
 from poolrpc_server.calls.tokens import Token, TokenFile, parse_tokens
 
 POOL = "/poolrpc.v1.PoolService/Pool"
@@ -14,20 +15,20 @@ HEALTH = "/grpc.health.v1.Health/Check"
 
 
 def digest(token):
-    """Give a token's hash, as sha256sum writes it."""
+    """Return the SHA-256 of a token in hexadecimal."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
 @pytest.fixture
 def logged(caplog, monkeypatch):
-    """Give what catches the server's log."""
+    """Capture the server's log."""
     monkeypatch.setattr(logging.getLogger("poolrpc_server"), "propagate", True)
     caplog.set_level(logging.INFO, "poolrpc_server")
     return caplog
 
 
-def test_a_line_is_a_token():
-    """A line has a name, a hash in either case, and what is allowed; blank lines and comments say nothing."""
+def test_parse_reads_one_token_per_line():
+    """A line has a name, a hash in either case and allowed methods; blank lines and comments are ignored."""
     text = f"# who\n\n  alice\t{digest('a')}\r\n   # more\nbob@x {digest('b').upper()} poolrpc.v1.PoolService a.B/C\n"
     alice, bob = parse_tokens(text)
     assert alice == Token("alice", hashlib.sha256(b"a").digest())
@@ -46,13 +47,13 @@ def test_a_line_is_a_token():
     ],
     ids=str,
 )
-def test_a_token_allows_what_its_line_says(allowed, methods):
-    """Whole services or single methods, by their full names and not by their beginnings; no list: everything."""
+def test_token_allows_only_listed_services_and_methods(allowed, methods):
+    """A token allows services and methods by their full names, not by prefixes; an empty list allows everything."""
     token = Token("x", b"", frozenset(allowed))
     assert [method for method in (POOL, INFO, HEALTH) if token.allows(method)] == methods
 
 
-SECRET = "a-token-put-there-in-clear"  # noqa: S105 - a test's
+SECRET = "a-token-written-in-clear"  # noqa: S105 - made up for this test
 
 
 @pytest.mark.parametrize(
@@ -68,34 +69,34 @@ SECRET = "a-token-put-there-in-clear"  # noqa: S105 - a test's
         (f"alice {digest('b')} # a comment", "as word 3"),
     ],
 )
-def test_a_wrong_line_is_named_by_its_number(line, words):
-    """The error says which line and what was expected, and nothing of what stands there: it may be a token."""
+def test_parse_error_names_the_line_but_quotes_nothing(line, words):
+    """The error has the line's number and what was expected, but none of its text, which may contain a token."""
     with pytest.raises(ValueError, match=f"^line 2: expected .*{re.escape(words)}") as raised:
         parse_tokens(f"carol {digest('c')}\n{line}")
     assert SECRET not in str(raised.value)
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "# alice\n"])
-def test_a_file_has_a_token(text):
-    """A file without a token, a file cut short perhaps, is refused: nobody could call."""
+def test_parse_rejects_a_file_without_tokens(text):
+    """A file without any token, perhaps truncated, is rejected, because it would allow no caller."""
     with pytest.raises(ValueError, match=r"^expected at least one token, got none$"):
         parse_tokens(text)
 
 
-def test_a_token_is_there_once():
-    """A hash that is there twice is refused; a name may be, of the old token and the new one."""
+def test_parse_rejects_duplicate_hashes_but_not_duplicate_names():
+    """A repeated hash is an error; a repeated name is valid, as during a rotation."""
     with pytest.raises(ValueError, match="once"):
         parse_tokens(f"alice {digest('a')}\nbob {digest('a')}")
     assert [each.name for each in parse_tokens(f"alice {digest('a')}\nalice {digest('b')}")] == ["alice", "alice"]
 
 
-def test_a_token_is_not_shown():
-    """Not even its hash is in its repr."""
+def test_token_repr_hides_the_hash():
+    """The repr of a token contains neither the token nor its hash."""
     assert repr(Token("alice", b"hash")) == "Token(name='alice', allowed=frozenset())"
 
 
-def test_a_token_is_found_by_what_it_hashes_to(tmp_path):
-    """The whole token is found, and no other string, of whatever characters."""
+def test_find_matches_the_whole_token_only(tmp_path):
+    """Only the exact token is found; prefixes, its hash and non-ASCII strings are not."""
     path = tmp_path / "tokens"
     path.write_text(f"alice {digest('secret')}\nbob {digest('other')}")
     tokens = TokenFile(str(path))
@@ -104,8 +105,54 @@ def test_a_token_is_found_by_what_it_hashes_to(tmp_path):
         assert tokens.find(wrong) is None
 
 
-def test_a_changed_file_is_read_at_the_next_call(tmp_path, logged):
-    """Tokens come and go with the file, rewritten in place or replaced, and the log says that it changed."""
+@pytest.fixture
+def tokens(tmp_path):
+    """Return a tokens file with an unrestricted token, "secret", and a token for one method, "limited"."""
+    path = tmp_path / "tokens"
+    path.write_text(f"alice {digest('secret')}\nbob {digest('limited')} {INFO.removeprefix('/')}")
+    return TokenFile(str(path))
+
+
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
+def test_authenticate_returns_the_presented_token(tokens, scheme):
+    """The scheme is case-insensitive, and the token's name identifies the caller."""
+    assert tokens.authenticate([f"{scheme} secret"]).name == "alice"
+
+
+@pytest.mark.parametrize(
+    "authorization",
+    [
+        [],
+        [""],
+        ["secret"],
+        ["Bearer"],
+        ["Bearer "],
+        ["Bearer  secret"],
+        ["Bearer secret "],
+        ["Bearer Secret"],
+        ["Basic secret"],
+        ["Bearer secret", "Bearer secret"],
+        ["Bearer secret", "Bearer wrong"],
+    ],
+    ids=str,
+)
+def test_authenticate_rejects_everything_else_with_the_same_message(tokens, authorization):
+    """A missing, malformed, repeated or unknown token is rejected with one message that gives no hint."""
+    with pytest.raises(UnauthenticatedError) as raised:
+        tokens.authenticate(authorization)
+    assert raised.value.message == "expected a valid token, as the metadata authorization: Bearer TOKEN"
+
+
+def test_authorize_rejects_methods_that_the_token_does_not_allow(tokens):
+    """A valid token is denied the methods that its line does not list."""
+    token = tokens.authenticate(["Bearer limited"])
+    token.authorize(INFO)
+    with pytest.raises(PermissionDeniedError, match=r"^the token does not allow this method$"):
+        token.authorize(POOL)
+
+
+def test_changed_file_takes_effect_at_the_next_call(tmp_path, logged):
+    """Tokens follow the file, whether rewritten in place or replaced, and each change is logged."""
     path = tmp_path / "tokens"
     path.write_text(f"alice {digest('a')}")
     tokens = TokenFile(str(path))
@@ -119,9 +166,11 @@ def test_a_changed_file_is_read_at_the_next_call(tmp_path, logged):
     assert [each.message for each in logged.records] == ["the token file changed"] * 2
 
 
-@pytest.mark.parametrize("broken", ["", "nonsense", b"\xff\xfe", None], ids=["empty", "nonsense", "no text", "gone"])
-def test_a_broken_file_leaves_the_tokens_before(tmp_path, logged, broken):
-    """A file that can't be used is logged once as an error, and the tokens stay until there is one that can."""
+@pytest.mark.parametrize(
+    "broken", ["", "nonsense", b"\xff\xfe", None], ids=["empty", "nonsense", "not-utf-8", "missing"]
+)
+def test_invalid_file_keeps_the_last_valid_tokens(tmp_path, logged, broken):
+    """An invalid or missing file is logged once as an error, and the last valid tokens stay until it is repaired."""
     path = tmp_path / "tokens"
     path.write_text(f"alice {digest('a')}")
     tokens = TokenFile(str(path))
@@ -133,14 +182,14 @@ def test_a_broken_file_leaves_the_tokens_before(tmp_path, logged, broken):
         assert tokens.find("a").name == "alice"
     (record,) = logged.records
     assert record.levelno == logging.ERROR
-    assert "what was read before stays" in record.message
+    assert "the last valid version stays in use" in record.message
     path.write_text(f"bob {digest('b')}")
     assert tokens.find("a") is None
     assert tokens.find("b").name == "bob"
 
 
-def test_a_file_that_can_not_be_used_at_the_start_says_why(tmp_path):
-    """There is no server without the tokens that it was told to ask for."""
+def test_unusable_file_at_start_is_an_error(tmp_path):
+    """A tokens file that cannot be read when the server starts is an error with the reason."""
     with pytest.raises(ValueError, match=r"nowhere: No such file or directory$"):
         TokenFile(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"Is a directory$"):
