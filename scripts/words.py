@@ -1,8 +1,8 @@
 """A check of the project's vocabulary: words and phrases to avoid in code and docs, each with its replacement.
 
-`python -m scripts.words [PATH ...]` prints one line per finding and exits with status 1 if there are any. Without a path
-it reads every tracked text file except generated code. There is no way to silence a finding: if a word has a legitimate
-use, narrow its pattern.
+`python -m scripts.words [PATH ...]` prints one line per finding and exits with status 1 if there are any. Without a
+path it reads every tracked text file except generated code. There is no way to silence a finding: if a word has a
+legitimate use, narrow its pattern.
 """
 
 from __future__ import annotations
