@@ -48,7 +48,7 @@ def runs(engine: Engine, layer: Layer, shape: Sequence[int], count: int) -> list
 def run(rounds: int) -> Iterator[dict[str, Any]]:
     """Give the rows: for each layer, shape and number of requests, together against one by one; and a lone caller's."""
     engine = Engine("cpu", 1)
-    batcher = engine.seats = Batcher(1, engine.execute, QueueLimits())
+    batcher = engine.slots = Batcher(1, engine.execute, QueueLimits())
     caller = Caller(lambda: None, lambda: True)
     for layer, shape in product(LAYERS, SHAPES):
         case = f"{layer!r} {'x'.join(map(str, shape))}"

@@ -27,7 +27,7 @@ from benchmarks import load
 from benchmarks.fleet import Call, Fleet, Outcome
 from poolrpc._transport.transfer import STREAM_BYTES
 from poolrpc_server.calls.batcher import QueueLimits
-from poolrpc_server.compute.engine import GATHERED_BYTES
+from poolrpc_server.compute.schedule import CPU_BATCHED_BYTES
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -94,7 +94,7 @@ def call_of(nbytes: int, question: Question) -> Call:
     path = question.path or ("unary" if nbytes < STREAM_BYTES else "stream")
     fixed, each, _ = seconds_of(path)
     both = nbytes * 5 // 4  # with MaxPool2d(2)'s output
-    gathered = path == "unary" and both <= GATHERED_BYTES[True]
+    gathered = path == "unary" and both <= CPU_BATCHED_BYTES
     return Call(0.0, fixed + each * nbytes + question.layer_ms / 1000, both, nbytes if gathered else None)
 
 
@@ -166,9 +166,7 @@ def replay(row: dict[str, Any]) -> Outcome:
     kinds = []
     for number, (shape, layer) in enumerate(load.MIX):
         nbytes = 4 * (math.prod(shape) + math.prod(layer.output_shape(shape)))
-        kinds.append(
-            Call(0.0, row["mix_ms"][number] / 1000, nbytes, number if nbytes <= GATHERED_BYTES[True] else None)
-        )
+        kinds.append(Call(0.0, row["mix_ms"][number] / 1000, nbytes, number if nbytes <= CPU_BATCHED_BYTES else None))
     calls = [
         replace(kinds[kind], at=at)
         for client in range(load.CLIENTS)

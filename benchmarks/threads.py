@@ -37,7 +37,7 @@ def call(layer: Layer, images: int, threads: int) -> tuple[Engine, Callable[[], 
     request = Request(TensorSpec("float32", x.shape), ((layer,),))
     schedule, payload = check_request(request, LIMITS, engine.schedule).schedule, x.tobytes()
 
-    batcher = engine.seats = Batcher(threads, engine.execute, QueueLimits())
+    batcher = engine.slots = Batcher(threads, engine.execute, QueueLimits())
     caller = Caller(lambda: None, lambda: True)
     # What comes is there, and its memory is used again.
     return engine, lambda: batcher.run(engine.run(schedule, payload, len), caller)

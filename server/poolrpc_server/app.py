@@ -29,7 +29,7 @@ from poolrpc_server.calls.dispatch import Dispatcher
 from poolrpc_server.calls.streams import Streams
 from poolrpc_server.calls.tokens import TokenFile
 from poolrpc_server.calls.validate import Limits
-from poolrpc_server.compute.buffers import one_heap
+from poolrpc_server.compute.buffers import use_one_heap
 from poolrpc_server.compute.engine import Engine
 from poolrpc_server.config import Config, ConfigError
 from poolrpc_server.presets import read_models
@@ -392,7 +392,7 @@ def serve(
         ConfigError: The server can't be made as told.
 
     """
-    one_heap()  # before there are threads that have others
+    use_one_heap()  # before there are threads that have others
     server = Server(config, traces.begin())
     stopping = stopping or SignalEvent()
     server.on_failure = stopping.ring

@@ -14,7 +14,7 @@ import poolrpc as p
 from poolrpc._wire.codec import Request
 from poolrpc.tensors import TensorSpec
 from poolrpc_server.calls.validate import Limits, check_request
-from poolrpc_server.compute.device import DeviceStreams, settle
+from poolrpc_server.compute.device import DeviceStreams, synchronize
 from poolrpc_server.compute.engine import Engine, Run
 from tests.parity.reference import assert_same, reference, values
 from tests.parity.test_parity import GRID, cases
@@ -96,13 +96,13 @@ def test_unpool_parity_on_cuda(engine: Engine, name: str) -> None:
 def test_staging_memory_is_pinned_and_used_again(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the first executions of a size no new memory is asked for, and all that was is pinned."""
     made: list[memoryview] = []
-    memory = DeviceStreams.memory
+    memory = DeviceStreams.allocate
 
     def seen(self: DeviceStreams, size: int) -> memoryview:
         made.append(memory(self, size))
         return made[-1]
 
-    monkeypatch.setattr(DeviceStreams, "memory", seen)
+    monkeypatch.setattr(DeviceStreams, "allocate", seen)
     engine = Engine(str(cuda), 1)
     x = values((4, 16, 64, 64), "float32", 0)
     engine.execute([a_run(engine, p.MaxPool2d(2), x)])
@@ -119,23 +119,23 @@ def test_a_lanes_copies_overlap_with_anothers_kernel(cuda: torch.device) -> None
     """What is copied and computed on one lane is done while a kernel of another lane is still at work."""
     lanes = DeviceStreams(cuda, 2)
     busy, done = torch.cuda.Event(), torch.cuda.Event()
-    memory = torch.frombuffer(lanes.memory(2**20), dtype=torch.uint8)
+    memory = torch.frombuffer(lanes.allocate(2**20), dtype=torch.uint8)
     memory.fill_(1)
     memory.to(cuda).sum().item()  # what is done once for a process is done
-    with lanes.lane():
+    with lanes.stream():
         # A kernel that only waits, some billions of cycles: as long as the copies need, many times over.
         torch.cuda._sleep(10**10)  # noqa: SLF001 - torch's own tests wait so
         busy.record()
-        with lanes.lane():
+        with lanes.stream():
             total = memory.to(cuda, non_blocking=True).sum()
-            back = torch.frombuffer(lanes.memory(8), dtype=torch.int64)
+            back = torch.frombuffer(lanes.allocate(8), dtype=torch.int64)
             back.copy_(total.reshape(1), non_blocking=True)
             done.record()
-            settle(cuda)
+            synchronize(cuda)
             assert done.query()
             assert not busy.query()
             assert back.item() == 2**20
-        settle(cuda)
+        synchronize(cuda)
     assert busy.query()
 
 

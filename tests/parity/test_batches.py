@@ -14,7 +14,8 @@ import poolrpc as p
 from poolrpc._wire.codec import Request
 from poolrpc.tensors import TensorSpec
 from poolrpc_server.calls.validate import Limits, check_request
-from poolrpc_server.compute.engine import GATHERED_BYTES, Engine, Run
+from poolrpc_server.compute.engine import Engine, Run
+from poolrpc_server.compute.schedule import CPU_BATCHED_BYTES
 from tests.parity.reference import assert_same, values
 from tests.parity.test_parity import GRID, cases
 
@@ -90,7 +91,7 @@ def test_alike_requests_are_computed_together_as_alone(engine: Engine, name: str
     met = set()
     for turn, (layer, shape, dtype) in enumerate(islice(every, 0, None, step)):
         runs = [a_run(engine, [(layer,)], spec, turn + i) for i, spec in enumerate(specs(layer, shape, dtype, turn))]
-        if max(run.nbytes for run in runs) > GATHERED_BYTES[True]:
+        if max(run.nbytes for run in runs) > CPU_BATCHED_BYTES:
             continue
         assert_together_as_alone(engine, runs, (layer, shape, dtype))
         met.add(dtype)

@@ -1,1 +1,1 @@
-"""The device and the kernels: the only code that imports torch."""
+"""The engine and its kernels: the only code that imports torch."""

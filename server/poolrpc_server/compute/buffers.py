@@ -1,4 +1,4 @@
-"""Memory for outputs, used again: fresh pages cost the system more time than most pooling does."""
+"""Buffers for tensors, reused: the system takes longer to map fresh pages than most pooling takes."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ if TYPE_CHECKING:
 
     from poolrpc.tensors import TensorSpec
 
-SMALL_BYTES = 64 * 2**10
-"""Below this the allocator of the C library uses its memory again by itself."""
-
+MIN_BUFFER_BYTES = 64 * 2**10
+"""Smaller buffers are not kept: the C library's allocator reuses such memory itself."""
 
 M_ARENA_MAX = -8
-"""mallopt(3)'s number for the number of heaps."""
+"""The parameter of mallopt(3) that limits the number of heaps."""
 
 
-def one_heap() -> None:
-    """Have all threads of this process take their memory from one heap, where the C library is glibc.
+def use_one_heap() -> None:
+    """Make all threads of this process allocate from one heap, if the C library is glibc.
 
-    It has up to eight for each CPU, and each keeps what was freed in it (see poolrpc.tensors.keep_freed_memory), for
-    whichever thread has it next: with many callers of large tensors that is a gigabyte.
+    glibc has up to eight heaps per CPU, and each keeps the memory that was freed in it (see
+    poolrpc.tensors.keep_freed_memory): with many callers of large tensors that amounts to a gigabyte.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -36,30 +35,30 @@ def one_heap() -> None:
 
 
 class Buffers:
-    """Buffers that nobody uses at the moment, up to a number of bytes."""
+    """Idle buffers for reuse, limited in bytes; the least recently used are dropped first."""
 
-    def __init__(self, keep: int, allocate: Callable[[int], memoryview] | None = None) -> None:
-        """Make a store of none.
+    def __init__(self, limit: int, allocate: Callable[[int], memoryview] | None = None) -> None:
+        """Create an empty store.
 
         Args:
-            keep: Bytes to keep for later at most.
-            allocate: Gives new memory. None: the process's own.
+            limit: Bytes of idle buffers to keep.
+            allocate: Allocates a buffer of a number of bytes. None: from the process's heap.
 
         """
-        self._keep = keep
+        self._limit = limit
         self._allocate = allocate or aligned
-        self._idle: list[memoryview] = []  # the last used last: it may still be in the cache
+        self._idle: list[memoryview] = []  # the most recently used last: it may still be in the CPU's cache
         self._lock = threading.Lock()
 
     @property
     def idle_bytes(self) -> int:
-        """What is kept for later."""
+        """The size of all idle buffers."""
         with self._lock:
             return sum(map(len, self._idle))
 
     @contextmanager
-    def lend(self, specs: Sequence[TensorSpec]) -> Iterator[list[memoryview]]:
-        """Give memory for each of several tensors, for as long as the context lasts."""
+    def borrow(self, specs: Sequence[TensorSpec]) -> Iterator[list[memoryview]]:
+        """Borrow memory for each of several tensors, which is returned when the context ends."""
         places, size = spans(specs)
         buffer = self._take(size)
         try:
@@ -70,22 +69,22 @@ class Buffers:
     def _take(self, size: int) -> memoryview:
         with self._lock:
             for i in reversed(range(len(self._idle))):
-                # One that is far larger is left to those who need it.
+                # A far larger one is left for larger tensors.
                 if size <= len(self._idle[i]) <= 4 * size:
                     return self._idle.pop(i)
         return self._allocate(align(size))
 
     def _put(self, buffer: memoryview) -> None:
-        if len(buffer) < SMALL_BYTES:
+        if len(buffer) < MIN_BUFFER_BYTES:
             return
         with self._lock:
             self._idle.append(buffer)
-            while sum(map(len, self._idle)) > self._keep:
+            while sum(map(len, self._idle)) > self._limit:
                 self._idle.pop(0)
 
 
 def aligned(size: int) -> memoryview:
-    """Give new memory of that many bytes, at a multiple of ALIGNMENT."""
+    """Return `size` bytes of new memory that starts at a multiple of ALIGNMENT."""
     memory = np.empty(size + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
     return memory.data[start : start + size]

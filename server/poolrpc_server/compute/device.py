@@ -1,4 +1,4 @@
-"""The device: its name, memory that it copies from and to, and its lanes. All that is CUDA's own stands here."""
+"""The device: its name, its streams, its host memory and its errors. All code that is specific to CUDA is here."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from poolrpc_server.compute.buffers import aligned
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-PINNED_AT = 512
-"""What pinned memory is rounded up to: the blocks that torch's own cache has."""
+PINNED_BLOCK_BYTES = 512
+"""Pinned memory is allocated in multiples of this, the block size of torch's own cache."""
+
+_LOST_DEVICE: type[Exception] | tuple[()] = getattr(torch, "AcceleratorError", ())
 
 
 def resolve_device(name: str) -> torch.device:
-    """Give the device of that name; "auto" is the first of cuda, mps and cpu that there is.
+    """Return the device of that name; "auto" is the first of cuda, mps and cpu that this machine has.
 
     Raises:
-        ValueError: There is no such device here.
+        ValueError: This machine has no such device.
 
     """
     if name == "auto":
@@ -37,16 +39,24 @@ def resolve_device(name: str) -> torch.device:
     return torch.empty(0, device=device).device
 
 
-def settle(device: torch.device) -> None:
-    """Wait until what this thread has begun on a device is done."""
+def synchronize(device: torch.device) -> None:
+    """Wait until all work that this thread has queued on a device is done."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
     elif device.type == "mps":
         torch.mps.synchronize()
 
 
+def is_device_lost(error: BaseException) -> bool:
+    """Return whether an error means that the device's context is lost, so that every later call would fail too.
+
+    Running out of memory is not such an error.
+    """
+    return isinstance(error, _LOST_DEVICE)
+
+
 class DeviceStreams:
-    """The ways to a device: on CUDA as many streams, so that one's copies overlap with another's kernel.
+    """A fixed number of CUDA streams, so that one request's copies overlap another's kernels; a no-op elsewhere.
 
     Attributes:
         device: The device.
@@ -54,37 +64,37 @@ class DeviceStreams:
     """
 
     def __init__(self, device: torch.device, count: int) -> None:
-        """Make so many lanes."""
+        """Create `count` streams on a device."""
         self.device = device
         self._cuda = device.type == "cuda"
-        self._lanes: SimpleQueue[torch.cuda.Stream | None] = SimpleQueue()
+        self._idle: SimpleQueue[torch.cuda.Stream | None] = SimpleQueue()
         for _ in range(count):
-            self._lanes.put(torch.cuda.Stream(device) if self._cuda else None)  # type: ignore[no-untyped-call]
+            self._idle.put(torch.cuda.Stream(device) if self._cuda else None)  # type: ignore[no-untyped-call]
 
-    def memory(self, size: int) -> memoryview:
-        """Give new memory on the host: on CUDA pinned, so that copies from and to it don't hold up the host."""
+    def allocate(self, size: int) -> memoryview:
+        """Return new host memory; on CUDA it is pinned, so that copies from and to it are asynchronous."""
         if not self._cuda:
             return aligned(size)
-        pinned = torch.empty(-(-size // PINNED_AT) * PINNED_AT, dtype=torch.uint8, pin_memory=True)
-        return pinned.numpy().data[:size]
+        rounded = -(-size // PINNED_BLOCK_BYTES) * PINNED_BLOCK_BYTES
+        return torch.empty(rounded, dtype=torch.uint8, pin_memory=True).numpy().data[:size]
 
     @contextmanager
-    def lane(self) -> Iterator[None]:
-        """Compute on a lane of one's own.
+    def stream(self) -> Iterator[None]:
+        """Compute on a stream that no other thread uses, waiting for one to become idle.
 
         Raises:
-            LimitExceededError: The device has no memory for this.
+            LimitExceededError: The device is out of memory.
 
         """
-        stream = self._lanes.get()
+        stream = self._idle.get()
         try:
             with torch.cuda.stream(stream) if stream is not None else nullcontext():
                 yield
         except torch.OutOfMemoryError:
-            # What the failed call had is free again; what torch keeps for itself would be in the way of the next.
+            # The failed call's memory is free again, but torch's cache may hold it in blocks of the wrong size.
             if self._cuda:
                 torch.cuda.empty_cache()
             msg = f"expected a request that fits into the memory of {self.device} beside the others, got a larger one"
             raise LimitExceededError(msg, reason="DEVICE_MEMORY") from None
         finally:
-            self._lanes.put(stream)
+            self._idle.put(stream)

@@ -1,4 +1,4 @@
-"""A request as planes: the request for a range of them, the layers and the planes they take, indices in range."""
+"""Requests in terms of planes: a block of planes, the steps of each branch, the range of indices."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def block_of(request: Request, planes: Planes, count: int, first: int) -> Request:
-    """Give the request for `count` planes from number `first` on."""
+    """Return the request for `count` planes of a request, starting at plane `first`."""
     spec = planes.part(count)
     channels = spec.shape[-1] if spec.layout == "NHWC" else 1
     branches = tuple(tuple(layer.at_plane(first * channels) for layer in chain) for chain in request.branches)
@@ -32,7 +32,7 @@ def block_of(request: Request, planes: Planes, count: int, first: int) -> Reques
 def steps(
     request: Request, dims: int, results: Sequence[BranchResult]
 ) -> Iterator[Iterator[tuple[Layer, TensorSpec, Shape]]]:
-    """Give each layer of each branch with the tensor that it takes, and that tensor's plane."""
+    """Yield each branch's layers, each with the spec of its input tensor and the shape of that tensor's planes."""
     spec = request.input
     for chain, result in zip(request.branches, results, strict=True):
         shapes = (spec.shape, *result.shapes)
@@ -48,16 +48,16 @@ def check_indices(
     dims: int,
     results: Sequence[BranchResult],
 ) -> None:
-    """Check that MaxUnpool's indices lie in every output plane that they are for.
+    """Check that the indices for MaxUnpool are in the range of each output plane that they are used for.
 
     Args:
-        indices: The server's own copy, so that what is checked is what is used.
+        indices: The indices; the server's own copy, which no client can change after the check.
         request: The request.
-        dims: Its spatial axes.
-        results: What comes of it.
+        dims: The number of its spatial axes.
+        results: The shapes of its results.
 
     Raises:
-        InvalidArgumentError: An index is out of its plane.
+        InvalidArgumentError: An index is out of range.
 
     """
     if not indices.size:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 MOST_CHOICES = 256
 """A plan remembers its choice for so many counts of planes."""
 
-Share = Callable[[Callable[[int, int], None], int, int], None]
+ParallelFor = Callable[[Callable[[int, int], None], int, int], None]
 """Calls a function on ranges (start, stop) that make up a number of planes, which are of so many bytes, in and out."""
 
 EXPLAINED_PLANES = (1, 8, 64, 512, 4096)
@@ -165,7 +165,7 @@ class Plan:
         self,
         x: torch.Tensor,
         indices: torch.Tensor | None,
-        share: Share | None = None,
+        parallel_for: ParallelFor | None = None,
         output: torch.Tensor | None = None,
         places: torch.Tensor | None = None,
     ) -> Pooled:
@@ -174,7 +174,7 @@ class Plan:
         Args:
             x: Batched and contiguous, with no axis of 0, in the plan's layout: (N, C, *plane), or (N, *plane, C).
             indices: For MaxUnpool, of x's shape and in range.
-            share: Calls what it is given on ranges that make up so many planes, perhaps on several threads.
+            parallel_for: Calls what it is given on ranges that make up so many planes, perhaps on several threads.
             output: Where the output may go, contiguous.
             places: Where the indices may go.
 
@@ -197,10 +197,10 @@ class Plan:
         def part(start: int, stop: int) -> None:
             row.run(self, read[start:stop], write[start:stop], None if place is None else place[start:stop])
 
-        if share is None:
+        if parallel_for is None:
             part(0, planes)
         else:
-            share(part, planes, x.nbytes + output.nbytes)
+            parallel_for(part, planes, x.nbytes + output.nbytes)
         return output, places
 
     def bind(self, x: torch.Tensor, output: torch.Tensor) -> Callable[[], None] | None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from poolrpc import LimitExceededError
-from poolrpc_server.compute.device import DeviceStreams, resolve_device, settle
+from poolrpc_server.compute.device import DeviceStreams, is_device_lost, resolve_device, synchronize
 
 CPU = torch.device("cpu")
 
@@ -22,13 +22,13 @@ def test_auto_is_the_first_device_that_there_is():
 
 def test_the_cpu_has_nothing_to_wait_for():
     """What was computed there is there."""
-    settle(CPU)
+    synchronize(CPU)
 
 
 @pytest.mark.parametrize("size", [0, 1, 511, 512, 100_000])
 def test_memory_is_of_the_size_asked_for_and_writable(size):
     """Aligned for whatever is copied there."""
-    memory = DeviceStreams(CPU, 1).memory(size)
+    memory = DeviceStreams(CPU, 1).allocate(size)
     assert len(memory) == size
     assert np.asarray(memory).ctypes.data % 64 == 0
     memory[:] = bytes(size)
@@ -40,12 +40,12 @@ def test_so_many_lanes_are_used_at_a_time():
     left = threading.Event()
 
     def use():
-        with lanes.lane():
+        with lanes.stream():
             inside.wait(60)
             assert left.wait(60)
 
     def fail():
-        with lanes.lane():
+        with lanes.stream():
             raise KeyError
 
     with ThreadPoolExecutor(3) as threads:
@@ -56,7 +56,7 @@ def test_so_many_lanes_are_used_at_a_time():
         left.set()
         assert isinstance(third.exception(60), KeyError)
         assert [each.result(60) for each in two] == [None, None]
-    with lanes.lane(), lanes.lane():
+    with lanes.stream(), lanes.stream():
         pass
 
 
@@ -66,8 +66,15 @@ def test_no_memory_is_a_limit_and_the_lane_is_free_again():
     for _ in range(3):
         with (
             pytest.raises(LimitExceededError, match="fits into the memory of cpu") as raised,
-            lanes.lane(),
+            lanes.stream(),
         ):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a secret")
         assert raised.value.reason == "DEVICE_MEMORY"
         assert "secret" not in str(raised.value)
+
+
+def test_only_an_accelerator_error_means_that_the_device_is_lost():
+    """What CUDA reports of a failed kernel is permanent; running out of memory and a failed check are not."""
+    assert is_device_lost(torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error"), ValueError()):
+        assert not is_device_lost(error)

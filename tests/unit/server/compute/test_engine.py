@@ -20,7 +20,7 @@ from poolrpc._wire.codec import Request
 from poolrpc.tensors import TensorSpec, split
 from poolrpc_server.calls.validate import Limits, check_request
 from poolrpc_server.compute.buffers import aligned
-from poolrpc_server.compute.engine import SHARED_BYTES, Engine, resolve_device
+from poolrpc_server.compute.engine import PARALLEL_BYTES, Engine, resolve_device
 
 LIMITS = Limits(2**20, 2**20, 64, 10**7)
 WIDE = Limits(2**40, 2**40, 64, 2**40)
@@ -119,7 +119,7 @@ def test_a_seed_gives_a_plane_the_same_output_however_it_travels(engine, layer):
 def test_a_large_call_is_shared_with_idle_threads(engine):
     """Planes that two threads compute together are those that one computes, indices too."""
     x = np.random.default_rng(0).standard_normal((7, 61, 128, 100)).astype(np.float32)
-    assert x.nbytes > SHARED_BYTES
+    assert x.nbytes > PARALLEL_BYTES
     alone = Engine("cpu", 1)
     for layer in (MaxPool2d(3, 1, 1), MaxPool2d(3, 1, 1, return_indices=True), AvgPool2d(3, 1, 1)):
         spec = TensorSpec("float32", x.shape)
@@ -176,7 +176,7 @@ def test_small_memory_that_another_call_takes_first_is_not_missed(engine):
             return True
 
     checked = scheduled(engine, SMALL, MaxPool2d(2))
-    checked.schedule.stages = Taken()
+    checked.schedule.workspaces = Taken()
     assert run(engine, checked, bytes(16)) == [bytes(4)]
 
 

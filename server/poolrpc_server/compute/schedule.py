@@ -1,0 +1,110 @@
+"""Schedules: how a request is computed, determined once and used for every request that is equal but for its bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+
+from poolrpc._wire.codec import tensors
+from poolrpc.chains import Planes
+from poolrpc_server.compute import kernels
+from poolrpc_server.compute.planes import block_of, steps
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from poolrpc._wire.codec import BranchResult, Request
+    from poolrpc_server.compute.workspace import Workspace
+
+WORKSPACE_BYTES = 16 * 2**10
+"""A request of at most this many bytes, outputs included, gets a cached workspace: creating torch's views of its memory
+takes longer than pooling it."""
+
+CPU_BATCHED_BYTES, DEVICE_BATCHED_BYTES = 256 * 2**10, 8 * 2**20
+"""The largest request, outputs included, that shares a batch. On the CPU, copying larger ones together costs more than
+one kernel call saves; on another device they are copied in any case."""
+
+CALL_SECONDS, CELL_SECONDS = 50e-6, 1e-9
+"""The duration estimated before the first execution: for a request itself, and for each cell of its work."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BatchKey:
+    """What requests of one batch have in common: all but the number of planes. Equal keys are the same object."""
+
+    plane: Request
+    spatial_dims: int
+    device: torch.device
+
+
+_batch_key = lru_cache(4096)(BatchKey)
+
+
+class Schedule:
+    """How a request is computed: a plan for each layer of each branch.
+
+    Attributes:
+        inputs: The specs of the tensors in the payload.
+        input_bytes: The size of the payload.
+        outputs: The specs of the output tensors.
+        nbytes: The size of inputs and outputs.
+        planes: The number of planes; of images, if channels are last.
+        work: The number of cells that the kernels visit.
+        key: The key of the requests that may be computed in one batch with this one. None: it is computed alone.
+        seconds: The estimated duration, corrected by each execution.
+        cached: Whether its workspaces are kept for reuse.
+        workspaces: The idle ones.
+
+    """
+
+    def __init__(  # noqa: PLR0913, PLR0917 - its parts; the engine alone creates schedules, in two places
+        self,
+        request: Request,
+        spatial_dims: int,
+        results: Sequence[BranchResult],
+        device: torch.device,
+        parallel_for: kernels.ParallelFor,
+        workspace_bytes: int = WORKSPACE_BYTES,
+    ) -> None:
+        self.request = request
+        self.spatial_dims = spatial_dims
+        self.results = results
+        self.device = device
+        self.parallel_for = parallel_for
+        self.inputs = request.specs
+        self.input_bytes = sum(spec.nbytes for spec in self.inputs)
+        self.outputs = tensors(results)
+        self.nbytes = self.input_bytes + sum(spec.nbytes for spec in self.outputs)
+        self.planes = Planes(request.input, spatial_dims).count
+        self.cached = device.type == "cpu" and self.nbytes <= workspace_bytes
+        self.workspaces: list[Workspace] = []
+        self.work = 0
+        self.plans: list[list[kernels.Plan]] = []
+        if request.input.numel:  # An empty tensor has no planes, and may have axes longer than torch allows.
+            channels = request.input.shape[-1] if request.input.layout == "NHWC" else None
+            dtype: torch.dtype = getattr(torch, request.input.dtype)
+            for chain in steps(request, spatial_dims, results):
+                self.plans.append([])
+                for layer, spec, plane in chain:
+                    plan = kernels.plan(layer, dtype, plane, channels, device.type)
+                    self.work += plan.work(spec.numel // prod(plan.memory))
+                    self.plans[-1].append(plan)
+        self.key = self._key()
+        self.seconds = CALL_SECONDS + CELL_SECONDS * self.work
+
+    def record_duration(self, seconds: float) -> None:
+        """Correct the estimate by the duration of an execution."""
+        self.seconds += (seconds - self.seconds) / 4
+
+    def _key(self) -> BatchKey | None:
+        request = self.request
+        independent = all(layer.splits and layer.at_plane(1) is layer for chain in request.branches for layer in chain)
+        limit = CPU_BATCHED_BYTES if self.device.type == "cpu" else DEVICE_BATCHED_BYTES
+        if not (self.plans and independent and self.nbytes <= limit):
+            return None
+        plane = block_of(request, Planes(request.input, self.spatial_dims), 1, 0)
+        return _batch_key(plane, self.spatial_dims, self.device)
