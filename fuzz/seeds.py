@@ -6,8 +6,8 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from poolrpc._shapes.rules import check_shape
-from poolrpc._transport.arena_memory import encode_answer, encode_refusal, encode_request
 from poolrpc._wire import codec, framing
+from poolrpc._wire.arena_packets import encode_attach_error, encode_attach_request, encode_attach_response
 from poolrpc._wire.status import encode_error
 from poolrpc.chains import Planes, spatial_dims
 from poolrpc.errors import InvalidArgumentError, LimitExceededError, UnavailableError
@@ -211,7 +211,7 @@ FDS, NEW, READ, CLOSE, SHUT = 3, 4, 8, 16, 32
 def attach(rng: Random) -> Iterator[Case]:
     """Give conversations with the arena's socket: each step is a byte of what to do, and a packet."""
     for size in (1, 4096, 65536, 2**40, 0):
-        packet = encode_request(size)
+        packet = encode_attach_request(size)
         for flags in (NEW | READ, NEW | READ | 1, NEW | CLOSE | 3, NEW | SHUT | READ, NEW):
             yield (bytes((flags,)) + packet,)
             yield bytes((NEW | READ,)) + packet, bytes((flags & ~NEW | rng.randrange(4),)) + packet
@@ -251,12 +251,12 @@ UNSEALED, SHORT = 4, 8
 
 def attached(_: Random) -> Iterator[Case]:
     """Give what an arena's server says to a client: each step is a byte of what comes with it, and a packet."""
-    good = encode_answer(bytes(range(16)), GIVEN_BYTES)
+    good = encode_attach_response(bytes(range(16)), GIVEN_BYTES)
     for flags in (1, 0, 2, 3, 1 | UNSEALED, 1 | SHORT):
         yield (bytes((flags,)) + good,)
-    yield (b"\1" + encode_answer(bytes(16), 1),)
-    yield (b"\1" + encode_answer(bytes(16), GIVEN_BYTES, "another.sock"),)
-    yield (b"\0" + encode_refusal(LimitExceededError("expected 1, got 2", reason="ARENA_QUOTA")),)
+    yield (b"\1" + encode_attach_response(bytes(16), 1),)
+    yield (b"\1" + encode_attach_response(bytes(16), GIVEN_BYTES, "another.sock"),)
+    yield (b"\0" + encode_attach_error(LimitExceededError("expected 1, got 2", reason="ARENA_QUOTA")),)
     yield b"\0" + good[:9], b"\1" + good
 
 

@@ -16,7 +16,8 @@ import numpy as np
 
 from fuzz.findings import FoundError
 from fuzz.seeds import CLOSE, FDS, GIVEN_BYTES, NEW, READ, SHORT, SHUT, UNSEALED
-from poolrpc._transport.arena_memory import SUFFIX, Arenas, decode_answer
+from poolrpc._transport.arena_memory import Arenas
+from poolrpc._wire.arena_packets import SUFFIX, decode_attach_response
 from poolrpc.errors import InternalError, PoolError
 from poolrpc.tensors import ALIGNMENT
 
@@ -75,7 +76,7 @@ def _answer_to(peer: socket.socket) -> str:
     try:
         if not packet:
             return "ended"
-        arena_id, size, _ = decode_answer(packet)
+        arena_id, size, _ = decode_attach_response(packet)
         if len(descriptors) != 1 or not arena_id or not size:
             raise FoundError(f"an arena of {size} bytes with {len(descriptors)} descriptors")
         if fcntl.fcntl(descriptors[0], fcntl.F_GET_SEALS) & SEALS != SEALS or os.fstat(descriptors[0]).st_size != size:

@@ -23,7 +23,7 @@ from poolrpc._transport.transfer import (
 )
 from poolrpc._version import __version__
 from poolrpc._wire import codec
-from poolrpc.access import credentials_for, metadata_for
+from poolrpc.access import credentials_for, metadata_for, unix_path
 from poolrpc.chains import Chain, as_chain, check_layout
 from poolrpc.errors import InvalidArgumentError, PoolError, UnavailableError
 from poolrpc.tensors import Array, as_array, dtype_name, spec_of
@@ -264,9 +264,3 @@ class BaseClient:
         check_layout(layout)
         sizes = tuple(integer("shape", size, 0, MAX_NUMEL) for size in shape)
         return codec.encode_shape_request(sizes, [as_chain(layers)], layout)
-
-
-def unix_path(address: str) -> str:
-    """Give the path of a gRPC address that is a unix socket's, else nothing."""
-    scheme, _, path = address.partition(":")
-    return path.removeprefix("//") if scheme == "unix" else ""

@@ -33,6 +33,12 @@ def is_unix(address: str) -> bool:
     return address.startswith(("unix:", "unix-abstract:"))
 
 
+def unix_path(address: str) -> str:
+    """Return the path in a gRPC address of the form "unix:PATH", or an empty string for any other address."""
+    scheme, _, path = address.partition(":")
+    return path.removeprefix("//") if scheme == "unix" else ""
+
+
 def _stays_here(address: str) -> bool:
     # Of what isn't understood (several addresses, another name server) it is not known.
     for prefix in ("dns:///", "dns:", "ipv4:", "ipv6:"):

@@ -17,9 +17,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from poolrpc import PoolClient, __version__
-from poolrpc._base_client import unix_path
 from poolrpc._shapes.limits import MAX_BRANCHES, MAX_CHAIN, MAX_FRACTIONAL_AXIS, MAX_NUMEL, MAX_PARAMETER
 from poolrpc._wire.codec import Limit, ServerInfo
+from poolrpc.access import unix_path
 from poolrpc.errors import UnavailableError
 from poolrpc.layers import DTYPES
 from poolrpc.tensors import keep_freed_memory

@@ -6,7 +6,7 @@ import errno
 import socket
 from pathlib import Path
 
-from poolrpc._transport.arena_memory import SUFFIX
+from poolrpc._wire.arena_packets import SUFFIX
 
 
 def take(path: Path) -> None:

@@ -29,8 +29,9 @@ from hypothesis import strategies as st
 
 import poolrpc_server.transports.local.arenas
 from poolrpc._transport import arena_memory
-from poolrpc._transport.arena_memory import SUFFIX, Arenas
-from poolrpc._wire.status import decode_error
+from poolrpc._transport.arena_memory import Arenas
+from poolrpc._wire.arena_packets import SUFFIX
+from poolrpc._wire.status import STATUS_NUMBERS, decode_error
 from poolrpc.errors import InvalidArgumentError, LimitExceededError, NotFoundError, PoolError, UnavailableError
 from poolrpc.tensors import ALIGNMENT
 from poolrpc.v1 import pool_pb2
@@ -106,7 +107,7 @@ def refusal_on(connection):
     assert not descriptors
     assert not answer.arena_id
     assert connection.recv(1) == b""
-    names = {number: name for name, number in arena_memory.CODES.items()}
+    names = {number: name for name, number in STATUS_NUMBERS.items()}
     return decode_error(names[answer.error.code], answer.error.message, answer.error.SerializeToString())
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import mmap
 import os
 import socket
-import struct
 import sys
 import threading
 import time
@@ -23,12 +22,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from google.protobuf.message import DecodeError
 
-from poolrpc._wire.status import decode_error, encode_error
-from poolrpc.errors import InvalidArgumentError, PoolError, UnavailableError
+from poolrpc._wire.arena_packets import (
+    ID_BYTES,
+    SUFFIX,
+    decode_attach_response,
+    encode_attach_request,
+    peer_uid,
+    unexpected,
+)
+from poolrpc.errors import PoolError, UnavailableError
 from poolrpc.tensors import ALIGNMENT, align
-from poolrpc.v1 import pool_pb2
 
 if sys.platform == "linux":
     import fcntl
@@ -37,12 +41,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from poolrpc.tensors import Array
-
-SUFFIX = ".arena"
-"""What the arenas' socket has after the name of the server's own."""
-
-ID_BYTES = 16
-"""Bytes of an arena's id."""
 
 ARENA_BYTES = 64 * 2**20
 """The least size of an arena that is asked for. Pages that nobody wrote to take no memory."""
@@ -56,10 +54,6 @@ ATTACH_SECONDS = 2.0
 REFUSED_SECONDS = 5.0
 """How long nothing is asked for after a refusal, so that calls which then send their bytes don't pay for it."""
 
-CODES = {"INVALID_ARGUMENT": 3, "PERMISSION_DENIED": 7, "RESOURCE_EXHAUSTED": 8}
-"""The numbers of the status codes that an arena is refused with."""
-
-_CREDENTIALS = struct.Struct("iII")  # what SO_PEERCRED gives: process, user and group id
 _ANSWER_BYTES = 8192  # an arena's answer takes 30 bytes, a refusal's under 5 KB
 
 
@@ -289,60 +283,6 @@ class Arenas:
                 connection.close()
 
 
-def peer_uid(connection: socket.socket) -> int:
-    """Give the user id of whom a unix socket is connected to (Linux)."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    uid: int = _CREDENTIALS.unpack(credentials)[1]
-    return uid
-
-
-def encode_request(size: int) -> bytes:
-    """Give the packet that asks for an arena."""
-    return pool_pb2.AttachRequest(size=size).SerializeToString()
-
-
-def decode_request(packet: bytes) -> int:
-    """Give the size that a packet asks for.
-
-    Raises:
-        InvalidArgumentError: It is no request.
-
-    """
-    try:
-        return pool_pb2.AttachRequest.FromString(packet).size
-    except DecodeError:
-        raise InvalidArgumentError("expected an AttachRequest, got another packet", field="request") from None
-
-
-def encode_answer(arena_id: bytes, size: int, socket: str = "") -> bytes:
-    """Give the packet that goes beside an arena's descriptor."""
-    return pool_pb2.AttachResponse(arena_id=arena_id, size=size, socket=socket).SerializeToString()
-
-
-def encode_refusal(error: PoolError) -> bytes:
-    """Give the packet that refuses an arena; the error's class is one of CODES."""
-    answer = pool_pb2.AttachResponse()
-    answer.error.MergeFromString(encode_error(error)[1])
-    return answer.SerializeToString()
-
-
-def decode_answer(packet: bytes) -> tuple[bytes, int, str]:
-    """Give the id, the size and the socket of the arena that a packet answers with.
-
-    Raises:
-        PoolError: It refuses one, or is no answer.
-
-    """
-    try:
-        answer = pool_pb2.AttachResponse.FromString(packet)
-    except DecodeError:
-        raise _unexpected("an AttachResponse", "another packet") from None
-    if answer.HasField("error"):
-        code = next((name for name, number in CODES.items() if number == answer.error.code), "UNKNOWN")
-        raise decode_error(code, answer.error.message, answer.error.SerializeToString())
-    return answer.arena_id, answer.size, answer.socket
-
-
 def _attach(path: str, size: int) -> tuple[Region, socket.socket]:
     if sys.platform != "linux":
         raise UnavailableError("arenas need Linux, which alone has memfd", reason="ARENA")
@@ -362,16 +302,12 @@ def _attach(path: str, size: int) -> tuple[Region, socket.socket]:
         raise UnavailableError(f"{path}: {reason}", reason="ARENA") from None
 
 
-def _unexpected(expected: str, received: str) -> UnavailableError:
-    return UnavailableError(f"arena: expected {expected}, got {received}", reason="ARENA")
-
-
 def _receive(connection: socket.socket, size: int, path: Path) -> Region:
     # Anyone may have put a socket there, and whoever can shrink what he shares can kill who reads it.
     if (uid := peer_uid(connection)) not in (os.geteuid(), 0):
-        raise _unexpected(f"a server of user {os.geteuid()} or 0", f"one of user {uid}")
+        raise unexpected(f"a server of user {os.geteuid()} or 0", f"one of user {uid}")
     with suppress(BrokenPipeError):  # a refusal may be there before anything was asked
-        connection.send(encode_request(size))
+        connection.send(encode_attach_request(size))
     # Not socket.recv_fds, which ignores its flags until 3.12: a descriptor without close-on-exec outlives an exec.
     packet, ancillary, flags, _ = connection.recvmsg(_ANSWER_BYTES, socket.CMSG_SPACE(8), socket.MSG_CMSG_CLOEXEC)
     descriptors = array_of("i")
@@ -379,18 +315,18 @@ def _receive(connection: socket.socket, size: int, path: Path) -> Region:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             descriptors.frombytes(data[: len(data) // descriptors.itemsize * descriptors.itemsize])
     try:
-        arena_id, given, calls = decode_answer(packet)
+        arena_id, given, calls = decode_attach_response(packet)
         if len(descriptors) != 1 or flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC) or len(arena_id) != ID_BYTES:
-            raise _unexpected("an arena and 1 descriptor", f"{len(packet)} bytes and {len(descriptors)} descriptors")
+            raise unexpected("an arena and 1 descriptor", f"{len(packet)} bytes and {len(descriptors)} descriptors")
         needed = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
         if fcntl.fcntl(descriptors[0], fcntl.F_GET_SEALS) & needed != needed:
-            raise _unexpected("memory that can't shrink", "memory without seals")
+            raise unexpected("memory that can't shrink", "memory without seals")
         held = os.fstat(descriptors[0]).st_size
         if not size <= given <= held:
-            raise _unexpected(f"{size} bytes", f"{given}, of which {held} are there")
+            raise unexpected(f"{size} bytes", f"{given}, of which {held} are there")
         # Said here, once, not by each call that would then go there.
         if calls and ("/" in calls or not path.with_name(calls).exists()):
-            raise _unexpected(f"the name of a socket beside {path}", repr(calls))
+            raise unexpected(f"the name of a socket beside {path}", repr(calls))
         return Region(arena_id, mmap.mmap(descriptors[0], given), calls)
     finally:
         for descriptor in descriptors:

@@ -15,8 +15,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Protocol
 
-from poolrpc._base_client import unix_path
-from poolrpc._transport.arena_memory import SUFFIX
+from poolrpc._wire.arena_packets import SUFFIX
+from poolrpc.access import unix_path
 from poolrpc_server.sockets import is_live
 
 

@@ -22,7 +22,14 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from poolrpc._transport.arena_memory import ID_BYTES, SUFFIX, decode_request, encode_answer, encode_refusal, peer_uid
+from poolrpc._wire.arena_packets import (
+    ID_BYTES,
+    SUFFIX,
+    decode_attach_request,
+    encode_attach_error,
+    encode_attach_response,
+    peer_uid,
+)
 from poolrpc.errors import InvalidArgumentError, LimitExceededError, NotFoundError, PermissionDeniedError, PoolError
 from poolrpc.tensors import ALIGNMENT
 from poolrpc_server.telemetry.logs import log
@@ -245,7 +252,7 @@ class ArenaListener:
             self._arenas[arena_id] = Arena(mapping)
             self._attached[connection] = arena_id
             del self._waiting[connection]
-            socket.send_fds(connection, [encode_answer(arena_id, size, self._calls)], [descriptor])
+            socket.send_fds(connection, [encode_attach_response(arena_id, size, self._calls)], [descriptor])
         finally:
             os.close(descriptor)
 
@@ -306,7 +313,7 @@ def find_in(listeners: Sequence[ArenaListener]) -> Callable[[bytes], Arena]:
 def _requested(connection: socket.socket) -> int:
     # Without a buffer for them the kernel closes what descriptors a client sends.
     packet, _, flags, _ = connection.recvmsg(REQUEST_BYTES)
-    size = decode_request(packet)
+    size = decode_attach_request(packet)
     if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
         raise InvalidArgumentError("expected a packet with a size and no more, got a larger one", field="request")
     if size == 0:  # an empty packet too, and the client's end
@@ -317,7 +324,7 @@ def _requested(connection: socket.socket) -> int:
 def _refuse(connection: socket.socket, error: PoolError) -> None:
     log.info("arena refused", reason=error.reason, error=error.message)
     with suppress(OSError):  # the client may be gone
-        connection.send(encode_refusal(error))
+        connection.send(encode_attach_error(error))
         # A packet that is left unread at the close would make the client's read fail before it came to the answer.
         connection.shutdown(socket.SHUT_RD)
         while connection.recv(1):
