@@ -12,8 +12,9 @@ from benchmarks.rounds import interleave, row
 from poolrpc import AdaptiveAvgPool2d, AvgPool2d, LPPool2d, MaxPool2d
 from poolrpc._wire.codec import Request
 from poolrpc.tensors import TensorSpec
-from poolrpc_server.calls.batcher import Batcher, QueueLimits
+from poolrpc_server.calls.batcher import Batcher
 from poolrpc_server.calls.dispatch import Caller
+from poolrpc_server.calls.queue import QueueLimits
 from poolrpc_server.calls.validate import Limits, check_request
 from poolrpc_server.compute.engine import Engine
 

@@ -26,7 +26,7 @@ import numpy as np
 from benchmarks import load
 from benchmarks.fleet import Call, Fleet, Outcome
 from poolrpc._transport.transfer import STREAM_BYTES
-from poolrpc_server.calls.batcher import QueueLimits
+from poolrpc_server.calls.queue import QueueLimits
 from poolrpc_server.compute.schedule import CPU_BATCHED_BYTES
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def drawn(rate: float, kinds: Sequence[Call]) -> list[Call]:
 
 def waiting(replicas: int, busy: float, *, least_request: bool) -> float:
     """Give the p99 of calls that are all alike, in times of what one takes, where nothing is refused."""
-    bounds = QueueLimits(waiting=CALLS, seconds=float(CALLS))
+    bounds = QueueLimits(max_queue=CALLS, max_queue_seconds=float(CALLS))
     return Fleet(replicas, bounds, least_request=least_request).serve(drawn(busy * replicas, [LIKE])).within(0.99)
 
 
@@ -172,7 +172,7 @@ def replay(row: dict[str, Any]) -> Outcome:
         for client in range(load.CLIENTS)
         for at, kind in load.arrivals(row["offered"] / load.CLIENTS, client)
     ]
-    return Fleet(1, QueueLimits(seconds=load.QUEUE_SECONDS)).serve(calls)
+    return Fleet(1, QueueLimits(max_queue_seconds=load.QUEUE_SECONDS)).serve(calls)
 
 
 def compared(row: dict[str, Any]) -> dict[str, Any]:

@@ -16,11 +16,12 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 from poolrpc_server.calls.admission import RETRY_DELAY
-from poolrpc_server.calls.batcher import BATCH_SECONDS, QueueLimits
 from poolrpc_server.calls.dispatch import MOST_DELAY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable
+
+    from poolrpc_server.calls.queue import QueueLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class Replica:
 
     def enter(self, now: float, call: Call) -> bool:
         """Take a call in, if there is room for it."""
-        full = self.waiting >= self.bounds.waiting or (self.waiting and self.work >= self.bounds.seconds)
+        full = self.waiting >= self.bounds.max_queue or (self.waiting and self.work >= self.bounds.max_queue_seconds)
         if self.held and full:
             return False
         self.keys.setdefault(id(call) if call.key is None else call.key, deque()).append((now, call))
@@ -77,7 +78,7 @@ class Replica:
             return []
         key = next(iter(self.keys))
         oldest, entries = min(self.keys.items(), key=lambda each: each[1][0][0])
-        if now - entries[0][0] > self.bounds.seconds / 2:
+        if now - entries[0][0] > self.bounds.max_queue_seconds / 2:
             key = oldest
         entries = self.keys.pop(key)
         batch: list[Call] = []
@@ -85,7 +86,7 @@ class Replica:
         while entries:
             call = entries[0][1]
             nbytes, seconds = nbytes + call.nbytes, seconds + call.seconds
-            if batch and (nbytes > self.bounds.batch_bytes or seconds > BATCH_SECONDS):
+            if batch and (nbytes > self.bounds.max_batch_bytes or seconds > self.bounds.max_batch_seconds):
                 break
             batch.append(entries.popleft()[1])
         if entries:

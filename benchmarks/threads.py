@@ -15,8 +15,9 @@ from benchmarks.rounds import interleave, row
 from poolrpc import AvgPool2d, Layer, MaxPool2d
 from poolrpc._wire.codec import Request
 from poolrpc.tensors import TensorSpec
-from poolrpc_server.calls.batcher import Batcher, QueueLimits
+from poolrpc_server.calls.batcher import Batcher
 from poolrpc_server.calls.dispatch import Caller
+from poolrpc_server.calls.queue import QueueLimits
 from poolrpc_server.calls.validate import Limits, check_request
 from poolrpc_server.compute.engine import Engine
 

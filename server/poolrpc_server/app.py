@@ -24,8 +24,8 @@ from poolrpc.errors import UnavailableError
 from poolrpc.layers import DTYPES
 from poolrpc.tensors import keep_freed_memory
 from poolrpc_server.calls.admission import AdmissionControl
-from poolrpc_server.calls.batcher import QueueLimits
 from poolrpc_server.calls.dispatch import Dispatcher
+from poolrpc_server.calls.queue import QueueLimits
 from poolrpc_server.calls.streams import Streams
 from poolrpc_server.calls.tokens import TokenFile
 from poolrpc_server.calls.validate import Limits

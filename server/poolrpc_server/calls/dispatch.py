@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from poolrpc.errors import CancelledError, DeadlineExceededError, InvalidArgumentError, NotFoundError, UnavailableError
 from poolrpc.tensors import ALIGNMENT, spans
 from poolrpc_server.calls.admission import RETRY_DELAY, refused
-from poolrpc_server.calls.batcher import Batcher, FullError, QueueLimits, StoppedError
+from poolrpc_server.calls.batcher import Batcher, StoppedError
+from poolrpc_server.calls.queue import QueueFullError, QueueLimits
 from poolrpc_server.calls.stream_blocks import Stream
 from poolrpc_server.calls.validate import check_message, check_payload, check_request, check_shapes, check_stream
 from poolrpc_server.compute.planes import block_of
@@ -47,7 +48,7 @@ class Caller:
     """Who waits for an answer, as a door knows it.
 
     Attributes:
-        remaining: Gives the seconds left to answer, None for no limit.
+        time_remaining: Gives the seconds left to answer, None for no limit.
         active: Tells whether the caller still waits.
         add_done_callback: Has something called when the caller waits no more; False where that is so already.
         priority: 0, 1 or 2; 0 goes first.
@@ -55,7 +56,7 @@ class Caller:
 
     """
 
-    remaining: Callable[[], float | None]
+    time_remaining: Callable[[], float | None]
     active: Callable[[], bool]
     add_done_callback: Callable[[Callable[[], None]], bool] = lambda _: True
     priority: int = 1
@@ -69,7 +70,7 @@ class Caller:
             CancelledError: The caller has gone.
 
         """
-        left = self.remaining()
+        left = self.time_remaining()
         if left is not None and left <= 0:
             raise DeadlineExceededError("the deadline passed before the call was computed")
         if not self.active():
@@ -126,8 +127,8 @@ class Dispatcher:
         check_message(announced, self._limits, "request")
         self._admission.check_room()
         try:
-            self._batcher.check_room(priority)
-        except FullError as error:
+            self._batcher.check_queue(priority)
+        except QueueFullError as error:
             raise _refused(error) from None
         if announced:
             self._admission.take(COPIES * announced)
@@ -156,7 +157,7 @@ class Dispatcher:
 
     def is_quick(self, checked: Checked) -> bool:
         """Tell whether a request that finds a slot free is computed in next to no time."""
-        return checked.schedule.seconds <= QUICK_SECONDS and not self._bounds.delay
+        return checked.schedule.seconds <= QUICK_SECONDS and not self._bounds.max_queue_delay
 
     def pool(self, checked: Checked, payload: Bytes, caller: Caller, finish: Callable[[Sequence[memoryview]], T]) -> T:
         """Run a request and give what `finish` makes of its outputs.
@@ -241,7 +242,7 @@ class Dispatcher:
 
     def waiting(self) -> tuple[tuple[int, ...], float]:
         """Count the calls that wait, of each priority, and give the seconds that the first of them has waited."""
-        return tuple(self._batcher.waiting()), self._batcher.age()
+        return tuple(self._batcher.queue_lengths()), self._batcher.oldest_wait()
 
     def stop(self) -> None:
         """Fail what waits; what is being computed is finished."""
@@ -257,7 +258,7 @@ class Dispatcher:
     def _take_turn(self, run: Run, caller: Caller, *, admitted: bool) -> Any:  # noqa: ANN401 - as above
         try:
             return self._batcher.run(run, caller, caller.priority, admitted=admitted)
-        except FullError as error:
+        except QueueFullError as error:
             raise _refused(error) from None
         except StoppedError:
             msg = "expected a call that was begun before the server stopped, got one that waited; try again"
@@ -273,10 +274,10 @@ class Dispatcher:
         return check_shapes(shape, branches, layout)
 
 
-def _refused(error: FullError) -> UnavailableError:
+def _refused(error: QueueFullError) -> UnavailableError:
     # Rounded, so that a full server says the same to many: what is said is encoded once.
-    delay = round(min(max(error.delay, RETRY_DELAY / 2), MOST_DELAY), 2)
-    return refused("QUEUE", f"{error.what} that wait", error.limit, round(error.actual, 2), delay)
+    delay = round(min(max(error.wait, RETRY_DELAY / 2), MOST_DELAY), 2)
+    return refused("QUEUE", f"{error.quantity} that wait", error.limit, round(error.actual, 2), delay)
 
 
 def _cut(memory: memoryview, specs: Sequence[TensorSpec], field: str) -> list[memoryview]:

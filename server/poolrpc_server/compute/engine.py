@@ -54,8 +54,8 @@ class Slots(Protocol):
     def borrow(self, count: int) -> int:
         """Take up to `count` free slots, and return how many were taken."""
 
-    def give_back(self, slots: int) -> None:
-        """Return slots."""
+    def release(self, slots: int) -> None:
+        """Release slots."""
 
 
 class Observer(Protocol):
@@ -273,7 +273,7 @@ class Engine:
                 future.result()
         finally:
             if borrowed and self.slots is not None:
-                self.slots.give_back(borrowed)
+                self.slots.release(borrowed)
 
     def _device_for(self, dtype: str) -> torch.device:
         # CUDA has no max of integers, and Metal no float64. These are computed on the CPU, so that the server supports

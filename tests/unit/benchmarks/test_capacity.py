@@ -15,7 +15,7 @@ import pytest
 from benchmarks import capacity
 from benchmarks.capacity import Question
 from benchmarks.fleet import Call, Fleet
-from poolrpc_server.calls.batcher import QueueLimits
+from poolrpc_server.calls.queue import QueueLimits
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[3]
 GOODPUT, MEDIAN, TAIL = 0.15, 1.5, 2.0
 """How far the simulation may be from the measured curve, at each load: the part of the goodput, and factors of the
 median and the 99 % of the answers' times; the last is the slowest of some forty calls at the lowest load."""
-UNBOUNDED = QueueLimits(waiting=10**9, seconds=10**9)
+UNBOUNDED = QueueLimits(max_queue=10**9, max_queue_seconds=10**9)
 
 
 def load(rate: float, seconds: Iterable[float], count: int = 20_000) -> list[Call]:
@@ -64,7 +64,7 @@ def test_one_replica_waits_as_theory_has_it(busy: float, seconds: tuple[float, .
 
 def test_what_does_not_fit_is_refused() -> None:
     """At twice what a replica can do half is refused, and no answer takes longer than the queue and a call."""
-    outcome = Fleet(1, QueueLimits(seconds=0.25)).serve(load(200, [0.01]))
+    outcome = Fleet(1, QueueLimits(max_queue_seconds=0.25)).serve(load(200, [0.01]))
     assert outcome.goodput == pytest.approx(100, rel=0.02)
     assert outcome.refusals == sum(each == float("inf") for each in outcome.latencies)
     assert max(outcome.answered) <= 0.25 + 2 * 0.01 + 1e-9
@@ -82,7 +82,7 @@ def test_calls_of_a_kind_share_a_turn() -> None:
 def test_retries_are_answered_later() -> None:
     """A burst that is too much for one replica is answered in the end where clients try again."""
     burst = [Call(0.0, 0.01, 0, None) for _ in range(40)]
-    once, again = (Fleet(1, QueueLimits(seconds=0.25), attempts=each).serve(burst) for each in (1, 5))
+    once, again = (Fleet(1, QueueLimits(max_queue_seconds=0.25), attempts=each).serve(burst) for each in (1, 5))
     assert len(once.answered) < len(again.answered) == len(burst)
     assert once.refusals == len(burst) - len(once.answered)
 

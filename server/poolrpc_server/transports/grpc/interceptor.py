@@ -26,7 +26,7 @@ from poolrpc.errors import (
     UnavailableError,
     UnsupportedError,
 )
-from poolrpc_server.calls.batcher import PRIORITIES
+from poolrpc_server.calls.queue import PRIORITIES
 from poolrpc_server.telemetry.logs import log
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from poolrpc_server.calls.dispatch import Caller, Dispatcher
 from poolrpc_server.calls.validate import Limits
 from poolrpc_server.compute.engine import Engine
 
-CALLER = Caller(remaining=lambda: None, active=lambda: True)
+CALLER = Caller(time_remaining=lambda: None, active=lambda: True)
 WIDE = Limits(2**40, 2**40, 2**40, 2**50)
 
 

@@ -1,713 +1,605 @@
-"""The batcher: who computes when, with whom, and what becomes of those who leave, fail, or find no room."""
+"""The batcher: slots, batches and their threads, and jobs that are cancelled, fail or find the queue full."""
 
 import random
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 
-from poolrpc_server.calls.batcher import PRIORITIES, STRIDES, Batcher, FullError, QueueLimits, StoppedError
+from poolrpc_server.calls.batcher import Batcher, StoppedError
+from poolrpc_server.calls.queue import PRIORITIES, QueueFullError, QueueLimits
 
 PATIENCE = 60
-"""Seconds after which a test that waits has failed."""
+"""Seconds after which a waiting test fails."""
 
 
 @dataclass(frozen=True, eq=False)
-class Work:
-    """A job whose answer is its name."""
+class NamedJob:
+    """A job whose result is its name."""
 
     name: str
     key: str | None = "key"
     nbytes: int = 1
     seconds: float = 0.0
+    durations: list[float] = field(default_factory=list)
 
     def record_duration(self, seconds):
-        """Learn nothing."""
+        """Keep the duration."""
+        self.durations.append(seconds)
 
 
-class Left(Exception):  # noqa: N818 - it isn't an error of anybody's
-    """What a caller that left is told."""
+class Cancelled(Exception):  # noqa: N818 - the outcome that a test expects, not a failure
+    """Raised for a call that was cancelled."""
 
 
-class Person:
-    """A waiter who leaves when a test says so.
+class FakeCall:
+    """The context of a call that tests cancel.
 
     Attributes:
-        waits: Set once it has found no free slot and waits.
+        queued: Set when the batcher registers its callback, which it does for queued jobs only.
 
     """
 
-    def __init__(self, left=None, error=None):
-        self.waits = threading.Event()
-        self._left, self._error, self._callbacks = left, error, []
+    def __init__(self, remaining=None, error=None):
+        self.queued = threading.Event()
+        self._remaining, self._error, self._callbacks = remaining, error, []
         self._lock = threading.Lock()
 
-    def remaining(self):
-        """Give the seconds that it waits, where it was made with some."""
-        return self._left
+    def time_remaining(self):
+        """Return the seconds until the deadline."""
+        return self._remaining
 
     def raise_if_cancelled(self):
-        """Raise where it has left."""
+        """Raise the error of a call that has ended."""
         if self._error is not None:
             raise self._error
 
     def add_done_callback(self, callback):
-        """Keep what is to be called."""
+        """Register a callback; return whether the call is still active."""
         with self._lock:
             self._callbacks.append(callback)
-            here = self._error is None
-        self.waits.set()
-        return here
+            active = self._error is None
+        self.queued.set()
+        return active
 
-    def leave(self, error=None):
-        """Leave, which tells those who wanted to know."""
+    def cancel(self):
+        """End the call and run the callbacks."""
         with self._lock:
-            self._error = error or Left()
+            self._error = Cancelled()
             callbacks = list(self._callbacks)
         for callback in callbacks:
             callback()
 
 
-class Hasty(Person):
-    """One that waits for a moment."""
+class CallWithDeadline(FakeCall):
+    """A call whose deadline passes after so many seconds, without a callback."""
 
     def __init__(self, seconds):
         super().__init__()
-        self._until = time.monotonic() + seconds
+        self._deadline = time.monotonic() + seconds
 
-    def remaining(self):
-        """Give what is left of the moment."""
-        return self._until - time.monotonic()
+    def time_remaining(self):
+        """Return the seconds until the deadline."""
+        return self._deadline - time.monotonic()
 
     def raise_if_cancelled(self):
-        """Raise after it."""
-        if self.remaining() <= 0:
+        """Raise after the deadline."""
+        if self.time_remaining() <= 0:
             raise TimeoutError
 
 
-class Silent(Person):
-    """One that tells nobody when it leaves, and is found out when it is asked."""
+class SilentCall(FakeCall):
+    """A call that runs no callback when it is cancelled."""
 
     def add_done_callback(self, _):
-        """Keep nothing."""
+        """Ignore the callback."""
         return super().add_done_callback(lambda: None)
 
 
-class Observer:
-    """What was told."""
+class RecordingObserver:
+    """An observer that keeps what it receives."""
 
     def __init__(self):
-        self.waited, self.left = [], []
+        self.seconds, self.stages = [], []
 
     def queued(self, seconds):
-        """Keep the time that a job waited."""
-        self.waited.append(seconds)
+        """Keep the time that a job was queued."""
+        self.seconds.append(seconds)
 
     def cancelled(self, stage):
-        """Keep where a waiter left."""
-        self.left.append(stage)
+        """Keep the stage in which a call was cancelled."""
+        self.stages.append(stage)
 
 
-class Room:
-    """A batcher, the threads of those who come, and what is executed: names of jobs, batch by batch.
+class Harness:
+    """A batcher, the threads of its callers, and a record of the executed batches.
 
     Attributes:
-        fails: Names of jobs, with what executing them raises.
-        held: Names of jobs whose execution waits until it is let go, with the events of its begin and its letting go.
+        batches: Names of the jobs of each executed batch.
+        threads: Identifier of the thread that executed each job.
+        errors: Exceptions that executing certain jobs raises.
+        held: For each job whose execution blocks: an event that it started, and one that lets it end.
 
     """
 
-    def __init__(self, slots=1, **bounds):
-        self.observer, self.slots = Observer(), slots
-        self.batches, self.threads, self.fails, self.held = [], {}, {}, {}
-        self.batcher = Batcher(slots, self.execute, QueueLimits(**bounds), self.observer)
+    def __init__(self, slots=1, **limits):
+        self.observer, self.slots = RecordingObserver(), slots
+        self.batches, self.threads, self.errors, self.held = [], {}, {}, {}
+        self.batcher = Batcher(slots, self.execute, QueueLimits(**limits), self.observer)
         self._callers = ThreadPoolExecutor(128)
 
     def execute(self, jobs):
-        """Answer each job with its name, unless one is held or fails."""
+        """Return the name of each job; block or raise for those that a test prepared."""
         names = [job.name for job in jobs]
         self.batches.append(names)
         for name in names:
             self.threads[name] = threading.get_ident()
             if name in self.held:
-                begun, let_go = self.held[name]
-                begun.set()
-                assert let_go.wait(PATIENCE)
-            if name in self.fails:
-                raise self.fails[name]
+                started, end = self.held[name]
+                started.set()
+                assert end.wait(PATIENCE)
+            if name in self.errors:
+                raise self.errors[name]
         return names
 
     def hold(self, name):
-        """Hold a job up once it is executed."""
+        """Make the execution of a job block."""
         self.held[name] = threading.Event(), threading.Event()
 
-    def begun(self, name):
-        """Wait until a job that is held is being executed."""
+    def wait_until_started(self, name):
+        """Wait until the execution of a held job has started."""
         assert self.held[name][0].wait(PATIENCE)
 
     def let_go(self, name):
-        """Hold a job up no longer."""
+        """Let the execution of a held job end."""
         self.held[name][1].set()
 
-    def come(self, job, person=None, priority=1, **options):
-        """Have a job come, in a thread of its own; give the future of its answer."""
-        return self._callers.submit(self.batcher.run, job, person or Person(), priority, **options)
+    def submit(self, job, call=None, priority=1, **options):
+        """Run a job in a thread of its own and return the future of its result."""
+        return self._callers.submit(self.batcher.run, job, call or FakeCall(), priority, **options)
 
-    def wait(self, *jobs, person=None, priority=1, **options):
-        """Have jobs come one after the other, each of which is seen to wait; give the futures of their answers."""
+    def enqueue(self, *jobs, call=None, priority=1, **options):
+        """Submit jobs one after the other, wait until each is queued, and return the futures of their results."""
         futures = []
         for job in jobs:
-            waiter = person or Person()
-            futures.append(self.come(job, waiter, priority, **options))
-            assert waiter.waits.wait(PATIENCE)
+            context = call or FakeCall()
+            futures.append(self.submit(job, context, priority, **options))
+            assert context.queued.wait(PATIENCE)
         return futures
 
     def occupy(self, name="busy"):
-        """Take a slot by a job that is held."""
+        """Occupy a slot with a held job."""
         self.hold(name)
-        future = self.come(Work(name, key=None))
-        self.begun(name)
+        future = self.submit(NamedJob(name, key=None))
+        self.wait_until_started(name)
         return future
 
-    def free(self):
-        """Count the slots that are free."""
-        free = self.batcher.borrow(1000)
-        self.batcher.give_back(free)
-        return free
+    def free_slots(self):
+        """Return the number of free slots."""
+        count = self.batcher.borrow(1000)
+        self.batcher.release(count)
+        return count
 
     def close(self):
-        """Let all go and end the threads."""
-        for _, let_go in self.held.values():
-            let_go.set()
+        """Let all held jobs end, and join the threads."""
+        for _, end in self.held.values():
+            end.set()
         self._callers.shutdown()
 
 
 @pytest.fixture
-def room():
-    """Give the way to make rooms, which are closed at the end."""
+def make_harness():
+    """Return a factory of harnesses, each of which is checked for lost slots and jobs at the end of the test."""
     made = []
 
-    def make(slots=1, **bounds):
-        made.append(Room(slots, **bounds))
+    def make(slots=1, **limits):
+        made.append(Harness(slots, **limits))
         return made[-1]
 
     yield make
     for each in made:
         each.close()
-        # Whatever happened there: every slot is free, and nobody waits.
-        assert each.batcher.waiting() == [0] * PRIORITIES
-        assert each.batcher.age() == 0.0
-        assert each.free() == each.slots
+        assert each.batcher.queue_lengths() == [0] * PRIORITIES
+        assert each.batcher.oldest_wait() == 0.0
+        assert each.free_slots() == each.slots
 
 
-def answers(futures):
-    """Give what each came to: its value, or the class of what it raised."""
-    ended = []
+def outcomes(futures):
+    """Return the result of each future, or the class of its exception."""
+    found = []
     for future in futures:
         error = future.exception(PATIENCE)
-        ended.append(future.result() if error is None else type(error))
-    return ended
+        found.append(future.result() if error is None else type(error))
+    return found
 
 
-def jobs(names, **more):
-    """Give a job for each letter."""
-    return [Work(name, **more) for name in names]
+def jobs(names, **attributes):
+    """Return one job for each letter."""
+    return [NamedJob(name, **attributes) for name in names]
 
 
-def test_a_lone_job_is_executed_at_once_by_its_own_thread(room):
-    """Where a slot is free nobody is woken: the caller's thread computes, and has not waited."""
-    made = room()
-    person = Person()
-    assert made.batcher.run(Work("a"), person) == "a"
-    assert made.threads["a"] == threading.get_ident()
-    assert not person.waits.is_set()
-    assert made.observer.waited == [0.0]
+def test_lone_job_is_executed_at_once_by_its_own_thread(make_harness):
+    """With a free slot, the thread of the call executes the job, and the time in the queue is 0."""
+    harness = make_harness()
+    call = FakeCall()
+    assert harness.batcher.run(NamedJob("a"), call) == "a"
+    assert harness.threads["a"] == threading.get_ident()
+    assert not call.queued.is_set()
+    assert harness.observer.seconds == [0.0]
 
 
-def test_a_lone_job_that_nobody_waits_for_is_not_executed(room):
-    """The waiter is asked before anything is computed, and the slot is free again."""
-    made = room()
-    with pytest.raises(Left):
-        made.batcher.run(Work("a"), Person(error=Left()))
-    assert made.batches == []
-    assert made.free() == 1
+def test_lone_job_of_a_cancelled_call_is_not_executed(make_harness):
+    """Cancellation is checked before the execution, and the slot is free afterwards."""
+    harness = make_harness()
+    with pytest.raises(Cancelled):
+        harness.batcher.run(NamedJob("a"), FakeCall(error=Cancelled()))
+    assert harness.batches == []
+    assert harness.free_slots() == 1
 
 
-def test_a_lone_job_that_fails_leaves_its_seat(room):
-    """What executing raises is the caller's, and the next one finds the slot free."""
-    made = room()
-    made.fails["a"] = KeyError("a")
+def test_lone_job_that_fails_releases_its_slot(make_harness):
+    """The exception of the execution is raised to the caller, and the next job finds the slot free."""
+    harness = make_harness()
+    harness.errors["a"] = KeyError("a")
     with pytest.raises(KeyError):
-        made.batcher.run(Work("a"), Person())
-    assert made.batcher.run(Work("b"), Person()) == "b"
+        harness.batcher.run(NamedJob("a"), FakeCall())
+    assert harness.batcher.run(NamedJob("b"), FakeCall()) == "b"
 
 
-def test_each_seat_is_an_execution_at_a_time(room):
-    """With two slots two jobs are executed side by side, and a third waits."""
-    made = room(2)
-    futures = [made.occupy("x"), made.occupy("y"), *made.wait(Work("a"))]
-    assert made.batcher.waiting() == [0, 1, 0]
-    made.let_go("y")
-    assert answers(futures[1:]) == ["y", "a"]
-    made.let_go("x")
-    assert answers(futures[:1]) == ["x"]
+def test_slots_bound_the_executions_at_a_time(make_harness):
+    """With two slots, two jobs are executed concurrently, and a third one is queued."""
+    harness = make_harness(2)
+    futures = [harness.occupy("x"), harness.occupy("y"), *harness.enqueue(NamedJob("a"))]
+    assert harness.batcher.queue_lengths() == [0, 1, 0]
+    harness.let_go("y")
+    assert outcomes(futures[1:]) == ["y", "a"]
+    harness.let_go("x")
+    assert outcomes(futures[:1]) == ["x"]
 
 
-def test_jobs_gather_while_every_seat_is_taken(room):
-    """What came meanwhile and can share is one batch, in order, computed by the first of them; each has its answer."""
-    made = room()
-    made.occupy()
-    futures = made.wait(*jobs("abc"))
-    made.let_go("busy")
-    assert answers(futures) == ["a", "b", "c"]
-    assert made.batches == [["busy"], ["a", "b", "c"]]
-    assert len(made.observer.waited) == 4
-    assert min(made.observer.waited[1:]) > 0
+def test_jobs_queued_while_all_slots_are_taken_form_a_batch(make_harness):
+    """Queued jobs with equal keys are executed as one batch, in order, and each caller gets its own result."""
+    harness = make_harness()
+    harness.occupy()
+    futures = harness.enqueue(*jobs("abc"))
+    harness.let_go("busy")
+    assert outcomes(futures) == ["a", "b", "c"]
+    assert harness.batches == [["busy"], ["a", "b", "c"]]
+    assert len(harness.observer.seconds) == 4
+    assert min(harness.observer.seconds[1:]) > 0
 
 
-def test_keys_take_turns(room):
-    """A key that has had a batch goes behind the others, whatever more of it waits."""
-    made = room(batch_bytes=2)
-    made.occupy()
-    futures = made.wait(*jobs("abcde", key="1"), *jobs("ABC", key="2"), *jobs("x", key="3"))
-    made.let_go("busy")
-    assert answers(futures) == list("abcdeABCx")
-    assert made.batches[1:] == [["a", "b"], ["A", "B"], ["x"], ["c", "d"], ["C"], ["e"]]
+def test_durations_are_recorded_for_jobs_that_are_executed_alone(make_harness):
+    """A job's duration is recorded if it was alone, whether it was queued or not; jobs of a batch record none."""
+    harness = make_harness()
+    lone, queued, batch = NamedJob("a"), NamedJob("b", key=None), jobs("cd")
+    harness.batcher.run(lone, FakeCall())
+    harness.occupy()
+    futures = harness.enqueue(queued, *batch)
+    harness.let_go("busy")
+    assert outcomes(futures) == ["b", "c", "d"]
+    assert [len(job.durations) for job in (lone, queued, *batch)] == [1, 1, 0, 0]
+    assert min(lone.durations + queued.durations) > 0
 
 
-def test_who_has_waited_for_long_goes_first(room):
-    """What has waited for half of what may wait is next, whichever key's turn it would be."""
-    made = room(seconds=1e-9, waiting=100)
-    made.occupy("x")
-    futures = made.wait(*jobs("abc", key="k", nbytes=2**20), *jobs("d", key="l"), admitted=True)
-    made.let_go("x")
-    assert sorted(answers(futures)) == ["a", "b", "c", "d"]
-    assert made.batches == [["x"], ["a", "b"], ["c"], ["d"]]
+def test_full_queue_rejects_a_job(make_harness):
+    """A job of a full priority is rejected with the limit; other priorities still have room."""
+    harness = make_harness(max_queue=2)
+    harness.occupy()
+    futures = harness.enqueue(*jobs("ab"))
+    with pytest.raises(QueueFullError) as raised:
+        harness.batcher.run(NamedJob("c"), FakeCall())
+    assert (raised.value.quantity, raised.value.limit, raised.value.actual) == ("calls", 2, 3)
+    with pytest.raises(QueueFullError):
+        harness.batcher.check_queue(1)
+    harness.batcher.check_queue(0)
+    futures += harness.enqueue(NamedJob("d"), priority=0)
+    assert harness.batcher.queue_lengths() == [1, 2, 0]
+    harness.let_go("busy")
+    assert outcomes(futures) == ["a", "b", "d"]
+    harness.batcher.check_queue(1)
 
 
-def test_a_batch_is_short(room):
-    """Jobs that take their time by themselves aren't put together, though they have a key in common."""
-    made = room(seconds=10.0)
-    made.occupy("x")
-    futures = made.wait(*jobs("abc", seconds=1.0))
-    made.let_go("x")
-    assert sorted(answers(futures)) == ["a", "b", "c"]
-    assert made.batches == [["x"], ["a"], ["b"], ["c"]]
+def test_admitted_jobs_ignore_the_limits(make_harness):
+    """A job that belongs to an admitted call is queued although the queue is full."""
+    harness = make_harness(max_queue=1, max_queue_seconds=1.0)
+    harness.occupy()
+    futures = harness.enqueue(NamedJob("a", seconds=1.0))
+    futures += harness.enqueue(*jobs("bc", seconds=5.0), admitted=True)
+    assert harness.batcher.queue_lengths() == [0, 3, 0]
+    harness.let_go("busy")
+    assert outcomes(futures) == ["a", "b", "c"]
 
 
-def test_a_batch_is_bounded_in_bytes_but_takes_one_job_of_any_size(room):
-    """Jobs are taken in order while they fit; one that is larger than a batch goes by itself."""
-    made = room(batch_bytes=10)
-    made.occupy()
-    sizes = [4, 6, 1, 11, 10, 3, 3]
-    futures = made.wait(*[Work(str(i), nbytes=size) for i, size in enumerate(sizes)])
-    made.let_go("busy")
-    assert answers(futures) == list("0123456")
-    assert made.batches[1:] == [["0", "1"], ["2"], ["3"], ["4"], ["5", "6"]]
+def test_cancelled_job_leaves_the_queue_at_once(make_harness):
+    """A queued job that is cancelled ends while the slot is still taken, frees its room and is not executed."""
+    harness = make_harness(max_queue=2)
+    harness.occupy()
+    call = FakeCall()
+    kept = harness.enqueue(NamedJob("a"))
+    (gone,) = harness.enqueue(NamedJob("b"), call=call)
+    call.cancel()
+    assert outcomes([gone]) == [Cancelled]
+    assert harness.batcher.queue_lengths() == [0, 1, 0]
+    kept += harness.enqueue(NamedJob("c"))
+    harness.let_go("busy")
+    assert outcomes(kept) == ["a", "c"]
+    assert harness.batches[1:] == [["a", "c"]]
+    assert harness.observer.stages == ["queue"]
 
 
-def test_a_job_without_a_key_goes_alone(room):
-    """Such jobs take turns like keys of their own."""
-    made = room()
-    made.occupy()
-    futures = made.wait(*jobs("a"), *jobs("xy", key=None), *jobs("b"))
-    made.let_go("busy")
-    assert answers(futures) == list("axyb")
-    assert made.batches[1:] == [["a", "b"], ["x"], ["y"]]
+def test_job_cancelled_before_the_callback_leaves_the_queue(make_harness):
+    """A job of a call that ended before its callback was registered does not stay in the queue."""
+    harness = make_harness()
+    harness.occupy()
+    with pytest.raises(Cancelled):
+        harness.batcher.run(NamedJob("a"), FakeCall(error=Cancelled()))
+    assert harness.batcher.queue_lengths() == [0, 0, 0]
+    harness.let_go("busy")
 
 
-def test_priorities_share_by_strides(room):
-    """Of thirteen batches nine are of the first level, three of the second, one of the last: none waits for ever."""
-    made = room()
-    made.occupy()
-    futures = []
-    for level in reversed(range(PRIORITIES)):
-        futures += made.wait(*[Work(f"{level}{i}", key=None) for i in range(20)], priority=level)
-    made.let_go("busy")
-    answers(futures)
-    order = [name[0] for (name,) in made.batches[1:]]
-    assert Counter(order[:13]) == {"0": 9, "1": 3, "2": 1}
-    assert Counter(order[13:26]) == {"0": 9, "1": 3, "2": 1}
-    assert order[0] == "0"
-
-
-def test_an_urgent_job_goes_before_those_that_wait(room):
-    """What is more urgent goes first, however many less urgent ones came before."""
-    made = room()
-    made.occupy()
-    futures = made.wait(*jobs("abc", key=None), priority=2) + made.wait(*jobs("xyz", key=None), priority=1)
-    futures += made.wait(*jobs("u", key=None), priority=0)
-    made.let_go("busy")
-    assert answers(futures) == list("abcxyzu")
-    assert made.batches[1] == ["u"]
-    assert [name for (name,) in made.batches[2:5]] == ["x", "y", "z"]
-
-
-@pytest.mark.parametrize(("alone", "late"), [(1, 2), (2, 1), (2, 0), (0, 2)])
-def test_a_level_that_was_alone_for_long_owes_nothing(room, alone, late):
-    """A level's turns while the others wanted none don't count against it when another one comes."""
-    made = room(waiting=100)
-    made.occupy()
-    futures = made.wait(*[Work(f"early{i}", key=None) for i in range(60)], priority=alone)
-    made.hold("early59")
-    made.let_go("busy")
-    made.begun("early59")
-    # Nothing waits. Then the others come, and both have their share from the start.
-    for level in (late, alone):
-        futures += made.wait(*[Work(f"{level}", key=None) for _ in range(20)], priority=level)
-    made.let_go("early59")
-    answers(futures)
-    order = [name for (name,) in made.batches[61:]]
-    ratio = max(STRIDES[alone], STRIDES[late]) // min(STRIDES[alone], STRIDES[late])
-    assert Counter(order[: ratio + 1])[str(max(alone, late))] == 1
-
-
-def test_each_level_is_bounded_by_count(room):
-    """A full level refuses and says how full it is; others have room."""
-    made = room(waiting=2)
-    made.occupy()
-    futures = made.wait(*jobs("ab"))
-    with pytest.raises(FullError) as raised:
-        made.batcher.run(Work("c"), Person())
-    assert (raised.value.what, raised.value.limit, raised.value.actual) == ("calls", 2, 3)
-    with pytest.raises(FullError):
-        made.batcher.check_room(1)
-    made.batcher.check_room(0)
-    futures += made.wait(Work("d"), priority=0)
-    assert made.batcher.waiting() == [1, 2, 0]
-    made.let_go("busy")
-    assert answers(futures) == ["a", "b", "d"]
-    made.batcher.check_room(1)
-
-
-def test_each_level_is_bounded_by_seconds_of_work(room):
-    """Seconds are of all slots together; a job is let in until they are reached, whatever it takes itself."""
-    made = room(2, seconds=1.0)
-    made.occupy("x")
-    made.occupy("y")
-    futures = made.wait(Work("a", seconds=1.5))
-    made.batcher.check_room(1)
-    futures += made.wait(Work("b", seconds=0.75))
-    with pytest.raises(FullError) as raised:
-        made.batcher.run(Work("c", seconds=0.0), Person())
-    error = raised.value
-    assert (error.what, error.limit, error.actual, error.delay) == ("seconds", 1.0, 1.125, 1.125)
-    made.let_go("x")
-    made.let_go("y")
-    assert sorted(answers(futures)) == ["a", "b"]
-    made.batcher.check_room(1)
-
-
-def test_one_job_of_any_size_finds_an_empty_level(room):
-    """A job that takes longer than the bound isn't refused for ever: where nothing waits it may."""
-    made = room(seconds=1.0)
-    made.occupy()
-    futures = made.wait(Work("a", seconds=100.0))
-    with pytest.raises(FullError):
-        made.batcher.run(Work("b"), Person())
-    made.let_go("busy")
-    assert answers(futures) == ["a"]
-
-
-def test_what_was_let_in_is_not_held_to_the_bounds(room):
-    """A part of something that has begun waits in a full level."""
-    made = room(waiting=1, seconds=1.0)
-    made.occupy()
-    futures = made.wait(Work("a", seconds=1.0))
-    futures += made.wait(*jobs("bc", seconds=5.0), admitted=True)
-    assert made.batcher.waiting() == [0, 3, 0]
-    made.let_go("busy")
-    assert answers(futures) == ["a", "b", "c"]
-
-
-def test_a_waiter_that_leaves_the_queue_frees_its_place_at_once(room):
-    """It is told so while the slot is still taken, its place is another one's, and it isn't computed."""
-    made = room(waiting=2)
-    made.occupy()
-    person = Person()
-    kept = made.wait(Work("a"))
-    (gone,) = made.wait(Work("b"), person=person)
-    person.leave()
-    assert answers([gone]) == [Left]
-    assert made.batcher.waiting() == [0, 1, 0]
-    kept += made.wait(Work("c"))
-    made.let_go("busy")
-    assert answers(kept) == ["a", "c"]
-    assert made.batches[1:] == [["a", "c"]]
-    assert made.observer.left == ["queue"]
-
-
-def test_a_waiter_that_had_left_before_it_came_is_not_queued_for_long(room):
-    """Where leaving can't be told of any more, it is found out."""
-    made = room()
-    made.occupy()
-    with pytest.raises(Left):
-        made.batcher.run(Work("a"), Person(error=Left()))
-    assert made.batcher.waiting() == [0, 0, 0]
-    made.let_go("busy")
-
-
-def test_a_deadline_that_passes_in_the_queue_is_told_at_once(room):
-    """Nothing of it is executed, although the slot is never free before it is told."""
-    made = room()
-    made.occupy()
+def test_job_queued_after_its_deadline_ends_at_once(make_harness):
+    """A job whose deadline has passed is not executed, and ends although no slot becomes free."""
+    harness = make_harness()
+    harness.occupy()
     with pytest.raises(TimeoutError):
-        made.batcher.run(Work("late"), Person(left=0.0, error=TimeoutError()))
-    assert made.observer.left == ["queue"]
-    made.let_go("busy")
-    assert made.batcher.run(Work("a"), Person()) == "a"
-    assert ["late"] not in made.batches
+        harness.batcher.run(NamedJob("late"), FakeCall(remaining=0.0, error=TimeoutError()))
+    assert harness.observer.stages == ["queue"]
+    harness.let_go("busy")
+    assert harness.batcher.run(NamedJob("a"), FakeCall()) == "a"
+    assert ["late"] not in harness.batches
 
 
-def test_a_deadline_ends_the_wait_by_itself(room):
-    """Nobody has to tell of a deadline: who waits looks at the time that is left."""
-    made = room()
-    made.occupy()
-    assert answers(made.wait(Work("late"), person=Hasty(0.05))) == [TimeoutError]
-    assert made.batches == [["busy"]]
+def test_deadline_in_the_queue_needs_no_callback(make_harness):
+    """A queued job ends when its deadline passes, without any callback."""
+    harness = make_harness()
+    harness.occupy()
+    assert outcomes(harness.enqueue(NamedJob("late"), call=CallWithDeadline(0.05))) == [TimeoutError]
+    assert harness.batches == [["busy"]]
 
 
-def held_batch(made, names="abc", people=None):
-    """Bring jobs into one batch, the first of which is held; give the futures."""
-    made.occupy()
-    made.hold(names[0])
+def held_batch(harness, names="abc", calls=None):
+    """Start one batch of jobs, whose leader is held, and return the futures."""
+    harness.occupy()
+    harness.hold(names[0])
     futures = []
     for name in names:
-        futures += made.wait(Work(name), person=(people or {}).get(name))
-    made.let_go("busy")
-    made.begun(names[0])
+        futures += harness.enqueue(NamedJob(name), call=(calls or {}).get(name))
+    harness.let_go("busy")
+    harness.wait_until_started(names[0])
     return futures
 
 
-def test_a_waiter_that_leaves_its_batch_is_gone_at_once_and_nobody_notices(room):
-    """It is told while the batch is still computed; the others have their answers."""
-    made, person = room(), Person()
-    first, gone, last = held_batch(made, people={"b": person})
-    person.leave()
-    assert answers([gone]) == [Left]
-    made.let_go("a")
-    assert answers([first, last]) == ["a", "c"]
-    assert made.observer.left == ["compute"]
+def test_cancelled_follower_ends_before_its_batch(make_harness):
+    """A cancelled job of a running batch ends at once; the other jobs get their results."""
+    harness, call = make_harness(), FakeCall()
+    first, gone, last = held_batch(harness, calls={"b": call})
+    call.cancel()
+    assert outcomes([gone]) == [Cancelled]
+    harness.let_go("a")
+    assert outcomes([first, last]) == ["a", "c"]
+    assert harness.observer.stages == ["compute"]
 
 
-def test_a_leader_that_leaves_still_computes_for_the_others(room):
-    """Its thread is the batch's: whoever else is in it has an answer, once."""
-    made, person = room(), Person()
-    first, *others = held_batch(made, people={"a": person})
-    person.leave()
-    made.let_go("a")
-    assert answers(others) == ["b", "c"]
-    assert answers([first]) == ["a"]
-    assert made.batches == [["busy"], ["a", "b", "c"]]
+def test_cancelled_leader_still_executes_its_batch(make_harness):
+    """The thread of a cancelled leader finishes the batch, once, and all jobs get their results."""
+    harness, call = make_harness(), FakeCall()
+    first, *others = held_batch(harness, calls={"a": call})
+    call.cancel()
+    harness.let_go("a")
+    assert outcomes(others) == ["b", "c"]
+    assert outcomes([first]) == ["a"]
+    assert harness.batches == [["busy"], ["a", "b", "c"]]
 
 
-def test_one_that_left_unheard_is_left_out_of_its_batch(room):
-    """Waiters are asked once more when their turn comes: the leader too, whose thread then computes for the others."""
+def test_batch_excludes_jobs_that_were_cancelled_silently(make_harness):
+    """Cancellation is checked again before the execution; a cancelled leader executes the batch without its own job."""
     for name in "abc":
-        made, person = room(), Silent()
-        made.occupy()
+        harness, call = make_harness(), SilentCall()
+        harness.occupy()
         futures = []
         for each in "abc":
-            futures += made.wait(Work(each), person=person if each == name else None)
-        person.leave()
-        made.let_go("busy")
-        assert answers(futures) == [Left if each == name else each for each in "abc"]
-        assert made.batches[1:] == [[each for each in "abc" if each != name]]
-        assert made.observer.left == ["queue"]
+            futures += harness.enqueue(NamedJob(each), call=call if each == name else None)
+        call.cancel()
+        harness.let_go("busy")
+        assert outcomes(futures) == [Cancelled if each == name else each for each in "abc"]
+        assert harness.batches[1:] == [[each for each in "abc" if each != name]]
+        assert harness.observer.stages == ["queue"]
 
 
-def test_a_batch_that_everybody_left_unheard_is_not_executed(room):
-    """Nothing is computed for nobody, and the slot goes on to who is next."""
-    made = room()
-    made.occupy()
-    people = [Silent(), Silent()]
-    futures = [made.wait(Work(str(i)), person=person)[0] for i, person in enumerate(people)]
-    for person in people:
-        person.leave()
-    futures += made.wait(Work("x", key="other"))
-    made.let_go("busy")
-    assert answers(futures) == [Left, Left, "x"]
-    assert made.batches == [["busy"], ["x"]]
+def test_batch_of_cancelled_jobs_is_not_executed(make_harness):
+    """A batch whose jobs were all cancelled executes nothing, and the next batch gets the slot."""
+    harness = make_harness()
+    harness.occupy()
+    calls = [SilentCall(), SilentCall()]
+    futures = [harness.enqueue(NamedJob(str(i)), call=call)[0] for i, call in enumerate(calls)]
+    for call in calls:
+        call.cancel()
+    futures += harness.enqueue(NamedJob("x", key="other"))
+    harness.let_go("busy")
+    assert outcomes(futures) == [Cancelled, Cancelled, "x"]
+    assert harness.batches == [["busy"], ["x"]]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("culprit", "abc")
-def test_of_a_batch_that_fails_each_is_tried_alone(room, culprit, error):
-    """Only who is at fault fails, whatever was raised and wherever in the batch it is."""
-    made = room()
-    made.fails[culprit] = error()
-    made.occupy()
-    futures = made.wait(*jobs("abc"))
-    made.let_go("busy")
-    assert answers(futures) == [error if each == culprit else each for each in "abc"]
-    assert made.batches[1:] == [["a", "b", "c"], ["a"], ["b"], ["c"]]
+def test_jobs_of_a_failed_batch_are_executed_alone(make_harness, culprit, error):
+    """Only the job at fault fails, whatever the exception and wherever the job is in the batch."""
+    harness = make_harness()
+    harness.errors[culprit] = error()
+    harness.occupy()
+    futures = harness.enqueue(*jobs("abc"))
+    harness.let_go("busy")
+    assert outcomes(futures) == [error if each == culprit else each for each in "abc"]
+    assert harness.batches[1:] == [["a", "b", "c"], ["a"], ["b"], ["c"]]
 
 
 @pytest.mark.parametrize("number", [0, 1, 3])
-def test_an_execution_with_another_number_of_answers_hangs_nobody(number):
-    """Answers that can't be told apart are nobody's: each job is tried alone, and fails there if need be."""
-    begun, let_go = threading.Event(), threading.Event()
+def test_wrong_number_of_results_leaves_no_caller_waiting(number):
+    """If an execution returns too few or too many results, each job is executed alone."""
+    started, end = threading.Event(), threading.Event()
 
     def execute(batch):
         if batch[0].name == "busy":
-            begun.set()
-            assert let_go.wait(PATIENCE)
+            started.set()
+            assert end.wait(PATIENCE)
         return [job.name for job in batch] if len(batch) == 1 else ["?"] * number
 
     batcher = Batcher(1, execute, QueueLimits())
     with ThreadPoolExecutor(3) as callers:
-        people = [Person(), Person()]
-        futures = [callers.submit(batcher.run, Work("busy"), Person())]
-        assert begun.wait(PATIENCE)
-        for name, person in zip("ab", people, strict=True):
-            futures.append(callers.submit(batcher.run, Work(name), person))
-            assert person.waits.wait(PATIENCE)
-        let_go.set()
-        assert answers(futures) == ["busy", "a", "b"]
+        calls = [FakeCall(), FakeCall()]
+        futures = [callers.submit(batcher.run, NamedJob("busy"), FakeCall())]
+        assert started.wait(PATIENCE)
+        for name, call in zip("ab", calls, strict=True):
+            futures.append(callers.submit(batcher.run, NamedJob(name), call))
+            assert call.queued.wait(PATIENCE)
+        end.set()
+        assert outcomes(futures) == ["busy", "a", "b"]
 
 
-def test_stopping_fails_what_waits_and_finishes_what_is_executed(room):
-    """Those in a slot, and in its batch, have their answers; those that wait, and come, are told."""
-    made = room()
-    futures = held_batch(made, "ab")
-    waiting = made.wait(Work("c"), priority=0) + made.wait(Work("d", key=None), priority=2)
-    made.batcher.stop()
-    assert answers(waiting) == [StoppedError, StoppedError]
+def test_stop_fails_queued_jobs_and_finishes_running_ones(make_harness):
+    """Jobs of a running batch get their results; queued and new jobs get StoppedError."""
+    harness = make_harness()
+    futures = held_batch(harness, "ab")
+    waiting = harness.enqueue(NamedJob("c"), priority=0) + harness.enqueue(NamedJob("d", key=None), priority=2)
+    harness.batcher.stop()
+    assert outcomes(waiting) == [StoppedError, StoppedError]
     with pytest.raises(StoppedError):
-        made.batcher.run(Work("e"), Person())
-    made.let_go("a")
-    assert answers(futures) == ["a", "b"]
+        harness.batcher.run(NamedJob("e"), FakeCall())
+    harness.let_go("a")
+    assert outcomes(futures) == ["a", "b"]
 
 
-def test_after_stopping_a_free_seat_is_nobodys(room):
-    """What comes is failed even where it could be executed at once."""
-    made = room()
-    made.batcher.stop()
+def test_stopped_batcher_rejects_jobs_although_a_slot_is_free(make_harness):
+    """After a stop, a new job fails even if it could be executed at once."""
+    harness = make_harness()
+    harness.batcher.stop()
     for key in ("key", None):
         with pytest.raises(StoppedError):
-            made.batcher.run(Work("a", key=key), Person())
-    assert made.batches == []
+            harness.batcher.run(NamedJob("a", key=key), FakeCall())
+    assert harness.batches == []
 
 
 DELAY = 3600.0
 """Longer than any test."""
 
 
-def test_with_a_delay_a_job_waits_for_others_until_a_batch_is_full(room):
-    """The slot stays free until there are bytes enough; then all of them are one batch."""
-    made = room(batch_bytes=3, delay=DELAY)
-    futures = made.wait(*jobs("ab"))
-    assert made.batches == []
-    assert made.free() == 1
-    assert made.batches == []
-    futures += made.wait(*jobs("c"))
-    assert answers(futures) == ["a", "b", "c"]
-    assert made.batches == [["a", "b", "c"]]
+def test_delay_holds_jobs_until_a_batch_is_full(make_harness):
+    """With a delay, the slot stays free until the queued jobs fill a batch."""
+    harness = make_harness(max_batch_bytes=3, max_queue_delay=DELAY)
+    futures = harness.enqueue(*jobs("ab"))
+    assert harness.batches == []
+    assert harness.free_slots() == 1
+    assert harness.batches == []
+    futures += harness.enqueue(*jobs("c"))
+    assert outcomes(futures) == ["a", "b", "c"]
+    assert harness.batches == [["a", "b", "c"]]
 
 
-def test_with_a_delay_what_can_share_nothing_waits_for_nothing(room):
-    """A job without a key, and one that fills a batch, have the free slot at once, and a key that is full its turn."""
-    made = room(batch_bytes=3, delay=DELAY)
-    futures = made.wait(*jobs("ab"))
-    assert made.batcher.run(Work("x", key=None), Person()) == "x"
-    assert made.batcher.run(Work("y", key="other", nbytes=3), Person()) == "y"
-    assert made.batcher.waiting() == [0, 2, 0]
-    futures += made.wait(*jobs("c"))
-    assert answers(futures) == ["a", "b", "c"]
+def test_delay_does_not_hold_jobs_that_gain_nothing(make_harness):
+    """With a delay, a job without a key and a job that fills a batch alone are executed at once."""
+    harness = make_harness(max_batch_bytes=3, max_queue_delay=DELAY)
+    futures = harness.enqueue(*jobs("ab"))
+    assert harness.batcher.run(NamedJob("x", key=None), FakeCall()) == "x"
+    assert harness.batcher.run(NamedJob("y", key="other", nbytes=3), FakeCall()) == "y"
+    assert harness.batcher.queue_lengths() == [0, 2, 0]
+    futures += harness.enqueue(*jobs("c"))
+    assert outcomes(futures) == ["a", "b", "c"]
 
 
-def test_with_a_delay_a_job_goes_when_it_has_passed(room):
-    """Alone as it is."""
-    made = room(delay=0.05)
-    person = Person(left=DELAY)
-    assert made.batcher.run(Work("a"), person) == "a"
-    assert person.waits.is_set()
-    assert made.observer.waited[0] >= 0.05
+def test_job_is_executed_when_its_delay_has_passed(make_harness):
+    """A job that no other one joins is executed alone after the delay."""
+    harness = make_harness(max_queue_delay=0.05)
+    call = FakeCall(remaining=DELAY)
+    assert harness.batcher.run(NamedJob("a"), call) == "a"
+    assert call.queued.is_set()
+    assert harness.observer.seconds[0] >= 0.05
 
 
-def test_with_a_delay_that_has_passed_a_job_waits_for_a_seat(room):
-    """The delay ends in a queue; then a slot that is left is taken, with whoever came meanwhile."""
-    made = room(delay=0.05)
-    made.occupy()
-    futures = made.wait(*jobs("ab"))
-    # One that gives up later than the others' delay ends: when it is told, they wait for the slot alone.
-    assert answers(made.wait(Work("z"), person=Hasty(0.1))) == [TimeoutError]
-    made.let_go("busy")
-    assert answers(futures) == ["a", "b"]
-    assert made.batches == [["busy"], ["a", "b"]]
+def test_job_waits_for_a_slot_after_its_delay(make_harness):
+    """If no slot is free when the delay ends, the job is in the batch that gets the next slot."""
+    harness = make_harness(max_queue_delay=0.05)
+    harness.occupy()
+    futures = harness.enqueue(*jobs("ab"))
+    # Its deadline is later than the end of the others' delay, after which they wait for the slot alone.
+    assert outcomes(harness.enqueue(NamedJob("z"), call=CallWithDeadline(0.1))) == [TimeoutError]
+    harness.let_go("busy")
+    assert outcomes(futures) == ["a", "b"]
+    assert harness.batches == [["busy"], ["a", "b"]]
 
 
-def test_a_deadline_before_the_delay_ends_the_wait(room):
-    """Who can't wait for others as long is told at its own time."""
-    made = room(delay=DELAY)
-    with pytest.raises(Left):
-        made.batcher.run(Work("a"), Person(left=0.0, error=Left()))
-    assert made.batcher.waiting() == [0, 0, 0]
+def test_deadline_before_the_delay_ends_the_wait(make_harness):
+    """A job whose deadline is earlier than its delay ends at the deadline."""
+    harness = make_harness(max_queue_delay=DELAY)
+    with pytest.raises(Cancelled):
+        harness.batcher.run(NamedJob("a"), FakeCall(remaining=0.0, error=Cancelled()))
+    assert harness.batcher.queue_lengths() == [0, 0, 0]
 
 
-def test_free_seats_can_be_borrowed(room):
-    """As many as are free, and no more; given back, they wake who waits."""
-    made = room(3)
-    made.occupy()
-    assert made.batcher.borrow(1) == 1
-    assert made.batcher.borrow(5) == 1
-    assert made.batcher.borrow(5) == 0
-    futures = made.wait(*jobs("a", key=None), *jobs("b", key=None))
-    made.hold("a")
-    made.batcher.give_back(1)
-    made.begun("a")
-    assert made.batcher.waiting() == [0, 1, 0]
-    made.batcher.give_back(1)
-    assert answers(futures[1:]) == ["b"]
-    made.let_go("a")
-    assert answers(futures[:1]) == ["a"]
+def test_free_slots_can_be_borrowed(make_harness):
+    """At most the free slots are lent; when they are released, queued jobs are executed."""
+    harness = make_harness(3)
+    harness.occupy()
+    assert harness.batcher.borrow(1) == 1
+    assert harness.batcher.borrow(5) == 1
+    assert harness.batcher.borrow(5) == 0
+    futures = harness.enqueue(*jobs("a", key=None), *jobs("b", key=None))
+    harness.hold("a")
+    harness.batcher.release(1)
+    harness.wait_until_started("a")
+    assert harness.batcher.queue_lengths() == [0, 1, 0]
+    harness.batcher.release(1)
+    assert outcomes(futures[1:]) == ["b"]
+    harness.let_go("a")
+    assert outcomes(futures[:1]) == ["a"]
 
 
-def test_the_age_is_of_the_one_that_has_waited_longest(room):
-    """Nobody: 0. It grows, whatever comes later, and ends with who leaves."""
-    made = room()
-    made.occupy()
-    assert made.batcher.age() == 0.0
+def test_oldest_wait_is_the_age_of_the_oldest_job(make_harness):
+    """The oldest wait is 0 for an empty queue, grows with time and drops when the oldest job leaves."""
+    harness = make_harness()
+    harness.occupy()
+    assert harness.batcher.oldest_wait() == 0.0
     before = time.monotonic()
-    person = Person()
-    futures = made.wait(Work("a"), person=person, priority=2)
+    call = FakeCall()
+    futures = harness.enqueue(NamedJob("a"), call=call, priority=2)
     between = time.monotonic()
-    futures += made.wait(Work("b"), priority=0)
-    age, now = made.batcher.age(), time.monotonic()
+    futures += harness.enqueue(NamedJob("b"), priority=0)
+    age, now = harness.batcher.oldest_wait(), time.monotonic()
     assert now - between - 0.001 <= age <= now - before
-    person.leave()
-    assert made.batcher.age() <= time.monotonic() - between
-    made.let_go("busy")
-    assert answers(futures) == [Left, "b"]
+    call.cancel()
+    assert harness.batcher.oldest_wait() <= time.monotonic() - between
+    harness.let_go("busy")
+    assert outcomes(futures) == [Cancelled, "b"]
 
 
-SEATS, LIVES, JOBS = 3, 24, 60
+SLOTS, THREADS, JOBS = 3, 24, 60
 
 
-def try_each(batch):
-    """Answer each job with its name, and blame one that is bad by it where it is alone."""
+def execute_all(batch):
+    """Return the name of each job; raise for a bad one, with its name if it is alone."""
     for job in batch:
         if "bad" in job.name:
             raise ValueError(job.name if len(batch) == 1 else "one of several")
     return [job.name for job in batch]
 
 
-def live(batcher, drawn, number, here):
-    """Come with one job after the other, and have others leave; give how each job ended."""
+def run_random_jobs(batcher, seed, number, current):
+    """Run one job after the other, cancel other threads' calls, and yield how each job ended."""
+    drawn = random.Random(seed)  # noqa: S311 - not for secrets
     for i in range(JOBS):
         name = f"{number}-{i}{'-bad' * (drawn.random() < 0.1)}"
-        job = Work(name, drawn.choice(["a", "b", None]), drawn.randint(1, 10), drawn.choice([0.0, 0.1, 0.5]))
-        here[number] = person = Person(error=Left() if drawn.random() < 0.05 else None)
-        if drawn.random() < 0.3 and (other := here.get(drawn.randrange(LIVES))) is not None:
-            other.leave()
+        job = NamedJob(name, drawn.choice(["a", "b", None]), drawn.randint(1, 10), drawn.choice([0.0, 0.1, 0.5]))
+        current[number] = call = FakeCall(error=Cancelled() if drawn.random() < 0.05 else None)
+        if drawn.random() < 0.3 and (other := current.get(drawn.randrange(THREADS))) is not None:
+            other.cancel()
         if drawn.random() < 0.2:
-            batcher.give_back(batcher.borrow(drawn.randint(1, SEATS)))
+            batcher.release(batcher.borrow(drawn.randint(1, SLOTS)))
         try:
-            got = batcher.run(job, person, drawn.randrange(PRIORITIES), admitted=drawn.random() < 0.1)
-        except (FullError, Left) as error:
+            got = batcher.run(job, call, drawn.randrange(PRIORITIES), admitted=drawn.random() < 0.1)
+        except (QueueFullError, Cancelled) as error:
             yield type(error).__name__
         except ValueError as error:
             yield "bad" if str(error) == name else f"{name}: {error}"
@@ -717,21 +609,21 @@ def live(batcher, drawn, number, here):
 
 @pytest.mark.parametrize("delay", [0.0, 0.0005])
 @pytest.mark.parametrize("seed", range(4))
-def test_each_job_ends_once_whatever_happens_around_it(seed, delay):
-    """Many threads with jobs of all kinds, some of which fail, leave or find no room: no wake-up is lost.
+def test_each_job_ends_exactly_once_under_random_load(seed, delay):
+    """Each job of many threads ends with its own result, its own error, cancellation or rejection; no wake-up is lost.
 
-    Each ends with its own answer, its own error, its own leaving, or a refusal; then every slot is free.
+    Some jobs fail, are cancelled or find no room. Afterwards every slot is free.
     """
-    batcher, here = Batcher(SEATS, try_each, QueueLimits(12, 1.0, 8, delay), Observer()), {}
-    with ThreadPoolExecutor(LIVES) as lives:
+    batcher, current = Batcher(SLOTS, execute_all, QueueLimits(12, 1.0, 8, delay), RecordingObserver()), {}
+    with ThreadPoolExecutor(THREADS) as threads:
         futures = [
-            lives.submit(lambda *own: list(live(batcher, *own)), random.Random(seed * LIVES + number), number, here)  # noqa: S311 - not for secrets
-            for number in range(LIVES)
+            threads.submit(lambda number: list(run_random_jobs(batcher, seed * THREADS + number, number, current)), i)
+            for i in range(THREADS)
         ]
         ended = Counter(end for future in futures for end in future.result(PATIENCE))
-    assert set(ended) <= {"right", "bad", "Left", "FullError"}
-    assert ended.total() == LIVES * JOBS
-    assert min(ended["right"], ended["bad"], ended["Left"]) > 0
-    assert batcher.waiting() == [0] * PRIORITIES
-    assert batcher.age() == 0.0
-    assert batcher.borrow(100) == SEATS
+    assert set(ended) <= {"right", "bad", "Cancelled", "QueueFullError"}
+    assert ended.total() == THREADS * JOBS
+    assert min(ended["right"], ended["bad"], ended["Cancelled"]) > 0
+    assert batcher.queue_lengths() == [0] * PRIORITIES
+    assert batcher.oldest_wait() == 0.0
+    assert batcher.borrow(100) == SLOTS

@@ -26,8 +26,8 @@ from poolrpc import (
 from poolrpc._wire.codec import ArenaRanges, BranchResult, Request
 from poolrpc.tensors import TensorSpec
 from poolrpc_server.calls.admission import AdmissionControl
-from poolrpc_server.calls.batcher import QueueLimits
 from poolrpc_server.calls.dispatch import BLOCKS_HELD, Caller, Dispatcher
+from poolrpc_server.calls.queue import QueueLimits
 from poolrpc_server.calls.validate import Limits
 from poolrpc_server.compute.engine import Engine
 from poolrpc_server.compute.planes import check_indices
@@ -38,7 +38,7 @@ LIMITS = Limits(2**20, 2**20, 64, 10**6)
 X = np.arange(32, dtype=np.float32).reshape(1, 2, 4, 4)
 INPUT, PAYLOAD = TensorSpec("float32", X.shape), X.tobytes()
 HALVED = BranchResult(((1, 2, 2, 2),), TensorSpec("float32", (1, 2, 2, 2)))
-WAITING = Caller(remaining=lambda: None, active=lambda: True)
+WAITING = Caller(time_remaining=lambda: None, active=lambda: True)
 
 
 @pytest.fixture(scope="module")
@@ -421,7 +421,7 @@ def test_one_bad_call_of_a_batch_fails_alone(engine, culprit):
 
 def test_a_full_queue_is_a_call_that_may_come_again(engine):
     """What there is too much of is said with its limit, and the time to wait is at least a moment."""
-    dispatcher = Dispatcher(LIMITS, AdmissionControl(10**6), engine, INFO, bounds=QueueLimits(waiting=0))
+    dispatcher = Dispatcher(LIMITS, AdmissionControl(10**6), engine, INFO, bounds=QueueLimits(max_queue=0))
     for priority in range(3):
         with pytest.raises(UnavailableError, match="at most 0 calls that wait, got 1; try again") as raised:
             dispatcher.check_room(priority)
