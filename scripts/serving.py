@@ -86,7 +86,7 @@ def serving(*flags: str, listen: str = "127.0.0.1:0", env: dict[str, str] | None
         RuntimeError: The server ended before it served; says its last words.
 
     """
-    command = [sys.executable, "-c", "import sys; from poolrpc_server.cli import main; sys.exit(main())"]
+    command = [sys.executable, "-m", "poolrpc_server"]
     process = subprocess.Popen(  # noqa: S603 - our own command
         [*command, "--listen", listen, "--log-format", "json", *flags],
         stderr=subprocess.PIPE,

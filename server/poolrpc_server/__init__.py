@@ -1,4 +1,4 @@
-"""poolrpc_server: the service that runs PyTorch's pooling layers for clients without PyTorch."""
+"""The server of poolrpc: runs PyTorch's pooling layers for clients without PyTorch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Config", "ConfigError", "Server", "embedded", "serve"]
 
 
 def __getattr__(name: str) -> object:
-    # On first use, because app imports torch, for which `poolrpc-server --help` need not wait.
+    # Imported on first use: `app` imports torch, which takes seconds that `poolrpc-server --help` must not wait for.
     if name not in __all__:
         raise AttributeError(name)
     return getattr(import_module("poolrpc_server.config" if name.startswith("Config") else "poolrpc_server.app"), name)

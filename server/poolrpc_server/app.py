@@ -36,8 +36,8 @@ from poolrpc_server.presets import read_models
 from poolrpc_server.protocols.native import SERVICE, PoolDoor
 from poolrpc_server.protocols.triton import servicer
 from poolrpc_server.protocols.triton.shared_memory import SharedMemoryRegistry
-from poolrpc_server.signals import SignalEvent
-from poolrpc_server.sockets import take
+from poolrpc_server.signals import STOP_SIGNALS, SignalEvent, preserved_handlers
+from poolrpc_server.sockets import prepare_path
 from poolrpc_server.telemetry import traces
 from poolrpc_server.telemetry.logs import CallLog, log
 from poolrpc_server.telemetry.metrics import IN_FOLDER, Load, Metrics, MetricsServer
@@ -111,7 +111,7 @@ class Server:
             make_server: What receives its calls: gRPC's own server, or one that takes grpc.server's arguments.
 
         Raises:
-            ConfigError: An address can't be had, there is no such device, or the TLS or token files can't be used.
+            ConfigError: An address is not free, there is no such device, or the TLS or token files can't be used.
 
         """
         keep_freed_memory()
@@ -207,14 +207,16 @@ class Server:
     def _listen(self, address: str) -> str:
         try:
             if path := unix_path(address):
-                take(Path(path))
+                prepare_path(Path(path))
             # A unix socket is this machine's alone, and its clients share memory with the server.
             if path or self._certificates is None:
                 port = self._server.add_insecure_port(address)
             else:
                 port = self._server.add_secure_port(address, self._certificates.credentials())
         except (RuntimeError, BlockingIOError):
-            raise ConfigError(f"listen: {address!r} can't be had: in use, or not of this machine") from None
+            raise ConfigError(
+                f"listen: expected a free address, got {address!r}: it is in use, or does not belong to this machine"
+            ) from None
         return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
 
     def _share_memory(self, config: Config) -> None:
@@ -236,7 +238,7 @@ class Server:
         try:
             return MetricsServer(address, self._metrics.collect, lambda: self._serving)
         except (OSError, UnicodeError) as error:  # the latter of a name that can't be one
-            raise ConfigError(f"metrics: {address!r} can't be had: {error}") from None
+            raise ConfigError(f"metrics: expected a free address, got {address!r}: {error}") from None
 
     def _load(self) -> Load:
         lengths, oldest = self._dispatcher.waiting()
@@ -373,6 +375,7 @@ def _facts(server: Server) -> dict[str, Any]:
     }
 
 
+@preserved_handlers()
 def serve(
     config: Config,
     *,
@@ -395,18 +398,18 @@ def serve(
     use_one_heap()  # before there are threads that have others
     server = Server(config, traces.begin())
     stopping = stopping or SignalEvent()
-    server.on_failure = stopping.ring
+    server.on_failure = stopping.set
 
     def on_signal(number: int, _: object) -> None:
-        # The next one finds the default: the process ends by it.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        # A second signal ends the process at once, by the default action.
+        for each in STOP_SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
         log.info("stopping", signal=signal.Signals(number).name)
-        stopping.ring()
+        stopping.set()
 
-    with stopping.hearing_signals():
-        signal.signal(signal.SIGTERM, on_signal)
-        signal.signal(signal.SIGINT, on_signal)
+    with stopping.wake_on_signals():
+        for number in STOP_SIGNALS:
+            signal.signal(number, on_signal)
         server.start()
         started(_facts(server))
         stopping.wait()

@@ -9,7 +9,7 @@ try:
     from poolrpc_server import config
     from poolrpc_server.telemetry import logs
 except ImportError:
-    # The thin install has this command too, but not what it needs.
+    # An install without the extra has this command too, but not the packages that the server needs.
     sys.stderr.write("poolrpc-server: the server needs its extra: pip install 'poolrpc[server]'\n")
     sys.exit(2)
 
@@ -18,26 +18,31 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and give its exit status.
+    """Run the command and return its exit status.
 
-    0 after a clean stop, 1 where workers can't be started, 2 where a setting is wrong, app.FAILED where the server
-    can't go on and wants to be started again.
+    Args:
+        arguments: The command line. None: that of the process.
+
+    Returns:
+        0 after a clean stop, 1 if the workers do not start or had to be killed, 2 if a setting is wrong, app.FAILED if
+        the server failed and should be started again.
+
     """
     try:
         settings = config.parse(arguments)
         logs.configure(settings.log_format, settings.log_level)
         if settings.workers > 1:
-            from poolrpc_server.workers import supervisor  # noqa: PLC0415 - one process needs none of it
+            from poolrpc_server.workers import supervisor  # noqa: PLC0415 - not needed for a single process
 
             try:
                 return supervisor.supervise(settings)
             except supervisor.WorkersError as error:
-                print(f"poolrpc-server: {error}", file=sys.stderr)  # noqa: T201 - a command's way to speak
-                return supervisor.ENDED
-        # Not before the settings are known to be right: torch takes a second or two to import.
+                print(f"poolrpc-server: {error}", file=sys.stderr)  # noqa: T201 - a command's output
+                return supervisor.WORKERS_FAILED
+        # Imported once the settings are known to be valid: torch takes a second or two to import.
         from poolrpc_server.app import serve  # noqa: PLC0415
 
         return serve(settings)
     except config.ConfigError as error:
-        print(f"poolrpc-server: {error}", file=sys.stderr)  # noqa: T201 - a command's way to speak
+        print(f"poolrpc-server: {error}", file=sys.stderr)  # noqa: T201 - a command's output
         return 2

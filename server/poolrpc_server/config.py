@@ -10,7 +10,7 @@ import configargparse
 from poolrpc._shapes.limits import MAX_MESSAGE_BYTES, MAX_PAYLOAD_BYTES
 from poolrpc.access import is_loopback
 from poolrpc_server.presets import read_models
-from poolrpc_server.resources import cpus, memory_bytes
+from poolrpc_server.resources import cpu_count, memory_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -210,7 +210,7 @@ def _by_the_machine() -> dict[str, int]:
     """Give the settings that follow the machine, where they are at their least."""
     memory = memory_bytes()
     return {
-        "threads": min(cpus(), MOST["threads"]),
+        "threads": min(cpu_count(), MOST["threads"]),
         "max_message_bytes": min(MAX_MESSAGE_BYTES, max(memory // 32, 4 * 2**20)),
         "max_inflight_bytes": min(4 * 2**30, memory * 2 // 5),
         "max_arena_bytes": min(2 * 2**30, memory // 5),

@@ -1,4 +1,4 @@
-"""What this process may use of its machine: CPUs and memory, as its cgroups bound them, in a container or not."""
+"""The CPUs and the memory that this process may use, within the limits of its cgroups."""
 
 from __future__ import annotations
 
@@ -12,52 +12,52 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 UNKNOWN_MEMORY = 4 * 2**30
-"""What is assumed of a system that doesn't tell."""
+"""Bytes of memory assumed for a system that does not report its own."""
 
 ROOT = Path("/")
 
 
-def cpus(root: Path = ROOT) -> int:
-    """Give how many CPUs this process may keep busy: those that it may run on, or its CPU quota where that is less.
+def cpu_count(root: Path = ROOT) -> int:
+    """Return the number of CPUs this process may keep busy: those of its affinity mask, or its CPU quota if smaller.
 
     Args:
-        root: Where /proc and the cgroups are.
+        root: The folder that contains /proc and the cgroups.
 
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([allowed, *(math.ceil(each) for each in _quotas(root))]))
+    return max(1, min([allowed, *(math.ceil(quota) for quota in _cpu_quotas(root))]))
 
 
 def memory_bytes(root: Path = ROOT) -> int:
-    """Give the bytes of memory that this process may use: the machine's, or a limit on its cgroups where that is less.
+    """Return the bytes of memory this process may use: the machine's, or the limit of its cgroups if smaller.
 
     Args:
-        root: Where /proc and the cgroups are.
+        root: The folder that contains /proc and the cgroups.
 
     """
-    return min([_installed(root), *_memory_limits(root)])
+    return min([_installed_memory(root), *_memory_limits(root)])
 
 
-def _quotas(root: Path) -> Iterator[float]:
-    """Give every CPU quota on this process, in CPUs."""
-    for folder in _folders(root, "cpu"):
-        # A time and the period in which it may be used: v2 has both in one file, v1 in two.
+def _cpu_quotas(root: Path) -> Iterator[float]:
+    """Yield every CPU quota that applies to this process, in CPUs."""
+    for folder in _cgroup_folders(root, "cpu"):
+        # The CPU time and the period in which it may be used: one file in cgroup v2, two files in v1.
         for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
-            numbers = [each for name in names for each in _numbers(folder / name)]
-            if len(numbers) == 2:  # noqa: PLR2004 - there is a quota, and it is no "max" of v2's or -1 of v1's
+            numbers = [number for name in names for number in _read_numbers(folder / name)]
+            if len(numbers) == 2:  # noqa: PLR2004 - fewer if there is no quota: "max" in v2, -1 in v1
                 yield numbers[0] / numbers[1]
 
 
 def _memory_limits(root: Path) -> Iterator[int]:
-    """Give every memory limit on this process; none is "max" in v2, a number over any machine's memory in v1."""
-    for folder in _folders(root, "memory"):
-        # A process over memory.high isn't killed, but slowed down until it is of no use.
+    """Yield every memory limit that applies to this process; "no limit" is "max" in v2 and a huge number in v1."""
+    for folder in _cgroup_folders(root, "memory"):
+        # A process over memory.high is not killed, but slowed down so much that it is of no use.
         for name in ("memory.max", "memory.high", "memory.limit_in_bytes"):
-            yield from _numbers(folder / name)
+            yield from _read_numbers(folder / name)
 
 
-def _installed(root: Path) -> int:
-    total = re.search(r"^MemTotal: +(\d+) kB$", _text(root / "proc/meminfo"), re.MULTILINE)
+def _installed_memory(root: Path) -> int:
+    total = re.search(r"^MemTotal: +(\d+) kB$", _read_text(root / "proc/meminfo"), re.MULTILINE)
     if total:
         return int(total[1]) * 1024
     try:
@@ -66,63 +66,64 @@ def _installed(root: Path) -> int:
         return UNKNOWN_MEMORY
 
 
-def _folders(root: Path, controller: str) -> Iterator[Path]:
-    """Give the folders of this process's cgroups for a controller, in v1 and v2, each with all above it that are shown.
+def _cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
+    """Yield the folders of this process's cgroup and of all its visible ancestors, for a controller, in v1 and v2.
 
-    A machine may have both versions, with a controller in either: where it isn't, its files aren't.
+    A machine may mount both versions, with a controller in either. The folders of the version that lacks the controller
+    lack its files.
     """
-    paths = _cgroups(root, controller)
-    for line in _text(root / "proc/self/mountinfo").splitlines():
-        mount, _, kind = line.partition(" - ")
-        shown, point = (_unescaped(each) for each in mount.split(" ")[3:5])
-        version, _, options = kind.split(" ")[:3]
-        if version == "cgroup2":
+    paths = _cgroup_paths(root, controller)
+    for line in _read_text(root / "proc/self/mountinfo").splitlines():
+        mount, _, filesystem = line.partition(" - ")
+        mount_root, mount_point = (_unescape(word) for word in mount.split(" ")[3:5])
+        filesystem_type, _, options = filesystem.split(" ")[:3]
+        if filesystem_type == "cgroup2":
             path = paths.get(2)
-        elif version == "cgroup" and controller in options.split(","):
+        elif filesystem_type == "cgroup" and controller in options.split(","):
             path = paths.get(1)
         else:
             continue
         if path is None:
             continue
-        top = root / point.lstrip("/")
+        folder = root / mount_point.lstrip("/")
         try:
-            inside = PurePosixPath(path).relative_to(shown)
+            relative = PurePosixPath(path).relative_to(mount_root)
         except ValueError:
-            # A mount from outside of the namespace, or one that a container's runtime made of the container's cgroup:
-            # what it shows is above us, or is us.
-            inside = PurePosixPath()
-        if ".." in inside.parts:  # moved out of the namespace since it was made
-            inside = PurePosixPath()
-        yield top
-        for each in inside.parts:
-            top /= each
-            yield top
+            # The mount is from outside the namespace, or a container runtime bind-mounted the container's own cgroup:
+            # the mount point is our cgroup or one of its ancestors.
+            relative = PurePosixPath()
+        if ".." in relative.parts:  # the process was moved out of the namespace after the namespace was made
+            relative = PurePosixPath()
+        yield folder
+        for part in relative.parts:
+            folder /= part
+            yield folder
 
 
-def _cgroups(root: Path, controller: str) -> dict[int, str]:
-    """Give the path of this process's cgroup for a controller, by the version."""
+def _cgroup_paths(root: Path, controller: str) -> dict[int, str]:
+    """Return the path of this process's cgroup for a controller, by cgroup version."""
     paths = {}
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        number, controllers, path = line.split(":", 2)
-        if number == "0":
+    for line in _read_text(root / "proc/self/cgroup").splitlines():
+        hierarchy, controllers, path = line.split(":", 2)
+        if hierarchy == "0":
             paths[2] = path
         elif controller in controllers.split(","):
             paths[1] = path
     return paths
 
 
-def _numbers(file: Path) -> list[int]:
-    """Give the positive numbers in a file; none where it can't be read."""
-    return [int(each) for each in _text(file).split() if each.isdecimal() and int(each)]
+def _read_numbers(file: Path) -> list[int]:
+    """Return the positive numbers in a file; an empty list if the file is not readable."""
+    return [int(word) for word in _read_text(file).split() if word.isdecimal() and int(word)]
 
 
-def _text(file: Path) -> str:
+def _read_text(file: Path) -> str:
     try:
         return file.read_text(errors="replace")
     except OSError:
         return ""
 
 
-def _unescaped(path: str) -> str:
-    """Give a path of mountinfo, where a space is written as the octal of its code."""
-    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), path)
+def _unescape(path: str) -> str:
+    """Return a path as mountinfo means it: a space, for example, is written as its octal code."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), path)

@@ -1,4 +1,4 @@
-"""What one thread waits for, and signals and other threads ring."""
+"""Waiting for signals, and restoring their handlers."""
 
 from __future__ import annotations
 
@@ -10,41 +10,64 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+"""The signals that stop a server.
+
+Both are handled even if the parent process ignored SIGINT, as a shell does for the background jobs of a script: uvicorn
+and gunicorn do the same, so `kill -INT` stops a server however it was started. `preserved_handlers` puts the parent's
+choice back afterwards.
+"""
+
 
 class SignalEvent:
-    """A threading.Event that a signal is sure to wake.
+    """An event like threading.Event that a signal is certain to wake.
 
-    Python runs a signal's handler in the main thread, which isn't woken from a lock where the kernel gave the signal to
-    another thread: a SIGTERM was seen to go unheard until the next. What Python writes to a socket always wakes.
+    Python runs the handlers of signals in the main thread. If the kernel delivers a signal to another thread, a main
+    thread that waits for a lock does not wake up: a SIGTERM was seen to have no effect until the next signal arrived.
+    A main thread that waits for a socket wakes up, because Python writes to the socket of `set_wakeup_fd`.
     """
 
     def __init__(self) -> None:
-        """Make one that nobody rang."""
-        self._rung = False
-        self._wake, self._woken = socket.socketpair()
-        self._wake.setblocking(False)
+        self._is_set = False
+        self._sender, self._receiver = socket.socketpair()
+        self._sender.setblocking(False)
 
-    def ring(self) -> None:
-        """Wake who waits, now or later; for any thread, and for the handler of a signal."""
-        self._rung = True
-        with suppress(OSError):  # it is full of what wakes, or closed
-            self._wake.send(b"\0")
+    def set(self) -> None:
+        """Set the event and wake the thread that waits for it; safe in any thread and in a signal's handler."""
+        self._is_set = True
+        with suppress(OSError):  # the buffer is full, so the waiting thread wakes up anyway, or the event is closed
+            self._sender.send(b"\0")
 
     def wait(self) -> None:
-        """Wait until it was rung."""
-        while not self._rung:
-            self._woken.recv(64)
+        """Wait until the event is set."""
+        while not self._is_set:
+            self._receiver.recv(64)
 
     def close(self) -> None:
-        """Be rung no more."""
-        self._wake.close()
-        self._woken.close()
+        """Close the sockets; later calls of `set` wake no thread."""
+        self._sender.close()
+        self._receiver.close()
 
     @contextmanager
-    def hearing_signals(self) -> Iterator[None]:
-        """Let every signal that has a handler wake who waits, so that the handler runs; in the main thread."""
-        before = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
+    def wake_on_signals(self) -> Iterator[None]:
+        """Interrupt `wait` for every signal that has a handler, so that the handler runs; for the main thread."""
+        before = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
         try:
             yield
         finally:
             signal.set_wakeup_fd(before)
+
+
+@contextmanager
+def preserved_handlers() -> Iterator[None]:
+    """Restore the handlers of STOP_SIGNALS at the end of the block; for the main thread.
+
+    asyncio's event loop does not: it sets its own defaults, which turn an ignored SIGINT into KeyboardInterrupt.
+    """
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:  # None: a handler that Python did not install and can't install again
+                signal.signal(number, handler)

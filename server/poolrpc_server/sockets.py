@@ -1,4 +1,4 @@
-"""Unix sockets' paths: whether a server is listening on one, and taking one over from a server that has ended."""
+"""The paths of unix sockets: whether a server listens on one, and preparing one for a new server."""
 
 from __future__ import annotations
 
@@ -9,28 +9,30 @@ from pathlib import Path
 from poolrpc._wire.arena_packets import SUFFIX
 
 
-def take(path: Path) -> None:
-    """Make sure that a unix socket's path is no other server's, from which gRPC would take it without a word.
+def prepare_path(path: Path) -> None:
+    """Make the path of a unix socket ready for a server to bind: remove the links that ended workers left there.
+
+    gRPC itself would silently take the path from a server that still listens on it.
 
     Raises:
-        BlockingIOError: It is.
+        BlockingIOError: Another server listens on the path.
 
     """
-    if is_live(path):
-        raise BlockingIOError(errno.EAGAIN, "expected no other server, got one", str(path))
-    for link in (path, Path(f"{path}{SUFFIX}")):  # which workers that ended may have left
+    if is_listening(path):
+        raise BlockingIOError(errno.EAGAIN, "expected a path that no server listens on", str(path))
+    for link in (path, Path(f"{path}{SUFFIX}")):
         if link.is_symlink() and not link.exists():
             link.unlink(missing_ok=True)
 
 
-def is_live(path: Path) -> bool:
-    """Tell whether somebody listens on a unix socket, of whatever kind."""
+def is_listening(path: Path) -> bool:
+    """Return whether a process listens on a unix socket of any type."""
     with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)  # so that one with no room for more connections is told from none
+        probe.setblocking(False)  # a socket whose backlog is full must not block the probe
         try:
             probe.connect(str(path))
         except (ConnectionRefusedError, FileNotFoundError):
             return False
-        except OSError:
+        except OSError:  # the backlog is full, or the socket is of another type
             return True
         return True

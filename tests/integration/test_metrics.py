@@ -135,5 +135,5 @@ def test_an_address_that_is_taken_ends_the_command(capsys: pytest.CaptureFixture
     finally:
         taken.close()
     said = capsys.readouterr().err
-    assert said.startswith(f"poolrpc-server: metrics: {taken.address!r} can't be had: ")
+    assert said.startswith(f"poolrpc-server: metrics: expected a free address, got {taken.address!r}: ")
     assert said.count("\n") == 1

@@ -142,7 +142,7 @@ def test_a_wrong_setting_is_one_line_and_status_2(flags: list[str], words: str) 
 
 def test_an_address_in_use_is_refused(address: str) -> None:
     """Two servers don't share a port unnoticed."""
-    with pytest.raises(poolrpc_server.ConfigError, match="can't be had"):
+    with pytest.raises(poolrpc_server.ConfigError, match="expected a free address"):
         poolrpc_server.Server(poolrpc_server.Config(listen=(address,)))
 
 

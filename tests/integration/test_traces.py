@@ -388,7 +388,7 @@ def call(facts):
         with poolrpc.PoolClient(facts["addresses"]) as client:
             client.pool(np.ones((1, 1, 4, 4), np.float32), poolrpc.MaxPool2d(2))
             print(facts["traces"], client.server_info().features["traces"])
-        stopping.ring()
+        stopping.set()
     threading.Thread(target=go).start()
 serve(Config(listen=("127.0.0.1:0",), drain_seconds=0.01), stopping=stopping, started=call)
 print([name for name in sys.modules if name.startswith("opentelemetry")])

@@ -18,6 +18,7 @@ GENERATED = ("poolrpc.v1", "poolrpc_server.protocols.triton.generated")
 
 # The folders and modules of the server, from the command inwards: a module imports only what stands further in.
 ROOMS = (
+    {"__main__"},
     {"cli"},
     {"workers"},
     {"app"},

@@ -1,1 +1,1 @@
-"""Several server processes on the same addresses."""
+"""Several server processes (workers) on the same addresses, and the supervisor that starts them."""

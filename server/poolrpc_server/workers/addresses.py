@@ -1,6 +1,6 @@
-"""Addresses that several processes have as one: a port that all listen on, a unix socket's path that leads to one.
+"""Addresses that several worker processes share: a TCP port, or the path of a unix socket.
 
-They are taken by the process that starts the others, and refused where another server has them.
+The supervisor reserves them before it starts the workers, and fails if another server has one of them.
 """
 
 from __future__ import annotations
@@ -17,184 +17,186 @@ from typing import Protocol
 
 from poolrpc._wire.arena_packets import SUFFIX
 from poolrpc.access import unix_path
-from poolrpc_server.sockets import is_live
+from poolrpc_server.sockets import is_listening
 
 
-class Shared(Protocol):
-    """An address of several processes.
+class SharedAddress(Protocol):
+    """An address that several workers share.
 
     Attributes:
-        address: Where clients find it; a free port is filled in.
+        address: The address for clients; port 0 is replaced by the port that was chosen.
 
     """
 
     address: str
 
-    def of(self, index: int) -> str:
-        """Give the address that process number `index` listens on."""
+    def worker_address(self, index: int) -> str:
+        """Return the address on which worker `index` listens."""
         ...
 
-    def lead_to(self, index: int) -> None:
-        """Let new connections go to process number `index`, where the kernel doesn't spread them."""
+    def direct_to(self, index: int) -> None:
+        """Direct new connections to worker `index`, unless the kernel distributes connections itself."""
         ...
 
     def close(self) -> None:
-        """Give the address back, once the processes have ended."""
+        """Release the address; call it after the workers have ended."""
         ...
 
 
-def share(address: str) -> Shared:
-    """Take an address for several processes.
+def reserve(address: str) -> SharedAddress:
+    """Reserve an address for several workers.
 
     Raises:
-        ValueError: It can't be had, and why.
+        ValueError: The address is in use, or does not belong to this machine.
 
     """
     path = unix_path(address)
     try:
         return SharedPath(path) if path else SharedPort(address)
     except OSError as error:
-        raise ValueError(f"{address}: can't be had: {error.strerror or error}") from None
+        raise ValueError(f"expected a free address, got {address!r}: {error.strerror or error}") from None
 
 
 class SharedPort:
-    """A TCP port, kept by a socket that doesn't listen; the kernel spreads connections over those that do."""
+    """A TCP port, reserved by a bound socket that does not listen.
+
+    The kernel distributes connections over the workers' sockets, which do.
+    """
 
     def __init__(self, address: str) -> None:
-        """Take a port, a free one where it is 0."""
+        """Reserve a port; port 0 reserves a free one."""
         host, _, port = address.rpartition(":")
-        number, failure = int(port), OSError(errno.EADDRNOTAVAIL, "not of this machine")
-        with ExitStack() as held:
-            places = socket.getaddrinfo(host.strip("[]"), number, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            kept = 0
-            for family, place in dict.fromkeys((each[0], each[4]) for each in places):
+        number, failure = int(port), OSError(errno.EADDRNOTAVAIL, "it does not belong to this machine")
+        with ExitStack() as sockets:
+            found = socket.getaddrinfo(host.strip("[]"), number, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            bound = 0
+            for family, sockaddr in dict.fromkeys((each[0], each[4]) for each in found):
                 try:
-                    keeper = held.enter_context(_keep(family, (place[0], number, *place[2:])))
+                    reserved = sockets.enter_context(_bind(family, (sockaddr[0], number, *sockaddr[2:])))
                 except OSError as error:
-                    # A name may have an address of a family that this machine lacks.
+                    # A name may resolve to an address of a family that this machine lacks.
                     if error.errno == errno.EADDRINUSE:
                         raise
                     failure = error
                 else:
-                    kept, number = kept + 1, keeper.getsockname()[1]
-            if not kept:
+                    bound, number = bound + 1, reserved.getsockname()[1]
+            if not bound:
                 raise failure
-            self._held = held.pop_all()
+            self._sockets = sockets.pop_all()
         self.address = f"{host}:{number}"
 
-    def of(self, _: int) -> str:
-        """Give the port, which is every process's."""
+    def worker_address(self, _: int) -> str:
+        """Return the port, which is the same for every worker."""
         return self.address
 
-    def lead_to(self, index: int) -> None:
-        """Do nothing: the kernel spreads connections."""
+    def direct_to(self, index: int) -> None:
+        """Do nothing: the kernel distributes connections."""
 
     def close(self) -> None:
-        """Give the port back."""
-        self._held.close()
+        """Release the port."""
+        self._sockets.close()
 
 
-def _keep(family: int, place: tuple[object, ...]) -> socket.socket:
-    # One that won't share finds whoever listens there, but for the rests of ended connections.
+def _bind(family: int, sockaddr: tuple[object, ...]) -> socket.socket:
+    # Without SO_REUSEPORT, this fails if any socket listens on the port. SO_REUSEADDR ignores connections in TIME_WAIT.
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(place)
-    # Without SO_REUSEADDR nobody else can take it before the processes listen; with the rests of connections of a
-    # server that shared nothing there is no taking it but with.
+        probe.bind(sockaddr)
+    # Without SO_REUSEADDR, no other process can bind the port before the workers listen. But connections in TIME_WAIT,
+    # of a server that did not set SO_REUSEPORT, make the first attempt fail.
     for reuse in (0, 1):
-        keeper = socket.socket(family)
+        reserved = socket.socket(family)
         try:
-            keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
-            keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            keeper.bind(place)
+            reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
+            reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            reserved.bind(sockaddr)
         except OSError as error:
-            keeper.close()
+            reserved.close()
             if reuse or error.errno != errno.EADDRINUSE:
                 raise
         else:
-            return keeper
+            return reserved
     raise AssertionError("unreachable: the second attempt returns or raises")
 
 
 class SharedPath:
-    """A unix socket's path: a link to the socket of one process, PATH.0 or PATH.1 or so on; the arenas' likewise."""
+    """The path of a unix socket: a symbolic link to one worker's socket, PATH.0 or PATH.1 and so on.
+
+    PATH.arena, the path of the arenas' socket, is a link of the same kind.
+    """
 
     def __init__(self, path: str) -> None:
-        """Take a path, and remove what an ended server left there."""
+        """Reserve a path, and remove the files that a server which has ended left there."""
         self._path = Path(path)
         self.address = f"unix:{path}"
-        self._lock = Path(f"{path}.lock")
-        self._held = _lock(self._lock)
+        self._lock_file = Path(f"{path}.lock")
+        self._lock = _acquire_lock(self._lock_file)
         try:
-            self._clear()
+            self._remove_files()
         except BaseException:
-            self._unlock()
+            self._release_lock()
             raise
 
-    def of(self, index: int) -> str:
-        """Give the socket of one process."""
+    def worker_address(self, index: int) -> str:
+        """Return the address of worker `index`'s own socket."""
         return f"{self.address}.{index}"
 
-    def lead_to(self, index: int) -> None:
-        """Point the links at the sockets of one process."""
+    def direct_to(self, index: int) -> None:
+        """Point the links at the sockets of worker `index`."""
         name = self._path.name
-        for link, target in ((self._path, f"{name}.{index}"), (self._arenas, f"{name}.{index}{SUFFIX}")):
-            # By names without a folder, so that the folder may be another one to a client in a container.
+        links = ((self._path, f"{name}.{index}"), (Path(f"{self._path}{SUFFIX}"), f"{name}.{index}{SUFFIX}"))
+        for link, target in links:
+            # The target has no folder, because a client in a container may see the folder under another name.
             if not link.with_name(target).exists():
                 link.unlink(missing_ok=True)
                 continue
-            fresh = Path(f"{self._path}.link")
-            fresh.unlink(missing_ok=True)
-            fresh.symlink_to(target)
-            fresh.replace(link)  # at once: there is always one of the two
+            temporary = Path(f"{self._path}.link")
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(target)
+            temporary.replace(link)  # atomic: the path exists at all times
 
     def close(self) -> None:
-        """Remove the links, and the sockets that killed processes left behind."""
+        """Remove the links, and the sockets that killed workers left behind."""
         with suppress(OSError, ValueError):
-            self._clear()
-        self._unlock()
+            self._remove_files()
+        self._release_lock()
 
-    @property
-    def _arenas(self) -> Path:
-        return Path(f"{self._path}{SUFFIX}")
+    def _remove_files(self) -> None:
+        name, suffix = re.escape(self._path.name), re.escape(SUFFIX)
+        ours = re.compile(rf"{name}(\.\d+)?({suffix})?|{name}\.link")
+        for path in [each for each in self._path.parent.iterdir() if ours.fullmatch(each.name)]:
+            _remove_stale(path, ours)
 
-    def _clear(self) -> None:
-        own = re.compile(
-            rf"{re.escape(self._path.name)}(\.\d+)?({re.escape(SUFFIX)})?|{re.escape(self._path.name)}\.link"
-        )
-        for path in [each for each in self._path.parent.iterdir() if own.fullmatch(each.name)]:
-            _remove_stale(path, own)
-
-    def _unlock(self) -> None:
-        # Whoever waits for the file that this removes finds that it is no more the one of that name.
-        self._lock.unlink(missing_ok=True)
-        os.close(self._held)
+    def _release_lock(self) -> None:
+        # A process that waits for this file's lock finds afterwards that the path no longer leads to this file.
+        self._lock_file.unlink(missing_ok=True)
+        os.close(self._lock)
 
 
-def _lock(path: Path) -> int:
+def _acquire_lock(path: Path) -> int:
     while True:
-        held = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(held), path.stat()):
-                return held
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
+                return lock
         except BlockingIOError:
-            os.close(held)
-            raise ValueError(f"{path}: can't be had: expected no other server, got one") from None
+            os.close(lock)
+            raise ValueError(f"expected a free address, got {path}: another server has locked it") from None
         except BaseException:
-            os.close(held)
+            os.close(lock)
             raise
-        os.close(held)
+        os.close(lock)
 
 
-def _remove_stale(path: Path, own: re.Pattern[str]) -> None:
-    with suppress(FileNotFoundError):  # its server may be ending
+def _remove_stale(path: Path, ours: re.Pattern[str]) -> None:
+    with suppress(FileNotFoundError):  # its server may be ending and removing it at this moment
         mode = path.lstat().st_mode
-        if stat.S_ISLNK(mode) and own.fullmatch(str(path.readlink())):
+        if stat.S_ISLNK(mode) and ours.fullmatch(str(path.readlink())):
             path.unlink()
         elif not stat.S_ISSOCK(mode):
-            raise ValueError(f"{path}: expected no file, or the socket of an ended server; got another one")
-        elif is_live(path):
-            raise ValueError(f"{path}: can't be had: expected no other server, got one")
+            raise ValueError(f"expected no file or the socket of a server that has ended, got {path}: another file")
+        elif is_listening(path):
+            raise ValueError(f"expected a free address, got {path}: another server listens on it")
         else:
             path.unlink()

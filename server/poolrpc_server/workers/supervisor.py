@@ -1,8 +1,8 @@
-"""Several server processes on the same addresses, the workers, and the process that looks after them, the supervisor.
+"""The supervisor: starts the worker processes, restarts those that end, and stops them.
 
-The supervisor starts each worker as an interpreter of its own and tells it its number and its Config by a socket. The
-worker answers there once it serves. The socket's end is the word to stop, so workers end with a supervisor that is
-killed, and a worker that a service manager has told by a signal as well isn't told twice.
+A worker is an interpreter of its own (worker.py), connected to the supervisor by a socket. The supervisor stops a
+worker by closing that socket. So workers also end if the supervisor is killed, and a worker that a service manager has
+stopped with a signal is not stopped a second time, which would end it without draining.
 """
 
 from __future__ import annotations
@@ -15,68 +15,66 @@ import signal
 import socket
 import sys
 import tempfile
-import threading
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from poolrpc_server.config import Config, ConfigError
-from poolrpc_server.signals import SignalEvent
-from poolrpc_server.telemetry import logs
+from poolrpc_server.signals import STOP_SIGNALS, preserved_handlers
 from poolrpc_server.telemetry.logs import log
-from poolrpc_server.workers.addresses import share
+from poolrpc_server.workers.addresses import reserve
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from poolrpc_server.workers.addresses import Shared
+    from poolrpc_server.workers.addresses import SharedAddress
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.25, 10.0
-"""Seconds before a worker is started again: none at first, then these, doubled from one failure to the next."""
-
-STEADY_SECONDS = 10.0
-"""A worker that served for this long has failed for the first time when it fails."""
-
-MOST_STARTS = 5
-"""Starts of a worker, one after the other, that may fail while there is no service."""
-
-TURN_SECONDS = 1.0
-"""How long the path of a unix socket leads to the same worker, while there are others."""
-
-LATE_SECONDS = 10.0
-"""How long workers may take to end beyond what they were given."""
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-ENDED = 1
-"""The exit status where the workers can't be started, or one had to be killed at the end."""
+WORKERS_FAILED = 1
+"""The exit status if the workers do not start, or if one had to be killed at the end."""
 
 
 class WorkersError(RuntimeError):
-    """The workers can't be started."""
+    """The workers do not start."""
 
 
-def pause(failures: int) -> float:
-    """Give the seconds to wait before a worker is started again after so many failures in a row."""
-    return 0.0 if failures <= 1 else float(min(FIRST_PAUSE * 2 ** (failures - 2), LONGEST_PAUSE))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestartPolicy:
+    """When a worker that has ended is started again.
+
+    Attributes:
+        first_delay: Seconds before the second restart in a row; the first restart is immediate.
+        max_delay: The limit of the delay, which doubles from one failure to the next, in seconds.
+        steady_seconds: If a worker served for this long, its next failure counts as the first in a row.
+        max_attempts: Failed starts of a worker in a row after which the supervisor gives up, if no worker serves.
+
+    """
+
+    first_delay: float = 0.25
+    max_delay: float = 10.0
+    steady_seconds: float = 10.0
+    max_attempts: int = 5
+
+    def delay(self, failures: int) -> float:
+        """Return the seconds to wait before a worker is started again after `failures` failures in a row."""
+        return 0.0 if failures <= 1 else float(min(self.first_delay * 2 ** (failures - 2), self.max_delay))
 
 
-def ending(status: int) -> dict[str, str | int]:
-    """Give an exit status in words: the signal that ended the process, or its code."""
+def describe_status(status: int) -> dict[str, str | int]:
+    """Return an exit status as fields of a log line: the signal that ended the process, or its exit code."""
     if status >= 0:
         return {"code": status}
     name = str(-status)
-    with suppress(ValueError):  # one of those that have no name
+    with suppress(ValueError):  # a real-time signal, which has no name
         name = signal.Signals(-status).name
     return {"signal": name}
 
 
-def part_of(config: Config, index: int, places: Iterable[Shared]) -> Config:
-    """Give the Config of one worker: its addresses, and its part of what is limited for all of them together."""
+def worker_config(config: Config, index: int, addresses: Iterable[SharedAddress]) -> Config:
+    """Return the Config of worker `index`: its own addresses, and its share of the limits that apply to all workers."""
     return replace(
         config,
-        listen=tuple(place.of(index) for place in places),
+        listen=tuple(address.worker_address(index) for address in addresses),
         threads=max(1, config.threads // config.workers),
         max_inflight_bytes=max(1, config.max_inflight_bytes // config.workers),
         max_arena_bytes=config.max_arena_bytes // config.workers,
@@ -84,65 +82,62 @@ def part_of(config: Config, index: int, places: Iterable[Shared]) -> Config:
     )
 
 
+@preserved_handlers()
 def supervise(config: Config) -> int:
-    """Run workers until SIGTERM or SIGINT, then have them drain and stop; a second signal ends all at once.
+    """Run workers until SIGTERM or SIGINT, then let them drain and stop; a second signal kills them.
 
-    Gives the exit status.
+    The handlers of both signals are afterwards what they were before.
+
+    Returns:
+        The exit status: 0 after a clean stop, else WORKERS_FAILED.
 
     Raises:
-        ConfigError: The server can't be made as told.
-        WorkersError: The workers can't be started.
+        ConfigError: A setting is wrong.
+        WorkersError: The workers do not start.
 
     """
-    with ExitStack() as held:
+    with ExitStack() as resources:
         try:
-            places = [held.enter_context(closing(share(address))) for address in config.listen]
+            addresses = [resources.enter_context(closing(reserve(address))) for address in config.listen]
         except ValueError as error:
             raise ConfigError(f"listen: {error}") from None
-        counted = held.enter_context(_counting(config.metrics)) if config.metrics else None
-        supervisor = Supervisor(config, places, counted)
-        status = asyncio.run(supervisor.run())
+        supervisor = Supervisor(config, addresses)
+        metrics = None
+        if config.metrics:
+            folder = resources.enter_context(tempfile.TemporaryDirectory(prefix="poolrpc-metrics-"))
+            try:
+                metrics = _SharedMetrics(folder, config.metrics, supervisor)
+            except (OSError, UnicodeError) as error:
+                raise ConfigError(f"metrics: expected a free address, got {config.metrics!r}: {error}") from None
+            resources.enter_context(closing(metrics))
+        status = asyncio.run(supervisor.run(metrics))
     if supervisor.ended_by:
         signal.signal(supervisor.ended_by, signal.SIG_DFL)
         os.kill(os.getpid(), supervisor.ended_by)
     return status
 
 
-class _Counted:
-    """Where the workers count, and the address where the sums are read."""
+class _SharedMetrics:
+    """The metrics of all workers: the folder into which they count, and the address that serves the sums."""
 
-    def __init__(self, folder: str, address: str) -> None:
-        from poolrpc_server.telemetry import metrics  # noqa: PLC0415 - many run without
+    def __init__(self, folder: str, address: str, supervisor: Supervisor) -> None:
+        from poolrpc_server.telemetry import metrics  # noqa: PLC0415 - not needed by a supervisor without metrics
 
-        self.restarts: Callable[[], int] = lambda: 0
-        self.ready: Callable[[], bool] = lambda: False
         self.environment = {**os.environ, metrics.FOLDER_VARIABLE: folder}
         self.forget = partial(metrics.forget, folder)
-        # The supervisor, of which both tell, is made after this.
-        registry = metrics.summed(folder, lambda: self.restarts())  # noqa: PLW0108 - replaced later
-        self._server = metrics.MetricsServer(address, lambda: registry, lambda: self.ready())  # noqa: PLW0108 - as well
+        registry = metrics.summed(folder, lambda: supervisor.restarts)
+        self._server = metrics.MetricsServer(address, lambda: registry, supervisor.is_ready)
         self.address, self.close = self._server.address, self._server.close
-
-
-@contextmanager
-def _counting(address: str) -> Iterator[_Counted]:
-    with tempfile.TemporaryDirectory(prefix="poolrpc-metrics-") as folder:
-        try:
-            counted = _Counted(folder, address)
-        except (OSError, UnicodeError) as error:
-            raise ConfigError(f"metrics: {address!r} can't be had: {error}") from None
-        with closing(counted):
-            yield counted
 
 
 @dataclass(eq=False)
 class _Worker:
-    """A worker's process, and the socket to it."""
+    """A worker process, and the socket that connects it to the supervisor."""
 
     index: int
     process: asyncio.subprocess.Process
-    answers: asyncio.StreamReader
-    control: asyncio.StreamWriter
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
     serving: bool = False
 
     @classmethod
@@ -151,28 +146,28 @@ class _Worker:
         try:
             with theirs:
                 process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-P", "-m", __spec__.name, str(theirs.fileno())),
+                    *(sys.executable, "-P", "-m", "poolrpc_server.workers.worker", str(theirs.fileno())),
                     stdin=asyncio.subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],
-                    process_group=0,  # a terminal's Ctrl-C is for the supervisor
+                    process_group=0,  # so that Ctrl-C in a terminal reaches the supervisor alone
                     env=environment,
                 )
         except BaseException:
             ours.close()
             raise
-        answers, control = await asyncio.open_connection(sock=ours)
-        control.write(pickle.dumps((index, config)))
-        return cls(index, process, answers, control)
+        reader, writer = await asyncio.open_connection(sock=ours)
+        writer.write(pickle.dumps((index, config)))
+        return cls(index, process, reader, writer)
 
-    async def answer(self) -> dict[str, Any]:
-        """Give what it says when it serves or can't; nothing where it ended."""
+    async def report(self) -> dict[str, Any]:
+        """Wait for the worker's report and return it; empty if the worker ended without one."""
         with suppress(ConnectionError):
-            return dict(json.loads(await self.answers.readline() or b"{}"))
+            return dict(json.loads(await self.reader.readline() or b"{}"))
         return {}
 
     def stop(self) -> None:
-        self.control.close()
-        if not self.serving:  # it has nothing to finish
+        self.writer.close()
+        if not self.serving:  # there are no calls to finish
             with suppress(ProcessLookupError):
                 self.process.terminate()
 
@@ -182,63 +177,83 @@ class _Worker:
 
 
 class Supervisor:
-    """Starts workers, starts those again that die, and passes signals on.
+    """Starts workers, restarts those that end, and passes the request to stop on to them.
+
+    Args:
+        config: The settings of the whole server.
+        addresses: The addresses that the workers share.
+        policy: When workers are restarted.
+        rotation_seconds: Interval after which the path of a unix socket leads to the next worker.
+        kill_seconds: Time that workers may take to end in addition to their drain and grace, before they are killed.
 
     Attributes:
-        restarts: How many workers were started again.
-        ended_by: The second signal, by which this process is to end too; 0 where none came.
+        restarts: The number of times that a worker was started again.
+        ended_by: The signal that killed the workers, which is to end this process too; 0 if there was none.
 
     """
 
-    def __init__(self, config: Config, places: Sequence[Shared], counted: _Counted | None = None) -> None:
-        """Make one; `places` are where it listens, `counted` where its metrics are."""
+    def __init__(
+        self,
+        config: Config,
+        addresses: Sequence[SharedAddress],
+        policy: RestartPolicy | None = None,
+        *,
+        rotation_seconds: float = 1.0,
+        kill_seconds: float = 10.0,
+    ) -> None:
         self.restarts = 0
         self.ended_by = 0
         self._config = config
-        self._places = places
+        self._addresses = addresses
+        self._policy = policy or RestartPolicy()
+        self._rotation_seconds = rotation_seconds
+        self._kill_seconds = kill_seconds
         self._workers: dict[int, _Worker] = {}
-        self._led_to = -1
-        self._said = False
+        self._directed_to = -1
+        self._started = False
         self._stopping = asyncio.Event()
         self._failure: Exception | None = None
-        self._counted = counted
-        if counted is not None:
-            counted.restarts, counted.ready = lambda: self.restarts, self._ready
+        self._metrics: _SharedMetrics | None = None
 
-    async def run(self) -> int:
-        """Run the workers to their end, and give the exit status."""
+    async def run(self, metrics: _SharedMetrics | None = None) -> int:
+        """Run the workers until they have stopped, and return the exit status."""
+        self._metrics = metrics
         loop = asyncio.get_running_loop()
-        for number in SIGNALS:
-            loop.add_signal_handler(number, self._signalled, number)
-        keepers = [asyncio.create_task(self._keep(index)) for index in range(self._config.workers)]
+        for number in STOP_SIGNALS:
+            loop.add_signal_handler(number, self._on_signal, number)
+        keepers = [asyncio.create_task(self._keep_running(index)) for index in range(self._config.workers)]
         for keeper in keepers:
-            keeper.add_done_callback(lambda _: self._stopping.set())  # only a fault of its own ends it before
-        turns = asyncio.create_task(self._take_turns())
+            keeper.add_done_callback(lambda _: self._stopping.set())  # a keeper that ends early has failed
+        rotation = asyncio.create_task(self._rotate_forever())
         await self._stopping.wait()
-        turns.cancel()
+        rotation.cancel()
         for worker in self._workers.values():
             worker.stop()
-        allowed = self._config.drain_seconds + self._config.shutdown_grace + LATE_SECONDS
+        allowed = self._config.drain_seconds + self._config.shutdown_grace + self._kill_seconds
         _, late = await asyncio.wait(keepers, timeout=allowed)
         for worker in self._workers.values():
-            log.error("worker killed: it didn't end in time", worker=worker.index, seconds=allowed)
+            log.error("worker killed: it did not end in time", worker=worker.index, seconds=allowed)
             worker.kill()
         await asyncio.gather(*keepers)
         if self._failure is not None:
             raise self._failure
         if not self.ended_by:
             log.info("stopped")
-        return ENDED if late else 0
+        return WORKERS_FAILED if late else 0
 
-    def _signalled(self, number: int) -> None:
+    def is_ready(self) -> bool:
+        """Return whether a worker serves and the server is not stopping; safe in any thread."""
+        return not self._stopping.is_set() and any(worker.serving for worker in list(self._workers.values()))
+
+    def _on_signal(self, number: int) -> None:
         if not self._stopping.is_set():
             log.info("stopping", signal=signal.Signals(number).name)
             self._stopping.set()
             return
-        # Nothing of the workers is waited for but that they are gone, so that their sockets can be removed; a third
-        # signal finds the default.
+        # The second signal kills the workers. This process only waits until they have ended, so that it can remove
+        # their sockets. A third signal ends it by the default action.
         self.ended_by = number
-        for each in SIGNALS:
+        for each in STOP_SIGNALS:
             asyncio.get_running_loop().remove_signal_handler(each)
             signal.signal(each, signal.SIG_DFL)
         for worker in self._workers.values():
@@ -248,112 +263,78 @@ class Supervisor:
         self._failure = self._failure or failure
         self._stopping.set()
 
-    async def _keep(self, index: int) -> None:
-        failures = starts = 0
+    async def _keep_running(self, index: int) -> None:
+        failures = failed_starts = 0
         loop = asyncio.get_running_loop()
-        config = part_of(self._config, index, self._places)
+        config = worker_config(self._config, index, self._addresses)
         while not self._stopping.is_set():
             try:
-                worker = await _Worker.start(index, config, self._counted.environment if self._counted else os.environ)
-            except OSError as error:  # no memory or no process left, perhaps for now
+                worker = await _Worker.start(index, config, self._metrics.environment if self._metrics else os.environ)
+            except OSError as error:  # out of memory or processes, which may pass
                 served, facts = 0.0, {"error": str(error)}
             else:
                 begun = loop.time()
-                facts = await self._attend(worker)
+                facts = await self._watch(worker)
                 served = loop.time() - begun if worker.serving else 0.0
             if self._stopping.is_set():
                 return
             self.restarts += 1
-            failures = 1 if served >= STEADY_SECONDS else failures + 1
-            starts = 0 if served else starts + 1
-            log.warning("worker ended", worker=index, **facts, restart_in=pause(failures))
-            if starts >= MOST_STARTS and not (self._said and any(each.serving for each in self._workers.values())):
-                self._fail(WorkersError(f"worker {index} can't be started: {starts} attempts failed"))
+            failures = 1 if served >= self._policy.steady_seconds else failures + 1
+            failed_starts = 0 if served else failed_starts + 1
+            delay = self._policy.delay(failures)
+            log.warning("worker ended", worker=index, **facts, restart_in=delay)
+            if failed_starts >= self._policy.max_attempts and not (self._started and self.is_ready()):
+                self._fail(WorkersError(f"expected worker {index} to start, got {failed_starts} failed attempts"))
                 return
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), pause(failures))
+                await asyncio.wait_for(self._stopping.wait(), delay)
 
-    async def _attend(self, worker: _Worker) -> dict[str, Any]:
+    async def _watch(self, worker: _Worker) -> dict[str, Any]:
+        """Wait until a worker has ended, and return why it did."""
         self._workers[worker.index] = worker
-        if self._stopping.is_set():  # while it was started
+        if self._stopping.is_set():  # the stop came while the worker was being started
             worker.stop()
-        answer = await worker.answer()
-        if "serving" in answer:
+        report = await worker.report()
+        if "serving" in report:
             worker.serving = True
-            self._serves(worker, answer["serving"])
-        elif "refused" in answer and not self._said:
-            self._fail(ConfigError(answer["refused"]))
+            self._on_serving(worker, report["serving"])
+        elif "rejected" in report and not self._started:
+            self._fail(ConfigError(report["rejected"]))
         status = await worker.process.wait()
         del self._workers[worker.index]
-        worker.control.close()
-        if self._counted:
-            self._counted.forget(worker.process.pid)
-        if self._led_to == worker.index:
-            self._turn()
-        refused = {"error": answer["refused"]} if "refused" in answer else {}
-        return {"pid": worker.process.pid, **ending(status), **refused}
+        worker.writer.close()
+        if self._metrics:
+            self._metrics.forget(worker.process.pid)
+        if self._directed_to == worker.index:
+            self._rotate()
+        error = {"error": report["rejected"]} if "rejected" in report else {}
+        return {"pid": worker.process.pid, **describe_status(status), **error}
 
-    def _serves(self, worker: _Worker, facts: dict[str, Any]) -> None:
+    def _on_serving(self, worker: _Worker, facts: dict[str, Any]) -> None:
         log.info("worker serving", worker=worker.index, pid=worker.process.pid)
-        serving = [each for each in self._workers.values() if each.serving]
-        if len(serving) == 1:
-            self._turn()
-        if not self._said and len(serving) == self._config.workers:
-            self._said = True
-            addresses = " ".join(place.address for place in self._places)
-            metrics = self._counted.address if self._counted else ""
-            log.info("serving", **facts | {"addresses": addresses, "metrics": metrics, "workers": len(serving)})
+        serving = sum(each.serving for each in self._workers.values())
+        if serving == 1:
+            self._rotate()
+        if not self._started and serving == self._config.workers:
+            self._started = True
+            addresses = " ".join(address.address for address in self._addresses)
+            metrics = self._metrics.address if self._metrics else ""
+            log.info("serving", **facts | {"addresses": addresses, "metrics": metrics, "workers": serving})
 
-    def _ready(self) -> bool:
-        return not self._stopping.is_set() and any(each.serving for each in self._workers.values())
-
-    async def _take_turns(self) -> None:
+    async def _rotate_forever(self) -> None:
         while True:
-            await asyncio.sleep(TURN_SECONDS)
-            self._turn()
+            await asyncio.sleep(self._rotation_seconds)
+            self._rotate()
 
-    def _turn(self) -> None:
-        """Lead new connections to the next worker that serves, where there is one."""
-        serving = sorted(each.index for each in self._workers.values() if each.serving)
-        following = next((index for index in serving if index > self._led_to), next(iter(serving), None))
-        if following is None or following == self._led_to:
+    def _rotate(self) -> None:
+        """Direct new connections through a unix socket's path to the next worker that serves."""
+        serving = sorted(worker.index for worker in self._workers.values() if worker.serving)
+        following = next((index for index in serving if index > self._directed_to), next(iter(serving), None))
+        if following is None or following == self._directed_to:
             return
-        self._led_to = following
-        for place in self._places:
+        self._directed_to = following
+        for address in self._addresses:
             try:
-                place.lead_to(following)
+                address.direct_to(following)
             except OSError as error:
-                log.error("socket can't be led to a worker", address=place.address, worker=following, error=str(error))
-
-
-def work(descriptor: int) -> int:
-    """Be a worker: take number and Config from that socket, serve until it ends, and give the exit status."""
-    control = socket.socket(fileno=descriptor)
-    control.set_inheritable(False)
-    with control.makefile("rb") as told:
-        index, config = pickle.load(told)  # noqa: S301 - of the supervisor, whose process made the socket
-    logs.configure(config.log_format, config.log_level, worker=index)
-    stopping = SignalEvent()
-
-    def watch() -> None:
-        with suppress(OSError):
-            control.recv(1)
-        log.info("stopping", told_by="supervisor")
-        stopping.ring()
-
-    def tell(**answer: object) -> None:
-        with suppress(OSError):  # the supervisor is gone
-            control.sendall(json.dumps(answer).encode() + b"\n")
-
-    threading.Thread(target=watch, name="poolrpc-watch", daemon=True).start()
-    from poolrpc_server.app import serve  # noqa: PLC0415 - the supervisor doesn't wait for torch
-
-    try:
-        return serve(config, stopping=stopping, started=lambda facts: tell(serving=facts))
-    except ConfigError as error:
-        tell(refused=str(error))
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(work(int(sys.argv[1])))
+                log.error("link not updated", address=address.address, worker=following, error=str(error))

@@ -12,7 +12,7 @@ import pytest
 from poolrpc._shapes.limits import MAX_MESSAGE_BYTES, MAX_PAYLOAD_BYTES
 from poolrpc_server.cli import main
 from poolrpc_server.config import Config, ConfigError, parse
-from poolrpc_server.resources import cpus
+from poolrpc_server.resources import cpu_count
 
 NUMBERS = [each.name for each in fields(Config) if each.metadata["unit"]]
 LEAST = {"max_arena_bytes": -1} | dict.fromkeys(
@@ -57,7 +57,7 @@ def test_without_anything_the_defaults_hold():
 
 def test_threads_are_the_cpus_of_this_process():
     """Unless it is told how many, the server computes on as many threads as there are CPUs for it."""
-    assert Config().threads == cpus()
+    assert Config().threads == cpu_count()
     assert Config(threads=3).threads == 3
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from poolrpc_server.resources import cpus, memory_bytes
+from poolrpc_server.resources import cpu_count, memory_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -42,7 +42,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple
         for name, text in {**proc, **files}.items():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_text(f"{text}\n" if text else "")
-        return cpus(root), memory_bytes(root)
+        return cpu_count(root), memory_bytes(root)
 
     return make
 
@@ -65,7 +65,7 @@ def test_no_cgroup_is_the_whole_machine(tree):
 
 def test_a_system_without_proc_is_asked_itself(tmp_path):
     """Where there is no /proc, as elsewhere than on Linux, the system tells its memory and its CPUs."""
-    assert cpus(tmp_path) == len(os.sched_getaffinity(0))
+    assert cpu_count(tmp_path) == len(os.sched_getaffinity(0))
     assert memory_bytes(tmp_path) == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -242,8 +242,8 @@ def measured_in(cgroup: Path) -> int:
     program = (
         "import sys, pathlib, os\n"
         "pathlib.Path(sys.argv[1], 'cgroup.procs').write_text(str(os.getpid()))\n"
-        "from poolrpc_server.resources import cpus\n"
-        "print(cpus())"
+        "from poolrpc_server.resources import cpu_count\n"
+        "print(cpu_count())"
     )
     command = [sys.executable, "-c", program, str(cgroup)]
     return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout)  # noqa: S603 - ours
@@ -254,7 +254,7 @@ def test_a_real_cgroup_of_one_cpu():
     """A process in a cgroup whose parent has a quota of half a CPU finds one; without the quota, all."""
     with real_cgroup("cpu") as outer:
         before = measured_in(outer / "inner")
-        assert before == cpus()
+        assert before == cpu_count()
         if (outer / "cpu.max").exists():
             (outer / "cpu.max").write_text("50000 100000")
         else:

@@ -1,4 +1,4 @@
-"""What the supervisor works out: pauses, statuses in words, each worker's part of the settings."""
+"""The supervisor's calculations: delays of restarts, exit statuses in words, each worker's share of the settings."""
 
 import subprocess
 import sys
@@ -6,51 +6,53 @@ import sys
 import pytest
 
 from poolrpc_server.config import Config
-from poolrpc_server.workers.supervisor import LONGEST_PAUSE, ending, part_of, pause
+from poolrpc_server.workers.supervisor import RestartPolicy, describe_status, worker_config
 
 
-class Place:
-    """An address whose processes have numbers of their own."""
+class Address:
+    """An address under which every worker has a number of its own."""
 
     address = "unix:/run/x"
 
-    def of(self, index):
-        """Give that of one."""
+    def worker_address(self, index):
+        """Return the address of one worker."""
         return f"{self.address}.{index}"
 
 
-def test_the_first_restart_is_at_once_and_the_next_ones_wait():
-    """The pause doubles from failure to failure, to a bound."""
-    assert [pause(failures) for failures in range(6)] == [0, 0, 0.25, 0.5, 1, 2]
-    assert pause(50) == LONGEST_PAUSE
+def test_the_first_restart_is_immediate_and_the_next_ones_wait():
+    """The delay doubles from one failure to the next, up to a limit."""
+    policy = RestartPolicy()
+    assert [policy.delay(failures) for failures in range(6)] == [0, 0, 0.25, 0.5, 1, 2]
+    assert policy.delay(50) == policy.max_delay
+    assert RestartPolicy(first_delay=1, max_delay=3).delay(4) == 3
 
 
 @pytest.mark.parametrize(
     ("status", "words"),
     [(0, {"code": 0}), (70, {"code": 70}), (-9, {"signal": "SIGKILL"}), (-33, {"signal": "33"})],
 )
-def test_a_status_in_words(status, words):
-    """A process ended by a signal has its name, or its number where it has none; any other has its code."""
-    assert ending(status) == words
+def test_an_exit_status_in_words(status, words):
+    """A process that a signal ended has the signal's name, or its number if it has no name; another has its code."""
+    assert describe_status(status) == words
 
 
-def test_each_worker_has_its_part():
-    """Threads, bytes and arenas are divided; the addresses are the worker's own; all else is as it was."""
+def test_each_worker_has_its_share():
+    """Threads, bytes and arenas are divided; the addresses are the worker's own; other settings are unchanged."""
     config = Config(workers=4, threads=10, max_inflight_bytes=4000, max_arena_bytes=800, max_arenas=2, max_streams=7)
-    part = part_of(config, 3, [Place(), Place()])
-    assert part.listen == ("unix:/run/x.3",) * 2
-    assert (part.threads, part.max_inflight_bytes, part.max_arena_bytes, part.max_arenas) == (2, 1000, 200, 1)
-    assert (part.max_streams, part.workers) == (7, 4)
+    share = worker_config(config, 3, [Address(), Address()])
+    assert share.listen == ("unix:/run/x.3",) * 2
+    assert (share.threads, share.max_inflight_bytes, share.max_arena_bytes, share.max_arenas) == (2, 1000, 200, 1)
+    assert (share.max_streams, share.workers) == (7, 4)
 
 
-def test_a_worker_computes_with_at_least_one_thread():
-    """More workers than threads have one each, and none is without bytes."""
-    part = part_of(Config(workers=3, threads=1, max_inflight_bytes=2, max_arena_bytes=0), 0, [Place()])
-    assert (part.threads, part.max_inflight_bytes, part.max_arena_bytes) == (1, 1, 0)
+def test_a_worker_has_at_least_one_thread():
+    """If there are more workers than threads, each worker has one thread and at least one byte in flight."""
+    share = worker_config(Config(workers=3, threads=1, max_inflight_bytes=2, max_arena_bytes=0), 0, [Address()])
+    assert (share.threads, share.max_inflight_bytes, share.max_arena_bytes) == (1, 1, 0)
 
 
-def test_the_supervisor_does_without_torch():
-    """A supervisor at work has imported neither torch nor the service."""
+def test_the_supervisor_does_not_import_torch():
+    """A supervisor process has imported neither torch nor the service."""
     program = (
         "import sys\n"
         "from poolrpc_server.workers import supervisor\n"
