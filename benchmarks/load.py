@@ -85,7 +85,7 @@ def exchange(shape: tuple[int, ...], layer: Layer) -> tuple[bytes, bytes]:
     answer = pool_pb2.PoolResponse(results=encode_results(request.results())).SerializeToString()
     return (
         framing.join(encode_request(request).SerializeToString(), [x.tobytes()]),
-        framing.head(answer, output.nbytes) + output.tobytes(),
+        framing.message_prefix(answer, output.nbytes) + output.tobytes(),
     )
 
 

@@ -51,7 +51,7 @@ def judge(case: Case) -> str:
 
 
 def _results(request: codec.Request, answer: Case, *, streamed: bool) -> str:
-    expected = codec.tensors(request.results())
+    expected = codec.payload_specs(request.results())
     transfer = Transfer(
         PreparedRequest(request), [np.zeros(spec.shape, numpy_dtype(spec.dtype)) for spec in request.specs]
     )

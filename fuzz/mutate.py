@@ -210,7 +210,7 @@ def written(fields: Sequence[Field]) -> bytes:
         if isinstance(value, int):
             parts += (varint(number << 3 | kind), varint(value))
         else:
-            parts += (framing.lead(number, len(value)) if kind == BYTES else varint(number << 3 | kind), value)
+            parts += (framing.field_prefix(number, len(value)) if kind == BYTES else varint(number << 3 | kind), value)
     return b"".join(parts)
 
 

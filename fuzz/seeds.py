@@ -108,9 +108,9 @@ def pool_stream(rng: Random) -> Iterator[Case]:
     for _, request, payload in requests(rng):
         first = pool_pb2.PoolStreamRequest(request=codec.encode_request(request)).SerializeToString()
         planes = Planes(request.input, check_shape(request.input.shape, spatial_dims(request.branches)))
-        yield first, *framing.pieces([payload], padded=True)
+        yield first, *framing.chunks([payload], padded=True)
         if request.indices is None:
-            step = planes.nbytes * rng.randrange(1, 3)
+            step = planes.plane_bytes * rng.randrange(1, 3)
             yield first, *(framing.join(b"", [payload[i : i + step]]) for i in range(0, len(payload), step))
             yield first, framing.join(framing.UNFINISHED, [payload[:7]]), framing.join(b"", [payload[7:]])
 
@@ -223,11 +223,11 @@ def answers(rng: Random) -> Iterator[Case]:
     for number, request in enumerate(QUESTIONS):
         asked = bytes((number,))
         results = request.results()
-        payload = rng.randbytes(sum(spec.nbytes for spec in codec.tensors(results)))
+        payload = rng.randbytes(sum(spec.nbytes for spec in codec.payload_specs(results)))
         messages = codec.encode_results(results)
         yield b"\0" + asked, framing.join(pool_pb2.PoolResponse(results=messages).SerializeToString(), [payload])
         head = pool_pb2.PoolStreamResponse(results=messages).SerializeToString()
-        yield b"\1" + asked, head, *framing.pieces([payload])
+        yield b"\1" + asked, head, *framing.chunks([payload])
         yield b"\1" + asked, head, framing.join(framing.UNFINISHED, [payload[:5]]), framing.join(b"", [payload[5:]])
     for error, number in (
         (InvalidArgumentError("expected 1, got 2", field="input.shape"), 3),

@@ -184,7 +184,7 @@ class Peer:
         expected = request.results()
         if tuple(codec.decode_results(got.results)) != expected:
             raise FoundError("other results than were asked for")
-        nbytes = sum(spec.nbytes for spec in codec.tensors(expected))
+        nbytes = sum(spec.nbytes for spec in codec.payload_specs(expected))
         if len(got.payload) != (0 if message.HasField("arena") else nbytes):
             raise FoundError(f"expected a payload of {nbytes} bytes, got {len(got.payload)}")
         if crc32(data) % ASKED_AGAIN == 0 and not message.HasField("arena"):

@@ -42,7 +42,7 @@ def check_layout(layout: str) -> None:
         raise InvalidArgumentError(msg, field="layout")
 
 
-def channels_first(shape: Shape, spatial_dims: int, layout: str) -> Shape:
+def to_channels_first(shape: Shape, spatial_dims: int, layout: str) -> Shape:
     """Give a shape of that layout in torch's order."""
     if layout == "NCHW":
         return shape
@@ -50,7 +50,7 @@ def channels_first(shape: Shape, spatial_dims: int, layout: str) -> Shape:
     return (*shape[:lead], shape[-1], *shape[lead:-1])
 
 
-def in_layout(shape: Shape, spatial_dims: int, layout: str) -> Shape:
+def from_channels_first(shape: Shape, spatial_dims: int, layout: str) -> Shape:
     """Give a shape of torch's order in that layout: the inverse of channels_first."""
     if layout == "NCHW":
         return shape
@@ -71,7 +71,7 @@ def spatial_dims(branches: Sequence[Chain]) -> int | None:
             dims = dims or layer.spatial_dims
             if layer.spatial_dims not in (None, dims):
                 msg = f"expected a {dims}d layer like the ones before, got {layer.name}"
-                raise InvalidArgumentError(msg, field=step_path(i, j, layer))
+                raise InvalidArgumentError(msg, field=layer_path(i, j, layer))
     return dims
 
 
@@ -89,28 +89,28 @@ def branch_shapes(shape: Shape, branches: Sequence[Chain], layout: str = "NCHW")
     """
     check_layout(layout)
     dims = check_shape(shape, spatial_dims(branches))
-    first = channels_first(shape, dims, layout)
+    first = to_channels_first(shape, dims, layout)
     results = []
     for i, chain in enumerate(branches):
         plane, shapes = first[-dims:], []
         for j, layer in enumerate(chain):
-            path = step_path(i, j, layer)
+            path = layer_path(i, j, layer)
             if layer.takes_indices and j > 0:
                 msg = f"expected {layer.name} first in its chain: its indices belong to the input"
                 raise InvalidArgumentError(msg, field=path)
-            if layer.gives_indices and j < len(chain) - 1:
+            if layer.returns_indices and j < len(chain) - 1:
                 msg = f"expected return_indices on the last layer of a chain alone, got it on {layer.name}"
                 raise InvalidArgumentError(msg, field=f"{path}.return_indices")
             try:
                 plane = layer.output_plane(plane)
             except InvalidArgumentError as error:
-                raise error.under(path) from None
-            shapes.append(in_layout(first[:-dims] + plane, dims, layout))
+                raise error.with_prefix(path) from None
+            shapes.append(from_channels_first(first[:-dims] + plane, dims, layout))
         results.append(tuple(shapes))
     return results
 
 
-def step_path(branch: int, step: int, layer: Layer) -> str:
+def layer_path(branch: int, step: int, layer: Layer) -> str:
     """Give the path of a layer in a request."""
     return f"branches[{branch}].layers[{step}].{layer.family}"
 
@@ -134,11 +134,11 @@ class Planes:
         return prod(self.spec.shape[: -self._tail])
 
     @property
-    def nbytes(self) -> int:
+    def plane_bytes(self) -> int:
         """The bytes of one, whether there is one or not."""
         return prod(self.spec.shape[-self._tail :]) * ITEM_BYTES[self.spec.dtype]
 
-    def part(self, count: int) -> TensorSpec:
+    def spec_for(self, count: int) -> TensorSpec:
         """Describe so many of them as a batched tensor."""
         tail = self.spec.shape[-self._tail :]
         lead = (1, count) if self.spec.layout == "NCHW" else (count,)

@@ -91,7 +91,7 @@ class InvalidArgumentError(PoolError, ValueError):
         self.violations = tuple(violations) or (FieldViolation(field, description),)
         super().__init__("; ".join(map(str, self.violations)))
 
-    def under(self, path: str) -> InvalidArgumentError:
+    def with_prefix(self, path: str) -> InvalidArgumentError:
         """Give the same error for the whole of which `path` is the part that raised it."""
         return InvalidArgumentError(
             self.message,

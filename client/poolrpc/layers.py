@@ -12,8 +12,8 @@ from math import inf, prod
 from typing import ClassVar, Self
 
 from poolrpc._shapes.limits import MAX_FRACTIONAL_AXIS, MAX_NORM, MAX_NUMEL
-from poolrpc._shapes.parameters import Axes, OptionalAxes, axes, boolean, integer, optional_axes, ratios, real, spread
-from poolrpc._shapes.rules import check_shape, fractional, pooled, unpooled
+from poolrpc._shapes.parameters import Axes, OptionalAxes, axes, boolean, integer, optional_axes, per_axis, ratios, real
+from poolrpc._shapes.rules import check_shape, fractional_size, pooled_size, unpooled_size
 from poolrpc.errors import InvalidArgumentError
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -59,7 +59,7 @@ class Layer:
     Attributes:
         family: The layer's field in the proto's `oneof layer`.
         spatial_dims: How many axes are spatial: 1, 2 or 3; None where the layer takes any of these.
-        gives_indices: Whether the output comes with the indices of the maxima.
+        returns_indices: Whether the output comes with the indices of the maxima.
         takes_indices: Whether the layer needs indices beside its input.
 
     """
@@ -80,12 +80,12 @@ class Layer:
         return DTYPES[self.name]
 
     @property
-    def splits(self) -> bool:
+    def splittable(self) -> bool:
         """Whether planes that travel apart, or beside other tensors', give torch's bits for the tensor as it is."""
         return True
 
     @property
-    def gives_indices(self) -> bool:
+    def returns_indices(self) -> bool:
         """Whether the output comes with the indices of the maxima."""
         return bool(getattr(self, "return_indices", False))
 
@@ -152,10 +152,10 @@ class _Windowed(Layer):
     def geometry(self) -> tuple[tuple[int, int, int, int], ...]:
         """Give (kernel, stride, padding, dilation) for each axis."""
         dims = self.spatial_dims
-        kernel = spread(self.kernel_size, dims)
-        stride = kernel if self.stride is None else spread(self.stride, dims)
-        padding = spread(getattr(self, "padding", 0), dims)
-        dilation = spread(getattr(self, "dilation", 1), dims)
+        kernel = per_axis(self.kernel_size, dims)
+        stride = kernel if self.stride is None else per_axis(self.stride, dims)
+        padding = per_axis(getattr(self, "padding", 0), dims)
+        dilation = per_axis(getattr(self, "dilation", 1), dims)
         return tuple(zip(kernel, stride, padding, dilation, strict=True))
 
     def output_plane(self, plane: tuple[int, ...]) -> tuple[int, ...]:
@@ -165,7 +165,7 @@ class _Windowed(Layer):
             if dilation > size + 2 * padding:
                 msg = f"expected at most input + 2*padding = {size + 2 * padding}, got {dilation}"
                 raise InvalidArgumentError(msg, field="dilation")
-            cells = pooled(size, kernel, stride, padding, dilation, ceil_mode=ceil_mode)
+            cells = pooled_size(size, kernel, stride, padding, dilation, ceil_mode=ceil_mode)
             if cells < 1:
                 extent = dilation * (kernel - 1) + 1
                 msg = (
@@ -177,7 +177,7 @@ class _Windowed(Layer):
         return tuple(out)
 
     def window(self, plane: tuple[int, ...]) -> tuple[int, ...]:
-        return spread(self.kernel_size, len(plane))
+        return per_axis(self.kernel_size, len(plane))
 
     def _set_window(self) -> None:
         dims = self.spatial_dims
@@ -189,7 +189,7 @@ class _Windowed(Layer):
         dims = self.spatial_dims
         pads = axes("padding", padding, dims, low=0)
         self._set(padding=pads)
-        for pad, kernel in zip(spread(pads, dims), spread(self.kernel_size, dims), strict=True):
+        for pad, kernel in zip(per_axis(pads, dims), per_axis(self.kernel_size, dims), strict=True):
             if pad > kernel // 2:
                 msg = f"expected at most half of kernel_size = {kernel // 2}, got {pad}"
                 raise InvalidArgumentError(msg, field="padding")
@@ -339,7 +339,7 @@ class AvgPool3d(_AvgPoolWithDivisor):
 
 def _check_fits(layer: _Windowed, plane: tuple[int, ...]) -> None:
     # torch's avg_pool3d alone asks for this (pool3d_shape_check with check_input_size, in aten's Pool.h).
-    kernel = spread(layer.kernel_size, layer.spatial_dims)
+    kernel = per_axis(layer.kernel_size, layer.spatial_dims)
     if any(k > size for k, size in zip(kernel, plane, strict=True)):
         msg = f"expected at most the input {plane}, without its padding, for a 3d average, got {kernel}"
         raise InvalidArgumentError(msg, field="kernel_size")
@@ -362,7 +362,7 @@ class _LPPool(_Windowed):
         self._set_window()
 
     @property
-    def splits(self) -> bool:
+    def splittable(self) -> bool:
         # torch's pow is vectorised but for a tensor's last cells, where another one differs in the last bit.
         return self.norm_type in (1, 2, inf)
 
@@ -445,12 +445,12 @@ class _FractionalMaxPool(Layer):
     def output_plane(self, plane: tuple[int, ...]) -> tuple[int, ...]:
         dims = self.spatial_dims
         if self.output_size is None:
-            out = tuple(map(fractional, plane, spread(self.output_ratio, dims)))
+            out = tuple(map(fractional_size, plane, per_axis(self.output_ratio, dims)))
             field = "output_ratio"
         else:
-            out = spread(self.output_size, dims)
+            out = per_axis(self.output_size, dims)
             field = "output_size"
-        for size, kernel, cells in zip(plane, spread(self.kernel_size, dims), out, strict=True):
+        for size, kernel, cells in zip(plane, per_axis(self.kernel_size, dims), out, strict=True):
             if size > MAX_FRACTIONAL_AXIS:
                 msg = f"expected spatial axes of at most {MAX_FRACTIONAL_AXIS} for {self.name}, got plane {plane}"
                 raise InvalidArgumentError(msg)
@@ -466,7 +466,7 @@ class _FractionalMaxPool(Layer):
         return out
 
     def window(self, plane: tuple[int, ...]) -> tuple[int, ...]:
-        return spread(self.kernel_size, len(plane))
+        return per_axis(self.kernel_size, len(plane))
 
     def at_plane(self, first: int) -> Self:
         # A plane takes as many steps of the generator as it has axes, and to begin some steps on is to add them.
@@ -517,7 +517,7 @@ class _Adaptive(Layer):
     output_size: OptionalAxes
 
     def output_plane(self, plane: tuple[int, ...]) -> tuple[int, ...]:
-        sizes = spread(self.output_size, self.spatial_dims)
+        sizes = per_axis(self.output_size, self.spatial_dims)
         out = tuple(size if cells is None else cells for size, cells in zip(plane, sizes, strict=True))
         for size, cells in zip(plane, out, strict=True):
             # The windows' bounds are products of the two, in 32 bits on CUDA (PyTorch issue 176784).
@@ -647,11 +647,11 @@ class _MaxUnpool(_Windowed):
         self._set(padding=axes("padding", self.padding, self.spatial_dims, low=0))
         if self.output_size is not None:
             sizes = axes("output_size", self.output_size, self.spatial_dims, high=MAX_NUMEL)
-            self._set(output_size=spread(sizes, self.spatial_dims))
+            self._set(output_size=per_axis(sizes, self.spatial_dims))
 
     def output_plane(self, plane: tuple[int, ...]) -> tuple[int, ...]:
         geometry = self.geometry()
-        default = tuple(unpooled(size, k, s, p) for size, (k, s, p, _) in zip(plane, geometry, strict=True))
+        default = tuple(unpooled_size(size, k, s, p) for size, (k, s, p, _) in zip(plane, geometry, strict=True))
         out = default if self.output_size is None else self.output_size
         for cells, usual, (_, stride, _, _) in zip(out, default, geometry, strict=True):
             if self.output_size is not None and not abs(cells - usual) < stride:

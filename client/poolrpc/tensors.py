@@ -1,4 +1,4 @@
-"""Tensors as the wire has them: dtypes by name, a spec, and the way from anything array-like to bytes and back."""
+"""Tensors: dtypes by name, specs, conversion of array-like objects to arrays, and arrays to and from bytes."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ ITEM_BYTES: dict[str, int] = {
     "int64": 8,
     "bool": 1,
 }
-"""Every dtype that has a name on the wire, and its bytes an element."""
+"""Bytes per element of every dtype on the wire, by its name."""
 
 ALIGNMENT = 64
-"""Bytes, of the start of each tensor in memory that is shared or lent: a line of the cache. Pages gain nothing more."""
+"""Alignment of each tensor in shared memory and in buffers, in bytes: a cache line. Whole pages are not faster."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What describes a tensor apart from its bytes.
+    """The description of a tensor without its bytes.
 
     Attributes:
-        dtype: One of ITEM_BYTES.
+        dtype: A name in ITEM_BYTES.
         shape: The length of each axis, in the order of `layout`.
         layout: "NCHW" or "NHWC".
 
@@ -55,20 +55,20 @@ class TensorSpec:
 
     @property
     def numel(self) -> int:
-        """How many elements the tensor has; a Python int, which doesn't wrap as np.prod does."""
+        """Number of elements, as a Python int, which doesn't overflow as np.prod does."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """How many bytes the tensor has."""
+        """Size of the tensor in bytes."""
         return self.numel * ITEM_BYTES[self.dtype]
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """Give NumPy's dtype of that name; bfloat16's comes from ml_dtypes.
+    """Return NumPy's little-endian dtype of that name; bfloat16 comes from ml_dtypes.
 
     Raises:
-        UnsupportedError: bfloat16 without ml_dtypes installed.
+        UnsupportedError: The name is bfloat16 and ml_dtypes is not installed.
 
     """
     if name != "bfloat16":
@@ -83,14 +83,15 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 
 
 def as_array(x: object) -> Array:
-    """Give anything array-like as a C-contiguous, little-endian array, without a copy where it is one already.
+    """Return an array-like object as a C-contiguous, little-endian array, without a copy if it already is one.
 
     Args:
-        x: A NumPy array (of any strides and byte order, read-only too), something with `__array__` or DLPack (a torch
-            tensor), or a nested list of numbers.
+        x: A NumPy array (of any strides and byte order, writable or not), an object with `__array__` or DLPack such as
+            a torch tensor, or a nested list of numbers.
 
     Raises:
-        InvalidArgumentError: It is none of these.
+        InvalidArgumentError: x is none of these.
+        UnsupportedError: x is a bfloat16 tensor and ml_dtypes is not installed.
 
     """
     if not isinstance(x, np.ndarray):
@@ -98,20 +99,21 @@ def as_array(x: object) -> Array:
         try:
             x = _from_torch(x) if is_torch else _from_protocol(x)
         except (TypeError, RuntimeError, BufferError) as error:
-            # UnsupportedError too is a TypeError.
+            # UnsupportedError is a TypeError too.
             if isinstance(error, PoolError):
                 raise
             reason = str(error).partition("\n")[0]
-            raise InvalidArgumentError(f"expected what NumPy can hold, got {reason}", field="input") from None
+            msg = f"expected a tensor that NumPy can represent, got {reason}"
+            raise InvalidArgumentError(msg, field="input") from None
     swapped = x.dtype.byteorder == ">" or (x.dtype.byteorder == "=" and sys.byteorder == "big")
     return np.asarray(x, dtype=x.dtype.newbyteorder("<") if swapped else None, order="C")
 
 
-def _from_torch(x: Any) -> Array:  # noqa: ANN401 - a torch tensor, whose type the client can't name
+def _from_torch(x: Any) -> Array:  # noqa: ANN401 - a torch tensor; the client doesn't import torch
     x = x.detach().cpu()
     if str(x.dtype) != "torch.bfloat16":
         return np.asarray(x)
-    # NumPy has no bfloat16, so torch gives no array of it: its bits go over as integers.
+    # torch doesn't convert bfloat16 to NumPy, which lacks it, so the bits are converted as int16.
     bits = np.asarray(x.view(sys.modules["torch"].int16))
     return bits.view(numpy_dtype("bfloat16"))
 
@@ -129,10 +131,10 @@ def _from_protocol(x: object) -> Array:
 
 
 def spec_of(array: Array, layout: str = "NCHW") -> TensorSpec:
-    """Describe an array.
+    """Return the spec of an array.
 
     Raises:
-        UnsupportedError: No layer takes its dtype.
+        UnsupportedError: The dtype is not one of ITEM_BYTES.
 
     """
     return TensorSpec(dtype_name(array.dtype), array.shape, layout)
@@ -140,10 +142,10 @@ def spec_of(array: Array, layout: str = "NCHW") -> TensorSpec:
 
 @lru_cache(256)
 def dtype_name(dtype: np.dtype[Any]) -> str:
-    """Give the name of a dtype on the wire.
+    """Return the name of a dtype on the wire.
 
     Raises:
-        UnsupportedError: No layer takes it.
+        UnsupportedError: The dtype is not one of ITEM_BYTES.
 
     """
     name = dtype.name
@@ -153,17 +155,17 @@ def dtype_name(dtype: np.dtype[Any]) -> str:
     return name
 
 
-def raw(array: Array) -> memoryview:
-    """Give the bytes of a C-contiguous array, without a copy."""
-    # By way of uint8: the buffer protocol knows no bfloat16, and no view of an array without elements.
+def array_bytes(array: Array) -> memoryview:
+    """Return the bytes of a C-contiguous array, without a copy."""
+    # Through uint8, since the buffer protocol has no bfloat16 and no views of empty arrays.
     return array.reshape(-1).view(np.uint8).data
 
 
-def split(payload: Bytes, specs: Sequence[TensorSpec]) -> list[memoryview]:
-    """Cut a payload into the bytes of its tensors, without a copy.
+def split_tensors(payload: Bytes, specs: Sequence[TensorSpec]) -> list[memoryview]:
+    """Split a payload into the bytes of its tensors, without a copy.
 
     Raises:
-        InvalidArgumentError: There are more or fewer bytes than the specs say.
+        InvalidArgumentError: The payload is longer or shorter than the tensors.
 
     """
     expected = sum(spec.nbytes for spec in specs)
@@ -175,27 +177,32 @@ def split(payload: Bytes, specs: Sequence[TensorSpec]) -> list[memoryview]:
     return [view[start:end] for start, end in pairwise(ends)]
 
 
-def align(place: int) -> int:
-    """Give the next multiple of ALIGNMENT."""
-    return -(-place // ALIGNMENT) * ALIGNMENT
+def align(offset: int) -> int:
+    """Return the offset rounded up to a multiple of ALIGNMENT."""
+    return -(-offset // ALIGNMENT) * ALIGNMENT
 
 
-def spans(specs: Iterable[TensorSpec]) -> tuple[list[tuple[int, int]], int]:
-    """Lay tensors out in one piece of memory, each at a multiple of ALIGNMENT; give where each is, and the end."""
-    places, end = [], 0
+def aligned_ranges(specs: Iterable[TensorSpec]) -> tuple[list[tuple[int, int]], int]:
+    """Lay out tensors in one block of memory, each at a multiple of ALIGNMENT.
+
+    Returns:
+        The (start, end) offsets of each tensor, and the size of the block, in bytes.
+
+    """
+    ranges, end = [], 0
     for spec in specs:
         start = align(end)
         end = start + spec.nbytes
-        places.append((start, end))
-    return places, end
+        ranges.append((start, end))
+    return ranges, end
 
 
 @lru_cache(1)
 def keep_freed_memory() -> None:
-    """Have the C library keep some freed memory for the next allocation, once for the process.
+    """Make the C library keep freed memory of up to 64 MiB for later allocations; takes effect once per process.
 
-    glibc gives freed pages back to the system from a threshold on, and asking for them anew takes longer than pooling
-    what lies in them. The threshold is twice the largest block that was mapped on its own and freed (M_MMAP_THRESHOLD
-    in mallopt(3)): so one of nearly the most, 32 MiB, is, without ever being touched.
+    glibc returns freed memory above a threshold to the system, and to allocate its pages again takes longer than to
+    pool a tensor in them. The threshold is twice the size of the largest block that was mapped separately and freed
+    (M_MMAP_THRESHOLD in mallopt(3)), so this maps and frees a block of nearly the maximum, 32 MiB, without touching it.
     """
     np.empty(2**25 - 2**16, np.uint8)

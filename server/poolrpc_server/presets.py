@@ -65,7 +65,7 @@ def output_names(branches: Iterable[Chain]) -> list[str]:
     for i, chain in enumerate(branches):
         end = f"_{i}" if i else ""
         names.append(f"output{end}")
-        if chain[-1].gives_indices:
+        if chain[-1].returns_indices:
             names.append(f"indices{end}")
     return names
 

@@ -8,6 +8,7 @@ import logging
 import signal
 import threading
 import time
+from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Self
 
@@ -36,7 +37,7 @@ from poolrpc import (
     MaxUnpool2d,
     PoolClient,
 )
-from poolrpc._wire import codec
+from poolrpc._wire import codec, framing
 from poolrpc._wire.status import translated
 from poolrpc.chains import as_chain
 from poolrpc.tensors import TensorSpec
@@ -65,7 +66,7 @@ LARGE = RNG.standard_normal((64, 4, 128, 128), np.float32)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make blocks of two or three of X's planes, in pieces of less than one."""
     monkeypatch.setattr("poolrpc._transport.transfer.BLOCK_BYTES", 1900)
-    monkeypatch.setattr("poolrpc._wire.framing.PIECE_BYTES", 500)
+    monkeypatch.setattr(framing, "chunks", partial(framing.chunks, chunk_bytes=500))
 
 
 @pytest.fixture

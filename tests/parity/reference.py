@@ -61,10 +61,10 @@ def reference(
         drawn = torch.tensor(plain, dtype=wide.dtype, device=x.device)
         parameters["return_indices"] = True
         output, places = getattr(torch.nn, layer.name)(**parameters, _random_samples=drawn.reshape(*lead, dims))(wide)
-        return output.to(x.dtype), places if layer.gives_indices else None
+        return output.to(x.dtype), places if layer.returns_indices else None
     if layer.name == "MaxPool1d" and not x.is_floating_point():
         output, places = torch.nn.MaxPool1d(**{**parameters, "return_indices": True})(x)
-        return output, places if layer.gives_indices else None
+        return output, places if layer.returns_indices else None
     if "output_size" in parameters and None in np.atleast_1d(parameters["output_size"]):
         sizes = x.shape[-dims:]
         parameters["output_size"] = tuple(

@@ -112,7 +112,7 @@ def test_rows_give_torchs_answer(name: str, data: st.DataObject, seed: int, size
                 assert_same(moved.reshape(theirs.shape), theirs, what)
     output, chosen = made.compute(x if channels is None else x.movedim(1, -1).contiguous(), None)
     assert_same(output if channels is None else output.movedim(-1, 1), expected, ("as chosen", layer, plane, dtype))
-    assert (chosen is None) == (not layer.gives_indices)
+    assert (chosen is None) == (not layer.returns_indices)
 
 
 def test_what_is_bound_computes_what_is_there_now() -> None:

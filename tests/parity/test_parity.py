@@ -141,14 +141,14 @@ def test_parity(client: p.PoolClient, name: str) -> None:
         what = (layer, shape, dtype, turn)
         assert_same(result.output, expected, what)
         assert result.shape == tuple(expected.shape), what
-        assert (result.indices is None) == (not layer.gives_indices), what
-        if layer.gives_indices:
+        assert (result.indices is None) == (not layer.returns_indices), what
+        if layer.returns_indices:
             assert_same(result.indices, places, what)
         if turn % 3 == 0:
             axis = 1 if len(shape) == (layer.spatial_dims or len(shape) - 2) + 2 else 0
             last = client.pool(x.movedim(axis, -1), layer, layout="NHWC")
             assert_same(last.output, expected.movedim(axis, -1), (*what, "NHWC"))
-            if layer.gives_indices:
+            if layer.returns_indices:
                 assert_same(last.indices, places.movedim(axis, -1), (*what, "NHWC"))
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from poolrpc import LAYERS
 from poolrpc._shapes.limits import MAX_NUMEL, MAX_PARAMETER
-from poolrpc._shapes.parameters import spread
+from poolrpc._shapes.parameters import per_axis
 
 CLASSES = tuple(LAYERS.values())
 
@@ -17,7 +17,7 @@ def classes(dims):
     return tuple(cls for cls in CLASSES if cls.spatial_dims in (None, dims))
 
 
-def per_axis(values, dims):
+def one_or_per_axis(values, dims):
     """Draw one value, or a tuple of one an axis."""
     return st.one_of(values, st.tuples(*[values] * dims))
 
@@ -30,7 +30,7 @@ def layers(draw, among=CLASSES, *, most=MAX_PARAMETER, most_output=MAX_NUMEL, in
     given = {}
 
     def padding():
-        halves = [kernel // 2 for kernel in spread(given["kernel_size"], dims)]
+        halves = [kernel // 2 for kernel in per_axis(given["kernel_size"], dims)]
         each = st.tuples(*(st.integers(0, half) for half in halves))
         return st.one_of(st.integers(0, min(halves)), each)
 
@@ -38,20 +38,20 @@ def layers(draw, among=CLASSES, *, most=MAX_PARAMETER, most_output=MAX_NUMEL, in
         cells = st.integers(1, most_output)
         if cls.family.startswith("adaptive"):
             return st.one_of(cells, st.tuples(*[st.none() | cells] * dims))
-        return st.none() | per_axis(cells, dims)
+        return st.none() | one_or_per_axis(cells, dims)
 
     makers = {
-        "kernel_size": lambda: per_axis(sizes, dims),
-        "stride": lambda: st.none() | per_axis(sizes, dims) | st.integers(1, MAX_PARAMETER),
+        "kernel_size": lambda: one_or_per_axis(sizes, dims),
+        "stride": lambda: st.none() | one_or_per_axis(sizes, dims) | st.integers(1, MAX_PARAMETER),
         "padding": padding,
-        "dilation": lambda: per_axis(sizes, dims),
+        "dilation": lambda: one_or_per_axis(sizes, dims),
         "ceil_mode": st.booleans,
         "count_include_pad": st.booleans,
         "return_indices": st.booleans if indices else lambda: st.just(False),
         "divisor_override": lambda: st.none() | st.integers(1, MAX_NUMEL),
         "norm_type": lambda: st.floats(0.01, 1000) | st.just(float("inf")),
         "output_size": output_size,
-        "output_ratio": lambda: per_axis(st.floats(0, 1, exclude_min=True, exclude_max=True), dims),
+        "output_ratio": lambda: one_or_per_axis(st.floats(0, 1, exclude_min=True, exclude_max=True), dims),
         "seed": lambda: st.integers(0, 2**64 - 1),
     }
     for parameter in fields(cls):
@@ -74,17 +74,17 @@ def parameters(cls, most=6):
     dims = cls.spatial_dims or 1
     sizes, flags = nearly(1, most), st.booleans()
     of = {
-        "kernel_size": per_axis(sizes, dims),
-        "stride": per_axis(sizes, dims),
-        "padding": per_axis(nearly(0, most // 2), dims),
-        "dilation": per_axis(sizes, dims),
+        "kernel_size": one_or_per_axis(sizes, dims),
+        "stride": one_or_per_axis(sizes, dims),
+        "padding": one_or_per_axis(nearly(0, most // 2), dims),
+        "dilation": one_or_per_axis(sizes, dims),
         "ceil_mode": flags,
         "count_include_pad": flags,
         "return_indices": flags,
         "divisor_override": sizes,
         "norm_type": st.sampled_from([1, 2, 1.5, 3.0, 2.0, 2.5, float("inf"), -1.0]),
         "output_size": sizes | st.tuples(*[st.none() | sizes] * dims),
-        "output_ratio": per_axis(st.floats(0.01, 0.99), dims),
+        "output_ratio": one_or_per_axis(st.floats(0.01, 0.99), dims),
         "seed": st.integers(0, 3),
     }
     if cls.family == "max_unpool":
@@ -93,7 +93,7 @@ def parameters(cls, most=6):
     if cls.family != "fractional_max_pool":
         return _dictionaries(of, names)
     # One of the two says how large the output is.
-    of["output_size"] = per_axis(sizes, dims)
+    of["output_size"] = one_or_per_axis(sizes, dims)
     size, ratio = names | {"output_size": True}, names | {"output_ratio": True}
     del size["output_ratio"], ratio["output_size"]
     return _dictionaries(of, size) | _dictionaries(of, ratio)

@@ -1,1 +1,1 @@
-"""Shape rules, parameter checks and limits: integer arithmetic that client and server share."""
+"""Shape rules, parameter checks and limits: integer arithmetic that the client and the server share."""

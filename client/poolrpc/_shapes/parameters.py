@@ -1,4 +1,4 @@
-"""Checks that turn what a caller wrote for a layer's parameter into its canonical form, or say what was expected."""
+"""Checks of layer parameters, which return a value in canonical form or raise "expected X, got Y"."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from poolrpc._shapes.rules import clip
 from poolrpc.errors import InvalidArgumentError
 
 Axes: TypeAlias = int | tuple[int, ...]
-"""A parameter with one value for all spatial axes, or one for each."""
+"""A parameter with one value for all spatial axes, or one for each axis."""
 OptionalAxes: TypeAlias = int | tuple[int | None, ...]
-"""The same, where an axis may be None."""
+"""The same for a parameter that may be None on an axis."""
 
 
 def integer(name: str, value: object, low: int, high: int) -> int:
-    """Give `value` as an int in low..high; a bool or a float is refused, as torch refuses them."""
+    """Return `value` as an int in low..high; bools and floats are rejected, as in torch."""
     if type(value) is not int:
         kind = type(value).__name__
         try:
-            # Arrays and tensors have __index__ too, and raise where they are no scalar integers.
+            # Arrays and tensors have __index__ too, and raise unless they are integer scalars.
             index = None if kind in ("bool", "bool_") else operator.index(value)  # type: ignore[arg-type]
         except TypeError:
             index = None
@@ -36,7 +36,7 @@ def integer(name: str, value: object, low: int, high: int) -> int:
 
 
 def boolean(name: str, value: object) -> bool:
-    """Give `value` as a bool; anything but a bool is refused."""
+    """Return `value` as a bool; everything but Python's and NumPy's bools is rejected."""
     if isinstance(value, bool) or type(value).__name__ in ("bool_", "bool"):
         return bool(value)
     msg = f"expected True or False, got {clip(value)}"
@@ -44,11 +44,12 @@ def boolean(name: str, value: object) -> bool:
 
 
 def real(name: str, value: object) -> float:
-    """Give `value` as a float above 0, perhaps infinite; a bool is refused."""
-    refused = type(value).__name__ in ("bool", "bool_") or hasattr(value, "__len__")  # strings and arrays
+    """Return `value` as a float above 0, which may be infinite; bools are rejected."""
+    # What has a length is a string, an array or another container.
+    rejected = type(value).__name__ in ("bool", "bool_") or hasattr(value, "__len__")
     try:
-        number = None if refused else float(value)  # type: ignore[arg-type]  # refused below where it is none
-    except OverflowError:  # an integer that no float holds
+        number = None if rejected else float(value)  # type: ignore[arg-type]  # TypeError is caught below
+    except OverflowError:  # an integer beyond float's range
         number = math.nan
     except (TypeError, ValueError):
         number = None
@@ -60,12 +61,12 @@ def real(name: str, value: object) -> float:
 
 
 def sequence(name: str, value: object, dims: int) -> tuple[Any, ...]:
-    """Give a list, tuple or array as a tuple of 1 or `dims` values."""
+    """Return a list, tuple or array as a tuple of 1 or `dims` values."""
     if isinstance(value, str | bytes | dict | set):
         msg = f"expected an integer or a tuple, got {clip(value)}"
         raise InvalidArgumentError(msg, field=name)
     try:
-        values: tuple[Any, ...] = tuple(value)  # type: ignore[arg-type]  # refused below where it isn't iterable
+        values: tuple[Any, ...] = tuple(value)  # type: ignore[arg-type]  # TypeError is caught below
     except TypeError:
         msg = f"expected an integer or a tuple of {dims}, got {clip(value)} ({type(value).__name__})"
         raise InvalidArgumentError(msg, field=name) from None
@@ -76,7 +77,7 @@ def sequence(name: str, value: object, dims: int) -> tuple[Any, ...]:
 
 
 def axes(name: str, value: object, dims: int, *, low: int = 1, high: int = MAX_PARAMETER) -> Axes:
-    """Give an int, or a tuple of one int an axis; a tuple of equal ints is one int, so that equal layers are equal."""
+    """Return an int, or a tuple of one int per axis; equal ints become one, so that equal layers compare equal."""
     if not hasattr(value, "__len__"):
         return integer(name, value, low, high)
     values = tuple(integer(name, each, low, high) for each in sequence(name, value, dims))
@@ -84,7 +85,7 @@ def axes(name: str, value: object, dims: int, *, low: int = 1, high: int = MAX_P
 
 
 def optional_axes(name: str, value: object, dims: int, *, high: int) -> OptionalAxes:
-    """Give what `axes` gives, where a value in a tuple may also be None."""
+    """Return the same as `axes` for a parameter whose values in a tuple may be None."""
     if not hasattr(value, "__len__"):
         return integer(name, value, 1, high)
     values = tuple(None if each is None else integer(name, each, 1, high) for each in sequence(name, value, dims))
@@ -94,7 +95,7 @@ def optional_axes(name: str, value: object, dims: int, *, high: int) -> Optional
 
 
 def ratios(name: str, value: object, dims: int) -> float | tuple[float, ...]:
-    """Give a float in (0, 1), or a tuple of one an axis."""
+    """Return a float in (0, 1), or a tuple of one per axis."""
     values = sequence(name, value, dims) if hasattr(value, "__len__") else (value,)
     numbers = tuple(real(name, each) for each in values)
     for number in numbers:
@@ -104,6 +105,6 @@ def ratios(name: str, value: object, dims: int) -> float | tuple[float, ...]:
     return numbers[0] if len(set(numbers)) == 1 else numbers
 
 
-def spread(value: Any, dims: int) -> tuple[Any, ...]:  # noqa: ANN401 - whatever a parameter holds
-    """Give a parameter as one value an axis."""
+def per_axis(value: Any, dims: int) -> tuple[Any, ...]:  # noqa: ANN401 - the value of any parameter
+    """Return a parameter as a tuple of one value per axis."""
     return value if isinstance(value, tuple) else (value,) * dims

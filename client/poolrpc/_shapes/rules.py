@@ -1,4 +1,4 @@
-"""torch's rules for the size of a pooled axis, in Python ints: exact for any size, and free of torch."""
+"""torch's rules for the size of a pooled axis, in Python ints: exact for any size, without torch."""
 
 from __future__ import annotations
 
@@ -6,53 +6,52 @@ from poolrpc._shapes.limits import MAX_NUMEL
 from poolrpc.errors import InvalidArgumentError
 
 
-def pooled(  # noqa: PLR0913 - one argument a parameter of the rule
+def pooled_size(  # noqa: PLR0913 - one argument per parameter of the rule
     size: int, kernel: int, stride: int, padding: int = 0, dilation: int = 1, *, ceil_mode: bool = False
 ) -> int:
-    """Give the output size of an axis under a sliding window.
+    """Return the output size of an axis that a window slides over; below 1 if no window fits.
 
-    floor((size + 2*padding - dilation*(kernel - 1) - 1) / stride) + 1, with ceil for floor where ceil_mode is set; then
-    a last window that would start in the right padding or beyond is dropped. The rule is that of pooling_output_shape
-    in PyTorch's aten/src/ATen/native/Pool.h, whose printed formulas (torch.nn's docs) leave the last part out.
-
-    The result is below 1 where no window fits.
+    The rule is floor((size + 2*padding - dilation*(kernel - 1) - 1) / stride) + 1, with ceil in place of floor if
+    ceil_mode is set; a last window that would start in the right padding or beyond is then dropped. This is
+    pooling_output_shape in PyTorch's aten/src/ATen/native/Pool.h; the formulas in torch.nn's documentation leave out
+    the dropped window.
     """
     span = size + 2 * padding - dilation * (kernel - 1) - 1
     if not ceil_mode:
         return span // stride + 1
     out = -(-span // stride) + 1
-    return out - 1 if starts_outside(out, size, stride, padding) else out
+    return out - 1 if last_window_starts_outside(out, size, stride, padding) else out
 
 
-def starts_outside(out: int, size: int, stride: int, padding: int) -> bool:
-    """Tell whether the last of `out` windows starts right of the input, where ceil_mode drops it."""
+def last_window_starts_outside(out: int, size: int, stride: int, padding: int) -> bool:
+    """Return whether the last of `out` windows starts right of the input, in which case ceil_mode drops it."""
     return (out - 1) * stride >= size + padding
 
 
-def unpooled(size: int, kernel: int, stride: int, padding: int) -> int:
-    """Give the default output size of an axis that MaxUnpool restores (torch.nn.functional._unpool_output_size)."""
+def unpooled_size(size: int, kernel: int, stride: int, padding: int) -> int:
+    """Return the default output size of an axis under MaxUnpool (torch.nn.functional._unpool_output_size)."""
     return (size - 1) * stride + kernel - 2 * padding
 
 
 def adaptive_window(index: int, size: int, out: int) -> tuple[int, int]:
-    """Give the start and the end of window `index` of an adaptive layer (aten/src/ATen/native/AdaptivePooling.h)."""
+    """Return the start and the end of window `index` of an adaptive layer (aten/src/ATen/native/AdaptivePooling.h)."""
     return index * size // out, -(-(index + 1) * size // out)
 
 
-def fractional(size: int, ratio: float) -> int:
-    """Give the output size of an axis of a fractional layer, as torch.nn.functional truncates it."""
+def fractional_size(size: int, ratio: float) -> int:
+    """Return the output size of an axis of a fractional layer, truncated as in torch.nn.functional."""
     return int(size * ratio)
 
 
 def check_shape(shape: tuple[int, ...], spatial_dims: int | None) -> int:
-    """Check that a shape, of either layout, can be pooled and give its number of spatial axes.
+    """Check that a shape, in either layout, can be pooled, and return its number of spatial axes.
 
     Args:
-        shape: (N, C, spatial...) or (C, spatial...); only (N, C, spatial...) where spatial_dims is None.
-        spatial_dims: How many axes are spatial, or None where the layers take any number.
+        shape: (N, C, spatial...) or (C, spatial...); only (N, C, spatial...) if spatial_dims is None.
+        spatial_dims: Number of spatial axes, or None if the layers take any number.
 
     Raises:
-        InvalidArgumentError: The rank doesn't fit, or an axis is out of its range.
+        InvalidArgumentError: The rank doesn't fit, or an axis is outside its range.
 
     """
     rank = len(shape)
@@ -74,12 +73,12 @@ def check_shape(shape: tuple[int, ...], spatial_dims: int | None) -> int:
     return spatial_dims
 
 
-def clip(value: object, most: int = 120) -> str:
-    """Give repr(value), cut so that a hostile value can't fill a message."""
-    if isinstance(value, list | tuple) and len(value) > most:
-        value = value[:most]  # its repr is longer than `most` all the same
+def clip(value: object, limit: int = 120) -> str:
+    """Return repr(value), cut to `limit` characters so that a hostile value can't fill a message."""
+    if isinstance(value, list | tuple) and len(value) > limit:
+        value = value[:limit]  # its repr is longer than `limit` anyway
     try:
         text = repr(value)
-    except ValueError:  # an integer of more digits than Python prints
+    except ValueError:  # an integer with more digits than Python prints
         text = f"<{type(value).__name__} too long to print>"
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

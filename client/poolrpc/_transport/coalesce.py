@@ -102,7 +102,7 @@ class Grouping:
         check_layout(layout)
         self._chain, self._layout = chain, layout
         # A layer that tells planes apart by their number needs each tensor's to begin at 0.
-        alike = all(layer.at_plane(1) is layer and layer.splits for layer in chain)
+        alike = all(layer.at_plane(1) is layer and layer.splittable for layer in chain)
         self._most = GROUP_BYTES if alike else 0
         self._waiting: list[Array] = []
         self._size = 0

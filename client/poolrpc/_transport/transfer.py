@@ -28,7 +28,7 @@ from poolrpc.errors import (
     UnavailableError,
     UnsupportedError,
 )
-from poolrpc.tensors import Array, TensorSpec, align, numpy_dtype, raw, spans
+from poolrpc.tensors import Array, TensorSpec, align, aligned_ranges, array_bytes, numpy_dtype
 from poolrpc.v1 import pool_pb2
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def by_size(transfer: Transfer, most: int) -> str:
     outline = transfer.outline
     if outline.nbytes < STREAM_BYTES:
         return "unary"
-    splits = all(layer.splits for chain in outline.request.branches for layer in chain)
+    splits = all(layer.splittable for chain in outline.request.branches for layer in chain)
     return "stream" if splits or outline.nbytes > most else "unary"
 
 
@@ -127,7 +127,7 @@ class PreparedRequest:
         self.request = request
         self.nbytes = sum(spec.nbytes for spec in request.specs)
         self._header = codec.encode_request(request).SerializeToString()
-        self.head = framing.head(framing.pad(self._header, self.nbytes), self.nbytes)
+        self.head = framing.message_prefix(framing.pad(self._header, self.nbytes), self.nbytes)
         self._answered: Answer | None = None
 
     @cached_property
@@ -178,11 +178,11 @@ class PreparedRequest:
         if known is not None and len(message) == known.nbytes and message.startswith(known.start):
             return known, message
         try:
-            header, payload = framing.cut(message, pool_pb2.PoolResponse)
+            header, payload = framing.split_payload(message, pool_pb2.PoolResponse)
             results = self.understood(pool_pb2.PoolResponse.FromString(header).results)
         except DecodeError:
             raise _no_answer(pool_pb2.PoolResponse) from None
-        start = framing.head(header, len(payload))
+        start = framing.message_prefix(header, len(payload))
         if not message.startswith(start):  # as another encoder may write it
             return Answer(results, b""), payload
         answer = Answer(results, start)
@@ -204,7 +204,7 @@ class Answer:
 
     def __init__(self, results: Sequence[codec.BranchResult], start: bytes) -> None:
         self.results = results
-        self.specs = codec.tensors(results)
+        self.specs = codec.payload_specs(results)
         self.start = start
         ends = accumulate((spec.nbytes for spec in self.specs), initial=len(start))
         self.nbytes = len(start) + sum(spec.nbytes for spec in self.specs)
@@ -269,7 +269,7 @@ class Transfer:
         self.arrays = arrays
         self.out = out
         if out:
-            _check_out(codec.tensors(outline.results), out)
+            _check_out(codec.payload_specs(outline.results), out)
 
     @property
     def repeatable(self) -> bool:
@@ -288,7 +288,7 @@ class Transfer:
             msg = f"expected tensors of at most {most} bytes in a message, got {self.outline.nbytes}; {RAISE_HINT}"
             limits = {"limit": str(most), "actual": str(self.outline.nbytes)}
             raise LimitExceededError(msg, reason="MESSAGE_TOO_LARGE", metadata=limits)
-        return b"".join((self.outline.head, *map(raw, self.arrays)))
+        return b"".join((self.outline.head, *map(array_bytes, self.arrays)))
 
     def results(self, message: bytes, progress: Progress | None = None) -> list[PoolResult]:
         """Give what a unary call's answer says."""
@@ -307,7 +307,7 @@ class Transfer:
         for start in range(0, count, step):
             stop = min(start + step, count)
             parts = [each[len(each) // count * start : len(each) // count * stop].data for each in flat]
-            yield from framing.pieces(parts, padded=True)
+            yield from framing.chunks(parts, padded=True)
 
 
 class ArenaCall:
@@ -342,8 +342,8 @@ class ArenaCall:
             InvalidArgumentError: The layers don't fit the input.
 
         """
-        places, size = spans(transfer.outline.request.specs)
-        _, out_size = spans(codec.tensors(transfer.outline.results))
+        places, size = aligned_ranges(transfer.outline.request.specs)
+        _, out_size = aligned_ranges(codec.payload_specs(transfer.outline.results))
         if not out_size:
             return None
         found = arenas.find(transfer.arrays[0]) if len(transfer.arrays) == 1 else None
@@ -368,7 +368,7 @@ class ArenaCall:
     def results(self, message: bytes, *, copy: bool, progress: Progress | None = None) -> list[PoolResult]:
         """Give what the answer says, in arrays of their own or, where not `copy`, as they lie in the arena."""
         answer, _ = self._transfer.outline.answer(message)
-        places, _ = spans(answer.specs)
+        places, _ = aligned_ranges(answer.specs)
         out = self._transfer.out or [None] * len(places)
         arrays = []
         for spec, (start, _), array in zip(answer.specs, places, out, strict=True):
@@ -422,7 +422,7 @@ class StreamReader:
             self._results = transfer.outline.understood(pool_pb2.PoolStreamResponse.FromString(first).results)
         except DecodeError:
             raise _no_answer(pool_pb2.PoolStreamResponse) from None
-        specs = codec.tensors(self._results)
+        specs = codec.payload_specs(self._results)
         out = transfer.out or [None] * len(specs)
         self._arrays = [
             np.empty(spec.shape, numpy_dtype(spec.dtype)) if array is None else array
@@ -430,7 +430,7 @@ class StreamReader:
         ]
         self._flat = [array.reshape(-1).view(np.uint8) for array in self._arrays]
         self._count = transfer.outline.planes.count
-        self._plane_bytes = [Planes(spec, transfer.outline.spatial_dims).nbytes for spec in specs]
+        self._plane_bytes = [Planes(spec, transfer.outline.spatial_dims).plane_bytes for spec in specs]
         self._parts: list[memoryview] = []
         self._progress = progress
         self._seen = 0
@@ -438,7 +438,7 @@ class StreamReader:
     def take(self, message: bytes) -> None:
         """Put the next message where it goes."""
         try:
-            header, payload = framing.cut(message, pool_pb2.PoolStreamResponse)
+            header, payload = framing.split_payload(message, pool_pb2.PoolStreamResponse)
             unfinished = bool(header) and pool_pb2.PoolStreamResponse.FromString(header).unfinished
         except DecodeError:
             raise _no_answer(pool_pb2.PoolStreamResponse) from None

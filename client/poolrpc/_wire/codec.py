@@ -61,7 +61,7 @@ class Request:
         try:
             return branch_shapes(self.input.shape, self.branches, self.input.layout)
         except InvalidArgumentError as error:
-            raise error.under("input") if error.violations[0].field == "shape" else error from None
+            raise error.with_prefix("input") if error.violations[0].field == "shape" else error from None
 
     def results(self) -> tuple[BranchResult, ...]:
         """Give what comes of each branch; the rest is as in shapes."""
@@ -70,7 +70,7 @@ class Request:
             BranchResult(
                 steps,
                 TensorSpec(spec.dtype, steps[-1], spec.layout),
-                TensorSpec("int64", steps[-1], spec.layout) if chain[-1].gives_indices else None,
+                TensorSpec("int64", steps[-1], spec.layout) if chain[-1].returns_indices else None,
             )
             for chain, steps in zip(self.branches, self.shapes(), strict=True)
         )
@@ -113,7 +113,7 @@ class BranchResult:
         return (self.output,) if self.indices is None else (self.output, self.indices)
 
 
-def tensors(results: Iterable[BranchResult]) -> tuple[TensorSpec, ...]:
+def payload_specs(results: Iterable[BranchResult]) -> tuple[TensorSpec, ...]:
     """Give the tensors of an answer's payload, in order."""
     return tuple(spec for each in results for spec in each.specs)
 

@@ -1,9 +1,10 @@
-"""The framing of messages with a payload: protobuf's own bytes, without protobuf's copies.
+"""Framing of messages with a payload, without protobuf's copies.
 
-Every message that carries tensors has them in one bytes field, `payload`, number 15, and the rest, its header, is
-small. So a message is the header as protobuf writes it, a tag, a length, and the tensors' bytes joined to it once; and
-what arrives is cut the same way, the payload staying where it lies. (protobuf's serialiser takes some ten times as long
-as the join does, and each access to a bytes field copies it.) Whatever isn't plainly cut is left to protobuf.
+Every message that carries tensors has them in one bytes field, `payload`, number 15; the rest of the message, its
+header, is small. A message is sent as its header, serialized by protobuf, joined once with a tag, a length and the
+bytes of the tensors. A received message is split at the same place, and the payload is a view of it. protobuf's own
+serializer takes about ten times as long as the join, and copies a bytes field on each access. Input that this module
+can't split is left to protobuf, which then decides between a result and an error.
 """
 
 from __future__ import annotations
@@ -18,99 +19,102 @@ if TYPE_CHECKING:
     from poolrpc.tensors import Bytes
 
 PAYLOAD_TAG = 15 << 3 | 2
-"""Field 15, of a length and so many bytes."""
+"""The tag of field 15, length-delimited."""
 
 PADDING_TAG = 14 << 3 | 2
-"""The same for field 14, of requests."""
+"""The tag of field 14, length-delimited: the padding of requests."""
 
-ALIGNMENT = 16
-"""Of a payload in its message, in bytes: as any dtype wants it, and as Python's bytes lie in memory."""
+PAYLOAD_ALIGNMENT = 16
+"""Alignment of a payload within its message, in bytes: enough for every dtype, and how Python aligns bytes objects."""
 
 UNFINISHED = bytes((2 << 3, 1))
-"""A header of a stream's message, in either direction: field 2, true."""
+"""The header of a stream's message whose block continues in the next one, in either direction: field 2, true."""
 
-PIECE_BYTES = 4 * 2**20
-"""Of a block in one message of a stream: a larger one, of a single large plane, takes several."""
+CHUNK_BYTES = 4 * 2**20
+"""Payload bytes of one message of a stream. A larger block, which is a single large plane, is sent as several."""
 
 MESSAGE_BYTES_KEY = "poolrpc-message-bytes"
-"""The metadata by which a client announces how large a unary call's message is: a server counts it before it comes."""
+"""Metadata key with which a client announces the size of a unary message, for admission before it is received."""
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MAX_VARINT_BYTES = 10
-_MAX_HEAD_BYTES = 6  # of a payload's tag and length, as encoders write them; of longer forms protobuf refuses some
+_MAX_PREFIX_BYTES = 6  # of a payload's tag and length in their shortest form; protobuf rejects some longer ones
 
 
 def join(header: bytes, payload: Iterable[Bytes]) -> bytes:
-    """Give the message of a header and a payload in parts.
+    """Return the message with a header and a payload.
 
     Args:
-        header: The message without its payload, encoded.
-        payload: The parts of the payload, in order; an empty one is left out, as proto3 has it.
+        header: The serialized message without its payload.
+        payload: The parts of the payload, in order; an empty payload is left out, as proto3 requires.
 
     """
     parts = tuple(payload)
-    return b"".join((head(header, sum(map(len, parts))), *parts))
+    return b"".join((message_prefix(header, sum(map(len, parts))), *parts))
 
 
-def head(header: bytes, length: int) -> bytes:
-    """Give the start of a message, to which a payload of that length is joined."""
+def message_prefix(header: bytes, length: int) -> bytes:
+    """Return the bytes of a message that precede a payload of `length` bytes."""
     return b"".join((header, bytes((PAYLOAD_TAG,)), _varint(length))) if length else header
 
 
-def lead(number: int, length: int) -> bytes:
-    """Give what stands before the bytes of a field: of a text, of a message, or one of several payloads."""
+def field_prefix(number: int, length: int) -> bytes:
+    """Return the tag and the length that precede the contents of a length-delimited field."""
     return _varint(number << 3 | _BYTES) + _varint(length)
 
 
-def pieces(payload: Iterable[Bytes], *, padded: bool = False) -> Iterator[bytes]:
-    """Give a block of a stream as messages of at most PIECE_BYTES of payload, all but the last marked unfinished.
+def chunks(payload: Iterable[Bytes], *, padded: bool = False, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+    """Yield one block of a stream as messages, all but the last marked unfinished.
 
     Args:
         payload: The parts of the block, in order.
-        padded: Whether to align them, as pad does.
+        padded: Whether to align each payload, as `pad` does.
+        chunk_bytes: The most payload bytes in a message.
 
     """
     parts = tuple(payload)
     size = sum(map(len, parts))
-    if size > PIECE_BYTES:
+    if size > chunk_bytes:
         whole = memoryview(b"".join(parts))
-        for start in range(0, size, PIECE_BYTES):
-            piece = whole[start : start + PIECE_BYTES]
-            header = UNFINISHED if start + PIECE_BYTES < size else b""
-            yield join(pad(header, len(piece)) if padded else header, [piece])
+        for start in range(0, size, chunk_bytes):
+            chunk = whole[start : start + chunk_bytes]
+            header = UNFINISHED if start + chunk_bytes < size else b""
+            yield join(pad(header, len(chunk)) if padded else header, [chunk])
     else:
         yield join(pad(b"", size) if padded else b"", parts)
 
 
 def pad(header: bytes, length: int) -> bytes:
-    """Give a header with a field of padding, so that the payload that is joined to it is aligned in the message.
+    """Return the header with a padding field if one is needed to align the payload that is joined to it.
 
     Args:
-        header: The message without its payload, encoded.
-        length: The payload's.
+        header: The serialized message without its payload.
+        length: The length of the payload in bytes.
 
     """
     start = len(header) + 1 + len(_varint(length))
-    if not length or start % ALIGNMENT == 0:
+    if not length or start % PAYLOAD_ALIGNMENT == 0:
         return header
-    # A tag, a length, and at least one zero: proto3 leaves out what is empty.
-    zeros = (-start - 3) % ALIGNMENT + 1
+    # The field takes a tag, a length and at least one zero: proto3 leaves out an empty field.
+    zeros = (-start - 3) % PAYLOAD_ALIGNMENT + 1
     return b"".join((header, bytes((PADDING_TAG, zeros)), bytes(zeros)))
 
 
-def cut(data: bytes, cls: type[Message]) -> tuple[bytes, memoryview]:
-    """Give the header, encoded, and the payload of a message.
+def split_payload(data: bytes, cls: type[Message]) -> tuple[bytes, memoryview]:
+    """Split a message into its serialized header and its payload.
 
     Args:
         data: The message, from any protobuf encoder.
-        cls: What it is a message of, where the cutting is left to protobuf.
+        cls: The message's class, for messages that are left to protobuf.
+
+    Returns:
+        The header, and a view of the payload. Errors inside the header show when the header is parsed.
 
     Raises:
-        google.protobuf.message.DecodeError: These bytes are no message. What is wrong inside of the header shows when
-            that is parsed.
+        google.protobuf.message.DecodeError: The bytes are not a message.
 
     """
-    spans = _payloads(data, PAYLOAD_TAG)
+    spans = _find_payloads(data, PAYLOAD_TAG)
     view = memoryview(data)
     if spans is None:
         message: Any = cls.FromString(data)
@@ -119,38 +123,38 @@ def cut(data: bytes, cls: type[Message]) -> tuple[bytes, memoryview]:
         return message.SerializeToString(), memoryview(payload)
     if not spans:
         return data, view[:0]
-    # The last of several payloads counts, as with any field that isn't repeated.
+    # The last of several payloads counts, as with every field that isn't repeated.
     _, start, end = spans[-1]
     if len(spans) == 1:
         tag = spans[0][0]
         return (data[:tag] if end == len(data) else data[:tag] + data[end:]), view[start:end]
-    return _between(view, spans), view[start:end]
+    return _without(view, spans), view[start:end]
 
 
-def cut_all(data: bytes, number: int) -> tuple[bytes, list[memoryview]] | None:
-    """Give the header, encoded, and the payloads of a message that has any number of them.
+def split_payloads(data: bytes, number: int) -> tuple[bytes, list[memoryview]] | None:
+    """Split a message into its serialized header and the values of a repeated bytes field.
 
     Args:
         data: The message, from any protobuf encoder.
-        number: The repeated field that they are in.
+        number: The number of the repeated field.
 
     Returns:
-        None where it is for protobuf to say what these bytes are.
+        The header, and a view of each value; None if the message has to be left to protobuf.
 
     """
-    spans = _payloads(data, number << 3 | _BYTES)
+    spans = _find_payloads(data, number << 3 | _BYTES)
     if spans is None:
         return None
     view = memoryview(data)
-    return _between(view, spans), [view[start:end] for _, start, end in spans]
+    return _without(view, spans), [view[start:end] for _, start, end in spans]
 
 
-def _between(view: memoryview, spans: list[tuple[int, int, int]]) -> bytes:
-    pieces, done = [], 0
+def _without(view: memoryview, spans: list[tuple[int, int, int]]) -> bytes:
+    parts, done = [], 0
     for tag, _, stop in spans:
-        pieces.append(view[done:tag])
+        parts.append(view[done:tag])
         done = stop
-    return b"".join((*pieces, view[done:]))
+    return b"".join((*parts, view[done:]))
 
 
 def _varint(number: int) -> bytes:
@@ -162,43 +166,43 @@ def _varint(number: int) -> bytes:
     return bytes(data)
 
 
-def _payloads(data: bytes, payload_tag: int) -> list[tuple[int, int, int]] | None:
-    """Give where each payload's tag, bytes and end are; None where it is for protobuf to say what the bytes are."""
+def _find_payloads(data: bytes, payload_tag: int) -> list[tuple[int, int, int]] | None:
+    """Return the offsets of each payload's tag, contents and end, or None if protobuf has to read the message."""
     found: list[tuple[int, int, int]] = []
-    place, size = 0, len(data)
-    while place < size:
-        tag_at = place
-        tag, place = _read_varint(data, place)
+    offset, size = 0, len(data)
+    while offset < size:
+        tag_at = offset
+        tag, offset = _read_varint(data, offset)
         kind = tag & 7
         if tag == payload_tag or kind == _BYTES:
-            length, place = _read_varint(data, place)
-            if length > size - place:
+            length, offset = _read_varint(data, offset)
+            if length > size - offset:
                 return None
             if tag == payload_tag:
-                if place - tag_at > _MAX_HEAD_BYTES:
+                if offset - tag_at > _MAX_PREFIX_BYTES:
                     return None
-                found.append((tag_at, place, place + length))
-            place += length
+                found.append((tag_at, offset, offset + length))
+            offset += length
         elif tag >> 3 == payload_tag >> 3 or not tag >> 3:
             return None
         elif kind == _VARINT:
-            _, place = _read_varint(data, place)
+            _, offset = _read_varint(data, offset)
         elif kind in (_FIXED64, _FIXED32):
-            place += 8 if kind == _FIXED64 else 4
+            offset += 8 if kind == _FIXED64 else 4
         else:
-            return None  # a group, or no kind that there is
-        if place < 0 or place > size:
+            return None  # a group, or an unknown wire type
+        if offset < 0 or offset > size:
             return None
     return found
 
 
-def _read_varint(data: bytes, place: int) -> tuple[int, int]:
-    """Give a varint and the place after it, which is past the end of any message where there is none."""
-    if place < len(data) and data[place] < 0x80:  # noqa: PLR2004 - the top bit says that another byte follows
-        return data[place], place + 1
+def _read_varint(data: bytes, offset: int) -> tuple[int, int]:
+    """Return a varint and the offset after it, which is past the end of the data if there is no valid varint."""
+    if offset < len(data) and data[offset] < 0x80:  # noqa: PLR2004 - the top bit says that another byte follows
+        return data[offset], offset + 1
     number = 0
-    for i, byte in enumerate(data[place : place + _MAX_VARINT_BYTES]):
+    for i, byte in enumerate(data[offset : offset + _MAX_VARINT_BYTES]):
         number |= (byte & 0x7F) << 7 * i
         if byte < 0x80:  # noqa: PLR2004 - as above
-            return number, place + i + 1
+            return number, offset + i + 1
     return 0, len(data) + 1

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from poolrpc._shapes.limits import MAX_BRANCHES, MAX_CHAIN, MAX_RANK
-from poolrpc._shapes.parameters import spread
+from poolrpc._shapes.parameters import per_axis
 from poolrpc.errors import InvalidArgumentError, LimitExceededError
 from poolrpc.layers import LAYERS, Layer
 from poolrpc.v1 import pool_pb2
@@ -53,7 +53,7 @@ class _Ints:
     """One integer or one an axis; empty leaves it to the layer."""
 
     def encode(self, message: Any, name: str, value: Any) -> None:  # noqa: ANN401
-        getattr(message, name).extend(spread(value, 1))
+        getattr(message, name).extend(per_axis(value, 1))
 
     def decode(self, message: Any, name: str) -> Any:  # noqa: ANN401
         return _values(message, name) or UNSET
@@ -70,7 +70,7 @@ class _AdaptiveSizes:
     """One size or one an axis, each of which may be None."""
 
     def encode(self, message: Any, name: str, value: Any) -> None:  # noqa: ANN401
-        for cells in spread(value, 1):
+        for cells in per_axis(value, 1):
             getattr(message, name).add(cells=cells)
 
     def decode(self, message: Any, name: str) -> Any:  # noqa: ANN401
@@ -84,7 +84,7 @@ class _Wrapped:
     inner: str
 
     def encode(self, message: Any, name: str, value: Any) -> None:  # noqa: ANN401
-        getattr(getattr(message, name), self.inner).extend(spread(value, 1))
+        getattr(getattr(message, name), self.inner).extend(per_axis(value, 1))
 
     def decode(self, message: Any, name: str) -> Any:  # noqa: ANN401
         return _values(getattr(message, name), self.inner) if message.HasField(name) else UNSET
@@ -164,7 +164,7 @@ def decode_layer(message: pool_pb2.Layer, path: str) -> Layer:
         values = {parameter: kind.decode(family, parameter) for parameter, kind in kinds.items()}
         return cls(**{parameter: value for parameter, value in values.items() if value is not UNSET})
     except InvalidArgumentError as error:
-        raise error.under(path) from None
+        raise error.with_prefix(path) from None
 
 
 def encode_branches(branches: Iterable[Chain]) -> list[pool_pb2.Branch]:

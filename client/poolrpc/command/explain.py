@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from poolrpc._shapes.rules import adaptive_window, pooled, starts_outside
+from poolrpc._shapes.rules import adaptive_window, last_window_starts_outside, pooled_size
 from poolrpc.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -192,11 +192,11 @@ def _formula(layer: Any, axis: int, size: int, cells: int) -> str:  # noqa: ANN4
     kernel, stride, padding, dilation = layer.geometry()[axis]
     rounding = "ceil" if layer.ceil_mode else "floor"
     text = f"{rounding}(({size} + 2*{padding} - {dilation}*({kernel} - 1) - 1) / {stride}) + 1"
-    floor = pooled(size, kernel, stride, padding, dilation)
+    floor = pooled_size(size, kernel, stride, padding, dilation)
     if not layer.ceil_mode:
         return f"{text} = {cells}"
     ceil = -(-(size + 2 * padding - dilation * (kernel - 1) - 1) // stride) + 1
-    if starts_outside(ceil, size, stride, padding):
+    if last_window_starts_outside(ceil, size, stride, padding):
         return (
             f"{text} = {ceil}, but the last window would start at {(ceil - 1) * stride - padding}, "
             f"not inside the input of {size} or its left padding: ceil_mode drops it -> {cells}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from poolrpc.errors import CancelledError, DeadlineExceededError, InvalidArgumentError, NotFoundError, UnavailableError
-from poolrpc.tensors import ALIGNMENT, spans
+from poolrpc.tensors import ALIGNMENT, aligned_ranges
 from poolrpc_server.calls.admission import RETRY_DELAY, refused
 from poolrpc_server.calls.batcher import Batcher, StoppedError
 from poolrpc_server.calls.queue import QueueFullError, QueueLimits
@@ -281,7 +281,7 @@ def _refused(error: QueueFullError) -> UnavailableError:
 
 
 def _cut(memory: memoryview, specs: Sequence[TensorSpec], field: str) -> list[memoryview]:
-    places, size = spans(specs)
+    places, size = aligned_ranges(specs)
     if size > len(memory):
         msg = f"expected a range of at least {size} bytes, each tensor at a multiple of {ALIGNMENT}, got {len(memory)}"
         raise InvalidArgumentError(msg, field=field)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from poolrpc._shapes.limits import MAX_NUMEL
 from poolrpc._shapes.rules import check_shape, clip
-from poolrpc._wire.codec import Request, tensors
-from poolrpc.chains import Chain, Planes, branch_shapes, spatial_dims, step_path
+from poolrpc._wire.codec import Request, payload_specs
+from poolrpc.chains import Chain, Planes, branch_shapes, layer_path, spatial_dims
 from poolrpc.errors import InvalidArgumentError, LimitExceededError, UnsupportedError
 from poolrpc.tensors import ITEM_BYTES, TensorSpec
 from poolrpc_server.compute.planes import block_of, steps
@@ -69,7 +69,7 @@ class Checked:
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         """The tensors of the answer's payload, in order."""
-        return tensors(self.results)
+        return payload_specs(self.results)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ def check_stream(
     results = request.results()
     _check_indices_spec(request)
     planes = Planes(spec, check_shape(spec.shape, spatial_dims(request.branches)))
-    _limit("TENSOR_TOO_LARGE", "bytes of one plane", planes.nbytes, limits.input_bytes)
+    _limit("TENSOR_TOO_LARGE", "bytes of one plane", planes.plane_bytes, limits.input_bytes)
     check_request(block_of(request, planes, 1, 0), limits, schedule)
     return planes, results
 
@@ -185,7 +185,7 @@ def _check_dtypes(request: Request) -> None:
         for j, layer in enumerate(chain):
             if request.input.dtype not in layer.dtypes:
                 has = ", ".join(layer.dtypes)
-                msg = f"{step_path(i, j, layer)}: {layer.name} takes {has}, got {request.input.dtype}"
+                msg = f"{layer_path(i, j, layer)}: {layer.name} takes {has}, got {request.input.dtype}"
                 raise UnsupportedError(msg, reason="DTYPE", metadata={"layer": layer.name, "dtypes": has})
 
 
@@ -214,7 +214,7 @@ def _check_outputs(request: Request, shapes: list[tuple[Shape, ...]], limits: Li
     for chain, chain_shapes in zip(request.branches, shapes, strict=True):
         for layer, shape in zip(chain, chain_shapes, strict=True):
             numel = math.prod(shape)
-            last = numel * (item + (ITEM_BYTES["int64"] if layer.gives_indices else 0))
+            last = numel * (item + (ITEM_BYTES["int64"] if layer.returns_indices else 0))
             _limit("OUTPUT_TOO_LARGE", f"bytes of {layer.name}'s output {clip(shape)}", last, limits.output_bytes)
             _limit("TENSOR_TOO_LARGE", f"elements of {layer.name}'s output {clip(shape)}", numel, MAX_NUMEL)
         total += last

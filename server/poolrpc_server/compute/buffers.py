@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from poolrpc.tensors import ALIGNMENT, align, spans
+from poolrpc.tensors import ALIGNMENT, align, aligned_ranges
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -59,7 +59,7 @@ class Buffers:
     @contextmanager
     def borrow(self, specs: Sequence[TensorSpec]) -> Iterator[list[memoryview]]:
         """Borrow memory for each of several tensors, which is returned when the context ends."""
-        places, size = spans(specs)
+        places, size = aligned_ranges(specs)
         buffer = self._take(size)
         try:
             yield [buffer[start:end] for start, end in places]

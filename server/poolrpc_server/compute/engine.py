@@ -19,7 +19,7 @@ import torch
 
 from poolrpc.chains import Planes
 from poolrpc.layers import INTEGERS
-from poolrpc.tensors import split
+from poolrpc.tensors import split_tensors
 from poolrpc_server.compute.buffers import Buffers
 from poolrpc_server.compute.device import DeviceStreams, resolve_device
 from poolrpc_server.compute.planes import block_of
@@ -166,7 +166,7 @@ class Engine:
 
         """
         single = len(schedule.inputs) == 1 and len(payload) == schedule.input_bytes
-        return Run(schedule, (payload,) if single else split(payload, schedule.inputs), finish)
+        return Run(schedule, (payload,) if single else split_tensors(payload, schedule.inputs), finish)
 
     def run_in_place(self, schedule: Schedule, inputs: Sequence[memoryview], outputs: Sequence[memoryview]) -> Run:
         """Return the run of a request that reads its inputs from, and writes its outputs to, the caller's memory.

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from poolrpc._wire.codec import Request
-from poolrpc.chains import channels_first
+from poolrpc.chains import to_channels_first
 from poolrpc.errors import InvalidArgumentError
 from poolrpc.tensors import TensorSpec
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def block_of(request: Request, planes: Planes, count: int, first: int) -> Request:
     """Return the request for `count` planes of a request, starting at plane `first`."""
-    spec = planes.part(count)
+    spec = planes.spec_for(count)
     channels = spec.shape[-1] if spec.layout == "NHWC" else 1
     branches = tuple(tuple(layer.at_plane(first * channels) for layer in chain) for chain in request.branches)
     indices = None if request.indices is None else TensorSpec("int64", spec.shape, spec.layout)
@@ -37,7 +37,7 @@ def steps(
     for chain, result in zip(request.branches, results, strict=True):
         shapes = (spec.shape, *result.shapes)
         yield (
-            (layer, TensorSpec(spec.dtype, shape, spec.layout), channels_first(shape, dims, spec.layout)[-dims:])
+            (layer, TensorSpec(spec.dtype, shape, spec.layout), to_channels_first(shape, dims, spec.layout)[-dims:])
             for layer, shape in zip(chain, shapes, strict=False)
         )
 
@@ -65,7 +65,7 @@ def check_indices(
     low, high = int(indices.min()), int(indices.max())
     for chain, result in zip(request.branches, results, strict=True):
         if chain[0].takes_indices:
-            cells = math.prod(channels_first(result.shapes[0], dims, request.input.layout)[-dims:])
+            cells = math.prod(to_channels_first(result.shapes[0], dims, request.input.layout)[-dims:])
             if low < 0 or high >= cells:
                 msg = f"expected indices in 0..{cells - 1}, the cells of an output plane, got {low}..{high}"
                 raise InvalidArgumentError(msg, field="indices")

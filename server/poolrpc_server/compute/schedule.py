@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from poolrpc._wire.codec import tensors
+from poolrpc._wire.codec import payload_specs
 from poolrpc.chains import Planes
 from poolrpc_server.compute import kernels
 from poolrpc_server.compute.planes import block_of, steps
@@ -77,7 +77,7 @@ class Schedule:
         self.parallel_for = parallel_for
         self.inputs = request.specs
         self.input_bytes = sum(spec.nbytes for spec in self.inputs)
-        self.outputs = tensors(results)
+        self.outputs = payload_specs(results)
         self.nbytes = self.input_bytes + sum(spec.nbytes for spec in self.outputs)
         self.planes = Planes(request.input, spatial_dims).count
         self.cached = device.type == "cpu" and self.nbytes <= workspace_bytes
@@ -102,7 +102,9 @@ class Schedule:
 
     def _key(self) -> BatchKey | None:
         request = self.request
-        independent = all(layer.splits and layer.at_plane(1) is layer for chain in request.branches for layer in chain)
+        independent = all(
+            layer.splittable and layer.at_plane(1) is layer for chain in request.branches for layer in chain
+        )
         limit = CPU_BATCHED_BYTES if self.device.type == "cpu" else DEVICE_BATCHED_BYTES
         if not (self.plans and independent and self.nbytes <= limit):
             return None

@@ -93,7 +93,7 @@ class PoolDoor:
     def is_quick(self, data: bytes) -> bool:
         """Tell whether Pool takes so little for a message, by what is known of its like, that other calls can wait."""
         try:
-            header, _ = framing.cut(data, pool_pb2.PoolRequest)
+            header, _ = framing.split_payload(data, pool_pb2.PoolRequest)
         except DecodeError:
             return False
         known = self._known.get(header)
@@ -148,7 +148,7 @@ class PoolDoor:
         note(noted := facts.asked(request))  # before the checks: the log tells what was refused
         checked = self._dispatcher.check(request)
         answer = pool_pb2.PoolResponse(results=codec.encode_results(checked.results)).SerializeToString()
-        head = framing.head(answer, checked.output_bytes)
+        head = framing.message_prefix(answer, checked.output_bytes)
         ranges = codec.decode_ranges(message)
         if ranges is None:
             self._dispatcher.check_answer(len(head) + checked.output_bytes)
@@ -166,7 +166,7 @@ def _caller(context: grpc.ServicerContext) -> Caller:
 
 def _cut(data: bytes, cls: type[M]) -> tuple[bytes, memoryview]:
     try:
-        return framing.cut(data, cls)
+        return framing.split_payload(data, cls)
     except DecodeError:
         raise _no_message(cls) from None
 
@@ -204,4 +204,4 @@ def _blocks(messages: Iterator[bytes], most: int) -> Iterator[Bytes]:
 
 
 def _pieces(outputs: Sequence[memoryview]) -> list[bytes]:
-    return list(framing.pieces(outputs))
+    return list(framing.chunks(outputs))

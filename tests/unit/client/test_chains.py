@@ -19,7 +19,7 @@ from poolrpc import (
     MaxUnpool2d,
     branch_shapes,
 )
-from poolrpc.chains import Planes, as_chain, channels_first, in_layout, spatial_dims
+from poolrpc.chains import Planes, as_chain, from_channels_first, spatial_dims, to_channels_first
 from poolrpc.tensors import ITEM_BYTES, TensorSpec
 from tests.unit.strategies import classes, layers, shapes
 
@@ -29,9 +29,9 @@ def test_a_layout_moves_the_channels_and_nothing_else(case):
     """Channels last is NumPy's moveaxis of channels first, batched or not, and the way back undoes it."""
     dims, shape = case
     last = np.moveaxis(np.empty(shape, np.int8), -dims - 1, -1).shape
-    assert in_layout(shape, dims, "NHWC") == last
-    assert channels_first(last, dims, "NHWC") == shape
-    assert in_layout(shape, dims, "NCHW") == channels_first(shape, dims, "NCHW") == shape
+    assert from_channels_first(shape, dims, "NHWC") == last
+    assert to_channels_first(last, dims, "NHWC") == shape
+    assert from_channels_first(shape, dims, "NCHW") == to_channels_first(shape, dims, "NCHW") == shape
 
 
 @st.composite
@@ -58,9 +58,9 @@ def test_the_shapes_of_a_chain_are_those_of_its_layers_in_turn(call, layout):
             except InvalidArgumentError:
                 failed = failed or f"branches[{i}].layers[{j}].{layer.family}."
                 break
-            steps.append(in_layout(step, dims, layout))
+            steps.append(from_channels_first(step, dims, layout))
         expected.append(tuple(steps))
-    given_ = in_layout(shape, dims, layout)
+    given_ = from_channels_first(shape, dims, layout)
     if failed:
         with pytest.raises(InvalidArgumentError) as raised:
             branch_shapes(given_, branches, layout)
@@ -162,8 +162,8 @@ def test_a_tensor_is_so_many_planes(shape, axes, count, cells, three):
     """Planes are counted and measured in either layout, batched or not, and some of them are a batched tensor."""
     dims, layout = axes
     planes = Planes(TensorSpec("float16", shape, layout), dims)
-    assert (planes.count, planes.nbytes) == (count, 2 * cells)
-    assert planes.part(3) == TensorSpec("float16", three, layout)
+    assert (planes.count, planes.plane_bytes) == (count, 2 * cells)
+    assert planes.spec_for(3) == TensorSpec("float16", three, layout)
 
 
 @given(
@@ -174,8 +174,8 @@ def test_a_tensor_is_so_many_planes(shape, axes, count, cells, three):
 def test_all_planes_are_the_tensor(case, layout, dtype):
     """As many planes as there are have the tensor's bytes and planes of its size, which a layer pools alike."""
     dims, shape = case
-    planes = Planes(TensorSpec(dtype, in_layout(shape, dims, layout), layout), dims)
-    whole = planes.part(planes.count)
-    assert whole.nbytes == planes.spec.nbytes == planes.count * planes.nbytes
-    assert (Planes(whole, dims).count, Planes(whole, dims).nbytes) == (planes.count, planes.nbytes)
-    assert channels_first(whole.shape, dims, layout)[-dims:] == shape[-dims:]
+    planes = Planes(TensorSpec(dtype, from_channels_first(shape, dims, layout), layout), dims)
+    whole = planes.spec_for(planes.count)
+    assert whole.nbytes == planes.spec.nbytes == planes.count * planes.plane_bytes
+    assert (Planes(whole, dims).count, Planes(whole, dims).plane_bytes) == (planes.count, planes.plane_bytes)
+    assert to_channels_first(whole.shape, dims, layout)[-dims:] == shape[-dims:]

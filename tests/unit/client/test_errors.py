@@ -37,7 +37,7 @@ ONE_OF_EACH = [
     PoolError("m", reason="R", metadata={"a": "b"}),
     InvalidArgumentError("expected 1, got 2", field="stride"),
     InvalidArgumentError("m", violations=[FieldViolation("a", "b"), FieldViolation("", "c")]),
-    InvalidArgumentError("expected 1, got 2", field="stride").under("layers[0]"),
+    InvalidArgumentError("expected 1, got 2", field="stride").with_prefix("layers[0]"),
     ExpressionError("expected a number", column=7),
     UnsupportedError("m", reason="DTYPE", metadata={"dtypes": "float32"}),
     LimitExceededError("m", reason="WORK_BUDGET", metadata={"limit": "1", "actual": "2"}),
@@ -108,7 +108,7 @@ def test_a_violation_names_its_field():
 def test_under_puts_a_path_before_each_field():
     """The error of a part, seen from the whole, has the part's path before its own; without a field, the path alone."""
     error = InvalidArgumentError("m", violations=[FieldViolation("stride", "b"), FieldViolation("", "d")])
-    moved = error.under("layers[1]").under("branches[0]")
+    moved = error.with_prefix("layers[1]").with_prefix("branches[0]")
     assert moved.violations == (
         FieldViolation("branches[0].layers[1].stride", "b"),
         FieldViolation("branches[0].layers[1]", "d"),

@@ -357,9 +357,9 @@ def test_a_repr_has_what_was_asked_for(layer, text):
 
 def test_the_indices_that_a_layer_gives_and_takes():
     """A layer with return_indices gives indices, MaxUnpool takes them, and the others do neither."""
-    assert MaxPool2d(2, return_indices=True).gives_indices
-    assert not MaxPool2d(2).gives_indices
-    assert not AvgPool2d(2).gives_indices
+    assert MaxPool2d(2, return_indices=True).returns_indices
+    assert not MaxPool2d(2).returns_indices
+    assert not AvgPool2d(2).returns_indices
     assert [cls.__name__ for cls in CLASSES if cls.takes_indices] == ["MaxUnpool1d", "MaxUnpool2d", "MaxUnpool3d"]
 
 

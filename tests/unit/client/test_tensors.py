@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as arrays
 from poolrpc import InvalidArgumentError, PoolError, UnsupportedError
 from poolrpc._transport.transfer import Answer
 from poolrpc._wire.codec import BranchResult
-from poolrpc.tensors import ITEM_BYTES, TensorSpec, as_array, numpy_dtype, raw, spec_of, split
+from poolrpc.tensors import ITEM_BYTES, TensorSpec, array_bytes, as_array, numpy_dtype, spec_of, split_tensors
 
 VALUES = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
 
@@ -112,7 +112,7 @@ def test_a_big_endian_array_keeps_its_values(kind):
     values = np.array([[1, 2], [3, 258]], kind)
     swapped = as_array(values.astype(values.dtype.newbyteorder(">")))
     assert np.array_equal(swapped, values)
-    assert bytes(raw(swapped)) == values.tobytes()
+    assert bytes(array_bytes(swapped)) == values.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_any_shape_is_taken(x, shape):
     array = as_array(x)
     assert type(array) is np.ndarray
     assert array.shape == shape
-    assert len(raw(array)) == array.nbytes == spec_of(array).nbytes
+    assert len(array_bytes(array)) == array.nbytes == spec_of(array).nbytes
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_bfloat16_keeps_its_bits(x):
     """Torch's and NumPy's bfloat16, which know nothing of each other, are the same array."""
     array = as_array(x)
     assert (spec_of(array), array.flags.c_contiguous) == (TensorSpec("bfloat16", (2, 2)), True)
-    assert bytes(raw(array)) == np.array([0x3FC0, 0xC000, 0x7F80, 0], "<u2").tobytes()
+    assert bytes(array_bytes(array)) == np.array([0x3FC0, 0xC000, 0x7F80, 0], "<u2").tobytes()
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def taken(spec, data):
 @given(ARRAYS)
 def test_an_array_survives_its_bytes(array):
     """Any array is, bit for bit, what its bytes and its spec give back."""
-    spec, data = spec_of(array), raw(as_array(array))
+    spec, data = spec_of(array), array_bytes(as_array(array))
     assert spec.numel == array.size
     back = taken(spec, bytes(data))
     assert (back.dtype, back.shape) == (array.dtype, array.shape)
@@ -281,8 +281,8 @@ def test_what_comes_back_is_the_callers_own():
 @given(st.lists(ARRAYS, max_size=4))
 def test_a_payload_is_cut_into_its_tensors(given_):
     """The bytes of several tensors, end to end, are cut where each begins, without a copy."""
-    payload = b"".join(raw(as_array(array)) for array in given_)
-    pieces = split(payload, [spec_of(array) for array in given_])
+    payload = b"".join(array_bytes(as_array(array)) for array in given_)
+    pieces = split_tensors(payload, [spec_of(array) for array in given_])
     assert [bytes(piece) for piece in pieces] == [array.tobytes() for array in given_]
     assert all(piece.obj is payload for piece in pieces)
 
@@ -293,7 +293,7 @@ def test_a_payload_of_another_length_is_refused(length):
     specs = [TensorSpec("float32", (1, 1, 2)), TensorSpec("int64", (1, 1, 2))]
     expected = rf"^payload: expected 24 bytes for float32 \(1, 1, 2\) and int64 \(1, 1, 2\), got {length}$"
     with pytest.raises(InvalidArgumentError, match=expected):
-        split(bytes(length), specs)
+        split_tensors(bytes(length), specs)
 
 
 def test_a_specs_size_does_not_wrap():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from poolrpc._shapes.parameters import spread
+from poolrpc._shapes.parameters import per_axis
 from poolrpc_server.compute.kernels.samples import draw
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def bind(layer: Layer, dtype: torch.dtype, plane: tuple[int, ...], *, channels_l
 def _in_channels_last(layer: Layer, dtype: torch.dtype, run: Run) -> Run:
     # torch's channels-last kernels add whole planes in another order, choose among NaNs in another way, and refuse some
     # planes of narrow integers; there, planes are put in one piece first, so that layouts give the same answer.
-    alike = layer.family in ALIKE and not layer.gives_indices and dtype not in NARROW_INTEGERS
+    alike = layer.family in ALIKE and not layer.returns_indices and dtype not in NARROW_INTEGERS
 
     def first(memory: torch.Tensor) -> torch.Tensor:
         view = memory.movedim(-1, 1)
@@ -96,7 +96,7 @@ def _fractional_max_pool(layer: Any, dtype: torch.dtype, plane: tuple[int, ...])
     # torch places the windows in x's own dtype, where half precision rounds them out of the plane: the max is taken in
     # float32, which changes no value.
     wide = torch.float32 if dtype in HALVES else dtype
-    kernel = spread(layer.kernel_size, len(plane))
+    kernel = per_axis(layer.kernel_size, len(plane))
 
     def run(x: torch.Tensor, _: object) -> Pooled:
         samples = draw(layer.seed, x.shape[0], x.shape[1], len(plane)).to(x.device, wide)

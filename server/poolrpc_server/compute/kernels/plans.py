@@ -91,7 +91,7 @@ class Plan:
             for row in TABLE
             if self.layer.family in row.families
             and (row.channels_last or self.channels is None)
-            and row.indices == self.layer.gives_indices
+            and row.indices == self.layer.returns_indices
             and row.fits(self)
         )
 

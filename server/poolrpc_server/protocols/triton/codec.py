@@ -13,7 +13,7 @@ from poolrpc._shapes.limits import MAX_BRANCHES, MAX_RANK
 from poolrpc._shapes.rules import clip
 from poolrpc._wire import framing
 from poolrpc.errors import InternalError, InvalidArgumentError, LimitExceededError, UnsupportedError
-from poolrpc.tensors import TensorSpec, raw
+from poolrpc.tensors import TensorSpec, array_bytes
 from poolrpc_server.protocols.triton.generated import open_inference_pb2 as pb
 from poolrpc_server.protocols.triton.shared_memory import Place
 
@@ -119,7 +119,7 @@ def open_infer(data: bytes) -> tuple[pb.ModelInferRequest, list[memoryview]]:
         LimitExceededError: It is too large without raw tensors.
 
     """
-    cut = framing.cut_all(data, RAW_INPUTS)
+    cut = framing.split_payloads(data, RAW_INPUTS)
     header, raws = (data, []) if cut is None else cut
     if len(header) > MAX_HEADER_BYTES:
         msg = f"expected at most {MAX_HEADER_BYTES} bytes beside raw_input_contents, got {len(header)}"
@@ -254,7 +254,7 @@ def _numbers(contents: pb.InferTensorContents, spec: TensorSpec, path: str) -> m
         if low < range_.min or high > range_.max:
             msg = f"expected numbers in {range_.min}..{range_.max}, got {low}..{high}"
             raise InvalidArgumentError(msg, field=f"{path}.{name}")
-    return raw(values.astype(dtype.newbyteorder("<"), copy=False))
+    return array_bytes(values.astype(dtype.newbyteorder("<"), copy=False))
 
 
 def _parameters(parameters: Mapping[str, pb.InferParameter]) -> tuple[str | None, int | None, float | None]:
@@ -328,9 +328,9 @@ def finish_answer(head: bytes, request_id: str, tensors: Iterable[Bytes], *, str
         rest.parameters["triton_final_response"].bool_param = True
     parts: list[Bytes] = [head, rest.SerializeToString()]
     for tensor in tensors:
-        parts += (framing.lead(RAW_OUTPUTS, len(tensor)), tensor)
+        parts += (framing.field_prefix(RAW_OUTPUTS, len(tensor)), tensor)
     if streamed:
-        parts.insert(0, framing.lead(2, sum(map(len, parts))))
+        parts.insert(0, framing.field_prefix(2, sum(map(len, parts))))
     return b"".join(parts)
 
 

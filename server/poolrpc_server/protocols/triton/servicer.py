@@ -319,7 +319,7 @@ class InferenceDoor:
         try:
             return parse_branches(asked.layer)
         except InvalidArgumentError as error:
-            raise error.under("parameters.layer") from None
+            raise error.with_prefix("parameters.layer") from None
 
 
 def _caller(context: grpc.ServicerContext, infer: codec.Infer, timing: Timing) -> Caller:

@@ -19,8 +19,16 @@ from torch import nn
 import poolrpc
 from poolrpc import InvalidArgumentError
 from poolrpc._shapes.limits import MAX_FRACTIONAL_AXIS, MAX_NUMEL, MAX_PARAMETER
-from poolrpc._shapes.parameters import spread
-from poolrpc._shapes.rules import adaptive_window, check_shape, clip, fractional, pooled, starts_outside, unpooled
+from poolrpc._shapes.parameters import per_axis
+from poolrpc._shapes.rules import (
+    adaptive_window,
+    check_shape,
+    clip,
+    fractional_size,
+    last_window_starts_outside,
+    pooled_size,
+    unpooled_size,
+)
 from tests.unit.strategies import CLASSES, layers, parameters, shapes
 
 CASES = -(-int(os.environ.get("POOLRPC_SHAPE_CASES", "300")) // len(CLASSES))
@@ -100,17 +108,17 @@ def refusals(cls, arguments, shape):
 
     def axes(name, default):
         value = arguments.get(name)
-        return spread(default if value is None else value, dims)
+        return per_axis(default if value is None else value, dims)
 
     kernel, padding, sizes = axes("kernel_size", 1), axes("padding", 0), axes("output_size", 1)
     stride, dilation = axes("stride", arguments.get("kernel_size", 1)), axes("dilation", 1)
     unpool = cls.family == "max_unpool"
-    default = [unpooled(size, k, s, p) for size, k, s, p in zip(plane, kernel, stride, padding, strict=True)]
+    default = [unpooled_size(size, k, s, p) for size, k, s, p in zip(plane, kernel, stride, padding, strict=True)]
     ratios = arguments.get("output_ratio")
     holds = (
         0 in shape[batched:],
         0 in sizes
-        or (ratios is not None and 0 in map(int, map(float.__mul__, map(float, plane), spread(ratios, dims)))),
+        or (ratios is not None and 0 in map(int, map(float.__mul__, map(float, plane), per_axis(ratios, dims)))),
         cls.family == "fractional_max_pool" and min(kernel) < 1,
         (arguments.get("divisor_override") or 0) < 0,
         not arguments.get("norm_type", 1) > 0,
@@ -232,7 +240,7 @@ def test_pooled_is_torchs_rule_on_every_small_axis(kernel, dilation, ceil_mode):
             ).shape[-1]
         except RuntimeError:
             out = 0
-        computed = pooled(size, kernel, stride, padding, dilation, ceil_mode=ceil_mode)
+        computed = pooled_size(size, kernel, stride, padding, dilation, ceil_mode=ceil_mode)
         assert max(computed, 0) == out, (size, stride, padding)
 
 
@@ -249,10 +257,10 @@ def test_a_3d_average_alone_must_fit_its_input(cls):
 
 def test_ceil_mode_drops_a_last_window_that_starts_in_the_right_padding():
     """5 cells under windows of 2, two padded, step 3: ceil gives 3, the third would start at 5, so there are 2."""
-    assert starts_outside(3, 5, 3, 1)
-    assert not starts_outside(2, 5, 3, 1)
-    assert pooled(5, 2, 3, 1, ceil_mode=True) == 2
-    assert pooled(6, 2, 3, 1, ceil_mode=True) == 3
+    assert last_window_starts_outside(3, 5, 3, 1)
+    assert not last_window_starts_outside(2, 5, 3, 1)
+    assert pooled_size(5, 2, 3, 1, ceil_mode=True) == 2
+    assert pooled_size(6, 2, 3, 1, ceil_mode=True) == 3
 
 
 @pytest.mark.parametrize("size", range(1, 13))
@@ -269,7 +277,7 @@ def test_adaptive_windows_are_torchs(size):
 @pytest.mark.parametrize(("size", "ratio", "out"), [(10, 0.5, 5), (10, 0.29999, 2), (100, 0.29, 28), (3, 0.1, 0)])
 def test_a_fractional_size_is_cut_to_whole_cells(size, ratio, out):
     """A ratio's output is int(size * ratio), the float's error included: 100 * 0.29 is a little under 29."""
-    assert fractional(size, ratio) == out
+    assert fractional_size(size, ratio) == out
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ class Peer:
                 block += message.payload
                 if not message.unfinished:
                     self.blocks.append(len(block))
-                    yield from self._dispatcher.pool_block(stream, block, CALLER, lambda out: list(framing.pieces(out)))
+                    yield from self._dispatcher.pool_block(stream, block, CALLER, lambda out: list(framing.chunks(out)))
                     block = b""
             assert not block
             stream.finish()

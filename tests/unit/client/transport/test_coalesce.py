@@ -176,7 +176,7 @@ def test_each_tensor_gets_what_it_would_get_alone(sizes, layout, chain):
         (expected,) = outcomes(there, alone)
         assert each.shapes == expected.shapes
         assert np.array_equal(each.output, expected.output)
-        assert (each.indices is None) == (expected.indices is None) == (not chain[-1].gives_indices)
+        assert (each.indices is None) == (expected.indices is None) == (not chain[-1].returns_indices)
         if each.indices is not None:
             assert np.array_equal(each.indices, expected.indices)
     there.close()

@@ -1,6 +1,7 @@
 """Transfers: what a call sends, by which path, and what becomes of the answer, against a server in this process."""
 
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -82,7 +83,7 @@ def test_a_message_is_the_request_with_its_tensors():
         message = pool_pb2.PoolRequest.FromString(data)
         assert message.payload == payload
         assert message.SerializeToString() == data
-        assert (len(data) - len(payload)) % framing.ALIGNMENT == 0
+        assert (len(data) - len(payload)) % framing.PAYLOAD_ALIGNMENT == 0
 
 
 @pytest.mark.parametrize("most", [0, X.nbytes - 1])
@@ -156,7 +157,7 @@ def test_an_answer_unlike_the_last_is_read_anew():
     """Fields in another order, and unknown ones behind the payload, before or after the usual, change nothing."""
     sent = make(X, MaxPool2d(2))
     message = answer(sent)
-    header, payload = framing.cut(message, pool_pb2.PoolResponse)
+    header, payload = framing.split_payload(message, pool_pb2.PoolResponse)
     for odd in (framing.join(b"", [payload]) + header, message, answer(sent, more=b"\x82\x01\x00"), message):
         (result,) = sent.results(odd)
         assert result.output.tobytes() == payload
@@ -275,7 +276,7 @@ def small_blocks(monkeypatch):
 
     def make_small(block, piece):
         monkeypatch.setattr(transfer, "BLOCK_BYTES", block)
-        monkeypatch.setattr(framing, "PIECE_BYTES", piece)
+        monkeypatch.setattr(framing, "chunks", partial(framing.chunks, chunk_bytes=piece))
 
     return make_small
 
@@ -321,7 +322,7 @@ def test_any_tensor_is_streamed(layout, batch, channels, block, piece):
     there = Peer()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transfer, "BLOCK_BYTES", block)
-        patch.setattr(framing, "PIECE_BYTES", piece)
+        patch.setattr(framing, "chunks", partial(framing.chunks, chunk_bytes=piece))
         assert_same(stream(there, sent), unary(there, sent))
     there.close()
 
@@ -343,7 +344,7 @@ def test_a_streams_messages_are_aligned():
     assert pool_pb2.PoolStreamRequest.FromString(first).request.input.shape == [2, 3, 8, 8]
     for data in rest:
         length = len(pool_pb2.PoolStreamRequest.FromString(data).payload)
-        assert (len(data) - length) % framing.ALIGNMENT == 0
+        assert (len(data) - length) % framing.PAYLOAD_ALIGNMENT == 0
 
 
 def test_progress_is_told_in_planes(peer, small_blocks):

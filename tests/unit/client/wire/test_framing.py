@@ -1,4 +1,4 @@
-"""The framing of messages against protobuf's own: what is joined, and what any bytes are cut into."""
+"""Framing of messages, compared with protobuf's own serializer and parser."""
 
 import pytest
 from google.protobuf.message import DecodeError
@@ -17,7 +17,7 @@ IN_ARENA = encode_request(Request(SPEC, ((MaxPool2d(2),), (MaxPool2d(3),))))
 IN_ARENA.MergeFromString(encode_ranges(ArenaRanges(b"id", (0, 64), (64, 2**40))))
 RESULTS = encode_results([BranchResult(((1, 3, 4, 4),), SPEC, TensorSpec("int64", SPEC.shape)), BranchResult((), SPEC)])
 
-# A field of each message at a time, so that they can be put in any order.
+# Messages with one field each, to be concatenated in any order.
 FIELDS = {
     pool_pb2.PoolRequest: [
         *(pool_pb2.PoolRequest(**{field.name: value}) for field, value in IN_ARENA.ListFields()),
@@ -43,7 +43,7 @@ UNKNOWN = st.integers(16, 2**29 - 1)
 
 
 def varint(number, more=0):
-    """Give a number's varint, or one that is that many bytes longer than it need be."""
+    """Return a number's varint, `more` bytes longer than necessary."""
     data = bytearray()
     while number > 0x7F:
         data.append(number & 0x7F | 0x80)
@@ -57,18 +57,18 @@ def varint(number, more=0):
 
 @st.composite
 def varints(draw, numbers):
-    """Draw a varint, now and then longer than it need be, or than it may be."""
+    """Draw a varint, sometimes longer than necessary or than allowed."""
     return varint(draw(numbers), draw(st.sampled_from([0] * 8 + [1, 3, 4, 5, 9])))
 
 
 def tags(numbers, kind):
-    """Draw the tag of one of these fields."""
+    """Draw the tag of one of `numbers`."""
     return varints(numbers.map(lambda number: number << 3 | kind))
 
 
 @st.composite
 def delimited(draw, number, contents):
-    """Draw a field of a length and so many bytes."""
+    """Draw a length-delimited field."""
     data = draw(contents)
     return draw(tags(number, BYTES)) + draw(varints(st.just(len(data)))) + data
 
@@ -87,7 +87,7 @@ GROUPS = st.tuples(UNKNOWN, st.lists(SCALARS | PAYLOADS, max_size=2)).map(
 
 @st.composite
 def messages(draw):
-    """Draw a class, and bytes that mostly are a message of it: its fields, payloads and unknown fields in any order."""
+    """Draw a class and a message of it, mostly valid: its fields, payloads and unknown fields in any order."""
     cls = draw(CLASSES)
     known = st.sampled_from(FIELDS[cls]).map(lambda field: field.SerializeToString())
     return cls, b"".join(draw(st.lists(st.one_of(known, PAYLOADS, SCALARS, GROUPS), max_size=6)))
@@ -95,20 +95,20 @@ def messages(draw):
 
 @st.composite
 def damaged(draw):
-    """Draw a class, and a message of it that was cut off, changed in a byte, or told a length that it hasn't."""
+    """Draw a class and a message of it that is truncated, changed in a byte, or has a wrong length."""
     cls, data = draw(messages())
     at = draw(st.integers(0, len(data)))
-    how = draw(st.sampled_from(["cut", "change", "length"]))
-    if how == "cut":
+    damage = draw(st.sampled_from(["truncate", "change", "length"]))
+    if damage == "truncate":
         return cls, data[:at]
-    if how == "change":
+    if damage == "change":
         return cls, data[:at] + draw(st.binary(min_size=1, max_size=1)) + data[at + 1 :]
     number = draw(st.sampled_from([15, 15, 1, 14, 16]))
     return cls, data[:at] + varint(number << 3 | BYTES) + varint(draw(UINT64)) + data[at:]
 
 
 def by_protobuf(cls, data):
-    """Give the rest and the payload of a message as protobuf reads it, or None where it refuses the bytes."""
+    """Return the header and the payload of a message as protobuf reads them, or None if it rejects the bytes."""
     try:
         message = cls.FromString(data)
     except DecodeError:
@@ -118,10 +118,10 @@ def by_protobuf(cls, data):
     return message.SerializeToString(deterministic=True), payload
 
 
-def by_cutting(cls, data):
-    """Give the same by framing.cut, which leaves no payload in the header."""
+def by_framing(cls, data):
+    """Return the same from framing.split_payload, whose header has no payload."""
     try:
-        header, payload = framing.cut(data, cls)
+        header, payload = framing.split_payload(data, cls)
         message = cls.FromString(header)
     except DecodeError:
         return None
@@ -130,30 +130,30 @@ def by_cutting(cls, data):
 
 
 @given(CLASSES.flatmap(lambda cls: st.sampled_from(FIELDS[cls])), PARTS)
-def test_a_joined_message_is_protobufs(message, parts):
-    """A header and the parts of a payload are byte by byte what protobuf writes, an empty payload included."""
+def test_join_writes_what_protobuf_writes(message, parts):
+    """A header joined to any parts of a payload has the bytes that protobuf writes, also for an empty payload."""
     joined = framing.join(message.SerializeToString(), parts)
     message = type(message).FromString(message.SerializeToString())
     message.payload = b"".join(parts)
     assert joined == message.SerializeToString()
 
 
-def test_a_payload_of_views_is_joined():
-    """Parts may be anything with bytes, in a tuple or an iterator."""
+def test_join_accepts_any_buffers_and_iterables():
+    """The parts of a payload may be bytes, bytearrays or memoryviews, in any iterable."""
     parts = (b"ab", bytearray(b"cd"), memoryview(b"xefx")[1:3])
     joined = framing.join(b"", iter(parts))
     assert joined == framing.join(b"", [b"abcdef"]) == pool_pb2.PoolResponse(payload=b"abcdef").SerializeToString()
 
 
 @pytest.mark.parametrize("length", [1, 127, 128, 2**14 - 1, 2**14, 2**21 - 1, 2**21, 2**31 - 1])
-def test_the_head_of_a_message_has_the_length(length):
-    """A head is the header, the tag and the length, of as many bytes as that takes."""
-    assert framing.head(b"header", length) == b"header" + bytes([15 << 3 | 2]) + varint(length)
+def test_message_prefix_ends_with_the_tag_and_the_length(length):
+    """A prefix is the header, the payload's tag and its length as a varint."""
+    assert framing.message_prefix(b"header", length) == b"header" + bytes([15 << 3 | 2]) + varint(length)
 
 
-def test_without_a_payload_the_head_is_the_header():
-    """As proto3 has it, what is empty is left out."""
-    assert framing.head(b"header", 0) == b"header"
+def test_message_prefix_of_an_empty_payload_is_the_header():
+    """An empty payload is left out, as proto3 requires."""
+    assert framing.message_prefix(b"header", 0) == b"header"
 
 
 @given(
@@ -161,8 +161,8 @@ def test_without_a_payload_the_head_is_the_header():
     st.integers(0, 40),
     st.integers(0, 400),
 )
-def test_a_padded_message_is_protobufs_and_its_payload_aligned(message, more, length):
-    """Padding is the field of that name, of fewer bytes than the alignment and 1, and only where it is needed."""
+def test_pad_aligns_the_payload_with_the_padding_field(message, more, length):
+    """A padded message is the one that protobuf writes with its `padding` set, and has padding only if needed."""
     message = type(message).FromString(message.SerializeToString())
     message.ClearField("padding")
     if more and isinstance(message, pool_pb2.PoolRequest):
@@ -172,43 +172,41 @@ def test_a_padded_message_is_protobufs_and_its_payload_aligned(message, more, le
     joined = framing.join(padded, [payload[:length]])
     message.payload = payload[:length]
     if padded != header:
-        message.padding = bytes(framing.cut(joined, type(message))[0][len(header) + 2 :])
-        assert 1 <= len(message.padding) <= framing.ALIGNMENT
+        message.padding = bytes(framing.split_payload(joined, type(message))[0][len(header) + 2 :])
+        assert 1 <= len(message.padding) <= framing.PAYLOAD_ALIGNMENT
     assert joined == message.SerializeToString()
-    assert not length or (len(joined) - length) % framing.ALIGNMENT == 0
-    if not length or len(framing.head(header, length)) % framing.ALIGNMENT == 0:
+    assert not length or (len(joined) - length) % framing.PAYLOAD_ALIGNMENT == 0
+    if not length or len(framing.message_prefix(header, length)) % framing.PAYLOAD_ALIGNMENT == 0:
         assert padded == header
 
 
 @given(messages())
 @example((pool_pb2.PoolRequest, b""))
 @example((pool_pb2.PoolResponse, varint(15 << 3 | BYTES) + b"\0"))
-def test_a_message_is_cut_as_protobuf_reads_it(case):
-    """Fields come in any order, unknown ones too; of several payloads the last counts; two messages are merged."""
-    assert by_cutting(*case) == by_protobuf(*case)
+def test_split_payload_agrees_with_protobuf(case):
+    """Fields may come in any order, known or not, and the last of several payloads counts."""
+    assert by_framing(*case) == by_protobuf(*case)
 
 
 @given(damaged())
-def test_a_damaged_message_is_refused_where_protobuf_refuses_it(case):
-    """Cut off, changed, or with a length of up to 2**64 - 1: it is cut and parsed as by protobuf, or refused."""
-    assert by_cutting(*case) == by_protobuf(*case)
+def test_split_payload_rejects_the_damaged_messages_that_protobuf_rejects(case):
+    """A truncated or changed message, or one with a length of up to 2**64 - 1, is read or rejected as by protobuf."""
+    assert by_framing(*case) == by_protobuf(*case)
 
 
 @given(CLASSES, st.binary(max_size=60))
-def test_any_bytes_are_refused_where_protobuf_refuses_them(cls, data):
-    """What a stranger sends in place of a message is cut and parsed as by protobuf, or refused as by protobuf."""
-    assert by_cutting(cls, data) == by_protobuf(cls, data)
+def test_split_payload_rejects_the_bytes_that_protobuf_rejects(cls, data):
+    """Arbitrary bytes are read or rejected as by protobuf."""
+    assert by_framing(cls, data) == by_protobuf(cls, data)
 
 
-@pytest.mark.parametrize("longer", range(10))
+@pytest.mark.parametrize("more", range(10))
 @pytest.mark.parametrize("what", ["tag", "length"])
-def test_a_varint_that_is_longer_than_need_be_is_protobufs_to_judge(what, longer):
-    """A tag or a length of a payload may have zeros at its end, up to protobuf's own limit."""
-    tag, length = (
-        varint(number, longer * (what == name)) for number, name in ((15 << 3 | BYTES, "tag"), (3, "length"))
-    )
+def test_an_overlong_varint_is_read_as_by_protobuf(what, more):
+    """A payload's tag or length may be longer than necessary, up to protobuf's own limit."""
+    tag, length = (varint(number, more * (what == name)) for number, name in ((15 << 3 | BYTES, "tag"), (3, "length")))
     data = pool_pb2.PoolResponse(results=RESULTS).SerializeToString() + tag + length + b"abc"
-    assert by_cutting(pool_pb2.PoolResponse, data) == by_protobuf(pool_pb2.PoolResponse, data)
+    assert by_framing(pool_pb2.PoolResponse, data) == by_protobuf(pool_pb2.PoolResponse, data)
 
 
 @pytest.mark.parametrize(
@@ -229,70 +227,64 @@ def test_a_varint_that_is_longer_than_need_be_is_protobufs_to_judge(what, longer
     ],
     ids=repr,
 )
-def test_bytes_that_end_too_soon_are_refused(data):
-    """A tag, a length or contents that the end cuts off are an error, and nothing behind the end is read."""
+def test_truncated_messages_are_rejected(data):
+    """A truncated tag, length or payload is an error."""
     with pytest.raises(DecodeError):
-        framing.cut(data, pool_pb2.PoolRequest)
+        framing.split_payload(data, pool_pb2.PoolRequest)
 
 
-def test_a_payload_stays_where_it_lies():
-    """A payload is not copied, whether its fields stand as encoders write them, in another order, or twice."""
+def test_split_payload_does_not_copy_the_payload():
+    """The payload is a view of the message, whatever the order of its fields, and if a field occurs twice."""
     header = REQUEST.SerializeToString()
     joined = framing.join(header, [b"payload"])
     for data in (joined, framing.join(b"", [b"payload"]) + header, joined + joined):
-        _, payload = framing.cut(data, pool_pb2.PoolRequest)
+        _, payload = framing.split_payload(data, pool_pb2.PoolRequest)
         assert payload == b"payload"
         assert payload.obj is data
 
 
-@pytest.fixture(params=[1, 16, 100])
-def piece_bytes(request, monkeypatch):
-    """Make a stream's messages hold so few bytes."""
-    monkeypatch.setattr(framing, "PIECE_BYTES", request.param)
-    return request.param
-
-
+@pytest.mark.parametrize("chunk_bytes", [1, 16, 100])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("sizes", [[], [0], [1], [99, 1], [101], [16, 0, 17], [200, 300]], ids=repr)
-def test_a_block_is_cut_into_messages(piece_bytes, sizes, padded):
-    """Pieces hold the parts of a block in order, each at most so many bytes and all but the last marked unfinished."""
+def test_chunks_divide_a_block_into_messages(chunk_bytes, sizes, padded):
+    """Chunks hold a block's parts in order, each at most `chunk_bytes`, all but the last marked unfinished."""
     parts = [bytes([i]) * size for i, size in enumerate(sizes, 1)]
-    sent = list(framing.pieces(parts, padded=padded))
+    sent = list(framing.chunks(parts, padded=padded, chunk_bytes=chunk_bytes))
     messages = [pool_pb2.PoolStreamRequest.FromString(data) for data in sent]
     assert b"".join(each.payload for each in messages) == b"".join(parts)
     assert [each.unfinished for each in messages] == [True] * (len(messages) - 1) + [False]
-    assert len(messages) == max(1, -(-sum(sizes) // piece_bytes))
+    assert len(messages) == max(1, -(-sum(sizes) // chunk_bytes))
     for message, data in zip(messages, sent, strict=True):
         length = len(message.payload)
-        assert length <= piece_bytes
-        assert not padded or not length or (len(data) - length) % framing.ALIGNMENT == 0
+        assert length <= chunk_bytes
+        assert not padded or not length or (len(data) - length) % framing.PAYLOAD_ALIGNMENT == 0
         assert padded or not message.padding
 
 
-def test_a_block_that_fits_is_one_message_with_nothing_beside():
-    """A block of the usual size has no header, so that nothing of it needs parsing; padding is all that it may have."""
-    (sent,) = framing.pieces([b"ab", b"cd"])
+def test_a_block_that_fits_is_one_message_without_a_header():
+    """A block of the usual size is one message with its payload and, if asked for, padding."""
+    (sent,) = framing.chunks([b"ab", b"cd"])
     assert sent == pool_pb2.PoolStreamResponse(payload=b"abcd").SerializeToString()
-    (sent,) = framing.pieces([b"ab", b"cd"], padded=True)
+    (sent,) = framing.chunks([b"ab", b"cd"], padded=True)
     assert sent == pool_pb2.PoolStreamRequest(payload=b"abcd", padding=bytes(12)).SerializeToString()
 
 
-def test_unfinished_is_protobufs_field():
-    """The header of a message that goes on is what protobuf writes for it, in either direction."""
+def test_unfinished_is_the_proto_field():
+    """UNFINISHED is how protobuf serializes `unfinished`, in either direction."""
     for cls in (pool_pb2.PoolStreamRequest, pool_pb2.PoolStreamResponse):
         assert cls(unfinished=True).SerializeToString() == framing.UNFINISHED
 
 
 @given(messages() | damaged())
-def test_all_payloads_are_cut_out(drawn):
-    """Every payload of a message is a view of it, in order, and the rest is its header, which has none any more."""
+def test_split_payloads_finds_every_payload(drawn):
+    """Each payload is a view of the message, in order, and the header has none left."""
     cls, data = drawn
-    cut = framing.cut_all(data, 15)
-    if cut is None:
-        return  # protobuf's to say
-    header, payloads = cut
+    split = framing.split_payloads(data, 15)
+    if split is None:
+        return  # left to protobuf
+    header, payloads = split
     assert all(view.obj is data for view in payloads)
-    assert framing.cut_all(header, 15) == (header, [])
+    assert framing.split_payloads(header, 15) == (header, [])
     expected = by_protobuf(cls, data)
     if expected is not None:
         assert by_protobuf(cls, header) == (expected[0], b"")
@@ -300,7 +292,7 @@ def test_all_payloads_are_cut_out(drawn):
 
 
 @given(PARTS, st.integers(1, 2000))
-def test_payloads_are_led_as_protobuf_leads_them(parts, number):
-    """What is put together of leads and payloads is cut into them again, whatever the field's number."""
-    data = b"".join(framing.lead(number, len(part)) + part for part in parts)
-    assert framing.cut_all(data, number) == (b"", parts)
+def test_field_prefix_precedes_the_values_of_a_repeated_field(parts, number):
+    """Values joined with their prefixes are split into the same values, whatever the field's number."""
+    data = b"".join(framing.field_prefix(number, len(part)) + part for part in parts)
+    assert framing.split_payloads(data, number) == (b"", parts)

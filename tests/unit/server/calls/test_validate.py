@@ -29,7 +29,7 @@ from poolrpc import (
 )
 from poolrpc._shapes.limits import MAX_NUMEL
 from poolrpc._wire.codec import Request
-from poolrpc.chains import in_layout
+from poolrpc.chains import from_channels_first
 from poolrpc.tensors import ITEM_BYTES, TensorSpec
 from poolrpc_server.calls.validate import FREE_OUTPUT_BYTES, Limits, check_request, check_shapes, check_stream
 from poolrpc_server.compute.engine import Engine
@@ -73,7 +73,7 @@ def requests(draw):
     shape = draw(shapes(dims, most=9, zeros=draw(st.integers(0, 9)) == 0))
     has = [dtype for dtype in ITEM_BYTES if all(dtype in layer.dtypes for chain in branches for layer in chain)]
     dtype = draw(st.sampled_from(has) if draw(st.integers(0, 9)) else st.sampled_from(list(ITEM_BYTES)))
-    spec = TensorSpec(dtype, in_layout(shape, dims, layout) if len(shape) > dims else shape, layout)
+    spec = TensorSpec(dtype, from_channels_first(shape, dims, layout) if len(shape) > dims else shape, layout)
     payload = np.random.default_rng(draw(st.integers(0, 2**32))).bytes(spec.nbytes)
     indices = None
     takes = [chain[0] for chain in branches if chain[0].takes_indices]
@@ -113,7 +113,7 @@ def test_whatever_passes_the_validator_torch_runs(engine):
         for chain, result in zip(request.branches, checked.results, strict=True):
             families.update(type(layer) for layer in chain)
             expected.append(math.prod(result.shapes[-1]) * ITEM_BYTES[request.input.dtype])
-            if chain[-1].gives_indices:
+            if chain[-1].returns_indices:
                 expected.append(math.prod(result.shapes[-1]) * 8)
         assert [len(piece) for piece in pieces] == [spec.nbytes for spec in checked.outputs] == expected
         assert sum(expected) == checked.output_bytes
@@ -235,7 +235,7 @@ def test_outputs_may_grow_so_far(shape, growth, cells, refused):
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 def test_work_is_held_to_its_limit(shape, branches, work, layout):
     """Planes x output cells x window cells, over all layers: the limit itself passes, a cell less doesn't."""
-    given_ = in_layout(shape, 2, layout)
+    given_ = from_channels_first(shape, 2, layout)
     ask(given_, *branches, layout=layout, limits=replace(WIDE, work=work))
     with pytest.raises(LimitExceededError) as raised:
         ask(given_, *branches, layout=layout, limits=replace(WIDE, work=work - 1))

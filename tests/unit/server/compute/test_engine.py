@@ -17,7 +17,7 @@ from poolrpc import (
     MaxUnpool1d,
 )
 from poolrpc._wire.codec import Request
-from poolrpc.tensors import TensorSpec, split
+from poolrpc.tensors import TensorSpec, split_tensors
 from poolrpc_server.calls.validate import Limits, check_request
 from poolrpc_server.compute.buffers import aligned
 from poolrpc_server.compute.engine import PARALLEL_BYTES, Engine, resolve_device
@@ -92,7 +92,7 @@ def test_an_input_is_left_as_it_was(engine, cls):
     before = bytearray(payload)
     checked = scheduled(engine, specs[0], layer, indices=specs[1] if cls.takes_indices else None)
     outputs = [aligned(spec.nbytes) for spec in checked.outputs]
-    engine.execute([engine.run_in_place(checked.schedule, split(payload, specs), outputs)])
+    engine.execute([engine.run_in_place(checked.schedule, split_tensors(payload, specs), outputs)])
     assert payload == before
     assert [bytes(each) for each in outputs] == run(engine, checked, payload)
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from poolrpc.errors import InternalError, InvalidArgumentError, LimitExceededError, UnsupportedError
-from poolrpc.tensors import ITEM_BYTES, TensorSpec, raw
+from poolrpc.tensors import ITEM_BYTES, TensorSpec, array_bytes
 from poolrpc_server.protocols.triton.codec import (
     CONTENTS,
     DATATYPE_OF,
@@ -329,7 +329,7 @@ def test_a_message_has_a_most_of_other_things_than_raw_tensors():
     with pytest.raises(LimitExceededError, match=f"at most {MAX_HEADER_BYTES} bytes beside raw_input_contents"):
         open_infer(message.SerializeToString())
     message = request("input", shape=[1, 1, 1, 2 * MAX_HEADER_BYTES], dtype="UINT8")
-    message.raw_input_contents.append(raw(np.zeros(2 * MAX_HEADER_BYTES, np.uint8)).tobytes())
+    message.raw_input_contents.append(array_bytes(np.zeros(2 * MAX_HEADER_BYTES, np.uint8)).tobytes())
     assert len(decoded(message).sources[0]) == 2 * MAX_HEADER_BYTES
 
 
