@@ -1,27 +1,39 @@
-# `make demo` and `make test` need python3, make and the registries, nothing else.
+# `make demo` and `make test` need python3, make and a package registry, nothing else.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test check docs format generate bench dist clean
+# The tests that `make test` runs, in parallel. Every other test is slow or needs more than a virtual environment.
+QUICK := not slow and not docker and not ray and not conformance and not browser and not gpu
+# One process a core; the tests of a file stay together and in order, because they share servers, and the long files of
+# tests/integration come first.
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-help:  ## Say what there is.
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+.PHONY: help setup demo test test-all check docs format generate bench dist clean
 
-setup: $(VENV)/.done  ## Make the virtual environment.
+help:  ## List the targets.
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/.done  ## Create the virtual environment in .venv, with the versions of constraints.txt.
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: setup  ## Start a server and run the main job on a real photograph; pictures go to demo/.
+demo: setup  ## Start a server and pool a photograph with it; the pictures are written to demo/.
 	$(BIN)/python -m scripts.demo
 
-test: setup  ## Run all tests, with coverage.
-	$(BIN)/pytest --cov --cov-report=term $(ARGS)
+test: setup  ## Run the quick tests, in parallel. ARGS="..." is passed to pytest.
+	$(BIN)/pytest $(PARALLEL) -m "$(QUICK)" $(ARGS)
 
-check: setup  ## Lint, format, types, proto, generated code in step, docs that build.
+test-all: setup  ## Run every test, with coverage: the quick ones in parallel, then the others one after the other.
+	@failed=0; \
+	$(BIN)/pytest $(PARALLEL) -m "$(QUICK)" --cov --cov-report= --cov-fail-under=0 || failed=1; \
+	$(BIN)/pytest -m "not ($(QUICK))" --cov --cov-append --cov-report=term || failed=1; \
+	exit $$failed
+
+check: setup  ## Run the linters, the type checker and the checks of protos, generated code and docs.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -32,21 +44,21 @@ check: setup  ## Lint, format, types, proto, generated code in step, docs that b
 	scripts/generate.sh --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-docs: setup  ## Build the site of docs/ into site/.
+docs: setup  ## Build the documentation into site/.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-format: setup  ## Format and fix what can be fixed.
+format: setup  ## Format the code and apply the linter's fixes.
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-generate:  ## Generate client/poolrpc/v1 from protos/.
+generate:  ## Generate the Python code of protos/.
 	scripts/generate.sh
 
-bench: setup  ## Run a benchmark: make bench NAME=kernels
+bench: setup  ## Run a benchmark and store its results: make bench NAME=kernels
 	$(BIN)/python -m benchmarks $(NAME) --json benchmarks/results/$(NAME).json
 
-dist: setup  ## Build the sdist and the wheel into dist/.
+dist: setup  ## Build the source distribution and the wheel into dist/.
 	$(BIN)/python -m hatchling build --clean -d dist
 
-clean:  ## Remove what the others made.
+clean:  ## Remove everything that the other targets create.
 	rm -rf .venv .venv-generate .venv-triton .venv-ray .debs demo dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -93,6 +93,7 @@ def container(manifests: str) -> dict[str, Any]:
     return {**pod["containers"][0], "grace": pod["terminationGracePeriodSeconds"]}
 
 
+@pytest.mark.slow
 def test_the_chart_lints(helm: str) -> None:
     """Helm finds nothing to complain about."""
     assert "1 chart(s) linted, 0 chart(s) failed" in run(helm, "lint", "--strict", CHART)
@@ -113,6 +114,7 @@ def kinds_of(file: Path) -> set[str]:
     return kinds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", VALUES)
 def test_what_it_renders_is_valid(values: str, rendered: Callable[..., str], tmp_path: Path) -> None:
     """Every manifest holds to Kubernetes' schemas, and only the values for it have a ServiceMonitor."""
@@ -121,6 +123,7 @@ def test_what_it_renders_is_valid(values: str, rendered: Callable[..., str], tmp
     assert ("ServiceMonitor" in kinds_of(file)) == (values == "observe")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", blocks("helm"), ids=str)
 def test_the_docs_commands_make_valid_manifests(block: Block, program: Callable[[str], str], tmp_path: Path) -> None:
     """Each block of the docs that installs the chart, run as it stands, makes what Kubernetes' schemas take."""
@@ -136,6 +139,7 @@ def test_the_docs_commands_make_valid_manifests(block: Block, program: Callable[
     assert block.source.count("kubectl create secret") == file.read_text().count("kind: Secret")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", VALUES)
 def test_the_server_takes_the_flags(values: str, rendered: Callable[..., str]) -> None:
     """The server's own parser takes what the pods give it, and the grace period is longer than its drain and grace."""
@@ -146,6 +150,7 @@ def test_the_server_takes_the_flags(values: str, rendered: Callable[..., str]) -
     assert (config.device == "cuda") == ("nvidia.com/gpu" in pod["resources"]["limits"]) == (values == "gpu")
 
 
+@pytest.mark.slow
 def test_secrets_without_metrics_need_no_leave(rendered: Callable[..., str]) -> None:
     """With TLS and tokens, and no metrics in the open, the server isn't told to be insecure."""
     assert "--insecure" in container(rendered("tls"))["args"]

@@ -338,6 +338,7 @@ def a_call(peer: RawPeer) -> int:
     return stream
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("begin", [opened, headed, amid_a_block, a_call], ids=lambda each: each.__name__)
 def test_a_thousand_resets(server: Serving, begin: Callable[[RawPeer], int]) -> None:
     """P09, P08: a thousand calls of a connection, each opened and reset, leave memory, threads and descriptors."""

@@ -10,7 +10,6 @@ import sys
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import grpc
@@ -29,6 +28,7 @@ from scripts.serving import serving
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from conftest import Gate
 
@@ -214,16 +214,16 @@ def test_credentials_encrypt() -> None:
     server.stop(0).wait()
 
 
-def test_embedded_is_a_whole_server() -> None:
+def test_embedded_is_a_whole_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """embedded() gives a connected client, takes Config's settings, and leaves nothing behind."""
-    folder = Path(tempfile.gettempdir())
-    before, threads = set(folder.glob("poolrpc-*")), set(threading.enumerate())
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    threads = set(threading.enumerate())
     with poolrpc_server.embedded(threads=1, max_work=10**9) as client:
         assert client.address.startswith("unix:")
         assert client.pool(X, AvgPool2d(2)).shape == (2, 3, 4, 5)
         assert client.server_info().limits["max_work"].value == 10**9
         assert set(threading.enumerate()) - threads
-    assert set(folder.glob("poolrpc-*")) == before
+    assert not list(tmp_path.iterdir())
     assert not [each for each in set(threading.enumerate()) - threads if each.name.startswith("poolrpc-")]
 
 

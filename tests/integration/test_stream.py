@@ -756,6 +756,7 @@ def test_an_async_caller_may_leave(leaving: Callable[..., None], how: str) -> No
     leaving(lambda client: asyncio.run(run(client.address)))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("many_blocks")
 def test_streams_opened_and_reset_leave_nothing() -> None:
     """P09: the server's memory and threads are where they were after 1000 streams that were reset in their middle."""

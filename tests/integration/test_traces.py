@@ -437,6 +437,7 @@ def hanging() -> Iterator[str]:
         yield f"http://127.0.0.1:{silent.getsockname()[1]}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [refusing, hanging])
 def test_a_collector_that_is_down_holds_nothing_up(place: Callable[[], Any]) -> None:
     """Calls are answered, as fast as with one that is up, and the server stops well within its grace, with status 0."""

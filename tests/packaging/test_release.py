@@ -18,7 +18,7 @@ from poolrpc import __version__
 
 ROOT = Path(__file__).parents[2]
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
-TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 IMAGES = {"cpu", "cuda", "client"}
 WRITES = {"images": {"packages", "id-token", "attestations"}, "pypi": {"id-token"}}
 """Which jobs may write what."""
@@ -61,7 +61,7 @@ def test_what_a_workflow_runs_is_there(workflow: Path) -> None:
     """What a step runs is valid bash, and every target of make and script that it names is there, to be executed."""
     commands = "\n".join(step["run"] for step in steps(workflow) if "run" in step)
     subprocess.run(["bash", "-n"], input=commands, text=True, check=True)  # noqa: S607 - the one that there is
-    assert set(re.findall(r"\bmake ([a-z]+)", commands)) <= TARGETS
+    assert set(re.findall(r"\bmake ([a-z-]+)", commands)) <= TARGETS
     for before, script in re.findall(r"(\S*) ?((?:\.ci|scripts|server)/[\w./]+)", commands):
         assert (ROOT / script).is_file(), script
         if not before:
