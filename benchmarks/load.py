@@ -24,7 +24,7 @@ from poolrpc._wire import framing
 from poolrpc._wire.codec import Request, encode_request, encode_results
 from poolrpc.tensors import TensorSpec
 from poolrpc.v1 import pool_pb2
-from scripts.serving import serving
+from scripts.server_process import serving
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

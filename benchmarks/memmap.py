@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from poolrpc import MaxPool2d, PoolClient
-from scripts.serving import serving
+from scripts.server_process import serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

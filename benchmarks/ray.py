@@ -1,6 +1,6 @@
 """The same calls to our own server and to a replica behind Ray's gRPC proxy, one at a time and several at once.
 
-Run it as `python scripts/apart.py python -m benchmarks ray`: from another network Ray is reached by a detour.
+Run it as `python scripts/network_namespace.py python -m benchmarks ray`: from outside, connections are forwarded.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 
 from benchmarks.rounds import interleave, row
 from poolrpc import MaxPool2d, PoolClient
-from scripts.raying import raying
-from scripts.serving import serving
+from scripts.ray_cluster import ray_cluster
+from scripts.server_process import serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,7 +28,7 @@ def run(rounds: int) -> Iterator[dict[str, Any]]:
     """Give the rows."""
     layer = MaxPool2d(2)
     with (
-        raying() as cluster,
+        ray_cluster() as cluster,
         serving("--threads", "2") as server,
         PoolClient(server.address) as own,
         PoolClient(cluster.address) as ray,

@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.soak_client import THREADS, TIMEOUT
 from poolrpc_server.config import Config
-from scripts.serving import serving
+from scripts.server_process import serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -21,7 +21,7 @@ import torch
 from benchmarks.rounds import interleave, row
 from poolrpc import MaxPool2d, PoolClient
 from poolrpc.v1 import pool_pb2
-from scripts.serving import serving
+from scripts.server_process import serving
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

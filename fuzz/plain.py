@@ -17,7 +17,7 @@ from fuzz.growth import check_at_rest, check_growth, measured
 from fuzz.mutate import Case, mutated
 from fuzz.seeds import LIMITS, MODELS, SEEDS, SHARES, seeds
 from fuzz.served import Peer
-from scripts.serving import Serving, serving
+from scripts.server_process import ServerProcess, serving
 
 THREADS = 16
 """Callers at a time: a stream that ends too early takes the server a tenth of a second, which others use."""
@@ -90,19 +90,19 @@ def fuzz(seconds: float, seed: int) -> dict[str, Any]:
         return _fuzzed(server, f"{folder}/pool.sock", seconds, seed)
 
 
-def check_log(server: Serving) -> None:
+def check_log(server: ServerProcess) -> None:
     """See that the server met with nothing that it didn't expect.
 
     Raises:
         AssertionError: It did, or it ended.
 
     """
-    if server.process.poll() is not None or (lines := server.of("unexpected error")):
+    if server.process.poll() is not None or (lines := server.lines("unexpected error")):
         raise AssertionError(f"expected a server that is well, got {server.process.poll() or lines[:3]}")
 
 
-def _fuzzed(server: Serving, path: str, seconds: float, seed: int) -> dict[str, Any]:
-    _, tcp = server.start["addresses"].split()
+def _fuzzed(server: ServerProcess, path: str, seconds: float, seed: int) -> dict[str, Any]:
+    _, tcp = server.start_line["addresses"].split()
     with closing(Peer(tcp, path, crowded=True)) as peer, closing(Run(seed, peer, f"{path}.arena")) as run:
         begun = time.monotonic()
         samples = []
@@ -113,7 +113,7 @@ def _fuzzed(server: Serving, path: str, seconds: float, seed: int) -> dict[str, 
         cases, took = run.tally.cases, time.monotonic() - begun
         try:
             peer.check_well()
-            check_at_rest(server.start["metrics"])
+            check_at_rest(server.start_line["metrics"])
             check_growth(*samples)
             check_log(server)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is found

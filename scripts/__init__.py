@@ -1,1 +1,1 @@
-"""What the Makefile runs, and what the demo, the tests and the benchmarks share."""
+"""Programs that the Makefile runs, and code that the demo, the tests and the benchmarks share."""

@@ -1,7 +1,7 @@
-"""The main job on real input: a photograph through a chain and through branches, and worked examples, checked.
+"""A demonstration: pool a photograph with a chain and with branches, and check worked examples.
 
-Starts a server on a free port, pools through the installed command and the client, prints the computed shapes, and
-writes the pictures to demo/. Ends with status 1 where an answer is not the expected one.
+Starts a server on a free port, pools with the installed command and with the client, prints the computed shapes, and
+writes pictures to demo/. The exit status is 1 if an output is not the expected one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from poolrpc import AdaptiveAvgPool2d, AdaptiveMaxPool2d, AvgPool2d, Layer, MaxPool2d, PoolClient
-from scripts.serving import serving
+from scripts.server_process import serving
 
 PHOTOGRAPH = Path(mpl.get_data_path()) / "sample_data" / "grace_hopper.jpg"
 FOLDER = Path(__file__).parent.parent / "demo"
@@ -38,7 +38,7 @@ EXAMPLES: list[tuple[str, np.ndarray, Layer, list[list[float]]]] = [
 
 
 def command(address: str, *arguments: str) -> None:
-    """Show and run the command `poolrpc`."""
+    """Print and run a `poolrpc` command."""
     print("$ poolrpc", shlex.join(arguments), flush=True)
     program = Path(sys.executable).with_name("poolrpc")
     subprocess.run([program, *arguments, "--address", address], check=True)  # noqa: S603 - our own command
@@ -46,13 +46,13 @@ def command(address: str, *arguments: str) -> None:
 
 
 def pool_photograph(address: str) -> None:
-    """Pool the photograph by a chain and by branches, and draw input and outputs."""
+    """Pool the photograph with a chain and with branches, and draw the input and the outputs."""
     photograph = str(PHOTOGRAPH)
     command(address, "pool", photograph, "--layer", CHAIN, "--save", str(FOLDER / "chain.png"))
-    layers = [word for each in BRANCHES for word in ("--layer", each)]
+    layers = [word for branch in BRANCHES for word in ("--layer", branch)]
     command(address, "pool", photograph, *layers, "--save", str(FOLDER / "branch.png"))
     pictures = [(PHOTOGRAPH, "input"), (FOLDER / "chain.png", CHAIN)]
-    pictures += [(FOLDER / f"branch-{i}.png", each) for i, each in enumerate(BRANCHES)]
+    pictures += [(FOLDER / f"branch-{i}.png", branch) for i, branch in enumerate(BRANCHES)]
     figure, axes = plt.subplots(1, len(pictures), figsize=(3.2 * len(pictures), 4.4), layout="constrained")
     for axis, (path, title) in zip(axes, pictures, strict=True):
         image = plt.imread(path)
@@ -63,28 +63,31 @@ def pool_photograph(address: str) -> None:
 
 
 def check_examples(address: str) -> bool:
-    """Run the worked examples and tell whether every answer is the expected one."""
-    right = True
+    """Run the worked examples and return whether every output is the expected one."""
+    correct = True
     with PoolClient(address) as client:
         for name, x, layer, expected in EXAMPLES:
             result = client.pool(x, layer)
             same = result.output[0, 0].tolist() == expected
-            right &= same
+            correct &= same
             verdict = "as expected" if same else f"WRONG, expected {expected}"
             print(f"{layer!r} on {name}: {x.shape} -> {result.shape}  {result.output[0, 0].tolist()}  {verdict}")
-    return right
+    return correct
 
 
 def main() -> int:
-    """Run the demo and give its exit status."""
+    """Run the demonstration and return its exit status."""
     FOLDER.mkdir(exist_ok=True)
     with serving() as server:
-        print(f"serving at {server.address}: torch {server.start['torch']} on {server.start['device']}\n", flush=True)
+        print(
+            f"serving at {server.address}: torch {server.start_line['torch']} on {server.start_line['device']}\n",
+            flush=True,
+        )
         pool_photograph(server.address)
         command(server.address, "explain", "MaxPool2d(2, 2)", "--input", str(PLANE[0, 0].astype(int).tolist()))
-        right = check_examples(server.address)
-    print(f"\npictures: {FOLDER.name}/pooled.png" if right else "\nan answer was wrong")
-    return 0 if right else 1
+        correct = check_examples(server.address)
+    print(f"\npictures: {FOLDER.name}/pooled.png" if correct else "\nan output was wrong")
+    return 0 if correct else 1
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Generate client/poolrpc/v1 and server/poolrpc_server/protocols/triton/generated from protos/; with --check, only tell whether that would
-# change anything.
+# Generate client/poolrpc/v1 and server/poolrpc_server/protocols/triton/generated from protos/. With --check: fail if the
+# committed code differs from what would be generated.
 #
-# The code is made with the oldest protobuf that users may have (major 6), in a venv of its own: what protoc 6.31 writes
-# runs under protobuf 6.31 and every later 6 and 7, while the server's health and reflection want 7 here.
+# The code is generated with the oldest protobuf that users may have (major version 6), in a virtual environment of its
+# own: the output of protoc 6.31 runs under protobuf 6.31 and every later 6 and 7, while the development environment has
+# protobuf 7, because gRPC's health and reflection packages require it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -23,9 +24,9 @@ generate() {
   mkdir -p "$1/client" "$1/$triton"
   protoc --python_out="$1/client" --grpc_python_out="$1/client" --mypy_out="quiet:$1/client" \
     --mypy_grpc_out="quiet:$1/client" protos/poolrpc/v1/*.proto
-  # A file without a service gets an empty grpc module; nobody imports it.
+  # protoc writes an empty grpc module for a file without a service; it is never imported.
   rm -f "$1"/client/poolrpc/v1/standard_pb2_grpc.py "$1"/client/poolrpc/v1/standard_pb2_grpc.pyi
-  # The server alone speaks this one, and needs no stubs; a file that imports no other may lie anywhere.
+  # Only the server uses this protocol, and it needs no stubs. The file imports no other, so it may be in any package.
   protoc --proto_path=protos/inference --python_out="$1/$triton" --mypy_out="quiet:$1/$triton" open_inference.proto
 }
 
@@ -33,9 +34,9 @@ if [ "${1:-}" = --check ]; then
   fresh=$(mktemp -d)
   trap 'rm -rf "$fresh"' EXIT
   generate "$fresh"
-  for made in client/poolrpc/v1 "$triton"; do
-    diff -r --exclude=__pycache__ "$fresh/$made" "$made" || {
-      echo "$made is out of step with protos/: run make generate" >&2
+  for folder in client/poolrpc/v1 "$triton"; do
+    diff -r --exclude=__pycache__ "$fresh/$folder" "$folder" || {
+      echo "$folder differs from what protos/ generates: run make generate" >&2
       exit 1
     }
   done

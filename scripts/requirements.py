@@ -1,4 +1,4 @@
-"""Print what pyproject.toml says that the package needs, with the extras named: images install it before the code."""
+"""Print the requirements of a pyproject.toml, with those of the extras named: images install them before the code."""
 
 import sys
 import tomllib

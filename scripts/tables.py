@@ -1,6 +1,6 @@
-"""Write the tables of the docs that say what the code and the results say: python -m scripts.tables.
+"""Write the tables of the docs that are derived from the code and the benchmarks' results: python -m scripts.tables.
 
-A page has a table between two comments. tests/docs/test_pages.py holds each to what this would write.
+A page has such a table between two comments. tests/docs/test_pages.py fails if a table is out of date.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
 ROOT = Path(__file__).parent.parent
-PLACE = re.compile(r"(<!-- (\w+): written by python -m scripts\.tables -->\n).*?(<!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- (\w+): written by python -m scripts\.tables -->\n).*?(<!-- end -->)", re.DOTALL)
 SHAPE = re.compile(r"^Shape:\n((?:    .*\n?)+)", re.MULTILINE)
 
 KERNELS = ("max", "max with indices", "average", "adaptive max", "adaptive average", "power average")
@@ -37,24 +37,24 @@ def main() -> None:
 
 
 def pages() -> list[Path]:
-    """Give the pages that have tables."""
-    return [page for page in sorted((ROOT / "docs").glob("*.md")) if PLACE.search(page.read_text())]
+    """Return the pages that have tables."""
+    return [page for page in sorted((ROOT / "docs").glob("*.md")) if TABLE.search(page.read_text())]
 
 
 def written(page: Path) -> str:
-    """Give a page's text with its tables as they should be."""
-    return PLACE.sub(lambda place: f"{place[1]}\n{TABLES[place[2]]()}\n\n{place[3]}", page.read_text())
+    """Return the text of a page with its tables up to date."""
+    return TABLE.sub(lambda match: f"{match[1]}\n{TABLES[match[2]]()}\n\n{match[3]}", page.read_text())
 
 
-def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """Give a table in Markdown."""
-    names = [*head]
+def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """Return a table in Markdown."""
+    names = [*header]
     lines = [names, ["---"] * len(names), *([str(cell).replace("|", "\\|") for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def layers() -> str:
-    """Each layer as it is called, and its dtypes."""
+    """Every layer with its parameters, and its dtypes."""
     return table(("layer", "dtypes"), ((f"`{_call(each)}`", _dtypes(each)) for each in LAYERS.values()))
 
 
@@ -72,7 +72,7 @@ def _dtypes(layer: type[Layer]) -> str:
 
 
 def shapes() -> str:
-    """The shape rule of each family, as its first layer's docstring has it."""
+    """The shape rule of every family, from the docstring of its first layer."""
     rules: dict[str, tuple[list[str], str]] = {}
     for name, layer in LAYERS.items():
         found = SHAPE.search(inspect.getdoc(layer) or "")
@@ -81,36 +81,38 @@ def shapes() -> str:
 
 
 def flags() -> str:
-    """Each flag of the server, its default and what it is."""
-    return table(("flag", "default", "what"), map(_flag, fields(Config)))
+    """Every flag of the server, its default and its help."""
+    return table(("flag", "default", "meaning"), map(_flag, fields(Config)))
 
 
 def _flag(setting: Any) -> tuple[str, str, str]:  # noqa: ANN401 - a dataclass's field
     default, unit = setting.default, setting.metadata["unit"]
-    many = isinstance(default, tuple)
-    shown = "" if isinstance(default, bool) or default in ("", ()) else f"`{default[0] if many else default}` {unit}"
+    repeatable = isinstance(default, tuple)
+    shown = (
+        "" if isinstance(default, bool) or default in ("", ()) else f"`{default[0] if repeatable else default}` {unit}"
+    )
     value = "" if isinstance(default, bool) else f" {(unit or setting.name.rpartition('_')[2]).upper()}"
     return f"`--{setting.name.replace('_', '-')}{value}`", shown.strip(), setting.metadata["help"]
 
 
 def metrics() -> str:
-    """Each metric, of what type it is, and what it counts."""
+    """Every metric, its type, and what it measures."""
     rows = (
         (f"`{each.name}{'_total' if each.type == 'counter' else ''}`", each.type, each.documentation)
         for each in Metrics().collect().collect()
     )
-    return table(("metric", "type", "what"), rows)
+    return table(("metric", "type", "meaning"), rows)
 
 
 def alerts() -> str:
-    """Each alert rule: how grave, when, and what it says."""
+    """Every alert: its severity, its condition, and how long the condition must hold."""
     groups = yaml.safe_load((ROOT / "deploy/prometheus/alerts.yml").read_text())["groups"]
     rows = (
         (f"`{rule['alert']}`", rule["labels"]["severity"], f"`{' '.join(rule['expr'].split())}`", rule.get("for", "-"))
         for group in groups
         for rule in group["rules"]
     )
-    return table(("alert", "how grave", "when", "for"), rows)
+    return table(("alert", "severity", "condition", "for"), rows)
 
 
 def _results(name: str) -> list[dict[str, Any]]:
@@ -119,14 +121,14 @@ def _results(name: str) -> list[dict[str, Any]]:
 
 
 def kernels() -> str:
-    """The geometric means of a few groups of layers."""
+    """Speedups over eager torch: geometric means of a few groups of layers."""
     means = {row["case"].removeprefix("geometric mean: "): row for row in _results("kernels") if "cases" in row}
     rows = ((name, means[name]["cases"], means[name]["ratio"], means[name]["least"]) for name in KERNELS)
-    return table(("layers", "cases", "times eager torch, geometric mean", "the least of them"), rows)
+    return table(("layers", "cases", "times eager torch, geometric mean", "lowest"), rows)
 
 
 def paths() -> str:
-    """How a few tensors fare by each path against each baseline."""
+    """The speed of each transport relative to each baseline, for a few tensors."""
     rows = _results("transport")
 
     def ratio(case: str, path: str, baseline: str) -> str:
@@ -142,22 +144,22 @@ def paths() -> str:
 
 
 def rest() -> str:
-    """Many small tensors, a file, and a load ten times too large."""
-    many = {row["contender"]: row["ratio"] for row in _results("transport") if row["baseline"] == "one call each"}
+    """Many small tensors, a memory-mapped file, and a load of ten times the capacity."""
+    ratios = {row["contender"]: row["ratio"] for row in _results("transport") if row["baseline"] == "one call each"}
     file = _results("memmap")[0]
     load = {row["case"]: row for row in _results("load")}
-    rows = [(f"20,000 tensors of 3x32x32, {name}", f"{ratio} times one call each") for name, ratio in many.items()]
+    rows = [(f"20,000 tensors of 3x32x32, {name}", f"{ratio} times one call each") for name, ratio in ratios.items()]
     rows += [
         (f"{file['case']}, {file['bytes'] / 2**30:.1f} GiB", f"{file['ratio']} times local torch"),
-        ("ten times the load that it can take", f"{load['10 times capacity']['ratio']:.2f} of the most it answers"),
+        ("ten times the load of its capacity", f"{load['10 times capacity']['ratio']:.2f} of its highest throughput"),
     ]
-    return table(("what", "figure"), rows)
+    return table(("case", "result"), rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
     each.__name__: each for each in (layers, shapes, flags, metrics, alerts, kernels, paths, rest)
 }
-"""What writes each table, by the name that the page has for it."""
+"""The function that writes each table, by the name in the page's comment."""
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Print the version; with a tag, see first that it is this version's: python scripts/version.py v1.2.3."""
+"""Print the version. With a tag, fail unless it is the tag of this version: python scripts/version.py v1.2.3."""
 
 import runpy
 import sys
@@ -8,5 +8,5 @@ FILE = Path(__file__).parents[1] / "client/poolrpc/_version.py"
 
 version = runpy.run_path(str(FILE))["__version__"]
 if sys.argv[1:] not in ([], [f"v{version}"]):
-    sys.exit(f"expected the tag v{version}, which {FILE.name} has, got {' '.join(sys.argv[1:])}")
+    sys.exit(f"expected the tag v{version}, the version in {FILE.name}, got {' '.join(sys.argv[1:])}")
 print(version)

@@ -1,6 +1,6 @@
-"""Clients that others wrote, as they come from their registries: tritonclient, and gRPC's own for Node.
+"""Third-party clients: tritonclient, and gRPC's client for Node.
 
-scripts/peers.sh installs them. Where it can't reach the registries the tests are skipped; CI, which must, fails.
+scripts/install_clients.sh installs them. If it can't reach the registries, the tests are skipped; in CI they fail.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from scripts.serving import Serving, serving
+from scripts.server_process import ServerProcess, serving
 from tests.installing import ROOT, install
 
 if TYPE_CHECKING:
@@ -40,12 +40,12 @@ def run(*command: object, env: dict[str, str] | None = None) -> None:
 @pytest.fixture(scope="session")
 def peers() -> Path:
     """The environment with the clients."""
-    install("scripts/peers.sh", "the clients")
+    install("scripts/install_clients.sh", "the clients")
     return PEERS
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Serving]:
+def server() -> Iterator[ServerProcess]:
     """A server with a preset, that takes its clients' shared memory."""
     with serving("--model", "stem=MaxPool2d(3, stride=2, padding=1)", "--allow-client-shm") as made:
         yield made
@@ -55,12 +55,12 @@ def server() -> Iterator[Serving]:
     "case",
     ["describe", "infer", "unpool", "errors", "async_infer", "stream", "aio", "shared_memory_regions"],
 )
-def test_tritonclient(peers: Path, server: Serving, case: str) -> None:
+def test_tritonclient(peers: Path, server: ServerProcess, case: str) -> None:
     """The calls of tritonclient, unmodified, have the answers that our client gets, bit for bit: triton_peer.py."""
     run(peers / "bin/python", HERE / "triton_peer.py", case, server.address, env={"PYTHONPATH": str(ROOT / "client")})
 
 
-def test_node(peers: Path, server: Serving) -> None:
+def test_node(peers: Path, server: ServerProcess) -> None:
     """The client of gRPC for Node loads our protos and calls both services: node_peer.js."""
     node = shutil.which("node") or peers / "bin/node"
     run(

@@ -1,4 +1,4 @@
-"""Triton's own load generator, as it comes from its registry, against a preset; scripts/perf_analyzer.sh fetches it."""
+"""Triton's load generator perf_analyzer, installed by scripts/install_perf_analyzer.sh, against a preset."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from scripts.serving import Serving, serving
+from scripts.server_process import ServerProcess, serving
 from tests.installing import ROOT, install
 
 if TYPE_CHECKING:
@@ -27,12 +27,12 @@ SHORT = ("--measurement-mode", "count_windows", "--measurement-request-count", "
 @pytest.fixture(scope="session")
 def perf_analyzer() -> Path:
     """Have the program."""
-    install("scripts/perf_analyzer.sh", "perf_analyzer")
+    install("scripts/install_perf_analyzer.sh", "perf_analyzer")
     return ROOT / ".debs/perf_analyzer/run"
 
 
 @pytest.fixture
-def server() -> Iterator[Serving]:
+def server() -> Iterator[ServerProcess]:
     """A server with a preset, that takes its clients' shared memory."""
     with serving(
         *("--model", "stem=MaxPool2d(3, stride=2, padding=1)", "--allow-client-shm", "--metrics", "127.0.0.1:0")
@@ -40,15 +40,15 @@ def server() -> Iterator[Serving]:
         yield made
 
 
-def run(program: Path, server: Serving, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(program: Path, server: ServerProcess, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Let it load the preset."""
     command = [program, "-m", "stem", "-i", "grpc", "-u", server.address, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)  # noqa: S603 - its own
 
 
-def answers(server: Serving, method: str) -> dict[str, float]:
+def answers(server: ServerProcess, method: str) -> dict[str, float]:
     """Give how many calls of a method ended with each status, as the server counts them."""
-    with urllib.request.urlopen(f"http://{server.start['metrics']}/metrics", timeout=30) as page:
+    with urllib.request.urlopen(f"http://{server.start_line['metrics']}/metrics", timeout=30) as page:
         families = text_string_to_metric_families(page.read().decode())
         return {
             each.labels["grpc_code"]: each.value
@@ -59,7 +59,7 @@ def answers(server: Serving, method: str) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_concurrency_1_to_8(perf_analyzer: Path, server: Serving, tmp_path: Path) -> None:
+def test_concurrency_1_to_8(perf_analyzer: Path, server: ServerProcess, tmp_path: Path) -> None:
     """It measures each concurrency to its end, says nothing of errors, and no call had another answer than OK."""
     report = tmp_path / "report.csv"
     done = run(perf_analyzer, server, *SHAPE, "--concurrency-range", "1:8", *SHORT, "-f", str(report))
@@ -77,7 +77,7 @@ def test_concurrency_1_to_8(perf_analyzer: Path, server: Serving, tmp_path: Path
     [("--async",), ("--async", "--streaming"), ("--shared-memory", "system", "--output-shared-memory-size", "4096")],
     ids=["async", "stream", "shared_memory"],
 )
-def test_its_other_ways(perf_analyzer: Path, server: Serving, way: tuple[str, ...]) -> None:
+def test_its_other_ways(perf_analyzer: Path, server: ServerProcess, way: tuple[str, ...]) -> None:
     """Calls that don't wait for each other, a stream, and shared memory give it every answer that it asks for."""
     done = run(perf_analyzer, server, *SHAPE, "--concurrency-range", "8", *FEW, *way)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -85,7 +85,7 @@ def test_its_other_ways(perf_analyzer: Path, server: Serving, way: tuple[str, ..
     assert "had error" not in done.stdout + done.stderr
 
 
-def test_it_says_what_the_server_refuses(perf_analyzer: Path, server: Serving) -> None:
+def test_it_says_what_the_server_refuses(perf_analyzer: Path, server: ServerProcess) -> None:
     """A shape that the preset can't take ends it with the server's own words: it does look at the answers."""
     done = run(perf_analyzer, server, "--shape", "input:3", "--concurrency-range", "2", *FEW)
     assert done.returncode

@@ -1,4 +1,4 @@
-"""The alerts and the dashboard, by Debian's Prometheus, which scripts/prometheus.sh fetches: real processes of both."""
+"""The alerts and the dashboard in a real Prometheus, installed by scripts/install_prometheus.sh, and a real server."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import yaml
 import poolrpc
 from poolrpc import LPPool2d, MaxPool2d, PoolClient
 from poolrpc_server.protocols.triton.generated import open_inference_pb2
-from scripts.observed import RULES, alerts, ask, await_scrape, metrics, panels, value
-from scripts.serving import Serving, serving
+from scripts.prometheus_queries import RULES, alerts, metric_names, panels, query_api, query_value, wait_for_scrape
+from scripts.server_process import ServerProcess, serving
 from tests.installing import ROOT, install
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.conformance, pytest.mark.timeout(300)]
 
 CASES = Path(__file__).parent / "alerts"
 CONFIG = RULES.with_name("prometheus.yml")
-ASKED = {name for expression in (*alerts().values(), *panels().values()) for name in metrics(expression)}
+ASKED = {name for expression in (*alerts().values(), *panels().values()) for name in metric_names(expression)}
 OF_WORKERS = "poolrpc_worker_restarts_total"
 """The one metric that only a server with workers has."""
 
@@ -39,7 +39,7 @@ X = np.random.default_rng(5).standard_normal((1, 16, 128, 128), np.float32)
 @pytest.fixture(scope="session")
 def programs() -> Path:
     """Have prometheus and promtool."""
-    install("scripts/prometheus.sh", "Prometheus")
+    install("scripts/install_prometheus.sh", "Prometheus")
     return ROOT / ".debs/prometheus/usr/bin"
 
 
@@ -138,9 +138,9 @@ def refused_stream(address: str) -> None:
         open_calls.set()
 
 
-def traffic(server: Serving) -> None:
+def traffic(server: ServerProcess) -> None:
     """Call in every way, and in ways that are refused, and leave early."""
-    tcp, unix = server.start["addresses"].split()
+    tcp, unix = server.start_line["addresses"].split()
     with PoolClient(tcp) as client:
         client.pool(X, MaxPool2d(2))
         client.pool(X, MaxPool2d(2), transport="stream")
@@ -173,25 +173,28 @@ def test_prometheus_has_what_is_asked_of_it(programs: Path, tmp_path: Path, work
     flags = ("--threads", str(workers), "--workers", str(workers), "--max-streams", "2")
     more = ("--metrics", "127.0.0.1:0", "--model", "stem=MaxPool2d(3, stride=2, padding=1)")
     unix = ("--listen", f"unix:{tmp_path}/sock", "--drain-seconds", "0")
-    with serving(*flags, *more, *unix) as server, prometheus(programs, tmp_path, server.start["metrics"]) as address:
-        assert await_scrape(lambda: value(address, "up") == 1)
-        scraped = set(ask(address, "label/__name__/values"))
+    with (
+        serving(*flags, *more, *unix) as server,
+        prometheus(programs, tmp_path, server.start_line["metrics"]) as address,
+    ):
+        assert wait_for_scrape(lambda: query_value(address, "up") == 1)
+        scraped = set(query_api(address, "label/__name__/values"))
         missing = {OF_WORKERS} if workers == 1 else set()
         assert ASKED - scraped == missing
-        assert value(address, "sum(grpc_server_started_total)") == 0
+        assert query_value(address, "sum(grpc_server_started_total)") == 0
         traffic(server)
         for last in ("poolrpc_rejects_total", "poolrpc_cancelled_total"):
-            assert await_scrape(lambda last=last: value(address, f"sum({last})") >= 1), last
+            assert wait_for_scrape(lambda last=last: query_value(address, f"sum({last})") >= 1), last
         for name, expression in panels().items():
-            if not metrics(expression) & missing:
-                samples = ask(address, "query", query=expression)["result"]
+            if not metric_names(expression) & missing:
+                samples = query_api(address, "query", query=expression)["result"]
                 assert samples, name
                 assert not any(each["value"][1] in {"NaN", "+Inf"} for each in samples), name
         for name, expression in alerts().items():
-            ask(address, "query", query=expression)
-            if not metrics(expression) & missing:
-                assert ask(address, "query", query=operand(expression))["result"], name
-        rules = ask(address, "rules")["groups"][0]["rules"]
+            query_api(address, "query", query=expression)
+            if not metric_names(expression) & missing:
+                assert query_api(address, "query", query=operand(expression))["result"], name
+        rules = query_api(address, "rules")["groups"][0]["rules"]
         assert {each["name"]: each["health"] for each in rules} == dict.fromkeys(alerts(), "ok")
         assert not [each["name"] for each in rules if each["state"] == "firing"]
 
@@ -200,6 +203,6 @@ def test_the_metrics_of_an_expression_are_found(programs: Path, tmp_path: Path) 
     """They are those of the expressions as Prometheus itself writes them."""
     with prometheus(programs, tmp_path, "127.0.0.1:1") as address:
         for expression in (*alerts().values(), *panels().values()):
-            found = metrics(expression)
+            found = metric_names(expression)
             assert found
-            assert metrics(ask(address, "format_query", query=expression)) == found
+            assert metric_names(query_api(address, "format_query", query=expression)) == found

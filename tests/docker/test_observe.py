@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import poolrpc
-from scripts.observed import alerts, ask, await_scrape, metrics, panels, value
+from scripts.prometheus_queries import alerts, metric_names, panels, query_api, query_value, wait_for_scrape
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-ASKED = {name for expression in (*alerts().values(), *panels().values()) for name in metrics(expression)}
+ASKED = {name for expression in (*alerts().values(), *panels().values()) for name in metric_names(expression)}
 
 
 def test_the_rules_are_right(engine: Callable[..., str], prometheus_image: str, root: Path) -> None:
@@ -35,10 +35,10 @@ def test_prometheus_has_what_is_asked_of_it(
         with poolrpc.PoolClient(it.address("server")) as client:
             client.pool(np.ones((1, 1, 4, 4), np.float32), poolrpc.MaxPool2d(2))
         prometheus = it.address("prometheus", 9090)
-        assert await_scrape(lambda: value(prometheus, "sum(grpc_server_handled_total)") >= 1)
-        assert [each["health"] for each in ask(prometheus, "targets", state="active")["activeTargets"]] == ["up"]
-        rules = ask(prometheus, "rules")["groups"][0]["rules"]
+        assert wait_for_scrape(lambda: query_value(prometheus, "sum(grpc_server_handled_total)") >= 1)
+        assert [each["health"] for each in query_api(prometheus, "targets", state="active")["activeTargets"]] == ["up"]
+        rules = query_api(prometheus, "rules")["groups"][0]["rules"]
         assert {each["name"] for each in rules} == set(alerts())
         assert {each["health"] for each in rules} <= {"ok", "unknown"}
         # Only a server with workers has it.
-        assert ASKED - {"poolrpc_worker_restarts_total"} <= set(ask(prometheus, "label/__name__/values"))
+        assert ASKED - {"poolrpc_worker_restarts_total"} <= set(query_api(prometheus, "label/__name__/values"))

@@ -28,7 +28,7 @@ from sybil import Document, Region, Sybil
 from sybil.evaluators.python import pad
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 
-from scripts.serving import Serving
+from scripts.server_process import ServerProcess
 from tests.installing import install
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ class Page:
             DATA[block.language](source)
             return
         if block.rule == "triton":
-            install("scripts/peers.sh", "the clients")
+            install("scripts/install_clients.sh", "the clients")
             printed = self._command(ROOT / ".venv-triton/bin/python", "-c", source, PYTHONPATH=str(ROOT / "client"))
         elif block.rule == "apart":
             printed = self._command(sys.executable, "-c", source)
@@ -223,15 +223,15 @@ class Page:
             start_new_session=True,
             env={**os.environ, **ENVIRONMENT, **own},
         )
-        made = Serving(process)
+        made = ServerProcess(process)
         made.reader.start()
         self._server.callback(made.wait)
         self._server.callback(os.killpg, process.pid, signal.SIGKILL)
         made.started.wait(120)
-        if not made.start:
+        if not made.start_line:
             raise AssertionError(f"expected a server that serves, got {made.log}")
-        told = (each for each in made.start["addresses"].split() if not each.startswith("unix:"))
-        self._places |= {ADDRESS: next(told, ADDRESS), METRICS: made.start["metrics"] or METRICS}
+        told = (each for each in made.start_line["addresses"].split() if not each.startswith("unix:"))
+        self._places |= {ADDRESS: next(told, ADDRESS), METRICS: made.start_line["metrics"] or METRICS}
 
 
 def parse(document: Document) -> Iterator[Region]:

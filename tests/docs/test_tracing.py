@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from scripts.serving import serving
+from scripts.server_process import serving
 
 PAGE = Path(__file__).parents[2] / "docs" / "tracing.md"
 
@@ -16,7 +16,7 @@ def test_the_pages_program_shows_its_spans() -> None:
     """The client's span and the program's own are printed, and the server's log line has the same trace."""
     (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     with serving(env={"OTEL_TRACES_EXPORTER": "console"}) as server:
-        assert server.start["traces"] == "console"
+        assert server.start_line["traces"] == "console"
         program = code.replace("127.0.0.1:50051", server.address)
         printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout  # noqa: S603 - our own
         (line,) = server.wait_for("call")

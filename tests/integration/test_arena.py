@@ -33,7 +33,7 @@ from poolrpc import (
     MaxUnpool2d,
     PoolClient,
 )
-from scripts.serving import Serving, serving
+from scripts.server_process import ServerProcess, serving
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -543,25 +543,25 @@ def test_objects_have_no_place_in_an_arena(client: PoolClient) -> None:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server process for all that follows: a crash would fail every later test."""
     with serving(listen=f"unix:{tmp_path_factory.mktemp('arena') / 'pool.sock'}") as made:
         yield made
         assert made.process.poll() is None
 
 
-def mapped_by(server: Serving) -> int:
+def mapped_by(server: ServerProcess) -> int:
     """Count the arenas that a server process has mapped."""
     return Path(f"/proc/{server.process.pid}/maps").read_text().count("memfd:poolrpc-arena")
 
 
-def descriptors_of(server: Serving) -> int:
+def descriptors_of(server: ServerProcess) -> int:
     """Count a server process's descriptors."""
     return psutil.Process(server.process.pid).num_fds()
 
 
 @pytest.fixture
-def undisturbed(server: Serving) -> Iterator[PoolClient]:
+def undisturbed(server: ServerProcess) -> Iterator[PoolClient]:
     """Give a client, and call all the while, by an arena: every answer is right; then the server is as it was."""
     x = RNG.standard_normal((2, 8, 96, 96), np.float32)
     expected = halved(x)
@@ -655,7 +655,7 @@ def call(channel, message, timeout=60):
 
 
 @contextmanager
-def hostile(server: Serving, program: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+def hostile(server: ServerProcess, program: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     """Run a program in a second process, with the path of the server's socket."""
     path = server.address.removeprefix("unix:")
     command = [sys.executable, "-c", PRELUDE + program, path, *arguments]
@@ -666,7 +666,7 @@ def hostile(server: Serving, program: str, *arguments: str) -> Iterator[subproce
             process.kill()
 
 
-def said(server: Serving, program: str, *arguments: str) -> list[list[str]]:
+def said(server: ServerProcess, program: str, *arguments: str) -> list[list[str]]:
     """Run a program to its end, and give the lines that it said, in fields."""
     with hostile(server, program, *arguments) as process:
         lines = process.communicate(timeout=60)[0].splitlines()
@@ -692,7 +692,7 @@ for name, each in ids.items():
 
 
 @pytest.mark.usefixtures("undisturbed")
-def test_an_arena_that_is_none_of_the_callers(server: Serving) -> None:
+def test_an_arena_that_is_none_of_the_callers(server: ServerProcess) -> None:
     """S03: an id that was freed, guessed, cut, or made up is NOT_FOUND."""
     codes = dict(said(server, IDS))
     assert codes.pop("its own") == "OK"
@@ -733,7 +733,7 @@ REFUSED = {
 
 
 @pytest.mark.usefixtures("undisturbed")
-def test_ranges_that_are_none(server: Serving) -> None:
+def test_ranges_that_are_none(server: ServerProcess) -> None:
     """S02, S06: ranges past the end, wrapping, misaligned, overlapping or too small are INVALID_ARGUMENT."""
     good = (0, INPUT, MIB - OUTPUT, OUTPUT), (0, INPUT, INPUT, OUTPUT), (OUTPUT, MIB - OUTPUT, 0, OUTPUT)
     asked = [*(each for each, _ in REFUSED.values()), *good]
@@ -769,7 +769,7 @@ say("call", call(ways, request(arena_id, (0, 2**18), (2**18, 2**16)))[0])
 
 
 @pytest.mark.usefixtures("undisturbed")
-def test_nobody_can_shrink_an_arena(server: Serving) -> None:
+def test_nobody_can_shrink_an_arena(server: ServerProcess) -> None:
     """S04: to shrink, grow or seal the memory is EPERM; holes read as zeros, and kill nobody."""
     outcomes = dict(said(server, SHRINK))
     assert outcomes.pop("hole") in ("0", "-1")
@@ -813,7 +813,7 @@ thread.join()
 
 
 @pytest.mark.usefixtures("undisturbed")
-def test_tensors_that_change_while_they_are_read(server: Serving) -> None:
+def test_tensors_that_change_while_they_are_read(server: ServerProcess) -> None:
     """S05: indices and inputs that a client rewrites all the while are answered or refused; the server lives."""
     outcomes = said(server, REWRITE)
     assert len(outcomes) == 300
@@ -836,7 +836,7 @@ future.result()
 
 
 @pytest.mark.usefixtures("undisturbed")
-def test_a_client_that_is_killed_amid_a_call(server: Serving) -> None:
+def test_a_client_that_is_killed_amid_a_call(server: ServerProcess) -> None:
     """S07: the arena of a client that is killed while the server computes in it is gone once that has ended."""
     with hostile(server, KILLED) as process:
         assert process.stdout.readline() == "OK\tFalse\n"
@@ -857,7 +857,7 @@ sys.stdin.readline()
 """
 
 
-def test_a_thousand_who_say_nothing(server: Serving, undisturbed: PoolClient) -> None:
+def test_a_thousand_who_say_nothing(server: ServerProcess, undisturbed: PoolClient) -> None:
     """Connections without a word are bounded; meanwhile the arenas that there are work, and others send bytes."""
     before = descriptors_of(server)
     x = np.ones((1, 4, 128, 128), np.float32)
@@ -895,7 +895,7 @@ say(outcomes.get(0, 0), outcomes.get(signal.SIGKILL, 0))
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("undisturbed")
-def test_a_thousand_clients_come_and_go(server: Serving) -> None:
+def test_a_thousand_clients_come_and_go(server: ServerProcess) -> None:
     """S08: a thousand clients' arenas, made and dropped, one in ten by SIGKILL, leave the server as it was."""
     process = psutil.Process(server.process.pid)
     assert said(server, ZYGOTE, "50") == [["45", "5"]]

@@ -20,7 +20,7 @@ from poolrpc._wire import codec, layer_codec
 from poolrpc._wire.status import DETAILS_KEY, decode_error
 from poolrpc.tensors import TensorSpec
 from poolrpc.v1 import pool_pb2, pool_pb2_grpc
-from scripts.serving import Serving, serving
+from scripts.server_process import ServerProcess, serving
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ SIZES = {1: (8,), 2: (8, 8), 3: (8, 8, 8)}
 
 
 @pytest.fixture(scope="module", params=["tcp", "unix"])
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server process for all cases of this file, on a port and on a socket: a crash would fail every later one."""
     path = tmp_path_factory.mktemp("bad") / "pool.sock"
     with serving(listen="127.0.0.1:0" if request.param == "tcp" else f"unix:{path}") as made:
@@ -39,7 +39,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def stub(server: Serving) -> Iterator[pool_pb2_grpc.PoolServiceStub]:
+def stub(server: ServerProcess) -> Iterator[pool_pb2_grpc.PoolServiceStub]:
     """The bare stub, without retries."""
     options = [("grpc.enable_retries", 0), ("grpc.max_send_message_length", -1)]
     with grpc.insecure_channel(server.address, options) as channel:
@@ -405,7 +405,7 @@ def test_unpool_after_another_layer(stub: pool_pb2_grpc.PoolServiceStub) -> None
     assert refusal(stub, request).violations[0].field == "branches[0].layers[1].max_unpool"
 
 
-def test_what_looks_bad_but_is_good(server: Serving) -> None:
+def test_what_looks_bad_but_is_good(server: ServerProcess) -> None:
     """B30, B32, B64, B66, B72: odd windows, an empty batch, NaN, infinities and large halves are answered."""
     with poolrpc.PoolClient(server.address) as client:
         result = client.pool(
@@ -448,7 +448,7 @@ def test_an_answer_over_the_servers_limit() -> None:
         assert client.pool(x, layer, transport="arena").output.all()
 
 
-def test_a_compressed_message_is_not_inflated(server: Serving) -> None:
+def test_a_compressed_message_is_not_inflated(server: ServerProcess) -> None:
     """P02: compressed requests are refused, so that none inflates in the server's memory."""
     process = psutil.Process(server.process.pid)
     before = process.memory_info().rss
@@ -464,7 +464,7 @@ def test_a_compressed_message_is_not_inflated(server: Serving) -> None:
     assert process.memory_info().rss < before + 128 * 2**20
 
 
-def test_bytes_that_are_no_message(server: Serving) -> None:
+def test_bytes_that_are_no_message(server: ServerProcess) -> None:
     """P03: bytes that are no message are INTERNAL, by the library."""
     with grpc.insecure_channel(server.address) as channel:
         call = channel.unary_unary("/poolrpc.v1.PoolService/Pool")
@@ -473,21 +473,21 @@ def test_bytes_that_are_no_message(server: Serving) -> None:
     assert caught.value.code() == grpc.StatusCode.INTERNAL
 
 
-def test_an_unknown_method(server: Serving) -> None:
+def test_an_unknown_method(server: ServerProcess) -> None:
     """P04: an unknown method is UNIMPLEMENTED."""
     with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError) as caught:
         channel.unary_unary("/poolrpc.v1.PoolService/Nothing")(b"", timeout=20)
     assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
 
-def test_a_short_deadline(server: Serving) -> None:
+def test_a_short_deadline(server: ServerProcess) -> None:
     """P07: a deadline that can't be met is DEADLINE_EXCEEDED."""
     with poolrpc.PoolClient(server.address) as client, pytest.raises(poolrpc.DeadlineExceededError):
         client.pool(np.zeros((1, 64, 512, 512), np.float32), poolrpc.MaxPool2d(2), timeout=0.001)
 
 
 @pytest.mark.parametrize("nbytes", [20_000, 200_000])
-def test_too_much_metadata(server: Serving, nbytes: int) -> None:
+def test_too_much_metadata(server: ServerProcess, nbytes: int) -> None:
     """P10: 20 KB of metadata, and far more, is RESOURCE_EXHAUSTED, by the library."""
     metadata = [("padding", "x" * nbytes)]
     with (

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import poolrpc
-from scripts.serving import serving
+from scripts.server_process import serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -19,13 +19,13 @@ from poolrpc._wire import codec
 from poolrpc.chains import as_chain
 from poolrpc.tensors import TensorSpec
 from poolrpc.v1 import pool_pb2, pool_pb2_grpc
-from scripts.serving import serving
+from scripts.server_process import serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from conftest import Gate
-    from scripts.serving import Serving
+    from scripts.server_process import ServerProcess
 
 LIMIT = 48 * 2**20
 """Of the bytes under way: all that a test has under way at a time, and no more than the probe's."""
@@ -66,7 +66,7 @@ CASES = [
 
 
 @pytest.fixture
-def server() -> Iterator[Serving]:
+def server() -> Iterator[ServerProcess]:
     """A server with one seat, so that calls wait at each stage."""
     flags = ["--threads", "1", "--call-threads", "64", "--max-streams", "4", "--max-inflight-bytes", str(LIMIT)]
     with serving(*flags, env=ONE_HEAP) as made:
@@ -126,7 +126,7 @@ def calls_among_which_some_are_cancelled(address: str, seed: int) -> dict[str, i
     return outcomes
 
 
-def test_calls_cancelled_at_every_moment(server: Serving) -> None:
+def test_calls_cancelled_at_every_moment(server: ServerProcess) -> None:
     """P08: of many calls at once half are cancelled; the others' answers are right, and no byte or thread stays."""
     process = psutil.Process(server.process.pid)
     for seed in range(10):
@@ -145,7 +145,7 @@ class LeftError(Exception):
     """What a caller's own code raises amid a stream."""
 
 
-async def test_tasks_and_streams_cancelled_beside_others(server: Serving) -> None:
+async def test_tasks_and_streams_cancelled_beside_others(server: ServerProcess) -> None:
     """P08: tasks of the asyncio client, by either way, are cancelled beside others, whose answers are right."""
     random = np.random.default_rng(3)
     async with AsyncPoolClient(server.address) as client:

@@ -18,7 +18,7 @@ import poolrpc_server
 from poolrpc import InternalError, InvalidArgumentError, MaxPool2d, PoolClient
 from poolrpc_server.cli import main
 from poolrpc_server.telemetry.metrics import FOLDER_VARIABLE, MetricsServer, forget, summed
-from scripts.serving import serving
+from scripts.server_process import serving
 from tests.scrape import Scrape, get
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ POOL = {"grpc_type": "unary", "grpc_service": "poolrpc.v1.PoolService", "grpc_me
 def test_calls_are_counted() -> None:
     """The start line says where; each call is there by its method and status, and unknown methods leave nothing."""
     with serving("--metrics", "127.0.0.1:0", "--drain-seconds", "0") as server, PoolClient(server.address) as client:
-        address = server.start["metrics"]
+        address = server.start_line["metrics"]
         client.pool(X, MaxPool2d(2))
         client.pool(X, MaxPool2d(2), transport="stream")
         with pytest.raises(InvalidArgumentError):
@@ -58,7 +58,7 @@ def test_calls_are_counted() -> None:
 def test_readiness_is_the_health_of_the_server() -> None:
     """After SIGTERM the server is alive and still shows its metrics, but isn't ready."""
     with serving("--metrics", "127.0.0.1:0", "--drain-seconds", "60") as server:
-        address = server.start["metrics"]
+        address = server.start_line["metrics"]
         assert get(address, "readyz") == (200, "ready\n")
         with grpc.insecure_channel(server.address) as channel:
             watched = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
@@ -100,7 +100,7 @@ def test_arenas_are_shown(tmp_path: Path) -> None:
         x = client.empty((1, 4, 256, 256), np.float32)
         x[...] = 1
         assert client.pool(x, MaxPool2d(2)).transport == "arena"
-        shown = Scrape(server.start["metrics"])
+        shown = Scrape(server.start_line["metrics"])
         assert shown("poolrpc_arenas") == 1
         assert shown("poolrpc_arena_bytes") >= x.nbytes
 
@@ -113,7 +113,7 @@ def test_servers_are_summed(tmp_path: Path) -> None:
             stack.enter_context(serving("--metrics", "127.0.0.1:0", env={FOLDER_VARIABLE: folder})) for _ in range(2)
         ]
         for calls, server in enumerate(servers, 1):
-            assert server.start["metrics"] == ""
+            assert server.start_line["metrics"] == ""
             with PoolClient(server.address) as client:
                 for _ in range(calls):
                     client.pool(X, MaxPool2d(2))

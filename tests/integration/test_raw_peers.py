@@ -19,7 +19,7 @@ import pytest
 
 import poolrpc
 from poolrpc.v1 import pool_pb2
-from scripts.serving import Serving, serving
+from scripts.server_process import ServerProcess, serving
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -137,7 +137,7 @@ def begun(*shape: int) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Serving]:
+def server() -> Iterator[ServerProcess]:
     """A server for all peers of this file: a crash would fail every later test."""
     # One heap: glibc's own, one or more a thread, would take long to settle, and hide what is never freed.
     flags = ["--max-streams", "30", "--threads", "1", "--call-threads", str(CALL_THREADS)]
@@ -148,7 +148,7 @@ def server() -> Iterator[Serving]:
 
 
 @pytest.fixture(autouse=True)
-def still_serving(server: Serving) -> Iterator[None]:
+def still_serving(server: ServerProcess) -> Iterator[None]:
     """After each test, a call and a stream of good clients are answered."""
     yield
     x = np.random.default_rng(1).standard_normal((2, 3, 8, 8), np.float32)
@@ -159,7 +159,7 @@ def still_serving(server: Serving) -> Iterator[None]:
 
 
 @contextmanager
-def flat(server: Serving, most: int = 32 * MIB) -> Iterator[None]:
+def flat(server: ServerProcess, most: int = 32 * MIB) -> Iterator[None]:
     """Check that the server's memory never grew by more than that, and that no thread or descriptor stays."""
     process, folder = psutil.Process(server.process.pid), Path(f"/proc/{server.process.pid}")
 
@@ -200,7 +200,7 @@ def bomb() -> bytes:
 
 
 @pytest.mark.parametrize("method", ["Pool", "PoolStream", "InferShape"])
-def test_a_gzip_bomb(server: Serving, bomb: bytes, method: str) -> None:
+def test_a_gzip_bomb(server: ServerProcess, bomb: bytes, method: str) -> None:
     """P02: 4 MB that would inflate to 4 GiB are refused as they are, with the server's memory where it was."""
     with flat(server), RawPeer(server.address) as peer:
         stream = peer.open(SERVICE + method, ("grpc-encoding", "gzip"))
@@ -209,7 +209,7 @@ def test_a_gzip_bomb(server: Serving, bomb: bytes, method: str) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["identity", "deflate", "br", None])
-def test_a_bomb_under_another_name(server: Serving, bomb: bytes, encoding: str | None) -> None:
+def test_a_bomb_under_another_name(server: ServerProcess, bomb: bytes, encoding: str | None) -> None:
     """P02: what is flagged as compressed while its encoding is none, or none that there is, is refused just so."""
     with flat(server), RawPeer(server.address) as peer:
         stream = peer.open(SERVICE + "Pool", *([("grpc-encoding", encoding)] if encoding else []))
@@ -223,7 +223,7 @@ def test_a_bomb_under_another_name(server: Serving, bomb: bytes, encoding: str |
     [framed(b"\xff" * 100), framed(b"\x0a\xff\xff\xff\xff\x0f"), framed(b"\x08"), framed(bytes(MIB))],
     ids=["ones", "length", "cut", "zeros"],
 )
-def test_a_message_that_is_none(server: Serving, method: str, data: bytes) -> None:
+def test_a_message_that_is_none(server: ServerProcess, method: str, data: bytes) -> None:
     """P03: bytes that parse as no message are INTERNAL on every method."""
     with flat(server), RawPeer(server.address) as peer:
         stream = peer.open(SERVICE + method)
@@ -241,7 +241,7 @@ def test_a_message_that_is_none(server: Serving, method: str, data: bytes) -> No
         "/grpc.health.v1.Health/Watch",
     ],
 )
-def test_a_thousand_messages_that_are_none(server: Serving, method: str) -> None:
+def test_a_thousand_messages_that_are_none(server: ServerProcess, method: str) -> None:
     """P03: a call whose bytes are no message leaves no memory, and no place among the calls of its connection."""
     with flat(server, 8 * MIB), RawPeer(server.address) as peer:
         for _ in range(1500):  # gRPC's own refusal keeps 20 KB of each, and this connection has 1024 places
@@ -265,7 +265,7 @@ def test_a_thousand_messages_that_are_none(server: Serving, method: str) -> None
     ],
     ids=["cut", "no length", "flags", "4 GiB promised"],
 )
-def test_a_frame_that_is_none(server: Serving, method: str, data: bytes, statuses: set[str]) -> None:
+def test_a_frame_that_is_none(server: ServerProcess, method: str, data: bytes, statuses: set[str]) -> None:
     """P03: a frame that ends early, has unknown flags or promises 4 GiB ends its call, and takes no memory."""
     with flat(server), RawPeer(server.address) as peer:
         stream = peer.open(SERVICE + method)
@@ -276,7 +276,7 @@ def test_a_frame_that_is_none(server: Serving, method: str, data: bytes, statuse
 @pytest.mark.parametrize(
     "data", [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", bytes(MIB)]
 )
-def test_a_connection_that_is_none(server: Serving, data: bytes) -> None:
+def test_a_connection_that_is_none(server: ServerProcess, data: bytes) -> None:
     """P03: a peer that speaks HTTP/1, TLS or nothing at all is hung up on."""
     host, _, port = server.address.rpartition(":")
     with flat(server), socket.create_connection((host, int(port)), timeout=30) as peer:
@@ -302,7 +302,7 @@ def test_a_connection_that_is_none(server: Serving, data: bytes) -> None:
     ],
     ids=["method", "case", "empty method", "no method", "version", "slash", "long", "odd"],
 )
-def test_a_method_that_is_none(server: Serving, method: str) -> None:
+def test_a_method_that_is_none(server: ServerProcess, method: str) -> None:
     """P04: a method that there isn't is UNIMPLEMENTED."""
     with RawPeer(server.address) as peer:
         stream = peer.open(method)
@@ -340,7 +340,7 @@ def a_call(peer: RawPeer) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("begin", [opened, headed, amid_a_block, a_call], ids=lambda each: each.__name__)
-def test_a_thousand_resets(server: Serving, begin: Callable[[RawPeer], int]) -> None:
+def test_a_thousand_resets(server: ServerProcess, begin: Callable[[RawPeer], int]) -> None:
     """P09, P08: a thousand calls of a connection, each opened and reset, leave memory, threads and descriptors."""
 
     def reset(times: int) -> None:
@@ -367,7 +367,7 @@ def test_a_thousand_resets(server: Serving, begin: Callable[[RawPeer], int]) -> 
         reset(1000)
 
 
-def test_answers_that_nobody_takes(server: Serving) -> None:
+def test_answers_that_nobody_takes(server: ServerProcess) -> None:
     """P08: callers that leave while their answer is being sent leave nothing; others are answered meanwhile."""
     request = asked(1, 4, 512, 512)
     request.payload = bytes(4 * 4 * 512 * 512)

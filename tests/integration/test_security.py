@@ -21,7 +21,7 @@ import poolrpc
 import poolrpc_server
 from poolrpc import AsyncPoolClient, MaxPool2d, PoolClient
 from poolrpc.cli import main
-from scripts.serving import Serving, serving
+from scripts.server_process import ServerProcess, serving
 from tests.integration.authority import Authority, files
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ LINES = line("alice", TOKEN) + line("dashboard", INFO_ONLY, "poolrpc.v1.PoolServ
 
 
 @pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """Give a server that asks for tokens, on a port and on a unix socket."""
     folder = tmp_path_factory.mktemp("guarded")
     (folder / "tokens").write_text(LINES)
@@ -99,7 +99,7 @@ def server(**settings: object) -> Iterator[str]:
     ],
     ids=lambda values: " and ".join(each[:30] for each in values) or "none",
 )
-def test_without_a_valid_token_a_call_is_unauthenticated(guarded: Serving, values: list[str]) -> None:
+def test_without_a_valid_token_a_call_is_unauthenticated(guarded: ServerProcess, values: list[str]) -> None:
     """P05: no token, a wrong one and a malformed one are refused by the same words, on every way that a tensor goes."""
     metadata = [("authorization", value) for value in values]
     with PoolClient(guarded.address, metadata=metadata) as client:
@@ -111,21 +111,21 @@ def test_without_a_valid_token_a_call_is_unauthenticated(guarded: Serving, value
         assert client.health() == "SERVING"
 
 
-def test_with_a_token_a_call_is_answered(guarded: Serving) -> None:
+def test_with_a_token_a_call_is_answered(guarded: ServerProcess) -> None:
     """A token is good for everything, on every way that a tensor goes; the scheme may be written in any case."""
     with PoolClient(guarded.address, token=TOKEN) as client:
         for transport in ("unary", "stream"):
             assert client.pool(X, MaxPool2d(2), transport=transport).shape == (2, 3, 4, 5)
         assert len(list(client.map([X, X], MaxPool2d(2)))) == 2
         assert client.output_shape(X.shape, MaxPool2d(2)) == (2, 3, 4, 5)
-    with PoolClient(guarded.start["addresses"].split()[1], token=TOKEN) as client:
+    with PoolClient(guarded.start_line["addresses"].split()[1], token=TOKEN) as client:
         result = client.pool(LARGE, MaxPool2d(2))
         assert (result.shape, result.transport) == ((16, 16, 128, 128), "arena")
     with PoolClient(guarded.address, metadata=[("authorization", f"bearer {TOKEN}")]) as client:
         assert client.server_info().threads
 
 
-async def test_the_async_client_has_a_token_too(guarded: Serving) -> None:
+async def test_the_async_client_has_a_token_too(guarded: ServerProcess) -> None:
     """AsyncPoolClient sends it, with streams as well."""
     async with AsyncPoolClient(guarded.address, token=TOKEN) as client:
         assert (await client.pool(LARGE, MaxPool2d(2))).shape == (16, 16, 128, 128)
@@ -135,7 +135,7 @@ async def test_the_async_client_has_a_token_too(guarded: Serving) -> None:
                 await client.pool(x, MaxPool2d(2))
 
 
-def test_a_token_is_good_for_what_its_line_says(guarded: Serving) -> None:
+def test_a_token_is_good_for_what_its_line_says(guarded: ServerProcess) -> None:
     """A known token without the right is PERMISSION_DENIED, without a word of what it may do."""
     with PoolClient(guarded.address, token=INFO_ONLY) as client:
         assert client.server_info().threads
@@ -183,7 +183,7 @@ def status(channel: grpc.Channel, method: str, token: str = "") -> grpc.StatusCo
     return grpc.StatusCode.OK
 
 
-def test_every_method_asks_for_a_token_but_health(guarded: Serving) -> None:
+def test_every_method_asks_for_a_token_but_health(guarded: ServerProcess) -> None:
     """Whatever reflection knows refuses a call without one, as do methods that aren't there; health answers."""
     found = methods(guarded.address)
     assert {"/poolrpc.v1.PoolService/Pool", "/poolrpc.v1.PoolService/PoolStream"} < set(found)
@@ -199,7 +199,7 @@ def test_every_method_asks_for_a_token_but_health(guarded: Serving) -> None:
                 assert got == grpc.StatusCode.UNAUTHENTICATED, each
 
 
-def test_every_method_but_the_allowed_refuses_a_lesser_token(guarded: Serving) -> None:
+def test_every_method_but_the_allowed_refuses_a_lesser_token(guarded: ServerProcess) -> None:
     """Whatever reflection knows refuses a token whose line doesn't name it; health asks for none."""
     found = methods(guarded.address)
     with PoolClient(guarded.address, token=INFO_ONLY) as client:
@@ -266,7 +266,7 @@ def test_the_log_says_who_calls_and_nothing_secret(tmp_path: Path) -> None:
             client.server_info()
         server.process.send_signal(signal.SIGTERM)
         assert server.wait() == 0
-    assert (server.start["tls"], server.start["tokens"]) == ("off", "on")
+    assert (server.start_line["tls"], server.start_line["tokens"]) == ("off", "on")
     calls = [
         (each["method"].rpartition("/")[2], each["status"], each.get("caller"))
         for each in server.log
@@ -402,7 +402,7 @@ def test_certificates_change_while_the_server_runs(ours: Authority, others: Auth
     with serving(
         *("--tls-cert", str(old[0]), "--tls-key", str(old[1]), "--drain-seconds", "0", "--listen", "127.0.0.1:0")
     ) as server:
-        first, second = (each.replace("127.0.0.1", "localhost") for each in server.start["addresses"].split())
+        first, second = (each.replace("127.0.0.1", "localhost") for each in server.start_line["addresses"].split())
         with PoolClient(first, credentials=ours.trust()) as before:
             assert before.server_info()
             # The certificate is there, its key not yet.
@@ -421,7 +421,7 @@ def test_certificates_change_while_the_server_runs(ours: Authority, others: Auth
             assert_served(first, others.trust())
         server.process.send_signal(signal.SIGTERM)
         assert server.wait() == 0
-    assert server.start["tls"] == "on"
+    assert server.start_line["tls"] == "on"
     changes = [each["level"] for each in server.log if each["event"].startswith("the TLS files")]
     assert changes == ["error", "error", "info", "error"]
     assert "PRIVATE KEY" not in json.dumps(server.log)

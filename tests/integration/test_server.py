@@ -24,7 +24,7 @@ import poolrpc
 import poolrpc_server
 from poolrpc import AvgPool2d, GlobalMaxPool, LPPool2d, MaxPool2d, PoolClient
 from poolrpc.v1 import pool_pb2, pool_pb2_grpc
-from scripts.serving import serving
+from scripts.server_process import serving
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -47,11 +47,13 @@ def health_of(address: str) -> Iterator[int]:
 def test_the_start_line_says_what_is_served() -> None:
     """One line at start has address, device, torch, threads and every limit; a stop by SIGTERM ends with 0."""
     with serving("--threads", "2", "--max-work", "12345", "--drain-seconds", "0") as server:
-        assert server.start["addresses"] == server.address
-        assert server.start["device"] == "cpu"
-        assert server.start["threads"] == 2
-        assert server.start["max_work"] == "12345 cells"
-        assert {"torch", "version", "max_message_bytes", "max_output_bytes", "max_inflight_bytes"} < set(server.start)
+        assert server.start_line["addresses"] == server.address
+        assert server.start_line["device"] == "cpu"
+        assert server.start_line["threads"] == 2
+        assert server.start_line["max_work"] == "12345 cells"
+        assert {"torch", "version", "max_message_bytes", "max_output_bytes", "max_inflight_bytes"} < set(
+            server.start_line
+        )
         server.process.send_signal(signal.SIGTERM)
         assert server.wait() == 0
     assert [each["event"] for each in server.log[-2:]] == ["stopping", "stopped"]
@@ -150,7 +152,7 @@ def test_several_addresses(tmp_path: Path) -> None:
     """--listen may be repeated, with ports and sockets."""
     path = tmp_path / "pool.sock"
     with serving("--listen", f"unix:{path}") as server:
-        ends = server.start["addresses"].split()
+        ends = server.start_line["addresses"].split()
         assert ends[1] == f"unix:{path}"
         for end in ends:
             with PoolClient(end) as client:
@@ -160,7 +162,7 @@ def test_several_addresses(tmp_path: Path) -> None:
 def test_environment_variables_set_what_flags_do_not() -> None:
     """POOLRPC_* fills in a setting; a flag goes before it."""
     with serving("--threads", "1", env={"POOLRPC_THREADS": "7", "POOLRPC_MAX_OUTPUT_BYTES": "100"}) as server:
-        assert (server.start["threads"], server.start["max_output_bytes"]) == (1, "100 bytes")
+        assert (server.start_line["threads"], server.start_line["max_output_bytes"]) == (1, "100 bytes")
         with PoolClient(server.address) as client, pytest.raises(poolrpc.LimitExceededError) as caught:
             client.pool(X, MaxPool2d(2))
     assert caught.value.reason == "OUTPUT_TOO_LARGE"

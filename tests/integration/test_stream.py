@@ -42,7 +42,7 @@ from poolrpc._wire.status import translated
 from poolrpc.chains import as_chain
 from poolrpc.tensors import TensorSpec
 from poolrpc.v1 import pool_pb2
-from scripts.serving import serving
+from scripts.server_process import serving
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

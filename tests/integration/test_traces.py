@@ -24,7 +24,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 from opentelemetry.proto.trace.v1 import trace_pb2
 
 from poolrpc import InvalidArgumentError, MaxPool2d, PoolClient
-from scripts.serving import serving
+from scripts.server_process import serving
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -347,7 +347,7 @@ asyncio.run(main())
     with serving(env=sending(collector.endpoint)) as server:
         printed = run(program, server.address, collector.endpoint)
         theirs, ours = collector.wait_for(5, kind=CLIENT), collector.wait_for(4)
-        assert printed == f"{server.start['traces']}\n"
+        assert printed == f"{server.start_line['traces']}\n"
     methods = ["Pool", "PoolStream", "InferShape", "GetServerInfo"]
     assert [each.attributes["rpc.method"] for each in theirs] == [*methods, "Check"]
     assert [each.attributes["rpc.method"] for each in ours] == methods
@@ -358,18 +358,18 @@ def test_every_worker_sends_its_own(collector: Collector) -> None:
     """Workers send spans as instances of one service; those of a server that stops are sent before it ends."""
     slow = sending(collector.endpoint, OTEL_BSP_SCHEDULE_DELAY="600000", OTEL_SERVICE_NAME="pooling")
     with serving("--workers", "2", "--drain-seconds", "0.1", env=slow) as server:
-        assert server.start["traces"] == f"otlp {collector.endpoint}"
-        while len({each["worker"] for each in server.of("call")}) < 2:
+        assert server.start_line["traces"] == f"otlp {collector.endpoint}"
+        while len({each["worker"] for each in server.lines("call")}) < 2:
             with PoolClient(server.address) as client:
                 client.pool(X, MaxPool2d(2))
         assert not collector.all()  # until it stops
         server.process.send_signal(signal.SIGTERM)
         assert server.wait() == 0
-        calls = server.of("call")
+        calls = server.lines("call")
     spans = collector.wait_for(len(calls))
     assert {each.resource["service.name"] for each in spans} == {"pooling"}
     assert len({each.resource["service.instance.id"] for each in spans}) == 2
-    pids = {each["worker"]: each["pid"] for each in server.of("worker serving")}
+    pids = {each["worker"]: each["pid"] for each in server.lines("worker serving")}
     assert {each.resource["process.pid"] for each in spans} == set(pids.values())
     assert {each["trace_id"] for each in calls} == {each.span.trace_id.hex() for each in spans}
 
@@ -452,7 +452,7 @@ def test_a_collector_that_is_down_holds_nothing_up(place: Callable[[], Any]) -> 
                 seconds.append(time.perf_counter() - begun)
             server.process.send_signal(signal.SIGTERM)
             assert server.wait(30) == 0
-            stray = [each for each in server.of("text") if not re.fullmatch(r"[IWE]\d{4} .*\n?", each["text"])]
+            stray = [each for each in server.lines("text") if not re.fullmatch(r"[IWE]\d{4} .*\n?", each["text"])]
         assert not stray  # what the exporter has to say is in the log, as the log is
         return statistics.median(seconds)
 
@@ -471,6 +471,6 @@ def test_bad_variables_are_a_warning() -> None:
     ):
         with serving(env=env) as server, PoolClient(server.address) as client:
             client.pool(X, MaxPool2d(2))
-            (warning,) = server.of("no traces")
+            (warning,) = server.lines("no traces")
             assert said in warning["error"]
-            assert server.start["traces"] == "off"
+            assert server.start_line["traces"] == "off"

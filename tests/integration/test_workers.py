@@ -22,13 +22,13 @@ from poolrpc import AsyncPoolClient, GlobalMaxPool, MaxPool2d, PoolClient
 from poolrpc_server.app import FAILED
 from poolrpc_server.config import Config, ConfigError
 from poolrpc_server.workers.supervisor import supervise
-from scripts.serving import serving
+from scripts.server_process import serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from scripts.serving import Serving
+    from scripts.server_process import ServerProcess
 
 SMALL = np.random.default_rng(5).standard_normal((2, 3, 16, 16), np.float32)
 LARGE = np.random.default_rng(6).standard_normal((2, 8, 128, 128), np.float32)
@@ -113,9 +113,9 @@ def load() -> Iterator[tuple[Load, ExitStack]]:
             made.end()
 
 
-def pids(server: Serving) -> dict[int, int]:
+def pids(server: ServerProcess) -> dict[int, int]:
     """Give the processes of the workers as the log has them, by number."""
-    return {each["worker"]: each["pid"] for each in server.of("worker serving")}
+    return {each["worker"]: each["pid"] for each in server.lines("worker serving")}
 
 
 def wait_gone(processes: list[psutil.Process]) -> None:
@@ -142,8 +142,8 @@ def test_a_killed_worker_is_missed_by_nobody(tmp_path: Path) -> None:
     """SIGKILL of one worker after the other, under load by every path: no client has an error; both serve again."""
     listen = f"unix:{tmp_path / 'pool.sock'}"
     with serving("--workers", "2", "--listen", listen, *AT_ONCE) as server, load() as (calls, clients):
-        assert server.start["addresses"].split()[1] == listen
-        assert server.start["workers"] == 2
+        assert server.start_line["addresses"].split()[1] == listen
+        assert server.start_line["workers"] == 2
         for _ in range(4):
             client = clients.enter_context(PoolClient(server.address, options=OWN_CONNECTION))
             calls.add(client, SMALL)
@@ -163,7 +163,7 @@ def test_a_killed_worker_is_missed_by_nobody(tmp_path: Path) -> None:
         calls.wait_for_transport(9, "arena")
         calls.end()
         assert calls.errors == []
-        assert {each["worker"] for each in server.of("call")} == {0, 1}
+        assert {each["worker"] for each in server.lines("call")} == {0, 1}
 
 
 def test_a_server_that_stops_is_missed_by_nobody() -> None:
@@ -187,8 +187,8 @@ def test_a_server_that_stops_is_missed_by_nobody() -> None:
         calls.go_on()
         calls.end()
         assert calls.errors == []
-        assert second.of("call")
-        assert {each["status"] for each in first.of("call")} == {"OK"}
+        assert second.lines("call")
+        assert {each["status"] for each in first.lines("call")} == {"OK"}
 
 
 def test_an_arenas_calls_go_to_its_worker(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_a_dead_workers_arena_is_replaced_for_asyncio_too(tmp_path: Path) -> Non
     """AsyncPoolClient falls back to bytes where its arena's worker died, and has another arena afterwards."""
     address = f"unix:{tmp_path / 'pool.sock'}"
 
-    async def run(server: Serving) -> None:
+    async def run(server: ServerProcess) -> None:
         async with AsyncPoolClient(address) as client:
             assert (await client.pool(LARGE, MaxPool2d(2))).transport == "arena"
             worker = server.wait_for("call")[0]["worker"]
@@ -244,9 +244,9 @@ def test_a_stop_is_passed_on_once_and_leaves_nothing(tmp_path: Path) -> None:
         server.process.send_signal(signal.SIGTERM)
         assert server.wait() == 0
         assert not any(each.is_running() for each in processes)
-    assert [each.get("worker") for each in server.of("stopping")] in ([None, 0, 1], [None, 1, 0])
-    assert [each.get("worker") for each in server.of("stopped")] in ([0, 1, None], [1, 0, None])
-    assert not server.of("worker ended")
+    assert [each.get("worker") for each in server.lines("stopping")] in ([None, 0, 1], [None, 1, 0])
+    assert [each.get("worker") for each in server.lines("stopped")] in ([0, 1, None], [1, 0, None])
+    assert not server.lines("worker ended")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -256,7 +256,7 @@ def test_a_service_managers_signal_to_every_process_is_one_stop() -> None:
         for pid in (*pids(server).values(), server.process.pid):
             os.kill(pid, signal.SIGTERM)
         assert server.wait() == 0
-    assert len(server.of("stopped")) == 3
+    assert len(server.lines("stopped")) == 3
 
 
 def test_a_second_signal_ends_all_at_once(tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_workers_end_with_a_supervisor_that_is_killed(tmp_path: Path) -> None:
         server.process.kill()
         wait_gone(processes)
         server.wait()
-    assert len(server.of("stopped")) == 2
+    assert len(server.lines("stopped")) == 2
     assert tmp_path.joinpath("pool.sock").is_symlink()
     with serving("--workers", "2", *AT_ONCE, listen=listen), PoolClient(listen) as client:
         assert client.pool(LARGE, MaxPool2d(2)).transport == "arena"
@@ -387,14 +387,14 @@ def test_every_line_of_a_worker_says_which() -> None:
         server.wait()
     without = [each["event"] for each in server.log if "worker" not in each]
     assert without == ["serving", "stopping", "stopped"]
-    assert len(server.of("call")) == 2
+    assert len(server.lines("call")) == 2
 
 
 def test_the_start_line_says_where_all_listen() -> None:
     """A free port is chosen once for all workers, who are there when it is said; each has its part of the threads."""
     with serving("--workers", "2", "--threads", "6", *AT_ONCE) as server:
-        assert len(server.of("worker serving")) == 2
-        assert server.start["threads"] == 3
+        assert len(server.lines("worker serving")) == 2
+        assert server.start_line["threads"] == 3
         port = int(server.address.rpartition(":")[2])
         held = [
             each.laddr.port

@@ -102,7 +102,7 @@ def test_a_tag_is_the_versions_or_none() -> None:
         assert (done.returncode, done.stdout) == (0, f"{__version__}\n")
     done = run("scripts/version.py", "v99.0.0")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"expected the tag v{__version__}, which _version.py has, got v99.0.0\n"
+    assert done.stderr == f"expected the tag v{__version__}, the version in _version.py, got v99.0.0\n"
 
 
 def test_images_say_the_version_and_all_are_released() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.serving import serving
+from scripts.server_process import serving
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -1,4 +1,4 @@
-"""A Ray of this machine with two replicas, in an environment of its own that scripts/ray.sh makes."""
+"""A Ray of this machine with two replicas, in an environment of its own that scripts/install_ray.sh makes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import poolrpc
-from scripts.raying import APART, Cluster, environment, raying
+from scripts.ray_cluster import IN_NAMESPACE, RayCluster, environment, ray_cluster
 from tests.installing import install
 
 if TYPE_CHECKING:
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="session")
 def rays_environment() -> dict[str, str]:
     """Give an environment with Ray, which is installed."""
-    if subprocess.run([*APART, "true"], check=False).returncode and "CI" not in os.environ:  # noqa: S603 - ours
+    if subprocess.run([*IN_NAMESPACE, "true"], check=False).returncode and "CI" not in os.environ:  # noqa: S603 - ours
         pytest.skip("Ray listens on every interface, and this user can't have a network of its own")
-    install("scripts/ray.sh", "Ray")
+    install("scripts/install_ray.sh", "Ray")
     return environment()
 
 
 @pytest.fixture(scope="module")
-def cluster(rays_environment: dict[str, str]) -> Iterator[Cluster]:  # noqa: ARG001 - installed
+def cluster(rays_environment: dict[str, str]) -> Iterator[RayCluster]:  # noqa: ARG001 - installed
     """Give a Ray that serves deploy/ray/serve.yaml; nothing of it is left at the end."""
-    with raying() as made:
+    with ray_cluster() as made:
         yield made
 
 
 @pytest.fixture
-def client(cluster: Cluster) -> Iterator[poolrpc.PoolClient]:
+def client(cluster: RayCluster) -> Iterator[poolrpc.PoolClient]:
     """Give our client, unmodified: the application's name is metadata, which Ray wants where there are several."""
     with poolrpc.PoolClient(cluster.address, metadata=[("application", "pool")]) as made:
         yield made

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from scripts.raying import APART, folder
-from scripts.serving import serving
+from scripts.ray_cluster import IN_NAMESPACE, ray_folder
+from scripts.server_process import serving
 from tests.installing import ROOT
 
 if TYPE_CHECKING:
@@ -29,9 +29,9 @@ numpy.savez(sys.argv[2], **{row["path"].rpartition("/")[2]: numpy.asarray(row["p
 
 def run(environment: dict[str, str], *command: object) -> None:
     """Run a command in Ray's environment, with a Ray of its own."""
-    with folder() as made:
+    with ray_folder() as made:
         done = subprocess.run(  # noqa: S603 - our own commands
-            [*APART, "python", *map(str, command)],
+            [*IN_NAMESPACE, "python", *map(str, command)],
             capture_output=True,
             text=True,
             check=False,

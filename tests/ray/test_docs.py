@@ -9,10 +9,10 @@ import subprocess
 import psutil
 import pytest
 
-from scripts.raying import APART, folder
+from scripts.ray_cluster import IN_NAMESPACE, ray_folder
 from tests.installing import ROOT
 
-TERMINAL = [*APART, "env", "--default-signal=INT", "script", "-qec"]
+TERMINAL = [*IN_NAMESPACE, "env", "--default-signal=INT", "script", "-qec"]
 """Elsewhere a shell has no jobs, and what runs in its background doesn't hear an interrupt."""
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 def test_the_commands_do_what_they_say(rays_environment: dict[str, str]) -> None:
     """Pasted into a shell they install, serve, pool a tensor, and leave nothing behind."""
     (commands,) = re.findall(r"^```sh\n(.*?)^```$", (ROOT / "docs/ray.md").read_text(), re.MULTILINE | re.DOTALL)
-    with folder() as made:
+    with ray_folder() as made:
         done = subprocess.run(  # noqa: S603 - our own commands
             [*TERMINAL, shlex.join(["bash", "-mec", commands]), "/dev/null"],
             stdin=subprocess.DEVNULL,

@@ -15,7 +15,7 @@ import poolrpc as p
 from tests.parity.reference import assert_same, reference, values
 
 if TYPE_CHECKING:
-    from scripts.raying import Cluster
+    from scripts.ray_cluster import RayCluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -96,7 +96,7 @@ def test_an_error_that_ends_a_stream_in_its_middle_has_its_details(client: p.Poo
     assert wrong.value.violations[0].field
 
 
-def test_metadata_reaches_the_replica(cluster: Cluster) -> None:
+def test_metadata_reaches_the_replica(cluster: RayCluster) -> None:
     """A call's priority is read there, and refused where it is none."""
     with (
         p.PoolClient(cluster.address, metadata=[("priority", "9")]) as client,
@@ -129,7 +129,7 @@ def test_a_deadline_ends_the_call(client: p.PoolClient) -> None:
     assert client.pool(x[:1, :1], p.MaxPool2d(2)).shape == (1, 1, 64, 64)
 
 
-def test_a_replica_that_is_killed_under_load_costs_no_call(cluster: Cluster, client: p.PoolClient) -> None:
+def test_a_replica_that_is_killed_under_load_costs_no_call(cluster: RayCluster, client: p.PoolClient) -> None:
     """One of two replicas dies by SIGKILL under calls and streams: each has its answer, by retries at most."""
     x = torch.randn(4, 16, 64, 64)
     expected = torch.nn.functional.max_pool2d(x, 3).numpy()

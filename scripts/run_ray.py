@@ -1,7 +1,7 @@
-"""A small Ray of this machine that serves deploy/ray/serve.yaml, until its standard input ends.
+"""Run a small local Ray cluster that serves deploy/ray/serve.yaml until standard input is closed.
 
-python local_ray.py FOLDER, in .venv-ray. It says "ready" once all replicas are. Ray listens on every interface that
-there is, so it is to be run by apart.py.
+Run it as `python run_ray.py FOLDER` in .venv-ray; FOLDER is for Ray's files. It prints "ready" when all replicas are
+ready. Ray listens on every interface, so run it with network_namespace.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import ray
 import yaml
 from ray import serve
-from ray.serve.context import _get_global_client  # the one way to deploy a file and wait for it
+from ray.serve.context import _get_global_client  # the only API that deploys a file and waits for it
 from ray.serve.schema import ServeDeploySchema
 
 CONFIG = Path(__file__).parents[1] / "deploy/ray/serve.yaml"

@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
-# Unpack Debian packages into a folder: `debs.sh FOLDER PACKAGE...`; SUITE=trixie: of another suite than the machine's.
+# Download Debian packages and unpack them into a folder: `debian_packages.sh FOLDER PACKAGE...`
 #
-# They come from where the machine's apt looks, but nothing of the machine is changed, and nobody need be root.
+# SUITE=trixie takes the packages of that release of Debian instead of the machine's own. They come from the mirror that
+# the machine's apt is configured for. Nothing is installed on the machine, and no root access is needed.
 set -euo pipefail
 folder="$(realpath -m "$1")"
 shift
 if ! command -v apt-get >/dev/null; then
-  echo "expected apt-get, for Debian's packages, got none: $* can't be fetched here" >&2
+  echo "expected apt-get, to download Debian packages, got none: $* can't be fetched here" >&2
   exit 1
 fi
 # shellcheck source=/dev/null
 own="$(. /etc/os-release && echo "$VERSION_CODENAME")"
 suite="${SUITE:-$own}"
-mark="$folder/.done"
-if [ "$(cat "$mark" 2>/dev/null)" = "$suite $*" ]; then
+done_file="$folder/.done"
+if [ "$(cat "$done_file" 2>/dev/null)" = "$suite $*" ]; then
   exit
 fi
 rm -rf "$folder"
@@ -32,8 +33,8 @@ apt=(
 )
 "${apt[@]}" update
 (cd "$folder/debs" && "${apt[@]}" download "$@")
-for each in "$folder"/debs/*.deb; do
-  dpkg -x "$each" "$folder"
+for package in "$folder"/debs/*.deb; do
+  dpkg -x "$package" "$folder"
 done
 rm -r "$folder/apt" "$folder/debs"
-echo "$suite $*" >"$mark"
+echo "$suite $*" >"$done_file"

@@ -1,0 +1,68 @@
+"""The expressions of the dashboard and the alerts of deploy/, and queries to Prometheus, for the tests."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+DEPLOY = Path(__file__).parents[1] / "deploy"
+RULES = DEPLOY / "prometheus/alerts.yml"
+
+# The parts of an expression that name no metric: strings, matchers and ranges, then lists of labels. Numbers, functions
+# and metrics remain.
+_MATCHERS = re.compile(r'"[^"]*"|\{[^}]*\}|\[[^]]*\]')
+_LABELS = re.compile(r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)")
+_METRIC = re.compile(r"\b[a-z_][a-z_0-9]*\b(?!\s*\()")
+_OPERATORS = {"and", "or", "unless", "bool", "offset"}
+
+
+def alerts() -> dict[str, str]:
+    """Return the expressions of the alerts, by name."""
+    rules = yaml.safe_load(RULES.read_text())["groups"]
+    return {rule["alert"]: str(rule["expr"]) for group in rules for rule in group["rules"]}
+
+
+def panels(interval: str = "1m") -> dict[str, str]:
+    """Return the expressions of the dashboard, by panel and letter, with Grafana's variable replaced by `interval`."""
+    dashboard = json.loads((DEPLOY / "grafana/dashboards/poolrpc.json").read_text())
+    return {
+        f"{panel['title']} {target['refId']}": target["expr"].replace("$__rate_interval", interval)
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+    }
+
+
+def metric_names(expression: str) -> set[str]:
+    """Return the names of the metrics that an expression uses."""
+    remaining = _LABELS.sub(" ", _MATCHERS.sub(" ", expression))
+    return set(_METRIC.findall(remaining)) - _OPERATORS
+
+
+def query_api(address: str, path: str, **query: str) -> Any:  # noqa: ANN401 - JSON
+    """Return the data of a response of Prometheus's HTTP API."""
+    url = f"http://{address}/api/v1/{path}?{urllib.parse.urlencode(query)}"
+    with urllib.request.urlopen(url, timeout=30) as response:
+        return json.load(response)["data"]
+
+
+def query_value(address: str, expression: str) -> float:
+    """Return the current value of an expression with one sample; 0 if it has no sample."""
+    samples = query_api(address, "query", query=expression)["result"]
+    return float(samples[0]["value"][1]) if samples else 0.0
+
+
+def wait_for_scrape(condition: Callable[[], bool], seconds: int = 60) -> bool:
+    """Wait until a condition on the scraped metrics holds, and return whether it does."""
+    # Prometheus scrapes every few seconds and does not notify anyone, so the condition has to be polled.
+    never = threading.Event()
+    return any(condition() or never.wait(0.5) for _ in range(2 * seconds))
