@@ -11,7 +11,7 @@ from poolrpc.tensors import ALIGNMENT, aligned_ranges
 from poolrpc_server.calls.admission import RETRY_DELAY, refused
 from poolrpc_server.calls.batcher import Batcher, StoppedError
 from poolrpc_server.calls.queue import QueueFullError, QueueLimits
-from poolrpc_server.calls.stream_blocks import Stream
+from poolrpc_server.calls.stream_blocks import StreamBlocks
 from poolrpc_server.calls.validate import check_message, check_payload, check_request, check_shapes, check_stream
 from poolrpc_server.compute.planes import block_of
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from poolrpc.chains import Chain, Shape
     from poolrpc.tensors import Bytes, TensorSpec
     from poolrpc_server.calls.admission import AdmissionControl
-    from poolrpc_server.calls.validate import Checked, Limits
+    from poolrpc_server.calls.validate import CheckedRequest, Limits
     from poolrpc_server.compute.engine import Engine, Run
     from poolrpc_server.telemetry.metrics import Metrics
     from poolrpc_server.telemetry.timeline import Timeline
@@ -137,7 +137,7 @@ class Dispatcher:
         """Count a message no more that was announced: it is here, and counted as what it is; or it won't come."""
         self._admission.give_back(COPIES * announced)
 
-    def check(self, request: Request) -> Checked:
+    def check(self, request: Request) -> CheckedRequest:
         """Check a request, apart from its payload; the same request may then be run any number of times.
 
         Raises:
@@ -155,11 +155,13 @@ class Dispatcher:
         """
         check_message(nbytes, self._limits, "answer")
 
-    def is_quick(self, checked: Checked) -> bool:
+    def is_quick(self, checked: CheckedRequest) -> bool:
         """Tell whether a request that finds a slot free is computed in next to no time."""
         return checked.schedule.seconds <= QUICK_SECONDS and not self._bounds.max_queue_delay
 
-    def pool(self, checked: Checked, payload: Bytes, caller: Caller, finish: Callable[[Sequence[memoryview]], T]) -> T:
+    def pool(
+        self, checked: CheckedRequest, payload: Bytes, caller: Caller, finish: Callable[[Sequence[memoryview]], T]
+    ) -> T:
         """Run a request and give what `finish` makes of its outputs.
 
         Args:
@@ -181,7 +183,11 @@ class Dispatcher:
         return answer
 
     def pool_from(
-        self, checked: Checked, read: Callable[[], Bytes], caller: Caller, finish: Callable[[Sequence[memoryview]], T]
+        self,
+        checked: CheckedRequest,
+        read: Callable[[], Bytes],
+        caller: Caller,
+        finish: Callable[[Sequence[memoryview]], T],
     ) -> T:
         """Run a request whose payload `read` gives, once there is room for it; the rest is as in pool.
 
@@ -195,7 +201,7 @@ class Dispatcher:
             answer: T = self._run(self._engine.run(checked.schedule, read(), finish), caller)
         return answer
 
-    def pool_in_arena(self, checked: Checked, ranges: ArenaRanges, caller: Caller) -> None:
+    def pool_in_arena(self, checked: CheckedRequest, ranges: ArenaRanges, caller: Caller) -> None:
         """Run a request whose tensors lie in an arena, and leave its outputs there.
 
         Raises:
@@ -216,7 +222,7 @@ class Dispatcher:
         self._run(self._engine.run_in_place(checked.schedule, inputs, outputs), caller)
 
     @contextmanager
-    def stream(self, request: Request, caller: Caller) -> Iterator[Stream]:
+    def stream(self, request: Request, caller: Caller) -> Iterator[StreamBlocks]:
         """Take a request whose tensors come in blocks, for as long as the context lasts.
 
         Raises:
@@ -225,17 +231,17 @@ class Dispatcher:
         """
         caller.raise_if_cancelled()
         planes, results = check_stream(request, self._limits, self._engine.schedule)
-        stream = Stream(request, planes, results, self.check)
+        stream = StreamBlocks(request, planes, results, self.check)
         # Counted at once, so that a stream which has begun isn't refused in its middle.
-        largest = self.check(block_of(request, planes, stream.most, 0))
-        with self._admission.hold(BLOCKS_HELD * stream.most * stream.plane_bytes + largest.output_bytes):
+        largest = self.check(block_of(request, planes, stream.max_planes, 0))
+        with self._admission.hold(BLOCKS_HELD * stream.max_planes * stream.plane_bytes + largest.output_bytes):
             yield stream
 
     def pool_block(
-        self, stream: Stream, block: Bytes, caller: Caller, finish: Callable[[Sequence[memoryview]], T]
+        self, stream: StreamBlocks, block: Bytes, caller: Caller, finish: Callable[[Sequence[memoryview]], T]
     ) -> T:
         """Run the next block of a stream; the rest is as in pool."""
-        run = self._engine.run(stream.take(len(block)).schedule, block, finish)
+        run = self._engine.run(stream.next_block(len(block)).schedule, block, finish)
         # The stream was let in as a whole.
         answer: T = self._run(run, caller, admitted=True)
         return answer

@@ -1,4 +1,4 @@
-"""A tensor that comes in blocks of whole planes: what may come next, and what each block is a request for."""
+"""The blocks of a streamed tensor: each block is validated and becomes a request for its planes."""
 
 from __future__ import annotations
 
@@ -12,21 +12,28 @@ if TYPE_CHECKING:
 
     from poolrpc._wire.codec import BranchResult, Request
     from poolrpc.chains import Planes
-    from poolrpc_server.calls.validate import Checked
+    from poolrpc_server.calls.validate import CheckedRequest
 
 BLOCK_BYTES = 8 * 2**20
-"""A block is at most this, or one plane."""
+"""Maximum size of a block of several planes, in bytes."""
 
 
-class Stream:
-    """One stream: its planes are counted as they come.
+class StreamBlocks:
+    """The blocks of one stream, whose planes are counted as they arrive.
+
+    Args:
+        request: The request for the whole tensor, validated by `check_stream`.
+        planes: The planes of its input.
+        results: The results of its branches, for all planes together.
+        check: Validates the request of a block.
+        block_bytes: Maximum size of a block of several planes, in bytes.
 
     Attributes:
-        request: What was asked.
-        planes: The input's.
-        results: What comes of each branch, from all planes together.
-        plane_bytes: Of one plane of the input, with that of the indices where there are any.
-        most: Planes in a block, at most.
+        request: As above.
+        planes: As above.
+        results: As above.
+        plane_bytes: Size of one plane of the input and, for MaxUnpool, of the indices, in bytes.
+        max_planes: Maximum number of planes in a block; at least 1.
 
     """
 
@@ -35,49 +42,54 @@ class Stream:
         request: Request,
         planes: Planes,
         results: tuple[BranchResult, ...],
-        check: Callable[[Request], Checked],
+        check: Callable[[Request], CheckedRequest],
+        block_bytes: int = BLOCK_BYTES,
     ) -> None:
-        """Begin a stream that was checked; `check` checks a block's request."""
         self.request = request
         self.planes = planes
         self.results = results
         self.plane_bytes = sum(spec.nbytes for spec in block_of(request, planes, 1, 0).specs)
-        self.most = max(1, min(planes.count, BLOCK_BYTES // self.plane_bytes))
+        self.max_planes = max(1, min(planes.count, block_bytes // self.plane_bytes))
         self._check = check
-        self._seen = 0
-        # Blocks of a size are the same request, unless a layer tells planes apart by their number.
-        self._alike = all(layer.at_plane(1) is layer for chain in request.branches for layer in chain)
-        self._known: dict[int, Checked] = {}
+        self._received = 0
+        # Blocks of equal size are equal requests, unless a layer depends on the number of the plane.
+        self._reusable = all(layer.at_plane(1) is layer for chain in request.branches for layer in chain)
+        self._checked: dict[int, CheckedRequest] = {}
 
-    def take(self, nbytes: int) -> Checked:
-        """Give the checked request that the next block, of so many bytes, is.
+    def next_block(self, nbytes: int) -> CheckedRequest:
+        """Return the validated request of the next block.
+
+        Args:
+            nbytes: The block's size, in bytes.
 
         Raises:
-            InvalidArgumentError: It is no number of whole planes, or more than should come.
-            LimitExceededError: It exceeds a limit.
+            InvalidArgumentError: The block is not a whole number of planes, or there are too many planes.
+            LimitExceededError: The block exceeds a limit.
 
         """
-        count, rest = divmod(nbytes, self.plane_bytes)
-        if rest or not 1 <= count <= self.most:
-            msg = f"expected a block of 1 to {self.most} planes of {self.plane_bytes} bytes, got {nbytes} bytes"
+        count, remainder = divmod(nbytes, self.plane_bytes)
+        if remainder or not 1 <= count <= self.max_planes:
+            msg = f"expected a block of 1 to {self.max_planes} planes of {self.plane_bytes} bytes, got {nbytes} bytes"
             raise InvalidArgumentError(msg, field="payload")
-        first, self._seen = self._seen, self._seen + count
-        if self._seen > self.planes.count:
-            msg = f"expected {self.planes.count} planes, as the request says, got {self._seen}"
-            raise InvalidArgumentError(msg, field="payload")
-        if not self._alike:
+        first, self._received = self._received, self._received + count
+        if self._received > self.planes.count:
+            raise self._wrong_count()
+        if not self._reusable:
             return self._check(block_of(self.request, self.planes, count, first))
-        if count not in self._known:
-            self._known[count] = self._check(block_of(self.request, self.planes, count, 0))
-        return self._known[count]
+        if count not in self._checked:
+            self._checked[count] = self._check(block_of(self.request, self.planes, count, 0))
+        return self._checked[count]
 
     def finish(self) -> None:
-        """See that every plane has come.
+        """Check that all planes have arrived.
 
         Raises:
-            InvalidArgumentError: Some have not.
+            InvalidArgumentError: Planes are missing.
 
         """
-        if self._seen < self.planes.count:
-            msg = f"expected {self.planes.count} planes, as the request says, got {self._seen}"
-            raise InvalidArgumentError(msg, field="payload")
+        if self._received < self.planes.count:
+            raise self._wrong_count()
+
+    def _wrong_count(self) -> InvalidArgumentError:
+        msg = f"expected {self.planes.count} planes, as the request says, got {self._received}"
+        return InvalidArgumentError(msg, field="payload")

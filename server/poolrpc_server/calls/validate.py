@@ -1,7 +1,8 @@
-"""Every check on an untrusted call, in Python ints, before any tensor exists: what passes, torch runs.
+"""Validation of untrusted requests, in Python integers, before any tensor exists.
 
-The layers check their own parameters when they are made, which is before this; here come the checks that need the
-tensor: dtype, shape and payload, then shapes step by step, then the limits on outputs, growth and work.
+A request that passes can be run by torch. Layers validate their own parameters when they are constructed, which happens
+earlier. This module checks what depends on the tensor: its dtype and shape, the shape after each layer, and the limits
+on outputs, growth and work.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from poolrpc._wire.codec import Request, payload_specs
 from poolrpc.chains import Chain, Planes, branch_shapes, layer_path, spatial_dims
 from poolrpc.errors import InvalidArgumentError, LimitExceededError, UnsupportedError
 from poolrpc.tensors import ITEM_BYTES, TensorSpec
-from poolrpc_server.compute.planes import block_of, steps
+from poolrpc_server.compute.planes import block_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,19 +26,20 @@ if TYPE_CHECKING:
     from poolrpc.chains import Shape
 
 FREE_OUTPUT_BYTES = 4 * 2**20
-"""Outputs up to this size are not held to the growth limit: a small map may well become a larger one."""
+"""Total size up to which outputs are exempt from the growth limit, in bytes: small inputs often grow a lot."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a request is held to; each is an operator's setting.
+    """Limits on one request, as the operator configured them.
 
     Attributes:
-        input_bytes: Of one plane of a tensor that comes in blocks, of what lies in a client's memory, and of an answer
-            in one message; gRPC bounds what comes in one.
-        output_bytes: Of a request's outputs, and of each step of a chain.
-        output_growth: A request's output bytes over its input bytes.
-        work: Cells that a request's layers visit: eager torch visits each window's, faster kernels fewer.
+        input_bytes: Maximum size of a message, of an input in a client's shared memory, and of one plane of a streamed
+            tensor, in bytes.
+        output_bytes: Maximum size of all outputs of a request, and of the output of each layer of a chain, in bytes.
+        output_growth: Maximum ratio of a request's output bytes to its input bytes.
+        work: Maximum number of cells that the kernels of a request's layers visit. An eager kernel visits all cells of
+            each window; faster kernels visit fewer.
 
     """
 
@@ -48,15 +50,15 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
-    """A request that torch can run.
+class CheckedRequest:
+    """A request that passed validation.
 
     Attributes:
-        request: What was asked.
-        spatial_dims: How many axes of its tensors are spatial.
-        results: What comes of each branch.
-        output_bytes: Of all outputs and returned indices.
-        schedule: How it is computed.
+        request: The request.
+        spatial_dims: Number of spatial axes of its tensors.
+        results: Shapes and specs of each branch's results.
+        output_bytes: Size of all outputs and returned indices, in bytes.
+        schedule: How the request is computed.
 
     """
 
@@ -68,69 +70,51 @@ class Checked:
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        """The tensors of the answer's payload, in order."""
+        """The specs of the response's tensors, in order."""
         return payload_specs(self.results)
 
 
-@dataclass(frozen=True, slots=True)
-class TorchsWork:
-    """What torch would do for a request, cell by cell; an engine's schedule says what it does itself."""
-
-    request: Request
-    spatial_dims: int
-    results: tuple[BranchResult, ...]
-
-    @property
-    def work(self) -> int:
-        """The cells that are visited."""
-        return sum(
-            spec.numel // math.prod(plane) * layer.work(plane)
-            for chain in steps(self.request, self.spatial_dims, self.results)
-            for layer, spec, plane in chain
-        )
-
-
 def check_request(
-    request: Request, limits: Limits, schedule: Callable[[Request, int, tuple[BranchResult, ...]], Any] = TorchsWork
-) -> Checked:
-    """Check a request; whether its payload is of the right length, and its indices in range, is seen when it is run.
+    request: Request, limits: Limits, schedule: Callable[[Request, int, tuple[BranchResult, ...]], Any]
+) -> CheckedRequest:
+    """Validate a request; its payload's length and the range of its indices are checked when it runs.
 
     Args:
         request: The request.
-        limits: What it is held to.
-        schedule: Says, for a request, its spatial axes and its results, how it is computed: its `work` is the cells
-            that are visited.
+        limits: The limits.
+        schedule: Returns how to compute a request, given the request, its number of spatial axes and its results. The
+            schedule's `work` is the number of cells that its kernels visit.
 
     Raises:
-        UnsupportedError: A layer lacks the input's dtype.
-        InvalidArgumentError: A shape or a parameter is wrong.
-        LimitExceededError: A limit is exceeded, for good.
+        UnsupportedError: A layer does not support the input's dtype.
+        InvalidArgumentError: A shape is invalid, or does not fit a layer.
+        LimitExceededError: A limit is exceeded.
 
     """
     _check_dtypes(request)
     shape = request.input.shape
     results = request.results()
-    shapes = [each.shapes for each in results]
+    shapes = [result.shapes for result in results]
     _check_numel(shape)
     _check_indices_spec(request)
     output_bytes = _check_outputs(request, shapes, limits)
     dims = check_shape(shape, spatial_dims(request.branches))
     scheduled = schedule(request, dims, results)
-    _limit("WORK_BUDGET", "cells to visit, over all planes and layers", scheduled.work, limits.work)
-    return Checked(request, dims, results, output_bytes, scheduled)
+    _check_limit("WORK_BUDGET", "cells to visit, over all planes and layers", scheduled.work, limits.work)
+    return CheckedRequest(request, dims, results, output_bytes, scheduled)
 
 
 def check_stream(
-    request: Request, limits: Limits, schedule: Callable[[Request, int, tuple[BranchResult, ...]], Any] = TorchsWork
+    request: Request, limits: Limits, schedule: Callable[[Request, int, tuple[BranchResult, ...]], Any]
 ) -> tuple[Planes, tuple[BranchResult, ...]]:
-    """Check a request whose tensor comes in blocks of planes, and give its planes and what comes of it.
+    """Validate a request whose tensor is streamed in blocks of planes; return the planes and the results.
 
-    The tensor may be of any size; every limit holds for a block, and so for one plane.
+    The tensor may have any size. The limits apply to each block, and so to one plane.
 
     Raises:
-        UnsupportedError: A layer lacks the input's dtype.
-        InvalidArgumentError: A shape or a parameter is wrong.
-        LimitExceededError: One plane exceeds a limit, for good.
+        UnsupportedError: A layer does not support the input's dtype.
+        InvalidArgumentError: A shape is invalid, or does not fit a layer.
+        LimitExceededError: One plane exceeds a limit.
 
     """
     _check_dtypes(request)
@@ -138,36 +122,36 @@ def check_stream(
     results = request.results()
     _check_indices_spec(request)
     planes = Planes(spec, check_shape(spec.shape, spatial_dims(request.branches)))
-    _limit("TENSOR_TOO_LARGE", "bytes of one plane", planes.plane_bytes, limits.input_bytes)
+    _check_limit("TENSOR_TOO_LARGE", "bytes of one plane", planes.plane_bytes, limits.input_bytes)
     check_request(block_of(request, planes, 1, 0), limits, schedule)
     return planes, results
 
 
 def check_payload(nbytes: int, limits: Limits) -> None:
-    """Check the size of a payload that didn't come in a message.
+    """Check the size of a payload that is outside the message, in a client's shared memory.
 
     Raises:
-        LimitExceededError: It is too large.
+        LimitExceededError: The payload is too large.
 
     """
-    _limit("TENSOR_TOO_LARGE", "bytes of input", nbytes, limits.input_bytes)
+    _check_limit("TENSOR_TOO_LARGE", "bytes of input", nbytes, limits.input_bytes)
 
 
-def check_message(nbytes: int, limits: Limits, what: str) -> None:
-    """Check the size of a message that isn't there yet, a "request" or an "answer": gRPC would find out when it is.
+def check_message(nbytes: int, limits: Limits, kind: str) -> None:
+    """Check the announced size of a message, "request" or "answer", before the message exists.
 
     Raises:
-        LimitExceededError: It is larger than a message may be.
+        LimitExceededError: The message is too large.
 
     """
-    _limit("MESSAGE_TOO_LARGE", f"bytes of {what} in a message (--max-message-bytes)", nbytes, limits.input_bytes)
+    _check_limit("MESSAGE_TOO_LARGE", f"bytes of {kind} in a message (--max-message-bytes)", nbytes, limits.input_bytes)
 
 
 def check_shapes(shape: Shape, branches: Sequence[Chain], layout: str) -> list[tuple[Shape, ...]]:
-    """Check a shape and give the shapes of each branch.
+    """Check a shape and return the shapes after each layer of each branch.
 
     Raises:
-        InvalidArgumentError: The shape is wrong, or a layer can't pool it.
+        InvalidArgumentError: The shape is invalid, or does not fit a layer.
         LimitExceededError: The tensor has too many elements.
 
     """
@@ -177,28 +161,26 @@ def check_shapes(shape: Shape, branches: Sequence[Chain], layout: str) -> list[t
 
 
 def _check_numel(shape: Shape) -> None:
-    _limit("TENSOR_TOO_LARGE", f"elements of the input {clip(shape)}", math.prod(shape), MAX_NUMEL)
+    _check_limit("TENSOR_TOO_LARGE", f"elements of the input {clip(shape)}", math.prod(shape), MAX_NUMEL)
 
 
 def _check_dtypes(request: Request) -> None:
     for i, chain in enumerate(request.branches):
         for j, layer in enumerate(chain):
             if request.input.dtype not in layer.dtypes:
-                has = ", ".join(layer.dtypes)
-                msg = f"{layer_path(i, j, layer)}: {layer.name} takes {has}, got {request.input.dtype}"
-                raise UnsupportedError(msg, reason="DTYPE", metadata={"layer": layer.name, "dtypes": has})
+                dtypes = ", ".join(layer.dtypes)
+                msg = f"{layer_path(i, j, layer)}: {layer.name} takes {dtypes}, got {request.input.dtype}"
+                raise UnsupportedError(msg, reason="DTYPE", metadata={"layer": layer.name, "dtypes": dtypes})
 
 
 def _check_indices_spec(request: Request) -> None:
-    taken = any(chain[0].takes_indices for chain in request.branches)
+    required = any(chain[0].takes_indices for chain in request.branches)
     spec = request.indices
     if spec is None:
-        if taken:
-            raise InvalidArgumentError(
-                "expected the indices of a MaxPool beside a MaxUnpool, got none", field="indices"
-            )
+        if required:
+            raise InvalidArgumentError("expected the indices of a MaxPool for MaxUnpool, got none", field="indices")
         return
-    if not taken:
+    if not required:
         raise InvalidArgumentError("expected no indices without a MaxUnpool, got some", field="indices")
     if spec.dtype != "int64":
         raise InvalidArgumentError(f"expected int64, got {spec.dtype}", field="indices.dtype")
@@ -209,22 +191,23 @@ def _check_indices_spec(request: Request) -> None:
 
 
 def _check_outputs(request: Request, shapes: list[tuple[Shape, ...]], limits: Limits) -> int:
-    item = ITEM_BYTES[request.input.dtype]
+    item_bytes = ITEM_BYTES[request.input.dtype]
     total = 0
     for chain, chain_shapes in zip(request.branches, shapes, strict=True):
         for layer, shape in zip(chain, chain_shapes, strict=True):
-            numel = math.prod(shape)
-            last = numel * (item + (ITEM_BYTES["int64"] if layer.returns_indices else 0))
-            _limit("OUTPUT_TOO_LARGE", f"bytes of {layer.name}'s output {clip(shape)}", last, limits.output_bytes)
-            _limit("TENSOR_TOO_LARGE", f"elements of {layer.name}'s output {clip(shape)}", numel, MAX_NUMEL)
-        total += last
-    _limit("OUTPUT_TOO_LARGE", "bytes of all outputs", total, limits.output_bytes)
-    most = max(FREE_OUTPUT_BYTES, limits.output_growth * request.input.nbytes)
-    _limit("AMPLIFICATION", f"bytes of all outputs for {request.input.nbytes} bytes of input", total, most)
+            numel, output = math.prod(shape), f"{layer.name}'s output {clip(shape)}"
+            nbytes = numel * (item_bytes + (ITEM_BYTES["int64"] if layer.returns_indices else 0))
+            _check_limit("OUTPUT_TOO_LARGE", f"bytes of {output}", nbytes, limits.output_bytes)
+            _check_limit("TENSOR_TOO_LARGE", f"elements of {output}", numel, MAX_NUMEL)
+        total += nbytes  # of the last layer
+    _check_limit("OUTPUT_TOO_LARGE", "bytes of all outputs", total, limits.output_bytes)
+    input_bytes = request.input.nbytes
+    limit = max(FREE_OUTPUT_BYTES, limits.output_growth * input_bytes)
+    _check_limit("AMPLIFICATION", f"bytes of all outputs for {input_bytes} bytes of input", total, limit)
     return total
 
 
-def _limit(reason: str, what: str, actual: int, most: int) -> None:
-    if actual > most:
-        msg = f"expected at most {most} {what}, got {actual}"
-        raise LimitExceededError(msg, reason=reason, metadata={"limit": str(most), "actual": str(actual)})
+def _check_limit(reason: str, description: str, actual: int, limit: int) -> None:
+    if actual > limit:
+        msg = f"expected at most {limit} {description}, got {actual}"
+        raise LimitExceededError(msg, reason=reason, metadata={"limit": str(limit), "actual": str(actual)})

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from poolrpc.tensors import Bytes
     from poolrpc_server.calls.dispatch import Dispatcher
     from poolrpc_server.calls.streams import Streams
-    from poolrpc_server.calls.validate import Checked
+    from poolrpc_server.calls.validate import CheckedRequest
 
 SERVICE = pool_pb2.DESCRIPTOR.services_by_name["PoolService"].full_name
 
@@ -52,7 +52,7 @@ class _Known:
 
     """
 
-    checked: Checked
+    checked: CheckedRequest
     ranges: codec.ArenaRanges | None
     facts: dict[str, str]
     answer: bytes
@@ -123,7 +123,7 @@ class PoolDoor:
             with self._dispatcher.stream(request, caller) as stream:
                 note(facts.answered(stream.results))
                 yield pool_pb2.PoolStreamResponse(results=codec.encode_results(stream.results)).SerializeToString()
-                for block in _blocks(ahead, stream.most * stream.plane_bytes):
+                for block in _blocks(ahead, stream.max_planes * stream.plane_bytes):
                     for answer in self._dispatcher.pool_block(stream, block, caller, _pieces):
                         watch.moved()
                         yield answer

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from poolrpc.tensors import Bytes, TensorSpec
     from poolrpc_server.calls.dispatch import Dispatcher
     from poolrpc_server.calls.streams import Streams
-    from poolrpc_server.calls.validate import Checked
+    from poolrpc_server.calls.validate import CheckedRequest
     from poolrpc_server.presets import Model
     from poolrpc_server.protocols.triton.shared_memory import SharedMemoryRegistry
 
@@ -69,7 +69,7 @@ class _Known:
 
     """
 
-    checked: Checked
+    checked: CheckedRequest
     outputs: tuple[tuple[int, str, TensorSpec], ...]
     facts: dict[str, str]
     head: bytes

@@ -540,7 +540,7 @@ def test_deadline_before_the_delay_ends_the_wait(make_harness):
 
 
 def test_free_slots_can_be_borrowed(make_harness):
-    """At most the free slots are lent; when they are released, queued jobs are executed."""
+    """At most the free slots can be borrowed; when they are released, queued jobs are executed."""
     harness = make_harness(3)
     harness.occupy()
     assert harness.batcher.borrow(1) == 1

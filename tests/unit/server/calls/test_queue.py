@@ -23,7 +23,7 @@ class NamedJob:
 
 
 class OpenCall:
-    """A call without a deadline that nobody cancels."""
+    """A call without a deadline that is never cancelled."""
 
     def time_remaining(self):
         """Return None, for no deadline."""

@@ -78,7 +78,7 @@ def test_parse_error_names_the_line_but_quotes_nothing(line, words):
 
 @pytest.mark.parametrize("text", ["", "\n\n", "# alice\n"])
 def test_parse_rejects_a_file_without_tokens(text):
-    """A file without any token, perhaps truncated, is rejected, because it would allow no caller."""
+    """A file without any token, such as a truncated one, is rejected, because it would allow no caller."""
     with pytest.raises(ValueError, match=r"^expected at least one token, got none$"):
         parse_tokens(text)
 
