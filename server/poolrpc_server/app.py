@@ -32,7 +32,7 @@ from poolrpc_server.calls.validate import Limits
 from poolrpc_server.compute.buffers import use_one_heap
 from poolrpc_server.compute.engine import Engine
 from poolrpc_server.config import Config, ConfigError
-from poolrpc_server.presets import read_models
+from poolrpc_server.presets import read_presets
 from poolrpc_server.protocols.native import SERVICE, PoolDoor
 from poolrpc_server.protocols.triton import servicer
 from poolrpc_server.protocols.triton.shared_memory import SharedMemoryRegistry
@@ -176,7 +176,7 @@ class Server:
         self._metrics.watch(self._load)
         self._serving = False
         models, regions = (
-            read_models(config.model, config.models),
+            read_presets(config.model, config.models),
             SharedMemoryRegistry(allowed=config.allow_client_shm),
         )
         self.models = tuple(models)

@@ -9,7 +9,7 @@ import configargparse
 
 from poolrpc._shapes.limits import MAX_MESSAGE_BYTES, MAX_PAYLOAD_BYTES
 from poolrpc.access import is_loopback
-from poolrpc_server.presets import read_models
+from poolrpc_server.presets import read_presets
 from poolrpc_server.resources import cpu_count, memory_bytes
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ class Config:
         self._check_addresses()
         object.__setattr__(self, "model", tuple(self.model))
         try:
-            read_models(self.model, self.models)
+            read_presets(self.model, self.models)
         except ValueError as error:
             raise ConfigError(str(error)) from None
         if self.allow_client_shm and self.workers > 1:

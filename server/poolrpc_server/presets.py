@@ -1,4 +1,7 @@
-"""The models of the Open Inference door: `pool`, whose layer each request names, and the presets of the operator."""
+"""Presets: layers that the operator gave a name, and `pool`, whose layers each request specifies.
+
+The Open Inference Protocol serves each of them as a model.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +25,17 @@ POOL = "pool"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", re.ASCII)
 
 IMAGE_DIMS = 2
-"""Spatial axes that a model is said to have whose layers take any number, or are told by each request."""
+"""Number of spatial axes that the metadata reports for layers that take any number, and for `pool`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
-    """Layers under a name.
+class Preset:
+    """Named layers.
 
     Attributes:
         name: The name.
-        layer: Their expression. Empty: each request has its own.
-        branches: What it says.
+        layer: The layers' expression. Empty: each request has its own.
+        branches: The parsed layers.
 
     """
 
@@ -42,68 +45,71 @@ class Model:
 
     @property
     def rank(self) -> int:
-        """The axes of its tensors, with the batch's."""
+        """The number of axes of the input, including batch and channels."""
         return (spatial_dims(self.branches) or IMAGE_DIMS) + 2
 
     @property
     def inputs(self) -> dict[str, str]:
-        """What it takes: a name, and the first dtype of those that it may have."""
-        taken = any(chain[0].takes_indices for chain in self.branches)
-        return {"input": "float32"} | ({"indices": "int64"} if taken else {})
+        """The names of the inputs, each with one dtype of those that it may have."""
+        takes_indices = any(chain[0].takes_indices for chain in self.branches)
+        return {"input": "float32"} | ({"indices": "int64"} if takes_indices else {})
 
     @property
     def outputs(self) -> dict[str, str]:
-        """What it gives, likewise."""
+        """The names of the outputs, each with one dtype of those that it may have."""
         if not self.branches:
             return {"output": "float32"}
         return {name: "int64" if name.startswith("indices") else "float32" for name in output_names(self.branches)}
 
 
 def output_names(branches: Iterable[Chain]) -> list[str]:
-    """Give the names of the outputs of branches: "output", and "indices" where there are any; "output_1" and so on."""
+    """Return the names of the outputs of branches, in order.
+
+    The first branch has "output", and "indices" if it returns indices; the second has "output_1", and so on.
+    """
     names = []
     for i, chain in enumerate(branches):
-        end = f"_{i}" if i else ""
-        names.append(f"output{end}")
+        suffix = f"_{i}" if i else ""
+        names.append(f"output{suffix}")
         if chain[-1].returns_indices:
-            names.append(f"indices{end}")
+            names.append(f"indices{suffix}")
     return names
 
 
-def read_models(presets: Iterable[str], path: str = "") -> dict[str, Model]:
-    """Give every model by its name.
+def read_presets(definitions: Iterable[str], path: str = "") -> dict[str, Preset]:
+    """Return all presets by name, including `pool`.
 
     Args:
-        presets: Models as "NAME=LAYER".
-        path: A TOML file of such lines, with the layer in quotes. Empty: none.
+        definitions: Presets as "NAME=LAYER".
+        path: A TOML file of presets as NAME = "LAYER". Empty: there is no file.
 
     Raises:
-        ValueError: A name or a layer is wrong, or the file can't be read; says which.
+        ValueError: A name or a layer is invalid, or the file cannot be read.
 
     """
     pairs: list[tuple[str, object]] = []
-    for preset in presets:
-        name, equals, text = preset.partition("=")
+    for definition in definitions:
+        name, equals, text = definition.partition("=")
         if not equals:
-            raise ValueError(f"model: expected NAME=LAYER, got {clip(preset)}")
+            raise ValueError(f"model: expected NAME=LAYER, got {clip(definition)}")
         pairs.append((name.strip(), text.strip()))
     if path:
         try:
             pairs += tomllib.loads(Path(path).read_text(encoding="utf-8")).items()
         except (OSError, ValueError) as error:
             raise ValueError(f"models: expected a TOML file of NAME = 'LAYER', got {clip(path)}: {error}") from None
-    models = {POOL: Model(POOL)}
+    presets = {POOL: Preset(POOL)}
     for name, layer in pairs:
         if not NAME.fullmatch(name):
             raise ValueError(f"model: expected a name of letters, digits, '_', '.' and '-', got {clip(name)}")
-        if name in models:
+        if name in presets:
             raise ValueError(f"model: expected names that differ, and from {POOL!r}, got {name!r} again")
         if not isinstance(layer, str):
-            raise ValueError(f"model {name}: expected a layer in quotes, got {clip(layer)}")  # noqa: TRY004 - of a file
+            raise ValueError(f"model {name}: expected a layer in quotes, got {clip(layer)}")  # noqa: TRY004 - invalid content of a file
         try:
             branches = parse_branches(layer)
             spatial_dims(branches)
         except InvalidArgumentError as error:
             raise ValueError(f"model {name}: {error}") from None
-        models[name] = Model(name, layer, branches)
-    return models
+        presets[name] = Preset(name, layer, branches)
+    return presets

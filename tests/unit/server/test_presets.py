@@ -1,4 +1,4 @@
-"""The models of the Open Inference door: presets, what they are said to take and give, and the names of outputs."""
+"""Presets: their definitions, their reported inputs and outputs, and the names of outputs."""
 
 import re
 from pathlib import Path
@@ -6,30 +6,30 @@ from pathlib import Path
 import pytest
 
 from poolrpc import AdaptiveAvgPool2d, MaxPool2d
-from poolrpc_server.presets import Model, output_names, read_models
+from poolrpc_server.presets import Preset, output_names, read_presets
 
 STEM = "MaxPool2d(3, stride=2, padding=1)"
 
 
-def test_there_is_always_the_model_of_any_layer():
-    """Without presets there is `pool` alone, which is said to take images."""
-    assert read_models([]) == {"pool": Model("pool")}
-    assert Model("pool").rank == 4
-    assert (Model("pool").inputs, Model("pool").outputs) == ({"input": "float32"}, {"output": "float32"})
+def test_pool_exists_without_any_definition():
+    """Without definitions, `pool` is the only preset, and it reports images as input."""
+    assert read_presets([]) == {"pool": Preset("pool")}
+    assert Preset("pool").rank == 4
+    assert (Preset("pool").inputs, Preset("pool").outputs) == ({"input": "float32"}, {"output": "float32"})
 
 
-def test_presets_are_flags_and_lines_of_a_file():
-    """A preset is NAME=LAYER, blanks aside, or a line of a TOML file; the layer may be a chain or branches."""
+def test_presets_are_read_from_flags_and_a_file():
+    """A preset is defined as NAME=LAYER or as a line of a TOML file; the layer may be a chain or branches."""
     file = str(Path(__file__).with_name("presets.toml"))
-    models = read_models([" a.b-1 = [MaxPool2d(2), MaxPool2d(kernel_size=3)]"], file)
-    assert list(models) == ["pool", "a.b-1", "stem", "pyramid"]
-    assert models["a.b-1"].branches == ((MaxPool2d(2), MaxPool2d(3)),)
-    assert models["stem"] == Model("stem", STEM, ((MaxPool2d(3, stride=2, padding=1),),))
-    assert models["pyramid"].branches == tuple((AdaptiveAvgPool2d(size),) for size in (1, 2, 4))
+    presets = read_presets([" a.b-1 = [MaxPool2d(2), MaxPool2d(kernel_size=3)]"], file)
+    assert list(presets) == ["pool", "a.b-1", "stem", "pyramid"]
+    assert presets["a.b-1"].branches == ((MaxPool2d(2), MaxPool2d(3)),)
+    assert presets["stem"] == Preset("stem", STEM, ((MaxPool2d(3, stride=2, padding=1),),))
+    assert presets["pyramid"].branches == tuple((AdaptiveAvgPool2d(size),) for size in (1, 2, 4))
 
 
 @pytest.mark.parametrize(
-    ("presets", "words"),
+    ("definitions", "words"),
     [
         (["stem"], "model: expected NAME=LAYER, got 'stem'"),
         ([f"pool={STEM}"], "names that differ, and from 'pool', got 'pool' again"),
@@ -42,10 +42,10 @@ def test_presets_are_flags_and_lines_of_a_file():
         (["a=[MaxPool2d(2), MaxPool1d(2)]"], "model a: .*expected a 2d layer"),
     ],
 )
-def test_a_wrong_preset_is_refused(presets, words):
-    """A name or a layer that is none is refused by the model's name, with what was expected."""
+def test_invalid_definition_is_rejected(definitions, words):
+    """An invalid name or layer is rejected with the preset's name and what was expected."""
     with pytest.raises(ValueError, match=words):
-        read_models(presets)
+        read_presets(definitions)
 
 
 @pytest.mark.parametrize(
@@ -58,13 +58,13 @@ def test_a_wrong_preset_is_refused(presets, words):
         (None, "expected a TOML file"),
     ],
 )
-def test_a_wrong_file_is_refused(tmp_path, text, words):
-    """A file that isn't there, isn't TOML, or says something else is refused."""
+def test_invalid_file_is_rejected(tmp_path, text, words):
+    """A file that is missing, is not TOML or has values other than text is rejected."""
     path = tmp_path / "presets.toml"
     if text is not None:
         path.write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=words):
-        read_models([], str(path))
+        read_presets([], str(path))
 
 
 @pytest.mark.parametrize(
@@ -82,14 +82,14 @@ def test_a_wrong_file_is_refused(tmp_path, text, words):
         ),
     ],
 )
-def test_a_preset_is_described(layer, rank, inputs, outputs):
-    """What a preset takes and gives follows from its layers."""
-    model = read_models([f"it={layer}"])["it"]
-    assert (model.rank, model.inputs, model.outputs) == (rank, inputs, outputs)
+def test_preset_reports_its_inputs_and_outputs(layer, rank, inputs, outputs):
+    """The rank, inputs and outputs of a preset follow from its layers."""
+    preset = read_presets([f"it={layer}"])["it"]
+    assert (preset.rank, preset.inputs, preset.outputs) == (rank, inputs, outputs)
 
 
-def test_outputs_are_named_by_their_branch():
-    """The first branch's are "output" and "indices"; the others' end in their number, whatever comes between."""
+def test_output_names_have_the_number_of_the_branch():
+    """The first branch has "output" and "indices"; the names of other branches end with the branch's number."""
     indices = MaxPool2d(2, return_indices=True)
     assert output_names([(MaxPool2d(2),), (indices,), (MaxPool2d(2), indices)]) == [
         "output", "output_1", "indices_1", "output_2", "indices_2",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from poolrpc.tensors import Bytes
-    from poolrpc_server.presets import Model
+    from poolrpc_server.presets import Preset
     from poolrpc_server.protocols.triton.shared_memory import Region
     from poolrpc_server.protocols.triton.statistics import ModelStatistics
 
@@ -340,7 +340,7 @@ def encode_failure(code: str, text: str, request_id: str) -> bytes:
     return pb.ModelStreamInferResponse(error_message=f"{code}: {text}", infer_response=answer).SerializeToString()
 
 
-def encode_metadata(model: Model) -> pb.ModelMetadataResponse:
+def encode_metadata(model: Preset) -> pb.ModelMetadataResponse:
     """Give what a model takes and gives."""
 
     def described(tensors: Mapping[str, str]) -> list[pb.ModelMetadataResponse.TensorMetadata]:
@@ -356,7 +356,7 @@ def encode_metadata(model: Model) -> pb.ModelMetadataResponse:
     )
 
 
-def encode_config(model: Model, device: str, count: int) -> pb.ModelConfigResponse:
+def encode_config(model: Preset, device: str, count: int) -> pb.ModelConfigResponse:
     """Give a model's configuration, as Triton would have it."""
     any_size = [-1] * model.rank
     kind = pb.ModelInstanceGroup.KIND_CPU if device == "cpu" else pb.ModelInstanceGroup.KIND_GPU

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from poolrpc_server.calls.dispatch import Dispatcher
     from poolrpc_server.calls.streams import Streams
     from poolrpc_server.calls.validate import CheckedRequest
-    from poolrpc_server.presets import Model
+    from poolrpc_server.presets import Preset
     from poolrpc_server.protocols.triton.shared_memory import SharedMemoryRegistry
 
 _DESCRIPTOR = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
@@ -81,7 +81,7 @@ class InferenceDoor:
     def __init__(
         self,
         dispatcher: Dispatcher,
-        models: Mapping[str, Model],
+        models: Mapping[str, Preset],
         regions: SharedMemoryRegistry,
         streams: Streams,
         ready: Callable[[], bool],
@@ -279,7 +279,7 @@ class InferenceDoor:
                 msg = f"expected at least {spec.nbytes} bytes for {clip(spec.shape)}, got {place.nbytes}"
                 raise InvalidArgumentError(msg, field=f"outputs.{name}.{codec.PLACE[1]}")
 
-    def _model(self, name: str, version: str) -> Model:
+    def _model(self, name: str, version: str) -> Preset:
         model = self._models.get(name)
         if model is None:
             known = ", ".join(self._models)[: facts.FACT_CHARS]
