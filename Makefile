@@ -9,7 +9,7 @@ QUICK := not slow and not docker and not ray and not conformance and not browser
 # tests/integration come first.
 PARALLEL := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo test test-all check docs format generate bench dist clean
+.PHONY: help setup demo test test-slow test-all check docs format generate bench dist clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,10 +28,13 @@ demo: setup  ## Start a server and pool a photograph with it; the pictures are w
 test: setup  ## Run the quick tests, in parallel. ARGS="..." is passed to pytest.
 	$(BIN)/pytest $(PARALLEL) -m "$(QUICK)" $(ARGS)
 
+test-slow: setup  ## Run the other tests, one after the other. ARGS="..." is passed to pytest.
+	$(BIN)/pytest -m "not ($(QUICK))" $(ARGS)
+
 test-all: setup  ## Run every test, with coverage: the quick ones in parallel, then the others one after the other.
 	@failed=0; \
-	$(BIN)/pytest $(PARALLEL) -m "$(QUICK)" --cov --cov-report= --cov-fail-under=0 || failed=1; \
-	$(BIN)/pytest -m "not ($(QUICK))" --cov --cov-append --cov-report=term || failed=1; \
+	$(MAKE) test ARGS="--cov --cov-report= --cov-fail-under=0" || failed=1; \
+	$(MAKE) test-slow ARGS="--cov --cov-append --cov-report=term" || failed=1; \
 	exit $$failed
 
 check: setup  ## Run the linters, the type checker and the checks of protos, generated code and docs.

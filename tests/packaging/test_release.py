@@ -68,6 +68,17 @@ def test_what_a_workflow_runs_is_there(workflow: Path) -> None:
             assert (ROOT / script).stat().st_mode & 0o100, script
 
 
+def test_every_folder_of_tests_is_in_one_job_of_ci() -> None:
+    """CI's quick jobs together run the docs and every folder of tests, except the folders whose tests are all marked."""
+    parts = jobs(ROOT / ".github/workflows/ci.yml")["test"]["strategy"]["matrix"]["include"]
+    named = [path for part in parts for path in part["paths"].split()]
+    folders = {str(path.parent.relative_to(ROOT)) for path in ROOT.glob("tests/*/**/test_*.py")}
+    top = {"/".join(Path(each).parts[:2]) for each in folders}
+    assert sorted(named) == sorted(
+        {*top - {"tests/docker", "tests/ray", "tests/conformance", "tests/gpu"}, "README.md", "docs"}
+    )
+
+
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda each: each.stem)
 def test_actions_are_pinned(workflow: Path) -> None:
     """An action is named by a commit, with its version in a comment; the same one is the same everywhere."""
