@@ -16,7 +16,7 @@ import torch
 
 import poolrpc as p
 from benchmarks.rounds import interleave, row
-from poolrpc_server.compute.kernels import plan
+from poolrpc_server.compute.kernels import plan_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -177,7 +177,7 @@ def run(rounds: int) -> Iterator[dict[str, Any]]:
             # Of uint8 images with channels last torch pools only small ones: it gets the planes in one piece.
             seen = memory.movedim(-1, 1) if layout == "NHWC" and dtype != "uint8" else x
             module = eager(layer)
-            made = plan(layer, x.dtype, shape[2:], shape[1] if layout == "NHWC" else None, "cpu")
+            made = plan_for(layer, x.dtype, shape[2:], shape[1] if layout == "NHWC" else None, "cpu")
             chosen = made.choose(shape[0] if layout == "NHWC" else shape[0] * shape[1])
             output, places = made.compute(memory, None)
             theirs = module(seen)

@@ -17,7 +17,7 @@ import poolrpc
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from poolrpc_server.compute.kernels.eager import Run
+    from poolrpc_server.compute.kernels.eager import Operator
 
 
 @pytest.fixture(scope="session")
@@ -42,19 +42,19 @@ def client(address: str) -> Iterator[poolrpc.PoolClient]:
 
 
 @pytest.fixture
-def patch_family(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Callable[[Run], Run]], None]]:
+def patch_family(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Callable[[Operator], Operator]], None]]:
     """Give the way to wrap what computes a family of layers in servers of this process: to fail, to wait, to count."""
-    from poolrpc_server.compute.kernels import eager, plan, plans  # noqa: PLC0415 - not where only the client is installed
+    from poolrpc_server.compute.kernels import eager, plan_for, table  # noqa: PLC0415 - not where only the client is installed
 
-    def patch(family: str, wrap: Callable[[Run], Run]) -> None:
+    def patch(family: str, wrap: Callable[[Operator], Operator]) -> None:
         bound = eager.FAMILIES[family]
         monkeypatch.setitem(eager.FAMILIES, family, lambda *arguments: wrap(bound(*arguments)))
-        monkeypatch.setattr(plans, "TABLE", [row for row in plans.TABLE if family not in row.families])
-        plan.cache_clear()
+        monkeypatch.setattr(table, "TABLE", [row for row in table.TABLE if family not in row.families])
+        plan_for.cache_clear()
 
     yield patch
     monkeypatch.undo()
-    plan.cache_clear()
+    plan_for.cache_clear()
 
 
 class Gate:
@@ -67,7 +67,7 @@ class Gate:
         self.entered, self.opened = threading.Event(), threading.Event()
         self.computed = 0
 
-        def hold(run: Run) -> Run:
+        def hold(run: Operator) -> Operator:
             def held(*arguments: Any) -> Any:
                 self.entered.set()
                 assert self.opened.wait(60)
@@ -75,7 +75,7 @@ class Gate:
 
             return held
 
-        def count(run: Run) -> Run:
+        def count(run: Operator) -> Operator:
             def counted(*arguments: Any) -> Any:
                 self.computed += 1
                 return run(*arguments)

@@ -69,7 +69,7 @@ def test_what_a_workflow_runs_is_there(workflow: Path) -> None:
 
 
 def test_every_folder_of_tests_is_in_one_job_of_ci() -> None:
-    """CI's quick jobs together run the docs and every folder of tests, except the folders whose tests are all marked."""
+    """CI's quick jobs run the docs and every folder of tests, except the folders whose tests are all marked."""
     parts = jobs(ROOT / ".github/workflows/ci.yml")["test"]["strategy"]["matrix"]["include"]
     named = [path for part in parts for path in part["paths"].split()]
     folders = {str(path.parent.relative_to(ROOT)) for path in ROOT.glob("tests/*/**/test_*.py")}

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import poolrpc as p
-from poolrpc_server.compute.kernels import blocks, plan, plans, separable_max
-from poolrpc_server.compute.kernels.choice import Case
+from poolrpc_server.compute.kernels import blocks, plan_for, separable_max
+from poolrpc_server.compute.kernels.cost import Case
+from poolrpc_server.compute.kernels.table import TABLE
 from poolrpc_server.compute.kernels.windows import Windows
 from tests.parity.reference import assert_same, reference, values
 
@@ -84,7 +85,7 @@ DRAWS = {
 def test_every_row_is_drawn_for() -> None:
     """The table has no family that isn't held to torch here."""
     drawn = {p.LAYERS[name if name.startswith("Global") else f"{name}2d"].family for name in DRAWS}
-    assert {family for row in plans.TABLE for family in row.families} <= drawn
+    assert {family for row in TABLE for family in row.families} <= drawn
 
 
 @pytest.mark.parametrize("name", DRAWS)
@@ -97,10 +98,10 @@ def test_rows_give_torchs_answer(name: str, data: st.DataObject, seed: int, size
     channels = data.draw(st.sampled_from((None, 1, 3, 9)))
     x = values((2, channels or 3, *plane), dtype, seed)
     expected, places = reference(layer, x)
-    made = plan(layer, x.dtype, plane, channels, "cpu")
-    memory = (x if channels is None else x.movedim(1, -1)).reshape(-1, *made.memory).contiguous()
+    made = plan_for(layer, x.dtype, plane, channels, "cpu")
+    memory = (x if channels is None else x.movedim(1, -1)).reshape(-1, *made.plane_shape).contiguous()
     for row in made.rows:
-        output = memory.new_full((memory.shape[0], *made.result), 7)
+        output = memory.new_full((memory.shape[0], *made.result_shape), 7)
         chosen = torch.full(output.shape, -1) if row.indices else None
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(blocks, "TARGET_BYTES", size)
@@ -125,16 +126,16 @@ def test_what_is_bound_computes_what_is_there_now() -> None:
         p.MaxPool2d(3, 3, 1),
     ):
         for dtype in ("float32", "int8"):
-            made = plan(layer, getattr(torch, dtype), (6, 5), None, "cpu")
+            made = plan_for(layer, getattr(torch, dtype), (6, 5), None, "cpu")
             memory = values((2, 3, 6, 5), dtype, 0)
-            output = memory.new_empty(2, 3, *made.result)
+            output = memory.new_empty(2, 3, *made.result_shape)
             run = made.bind(memory, output)
             assert run is not None
             for seed in range(3):
                 memory.copy_(values((2, 3, 6, 5), dtype, seed))
                 run()
                 assert_same(output, reference(layer, memory)[0], (layer, dtype, seed))
-    assert plan(p.MaxPool2d(2), torch.bfloat16, (6, 5), None, "cpu").bind(memory, output) is None
+    assert plan_for(p.MaxPool2d(2), torch.bfloat16, (6, 5), None, "cpu").bind(memory, output) is None
 
 
 def test_averages_of_negative_zeros_are_zero() -> None:
@@ -147,8 +148,8 @@ def test_averages_of_negative_zeros_are_zero() -> None:
         p.AdaptiveAvgPool2d(3),
         p.AdaptiveAvgPool2d(6),
     ):
-        made = plan(layer, x.dtype, (6, 6), None, "cpu")
-        output = x.new_empty(2, *made.result)
+        made = plan_for(layer, x.dtype, (6, 6), None, "cpu")
+        output = x.new_empty(2, *made.result_shape)
         made.rows[0].run(made, x, output, None)
         assert not output.signbit().any()
 
@@ -158,7 +159,7 @@ def test_threads_share_nothing() -> None:
     x = values((64 * 3, 30, 30), "float32", 0)
     layers = [p.MaxPool2d(3, 2, 1), p.AvgPool2d(3, 2, 1), p.MaxPool2d(3, 2, 1, return_indices=True)]
     for layer, rows in zip(layers, (2, 1, 1), strict=True):
-        made = plan(layer, x.dtype, (30, 30), None, "cpu")
+        made = plan_for(layer, x.dtype, (30, 30), None, "cpu")
         assert len(made.rows) == rows
         expected, places = reference(layer, x[None])
         for row in made.rows:
@@ -185,8 +186,8 @@ def test_memory_may_start_anywhere() -> None:
         p.AvgPool2d(2),
         p.AvgPool2d((1, 2), (1, 2)),
     ):
-        made = plan(layer, x.dtype, (8, 8), None, "cpu")
-        output = x.new_empty(5, *made.result)
+        made = plan_for(layer, x.dtype, (8, 8), None, "cpu")
+        output = x.new_empty(5, *made.result_shape)
         made.rows[0].run(made, x, output, None)
         assert_same(output, reference(layer, x[None])[0][0], layer)
 
@@ -204,35 +205,35 @@ def test_blocks_cover_the_planes() -> None:
 def test_passes_grow_with_the_logarithm_of_the_kernel() -> None:
     """A window of 63 cells is joined from others in six passes, with any stride."""
     assert separable_max.run_shifts(63, 1) == (1, 2, 4, 8, 16, 31)
-    assert sum(len(stage.offsets) - 1 for stage in separable_max.axis_stages(63, 1, 31, 1, 256)) == 6
-    assert len(separable_max.axis_stages(3, 2, 1, 1, 56)) == 1
+    assert sum(len(stage.offsets) - 1 for stage in separable_max.axis_passes(63, 1, 31, 1, 256)) == 6
+    assert len(separable_max.axis_passes(3, 2, 1, 1, 56)) == 1
 
 
 def test_the_work_of_a_plan_is_that_of_its_kernel() -> None:
     """Work counts passes where a kernel doubles, and every window's cells where torch computes."""
-    large = plan(p.MaxPool2d(63, 1, 31), torch.float32, (256, 256), None, "cpu")
+    large = plan_for(p.MaxPool2d(63, 1, 31), torch.float32, (256, 256), None, "cpu")
     assert large.choose(16).name == "separable max"
     assert large.work(16) < 16 * 256 * 256 * 20
-    eager = plan(p.AvgPool2d(63, 1, 31), torch.float32, (256, 256), None, "cuda")
+    eager = plan_for(p.AvgPool2d(63, 1, 31), torch.float32, (256, 256), None, "cuda")
     assert eager.work(16) == 16 * 256 * 256 * 63 * 63
 
 
 def test_a_plan_explains_itself_on_one_line() -> None:
     """A plan says what comes out, and which kernel is taken from how many planes on, or why none."""
-    made = plan(p.MaxPool2d(2), torch.float32, (112, 112), None, "cpu")
+    made = plan_for(p.MaxPool2d(2), torch.float32, (112, 112), None, "cpu")
     head = "MaxPool2d(2) float32 112x112 -> 56x56 NCHW on cpu: "
     assert made.explain() == head + "eager torch from 1, separable max from 8 planes on, by estimate"
-    assert "eager torch, no kernel" in plan(p.LPPool2d(3, 2), torch.float32, (8, 8), None, "cpu").explain()
-    assert plan(p.MaxPool2d(2), torch.float32, (8, 8), 3, "cuda").explain().endswith("on cuda: torch's own kernels")
+    assert "eager torch, no kernel" in plan_for(p.LPPool2d(3, 2), torch.float32, (8, 8), None, "cpu").explain()
+    assert plan_for(p.MaxPool2d(2), torch.float32, (8, 8), 3, "cuda").explain().endswith("on cuda: torch's own kernels")
 
 
 def test_plans_are_made_once_and_choose_by_the_number_of_planes() -> None:
     """The same key gives the same plan; a small call is torch's, and a large one a kernel's."""
-    made = plan(p.MaxPool2d(2), torch.float32, (56, 56), None, "cpu")
-    assert plan(p.MaxPool2d((2, 2)), torch.float32, (56, 56), None, "cpu") is made
+    made = plan_for(p.MaxPool2d(2), torch.float32, (56, 56), None, "cpu")
+    assert plan_for(p.MaxPool2d((2, 2)), torch.float32, (56, 56), None, "cpu") is made
     assert made.choose(1) is None
     assert made.choose(512).name == "separable max"
-    assert plan(p.MaxPool2d(2), torch.float32, (56, 56), None, "cuda").choose(512) is None
+    assert plan_for(p.MaxPool2d(2), torch.float32, (56, 56), None, "cuda").choose(512) is None
 
 
 def test_windows_of_channels_last_leave_channels_alone() -> None:

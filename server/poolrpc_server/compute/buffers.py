@@ -59,10 +59,10 @@ class Buffers:
     @contextmanager
     def borrow(self, specs: Sequence[TensorSpec]) -> Iterator[list[memoryview]]:
         """Borrow memory for each of several tensors, which is returned when the context ends."""
-        places, size = aligned_ranges(specs)
+        ranges, size = aligned_ranges(specs)
         buffer = self._take(size)
         try:
-            yield [buffer[start:end] for start, end in places]
+            yield [buffer[start:end] for start, end in ranges]
         finally:
             self._put(buffer)
 

@@ -90,8 +90,8 @@ class Schedule:
             for chain in steps(request, spatial_dims, results):
                 self.plans.append([])
                 for layer, spec, plane in chain:
-                    plan = kernels.plan(layer, dtype, plane, channels, device.type)
-                    self.work += plan.work(spec.numel // prod(plan.memory))
+                    plan = kernels.plan_for(layer, dtype, plane, channels, device.type)
+                    self.work += plan.work(spec.numel // prod(plan.plane_shape))
                     self.plans[-1].append(plan)
         self.key = self._key()
         self.seconds = CALL_SECONDS + CELL_SECONDS * self.work

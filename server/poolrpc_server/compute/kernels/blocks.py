@@ -1,4 +1,4 @@
-"""Work in blocks of planes, small enough that a kernel's intermediates stay in the cache."""
+"""Programs: a kernel's torch calls, on blocks of planes so small that intermediate results stay in the cache."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 TARGET_BYTES = 1 << 21
-"""Of a block's input: its intermediates stay in the cache, and threads meet at the interpreter's lock seldom."""
+"""The size of a block's input: its intermediate results fit the CPU's cache, and threads rarely wait for the GIL."""
 
 Index = tuple[slice, ...]
 Call = Callable[[int], object]
+"""One torch call, on the block of a number."""
 
-# (wide, narrow) integers by item size and stride: converting wide to narrow keeps the first of each `stride` cells on a
-# little-endian machine, and torch vectorises the conversion while it copies strided cells one by one.
+# (wide, narrow) integers by item size and stride: on a little-endian machine, converting wide to narrow keeps the first
+# of each `stride` cells. torch vectorises the conversion, whereas it copies strided cells one by one.
 _NARROWING: dict[tuple[int, int], tuple[torch.dtype, torch.dtype]] = {
     (1, 2): (torch.int16, torch.uint8),
     (1, 4): (torch.int32, torch.uint8),
@@ -26,7 +27,15 @@ _NARROWING: dict[tuple[int, int], tuple[torch.dtype, torch.dtype]] = {
 
 
 class Program:
-    """The torch calls of one kernel call, the same for every block; operands are lists with one view for each block."""
+    """The torch calls that compute a kernel's output, the same for every block.
+
+    Attributes:
+        step: The number of planes of a full block.
+        full: The number of full blocks.
+        tail: The number of planes of the last block, if it is not full; else 0.
+        calls: The calls, in order. Their operands are lists with one view for each block.
+
+    """
 
     def __init__(self, planes: int, bytes_per_plane: int) -> None:
         self.step = max(1, min(planes, TARGET_BYTES // max(1, bytes_per_plane)))
@@ -42,14 +51,14 @@ class Program:
 
 
 class Cells:
-    """Planes of cells in blocks: the caller's tensor, or one block of scratch memory that every block reuses."""
+    """The cells of a program's planes: a whole tensor, or scratch memory of one block that every block reuses."""
 
     def __init__(self, program: Program, tensor: Tensor, *, reused: bool, memory: Tensor | None = None) -> None:
         self.program, self.tensor, self.reused, self.memory = program, tensor, reused, memory
         self.shape: Sequence[int] = tensor.shape[1:]
 
     def at(self, index: Index = ()) -> list[Tensor]:
-        """The blocks of the cells at an index of the planes' own axes."""
+        """Return each block of the cells at an index of the planes' axes."""
         program = self.program
         view = self.tensor[(slice(None), *index)] if index else self.tensor
         if not self.reused:
@@ -58,7 +67,7 @@ class Cells:
         return [*views, view[: program.tail]] if program.tail else views
 
     def runs(self, start: int, extra: int) -> list[Tensor]:
-        """Each block as one run of memory from its cell `start` to `extra` cells (perhaps below 0) after its end."""
+        """Return each block as one run of memory, from its cell `start` to `extra` cells (or fewer than 0) after it."""
         program = self.program
         cells = prod(self.shape)
         flat = self.tensor.view(-1) if self.memory is None else self.memory
@@ -69,7 +78,7 @@ class Cells:
         return [*views, flat[start : program.tail * cells + extra]] if program.tail else views
 
     def windows(self, offset: int, sizes: Sequence[int], steps: Sequence[int]) -> list[Tensor]:
-        """The blocks of a strided view of each plane, which may read on into the planes after it."""
+        """Return each block of a strided view of each plane, which may extend into the planes after it."""
         program = self.program
         base = self.tensor if self.memory is None else self.memory
         count = program.step if self.reused else self.tensor.shape[0]
@@ -78,55 +87,54 @@ class Cells:
 
 
 def scratch(program: Program, like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Cells:
-    """Uninitialised memory for one block, with room for runs that end up to one plane after it."""
+    """Return uninitialised memory for one block, with room for runs that end up to one plane after it."""
     cells = prod(shape)
     memory = like.new_empty((program.step + 1) * cells, dtype=dtype)
     return Cells(program, memory[: program.step * cells].view(program.step, *shape), reused=True, memory=memory)
 
 
-class Turns:
-    """Two blocks of scratch memory that take turns: what is read, and what is written from it."""
+class DoubleBuffer:
+    """Scratch memory for two blocks: one is read while the other is written."""
 
     def __init__(self, like: Cells, cells: int) -> None:
         self.program = like.program
-        self.spare = [like.tensor.new_empty(cells) for _ in range(2)]
+        self.memories = [like.tensor.new_empty(cells) for _ in range(2)]
 
-    def take(self, shape: Sequence[int]) -> Cells:
-        """Give the other block, as cells of that shape."""
-        self.spare.reverse()
-        memory = self.spare[0]
+    def swap(self, shape: Sequence[int]) -> Cells:
+        """Return the block that was not returned last, as cells of a shape."""
+        self.memories.reverse()
+        memory = self.memories[0]
         tensor = memory[: self.program.step * prod(shape)].view(self.program.step, *shape)
         return Cells(self.program, tensor, reused=True, memory=memory)
 
 
 def padded(source: Cells, padding: Sequence[int], shape: Sequence[int], value: float, dtype: torch.dtype) -> Cells:
-    """A copy of the source with a value before each axis's cells; what follows them is the next cells' padding."""
+    """Return a copy of the source, padded with a value before each axis; the padding of the next cells follows them."""
     program = source.program
-    copy = scratch(program, source.tensor, shape, dtype)
-    if list(source.shape) != list(shape) and copy.memory is not None:
-        copy.memory.fill_(value)
-    read = source.at()
-    write = copy.at(tuple(slice(p, p + size) for p, size in zip(padding, source.shape, strict=True)))
-    program.calls.append(lambda i: write[i].copy_(read[i]))
-    return copy
+    copied = scratch(program, source.tensor, shape, dtype)
+    if list(source.shape) != list(shape) and copied.memory is not None:
+        copied.memory.fill_(value)
+    inside = tuple(slice(p, p + size) for p, size in zip(padding, source.shape, strict=True))
+    program.calls.append(copy(source.at(), copied.at(inside)))
+    return copied
 
 
 def padded_shape(
     spatial: Sequence[int],
     padding: Sequence[int],
-    needs: Sequence[int],
+    span: Sequence[int],
 ) -> list[int]:
-    """The least axes on which windows that reach past the end find only padding, `needs` being the cells they span."""
-    return [size + max(pad, need - pad - size) for size, pad, need in zip(spatial, padding, needs, strict=True)]
+    """Return the shortest axes for which windows that extend past the end read only padding; they span `span` cells."""
+    return [size + max(pad, cells - pad - size) for size, pad, cells in zip(spatial, padding, span, strict=True)]
 
 
 def narrowing(item_size: int, stride: int) -> tuple[torch.dtype, torch.dtype] | None:
-    """The conversion that keeps the first of each `stride` cells, if there is one."""
+    """Return the (wide, narrow) dtypes whose conversion keeps the first of each `stride` cells, or None."""
     return _NARROWING.get((item_size, stride)) if sys.byteorder == "little" else None
 
 
-def every(cells: Cells, out: Cells, stride: int) -> Call:
-    """Give the call that copies every `stride`-th cell of the last axis, whose memory holds whole strides, to out."""
+def strided_copy(cells: Cells, out: Cells, stride: int) -> Call:
+    """Return the call that copies every `stride`-th cell of the last axis, whose memory holds whole strides, to out."""
     count = out.shape[-1]
     pair = narrowing(cells.tensor.element_size(), stride)
     if pair and cells.tensor.stride(-2) % stride == 0 and cells.tensor.storage_offset() % stride == 0:
@@ -137,4 +145,14 @@ def every(cells: Cells, out: Cells, stride: int) -> Call:
     else:
         keep = (slice(None),) * (len(out.shape) - 1) + (slice(0, (count - 1) * stride + 1, stride),)
         read, write = cells.at(keep), out.at()
-    return lambda i: write[i].copy_(read[i])
+    return copy(read, write)
+
+
+def copy(source: list[Tensor], out: list[Tensor]) -> Call:
+    """Return the call that copies blocks."""
+    return lambda i: out[i].copy_(source[i])
+
+
+def maximum(one: list[Tensor], two: list[Tensor], out: list[Tensor]) -> Call:
+    """Return the call that computes the maximum of two blocks, cell by cell."""
+    return lambda i: torch.maximum(one[i], two[i], out=out[i])

@@ -1,40 +1,55 @@
-"""Average pooling that adds the cells of each window in torch's own order, over contiguous runs of memory."""
+"""Average pooling that adds the cells of each window in raster order, as torch does, over contiguous runs of memory."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from math import frexp, prod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from poolrpc_server.compute.kernels.blocks import Call, Cells, Program, every, narrowing, padded, padded_shape, scratch
-from poolrpc_server.compute.kernels.windows import Sizes, Windows
+from poolrpc_server.compute.kernels.blocks import (
+    Call,
+    Cells,
+    Program,
+    copy,
+    narrowing,
+    padded,
+    padded_shape,
+    scratch,
+    strided_copy,
+)
+from poolrpc_server.compute.kernels.cost import CALL, STEP, UNPREDICTED
+from poolrpc_server.compute.kernels.plan import Row
 
-# From this stride on, reading strided cells costs less than adding cells that no window starts at.
-_SPARSE_STRIDE = 8
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-# One more run of memory costs about as much as this many cells in a run.
-_SHORT_RUN = 64
+    from poolrpc_server.compute.kernels.cost import Case
+    from poolrpc_server.compute.kernels.plan import Plan
+    from poolrpc_server.compute.kernels.windows import Sizes, Windows
 
+HALVES = (torch.float16, torch.bfloat16)
 
-MOST_TAPS = 1024
-"""A window of more cells than this is left to torch: each is a call of its own."""
+SPARSE_STRIDE = 8
+"""From this stride on, reading strided cells costs less than adding cells where no window starts."""
 
-MOST_DIVISORS = 1 << 17
-"""An output plane of more cells than this is left to torch where its cells are divided by different counts."""
+SHORT_RUN = 64
+"""One more run of memory costs about as much as this many cells in a run."""
 
+MAX_TAPS = 1024
+"""Windows of more cells than this are left to torch: each cell of a window is a torch call."""
 
-def divisible(plane: Sizes, windows: Windows, result: Sizes, *, include_pad: bool) -> bool:
-    """Tell whether `divisor` gives one number, or one a cell of an output plane that isn't too large."""
-    counts = _axis_counts(plane, windows, result, include_pad=include_pad)
-    return prod(result) <= MOST_DIVISORS or all(each.uniform() for each in counts)
+MAX_DIVISORS = 1 << 17
+"""Output planes of more cells than this are left to torch if their cells have different divisors."""
 
 
 @lru_cache(maxsize=64)
 def divisor(plane: Sizes, windows: Windows, result: Sizes, *, include_pad: bool) -> float | Tensor:
-    """Give what each sum is divided by: one number, or a float64 tensor of the output plane's shape."""
+    """Return what each sum is divided by: one number, or a float64 tensor of the output plane's shape."""
     counts = _axis_counts(plane, windows, result, include_pad=include_pad)
     if all(each.uniform() for each in counts):
         return float(prod(each.at(0) for each in counts))
@@ -46,7 +61,7 @@ def divisor(plane: Sizes, windows: Windows, result: Sizes, *, include_pad: bool)
 
 @dataclass(frozen=True)
 class _Counts:
-    """How many cells of one axis each window counts; padding counts, but not what ceil_mode adds beyond it."""
+    """The number of cells of one axis that each window counts: with padding, but not with what ceil_mode adds to it."""
 
     size: int
     kernel: int
@@ -61,7 +76,7 @@ class _Counts:
         return stop - start if self.include_pad else min(stop, self.size) - max(start, 0)
 
     def uniform(self) -> bool:
-        # Counts rise, stay and fall along an axis, so three of them tell of all.
+        # Along an axis the counts rise, stay and fall, so all are equal if these three are.
         return self.at(0) == self.at(self.length // 2) == self.at(self.length - 1)
 
 
@@ -71,7 +86,7 @@ def _axis_counts(plane: Sizes, windows: Windows, result: Sizes, *, include_pad: 
 
 
 def avg_pool(x: Tensor, windows: Windows, divided_by: float | Tensor, out: Tensor) -> None:
-    """Write the averaged planes of x (P, *plane) into out (P, *output_plane); both are contiguous."""
+    """Average the planes of x (P, *plane) into out (P, *output_plane); both are contiguous."""
     program = Program(x.shape[0], prod(x.shape[1:]) * sum_dtype(x.dtype).itemsize)
     source, target = Cells(program, x, reused=False), Cells(program, out, reused=False)
     add_average(source, windows, [divided_by], sum_dtype(x.dtype), target)
@@ -79,21 +94,21 @@ def avg_pool(x: Tensor, windows: Windows, divided_by: float | Tensor, out: Tenso
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which torch adds up the cells of a window."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    """Return the dtype in which torch adds the cells of a window."""
+    return torch.float32 if dtype in HALVES else dtype
 
 
 def add_average(
     source: Cells, windows: Windows, divided_by: Sequence[float | Tensor], sums: torch.dtype, target: Cells
 ) -> None:
-    """Append the calls that add up the source's windows in dtype `sums` and divide them, one divisor after another."""
+    """Append the calls that add the source's windows in dtype `sums` and divide by one divisor after another."""
     program, result = source.program, target.shape
     last = len(result) - 1
-    # The stride of a single window means nothing, and would have memory padded for it.
+    # The stride of a single window has no effect, but would cause padding.
     stride = tuple(s if length > 1 else 1 for s, length in zip(windows.stride, result, strict=True))
     windows = replace(windows, stride=stride)
-    shape = padded_shape(source.shape, windows.padding, windows.needs(tuple(result)))
-    dense = stride[last] < _SPARSE_STRIDE
+    shape = padded_shape(source.shape, windows.padding, windows.span(tuple(result)))
+    dense = stride[last] < SPARSE_STRIDE
     if dense and narrowing(sums.itemsize, stride[last]):
         shape[last] += -shape[last] % stride[last]
     if list(source.shape) != shape or source.tensor.dtype != sums:
@@ -102,17 +117,16 @@ def add_average(
     final = target if target.tensor.dtype == sums else scratch(program, target.tensor, result, sums)
     (_dense if dense else _sparse)(source, windows, divided_by, final)
     if final is not target:
-        read, write = final.at(), target.at()
-        program.calls.append(lambda i: write[i].copy_(read[i]))
+        program.calls.append(copy(final.at(), target.at()))
 
 
 def _dense(source: Cells, windows: Windows, divided_by: Sequence[float | Tensor], final: Cells) -> None:
-    """Sum at every cell of the last axes, where a tap is one run of memory, and keep the sums that windows start at."""
+    """Compute sums at every cell of the last axes, where a tap is one run of memory, and keep those of windows."""
     program, stride = source.program, windows.stride
     shape, result = source.shape, final.shape
     last = len(shape) - 1
     split = last
-    while split > 0 and prod(shape[split:]) * (shape[split - 1] / result[split - 1] - 1) < _SHORT_RUN:
+    while split > 0 and prod(shape[split:]) * (shape[split - 1] / result[split - 1] - 1) < SHORT_RUN:
         split -= 1
     sizes = [*result[:split], *shape[split:]]
     acc = scratch(program, source.tensor, sizes)
@@ -135,20 +149,20 @@ def _dense(source: Cells, windows: Windows, divided_by: Sequence[float | Tensor]
     kept = Cells(program, acc.tensor[(slice(None), *keep)], reused=True)
     write = final.at()
     if stride[last] > 1:
-        program.calls.append(every(kept, final, stride[last]))
+        program.calls.append(strided_copy(kept, final, stride[last]))
         _divide(program, write, write, divided_by)
         return
     rows = kept.at((*(slice(None),) * last, slice(result[last])))
-    if result[last] >= _SHORT_RUN or any(isinstance(divisor, Tensor) for divisor in divided_by):
+    if result[last] >= SHORT_RUN or any(isinstance(divisor, Tensor) for divisor in divided_by):
         _divide(program, rows, write, divided_by)
         return
     sums = acc.runs(0, 0)
     _divide(program, sums, sums, divided_by)
-    program.calls.append(lambda i: write[i].copy_(rows[i]))
+    program.calls.append(copy(rows, write))
 
 
 def _sparse(source: Cells, windows: Windows, divided_by: Sequence[float | Tensor], final: Cells) -> None:
-    """Sum only where windows start, over strided cells."""
+    """Compute sums only where windows start, from strided cells."""
     program = source.program
     pitches = [prod(source.shape[axis + 1 :]) for axis in range(len(source.shape))]
     steps = [s * pitch for s, pitch in zip(windows.stride, pitches, strict=True)]
@@ -160,13 +174,13 @@ def _sparse(source: Cells, windows: Windows, divided_by: Sequence[float | Tensor
 
 
 def _taps(kernel: Sequence[int]) -> list[tuple[int, ...]]:
-    """The cells of a window in raster order."""
+    """Return the cells of a window in raster order."""
     return list(product(*(range(k) for k in kernel)))
 
 
 def _add_up(program: Program, reads: list[list[Tensor]], write: list[Tensor]) -> None:
     if len(reads) == 1:
-        program.calls.append(lambda i: write[i].copy_(reads[0][i]))
+        program.calls.append(copy(reads[0], write))
     else:
         program.calls.append(_add(reads[0], reads[1], write))
         program.calls += [_add(write, read, write) for read in reads[2:]]
@@ -177,11 +191,14 @@ def _add(one: list[Tensor], two: list[Tensor], out: list[Tensor]) -> Call:
 
 
 def _divide(program: Program, sums: list[Tensor], write: list[Tensor], divided_by: Sequence[float | Tensor]) -> None:
-    """Divide into `write`, once for each divisor; 0.0 is added since torch's sum starts from it and is never -0.0."""
+    """Append the calls that divide the sums into `write`, once for each divisor.
+
+    They add 0.0 first: torch's sum starts from it, and so is never -0.0.
+    """
     dtype = write[0].dtype
     rest = [divisor for divisor in divided_by if isinstance(divisor, Tensor) or divisor != 1.0]
-    if len(rest) == 1 and isinstance(rest[0], float) and frexp(rest[0])[0] == 0.5 and rest[0] <= 2.0**20:  # noqa: PLR2004
-        # A power of two (0.5 is its mantissa): multiplying by its inverse is the same, and add() does it on its way.
+    if len(rest) == 1 and isinstance(rest[0], float) and frexp(rest[0])[0] == 0.5 and rest[0] <= 2.0**20:
+        # A power of two, whose mantissa is 0.5: multiplying by its inverse is exact, and add() does it as well.
         zero, inverse = torch.zeros((), dtype=dtype), 1.0 / rest[0]
         program.calls.append(lambda i: torch.add(zero, sums[i], alpha=inverse, out=write[i]))
         return
@@ -191,3 +208,64 @@ def _divide(program: Program, sums: list[Tensor], write: list[Tensor], divided_b
 
 def _div(cells: list[Tensor], divisor: float | Tensor) -> Call:
     return lambda i: cells[i].div_(divisor)
+
+
+def can_divide(plan: Plan) -> bool:
+    """Return whether a window isn't too large, and the sums have one divisor, or not too many."""
+    windows, layer = plan.windows, plan.layer
+    if prod(windows.kernel) > MAX_TAPS:
+        return False
+    if getattr(layer, "divisor_override", None) is not None or prod(plan.result_shape) <= MAX_DIVISORS:
+        return True
+    include_pad = getattr(layer, "count_include_pad", True)
+    counts = _axis_counts(plan.plane_shape, windows, plan.result_shape, include_pad=include_pad)
+    return all(each.uniform() for each in counts)
+
+
+def costs(case: Case) -> tuple[float, float]:
+    """Return the estimated costs of this kernel and of torch, if channels are first."""
+    windows, result = case.windows, case.result
+    stride, taps = windows.stride, prod(windows.kernel)
+    wide = 2.0 if case.dtype == torch.float64 else 1.0
+    spread = max(case.plane[-1], (result[-1] - 1) * stride[-1] + windows.kernel[-1]) / result[-1]
+    add = 0.11 if spread < 1.5 else 0.17 if spread < 2.5 else 0.3
+    waste = 1.0
+    for size, length, s in zip(case.plane[:-1], result[:-1], stride[:-1], strict=True):
+        waste *= size / length if s == 1 else 1.0
+    copied = any(windows.padding) or case.plane[-1] % stride[-1] or case.dtype in HALVES
+    ours: float = CALL + STEP * (taps + 3)
+    ours += case.outputs * (taps * spread * waste * add * wide + 2 * wide + 4 / result[-1])
+    ours += case.cells * (0.15 + 6 / case.plane[-1]) if copied else 0
+    ours *= 1.5 if len(result) == 3 else 1.0
+    return ours, case.outputs * (6.0 + 1.3 * taps if len(result) == 1 else 4.5 + 0.55 * taps)
+
+
+def is_faster(case: Case) -> bool:
+    """Return whether this kernel is estimated to be faster than torch, if channels are first."""
+    ours, eager = costs(case)
+    return ours < 0.9 * eager
+
+
+def _run(plan: Plan, x: Tensor, out: Tensor, _: object) -> None:
+    layer = plan.layer
+    if getattr(layer, "divisor_override", None) is not None:
+        divided_by: float | Tensor = float(layer.divisor_override)
+    else:
+        divided_by = divisor(plan.plane_shape, plan.windows, plan.result_shape, include_pad=layer.count_include_pad)
+    avg_pool(x, plan.windows, divided_by, out)
+
+
+def _pays(plan: Plan, case: Case) -> bool:
+    if plan.channels is None:
+        return is_faster(case)
+    return plan.channels < 8 and case.outputs >= UNPREDICTED
+
+
+RASTER_AVERAGE = Row(
+    "raster average",
+    ("avg_pool",),
+    run=_run,
+    pays=_pays,
+    fits=can_divide,
+    channels_last=True,
+)

@@ -1,45 +1,57 @@
 """Max pooling without indices, one axis at a time over contiguous runs of memory.
 
-A max over a window is the max over its columns of the max over its rows. Long windows double: a max of 2t cells is that
-of two maxima of t, so that the cost grows with the logarithm of the kernel.
+The max over a window is the max over its columns of the max over its rows. Long windows are doubled: a max of 2t cells
+is the max of two maxima of t cells, so the cost grows with the logarithm of the kernel.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, inf, prod
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from poolrpc_server.compute.kernels.blocks import (
     Call,
     Cells,
+    DoubleBuffer,
     Index,
     Program,
-    Turns,
-    every,
+    copy,
+    maximum,
     narrowing,
     padded,
     padded_shape,
     scratch,
+    strided_copy,
 )
-from poolrpc_server.compute.kernels.windows import Windows, within
+from poolrpc_server.compute.kernels.cost import CALL, PREDICTED, STEP, eager_max
+from poolrpc_server.compute.kernels.plan import Row
+from poolrpc_server.compute.kernels.windows import Windows, reading_windows
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from poolrpc_server.compute.kernels.cost import Case
+    from poolrpc_server.compute.kernels.plan import Plan
 
 SHORT_ROW = 16
-"""Rows of so few cells (times the stride) are pooled on a padded copy, as one run of memory."""
+"""Rows of at most so many cells (times the stride) are pooled on a padded copy, as one run of memory."""
 
 LONG_TILE = 14
-"""Windows side by side, from this size on, are reduced rather than joined cell by cell."""
+"""Windows that lie side by side and are at least this long are reduced rather than joined cell by cell."""
 
-
-MOST_TAPS = 64
-"""A strided pass joins at most so many cells; a kernel of more is doubled first, whatever its stride."""
+MAX_TAPS = 64
+"""The most cells that a strided pass joins. A kernel with more is doubled first, whatever its stride."""
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One pass along an axis: cell i becomes the maximum of the cells at i * stride + offset."""
+class Pass:
+    """One pass along an axis: cell i becomes the maximum of the cells at i * stride + offset, for each offset."""
 
     offsets: tuple[int, ...]
     stride: int
@@ -47,8 +59,8 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Step:
-    """One torch call of a stage: cells [first, last) of the target from taps at some offsets, or the lowest value."""
+class Operation:
+    """One torch call of a pass: it computes cells [first, last) from those at some offsets, or fills them if none."""
 
     offsets: tuple[int, ...]
     first: int
@@ -56,34 +68,38 @@ class Step:
     update: bool = False
 
 
+_AxisPass = tuple[Pass | int, int, list[int]]
+"""A pass, its axis, and the shape of its result. A number is the size of windows that lie side by side."""
+
+
 def lowest(dtype: torch.dtype) -> float | int:
-    """The value that no cell is below."""
+    """Return the lowest value of a dtype."""
     return -inf if dtype.is_floating_point else torch.iinfo(dtype).min
 
 
 @lru_cache(maxsize=1024)
-def axis_stages(kernel: int, stride: int, padding: int, dilation: int, length: int) -> tuple[Stage, ...]:
-    """The cheapest passes for one axis: windows double at full resolution, then a strided pass joins the last ones."""
+def axis_passes(kernel: int, stride: int, padding: int, dilation: int, length: int) -> tuple[Pass, ...]:
+    """Return the cheapest passes for one axis: some double the windows at stride 1, then a strided one joins these."""
     if kernel == 1:
-        return () if stride == 1 and padding == 0 else (Stage((-padding,), stride, length),)
-    widths = [1 << i for i in range(kernel.bit_length()) if 1 << i < kernel <= MOST_TAPS << i]
+        return () if stride == 1 and padding == 0 else (Pass((-padding,), stride, length),)
+    widths = [1 << i for i in range(kernel.bit_length()) if 1 << i < kernel <= MAX_TAPS << i]
     width = min(widths, key=lambda t: t.bit_length() - 1 + (ceil(kernel / t) - 1) / stride)
-    stages = []
+    passes = []
     base = -padding
     step = 1
     while step < width:
         full = (length - 1) * stride + (kernel - 2 * step) * dilation + 1
-        stages.append(Stage((base, base + step * dilation), 1, full))
+        passes.append(Pass((base, base + step * dilation), 1, full))
         base = 0
         step *= 2
     starts = [*range(0, kernel - width, width), kernel - width]
-    stages.append(Stage(tuple(base + start * dilation for start in starts), stride, length))
-    return tuple(stages)
+    passes.append(Pass(tuple(base + start * dilation for start in starts), stride, length))
+    return tuple(passes)
 
 
 @lru_cache(maxsize=1024)
 def run_shifts(kernel: int, dilation: int) -> tuple[int, ...]:
-    """The shifts that turn cells into maxima of `kernel` cells by doubling."""
+    """Return the shifts that turn cells into maxima of `kernel` cells by doubling."""
     shifts = []
     width = 1
     while width < kernel:
@@ -94,17 +110,17 @@ def run_shifts(kernel: int, dilation: int) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=1024)
-def stage_steps(stage: Stage, size: int) -> tuple[Step, ...]:
-    """The calls of a stage over an axis of `size` cells; cells outside it are never read."""
+def pass_operations(one_pass: Pass, size: int) -> tuple[Operation, ...]:
+    """Return the torch calls of a pass over an axis of `size` cells; no cell outside it is read."""
     reach = {}
-    for offset in stage.offsets:
-        first, last = within(offset, stage.stride, size, stage.length)
+    for offset in one_pass.offsets:
+        first, last = reading_windows(offset, one_pass.stride, size, one_pass.length)
         if first < last:
             reach[offset] = (first, last)
     order = sorted(reach, key=lambda o: reach[o][0] - reach[o][1])
     if not order:
-        return (Step((), 0, stage.length),)
-    steps = []
+        return (Operation((), 0, one_pass.length),)
+    made = []
     begin, end = reach[order[0]]
     merged = 1
     if len(order) > 1:
@@ -112,27 +128,35 @@ def stage_steps(stage: Stage, size: int) -> tuple[Step, ...]:
         first, last = max(begin, other[0]), min(end, other[1])
         if first < last:
             merged = 2
-            steps.append(Step((order[0], order[1]), first, last))
+            made.append(Operation((order[0], order[1]), first, last))
             for offset in order[:2]:
                 low, high = reach[offset]
-                steps += [Step((offset,), low, first)] * (low < first) + [Step((offset,), last, high)] * (last < high)
+                made += [Operation((offset,), low, first)] * (low < first)
+                made += [Operation((offset,), last, high)] * (last < high)
             begin, end = min(begin, other[0]), max(end, other[1])
     if merged == 1:
-        steps.append(Step((order[0],), begin, end))
-    steps += [Step((), 0, begin)] * (begin > 0) + [Step((), end, stage.length)] * (end < stage.length)
-    steps += [Step((offset,), *reach[offset], update=True) for offset in order[merged:]]
-    return tuple(steps)
+        made.append(Operation((order[0],), begin, end))
+    made += [Operation((), 0, begin)] * (begin > 0) + [Operation((), end, one_pass.length)] * (end < one_pass.length)
+    made += [Operation((offset,), *reach[offset], update=True) for offset in order[merged:]]
+    return tuple(made)
+
+
+def count_passes(windows: Windows) -> int:
+    """Return how many times the kernel visits each cell."""
+    last = len(run_shifts(windows.kernel[-1], 1)) + (windows.stride[-1] > 1)
+    leading = zip(windows.kernel[:-1], windows.stride[:-1], strict=True)
+    return last + sum(len(each.offsets) - 1 for k, s in leading for each in axis_passes(k, s, 0, 1, 8))
 
 
 def max_pool(x: Tensor, windows: Windows, out: Tensor) -> None:
-    """Write the pooled planes of x (P, *plane) into out (P, *output_plane); both are contiguous."""
+    """Pool the planes of x (P, *plane) into out (P, *output_plane); both are contiguous."""
     program = Program(x.shape[0], prod(x.shape[1:]) * x.element_size())
     add_max(Cells(program, x, reused=False), windows, Cells(program, out, reused=False))
     program.run()
 
 
 def add_max(source: Cells, windows: Windows, target: Cells) -> None:
-    """Append to the program the calls that pool the source's cells into the target."""
+    """Append the calls that pool the source's cells into the target to the program."""
     stride = windows.stride[-1]
     if windows.kernel[-1] > stride and source.shape[-1] * stride <= SHORT_ROW:
         _pool_flat(source, windows, target)
@@ -141,11 +165,11 @@ def add_max(source: Cells, windows: Windows, target: Cells) -> None:
 
 
 def _pool_flat(source: Cells, windows: Windows, target: Cells) -> None:
-    """Pool short rows: every axis at full resolution on a padded copy, then the cells that windows start at."""
+    """Pool short rows: every axis at stride 1 on a padded copy, of which the cells where windows start are kept."""
     program, result = source.program, target.shape
     last = len(result) - 1
     stride = windows.stride
-    shape = padded_shape(source.shape, windows.padding, windows.needs(tuple(result)))
+    shape = padded_shape(source.shape, windows.padding, windows.span(tuple(result)))
     if narrowing(source.tensor.element_size(), stride[last]):
         shape[last] += -shape[last] % stride[last]
     if list(source.shape) != shape:
@@ -159,82 +183,77 @@ def _pool_flat(source: Cells, windows: Windows, target: Cells) -> None:
     ]
     extra = sum((n - 1) * s * pitch for n, s, pitch in zip(result, stride, pitches, strict=True)) + 1 - prod(shape)
     extra += sum(shifts)
-    turns = Turns(source, (program.step + 1) * prod(shape))
+    buffers = DoubleBuffer(source, (program.step + 1) * prod(shape))
     for shift in shifts:
         extra -= shift
-        made = turns.take(shape)
-        program.calls.append(_join(source.runs(0, extra), source.runs(shift, shift + extra), made.runs(0, extra)))
+        made = buffers.swap(shape)
+        program.calls.append(maximum(source.runs(0, extra), source.runs(shift, shift + extra), made.runs(0, extra)))
         source = made
     starts = tuple(slice(0, (n - 1) * s + 1, s) for n, s in zip(result[:last], stride[:last], strict=True))
     kept = Cells(program, source.tensor[(slice(None), *starts)], reused=source.reused)
     if stride[last] > 1:
-        program.calls.append(every(kept, target, stride[last]))
+        program.calls.append(strided_copy(kept, target, stride[last]))
     else:
-        program.calls.append(_copy(kept.at((*(slice(None),) * last, slice(result[last]))), target.at()))
+        program.calls.append(copy(kept.at((*(slice(None),) * last, slice(result[last]))), target.at()))
 
 
 def _pool_axes(source: Cells, windows: Windows, target: Cells) -> None:
     """Pool the leading axes, where a cell's neighbours are whole rows, then the last along whole runs of rows."""
     program, result = source.program, target.shape
     last = len(result) - 1
-    stages = _leading_stages(source.shape, windows, result)
+    passes = _leading_passes(source.shape, windows, result)
     width, stride, padding = source.shape[last], windows.stride[last], windows.padding[last]
     if windows.kernel[last] == stride == 1 and padding == 0:
-        turns = Turns(source, program.step * max((prod(shape) for _, _, shape in stages[:-1]), default=0))
-        _run_leading(source, stages, turns, target)
+        buffers = DoubleBuffer(source, program.step * max((prod(shape) for _, _, shape in passes[:-1]), default=0))
+        _run_leading(source, passes, buffers, target)
         return
-    pitch = max(padding + width, windows.needs(tuple(result))[last])
+    pitch = max(padding + width, windows.span(tuple(result))[last])
     if narrowing(source.tensor.element_size(), stride):
         pitch += -pitch % stride
-    rows = [*(stages[-1][2] if stages else source.shape)[:last], pitch]
-    turns = Turns(source, program.step * max([prod(rows), *(prod(shape) for _, _, shape in stages[:-1])]))
-    if pitch != width or stages:
+    rows = [*(passes[-1][2] if passes else source.shape)[:last], pitch]
+    buffers = DoubleBuffer(source, program.step * max([prod(rows), *(prod(shape) for _, _, shape in passes[:-1])]))
+    if pitch != width or passes:
         pitched = scratch(program, source.tensor, rows)
         if pitch != width:
             pitched.tensor.fill_(lowest(source.tensor.dtype))
         inner = Cells(program, pitched.tensor[..., padding : padding + width], reused=True)
-        _run_leading(source, stages, turns, inner)
+        _run_leading(source, passes, buffers, inner)
         source = pitched
-    _pool_last(source, windows, turns, target)
+    _pool_last(source, windows, buffers, target)
 
 
-def _leading_stages(
-    plane: Sequence[int], windows: Windows, result: Sequence[int]
-) -> list[tuple[Stage | int, int, list[int]]]:
-    """Give the passes over every axis but the last, each with its axis and the shape that it leaves.
-
-    A pass is a stage, or the size of windows that lie side by side.
-    """
+def _leading_passes(plane: Sequence[int], windows: Windows, result: Sequence[int]) -> list[_AxisPass]:
+    """Return the passes over every axis but the last, each with its axis and the shape of its result."""
     shape = list(plane)
-    stages: list[tuple[Stage | int, int, list[int]]] = []
+    passes: list[_AxisPass] = []
     for axis in range(len(plane) - 1):
         k, s = windows.kernel[axis], windows.stride[axis]
         p, d = windows.padding[axis], windows.dilation[axis]
         tiled = k == s >= LONG_TILE and p == 0 and d == 1 and result[axis] * k <= plane[axis]
-        for part in [k] if tiled else axis_stages(k, s, p, d, result[axis]):
-            shape[axis] = part.length if isinstance(part, Stage) else result[axis]
-            stages.append((part, axis, list(shape)))
-    return stages
+        for part in [k] if tiled else axis_passes(k, s, p, d, result[axis]):
+            shape[axis] = part.length if isinstance(part, Pass) else result[axis]
+            passes.append((part, axis, list(shape)))
+    return passes
 
 
-def _run_leading(source: Cells, stages: list[tuple[Stage | int, int, list[int]]], turns: Turns, final: Cells) -> None:
+def _run_leading(source: Cells, passes: list[_AxisPass], buffers: DoubleBuffer, final: Cells) -> None:
     """Append the calls of these passes, the last of which writes to `final`."""
     calls = source.program.calls
-    if not stages:
-        calls.append(_copy(source.at(), final.at()))
-    for number, (stage, axis, shape) in enumerate(stages, 1):
-        made = turns.take(shape) if number < len(stages) else final
-        if isinstance(stage, Stage):
-            calls += _stage_calls(stage, axis, source, made)
+    if not passes:
+        calls.append(copy(source.at(), final.at()))
+    for number, (part, axis, shape) in enumerate(passes, 1):
+        made = buffers.swap(shape) if number < len(passes) else final
+        if isinstance(part, Pass):
+            calls += _pass_calls(part, axis, source, made)
         else:
-            calls.append(_tile_call(stage, axis, source, made))
+            calls.append(_tile_call(part, axis, source, made))
         source = made
 
 
-def _pool_last(source: Cells, windows: Windows, turns: Turns, target: Cells) -> None:
+def _pool_last(source: Cells, windows: Windows, buffers: DoubleBuffer, target: Cells) -> None:
     """Append the calls that pool the last axis as whole runs of memory.
 
-    Windows that wrap into the next row are computed too, and never kept: that costs less than stopping at row ends.
+    Windows that extend into the next row are computed too, and discarded: that costs less than stopping at row ends.
     """
     calls, rows, result = source.program.calls, source.shape, target.shape
     last = len(result) - 1
@@ -242,24 +261,24 @@ def _pool_last(source: Cells, windows: Windows, turns: Turns, target: Cells) -> 
     shifts = run_shifts(windows.kernel[last], windows.dilation[last])
     total = 0
     for shift in shifts if stride > 1 else shifts[:-1]:
-        made = turns.take(rows)
+        made = buffers.swap(rows)
         total += shift
-        calls.append(_join(source.runs(0, -total), source.runs(shift, shift - total), made.runs(0, -total)))
+        calls.append(maximum(source.runs(0, -total), source.runs(shift, shift - total), made.runs(0, -total)))
         source = made
     if stride > 1:
-        calls.append(every(source, target, stride))
+        calls.append(strided_copy(source, target, stride))
         return
     lead = (slice(None),) * last
     first = source.at((*lead, slice(result[last])))
     if shifts:
         second = source.at((*lead, slice(shifts[-1], shifts[-1] + result[last])))
-        calls.append(_join(first, second, target.at()))
+        calls.append(maximum(first, second, target.at()))
     else:
-        calls.append(_copy(first, target.at()))
+        calls.append(copy(first, target.at()))
 
 
 def _tile_call(kernel: int, axis: int, source: Cells, target: Cells) -> Call:
-    """Reduce an axis whose windows lie side by side and are so long that this costs less than joining their cells."""
+    """Return the call that reduces an axis whose windows lie side by side and are long."""
     length = target.shape[axis]
     whole = source.at((*(slice(None),) * axis, slice(length * kernel)))
     shape = (*target.shape[:axis], length, kernel, *target.shape[axis + 1 :])
@@ -267,35 +286,60 @@ def _tile_call(kernel: int, axis: int, source: Cells, target: Cells) -> Call:
     return lambda i: torch.amax(reads[i], axis + 2, out=write[i])
 
 
-def _stage_calls(stage: Stage, axis: int, source: Cells, target: Cells) -> list[Call]:
+def _pass_calls(one_pass: Pass, axis: int, source: Cells, target: Cells) -> list[Call]:
     calls: list[Call] = []
     lead = (slice(None),) * axis
-    for step in stage_steps(stage, source.shape[axis]):
-        whole: Index = () if (step.first, step.last) == (0, stage.length) else (*lead, slice(step.first, step.last))
-        write = target.at(whole)
+    for operation in pass_operations(one_pass, source.shape[axis]):
+        first, last = operation.first, operation.last
+        index: Index = () if (first, last) == (0, one_pass.length) else (*lead, slice(first, last))
+        write = target.at(index)
         reads = []
-        for offset in step.offsets:
-            start = step.first * stage.stride + offset
-            stop = (step.last - 1) * stage.stride + offset + 1
-            reads.append(source.at((*lead, slice(start, stop, stage.stride))))
-        if step.update:
-            calls.append(_join(write, reads[0], write))
+        for offset in operation.offsets:
+            start = first * one_pass.stride + offset
+            stop = (last - 1) * one_pass.stride + offset + 1
+            reads.append(source.at((*lead, slice(start, stop, one_pass.stride))))
+        if operation.update:
+            calls.append(maximum(write, reads[0], write))
         elif len(reads) > 1:
-            calls.append(_join(reads[0], reads[1], write))
+            calls.append(maximum(reads[0], reads[1], write))
         elif reads:
-            calls.append(_copy(reads[0], write))
+            calls.append(copy(reads[0], write))
         else:
             calls.append(_fill(write, lowest(source.tensor.dtype)))
     return calls
 
 
-def _join(one: list[Tensor], two: list[Tensor], out: list[Tensor]) -> Call:
-    return lambda i: torch.maximum(one[i], two[i], out=out[i])
-
-
-def _copy(source: list[Tensor], out: list[Tensor]) -> Call:
-    return lambda i: out[i].copy_(source[i])
-
-
 def _fill(out: list[Tensor], value: float) -> Call:
     return lambda i: out[i].fill_(value)
+
+
+def pays(plan: Plan, case: Case) -> bool:
+    """Return whether this kernel is estimated to be faster than torch."""
+    windows, outputs = case.windows, case.outputs
+    kernel, stride = windows.kernel, windows.stride
+    if plan.channels is not None:
+        if plan.channels > 32:
+            return all(s == 1 for s in stride) and prod(kernel) >= 9 and outputs >= 1 << 18
+        return outputs >= (PREDICTED if plan.channels <= 8 else 1 << 16)
+    width, passes = case.plane[-1], count_passes(windows)
+    fixed = CALL + STEP * passes
+    if len(kernel) == 1 and case.dtype.is_floating_point:
+        # torch's max_pool1d computes a whole row for each cell of the window, and vectorises stride 1.
+        if case.dtype in (torch.float16, torch.bfloat16):
+            return fixed + case.cells * (0.6 + 0.1 * passes + 7 / width) < 0.9 * outputs * (1 + 0.8 * kernel[0])
+        eager = 0.35 + 0.08 * kernel[0] if stride[0] == 1 else 0.2 + 0.33 * kernel[0]
+        ours = case.cells * (0.4 + 0.1 * passes + 7 / width) * case.dtype.itemsize / 4
+        return fixed + ours < 0.9 * outputs * eager
+    copied = kernel[-1] > stride[-1] or any(windows.padding) or width % stride[-1]
+    row = 14 if copied else 5
+    return fixed + case.cells * (0.5 * max(case.dtype.itemsize, 2) / 4 + row / width) < 0.95 * eager_max(case)
+
+
+SEPARABLE_MAX = Row(
+    "separable max",
+    ("max_pool",),
+    run=lambda plan, x, out, _: max_pool(x, plan.windows, out),
+    pays=pays,
+    passes=count_passes,
+    channels_last=True,
+)

@@ -1,57 +1,80 @@
-"""Max pooling without indices of a few cells, by NumPy.
+"""Max pooling of a few cells with NumPy.
 
-torch's operators let go of the interpreter and reach through much code: where a call has just come, and nothing of that
-is in the CPU's caches, tens of microseconds for a handful of cells. NumPy takes a few.
+A torch operator releases the interpreter's lock and executes much code. When a call arrives, none of that code is in
+the CPU's caches, and the operator takes tens of microseconds for a handful of cells. NumPy takes a few.
 """
 
 from __future__ import annotations
 
 from itertools import product
+from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from poolrpc_server.compute.kernels.plan import Row
 from poolrpc_server.compute.kernels.separable_max import lowest
-from poolrpc_server.compute.kernels.windows import within
+from poolrpc_server.compute.kernels.windows import reading_windows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from poolrpc_server.compute.kernels.windows import Windows
+    from poolrpc_server.compute.kernels.cost import Case
+    from poolrpc_server.compute.kernels.plan import Plan
 
 DTYPES = (torch.float32, torch.float64, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
+MAX_READS, MAX_TAPS = 2_048, 16
+"""The most cells to read, each counted in every window that it is in, and the most cells of a window."""
 
-def bind(windows: Windows, x: torch.Tensor, out: torch.Tensor) -> Callable[[], None]:
-    """Give what pools the planes of x (P, *plane) into out (P, *output_plane), whenever it is called.
 
-    What is looked at, and where, is settled once; both stay where they are.
+def bind(plan: Plan, x: torch.Tensor, out: torch.Tensor) -> Callable[[], None]:
+    """Return a function that pools the planes of x (P, *plane) into out (P, *output_plane) each time it is called.
+
+    The views of both tensors' memory are created once.
     """
-    source, target = x.numpy(), out.numpy()
+    source, target, windows = x.numpy(), out.numpy(), plan.windows
     taps = []
-    for places in product(*map(range, windows.kernel)):
+    for cell in product(*map(range, windows.kernel)):
         read, write = [slice(None)], [slice(None)]
-        for axis, place in enumerate(places):
+        for axis, position in enumerate(cell):
             stride = windows.stride[axis]
-            offset = place * windows.dilation[axis] - windows.padding[axis]
-            first, last = within(offset, stride, x.shape[axis + 1], out.shape[axis + 1])
-            if first >= last:  # in the padding, for every window
+            offset = position * windows.dilation[axis] - windows.padding[axis]
+            first, last = reading_windows(offset, stride, x.shape[axis + 1], out.shape[axis + 1])
+            if first >= last:  # This cell is in the padding for every window.
                 break
             read.append(slice(first * stride + offset, (last - 1) * stride + offset + 1, stride))
             write.append(slice(first, last))
         else:
             taps.append((source[tuple(read)], target[tuple(write)]))
-    if len(taps) > 1 and all(goal.size == target.size for _, goal in taps):
+    if len(taps) > 1 and all(written.size == target.size for _, written in taps):
         one, two, *rest = [read for read, _ in taps]
         fill, calls = None, [(one, two, target), *((read, target, target) for read in rest)]
     else:
-        fill, calls = lowest(x.dtype), [(read, goal, goal) for read, goal in taps]
+        fill, calls = lowest(x.dtype), [(read, written, written) for read, written in taps]
 
     def run() -> None:
         if fill is not None:
             target.fill(fill)
-        for one, two, goal in calls:
-            np.maximum(one, two, out=goal)
+        for one, two, written in calls:
+            np.maximum(one, two, out=written)
 
     return run
+
+
+def _pays(_: Plan, case: Case) -> bool:
+    # Whenever it is used at all: it was compared with torch as calls arrive, with neither's code in the CPU's caches.
+    taps = prod(case.windows.kernel)
+    return taps <= MAX_TAPS and taps * case.outputs <= MAX_READS
+
+
+TINY_MAX = Row(
+    "tiny max",
+    ("max_pool",),
+    run=lambda plan, x, out, _: bind(plan, x, out)(),
+    pays=_pays,
+    fits=lambda plan: plan.dtype in DTYPES,
+    channels_last=True,
+    bind=bind,
+)

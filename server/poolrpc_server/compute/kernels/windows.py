@@ -1,4 +1,4 @@
-"""The sliding windows of a layer, axis by axis, as the kernels take them."""
+"""The windows of a layer, axis by axis, in the form that the kernels take."""
 
 from __future__ import annotations
 
@@ -8,22 +8,27 @@ from typing import Self
 Sizes = tuple[int, ...]
 
 
-def within(offset: int, stride: int, size: int, count: int) -> tuple[int, int]:
-    """Give which of `count` windows, [first, last), have a cell at an offset from their start inside of an axis.
+def reading_windows(offset: int, stride: int, size: int, count: int) -> tuple[int, int]:
+    """Return the range [first, last) of windows whose cell at an offset lies inside an axis.
 
-    That cell of window i is at i * stride + offset, of an axis of `size` cells.
+    Args:
+        offset: The cell of window i is at i * stride + offset.
+        stride: The step from one window to the next.
+        size: The number of cells of the axis.
+        count: The number of windows.
+
     """
     return max(0, -(offset // stride)), min(count, (size - 1 - offset) // stride + 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """Sliding windows: for each axis of a plane, in cells.
+    """Windows over each axis of a plane. All attributes are in cells, one number for each axis.
 
     Attributes:
-        kernel: The windows' size.
-        stride: The step from one to the next.
-        padding: Cells before the axis (and, as far as windows reach, after it).
+        kernel: The size of a window.
+        stride: The step from one window to the next.
+        padding: The cells before the axis, and, as far as windows reach, after it.
         dilation: The step between the cells of a window.
 
     """
@@ -35,25 +40,32 @@ class Windows:
 
     @classmethod
     def of(cls, geometry: tuple[tuple[int, int, int, int], ...]) -> Self:
-        """Give the windows of a layer's `geometry()`."""
+        """Return the windows of a layer's `geometry()`."""
         return cls(*zip(*geometry, strict=True))
 
     @classmethod
     def tiling(cls, kernel: Sizes) -> Self:
-        """Give windows that lie side by side."""
+        """Return windows that lie side by side."""
         return cls(kernel, kernel, (0,) * len(kernel), (1,) * len(kernel))
 
     @classmethod
+    def dividing(cls, plane: Sizes, result: Sizes) -> Self | None:
+        """Return the windows of an adaptive layer if all have the same size, else None."""
+        if any(size % count for size, count in zip(plane, result, strict=True)):
+            return None
+        return cls.tiling(tuple(size // count for size, count in zip(plane, result, strict=True)))
+
+    @classmethod
     def running(cls, kernel: Sizes) -> Self:
-        """Give windows that start at every cell."""
+        """Return windows of stride 1."""
         return cls(kernel, (1,) * len(kernel), (0,) * len(kernel), (1,) * len(kernel))
 
     def with_channels(self) -> Self:
-        """Give the same windows on (*plane, C) memory: C is one more axis, of which each cell is a window."""
+        """Return the same windows over (*plane, C), where each channel is a window of its own."""
         return type(self)((*self.kernel, 1), (*self.stride, 1), (*self.padding, 0), (*self.dilation, 1))
 
-    def needs(self, result: Sizes) -> Sizes:
-        """Give how many cells of each axis, padding included, that many windows span."""
+    def span(self, result: Sizes) -> Sizes:
+        """Return the length of each axis, with padding, from the first window's start to the end of the last one."""
         return tuple(
             (count - 1) * s + (k - 1) * d + 1
             for count, k, s, d in zip(result, self.kernel, self.stride, self.dilation, strict=True)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from poolrpc import FractionalMaxPool2d, FractionalMaxPool3d
-from poolrpc_server.compute.kernels.samples import draw
+from poolrpc_server.compute.kernels.eager import draw_samples
 
 SEEDS = st.integers(0, 2**64 - 1)
 MASK = 2**64 - 1
@@ -28,13 +28,13 @@ def test_the_generator_is_splitmix64():
     """Seed 0 gives SplitMix64's known outputs, of which a sample is the upper 24 bits."""
     known = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC]
     assert splitmix64(0, 4) == known
-    assert draw(0, 1, 2, 2).flatten().tolist() == [(output >> 40) / 2**24 for output in known]
+    assert draw_samples(0, 1, 2, 2).flatten().tolist() == [(output >> 40) / 2**24 for output in known]
 
 
 @given(SEEDS, st.integers(0, 3), st.integers(1, 4), st.integers(2, 3))
 def test_any_seed_gives_its_generators_outputs(seed, batch, channels, axes):
     """Samples are the generator's outputs in the order of planes, for every seed, the greatest included."""
-    samples = draw(seed, batch, channels, axes)
+    samples = draw_samples(seed, batch, channels, axes)
     assert (samples.shape, samples.dtype) == ((batch, channels, axes), torch.float64)
     expected = [(output >> 40) / 2**24 for output in splitmix64(seed, batch * channels * axes)]
     assert samples.flatten().tolist() == expected
@@ -43,9 +43,9 @@ def test_any_seed_gives_its_generators_outputs(seed, batch, channels, axes):
 @given(SEEDS, st.integers(1, 3), st.integers(1, 5), st.integers(2, 3), st.integers(1, 4))
 def test_a_planes_samples_depend_on_the_seed_and_its_number_alone(seed, batch, channels, axes, more):
     """Another N and C with the same plane number, and planes that come after it, change nothing."""
-    samples = draw(seed, batch, channels, axes).reshape(-1, axes)
-    assert torch.equal(samples, draw(seed, 1, batch * channels, axes)[0])
-    assert torch.equal(samples, draw(seed, batch + more, channels, axes).reshape(-1, axes)[: len(samples)])
+    samples = draw_samples(seed, batch, channels, axes).reshape(-1, axes)
+    assert torch.equal(samples, draw_samples(seed, 1, batch * channels, axes)[0])
+    assert torch.equal(samples, draw_samples(seed, batch + more, channels, axes).reshape(-1, axes)[: len(samples)])
 
 
 @given(SEEDS, st.integers(0, 2**31), st.sampled_from([FractionalMaxPool2d, FractionalMaxPool3d]))
@@ -55,14 +55,14 @@ def test_planes_are_drawn_from_any_number_on(seed, first, cls):
     axes = cls.spatial_dims
     state = seed + first * axes * 0x9E3779B97F4A7C15
     expected = [(output >> 40) / 2**24 for output in splitmix64(state & MASK, 2 * axes)]
-    assert draw(layer.seed, 1, 2, axes).flatten().tolist() == expected
+    assert draw_samples(layer.seed, 1, 2, axes).flatten().tolist() == expected
     if first < 100:
-        assert torch.equal(draw(layer.seed, 1, 2, axes)[0], draw(seed, 1, first + 2, axes)[0, first:])
+        assert torch.equal(draw_samples(layer.seed, 1, 2, axes)[0], draw_samples(seed, 1, first + 2, axes)[0, first:])
 
 
 def test_samples_spread_over_0_to_1_and_are_exact_in_float32():
     """10,000 planes have samples in [0, 1), evenly over its tenths, none of which float32 rounds."""
-    samples = draw(7, 100, 100, 2)
+    samples = draw_samples(7, 100, 100, 2)
     assert samples.min() >= 0
     assert samples.max() < 1
     assert torch.equal(samples.float().double(), samples)
@@ -74,4 +74,4 @@ def test_samples_spread_over_0_to_1_and_are_exact_in_float32():
 @pytest.mark.parametrize(("one", "other"), [(0, 1), (0, 2**63), (2**64 - 1, 0)])
 def test_seeds_differ(one, other):
     """Two seeds give two sets of samples."""
-    assert not torch.equal(draw(one, 1, 4, 2), draw(other, 1, 4, 2))
+    assert not torch.equal(draw_samples(one, 1, 4, 2), draw_samples(other, 1, 4, 2))

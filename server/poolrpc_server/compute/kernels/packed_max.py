@@ -1,14 +1,25 @@
-"""Max pooling with indices: each cell and its place become one integer, so that a maximum finds both."""
+"""Max pooling with indices: each cell and its index are packed into one integer, so that one maximum finds both."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from poolrpc_server.compute.kernels.blocks import Cells, Program, scratch
-from poolrpc_server.compute.kernels.separable_max import add_max
-from poolrpc_server.compute.kernels.windows import Windows
+from poolrpc_server.compute.kernels.cost import CALL, STEP, eager_max
+from poolrpc_server.compute.kernels.plan import Row
+from poolrpc_server.compute.kernels.separable_max import add_max, count_passes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from poolrpc_server.compute.kernels.cost import Case
+    from poolrpc_server.compute.kernels.plan import Plan
+    from poolrpc_server.compute.kernels.windows import Windows
 
 DTYPES = (
     torch.float32,
@@ -22,19 +33,24 @@ DTYPES = (
 
 
 def empty_windows(plane: Sequence[int], windows: Windows, result: Sequence[int]) -> bool:
-    """Whether a dilated window may lie in the padding alone, where torch's place is no cell: leave those to eager."""
+    """Return whether a dilated window may read only padding: the index that torch returns for it isn't a cell's."""
     geometry = zip(windows.kernel, windows.stride, windows.padding, windows.dilation, strict=True)
     for n, (k, s, p, d), length in zip(plane, geometry, result, strict=True):
-        # A window that starts in the input has a cell of it: only those that start before it may have none.
+        # A window that starts in the input reads a cell of it. Only those that start before it may not.
         for start in range(-p, min(0, (length - 1) * s - p + 1), s):
-            first = start % d  # the least cell of the window, or of its going on, that is in the input
+            first = start % d  # the first cell in the input that is a multiple of the dilation after the start
             if first >= min(n, start + (k - 1) * d + 1):
                 return True
     return False
 
 
 def max_pool_indices(x: Tensor, windows: Windows, out: Tensor, indices: Tensor) -> list[tuple[int, int]]:
-    """Write pooled planes and their int64 places; return the ranges of planes that may hold NaN, left for eager."""
+    """Pool the planes of x into out, and the maxima's int64 indices into indices.
+
+    Returns:
+        The ranges of planes that may contain NaN, whose results are not valid.
+
+    """
     spatial, result = x.shape[1:], out.shape[1:]
     cells = prod(spatial)
     floating = x.dtype.is_floating_point
@@ -55,9 +71,9 @@ def max_pool_indices(x: Tensor, windows: Windows, out: Tensor, indices: Tensor) 
         value = values.at()
         ordered = Cells(program, values.tensor.view(number), reused=True).at()
         program.calls += [
-            # Any NaN makes the sum NaN, and so may infinities, which costs no more than time.
+            # Any NaN makes the sum NaN. So may infinities: then the block is computed twice, to no harm.
             lambda i: skipped.append(_range(program, i)) if read[i].sum().isnan() else None,
-            # -0.0 and 0.0 tie.
+            # -0.0 and 0.0 are equal.
             lambda i: torch.add(read[i], 0.0, out=value[i]),
             lambda i: torch.bitwise_right_shift(ordered[i], bits, out=signs[i]),
             lambda i: signs[i].bitwise_and_(rest),
@@ -68,25 +84,25 @@ def max_pool_indices(x: Tensor, windows: Windows, out: Tensor, indices: Tensor) 
     keys = scratch(program, x, spatial, packed)
     key = keys.at()
     # The first of equal cells has the largest key.
-    places = torch.arange(cells - 1, -1, -1, dtype=packed).view(spatial)
+    countdown = torch.arange(cells - 1, -1, -1, dtype=packed).view(spatial)
     program.calls += [
         lambda i: key[i].copy_(ordered[i]),
-        lambda i: torch.add(places, key[i], alpha=1 << shift, out=key[i]),
+        lambda i: torch.add(countdown, key[i], alpha=1 << shift, out=key[i]),
     ]
     best = scratch(program, x, result, packed)
     add_max(keys, windows, best)
 
-    chosen, place = best.at(), Cells(program, indices, reused=False).at()
+    chosen, index = best.at(), Cells(program, indices, reused=False).at()
     low = scratch(program, x, result, packed).at()
     write = Cells(program, out.view(number) if floating else out, reused=False).at()
     program.calls += [
         lambda i: torch.bitwise_and(chosen[i], (1 << shift) - 1, out=low[i]),
-        lambda i: torch.sub(cells - 1, low[i], out=place[i]) if low[i].dtype == torch.int64 else place[i].copy_(low[i]),
+        lambda i: torch.sub(cells - 1, low[i], out=index[i]) if low[i].dtype == torch.int64 else index[i].copy_(low[i]),
         lambda i: chosen[i].bitwise_right_shift_(shift),
         lambda i: write[i].copy_(chosen[i]),
     ]
     if low[0].dtype != torch.int64:
-        program.calls.append(lambda i: place[i].neg_().add_(cells - 1))
+        program.calls.append(lambda i: index[i].neg_().add_(cells - 1))
     if floating:
         sign = scratch(program, x, result, number).at()
         program.calls += [
@@ -101,3 +117,34 @@ def max_pool_indices(x: Tensor, windows: Windows, out: Tensor, indices: Tensor) 
 def _range(program: Program, number: int) -> tuple[int, int]:
     start = number * program.step
     return start, start + (program.step if number < program.full else program.tail)
+
+
+def _run(plan: Plan, x: Tensor, out: Tensor, indices: Tensor) -> None:
+    for start, stop in max_pool_indices(x, plan.windows, out, indices):
+        # Which of several NaNs torch chooses is its own rule.
+        output, chosen = plan.eager(x[start:stop].unsqueeze(0), None)
+        out[start:stop] = output[0]
+        indices[start:stop] = chosen[0]  # type: ignore[index]  # the layer returns them
+
+
+def _fits(plan: Plan) -> bool:
+    return plan.dtype in DTYPES and not empty_windows(plan.plane, plan.windows, plan.output_plane)
+
+
+def _pays(_: Plan, case: Case) -> bool:
+    passes, width = count_passes(case.windows), case.plane[-1]
+    short = case.dtype.itemsize <= 2 and prod(case.plane) <= 1 << 16
+    cell = 1.5 + 12 / width + 0.12 * passes if short else 2.6 + 20 / width + 0.25 * passes
+    eager = eager_max(case) / (2 if len(case.plane) == 1 else 1)
+    return 3 * CALL + STEP * (passes + 14) + case.cells * cell < 0.95 * eager
+
+
+PACKED_MAX = Row(
+    "packed max",
+    ("max_pool",),
+    run=_run,
+    pays=_pays,
+    fits=_fits,
+    passes=lambda windows: count_passes(windows) + 14,
+    indices=True,
+)

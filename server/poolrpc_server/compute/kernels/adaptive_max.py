@@ -1,0 +1,139 @@
+"""Adaptive and global max pooling: the max of whole planes; and windows of different sizes, joined from equal ones."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+
+from poolrpc_server.compute.kernels.blocks import TARGET_BYTES, Call, Cells, Program, maximum, scratch
+from poolrpc_server.compute.kernels.cost import CALL, PREDICTED, UNPREDICTED
+from poolrpc_server.compute.kernels.plan import Row
+from poolrpc_server.compute.kernels.separable_max import add_max
+from poolrpc_server.compute.kernels.windows import Windows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from poolrpc_server.compute.kernels.cost import Case
+    from poolrpc_server.compute.kernels.plan import Plan
+
+MAX_WINDOWS = 4096
+"""Axes with more windows than this are left to torch, since each window's start is computed in Python."""
+
+
+def global_max(x: Tensor, out: Tensor) -> None:
+    """Write the maximum of each plane of x (P, *spatial) to out (P, 1, ...): NaN if the plane has one."""
+    rows, result = x.view(x.shape[0], -1), out.view(-1, 1)
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        torch.amax(rows, dim=1, keepdim=True, out=result)
+        return
+    # torch's amax of 16-bit floats takes three times as long as converting them first.
+    program = Program(rows.shape[0], rows.shape[1] * 4)
+    read, write = Cells(program, rows, reused=False).at(), Cells(program, result, reused=False).at()
+    single = scratch(program, x, rows.shape[1:], torch.float32).at()
+    best = scratch(program, x, (1,), torch.float32).at()
+    program.calls += [
+        lambda i: single[i].copy_(read[i]),
+        lambda i: torch.amax(single[i], dim=1, keepdim=True, out=best[i]),
+        lambda i: write[i].copy_(best[i]),
+    ]
+    program.run()
+
+
+def adaptive_max(x: Tensor, out: Tensor) -> None:
+    """Pool the planes of x (P, *plane) into out (P, *output_plane), whose shape determines the windows."""
+    plane, result = x.shape[1:], out.shape[1:]
+    if plane == result:
+        out.copy_(x)
+        return
+    program = Program(x.shape[0], prod(plane) * x.element_size())
+    source, target = Cells(program, x, reused=False), Cells(program, out, reused=False)
+    windows = Windows.dividing(tuple(plane), tuple(result))
+    if windows is None:
+        _join_windows(source, target)
+    else:
+        add_max(source, windows, target)
+    program.run()
+
+
+@lru_cache(maxsize=256)
+def axis_runs(size: int, length: int) -> tuple[int, tuple[Tensor, ...]]:
+    """Return the width of an axis's smallest window, and the starts of runs of that width that cover each window."""
+    windows = [(i * size // length, -(-(i + 1) * size // length)) for i in range(length)]
+    width = min(stop - start for start, stop in windows)
+    widest = max(stop - start for start, stop in windows)
+    return width, tuple(
+        torch.tensor([min(start + shift, stop - width) for start, stop in windows]) for shift in range(0, widest, width)
+    )
+
+
+def _join_windows(source: Cells, target: Cells) -> None:
+    """Append the calls for windows of different sizes: maxima of the smallest window's size, joined in pairs."""
+    program, rank = source.program, len(target.shape)
+    even = tuple(size // n if size % n == 0 else 1 for size, n in zip(source.shape, target.shape, strict=True))
+    if max(even) > 1:
+        shape = [size // k for size, k in zip(source.shape, even, strict=True)]
+        tiles = scratch(program, source.tensor, shape)
+        add_max(source, Windows.tiling(even), tiles)
+        source = tiles
+    axes = [axis for axis in range(rank) if source.shape[axis] != target.shape[axis]]
+    for axis in axes:
+        width, (first, *others) = axis_runs(source.shape[axis], target.shape[axis])
+        if width > 1:
+            shape = list(source.shape)
+            shape[axis] -= width - 1
+            runs = scratch(program, source.tensor, shape)
+            add_max(source, Windows.running(tuple(width if other == axis else 1 for other in range(rank))), runs)
+            source = runs
+        shape = list(source.shape)
+        shape[axis] = target.shape[axis]
+        joined = target if axis == axes[-1] else scratch(program, source.tensor, shape)
+        program.calls.append(_select(source.at(), axis + 1, first, joined.at()))
+        if others:
+            selected = scratch(program, source.tensor, shape).at()
+            for index in others:
+                program.calls.append(_select(source.at(), axis + 1, index, selected))
+                program.calls.append(maximum(joined.at(), selected, joined.at()))
+        source = joined
+
+
+def _select(source: list[Tensor], dim: int, index: Tensor, out: list[Tensor]) -> Call:
+    return lambda i: torch.index_select(source[i], dim, index, out=out[i])
+
+
+def _pays(_: Plan, case: Case) -> bool:
+    cells, outputs, item = case.cells, case.outputs, case.dtype.itemsize
+    if case.plane == case.result:
+        return True
+    if outputs >= UNPREDICTED or cells >= 1 << 17:
+        width = float((cells / outputs) ** (1 / len(case.result)))
+        eager = (cells * (0.7 + 6 / width) + outputs * 15) * (1.5 if len(case.result) == 3 else 1.0)
+    else:
+        eager = cells * 0.8 + outputs * 8
+    if Windows.dividing(case.plane, case.result) is not None:
+        ours = 2 * CALL + cells * (0.45 + 8 / case.plane[-1]) * max(item, 2) / 4
+    else:
+        # Each index of the last axis costs a call within torch, for each block.
+        calls = case.result[-1] * (1 + cells * item / TARGET_BYTES)
+        ours = 4 * CALL + (cells * (0.8 + 10 / case.plane[-1]) + outputs * 2.5) * max(1.0, item / 4) + calls * 300
+    return ours < 0.85 * eager
+
+
+GLOBAL_MAX = Row(
+    "global max",
+    ("global_max_pool", "adaptive_max_pool"),
+    run=lambda _, x, out, __: global_max(x, out),
+    pays=lambda _, case: case.cells >= PREDICTED,
+    fits=lambda plan: prod(plan.output_plane) == 1,
+)
+
+ADAPTIVE_MAX = Row(
+    "adaptive max",
+    ("adaptive_max_pool",),
+    run=lambda _, x, out, __: adaptive_max(x, out),
+    pays=_pays,
+    fits=lambda plan: prod(plan.output_plane) > 1 and max(plan.output_plane) <= MAX_WINDOWS,
+)
