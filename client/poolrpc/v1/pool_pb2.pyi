@@ -3,9 +3,10 @@
 isort:skip_file
 poolrpc's native API: PyTorch's pooling layers over gRPC.
 
-A tensor travels as a TensorSpec (dtype, shape, layout) and raw bytes: little-endian, C-contiguous, in the order of the
-specs, in the field `payload`, which is the last of its message, so that a client can frame it without copying it. On the
-server's own host it may lie in an arena instead: memory that the server shares with one client.
+A tensor is sent as a TensorSpec (dtype, shape, layout) and raw bytes. The bytes are little-endian and C-contiguous,
+in the order of the specs, in the field `payload`, which is the last field of its message so that clients can frame
+it without a copy. On the server's own host a tensor may be in an arena instead: memory that the server shares with
+one client.
 """
 
 from collections import abc as _abc
@@ -32,7 +33,7 @@ class _DataType:
 class _DataTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DataType.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     DATA_TYPE_UNSPECIFIED: _DataType.ValueType  # 0
-    """Not set: refused."""
+    """Not set: the request is rejected."""
     DATA_TYPE_FLOAT16: _DataType.ValueType  # 1
     """IEEE 754 half precision, 2 bytes."""
     DATA_TYPE_BFLOAT16: _DataType.ValueType  # 2
@@ -52,13 +53,13 @@ class _DataTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DataType.Val
     DATA_TYPE_INT64: _DataType.ValueType  # 9
     """Signed integer, 8 bytes."""
     DATA_TYPE_BOOL: _DataType.ValueType  # 10
-    """Boolean, 1 byte: named so that it can be refused by name; no layer takes it."""
+    """Boolean, 1 byte. No layer supports it; it has a number so that errors can name it."""
 
 class DataType(_DataType, metaclass=_DataTypeEnumTypeWrapper):
     """DataType is the type of a tensor's elements."""
 
 DATA_TYPE_UNSPECIFIED: DataType.ValueType  # 0
-"""Not set: refused."""
+"""Not set: the request is rejected."""
 DATA_TYPE_FLOAT16: DataType.ValueType  # 1
 """IEEE 754 half precision, 2 bytes."""
 DATA_TYPE_BFLOAT16: DataType.ValueType  # 2
@@ -78,7 +79,7 @@ DATA_TYPE_INT32: DataType.ValueType  # 8
 DATA_TYPE_INT64: DataType.ValueType  # 9
 """Signed integer, 8 bytes."""
 DATA_TYPE_BOOL: DataType.ValueType  # 10
-"""Boolean, 1 byte: named so that it can be refused by name; no layer takes it."""
+"""Boolean, 1 byte. No layer supports it; it has a number so that errors can name it."""
 Global___DataType: _TypeAlias = DataType  # noqa: Y015
 
 class _Layout:
@@ -90,7 +91,7 @@ class _LayoutEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Layout.ValueTy
     LAYOUT_UNSPECIFIED: _Layout.ValueType  # 0
     """Not set: channels first."""
     LAYOUT_CHANNELS_FIRST: _Layout.ValueType  # 1
-    """(N, C, spatial...), as torch has it: NCHW for images."""
+    """(N, C, spatial...), torch's default: NCHW for images."""
     LAYOUT_CHANNELS_LAST: _Layout.ValueType  # 2
     """(N, spatial..., C): NHWC for images."""
 
@@ -100,14 +101,14 @@ class Layout(_Layout, metaclass=_LayoutEnumTypeWrapper):
 LAYOUT_UNSPECIFIED: Layout.ValueType  # 0
 """Not set: channels first."""
 LAYOUT_CHANNELS_FIRST: Layout.ValueType  # 1
-"""(N, C, spatial...), as torch has it: NCHW for images."""
+"""(N, C, spatial...), torch's default: NCHW for images."""
 LAYOUT_CHANNELS_LAST: Layout.ValueType  # 2
 """(N, spatial..., C): NHWC for images."""
 Global___Layout: _TypeAlias = Layout  # noqa: Y015
 
 @_typing.final
 class TensorSpec(_message.Message):
-    """TensorSpec describes a tensor whose bytes lie in the message's payload."""
+    """TensorSpec describes a tensor whose bytes are in the message's payload or in an arena."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -120,7 +121,7 @@ class TensorSpec(_message.Message):
     """The order of the axes. The outputs of a request have the layout of its input."""
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The length of each axis, in the order of `layout`. A batched tensor has N and C beside its spatial axes, an
+        """The length of each axis, in the order of `layout`. A batched tensor has N and C in addition to its spatial axes, an
         unbatched one only C. N may be 0; every other axis is at least 1.
         """
 
@@ -141,7 +142,7 @@ Global___TensorSpec: _TypeAlias = TensorSpec  # noqa: Y015
 
 @_typing.final
 class PoolRequest(_message.Message):
-    """PoolRequest is one input and what to do with it."""
+    """PoolRequest is an input and the branches to run on it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -152,8 +153,8 @@ class PoolRequest(_message.Message):
     PADDING_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
     padding: _builtins.bytes
-    """Ignored. A client may fill it so that the payload starts at a multiple of 16 bytes of the encoded message: the server
-    then reads it where it lies, where it would else copy it.
+    """Ignored. A client may add bytes here so that the payload starts at a multiple of 16 bytes of the encoded message:
+    the server then reads the payload in place instead of copying it.
     """
     payload: _builtins.bytes
     """The bytes of the input, then those of the indices."""
@@ -163,7 +164,7 @@ class PoolRequest(_message.Message):
 
     @_builtins.property
     def indices(self) -> Global___TensorSpec:
-        """The max indices that MaxUnpool takes: int64, the shape and the layout of the input. Absent without a MaxUnpool."""
+        """The indices of maxima for MaxUnpool: int64, with the shape and the layout of the input. Absent without a MaxUnpool."""
 
     @_builtins.property
     def branches(self) -> _containers.RepeatedCompositeFieldContainer[Global___Branch]:
@@ -171,7 +172,7 @@ class PoolRequest(_message.Message):
 
     @_builtins.property
     def arena(self) -> Global___ArenaRanges:
-        """Where the bytes lie and where those of the results go, in place of payloads. Absent: in payloads."""
+        """The ranges of an arena that hold the input and receive the results. Absent: both are in payloads."""
 
     def __init__(
         self,
@@ -193,17 +194,17 @@ Global___PoolRequest: _TypeAlias = PoolRequest  # noqa: Y015
 
 @_typing.final
 class PoolResponse(_message.Message):
-    """PoolResponse holds a result for each branch, in the order of the request."""
+    """PoolResponse holds the result of each branch, in the order of the request."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     RESULTS_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
     payload: _builtins.bytes
-    """For each result the bytes of its output, then those of its indices. Empty where they went to an arena."""
+    """For each result, the bytes of its output, then those of its indices. Empty if they were written to an arena."""
     @_builtins.property
     def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___BranchResult]:
-        """One result a branch."""
+        """One result per branch."""
 
     def __init__(
         self,
@@ -221,8 +222,8 @@ Global___PoolResponse: _TypeAlias = PoolResponse  # noqa: Y015
 
 @_typing.final
 class PoolStreamRequest(_message.Message):
-    """PoolStreamRequest is the request, or a block of its input. A block has one or more whole planes: those of an image lie
-    together where channels are last, so that there a plane is a whole image.
+    """PoolStreamRequest is the request, or a block of its input. A block has one or more whole planes. With channels last,
+    the planes of an image are interleaved, so a block has one or more whole images.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -232,14 +233,14 @@ class PoolStreamRequest(_message.Message):
     PADDING_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
     unfinished: _builtins.bool
-    """The block goes on in the next message: a plane may be larger than a message should be."""
+    """Whether the block continues in the next message, because a plane is larger than a message should be."""
     padding: _builtins.bytes
     """Ignored, as in PoolRequest."""
     payload: _builtins.bytes
-    """The bytes of the block's planes of the input, then those of the same planes of the indices."""
+    """The bytes of the block's planes of the input, then of the same planes of the indices."""
     @_builtins.property
     def request(self) -> Global___PoolRequest:
-        """In the first message, and there alone: the request, without arena and payload."""
+        """Only in the first message: the request, without arena and payload."""
 
     def __init__(
         self,
@@ -259,7 +260,7 @@ Global___PoolStreamRequest: _TypeAlias = PoolStreamRequest  # noqa: Y015
 
 @_typing.final
 class PoolStreamResponse(_message.Message):
-    """PoolStreamResponse is what the results are, or what came of a block."""
+    """PoolStreamResponse is the description of the results, or the results of a block."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -267,12 +268,12 @@ class PoolStreamResponse(_message.Message):
     UNFINISHED_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
     unfinished: _builtins.bool
-    """What came of the block goes on in the next message."""
+    """Whether the results of the block continue in the next message."""
     payload: _builtins.bytes
-    """For each result the bytes of the block's planes of its output, then those of its indices."""
+    """For each result, the bytes of the block's planes of its output, then of its indices."""
     @_builtins.property
     def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___BranchResult]:
-        """In the first message, and there alone: one result a branch."""
+        """Only in the first message: one result per branch."""
 
     def __init__(
         self,
@@ -291,8 +292,8 @@ Global___PoolStreamResponse: _TypeAlias = PoolStreamResponse  # noqa: Y015
 
 @_typing.final
 class ArenaRanges(_message.Message):
-    """ArenaRanges says where in an arena a request's bytes are. Every tensor starts at a multiple of 64 bytes from the
-    arena's start: the next one after the tensor before it.
+    """ArenaRanges are the parts of an arena that a request uses. Within a range, each tensor starts at the next multiple of
+    64 bytes from the arena's start.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -301,14 +302,14 @@ class ArenaRanges(_message.Message):
     INPUT_FIELD_NUMBER: _builtins.int
     OUTPUT_FIELD_NUMBER: _builtins.int
     arena_id: _builtins.bytes
-    """The arena, as AttachResponse named it."""
+    """The arena's id, from AttachResponse."""
     @_builtins.property
     def input(self) -> Global___Range:
-        """Where the input lies, then the indices."""
+        """The input, then the indices."""
 
     @_builtins.property
     def output(self) -> Global___Range:
-        """Where the results go: for each its output, then its indices. Apart from the input's range."""
+        """The results: for each, its output, then its indices. Must not overlap the input's range."""
 
     def __init__(
         self,
@@ -334,9 +335,9 @@ class Range(_message.Message):
     OFFSET_FIELD_NUMBER: _builtins.int
     LENGTH_FIELD_NUMBER: _builtins.int
     offset: _builtins.int
-    """Its first byte: a multiple of 64."""
+    """The offset of its first byte: a multiple of 64."""
     length: _builtins.int
-    """Its bytes."""
+    """Its length in bytes."""
     def __init__(
         self,
         *,
@@ -353,15 +354,15 @@ Global___Range: _TypeAlias = Range  # noqa: Y015
 
 @_typing.final
 class AttachRequest(_message.Message):
-    """AttachRequest asks for an arena. It is no gRPC message: it goes, as one packet, to the socket beside the server's unix
-    socket whose name has ".arena" added (SOCK_SEQPACKET). The arena lives as long as that connection.
+    """AttachRequest asks for an arena. It is not sent through gRPC, but as one packet to a second socket (SOCK_SEQPACKET),
+    whose name is that of the server's unix socket with ".arena" added. The arena exists as long as that connection.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SIZE_FIELD_NUMBER: _builtins.int
     size: _builtins.int
-    """Bytes."""
+    """The size in bytes."""
     def __init__(
         self,
         *,
@@ -377,7 +378,9 @@ Global___AttachRequest: _TypeAlias = AttachRequest  # noqa: Y015
 
 @_typing.final
 class AttachResponse(_message.Message):
-    """AttachResponse answers with an arena. Its packet carries the descriptor of a sealed memfd (SCM_RIGHTS), to be mapped."""
+    """AttachResponse describes an arena. Its packet carries the descriptor of a sealed memfd (SCM_RIGHTS) for the client to
+    map.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -386,16 +389,16 @@ class AttachResponse(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     SOCKET_FIELD_NUMBER: _builtins.int
     arena_id: _builtins.bytes
-    """Names the arena in requests of this client: 16 random bytes."""
+    """The arena's id, for requests of this client: 16 random bytes."""
     size: _builtins.int
-    """Bytes: what was asked for, in whole pages."""
+    """The size in bytes: the requested size, rounded up to whole pages."""
     socket: _builtins.str
-    """The name of the gRPC socket, in the folder of the one that the client was given, of the process that has the arena:
-    of several worker processes only that one knows it. Empty: the socket that the client was given.
+    """The name of the gRPC socket of the worker process that has the arena, in the folder of the socket that the client
+    connected to: other workers don't know the arena. Empty: the socket that the client connected to.
     """
     @_builtins.property
     def error(self) -> _standard_pb2.Status:
-        """Set where the arena was refused; the rest is then absent."""
+        """Set if the request was rejected; the other fields are then absent."""
 
     def __init__(
         self,
@@ -415,14 +418,14 @@ Global___AttachResponse: _TypeAlias = AttachResponse  # noqa: Y015
 
 @_typing.final
 class Branch(_message.Message):
-    """Branch is a chain of layers: each takes the output of the one before."""
+    """Branch is a chain of layers: the input of each is the output of the previous one."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     LAYERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Layer]:
-        """The layers, first to last: at least one."""
+        """The layers, in order; at least one."""
 
     def __init__(
         self,
@@ -439,7 +442,7 @@ Global___Branch: _TypeAlias = Branch  # noqa: Y015
 
 @_typing.final
 class BranchResult(_message.Message):
-    """BranchResult is what one branch gave."""
+    """BranchResult is the result of one branch."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -456,8 +459,8 @@ class BranchResult(_message.Message):
 
     @_builtins.property
     def indices(self) -> Global___TensorSpec:
-        """The max indices of the last layer where it has return_indices: int64, the shape of the output. As in torch, an
-        index is the cell's place in the flattened channels-first input plane.
+        """The indices of the maxima, if the last layer has return_indices: int64, with the shape of the output. As in torch,
+        an index is the cell's position in the flattened channels-first plane of the layer's input.
         """
 
     def __init__(
@@ -484,7 +487,7 @@ class Shape(_message.Message):
     DIMS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def dims(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The lengths, outermost axis first."""
+        """The length of each axis, in the order of the layout."""
 
     def __init__(
         self,
@@ -542,7 +545,7 @@ class InferShapeResponse(_message.Message):
     BRANCHES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def branches(self) -> _containers.RepeatedCompositeFieldContainer[Global___BranchShapes]:
-        """One entry a branch."""
+        """One entry per branch."""
 
     def __init__(
         self,
@@ -566,7 +569,7 @@ class BranchShapes(_message.Message):
     SHAPES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def shapes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Shape]:
-        """The shapes, first layer to last."""
+        """The shapes, in the order of the layers."""
 
     def __init__(
         self,
@@ -583,8 +586,8 @@ Global___BranchShapes: _TypeAlias = BranchShapes  # noqa: Y015
 
 @_typing.final
 class Layer(_message.Message):
-    """Layer is one pooling layer. A repeated parameter of a layer with d spatial axes has 1 or d values; one value holds for
-    every axis.
+    """Layer is one pooling layer. A repeated parameter of a layer with d spatial axes has 1 or d values; a single value
+    applies to every axis.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -673,9 +676,9 @@ class MaxPool(_message.Message):
     spatial_dims: _builtins.int
     """1, 2 or 3: the 1d, 2d or 3d layer."""
     return_indices: _builtins.bool
-    """Whether the indices of the maxima are returned too (last layer of a chain only)."""
+    """Whether the indices of the maxima are returned too. Only for the last layer of a chain."""
     ceil_mode: _builtins.bool
-    """Whether a last, partial window counts."""
+    """Whether a last, partial window is included."""
     @_builtins.property
     def kernel_size(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The window's size in cells."""
@@ -727,11 +730,11 @@ class AvgPool(_message.Message):
     spatial_dims: _builtins.int
     """1, 2 or 3: the 1d, 2d or 3d layer."""
     ceil_mode: _builtins.bool
-    """Whether a last, partial window counts."""
+    """Whether a last, partial window is included."""
     count_include_pad: _builtins.bool
-    """Whether padding counts in the divisor. Unset: true."""
+    """Whether the padding counts in the divisor. Unset: true."""
     divisor_override: _builtins.int
-    """What the sum is divided by. Unset: the number of cells. Not for the 1d layer."""
+    """The divisor of the sum. Unset: the number of cells. Not for the 1d layer."""
     @_builtins.property
     def kernel_size(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The window's size in cells."""
@@ -784,9 +787,9 @@ class LpPool(_message.Message):
     spatial_dims: _builtins.int
     """1, 2 or 3: the 1d, 2d or 3d layer."""
     norm_type: _builtins.float
-    """The exponent p: above 0; infinity takes the max of the absolute values."""
+    """The exponent p, above 0. Infinity means the max of the absolute values."""
     ceil_mode: _builtins.bool
-    """Whether a last, partial window counts."""
+    """Whether a last, partial window is included."""
     @_builtins.property
     def kernel_size(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The window's size in cells."""
@@ -814,7 +817,9 @@ Global___LpPool: _TypeAlias = LpPool  # noqa: Y015
 
 @_typing.final
 class FractionalMaxPool(_message.Message):
-    """FractionalMaxPool takes the max of windows at pseudorandom places, drawn for each plane from the seed."""
+    """FractionalMaxPool takes the max of windows at pseudorandom positions, which are derived from the seed and the plane's
+    number.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -827,7 +832,7 @@ class FractionalMaxPool(_message.Message):
     spatial_dims: _builtins.int
     """2 or 3: the 2d or 3d layer."""
     return_indices: _builtins.bool
-    """Whether the indices of the maxima are returned too (last layer of a chain only)."""
+    """Whether the indices of the maxima are returned too. Only for the last layer of a chain."""
     seed: _builtins.int
     """The seed: the same seed, layer and tensor give the same output."""
     @_builtins.property
@@ -836,11 +841,11 @@ class FractionalMaxPool(_message.Message):
 
     @_builtins.property
     def output_size(self) -> Global___OutputSize:
-        """As a size."""
+        """In cells."""
 
     @_builtins.property
     def output_ratio(self) -> Global___OutputRatio:
-        """As a part of the input."""
+        """As a fraction of the input's size."""
 
     def __init__(
         self,
@@ -871,7 +876,7 @@ class OutputSize(_message.Message):
     CELLS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def cells(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Cells an axis: 1 or d values."""
+        """Cells per axis: 1 or d values."""
 
     def __init__(
         self,
@@ -888,14 +893,14 @@ Global___OutputSize: _TypeAlias = OutputSize  # noqa: Y015
 
 @_typing.final
 class OutputRatio(_message.Message):
-    """OutputRatio is the spatial size of an output as a part of its input's."""
+    """OutputRatio is the spatial size of an output as a fraction of its input's."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     RATIOS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ratios(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Output over input, an axis: 1 or d values, each in (0, 1)."""
+        """Output divided by input per axis: 1 or d values, each in (0, 1)."""
 
     def __init__(
         self,
@@ -918,7 +923,7 @@ class AdaptiveSize(_message.Message):
 
     CELLS_FIELD_NUMBER: _builtins.int
     cells: _builtins.int
-    """Cells. Unset: that of the input (torch's None)."""
+    """Cells. Unset: the input's size (torch's None)."""
     def __init__(
         self,
         *,
@@ -936,7 +941,7 @@ Global___AdaptiveSize: _TypeAlias = AdaptiveSize  # noqa: Y015
 
 @_typing.final
 class AdaptiveMaxPool(_message.Message):
-    """AdaptiveMaxPool takes the max of as many windows as give the output size."""
+    """AdaptiveMaxPool takes the max of each window; the output size determines the windows."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -946,7 +951,7 @@ class AdaptiveMaxPool(_message.Message):
     spatial_dims: _builtins.int
     """1, 2 or 3: the 1d, 2d or 3d layer."""
     return_indices: _builtins.bool
-    """Whether the indices of the maxima are returned too (last layer of a chain only)."""
+    """Whether the indices of the maxima are returned too. Only for the last layer of a chain."""
     @_builtins.property
     def output_size(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdaptiveSize]:
         """The output's spatial size."""
@@ -968,7 +973,7 @@ Global___AdaptiveMaxPool: _TypeAlias = AdaptiveMaxPool  # noqa: Y015
 
 @_typing.final
 class AdaptiveAvgPool(_message.Message):
-    """AdaptiveAvgPool takes the mean of as many windows as give the output size."""
+    """AdaptiveAvgPool takes the mean of each window; the output size determines the windows."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -996,7 +1001,7 @@ Global___AdaptiveAvgPool: _TypeAlias = AdaptiveAvgPool  # noqa: Y015
 
 @_typing.final
 class MaxUnpool(_message.Message):
-    """MaxUnpool puts each value where its index says, and zeros elsewhere. First layer of a chain only."""
+    """MaxUnpool writes each value to the position of its index, and zeros elsewhere. Only for the first layer of a chain."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1009,19 +1014,19 @@ class MaxUnpool(_message.Message):
     """1, 2 or 3: the 1d, 2d or 3d layer."""
     @_builtins.property
     def kernel_size(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The kernel_size of the MaxPool that is undone."""
+        """The kernel_size of the MaxPool to invert."""
 
     @_builtins.property
     def stride(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Its stride. Empty: kernel_size."""
+        """The stride of that MaxPool. Empty: kernel_size."""
 
     @_builtins.property
     def padding(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Its padding. Empty: 0."""
+        """The padding of that MaxPool. Empty: 0."""
 
     @_builtins.property
     def output_size(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The output's spatial size, d values, each less than a stride from the default. Empty: the default,
+        """The output's spatial size, d values. Each differs from the default by less than a stride. Empty: the default,
         (input - 1) * stride - 2 * padding + kernel_size.
         """
 
@@ -1044,7 +1049,7 @@ Global___MaxUnpool: _TypeAlias = MaxUnpool  # noqa: Y015
 
 @_typing.final
 class GlobalMaxPool(_message.Message):
-    """GlobalMaxPool takes the max of each plane of a batched tensor: an output of 1 on every spatial axis."""
+    """GlobalMaxPool takes the max of each plane of a batched tensor. Every spatial axis of the output has length 1."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1061,7 +1066,7 @@ Global___GlobalMaxPool: _TypeAlias = GlobalMaxPool  # noqa: Y015
 
 @_typing.final
 class GlobalAvgPool(_message.Message):
-    """GlobalAvgPool takes the mean of each plane of a batched tensor: an output of 1 on every spatial axis."""
+    """GlobalAvgPool takes the mean of each plane of a batched tensor. Every spatial axis of the output has length 1."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1078,7 +1083,7 @@ Global___GlobalAvgPool: _TypeAlias = GlobalAvgPool  # noqa: Y015
 
 @_typing.final
 class GetServerInfoRequest(_message.Message):
-    """GetServerInfoRequest asks about the server."""
+    """GetServerInfoRequest asks for information about the server."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1095,7 +1100,7 @@ Global___GetServerInfoRequest: _TypeAlias = GetServerInfoRequest  # noqa: Y015
 
 @_typing.final
 class GetServerInfoResponse(_message.Message):
-    """GetServerInfoResponse tells what the server is."""
+    """GetServerInfoResponse describes the server."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1131,21 +1136,21 @@ class GetServerInfoResponse(_message.Message):
     torch_version: _builtins.str
     """The version of torch."""
     device: _builtins.str
-    """The device that layers run on, as torch names it: "cpu", "cuda:0", "mps"."""
+    """The device that layers run on, by torch's name: "cpu", "cuda:0", "mps"."""
     threads: _builtins.int
-    """How many requests are computed at a time."""
+    """The number of requests that are computed at the same time."""
     @_builtins.property
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerInfo]:
-        """Every layer that is served."""
+        """The layers that the server supports."""
 
     @_builtins.property
     def limits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Limit]:
-        """Every limit in force."""
+        """The limits in force."""
 
     @_builtins.property
     def features(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """What is on, by name: "tls" ("off", "on", "mutual"), "tokens" and "metrics" ("off", "on"), "traces" ("off", or where
-        spans are sent). Nothing secret.
+        """The state of optional features by name: "tls" ("off", "on", "mutual"), "tokens" and "metrics" ("off", "on"),
+        "traces" ("off", or where spans are sent). Contains no secrets.
         """
 
     def __init__(
@@ -1169,7 +1174,7 @@ Global___GetServerInfoResponse: _TypeAlias = GetServerInfoResponse  # noqa: Y015
 
 @_typing.final
 class LayerInfo(_message.Message):
-    """LayerInfo is a layer and the dtypes that it takes."""
+    """LayerInfo is a layer and the dtypes that it supports."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1197,7 +1202,7 @@ Global___LayerInfo: _TypeAlias = LayerInfo  # noqa: Y015
 
 @_typing.final
 class Limit(_message.Message):
-    """Limit is a bound that the server holds requests to."""
+    """Limit is a limit on requests."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1205,11 +1210,11 @@ class Limit(_message.Message):
     VALUE_FIELD_NUMBER: _builtins.int
     UNIT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """The limit's name, as errors have it."""
+    """The limit's name, as in errors."""
     value: _builtins.int
     """Its value."""
     unit: _builtins.str
-    """What it counts: "bytes", "cells", "times", "layers"."""
+    """Its unit: "bytes", "cells", "times", "layers"."""
     def __init__(
         self,
         *,

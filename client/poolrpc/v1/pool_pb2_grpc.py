@@ -69,23 +69,23 @@ class PoolServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def PoolStream(self, request_iterator, context):
-        """PoolStream does the same for a tensor of any size, while its blocks still arrive. The first message holds the request;
-        each that follows holds a block of whole planes. The first answer holds the shapes; each that follows holds what
-        came of a block, in order.
+        """PoolStream does the same for a tensor of any size, whose blocks are pooled as they arrive. The first request
+        message holds the request, and each later one a block of whole planes. The first response message holds the shapes,
+        and each later one the results of a block, in order.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def InferShape(self, request, context):
-        """InferShape answers with the shapes that Pool would give, and computes nothing else.
+        """InferShape returns the shapes that Pool would return, without computing anything else.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetServerInfo(self, request, context):
-        """GetServerInfo tells versions, the device, the layers with their dtypes, and every limit in force.
+        """GetServerInfo returns versions, the device, the layers with their dtypes, and the limits in force.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

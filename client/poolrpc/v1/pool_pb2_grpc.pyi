@@ -3,9 +3,10 @@
 isort:skip_file
 poolrpc's native API: PyTorch's pooling layers over gRPC.
 
-A tensor travels as a TensorSpec (dtype, shape, layout) and raw bytes: little-endian, C-contiguous, in the order of the
-specs, in the field `payload`, which is the last of its message, so that a client can frame it without copying it. On the
-server's own host it may lie in an arena instead: memory that the server shares with one client.
+A tensor is sent as a TensorSpec (dtype, shape, layout) and raw bytes. The bytes are little-endian and C-contiguous,
+in the order of the specs, in the field `payload`, which is the last field of its message so that clients can frame
+it without a copy. On the server's own host a tensor may be in an arena instead: memory that the server shares with
+one client.
 """
 
 from collections import abc as _abc
@@ -41,14 +42,14 @@ class PoolServiceStub:
     Pool: _grpc.UnaryUnaryMultiCallable[_pool_pb2.PoolRequest, _pool_pb2.PoolResponse]
     """Pool runs every branch of the request on its input."""
     PoolStream: _grpc.StreamStreamMultiCallable[_pool_pb2.PoolStreamRequest, _pool_pb2.PoolStreamResponse]
-    """PoolStream does the same for a tensor of any size, while its blocks still arrive. The first message holds the request;
-    each that follows holds a block of whole planes. The first answer holds the shapes; each that follows holds what
-    came of a block, in order.
+    """PoolStream does the same for a tensor of any size, whose blocks are pooled as they arrive. The first request
+    message holds the request, and each later one a block of whole planes. The first response message holds the shapes,
+    and each later one the results of a block, in order.
     """
     InferShape: _grpc.UnaryUnaryMultiCallable[_pool_pb2.InferShapeRequest, _pool_pb2.InferShapeResponse]
-    """InferShape answers with the shapes that Pool would give, and computes nothing else."""
+    """InferShape returns the shapes that Pool would return, without computing anything else."""
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_pool_pb2.GetServerInfoRequest, _pool_pb2.GetServerInfoResponse]
-    """GetServerInfo tells versions, the device, the layers with their dtypes, and every limit in force."""
+    """GetServerInfo returns versions, the device, the layers with their dtypes, and the limits in force."""
 
 @_typing.type_check_only
 class PoolServiceAsyncStub(PoolServiceStub):
@@ -58,14 +59,14 @@ class PoolServiceAsyncStub(PoolServiceStub):
     Pool: _aio.UnaryUnaryMultiCallable[_pool_pb2.PoolRequest, _pool_pb2.PoolResponse]  # type: ignore[assignment]
     """Pool runs every branch of the request on its input."""
     PoolStream: _aio.StreamStreamMultiCallable[_pool_pb2.PoolStreamRequest, _pool_pb2.PoolStreamResponse]  # type: ignore[assignment]
-    """PoolStream does the same for a tensor of any size, while its blocks still arrive. The first message holds the request;
-    each that follows holds a block of whole planes. The first answer holds the shapes; each that follows holds what
-    came of a block, in order.
+    """PoolStream does the same for a tensor of any size, whose blocks are pooled as they arrive. The first request
+    message holds the request, and each later one a block of whole planes. The first response message holds the shapes,
+    and each later one the results of a block, in order.
     """
     InferShape: _aio.UnaryUnaryMultiCallable[_pool_pb2.InferShapeRequest, _pool_pb2.InferShapeResponse]  # type: ignore[assignment]
-    """InferShape answers with the shapes that Pool would give, and computes nothing else."""
+    """InferShape returns the shapes that Pool would return, without computing anything else."""
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_pool_pb2.GetServerInfoRequest, _pool_pb2.GetServerInfoResponse]  # type: ignore[assignment]
-    """GetServerInfo tells versions, the device, the layers with their dtypes, and every limit in force."""
+    """GetServerInfo returns versions, the device, the layers with their dtypes, and the limits in force."""
 
 class PoolServiceServicer(metaclass=_abc_1.ABCMeta):
     """PoolService runs pooling layers on tensors. Every error carries google.rpc.ErrorInfo with the domain "poolrpc"."""
@@ -84,9 +85,9 @@ class PoolServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_pool_pb2.PoolStreamRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_pool_pb2.PoolStreamResponse], _abc.AsyncIterator[_pool_pb2.PoolStreamResponse]]:
-        """PoolStream does the same for a tensor of any size, while its blocks still arrive. The first message holds the request;
-        each that follows holds a block of whole planes. The first answer holds the shapes; each that follows holds what
-        came of a block, in order.
+        """PoolStream does the same for a tensor of any size, whose blocks are pooled as they arrive. The first request
+        message holds the request, and each later one a block of whole planes. The first response message holds the shapes,
+        and each later one the results of a block, in order.
         """
 
     @_abc_1.abstractmethod
@@ -95,7 +96,7 @@ class PoolServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _pool_pb2.InferShapeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_pool_pb2.InferShapeResponse, _abc.Awaitable[_pool_pb2.InferShapeResponse]]:
-        """InferShape answers with the shapes that Pool would give, and computes nothing else."""
+        """InferShape returns the shapes that Pool would return, without computing anything else."""
 
     @_abc_1.abstractmethod
     def GetServerInfo(
@@ -103,6 +104,6 @@ class PoolServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _pool_pb2.GetServerInfoRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_pool_pb2.GetServerInfoResponse, _abc.Awaitable[_pool_pb2.GetServerInfoResponse]]:
-        """GetServerInfo tells versions, the device, the layers with their dtypes, and every limit in force."""
+        """GetServerInfo returns versions, the device, the layers with their dtypes, and the limits in force."""
 
 def add_PoolServiceServicer_to_server(servicer: PoolServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
