@@ -126,7 +126,7 @@ def test_the_log_is_text_by_default() -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--listen", "0.0.0.0:0"], "is public"),
+        (["--listen", "0.0.0.0:0"], "for a public address"),
         (["--listen", "nonsense"], "expected host:port or unix:PATH"),
         (["--threads", "-1"], "threads: expected at least 0"),
         (["--device", "cuda:99"], "device: expected auto or a device of this machine"),

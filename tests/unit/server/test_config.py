@@ -1,4 +1,4 @@
-"""The server's settings: flags, environment, defaults, bounds, and which addresses are safe."""
+"""The server's settings: flags, environment variables, defaults, ranges, and which addresses are safe."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from poolrpc_server.config import Config, ConfigError, parse
 from poolrpc_server.resources import cpu_count
 
 NUMBERS = [each.name for each in fields(Config) if each.metadata["unit"]]
-LEAST = {"max_arena_bytes": -1} | dict.fromkeys(
+MINIMUM = {"max_arena_bytes": -1} | dict.fromkeys(
     [
         "threads",
         "max_message_bytes",
@@ -29,25 +29,25 @@ LEAST = {"max_arena_bytes": -1} | dict.fromkeys(
     ],
     0,
 )
-BY_THE_MACHINE = ["threads", "max_message_bytes", "max_inflight_bytes", "max_arena_bytes"]
+AUTOMATIC = ["threads", "max_message_bytes", "max_inflight_bytes", "max_arena_bytes"]
 GIB = 2**30
 
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch):
-    """Take every setting of this process's own environment away, and make lines long enough for --help."""
+    """Remove the settings in this process's environment, and make lines long enough for --help."""
     for name in [name for name in os.environ if name.startswith("POOLRPC_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("COLUMNS", "1000")
 
 
 def flag(name):
-    """Give the flag of a setting."""
+    """Return the flag of a setting."""
     return f"--{name.replace('_', '-')}"
 
 
-def test_without_anything_the_defaults_hold():
-    """A bare command has the Config's own defaults, which are safe: the loopback address, and bounded everything."""
+def test_without_flags_the_defaults_apply():
+    """A command without flags has the defaults of Config, which are safe: a loopback address, and finite limits."""
     config = parse([])
     assert config == Config()
     assert config.listen == ("127.0.0.1:50051",)
@@ -55,8 +55,8 @@ def test_without_anything_the_defaults_hold():
     assert config.max_output_bytes == MAX_PAYLOAD_BYTES
 
 
-def test_threads_are_the_cpus_of_this_process():
-    """Unless it is told how many, the server computes on as many threads as there are CPUs for it."""
+def test_the_default_of_threads_is_the_number_of_cpus():
+    """By default the server computes on as many threads as it may use CPUs."""
     assert Config().threads == cpu_count()
     assert Config(threads=3).threads == 3
 
@@ -70,19 +70,20 @@ def test_threads_are_the_cpus_of_this_process():
         (4 * 2**20, 4 * 2**20, 4 * 2**20 * 2 // 5, 4 * 2**20 // 5),
     ],
 )
-def test_bytes_follow_the_memory(monkeypatch, memory, message, inflight, arenas):
-    """Unless they are told, limits are parts of the memory that the server may use, up to what is of use."""
+def test_byte_limits_depend_on_the_memory(monkeypatch, memory, message, inflight, arenas):
+    """The defaults of byte limits are fractions of the memory that the server may use, up to a maximum."""
     monkeypatch.setattr("poolrpc_server.config.memory_bytes", lambda: memory)
     config = Config()
     assert (config.max_message_bytes, config.max_inflight_bytes, config.max_arena_bytes) == (message, inflight, arenas)
-    told = Config(max_message_bytes=MAX_MESSAGE_BYTES, max_inflight_bytes=8 * GIB, max_arena_bytes=0)
-    assert (told.max_message_bytes, told.max_inflight_bytes, told.max_arena_bytes) == (MAX_MESSAGE_BYTES, 8 * GIB, 0)
+    explicit = Config(max_message_bytes=MAX_MESSAGE_BYTES, max_inflight_bytes=8 * GIB, max_arena_bytes=0)
+    limits = (explicit.max_message_bytes, explicit.max_inflight_bytes, explicit.max_arena_bytes)
+    assert limits == (MAX_MESSAGE_BYTES, 8 * GIB, 0)
 
 
 MODELS = str(Path(__file__).with_name("presets.toml"))
 
-# A value of each setting other than its default, as it is written and as it is read.
-OTHERS = {
+# A value other than the default of every setting: as written on the command line, and as parsed.
+OTHER_VALUES = {
     "listen": ("unix:/tmp/x.sock", ("unix:/tmp/x.sock",)),
     "tls_cert": ("cert.pem", "cert.pem"),
     "tls_key": ("key.pem", "key.pem"),
@@ -125,8 +126,8 @@ OTHERS = {
 }
 
 
-# What a setting is refused without.
-BESIDE = {
+# The settings without which a setting is rejected.
+REQUIRED = {
     "tls_cert": {"tls_key": "k"},
     "tls_key": {"tls_cert": "c"},
     "tls_client_ca": {"tls_cert": "c", "tls_key": "k"},
@@ -136,21 +137,21 @@ BESIDE = {
 
 @pytest.mark.parametrize("name", [each.name for each in fields(Config)])
 def test_a_setting_has_a_flag_and_a_variable(name, monkeypatch):
-    """Each setting is given by its flag, or by its POOLRPC_ variable where there is no flag; the flag wins."""
-    text, value = OTHERS[name]
-    beside = BESIDE.get(name, {})
-    expected = replace(Config(), **{name: value, **beside})
+    """Every setting has a flag and a POOLRPC_ variable; the flag takes precedence."""
+    text, value = OTHER_VALUES[name]
+    required = REQUIRED.get(name, {})
+    expected = replace(Config(), **{name: value, **required})
     assert expected != Config()
-    for other, path in beside.items():
+    for other, path in required.items():
         monkeypatch.setenv(f"POOLRPC_{other.upper()}", path)
-    given = [flag(name)] if isinstance(value, bool) else [flag(name), text]
-    assert parse(given) == expected
+    arguments = [flag(name)] if isinstance(value, bool) else [flag(name), text]
+    assert parse(arguments) == expected
     monkeypatch.setenv(f"POOLRPC_{name.upper()}", text)
     assert parse([]) == expected
     default = getattr(Config(), name)
-    if not (isinstance(value, bool) or beside or default == ()):
-        back = default[0] if isinstance(default, tuple) else str(default)
-        assert parse([flag(name), back]) == Config()
+    if not (isinstance(value, bool) or required or default == ()):
+        text = default[0] if isinstance(default, tuple) else str(default)
+        assert parse([flag(name), text]) == Config()
 
 
 @pytest.mark.parametrize(
@@ -162,65 +163,67 @@ def test_a_setting_has_a_flag_and_a_variable(name, monkeypatch):
         ("[::1]:50051", ("[::1]:50051",)),
     ],
 )
-def test_several_addresses_in_the_environment_stand_in_brackets(monkeypatch, text, addresses):
-    """POOLRPC_LISTEN has one address, or several as [a, b]."""
+def test_several_addresses_in_a_variable_are_in_brackets(monkeypatch, text, addresses):
+    """POOLRPC_LISTEN contains one address, or several as [a, b]."""
     monkeypatch.setenv("POOLRPC_LISTEN", text)
     assert parse([]).listen == addresses
 
 
 def test_listen_is_repeatable():
-    """Each --listen adds an address; the default isn't among them."""
+    """Each --listen adds an address; the default is not included."""
     assert parse(["--listen", "localhost:0", "--listen", "unix:x"]).listen == ("localhost:0", "unix:x")
 
 
-@pytest.mark.parametrize("each", fields(Config), ids=lambda each: each.name)
-def test_help_has_every_default_and_unit(each, capsys):
-    """--help says, for every setting, what it is, its default with the unit, and its variable."""
-    with pytest.raises(SystemExit) as ended:
+@pytest.mark.parametrize("setting", fields(Config), ids=lambda setting: setting.name)
+def test_help_has_every_default_and_unit(setting, capsys):
+    """--help shows, for every setting, its help, its default with the unit, and its variable."""
+    with pytest.raises(SystemExit) as exit_info:
         parse(["--help"])
-    assert ended.value.code == 0
-    default = ", ".join(each.default) if isinstance(each.default, tuple) else each.default
+    assert exit_info.value.code == 0
+    default = ", ".join(setting.default) if isinstance(setting.default, tuple) else setting.default
     default = "none" if default == "" else default
     default = str(default).lower() if isinstance(default, bool) else default
-    unit = f" {each.metadata['unit']}" if each.metadata["unit"] else ""
-    variable = f"POOLRPC_{each.name.upper()}"
-    said = " ".join(capsys.readouterr().out.split())
-    text = re.escape(f"{each.metadata['help']} [default: {default}{unit}; {variable}]")
-    entry = rf"{flag(each.name)}( [A-Z]+)? {text}"
-    assert re.search(entry, said)
-    assert Config.unit(each.name) == each.metadata["unit"]
+    unit = f" {setting.metadata['unit']}" if setting.metadata["unit"] else ""
+    variable = f"POOLRPC_{setting.name.upper()}"
+    output = " ".join(capsys.readouterr().out.split())
+    text = re.escape(f"{setting.metadata['help']} [default: {default}{unit}; {variable}]")
+    assert re.search(rf"{flag(setting.name)}( [A-Z]+)? {text}", output)
+    assert Config.unit(setting.name) == setting.metadata["unit"]
+    assert setting.metadata["help"].endswith(".")
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_a_number_has_a_least_value(name):
-    """A count below 1, or below what else has a meaning, is refused with the unit and the value."""
-    least = LEAST.get(name, 1)
-    made = getattr(Config(**{name: least}), name)
-    assert made == (getattr(Config(), name) if name in BY_THE_MACHINE else least)
-    with pytest.raises(ConfigError, match=f"^{name}: expected at least {least} {Config.unit(name)}, got {least - 1}$"):
-        Config(**{name: least - 1})
+def test_a_number_has_a_minimum(name):
+    """A number below its minimum, or NaN, is rejected with the unit and the value."""
+    minimum = MINIMUM.get(name, 1)
+    value = getattr(Config(**{name: minimum}), name)
+    assert value == (getattr(Config(), name) if name in AUTOMATIC else minimum)
+    with pytest.raises(
+        ConfigError, match=f"^{name}: expected at least {minimum} {Config.unit(name)}, got {minimum - 1}$"
+    ):
+        Config(**{name: minimum - 1})
     with pytest.raises(ConfigError, match=f"^{name}: expected "):
         Config(**{name: float("nan")})
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_a_number_has_a_greatest_value(name):
-    """A value that the server can't report, or wait for, is refused at the start and not when it is first used."""
+def test_a_number_has_a_maximum(name):
+    """A value that is too large is rejected when the server starts, not when it is first used."""
     for value in [float("inf"), 1e300] if isinstance(getattr(Config(), name), float) else [2**64]:
         with pytest.raises(ConfigError, match=f"^{name}: expected "):
             Config(**{name: value})
 
 
-def test_a_message_is_at_most_what_grpc_can_be_told():
-    """GRPC's own limit is a C int: 2**31 - 1 bytes are taken, one more is refused."""
+def test_the_maximum_of_message_bytes_is_grpcs():
+    """GRPC's own limit is a C int: 2**31 - 1 bytes are accepted, one more is rejected."""
     assert Config(max_message_bytes=2**31 - 1).max_message_bytes == 2**31 - 1
-    with pytest.raises(ConfigError, match=r"^max_message_bytes: expected "):
+    with pytest.raises(ConfigError, match=r"^max_message_bytes: expected at most 2147483647 bytes, got 2147483648$"):
         Config(max_message_bytes=2**31)
 
 
 @pytest.mark.parametrize(("name", "value"), [("log_format", "xml"), ("log_level", "INFO"), ("log_level", "")])
 def test_a_choice_is_one_of_its_names(name, value):
-    """An unknown format or level is refused with the names there are."""
+    """An unknown format or level is rejected with the known names."""
     with pytest.raises(ConfigError, match=f"^{name}: expected one of .*, got '{value}'$"):
         Config(**{name: value})
 
@@ -237,8 +240,8 @@ def test_a_choice_is_one_of_its_names(name, value):
         "unix:///x",
     ],
 )
-def test_an_address_of_this_machine_is_safe(address):
-    """A loopback address and a unix socket need no leave."""
+def test_a_local_address_is_safe(address):
+    """A loopback address and a unix socket do not need --insecure."""
     assert Config(listen=(address,)).listen == (address,)
 
 
@@ -246,8 +249,8 @@ def test_an_address_of_this_machine_is_safe(address):
     "address", ["0.0.0.0:50051", "[::]:50051", "192.168.1.1:0", "10.0.0.1:1", "[2001:db8::1]:1", "example.com:50051"]
 )
 def test_a_public_address_needs_insecure(address):
-    """An address that others reach is refused unless --insecure is given, and the message says so."""
-    with pytest.raises(ConfigError, match=r"is public, .*--insecure") as raised:
+    """An address that other machines can reach is rejected without --insecure, which the message names."""
+    with pytest.raises(ConfigError, match=r"for a public address, got neither .*--insecure") as raised:
         Config(listen=("127.0.0.1:0", address))
     assert address in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -259,21 +262,20 @@ TLS = {"tls_cert": "c", "tls_key": "k"}
 
 
 def test_a_public_address_is_safe_with_tls_and_tokens():
-    """Both together make an address safe that others reach; one alone doesn't, and the message says which there is."""
-    both = TLS | {"token_file": "t"}
-    assert Config(listen=("0.0.0.0:1",), **both).listen == ("0.0.0.0:1",)
-    for guards, had in (
+    """A public address needs both; the message says which of them is set."""
+    assert Config(listen=("0.0.0.0:1",), **TLS | {"token_file": "t"}).listen == ("0.0.0.0:1",)
+    for settings, found in (
         ({}, "neither"),
         (TLS, "TLS"),
         ({"token_file": "t"}, "tokens"),
         (TLS | {"tls_client_ca": "a"}, "TLS"),
     ):
-        with pytest.raises(ConfigError, match=rf"TLS and tokens are expected \(.*\), got {had}: "):
-            Config(listen=("0.0.0.0:1",), **guards)
+        with pytest.raises(ConfigError, match=rf"expected TLS and tokens \(.*\) for a public address, got {found} "):
+            Config(listen=("0.0.0.0:1",), **settings)
 
 
 @pytest.mark.parametrize(
-    ("given", "missing"),
+    ("settings", "missing"),
     [
         ({"tls_cert": "c"}, "tls_key"),
         ({"tls_key": "k"}, "tls_cert"),
@@ -282,10 +284,12 @@ def test_a_public_address_is_safe_with_tls_and_tokens():
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_goes_together_is_asked_for(given, missing):
-    """A certificate without its key, and the like, is refused with what is missing."""
-    with pytest.raises(ConfigError, match=f"^{missing}: expected a file, for {next(iter(given))} is given, got none$"):
-        Config(**given)
+def test_a_setting_that_another_requires_is_named(settings, missing):
+    """A certificate without its key, for example, is rejected with the name of the missing setting."""
+    with pytest.raises(
+        ConfigError, match=f"^{missing}: expected a file, because {next(iter(settings))} is set, got none$"
+    ):
+        Config(**settings)
 
 
 @pytest.mark.parametrize(
@@ -304,40 +308,40 @@ def test_what_goes_together_is_asked_for(given, missing):
     ],
 )
 @pytest.mark.parametrize("insecure", [False, True])
-def test_what_is_no_address_is_refused(address, insecure):
-    """An address without a host or a port, or a socket without a path, is refused with what was expected."""
+def test_an_invalid_address_is_rejected(address, insecure):
+    """An address without a host or a port, or a socket without a path, is rejected with what was expected."""
     with pytest.raises(ConfigError, match=r"^listen: expected (host:port or )?unix:PATH, got "):
         Config(listen=(address,), insecure=insecure)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:0", "localhost:9464", "[::1]:9464"])
-def test_metrics_have_an_address_of_this_machine(address):
-    """The address of the metrics is host:port, without leave if it is of this machine alone."""
+def test_a_loopback_address_of_metrics_is_safe(address):
+    """The address of the metrics is host:port; a loopback address does not need --insecure."""
     assert Config(metrics=address).metrics == address
 
 
 @pytest.mark.parametrize(
     ("address", "words"),
     [
-        ("0.0.0.0:9464", "metrics: '0.0.0.0:9464' is public, .*--insecure"),
+        ("0.0.0.0:9464", "metrics: expected a loopback address, .* got '0.0.0.0:9464'.*--insecure"),
         ("9464", "metrics: expected host:port"),
         ("unix:/tmp/x", "metrics: expected host:port, got 'unix:/tmp/x'$"),
     ],
 )
-def test_other_addresses_of_metrics_are_refused(address, words):
-    """A public one needs --insecure; HTTP is on no unix socket."""
+def test_other_addresses_of_metrics_are_rejected(address, words):
+    """A public address needs --insecure; metrics are not served on a unix socket."""
     with pytest.raises(ConfigError, match=f"^{words}"):
         Config(metrics=address)
 
 
-def test_a_server_listens_somewhere():
-    """No address at all is refused."""
+def test_a_server_needs_an_address():
+    """An empty list of addresses is rejected."""
     with pytest.raises(ConfigError, match=r"^listen: expected at least one address, got none$"):
         Config(listen=())
 
 
-def test_a_config_does_not_change():
-    """A Config is frozen, and its addresses are a tuple however they were given."""
+def test_a_config_is_immutable():
+    """A Config is frozen, and its addresses are a tuple even if they were given as a list."""
     config = Config(listen=["127.0.0.1:0"])
     assert config.listen == ("127.0.0.1:0",)
     with pytest.raises(FrozenInstanceError):
@@ -356,50 +360,50 @@ def test_a_config_does_not_change():
     ],
     ids=" ".join,
 )
-def test_a_flag_that_is_none_ends_the_command(arguments, capsys):
-    """What no flag takes ends with status 2, and a line on stderr that names it."""
-    with pytest.raises(SystemExit) as ended:
+def test_an_invalid_argument_ends_the_command(arguments, capsys):
+    """An argument that no flag accepts ends the command with status 2 and a line on stderr that names it."""
+    with pytest.raises(SystemExit) as exit_info:
         main(arguments)
-    assert ended.value.code == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert any(argument in said.err.splitlines()[-1] for argument in arguments)
+    assert exit_info.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert any(argument in captured.err.splitlines()[-1] for argument in arguments)
 
 
 @pytest.mark.parametrize("variable", ["POOLRPC_THREADS", "POOLRPC_DRAIN_SECONDS", "POOLRPC_INSECURE"])
-def test_a_variable_that_is_none_ends_the_command(variable, monkeypatch, capsys):
-    """A value of the environment that can't be read ends the command just so."""
+def test_an_invalid_variable_ends_the_command(variable, monkeypatch, capsys):
+    """An environment variable with an invalid value ends the command with status 2 and names the value."""
     monkeypatch.setenv(variable, "perhaps")
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         main([])
-    assert ended.value.code == 2
+    assert exit_info.value.code == 2
     assert "perhaps" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--listen", "0.0.0.0:1"], "is public"),
+        (["--listen", "0.0.0.0:1"], "for a public address"),
         (["--threads", "-1"], "threads: expected at least 0 threads, got -1"),
         (["--log-level", "loud"], "log_level: expected one of"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_wrong_setting_is_one_line(arguments, words, capsys):
-    """A setting that is wrong ends the command with status 2 and one line on stderr."""
+    """A wrong setting ends the command with status 2 and one line on stderr."""
     assert main(arguments) == 2
-    said = capsys.readouterr()
-    assert (said.out, said.err.count("\n")) == ("", 1)
-    assert said.err.startswith("poolrpc-server: ")
-    assert words in said.err
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    assert captured.err.startswith("poolrpc-server: ")
+    assert words in captured.err
 
 
 def test_help_does_not_wait_for_torch():
-    """--help and a wrong setting are answered without importing torch."""
+    """A wrong setting is reported without importing torch."""
     program = (
         "import sys; from poolrpc_server.cli import main\n"
         "assert main(['--threads', '-1']) == 2\n"
         "sys.exit('torch' in sys.modules)"
     )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)  # noqa: S603 - ours
-    assert ended.returncode == 0
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)  # noqa: S603 - ours
+    assert done.returncode == 0

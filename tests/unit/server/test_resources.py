@@ -1,4 +1,4 @@
-"""What a process may use of its machine: trees of cgroup v1 and v2, as containers show them, and a real cgroup."""
+"""The CPUs and memory of a process: simulated trees of cgroup v1 and v2, as seen in containers, and a real cgroup."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 MIB = 2**20
 HOST_CPUS, HOST_MEMORY = 64, 8192 * MIB
 NO_V1_LIMIT = 0x7FFFFFFFFFFFF000
-"""What memory.limit_in_bytes says where there is none."""
+"""The value of memory.limit_in_bytes if there is no limit."""
 
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, int]]:
-    """Give the way to make a machine of 64 CPUs and 8 GiB, which gives the CPUs and the memory that are seen there.
+    """Return a function that simulates a machine of 64 CPUs and 8 GiB, and returns the CPUs and memory found there.
 
-    It takes /proc/self/cgroup, the lines of /proc/self/mountinfo for cgroups, and what lies in the cgroups' folders.
+    Its arguments are the content of /proc/self/cgroup, the lines of /proc/self/mountinfo for cgroups, and the files in
+    the cgroups' folders.
     """
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(HOST_CPUS), raising=False)
 
@@ -47,24 +48,24 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple
     return make
 
 
-def v1(controllers: str, shown: str = "/") -> str:
-    """Give the mount of a v1 hierarchy."""
-    return f"{shown} /sys/fs/cgroup/{controllers} rw,nosuid shared:9 - cgroup cgroup rw,{controllers}"
+def v1(controllers: str, mount_root: str = "/") -> str:
+    """Return the mount of a v1 hierarchy."""
+    return f"{mount_root} /sys/fs/cgroup/{controllers} rw,nosuid shared:9 - cgroup cgroup rw,{controllers}"
 
 
-def v2(shown: str = "/", point: str = "/sys/fs/cgroup") -> str:
-    """Give the mount of v2's hierarchy."""
-    return f"{shown} {point} rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"
+def v2(mount_root: str = "/", mount_point: str = "/sys/fs/cgroup") -> str:
+    """Return the mount of the v2 hierarchy."""
+    return f"{mount_root} {mount_point} rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"
 
 
-def test_no_cgroup_is_the_whole_machine(tree):
-    """Without cgroups, or with files that can't be read, the machine's CPUs and memory are this process's."""
+def test_without_a_cgroup_the_whole_machine_is_available(tree):
+    """Without cgroups, or with unreadable files, the process may use all CPUs and all memory of the machine."""
     assert tree("", [], {}) == (HOST_CPUS, HOST_MEMORY)
     assert tree("0::/gone (deleted)", [v2()], {}) == (HOST_CPUS, HOST_MEMORY)
 
 
-def test_a_system_without_proc_is_asked_itself(tmp_path):
-    """Where there is no /proc, as elsewhere than on Linux, the system tells its memory and its CPUs."""
+def test_without_proc_the_values_are_those_of_sysconf(tmp_path):
+    """Without /proc, as on other systems than Linux, the memory is that of sysconf."""
     assert cpu_count(tmp_path) == len(os.sched_getaffinity(0))
     assert memory_bytes(tmp_path) == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
@@ -84,23 +85,23 @@ def test_a_system_without_proc_is_asked_itself(tmp_path):
     ],
 )
 def test_a_quota_is_rounded_up(tree, quota, expected):
-    """A CPU quota is as many CPUs as are needed to use it up, at least one, and never more than there are."""
+    """A CPU quota is rounded up to whole CPUs: at least one, and at most the machine's."""
     name = "sys/fs/cgroup/cpu.max"
     assert tree("0::/", [v2()], {name: quota})[0] == expected
-    time, period = quota.replace("max", "-1").split()
+    quota_us, period = quota.replace("max", "-1").split()
     folder = "sys/fs/cgroup/cpu,cpuacct"
-    files = {f"{folder}/cpu.cfs_quota_us": time, f"{folder}/cpu.cfs_period_us": period}
+    files = {f"{folder}/cpu.cfs_quota_us": quota_us, f"{folder}/cpu.cfs_period_us": period}
     assert tree("4:cpu,cpuacct:/", [v1("cpu,cpuacct")], files)[0] == expected
 
 
-def test_v2_in_a_namespace_of_its_own(tree):
-    """A container sees its own cgroup as the root: its limits lie at the mount point."""
+def test_v2_in_its_own_namespace(tree):
+    """A container sees its own cgroup as the root, so its limits are at the mount point."""
     files = {"sys/fs/cgroup/cpu.max": "200000 100000", "sys/fs/cgroup/memory.max": str(512 * MIB)}
     assert tree("0::/", [v2()], files) == (2, 512 * MIB)
 
 
-def test_v2_on_the_host_has_every_limit_above(tree):
-    """The least limit from the process's cgroup up to the root counts, wherever on the path it stands."""
+def test_v2_on_the_host_includes_the_limits_of_ancestors(tree):
+    """The lowest limit of the process's cgroup and all its ancestors applies."""
     folder = "sys/fs/cgroup"
     files = {
         f"{folder}/user.slice/memory.max": str(700 * MIB),
@@ -109,14 +110,14 @@ def test_v2_on_the_host_has_every_limit_above(tree):
         f"{folder}/user.slice/a.service/cpu.max": "300000 100000",
         f"{folder}/user.slice/a.service/b/memory.max": str(900 * MIB),
         f"{folder}/user.slice/a.service/b/cpu.max": "500000 100000",
-        f"{folder}/other/memory.max": str(MIB),  # another's
+        f"{folder}/other/memory.max": str(MIB),  # not an ancestor
         f"{folder}/other/cpu.max": "1000 100000",
     }
     assert tree("0::/user.slice/a.service/b", [v2()], files) == (3, 700 * MIB)
 
 
-def test_v2_slows_down_over_memory_high(tree):
-    """memory.high counts as memory.max does: over it a process stalls."""
+def test_v2_memory_high_is_a_limit(tree):
+    """memory.high is a limit like memory.max, because a process stalls above it."""
     files = {"sys/fs/cgroup/memory.high": str(300 * MIB), "sys/fs/cgroup/memory.max": str(512 * MIB)}
     assert tree("0::/", [v2()], files)[1] == 300 * MIB
 
@@ -130,7 +131,7 @@ V1_FILES = {
 
 
 @pytest.mark.parametrize(
-    ("path", "shown", "inside"),
+    ("path", "mount_root", "relative"),
     [
         ("/docker/4f2a", "/docker/4f2a", ""),
         ("/", "/", ""),
@@ -142,28 +143,28 @@ V1_FILES = {
         ("/kubepods/pod1/c1", "/docker/9/kubepods/pod1/c1", ""),
     ],
     ids=[
-        "bound to the host's path",
+        "bind mount of the host's path",
         "namespace",
         "host",
         "deeper",
-        "mounted outside of the namespace",
-        "namespace, the host's mount",
+        "mount from outside the namespace",
+        "namespace with the host's mount",
         "moved out of the namespace",
         "nested runtimes",
     ],
 )
-def test_v1_is_found_through_its_mount(tree, path, shown, inside):
-    """The cgroup's path is taken from the mount's root on; where that shows another part, the mount point counts."""
+def test_v1_is_found_through_its_mount(tree, path, mount_root, relative):
+    """The cgroup's path is relative to the mount's root; if it is outside that root, the mount point applies."""
     files = {}
     for name, text in V1_FILES.items():
         controller, _, file = name.partition("/")
-        files[f"sys/fs/cgroup/{controller}/{inside}{file}"] = text
-    mounts = [v1("memory", shown), v1("cpu,cpuacct", shown), v1("cpuset")]
+        files[f"sys/fs/cgroup/{controller}/{relative}{file}"] = text
+    mounts = [v1("memory", mount_root), v1("cpu,cpuacct", mount_root), v1("cpuset")]
     assert tree(V1_GROUPS.format(path=path), mounts, files) == (3, 512 * MIB)
 
 
-def test_v1_without_limits_says_so_by_a_huge_number(tree):
-    """V1's number for no memory limit, and -1 for no quota, leave the machine's; a limit above is seen past them."""
+def test_v1_has_a_huge_number_for_no_limit(tree):
+    """V1's values for "no limit" leave the machine's values; the limits of an ancestor still apply."""
     folder = "sys/fs/cgroup"
     files = {
         f"{folder}/memory/app/memory.limit_in_bytes": str(NO_V1_LIMIT),
@@ -180,26 +181,26 @@ def test_v1_without_limits_says_so_by_a_huge_number(tree):
     assert tree(groups, [v1("memory"), v1("cpu")], files) == (2, 100 * MIB)
 
 
-def test_hybrid_has_each_controller_in_one_version(tree):
-    """With both versions mounted, a controller's limits are found in whichever has it."""
+def test_a_hybrid_hierarchy_has_each_controller_in_one_version(tree):
+    """If both versions are mounted, the limits of a controller are found in the version that has it."""
     folder = "sys/fs/cgroup"
     files = {
         f"{folder}/memory/app/memory.limit_in_bytes": str(256 * MIB),
         f"{folder}/unified/app/cpu.max": "350000 100000",
         f"{folder}/unified/app/cgroup.procs": "1",
     }
-    mounts = [v1("memory"), v1("pids"), v2(point="/sys/fs/cgroup/unified")]
+    mounts = [v1("memory"), v1("pids"), v2(mount_point="/sys/fs/cgroup/unified")]
     assert tree("9:memory:/app\n8:pids:/app\n0::/app", mounts, files) == (4, 256 * MIB)
 
 
 def test_a_path_with_spaces(tree):
-    """A mount point and a root with spaces, which mountinfo escapes, are read as they are."""
+    """Spaces in a mount point and in a mount's root, which mountinfo escapes, are decoded."""
     files = {"a b/c d/memory.max": str(64 * MIB)}
     assert tree("0::/x y/c d", [v2("/x\\040y", "/a\\040b")], files)[1] == 64 * MIB
 
 
-def test_what_is_no_number_is_no_limit(tree):
-    """Empty files, words, and zeros where a period stands are taken for no limit."""
+def test_invalid_values_are_not_limits(tree):
+    """Empty files, words, and a period of zero are ignored."""
     folder = "sys/fs/cgroup"
     for quota, limit in [("", ""), ("some", "many"), ("1000 0", "0"), ("max", "-1")]:
         files = {f"{folder}/cpu.max": quota, f"{folder}/memory.max": limit}
@@ -208,21 +209,21 @@ def test_what_is_no_number_is_no_limit(tree):
 
 @contextmanager
 def real_cgroup(controller: str) -> Iterator[Path]:
-    """Make a cgroup with one inside, give the outer, and remove both; skip where that can't be.
+    """Make a cgroup with a child, yield the outer one, and remove both; skip the test if that is not permitted.
 
-    Only where this process is in the root of its controller's hierarchy: a cgroup that someone made for it is theirs
-    to remove, and is not to be found with more inside.
+    Only if this process is in the root of the controller's hierarchy: another program that made a cgroup for this
+    process must be able to remove it.
     """
     folder = Path("/sys/fs/cgroup")
     version_2 = (folder / "cgroup.controllers").exists()
     top = folder if version_2 else folder / controller
     groups = Path("/proc/self/cgroup").read_text() if Path("/proc/self/cgroup").exists() else ""
-    ours = [each.split(":", 2) for each in groups.splitlines()]
-    at_root = any(path == "/" and (version_2 or controller in names.split(",")) for _, names, path in ours)
+    entries = [each.split(":", 2) for each in groups.splitlines()]
+    at_root = any(path == "/" and (version_2 or controller in names.split(",")) for _, names, path in entries)
     outer = top / f"poolrpc-test-{os.getpid()}"
     try:
         if not at_root:
-            raise PermissionError(f"this process is in a {controller} cgroup that others made")
+            raise PermissionError(f"this process is in a {controller} cgroup that another program made")
         outer.mkdir()
     except OSError as error:
         pytest.skip(f"no cgroup can be made here: {error}")
@@ -238,7 +239,7 @@ def real_cgroup(controller: str) -> Iterator[Path]:
 
 
 def measured_in(cgroup: Path) -> int:
-    """Give the CPUs that a process in a cgroup finds for itself."""
+    """Return the number of CPUs that a process in a cgroup finds."""
     program = (
         "import sys, pathlib, os\n"
         "pathlib.Path(sys.argv[1], 'cgroup.procs').write_text(str(os.getpid()))\n"
@@ -251,7 +252,7 @@ def measured_in(cgroup: Path) -> int:
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cgroups are Linux's")
 def test_a_real_cgroup_of_one_cpu():
-    """A process in a cgroup whose parent has a quota of half a CPU finds one; without the quota, all."""
+    """A process in a cgroup whose parent has a quota of half a CPU finds one CPU; without the quota, all."""
     with real_cgroup("cpu") as outer:
         before = measured_in(outer / "inner")
         assert before == cpu_count()
@@ -263,5 +264,5 @@ def test_a_real_cgroup_of_one_cpu():
 
 
 def test_the_real_machine_has_memory():
-    """What this process may use is no more than the machine has, and enough to run it."""
+    """The memory found is at most the machine's, and enough for this process."""
     assert 64 * MIB < memory_bytes() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
