@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from poolrpc.layers import DTYPES, FLOATS, INTEGERS, LAYERS, WIDE_FLOATS, Layer
+from poolrpc.layers import FLOATS, INTEGERS, LAYERS, WIDE_FLOATS, Layer
 from poolrpc_server.config import Config
 from poolrpc_server.telemetry.metrics import Metrics
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 TABLE = re.compile(r"(<!-- (\w+): written by python -m scripts\.tables -->\n).*?(<!-- end -->)", re.DOTALL)
-SHAPE = re.compile(r"^Shape:\n((?:    .*\n?)+)", re.MULTILINE)
+SHAPE = re.compile(r"^Shape:\n(.*?)^\w+:$", re.MULTILINE | re.DOTALL)
+FORMULA = re.compile(r"^ {8}(\S.*)$", re.MULTILINE)
 
 KERNELS = ("max", "max with indices", "average", "adaptive max", "adaptive average", "power average")
 TENSORS = ("MaxPool2d(2) 1x3x224x224", "MaxPool2d(2) 8x64x56x56", "MaxPool2d(2) 16x64x128x128")
@@ -68,15 +69,16 @@ def _call(layer: type[Layer]) -> str:
 
 def _dtypes(layer: type[Layer]) -> str:
     names = {FLOATS: "floats", FLOATS + INTEGERS: "floats, integers", WIDE_FLOATS: ", ".join(WIDE_FLOATS)}
-    return names[DTYPES[layer.__name__]]
+    return names[layer.dtypes]
 
 
 def shapes() -> str:
-    """The shape rule of every family, from the docstring of its first layer."""
+    """The shape rule of every family, from the Shape section of its first layer's docstring."""
     rules: dict[str, tuple[list[str], str]] = {}
     for name, layer in LAYERS.items():
-        found = SHAPE.search(inspect.getdoc(layer) or "")
-        rules.setdefault(layer.family, ([], " ".join(found[1].split()) if found else ""))[0].append(name)
+        section = SHAPE.search(inspect.getdoc(layer) or "")
+        rule = "; ".join(f"`{line}`" for line in FORMULA.findall(section[1])) if section else ""
+        rules.setdefault(layer.family, ([], rule))[0].append(name)
     return table(("layers", "shape"), ((", ".join(names), rule) for names, rule in rules.values()))
 
 

@@ -98,3 +98,8 @@ __all__ = [
     "parse_chain",
     "parse_layer",
 ]
+
+# Reprs, tracebacks and pickles name the package that exports a class, not the file that defines it.
+for _name in __all__:
+    if hasattr(globals()[_name], "__module__"):  # every export but LAYERS and __version__
+        globals()[_name].__module__ = __name__

@@ -1,4 +1,4 @@
-"""Chains and branches: which layers may follow which, the shape after every step, in either layout, and planes."""
+"""Chains and branches of layers: their shapes, in either layout, and tensors as planes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Shape: TypeAlias = tuple[int, ...]
 Chain: TypeAlias = tuple[Layer, ...]
 
 LAYOUTS = ("NCHW", "NHWC")
-"""Channels first, as torch has it, and channels last, as images lie in memory; of any number of spatial axes."""
+"""Channels first, as in torch, and channels last, as in most images; for any number of spatial axes."""
 
 
 def as_chain(layers: Layer | Iterable[Layer]) -> Chain:
-    """Give one layer, or several in order, as a chain.
+    """Return one layer, or several in order, as a chain.
 
     Raises:
-        InvalidArgumentError: There is no layer, or something that is none.
+        InvalidArgumentError: There is no layer, or an element is not a layer.
 
     """
     if isinstance(layers, Layer):
@@ -43,7 +43,7 @@ def check_layout(layout: str) -> None:
 
 
 def to_channels_first(shape: Shape, spatial_dims: int, layout: str) -> Shape:
-    """Give a shape of that layout in torch's order."""
+    """Return a shape in `layout` as channels first, torch's order."""
     if layout == "NCHW":
         return shape
     lead = len(shape) - spatial_dims - 1
@@ -51,7 +51,7 @@ def to_channels_first(shape: Shape, spatial_dims: int, layout: str) -> Shape:
 
 
 def from_channels_first(shape: Shape, spatial_dims: int, layout: str) -> Shape:
-    """Give a shape of torch's order in that layout: the inverse of channels_first."""
+    """Return a channels-first shape in `layout`: the inverse of to_channels_first."""
     if layout == "NCHW":
         return shape
     lead = len(shape) - spatial_dims - 1
@@ -59,7 +59,7 @@ def from_channels_first(shape: Shape, spatial_dims: int, layout: str) -> Shape:
 
 
 def spatial_dims(branches: Sequence[Chain]) -> int | None:
-    """Give the number of spatial axes that all layers of a call agree on, None where each takes any number.
+    """Return the number of spatial axes that all layers of a call share, or None if every layer takes any number.
 
     Raises:
         InvalidArgumentError: Two layers disagree.
@@ -76,15 +76,23 @@ def spatial_dims(branches: Sequence[Chain]) -> int | None:
 
 
 def branch_shapes(shape: Shape, branches: Sequence[Chain], layout: str = "NCHW") -> list[tuple[Shape, ...]]:
-    """Give, for each branch, the shape after every layer of its chain, exactly as torch computes it.
+    """Return, for each branch, the shape after every layer of its chain, exactly as torch computes it.
 
     Args:
-        shape: The input's, in the order of `layout`: batched, or unbatched unless every layer is global.
+        shape: The shape of the input, in the order of `layout`; it must have N if every layer is a global one.
         branches: The chains, each of which starts from the input.
-        layout: "NCHW" (channels first) or "NHWC" (channels last), for any number of spatial axes.
+        layout: "NCHW" (channels first) or "NHWC" (channels last), for any number of spatial axes. Default: "NCHW".
+
+    Returns:
+        A list with one tuple of shapes per branch, in the order of `layout`.
 
     Raises:
         InvalidArgumentError: The layers don't fit the shape or each other.
+
+    Examples:
+        >>> from poolrpc import AvgPool2d, GlobalMaxPool, MaxPool2d, branch_shapes
+        >>> branch_shapes((8, 64, 56, 56), [[MaxPool2d(2), AvgPool2d(2)], [GlobalMaxPool()]])
+        [((8, 64, 28, 28), (8, 64, 14, 14)), ((8, 64, 1, 1),)]
 
     """
     check_layout(layout)
@@ -96,10 +104,10 @@ def branch_shapes(shape: Shape, branches: Sequence[Chain], layout: str = "NCHW")
         for j, layer in enumerate(chain):
             path = layer_path(i, j, layer)
             if layer.takes_indices and j > 0:
-                msg = f"expected {layer.name} first in its chain: its indices belong to the input"
+                msg = f"expected {layer.name} first in its chain, since its indices belong to the input, got layer {j}"
                 raise InvalidArgumentError(msg, field=path)
             if layer.returns_indices and j < len(chain) - 1:
-                msg = f"expected return_indices on the last layer of a chain alone, got it on {layer.name}"
+                msg = f"expected return_indices only on the last layer of a chain, got it on {layer.name}"
                 raise InvalidArgumentError(msg, field=f"{path}.return_indices")
             try:
                 plane = layer.output_plane(plane)
@@ -111,17 +119,19 @@ def branch_shapes(shape: Shape, branches: Sequence[Chain], layout: str = "NCHW")
 
 
 def layer_path(branch: int, step: int, layer: Layer) -> str:
-    """Give the path of a layer in a request."""
+    """Return the path of a layer in a request, for errors."""
     return f"branches[{branch}].layers[{step}].{layer.family}"
 
 
 @dataclass(frozen=True, slots=True)
 class Planes:
-    """A tensor as planes that may travel apart. Channels-last planes of an image lie together, and count as one.
+    """A tensor as planes that may be sent and computed separately.
+
+    The channels of a channels-last image are adjacent in memory, so all planes of such an image count as one.
 
     Attributes:
         spec: The tensor.
-        spatial_dims: How many of its axes are spatial.
+        spatial_dims: Number of its spatial axes.
 
     """
 
@@ -130,16 +140,16 @@ class Planes:
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """Number of planes."""
         return prod(self.spec.shape[: -self._tail])
 
     @property
     def plane_bytes(self) -> int:
-        """The bytes of one, whether there is one or not."""
+        """Size of one plane in bytes, also if the tensor has none."""
         return prod(self.spec.shape[-self._tail :]) * ITEM_BYTES[self.spec.dtype]
 
     def spec_for(self, count: int) -> TensorSpec:
-        """Describe so many of them as a batched tensor."""
+        """Return the spec of a batched tensor of `count` such planes."""
         tail = self.spec.shape[-self._tail :]
         lead = (1, count) if self.spec.layout == "NCHW" else (count,)
         return TensorSpec(self.spec.dtype, (*lead, *tail), self.spec.layout)

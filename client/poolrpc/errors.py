@@ -1,26 +1,23 @@
-"""What can go wrong, as one tree; each class names its gRPC status, and both sides raise the same class.
+"""The errors that poolrpc raises; each class names its gRPC status, and the client and the server raise the same.
 
 PoolError
 ├── InvalidArgumentError (ValueError)     INVALID_ARGUMENT    a parameter, shape or payload is wrong; see .violations
 │   └── ExpressionError                   INVALID_ARGUMENT    a layer expression does not parse; see .column
-├── UnsupportedError (TypeError)          UNIMPLEMENTED       a dtype that the layer lacks, an unknown method
+├── UnsupportedError (TypeError)          UNIMPLEMENTED       the layer lacks the dtype, or the server the method
 ├── LimitExceededError                    RESOURCE_EXHAUSTED  over a fixed limit: final; see .metadata
-├── UnavailableError (ConnectionError)    UNAVAILABLE         not reachable, full or draining; see .retry_delay
-├── DeadlineExceededError (TimeoutError)  DEADLINE_EXCEEDED   no answer within the timeout
+├── UnavailableError (ConnectionError)    UNAVAILABLE         unreachable, full or draining; see .retry_delay
+├── DeadlineExceededError (TimeoutError)  DEADLINE_EXCEEDED   no result within the timeout
 ├── CancelledError                        CANCELLED           the call was cancelled
 ├── UnauthenticatedError                  UNAUTHENTICATED     no token, or a wrong one
-├── PermissionDeniedError                 PERMISSION_DENIED   the token does not allow this
-├── NotFoundError (LookupError)           NOT_FOUND           what is named does not exist
-└── InternalError                         INTERNAL            a fault of the server's; see .error_id
+├── PermissionDeniedError                 PERMISSION_DENIED   the token does not allow the call
+├── NotFoundError (LookupError)           NOT_FOUND           a named object does not exist
+└── InternalError                         INTERNAL            a fault of the server; see .error_id
 """
 
-from __future__ import annotations
-
+import copyreg
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+from typing import ClassVar
 
 DOMAIN = "poolrpc"
 """The domain of every ErrorInfo that the server sends."""
@@ -28,11 +25,16 @@ DOMAIN = "poolrpc"
 
 @dataclass(frozen=True, slots=True)
 class FieldViolation:
-    """A field at fault and what was expected of it.
+    """An invalid field of a call.
 
     Attributes:
         field: The field's path: "kernel_size" in a layer, "branches[0].layers[0].max_pool.kernel_size" in a request.
         description: What was expected and what was received.
+
+    Examples:
+        >>> from poolrpc import FieldViolation
+        >>> str(FieldViolation("kernel_size", "expected 1 to 65535, got 0"))
+        'kernel_size: expected 1 to 65535, got 0'
 
     """
 
@@ -44,14 +46,27 @@ class FieldViolation:
 
 
 class PoolError(Exception):
-    """The base of every error of poolrpc.
+    """The base class of every error that poolrpc raises.
+
+    Args:
+        message: What happened.
+        reason: The cause, in UPPER_SNAKE_CASE. Default: the class's `default_reason`.
+        metadata: Details of the cause. Default: none.
 
     Attributes:
-        code: The gRPC status code's name.
-        message: What happened.
-        reason: Why, in UPPER_SNAKE_CASE; stable, for programs.
-        metadata: What the reason is about, such as a limit and the actual value.
-        tensor: In a map, the number of the tensor that failed, counted from 0.
+        code: The name of the gRPC status code.
+        message: What happened, for people.
+        reason: The cause, in UPPER_SNAKE_CASE, for programs; stable between versions.
+        metadata: Details of the cause, such as a limit and the actual value.
+        tensor: The index of the tensor that failed in a `map`, counted from 0; None for other calls.
+
+    Examples:
+        >>> import poolrpc
+        >>> try:
+        ...     poolrpc.MaxPool2d(0)
+        ... except poolrpc.PoolError as error:
+        ...     print(error.code, error.message)
+        INVALID_ARGUMENT kernel_size: expected 1 to 65535, got 0
 
     """
 
@@ -66,21 +81,20 @@ class PoolError(Exception):
         self.tensor: int | None = None
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickle what the error is, not the arguments that it was made with."""
-        return _restored, (type(self), self.args), self.__dict__
-
-
-def _restored(cls: type[PoolError], args: tuple[object, ...]) -> PoolError:
-    error = cls.__new__(cls, *args)
-    error.args = args
-    return error
+        """Pickle the attributes, since `__init__` takes other arguments than those in `args`."""
+        return copyreg.__newobj__, (type(self),), {"args": self.args} | self.__dict__
 
 
 class InvalidArgumentError(PoolError, ValueError):
     """A parameter, a shape or a payload is wrong.
 
+    Args:
+        description: What was expected and what was received.
+        field: The path of the invalid field. Default: none.
+        violations: Several invalid fields, in place of `description` and `field`.
+
     Attributes:
-        violations: The fields at fault, each with what was expected and what was received.
+        violations: The invalid fields, each with what was expected and what was received.
 
     """
 
@@ -91,8 +105,8 @@ class InvalidArgumentError(PoolError, ValueError):
         self.violations = tuple(violations) or (FieldViolation(field, description),)
         super().__init__("; ".join(map(str, self.violations)))
 
-    def with_prefix(self, path: str) -> InvalidArgumentError:
-        """Give the same error for the whole of which `path` is the part that raised it."""
+    def with_prefix(self, path: str) -> "InvalidArgumentError":
+        """Return the same error with `path` before the path of every field."""
         return InvalidArgumentError(
             self.message,
             violations=[
@@ -105,8 +119,12 @@ class InvalidArgumentError(PoolError, ValueError):
 class ExpressionError(InvalidArgumentError):
     """A layer expression does not parse.
 
+    Args:
+        description: What was expected and what was received.
+        column: The column of the error, counted from 1. Default: 1.
+
     Attributes:
-        column: Where, counted from 1.
+        column: The column of the error, counted from 1.
 
     """
 
@@ -118,24 +136,30 @@ class ExpressionError(InvalidArgumentError):
 
 
 class UnsupportedError(PoolError, TypeError):
-    """The layer lacks the dtype, or the server lacks the method."""
+    """The layer does not take the dtype, or the server does not have the method."""
 
     code = "UNIMPLEMENTED"
     default_reason = "UNSUPPORTED"
 
 
 class LimitExceededError(PoolError):
-    """The call is over a fixed limit, and would be again: `metadata` has "limit", "actual" and the limit's name."""
+    """The call exceeds a fixed limit, and would again; `metadata` has "limit" and "actual"."""
 
     code = "RESOURCE_EXHAUSTED"
     default_reason = "LIMIT_EXCEEDED"
 
 
 class UnavailableError(PoolError, ConnectionError):
-    """The server can't be reached, is full, or is draining; the call may be tried again.
+    """The server is unreachable, full or draining; a later attempt may succeed.
+
+    Args:
+        message: What happened.
+        reason: The cause, in UPPER_SNAKE_CASE. Default: the class's `default_reason`.
+        metadata: Details of the cause. Default: none.
+        retry_delay: Seconds that the server asks to wait. Default: None.
 
     Attributes:
-        retry_delay: Seconds that the server asks to wait, or None where it said nothing.
+        retry_delay: Seconds that the server asks to wait before the next attempt; None if it names no delay.
 
     """
 
@@ -155,7 +179,7 @@ class UnavailableError(PoolError, ConnectionError):
 
 
 class DeadlineExceededError(PoolError, TimeoutError):
-    """There was no answer within the timeout."""
+    """No result arrived within the timeout."""
 
     code = "DEADLINE_EXCEEDED"
     default_reason = "DEADLINE_EXCEEDED"
@@ -169,7 +193,7 @@ class CancelledError(PoolError):
 
 
 class UnauthenticatedError(PoolError):
-    """The call carried no token, or a wrong one."""
+    """The call has no token, or a wrong one."""
 
     code = "UNAUTHENTICATED"
     default_reason = "UNAUTHENTICATED"
@@ -183,26 +207,21 @@ class PermissionDeniedError(PoolError):
 
 
 class NotFoundError(PoolError, LookupError):
-    """What the call names does not exist."""
+    """An object that the call names does not exist."""
 
     code = "NOT_FOUND"
     default_reason = "NOT_FOUND"
 
 
 class InternalError(PoolError):
-    """The server failed on a call that it should have answered.
-
-    Attributes:
-        error_id: The id under which the server's log explains it; empty where it gave none.
-
-    """
+    """The server failed on a valid call."""
 
     code = "INTERNAL"
     default_reason = "INTERNAL"
 
     @property
     def error_id(self) -> str:
-        """The id under which the server's log explains it; empty where it gave none."""
+        """The id under which the server's log explains the error; empty if the server sent none."""
         return self.metadata.get("error_id", "")
 
 
@@ -221,4 +240,4 @@ BY_CODE: dict[str, type[PoolError]] = {
         InternalError,
     )
 }
-"""The status table: the class for each gRPC status code that has one; any other code is a plain PoolError."""
+"""The error class of each gRPC status code that has one; other codes raise PoolError itself."""

@@ -21,7 +21,7 @@ from poolrpc._shapes.limits import MAX_BRANCHES, MAX_CHAIN, MAX_FRACTIONAL_AXIS,
 from poolrpc._wire.codec import Limit, ServerInfo
 from poolrpc.access import unix_path
 from poolrpc.errors import UnavailableError
-from poolrpc.layers import DTYPES
+from poolrpc.layers import LAYERS
 from poolrpc.tensors import keep_freed_memory
 from poolrpc_server.calls.admission import AdmissionControl
 from poolrpc_server.calls.dispatch import Dispatcher
@@ -342,7 +342,7 @@ def _describe(config: Config, engine: Engine, spans: Spans | None) -> ServerInfo
         torch_version=torch.__version__,
         device=str(engine.device),
         threads=engine.threads,
-        layers=dict(DTYPES),
+        layers={name: layer.dtypes for name, layer in LAYERS.items()},
         limits={
             **{name: Limit(getattr(config, name), config.unit(name)) for name in CONFIGURED_LIMITS},
             "max_tensor_cells": Limit(MAX_NUMEL, "cells"),

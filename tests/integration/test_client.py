@@ -129,7 +129,7 @@ def test_server_info_tells_layers_and_limits(client: PoolClient) -> None:
     """The server's description names every layer of this client with its dtypes, and the limits with their units."""
     info = client.server_info()
     assert info.version == poolrpc.__version__
-    assert info.layers == {name: tuple(dtypes) for name, dtypes in poolrpc.layers.DTYPES.items()}
+    assert info.layers == {name: layer.dtypes for name, layer in poolrpc.LAYERS.items()}
     assert info.limits["max_message_bytes"].unit == "bytes"
     assert 2**20 <= info.limits["max_message_bytes"].value <= 513 * 2**20
     assert str(info.limits["max_work"]).endswith(" cells")

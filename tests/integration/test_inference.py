@@ -22,7 +22,6 @@ import poolrpc
 import poolrpc_server
 from poolrpc import AvgPool2d, GlobalMaxPool, MaxPool2d, MaxUnpool2d
 from poolrpc._wire.status import DETAILS_KEY, decode_error
-from poolrpc.layers import DTYPES
 from poolrpc.tensors import numpy_dtype
 from poolrpc_server.protocols.triton.codec import CONTENTS, DATATYPE_OF, DATATYPES
 from poolrpc_server.protocols.triton.generated import open_inference_pb2 as pb
@@ -158,7 +157,7 @@ def assert_same(got: NDArray[Any], expected: NDArray[Any]) -> None:
     assert (got.shape, got.dtype, got.tobytes()) == (expected.shape, expected.dtype, expected.tobytes())
 
 
-@pytest.mark.parametrize("dtype", DTYPES["MaxPool2d"])
+@pytest.mark.parametrize("dtype", MaxPool2d.dtypes)
 def test_an_answer_is_that_of_our_client(caller: Caller, client: poolrpc.PoolClient, dtype: str) -> None:
     """In every dtype, raw and as numbers, the door gives the bytes that our client gets."""
     x = (X * 50).astype(numpy_dtype(dtype))

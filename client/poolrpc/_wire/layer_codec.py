@@ -28,7 +28,7 @@ def _values(message: Any, name: str) -> tuple[Any, ...]:  # noqa: ANN401 - any f
     # Counted before they are copied: a message has room for millions.
     values = getattr(message, name)
     if len(values) > MAX_RANK:
-        raise InvalidArgumentError(f"expected one value or one an axis, got {len(values)}", field=name)
+        raise InvalidArgumentError(f"expected one value or one per axis, got {len(values)}", field=name)
     return tuple(values)
 
 

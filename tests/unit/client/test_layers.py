@@ -18,7 +18,7 @@ import poolrpc
 from poolrpc import LAYERS, AvgPool2d, InvalidArgumentError, MaxPool1d, MaxPool2d
 from poolrpc._shapes.limits import MAX_NUMEL, MAX_PARAMETER
 from poolrpc._shapes.rules import adaptive_window
-from poolrpc.layers import DTYPES, FLOATS, INTEGERS
+from poolrpc.layers import FLOATS, INTEGERS
 from poolrpc.tensors import ITEM_BYTES
 from tests.unit.strategies import CLASSES, layers, shapes
 
@@ -291,7 +291,7 @@ def test_the_dtypes_are_those_that_torch_runs(cls, dtype):
             runs = run(cls, getattr(torch, dtype), dims).dtype == getattr(torch, dtype)
         except (RuntimeError, NotImplementedError):
             runs = False
-        if dtype in DTYPES[cls.__name__]:
+        if dtype in cls.dtypes:
             assert runs
         elif runs:
             assert left_out(cls, dtype)
@@ -302,7 +302,7 @@ def test_left_out_reasons_hold():
     ones = torch.tensor([[[1, 2]]])
     assert nn.AvgPool1d(2)(ones).tolist() == [[[1]]]
     assert nn.LPPool1d(2.0, 2)(ones).dtype == torch.float32
-    assert all(set(dtypes) <= {*FLOATS, *INTEGERS} for dtypes in DTYPES.values())
+    assert all(set(cls.dtypes) <= {*FLOATS, *INTEGERS} for cls in CLASSES)
 
 
 @given(st.data(), layers([cls for cls in CLASSES if "adaptive" in cls.family], most_output=9))

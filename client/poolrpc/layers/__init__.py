@@ -1,0 +1,81 @@
+"""The pooling layers: frozen values with torch.nn's names, parameters, order and defaults, that compute their shapes.
+
+A layer holds parameters; the server computes its output. What a layer knows without torch is the dtypes it takes
+(`dtypes`), the shape of its output (`output_shape`), and the work of a call (`work`).
+"""
+
+from poolrpc.layers.adaptive_pool import (
+    AdaptiveAvgPool1d,
+    AdaptiveAvgPool2d,
+    AdaptiveAvgPool3d,
+    AdaptiveMaxPool1d,
+    AdaptiveMaxPool2d,
+    AdaptiveMaxPool3d,
+)
+from poolrpc.layers.avg_pool import AvgPool1d, AvgPool2d, AvgPool3d
+from poolrpc.layers.base import FLOATS, INTEGERS, WIDE_FLOATS, Layer
+from poolrpc.layers.fractional_max_pool import SEED_STEP, FractionalMaxPool2d, FractionalMaxPool3d
+from poolrpc.layers.global_pool import GlobalAvgPool, GlobalMaxPool
+from poolrpc.layers.lp_pool import LPPool1d, LPPool2d, LPPool3d
+from poolrpc.layers.max_pool import MaxPool1d, MaxPool2d, MaxPool3d
+from poolrpc.layers.max_unpool import MaxUnpool1d, MaxUnpool2d, MaxUnpool3d
+
+__all__ = [
+    "FLOATS",
+    "INTEGERS",
+    "LAYERS",
+    "SEED_STEP",
+    "WIDE_FLOATS",
+    "AdaptiveAvgPool1d",
+    "AdaptiveAvgPool2d",
+    "AdaptiveAvgPool3d",
+    "AdaptiveMaxPool1d",
+    "AdaptiveMaxPool2d",
+    "AdaptiveMaxPool3d",
+    "AvgPool1d",
+    "AvgPool2d",
+    "AvgPool3d",
+    "FractionalMaxPool2d",
+    "FractionalMaxPool3d",
+    "GlobalAvgPool",
+    "GlobalMaxPool",
+    "LPPool1d",
+    "LPPool2d",
+    "LPPool3d",
+    "Layer",
+    "MaxPool1d",
+    "MaxPool2d",
+    "MaxPool3d",
+    "MaxUnpool1d",
+    "MaxUnpool2d",
+    "MaxUnpool3d",
+]
+
+LAYERS: dict[str, type[Layer]] = {
+    cls.__name__: cls
+    for cls in (
+        MaxPool1d,
+        MaxPool2d,
+        MaxPool3d,
+        AvgPool1d,
+        AvgPool2d,
+        AvgPool3d,
+        LPPool1d,
+        LPPool2d,
+        LPPool3d,
+        FractionalMaxPool2d,
+        FractionalMaxPool3d,
+        AdaptiveMaxPool1d,
+        AdaptiveMaxPool2d,
+        AdaptiveMaxPool3d,
+        AdaptiveAvgPool1d,
+        AdaptiveAvgPool2d,
+        AdaptiveAvgPool3d,
+        MaxUnpool1d,
+        MaxUnpool2d,
+        MaxUnpool3d,
+        GlobalMaxPool,
+        GlobalAvgPool,
+    )
+}
+"""Every layer class by its name."""

@@ -1,0 +1,131 @@
+"""AvgPool1d, AvgPool2d and AvgPool3d."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from poolrpc._shapes.limits import MAX_NUMEL
+from poolrpc._shapes.parameters import Axes, boolean, integer
+from poolrpc.layers.base import WIDE_FLOATS, SlidingWindowLayer
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class _AvgPool(SlidingWindowLayer):
+    family: ClassVar[str] = "avg_pool"
+    kernel_size: Axes
+    stride: Axes | None = None
+    padding: Axes = 0
+    ceil_mode: bool = False
+    count_include_pad: bool = True
+
+    def __post_init__(self) -> None:
+        self._check_window()
+        self._set(
+            ceil_mode=boolean("ceil_mode", self.ceil_mode),
+            count_include_pad=boolean("count_include_pad", self.count_include_pad),
+        )
+        self._check_padding(self.padding)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class _AvgPoolWithDivisor(_AvgPool):
+    divisor_override: int | None = None
+
+    def __post_init__(self) -> None:
+        _AvgPool.__post_init__(self)
+        if self.divisor_override is not None:
+            # torch accepts negative divisors and negates the output (PyTorch PR 185361); they are rejected here.
+            self._set(divisor_override=integer("divisor_override", self.divisor_override, 1, MAX_NUMEL))
+
+
+class AvgPool1d(_AvgPool):
+    """The mean of each window of a 1d input, as torch.nn.AvgPool1d computes it.
+
+    The parameters, dtypes and errors are those of AvgPool2d, with one value for the single axis, but for
+    divisor_override, which torch lacks here.
+
+    Shape:
+        Input: (N, C, L) or (C, L). Output: (N, C, L_out) or (C, L_out), where
+
+            L_out = floor((L + 2*padding - kernel_size) / stride) + 1
+
+        with ceil in place of floor if ceil_mode is set.
+
+    Examples:
+        >>> from poolrpc import AvgPool1d
+        >>> AvgPool1d(4).output_shape((8, 64, 50))
+        (8, 64, 12)
+
+    """
+
+    __slots__ = ()
+    spatial_dims = 1
+
+
+class AvgPool2d(_AvgPoolWithDivisor):
+    """The mean of each window of a 2d input, as torch.nn.AvgPool2d computes it.
+
+    Padding counts as zeros. The dtypes are float16, bfloat16, float32 and float64; the output has the input's.
+
+    Args:
+        kernel_size: Size of a window in cells, 1 to 65535: an int for both axes, or (height, width).
+        stride: Distance between windows in cells, 1 to 65535: an int or a pair. Default: None, which is kernel_size.
+        padding: Cells added on both ends of an axis, 0 to kernel_size // 2: an int or a pair. Default: 0.
+        ceil_mode: Whether to round the output's size up instead of down, which adds a last, partial window on an axis
+            if it starts in the input or the left padding. Default: False.
+        count_include_pad: Whether cells of the padding count in the divisor. Default: True.
+        divisor_override: What the sum of a window is divided by, 1 to 2**31 - 1. Default: None, which is the number of
+            the window's cells.
+
+    Shape:
+        Input: (N, C, H, W) or (C, H, W). Output: (N, C, H_out, W_out) or (C, H_out, W_out), where
+
+            H_out = floor((H + 2*padding - kernel_size) / stride) + 1
+
+        with ceil in place of floor if ceil_mode is set, and W_out likewise, from W and the second value of each pair.
+        The rule is pooling_output_shape in PyTorch's aten/src/ATen/native/Pool.h.
+
+    Raises:
+        InvalidArgumentError: A parameter has the wrong type or is out of range. `output_shape` and the calls of a
+            client also raise it if kernel_size is larger than the input with its padding on both sides.
+
+    Examples:
+        >>> from poolrpc import AvgPool2d
+        >>> AvgPool2d(2).output_shape((8, 64, 57, 57))
+        (8, 64, 28, 28)
+        >>> AvgPool2d(2, ceil_mode=True).output_shape((8, 64, 57, 57))
+        (8, 64, 29, 29)
+
+    """
+
+    __slots__ = ()
+    spatial_dims = 2
+
+
+class AvgPool3d(_AvgPoolWithDivisor):
+    """The mean of each window of a 3d input, as torch.nn.AvgPool3d computes it.
+
+    The parameters and errors are those of AvgPool2d, with one value for all axes or (depth, height, width). The dtypes
+    are float32 and float64. As in torch, and unlike in other layers, kernel_size must fit the input without padding.
+
+    Shape:
+        Input: (N, C, D, H, W) or (C, D, H, W). Output: (N, C, D_out, H_out, W_out) or (C, D_out, H_out, W_out), where
+
+            D_out = floor((D + 2*padding - kernel_size) / stride) + 1
+
+        with ceil in place of floor if ceil_mode is set, and H_out and W_out likewise.
+
+    Examples:
+        >>> from poolrpc import AvgPool3d
+        >>> AvgPool3d(2).output_shape((8, 64, 16, 56, 56))
+        (8, 64, 8, 28, 28)
+
+    """
+
+    __slots__ = ()
+    dtypes = WIDE_FLOATS
+    spatial_dims = 3
+
+    def output_plane(self, plane: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the spatial shape of the output, if the kernel fits the plane without padding."""
+        self._check_fits_unpadded(plane)
+        return super().output_plane(plane)

@@ -1,0 +1,181 @@
+"""The base classes of the layers, and the dtypes that layers take."""
+
+from dataclasses import MISSING, fields
+from math import prod
+from typing import ClassVar, Self
+
+from poolrpc._shapes.limits import MAX_NUMEL
+from poolrpc._shapes.parameters import Axes, axes, integer, per_axis
+from poolrpc._shapes.rules import check_shape, pooled_size
+from poolrpc.errors import InvalidArgumentError
+
+# A layer's dtypes are those that torch has on the CPU, the same for every device. torch pools integers on the CPU
+# alone, so a server with a GPU computes them on its CPU. Two are left out: averages of integers (torch has int64 alone,
+# on the CPU, truncated), and half precision for 3d averages (torch has it on CUDA alone).
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+WIDE_FLOATS = ("float32", "float64")
+INTEGERS = ("uint8", "int8", "int16", "int32", "int64")
+
+
+class Layer:
+    """The base class of every layer: a frozen value with parameters, dtypes and a shape rule.
+
+    Layers with equal parameters are equal, and `repr(layer)` is an expression that `parse_layer` parses back to it.
+
+    Attributes:
+        family: Name of the layer's field in the proto's `oneof layer`, shared by its 1d, 2d and 3d classes.
+        dtypes: Names of the dtypes that the layer takes, the same on every device. The output has the input's.
+        spatial_dims: Number of spatial axes: 1, 2 or 3; None if the layer takes any of these.
+        takes_indices: Whether the layer needs the indices of a MaxPool beside its input.
+
+    Examples:
+        >>> from poolrpc import MaxPool2d
+        >>> layer = MaxPool2d(3, stride=2)
+        >>> layer.name, layer.spatial_dims, layer.dtypes[:4]
+        ('MaxPool2d', 2, ('float16', 'bfloat16', 'float32', 'float64'))
+        >>> layer.output_shape((8, 64, 57, 57))
+        (8, 64, 28, 28)
+
+    """
+
+    __slots__ = ()
+    family: ClassVar[str]
+    dtypes: ClassVar[tuple[str, ...]] = FLOATS
+    spatial_dims: ClassVar[int | None] = None
+    takes_indices: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """The name of the layer's class, which is torch.nn's."""
+        return type(self).__name__
+
+    @property
+    def splittable(self) -> bool:
+        """Whether planes sent in several parts, or beside those of other tensors, get the bits of the whole tensor."""
+        return True
+
+    @property
+    def returns_indices(self) -> bool:
+        """Whether the result has the indices of the maxima too."""
+        return bool(getattr(self, "return_indices", False))
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the output, exactly as torch computes it, without a server.
+
+        Args:
+            shape: The input's shape, (N, C, spatial...) or (C, spatial...). N may be 0; every other axis is 1 to
+                2**31 - 1.
+
+        Returns:
+            The shape of the output, with the input's N and C.
+
+        Raises:
+            InvalidArgumentError: The layer can't pool a tensor of this shape.
+
+        """
+        shape = tuple(integer("shape", size, 0, MAX_NUMEL) for size in shape)
+        dims = check_shape(shape, self.spatial_dims)
+        return shape[:-dims] + self.output_plane(shape[-dims:])
+
+    def output_plane(self, plane: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the spatial shape of the output.
+
+        Args:
+            plane: The spatial shape of the input, every axis at least 1.
+
+        Raises:
+            InvalidArgumentError: The layer can't pool a plane of this shape.
+
+        """
+        raise NotImplementedError
+
+    def window(self, plane: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the size of the layer's largest window on a plane of this shape, in cells per axis."""
+        raise NotImplementedError
+
+    def work(self, plane: tuple[int, ...]) -> int:
+        """Return the number of cells that torch visits on a plane of this shape: the sum over all windows."""
+        return prod(self.output_plane(plane)) * prod(self.window(plane))
+
+    def at_plane(self, first: int) -> Self:  # noqa: ARG002 - for layers that depend on the plane's index
+        """Return the layer for a tensor's planes from index `first` on, which pools them as this one in the whole."""
+        return self
+
+    def __repr__(self) -> str:
+        """Return an expression of the layer: its required parameters in order, and others that differ from defaults."""
+        parts = []
+        for each in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
+            value = getattr(self, each.name)
+            if each.default is MISSING:
+                parts.append(repr(value))
+            elif value != each.default:
+                parts.append(f"{each.name}={value!r}")
+        return f"{self.name}({', '.join(parts)})"
+
+    def _set(self, **values: object) -> None:
+        # A frozen dataclass rejects assignment, also in its own __post_init__.
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+
+class SlidingWindowLayer(Layer):
+    """The base class of layers with kernel_size and stride, and padding and dilation if their family has them."""
+
+    __slots__ = ()
+    spatial_dims: ClassVar[int]
+    kernel_size: Axes
+    stride: Axes | None
+
+    def geometry(self) -> tuple[tuple[int, int, int, int], ...]:
+        """Return (kernel, stride, padding, dilation) for each axis."""
+        dims = self.spatial_dims
+        kernel = per_axis(self.kernel_size, dims)
+        stride = kernel if self.stride is None else per_axis(self.stride, dims)
+        padding = per_axis(getattr(self, "padding", 0), dims)
+        dilation = per_axis(getattr(self, "dilation", 1), dims)
+        return tuple(zip(kernel, stride, padding, dilation, strict=True))
+
+    def output_plane(self, plane: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the spatial shape of the output, by torch's rule for sliding windows."""
+        out = []
+        ceil_mode = self.ceil_mode  # type: ignore[attr-defined]  # MaxUnpool alone lacks it, and overrides this method
+        for size, (kernel, stride, padding, dilation) in zip(plane, self.geometry(), strict=True):
+            if dilation > size + 2 * padding:
+                msg = f"expected at most input + 2*padding = {size + 2 * padding}, got {dilation}"
+                raise InvalidArgumentError(msg, field="dilation")
+            cells = pooled_size(size, kernel, stride, padding, dilation, ceil_mode=ceil_mode)
+            if cells < 1:
+                extent = dilation * (kernel - 1) + 1
+                msg = (
+                    f"expected an effective kernel of at most input + 2*padding = {size + 2 * padding}, "
+                    f"got dilation*(kernel_size - 1) + 1 = {extent} on plane {plane}"
+                )
+                raise InvalidArgumentError(msg, field="kernel_size")
+            out.append(cells)
+        return tuple(out)
+
+    def window(self, plane: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the size of the kernel, without the gaps of a dilation, in cells per axis."""
+        return per_axis(self.kernel_size, len(plane))
+
+    def _check_window(self) -> None:
+        dims = self.spatial_dims
+        self._set(kernel_size=axes("kernel_size", self.kernel_size, dims))
+        if self.stride is not None:
+            self._set(stride=axes("stride", self.stride, dims))
+
+    def _check_padding(self, padding: Axes) -> None:
+        dims = self.spatial_dims
+        padding = axes("padding", padding, dims, low=0)
+        self._set(padding=padding)
+        for pad, kernel in zip(per_axis(padding, dims), per_axis(self.kernel_size, dims), strict=True):
+            if pad > kernel // 2:
+                msg = f"expected at most half of kernel_size = {kernel // 2}, got {pad}"
+                raise InvalidArgumentError(msg, field="padding")
+
+    def _check_fits_unpadded(self, plane: tuple[int, ...]) -> None:
+        # torch's avg_pool3d alone requires this: pool3d_shape_check with check_input_size, in aten's Pool.h.
+        kernel = per_axis(self.kernel_size, self.spatial_dims)
+        if any(k > size for k, size in zip(kernel, plane, strict=True)):
+            msg = f"expected at most the input {plane}, without padding, for a 3d average, got {kernel}"
+            raise InvalidArgumentError(msg, field="kernel_size")
