@@ -82,7 +82,8 @@ class PoolError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle the attributes, since `__init__` takes other arguments than those in `args`."""
-        return copyreg.__newobj__, (type(self),), {"args": self.args} | self.__dict__
+        new = copyreg.__newobj__  # type: ignore[attr-defined]  # typeshed lacks it
+        return new, (type(self),), {"args": self.args} | self.__dict__
 
 
 class InvalidArgumentError(PoolError, ValueError):
