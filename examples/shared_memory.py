@@ -1,4 +1,4 @@
-"""Pool an image that lies in memory shared with a server on a unix socket: nothing is copied or sent.
+"""Pool an image in memory that a server on a unix socket shares, without copying or sending it.
 
 python examples/shared_memory.py unix:/run/poolrpc/pool.sock
 """
