@@ -44,7 +44,7 @@ from poolrpc_server.telemetry.metrics import IN_FOLDER, Load, Metrics, MetricsSe
 from poolrpc_server.transports.grpc.interceptor import CallInterceptor
 from poolrpc_server.transports.grpc.threads import CallThreads
 from poolrpc_server.transports.grpc.tls import Certificates, TokenInterceptor
-from poolrpc_server.transports.local.arenas import ArenaListener, find_in
+from poolrpc_server.transports.local.arenas import ArenaListener, arena_finder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -134,7 +134,7 @@ class Server:
         self._metrics = Metrics(enabled=bool(config.metrics))
         counting = self._metrics if config.metrics else None
         self._dispatcher = Dispatcher(
-            limits, self._admission, engine, self.info, find_in(self._arenas), bounds, counting
+            limits, self._admission, engine, self.info, arena_finder(self._arenas), bounds, counting
         )
         self._call_log = CallLog()
         self._threads = CallThreads(config.call_threads, self._dispatcher)
@@ -227,7 +227,7 @@ class Server:
                 "max_bytes": config.max_arena_bytes // len(paths),
                 "max_arenas": max(1, config.max_arenas // len(paths)),
                 # Other workers don't have a worker's arenas.
-                "calls": Path(path).name if config.workers > 1 else "",
+                "call_socket": Path(path).name if config.workers > 1 else "",
             }
             try:
                 self._arenas.append(ArenaListener(path, **most))  # type: ignore[arg-type]

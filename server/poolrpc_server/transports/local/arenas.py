@@ -1,9 +1,9 @@
-"""The arenas: memory that this process shares with clients on its host, one to a connection of a unix socket.
+"""Arenas: shared memory that the server creates for clients on the same host.
 
-A client connects to the socket beside the gRPC one (its name has ".arena" added), sends one packet, an AttachRequest,
-and gets an AttachResponse with the descriptor of a memfd. That is sealed: nobody can shrink it under its readers, whom
-that would kill. Its id is 128 random bits and the only way to name it. The arena ends with the connection, so a client
-that is killed leaves nothing behind.
+A client connects to the arena socket, a SOCK_SEQPACKET socket whose path is the server's with ".arena" added, and sends
+one packet, an AttachRequest. The server answers with an AttachResponse and the descriptor of a memfd. The memfd is
+sealed: if a client could shrink it, the server would be killed by SIGBUS when it reads the missing pages. An arena is
+named only by its id of 128 random bits, and ends with the connection, so that a killed client leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -40,39 +40,39 @@ if sys.platform == "linux":
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-MAX_WAITING = 64
-"""Connections without an arena, at most; a further one is closed at once."""
+MAX_PENDING = 64
+"""Maximum number of connections without an arena; further connections are closed at once."""
 
-WAITING_SECONDS = 10.0
-"""How long a connection may be without an arena."""
+ATTACH_SECONDS = 10.0
+"""Seconds after which a connection without an arena is closed."""
 
 PAUSE_SECONDS = 1.0
-"""How long none is accepted after accepting one failed (no descriptors left, say), unless one ends before."""
+"""Seconds without accepting after a failed accept, for example without free descriptors, unless a connection ends."""
 
-REQUEST_BYTES = 64
-"""The largest packet that may be a request; a size takes 11 bytes."""
+MAX_REQUEST_BYTES = 64
+"""Maximum size of a request packet, in bytes. The longest valid request has 11 bytes."""
 
 
 class Arena:
-    """Memory that one client shares with this process, mapped for as long as this object or a slice of it lives."""
+    """Memory shared with one client. It stays mapped for as long as this object, or a slice of it, exists."""
 
     def __init__(self, mapping: mmap.mmap) -> None:
         self._view = memoryview(mapping)
 
     @property
     def size(self) -> int:
-        """Its bytes."""
+        """The size, in bytes."""
         return len(self._view)
 
     def slice(self, part: tuple[int, int], field: str) -> memoryview:
-        """Give a part of the arena, writable; the client may change it at any time.
+        """Return a writable part of the arena, which the client may change at any time.
 
         Args:
-            part: Its offset and its length.
-            field: The path of the field that says so, for the error.
+            part: The offset and length of the part, in bytes.
+            field: The path of the request's field that contains `part`, for the error.
 
         Raises:
-            InvalidArgumentError: It isn't aligned, or not inside the arena.
+            InvalidArgumentError: The part is not aligned, or not within the arena.
 
         """
         offset, length = part
@@ -81,7 +81,7 @@ class Arena:
         if not 0 <= offset <= self.size:
             msg = f"expected at most the arena's {self.size} bytes, got {offset}"
             raise InvalidArgumentError(msg, field=f"{field}.offset")
-        # The two are never added, so nothing can wrap in whatever this may be rewritten in.
+        # The offset and the length are never added, so the check stays correct if it is ported to fixed-size integers.
         if not 0 <= length <= self.size - offset:
             msg = f"expected at most the {self.size - offset} bytes between {offset} and the arena's end, got {length}"
             raise InvalidArgumentError(msg, field=f"{field}.length")
@@ -89,67 +89,77 @@ class Arena:
 
 
 class ArenaListener:
-    """The socket that gives arenas out, and the thread that serves it, from the moment that this is made.
+    """The arena socket and its thread, which runs from construction to `close`.
 
     Args:
-        path: The server's unix socket, without SUFFIX.
-        max_bytes: Bytes of all arenas together, at most; those of ended ones count while a call still uses them.
-        max_arenas: Arenas, at most, counted likewise.
-        allowed_uid: The one user who may connect. None: that of this process.
-        calls: The name of the socket, in the same folder, to which clients are to send the calls that use an arena.
-            Empty: where they send all others.
+        path: The path of the server's unix socket, without SUFFIX.
+        max_bytes: Maximum size of all arenas together, in bytes. An arena whose client is gone counts until the last
+            call that uses it has ended.
+        max_arenas: Maximum number of arenas, counted likewise.
+        allowed_uid: The user id that may connect. None: the user of this process.
+        call_socket: The name of the socket, in the same folder, to which clients send the calls that use an arena.
+            Empty: the server's socket.
+        max_pending: Maximum number of connections without an arena.
+        attach_seconds: Seconds after which a connection without an arena is closed.
+        pause_seconds: Seconds without accepting after a failed accept.
 
     Raises:
-        ValueError: There can't be arenas there, and why.
+        ValueError: The system has no arenas, or the path cannot be used.
 
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all but the first two are optional
         self,
         path: str | Path,
         *,
         max_bytes: int,
         max_arenas: int,
         allowed_uid: int | None = None,
-        calls: str = "",
+        call_socket: str = "",
+        max_pending: int = MAX_PENDING,
+        attach_seconds: float = ATTACH_SECONDS,
+        pause_seconds: float = PAUSE_SECONDS,
     ) -> None:
         if sys.platform != "linux":
             raise ValueError("arenas need Linux, which alone has memfd")
-        self._calls = calls
+        self._call_socket = call_socket
         self._max_bytes = max_bytes
         self._max_arenas = max_arenas
         self._allowed_uid = os.geteuid() if allowed_uid is None else allowed_uid
-        # Other threads read these three, each time by one step of a dict's; all else belongs to the thread.
+        self._max_pending = max_pending
+        self._attach_seconds = attach_seconds
+        self._pause_seconds = pause_seconds
+        # Other threads read these three dicts, each with one atomic operation. Only this object's thread uses the rest.
         self._arenas: dict[bytes, Arena] = {}
-        self._mapped: dict[bytes, int] = {}
+        self._mapped_bytes: dict[bytes, int] = {}
         self._attached: dict[socket.socket, bytes] = {}
         self._changed = threading.Condition()
-        self._waiting: dict[socket.socket, float] = {}  # until when; the earliest is first
+        self._pending: dict[socket.socket, float] = {}  # connections without an arena, with their deadlines, in order
         self._paused_until: float | None = None
         self._path = Path(f"{path}{SUFFIX}")
         self._socket, self._file = _listen(self._path)
-        self._wake, self._woken = socket.socketpair()
+        self._close_sender, self._close_receiver = socket.socketpair()
         self._selector = selectors.DefaultSelector()
-        self._selector.register(self._woken, selectors.EVENT_READ)
+        self._selector.register(self._close_receiver, selectors.EVENT_READ)
         self._selector.register(self._socket, selectors.EVENT_READ, self._accept)
         self._thread = threading.Thread(target=self._run, name="poolrpc-arena", daemon=True)
         self._thread.start()
 
     @property
     def live(self) -> int:
-        """How many arenas have a client."""
+        """The number of arenas whose client is connected."""
         return len(self._attached)
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all arenas, with those whose client is gone while a call still uses them."""
-        return sum(self._mapped.copy().values())
+        """The size of all arenas, in bytes, including those whose client is gone while a call still uses them."""
+        return sum(self._mapped_bytes.copy().values())
 
     def find(self, arena_id: bytes) -> Arena:
-        """Give an arena; it stays mapped for as long as the caller holds it or a slice of it.
+        """Return an arena, which stays mapped for as long as the caller holds it or a slice of it.
 
         Raises:
-            NotFoundError: There is none of that id, or no more.
+            NotFoundError: There is no arena with this id, or it has ended.
 
         """
         arena = self._arenas.get(arena_id)
@@ -158,42 +168,43 @@ class ArenaListener:
         return arena
 
     def wait_for(self, live: int, timeout: float | None = None) -> bool:
-        """Wait until `live` arenas have a client; False where `timeout` seconds pass before."""
+        """Wait until the number of arenas with a client is `live`; return False after `timeout` seconds."""
         with self._changed:
             return self._changed.wait_for(lambda: self.live == live, timeout)
 
     def close(self) -> None:
-        """End every arena, stop listening, remove the socket's file; a call under way keeps the memory it uses."""
+        """End all arenas, stop listening and remove the socket file. Calls in flight keep the memory that they use."""
         with suppress(OSError):  # closed before
-            self._wake.send(b"\0")
+            self._close_sender.send(b"\0")
         self._thread.join()
 
     def _run(self) -> None:
         try:
             while True:
-                for key, _ in self._selector.select(self._patience()):
+                for key, _ in self._selector.select(self._timeout()):
                     if key.data is None:
                         return
-                    self._guarded(key.data)
-                self._guarded(self._expire)
+                    self._run_guarded(key.data)
+                self._run_guarded(self._expire)
                 with self._changed:
                     self._changed.notify_all()
         finally:
             self._end()
 
-    def _guarded(self, step: Callable[[], None]) -> None:
+    def _run_guarded(self, step: Callable[[], None]) -> None:
         try:
             step()
-        except Exception:  # noqa: BLE001 - whatever a client does, the thread lives on for the others
+        except Exception:  # noqa: BLE001 - the thread must go on for the other clients
             log.exception("arena socket failed")
 
-    def _patience(self) -> float | None:
-        times = [each for each in (next(iter(self._waiting.values()), None), self._paused_until) if each is not None]
+    def _timeout(self) -> float | None:
+        deadlines = (next(iter(self._pending.values()), None), self._paused_until)
+        times = [deadline for deadline in deadlines if deadline is not None]
         return max(0.0, min(times) - time.monotonic()) if times else None
 
     def _expire(self) -> None:
         now = time.monotonic()
-        for connection in [each for each, until in self._waiting.items() if until <= now]:
+        for connection in [connection for connection, deadline in self._pending.items() if deadline <= now]:
             self._drop(connection)
         if self._paused_until is not None and self._paused_until <= now:
             self._resume()
@@ -201,34 +212,36 @@ class ArenaListener:
     def _accept(self) -> None:
         try:
             connection, _ = self._socket.accept()
-        except OSError as failure:
-            # The connection that still waits would make the selector return at once, again and again.
-            log.warning("arena socket accepts nothing for now", error=failure.strerror)
+        except OSError as error:
+            # The selector would report the same connection at once, again and again.
+            log.warning("arena socket pauses accepting", error=error.strerror)
             self._selector.unregister(self._socket)
-            self._paused_until = time.monotonic() + PAUSE_SECONDS
+            self._paused_until = time.monotonic() + self._pause_seconds
             return
-        with ExitStack() as refused:
-            refused.callback(connection.close)
+        with ExitStack() as rejected:
+            rejected.callback(connection.close)
             connection.setblocking(False)
             if peer_uid(connection) != self._allowed_uid:
-                error = PermissionDeniedError("expected the server's user, got another", reason="ARENA_USER")
-                _refuse(connection, error)
-            elif len(self._waiting) >= MAX_WAITING:
-                log.warning("arena refused", reason="ARENA_WAITING")
+                _reject(
+                    connection,
+                    PermissionDeniedError("expected the server's user, got another", reason="ARENA_USER"),
+                )
+            elif len(self._pending) >= self._max_pending:
+                log.warning("arena rejected", reason="ARENA_WAITING")
             else:
                 self._selector.register(connection, selectors.EVENT_READ, lambda: self._serve(connection))
-                self._waiting[connection] = time.monotonic() + WAITING_SECONDS
-                refused.pop_all()
+                self._pending[connection] = time.monotonic() + self._attach_seconds
+                rejected.pop_all()
 
     def _serve(self, connection: socket.socket) -> None:
-        # A client that has its arena has nothing more to say: whatever comes, most often its end, ends the arena.
+        # A client with an arena has nothing more to send: anything it sends, and its end, ends the arena.
         if connection in self._attached:
             self._drop(connection)
             return
         try:
             self._attach(connection)
         except PoolError as error:
-            _refuse(connection, error)
+            _reject(connection, error)
             self._drop(connection)
         except ConnectionError:  # the client is gone
             self._drop(connection)
@@ -237,44 +250,44 @@ class ArenaListener:
             raise
 
     def _attach(self, connection: socket.socket) -> None:
-        size = _requested(connection)
-        self._check(size)
+        size = _receive_size(connection)
+        self._check_quota(size)
         arena_id = secrets.token_bytes(ID_BYTES)
         descriptor = os.memfd_create("poolrpc-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(descriptor, size)
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
             mapping = mmap.mmap(descriptor, size)
-            self._mapped[arena_id] = size
-            # One step of a dict's, for the finalizer may run in any thread and can't take a lock.
-            weakref.finalize(mapping, self._mapped.pop, arena_id).atexit = False
-            # Found from here on, so before the client can ask for it.
+            self._mapped_bytes[arena_id] = size
+            # The finalizer may run in any thread, so it takes no lock: removing a key of a dict is atomic.
+            weakref.finalize(mapping, self._mapped_bytes.pop, arena_id).atexit = False
+            # Registered before the client knows the id, so that its first call finds the arena.
             self._arenas[arena_id] = Arena(mapping)
             self._attached[connection] = arena_id
-            del self._waiting[connection]
-            socket.send_fds(connection, [encode_attach_response(arena_id, size, self._calls)], [descriptor])
+            del self._pending[connection]
+            socket.send_fds(connection, [encode_attach_response(arena_id, size, self._call_socket)], [descriptor])
         finally:
             os.close(descriptor)
 
-    def _check(self, size: int) -> None:
-        held, count = self.nbytes, len(self._mapped)
+    def _check_quota(self, size: int) -> None:
+        nbytes, count = self.nbytes, len(self._mapped_bytes)
         if count >= self._max_arenas:
             msg = f"expected at most {self._max_arenas} arenas, got another"
             limits = {"limit": str(self._max_arenas), "actual": str(count + 1), "unit": "arenas"}
-        elif size > self._max_bytes - held:
-            msg = f"expected at most {self._max_bytes} bytes of arenas, got {held} and {size} more"
-            limits = {"limit": str(self._max_bytes), "actual": str(held + size), "unit": "bytes"}
+        elif size > self._max_bytes - nbytes:
+            msg = f"expected at most {self._max_bytes} bytes of arenas, got {nbytes} and {size} more"
+            limits = {"limit": str(self._max_bytes), "actual": str(nbytes + size), "unit": "bytes"}
         else:
             return
         raise LimitExceededError(msg, reason="ARENA_QUOTA", metadata=limits)
 
     def _drop(self, connection: socket.socket) -> None:
-        # Dropping the last reference unmaps; while a call holds a slice, the mapping could not be closed anyway.
+        # Dropping the last reference unmaps the memory. While a call holds a slice, it could not be unmapped anyway.
         self._arenas.pop(self._attached.get(connection, b""), None)
         self._selector.unregister(connection)
         connection.close()
-        # Last, so that what counts as ended has given everything back.
-        self._waiting.pop(connection, None)
+        # Last, so that an arena that no longer counts as live has released everything.
+        self._pending.pop(connection, None)
         self._attached.pop(connection, None)
         self._resume()
 
@@ -284,48 +297,48 @@ class ArenaListener:
             self._selector.register(self._socket, selectors.EVENT_READ, self._accept)
 
     def _end(self) -> None:
-        for connection in [*self._waiting, *self._attached]:
+        for connection in [*self._pending, *self._attached]:
             self._drop(connection)
         with suppress(OSError):
-            # Not where another server has taken the place of this one.
+            # Another server may have replaced the file meanwhile.
             if os.path.samestat(self._path.lstat(), self._file):
                 self._path.unlink()
-        for each in (self._socket, self._wake, self._woken, self._selector):
-            each.close()
+        for resource in (self._socket, self._close_sender, self._close_receiver, self._selector):
+            resource.close()
         with self._changed:
             self._changed.notify_all()
 
 
-def find_in(listeners: Sequence[ArenaListener]) -> Callable[[bytes], Arena]:
-    """Give what finds an arena of any of several listeners, of which more may come."""
+def arena_finder(listeners: Sequence[ArenaListener]) -> Callable[[bytes], Arena]:
+    """Return a function that finds an arena of any of the listeners, including those added to the sequence later."""
 
     def find(arena_id: bytes) -> Arena:
         for listener in listeners[:-1]:
             with suppress(NotFoundError):
                 return listener.find(arena_id)
         if not listeners:
-            raise NotFoundError("expected a call with its payload, got an arena: there are none here", reason="ARENA")
+            raise NotFoundError("expected a call with its payload, got an arena: this server has none", reason="ARENA")
         return listeners[-1].find(arena_id)
 
     return find
 
 
-def _requested(connection: socket.socket) -> int:
-    # Without a buffer for them the kernel closes what descriptors a client sends.
-    packet, _, flags, _ = connection.recvmsg(REQUEST_BYTES)
+def _receive_size(connection: socket.socket) -> int:
+    # There is no ancillary buffer, so the kernel closes any descriptors that the client sent.
+    packet, _, flags, _ = connection.recvmsg(MAX_REQUEST_BYTES)
     size = decode_attach_request(packet)
     if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
         raise InvalidArgumentError("expected a packet with a size and no more, got a larger one", field="request")
-    if size == 0:  # an empty packet too, and the client's end
+    if size == 0:  # also of an empty packet, and if the client has closed the connection
         raise InvalidArgumentError("expected at least 1 byte, got 0", field="size")
     return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def _refuse(connection: socket.socket, error: PoolError) -> None:
-    log.info("arena refused", reason=error.reason, error=error.message)
+def _reject(connection: socket.socket, error: PoolError) -> None:
+    log.info("arena rejected", reason=error.reason, error=error.message)
     with suppress(OSError):  # the client may be gone
         connection.send(encode_attach_error(error))
-        # A packet that is left unread at the close would make the client's read fail before it came to the answer.
+        # If unread packets were left at the close, the client would get ECONNRESET instead of the error.
         connection.shutdown(socket.SHUT_RD)
         while connection.recv(1):
             pass
@@ -339,9 +352,9 @@ def _listen(path: Path) -> tuple[socket.socket, os.stat_result]:
             listener = failed.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
             listener.setblocking(False)
             listener.bind(str(path))
-            # Before it listens nobody can connect. A umask would be the whole process's.
+            # No client can connect before listen(). A umask would affect the whole process.
             path.chmod(0o600)
-            listener.listen(MAX_WAITING)
+            listener.listen(MAX_PENDING)
             file = path.lstat()
             failed.pop_all()
             return listener, file
@@ -350,25 +363,26 @@ def _listen(path: Path) -> tuple[socket.socket, os.stat_result]:
 
 
 def _check_folder(path: Path) -> None:
-    # Whoever may rename in the folder can put a socket of his own there. A client sees whose it is and goes away, so
-    # only the arenas' service is at stake; but such a folder is a mistake, and better told of.
-    found = path.parent.stat()
-    if found.st_uid not in (0, os.geteuid()):
-        raise ValueError(f"{path}: expected a folder of the server's user or of root, got one of user {found.st_uid}")
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX:
+    # A user who may rename files in the folder can put a socket of their own at the path. Clients check the socket's
+    # user, so this would only deny them arenas, but it is most likely a mistake that the operator wants to know of.
+    status = path.parent.stat()
+    if status.st_uid not in (0, os.geteuid()):
+        raise ValueError(f"{path}: expected a folder of the server's user or of root, got one of user {status.st_uid}")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX:
         raise ValueError(f"{path}: expected a folder that only its owner can write to, or a sticky one")
 
 
 def _remove_stale(path: Path) -> None:
-    # A server that was killed leaves its socket's file behind.
+    # A server that was killed leaves its socket file behind.
     try:
-        found = path.lstat()
+        status = path.lstat()
     except FileNotFoundError:
         return
-    if not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.geteuid():
+    if not stat.S_ISSOCK(status.st_mode) or status.st_uid != os.geteuid():
         raise ValueError(f"{path}: expected no file, or the socket of an ended server of this user; got another one")
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
-        probe.setblocking(False)  # so that a server with no room for more connections is told from none
+        # With a full backlog, a non-blocking connect fails with EAGAIN, which differs from there being no server.
+        probe.setblocking(False)
         try:
             probe.connect(str(path))
         except ConnectionRefusedError:
