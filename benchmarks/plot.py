@@ -59,27 +59,27 @@ def load() -> None:
     rows = read("load")
     offered = [row["offered"] for row in rows]
     figure, (answered, latency) = plt.subplots(2, figsize=(9, 7), sharex=True, layout="constrained")
-    answered.plot(offered, [row["goodput"] for row in rows], "o-", label="right answers a second")
+    answered.plot(offered, [row["goodput"] for row in rows], "o-", label="correct results per second")
     answered.axvline(rows[0]["capacity"], color="grey", linewidth=0.8, label="capacity")
     answered.set_ylim(bottom=0)
     answered.legend()
     for name, label in (
-        ("accepted_p50_ms", "answered, median"),
-        ("accepted_p99_ms", "answered, 99 %"),
-        ("rejected_p50_ms", "refused, median"),
+        ("accepted_p50_ms", "accepted, median"),
+        ("accepted_p99_ms", "accepted, p99"),
+        ("rejected_p50_ms", "rejected, median"),
     ):
         latency.plot(offered, [row[name] for row in rows], "o-", label=label)
     latency.axhline(
-        rows[0]["accepted_p99_bound_ms"], color="grey", linewidth=0.8, label="3 times unloaded, and the queue"
+        rows[0]["accepted_p99_bound_ms"], color="grey", linewidth=0.8, label="3 times the unloaded p99, plus the queue's limit"
     )
     latency.set_xscale("log")
     latency.set_yscale("log")
-    latency.set_xlabel("calls offered a second")
+    latency.set_xlabel("calls sent per second")
     latency.set_ylabel("ms")
     latency.legend()
     figure.savefig(DOCS / "figures/load.png", dpi=110)
     lines = [
-        "| offered | right a second | of the most | p50, p99, p99.9 ms | refused, p50, p99 ms | MiB | late ms |",
+        "| load | correct per second | relative goodput | p50, p99, p99.9 ms | rejected: p50, p99 ms | server MiB | clients late ms |",
         "| --- | --- | --- | --- | --- | --- | --- |",
         *(
             f"| {row['case'].removesuffix(' capacity')} | {row['goodput']} | {row['ratio']:.2f} "
@@ -100,9 +100,9 @@ def scaling() -> None:
         if row["case"].startswith("MaxPool2d") and row["baseline"] == "torch"
     }
     cores = [
-        "What one core does, with a lone client's own work in it, and how many such cores' inputs fill a network:",
+        "What one core can do, including the work of its single client, and how many such cores' inputs fill a network:",
         "",
-        "| bytes | TCP ms | calls a second | MB/s | fill 10 Gbit/s | fill 100 Gbit/s | arena ms | MB/s |",
+        "| bytes | TCP ms | calls per second | MB/s | cores for 10 Gbit/s | cores for 100 Gbit/s | arena ms | MB/s |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for nbytes in sorted({nbytes for nbytes, _ in calls}):
@@ -113,29 +113,29 @@ def scaling() -> None:
             f"| {arena} | {nbytes / arena / 1000:,.1f} |"
         )
     lines = [
-        "What the simulation takes a call to need, by the line that fits the measured times:",
+        "The time of a call in the simulation: a line fitted to the measured times:",
         "",
-        "| path | ms a call | ms a MB | the worst point is off by |",
+        "| transport | ms per call | ms per MB | largest error |",
         "| --- | --- | --- | --- |",
     ]
     for path in ("unary", "stream", "arena"):
         fixed, each, off = capacity.seconds_of(path)
         lines.append(f"| {path} | {fixed * 1000:.2f} | {each * 1e9:.2f} | {off:.0%} |")
     waits = [
-        "The p99, in times of what a call takes alone, of calls that are all alike:",
+        "The p99 divided by the time of a call alone, if all calls are alike:",
         "",
-        f"| replicas | chosen by | {' | '.join(f'{busy:.0%} busy' for busy in BUSY)} |",
+        f"| replicas | balancing, at a utilization of | {' | '.join(f'{busy:.0%}' for busy in BUSY)} |",
         "| --- " * (len(BUSY) + 2) + "|",
     ]
     for replicas, least in product((1, 2, 8, 32), (True, False)):
         if replicas > 1 or least:
-            chosen = "-" if replicas == 1 else "least request" if least else "many clients"
+            chosen = "-" if replicas == 1 else "least request" if least else "client-side"
             figures = " | ".join(f"{capacity.waiting(replicas, busy, least_request=least):.1f}" for busy in BUSY)
             waits.append(f"| {replicas} | {chosen} | {figures} |")
     loads = [
-        "Replicas that are needed:",
+        "Number of replicas:",
         "",
-        "| calls a second | bytes each | p99 | least request | many clients | least request, by the arena |",
+        "| calls per second | bytes each | p99 | least request | client-side | least request, arena |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for rate, nbytes, p99 in LOADS:
@@ -146,9 +146,9 @@ def scaling() -> None:
             figures.append(str(last["replicas"]))
         loads.append(f"| {rate:,} | {nbytes:,} | {p99 * 1000:g} ms | {' | '.join(figures)} |")
     checks = [
-        "The simulation, and what was measured:",
+        "Simulated and measured values:",
         "",
-        "| offered | right a second | measured | p50 ms | measured | p99 ms | measured |",
+        "| load | correct per second | measured | p50 ms | measured | p99 ms | measured |",
         "| --- | --- | --- | --- | --- | --- | --- |",
         *(
             f"| {row['case'].removesuffix(' capacity')} | {row['goodput']} | {row['measured_goodput']} "
@@ -162,7 +162,7 @@ def scaling() -> None:
 def ray() -> None:
     """Write the table of calls through Ray's proxy."""
     lines = [
-        "| case | bytes | times our server's speed | ms | our server's ms |",
+        "| case | bytes | speed relative to poolrpc-server | ms | poolrpc-server ms |",
         "| --- | --- | --- | --- | --- |",
         *(
             f"| {row['case']} | {row['bytes']:,} | {row['ratio']:.2f} | {row['ms']:.1f} | {row['baseline_ms']:.1f} |"
@@ -186,17 +186,17 @@ def kernels() -> None:
     axis.set_xscale("log")
     axis.set_yticks(range(len(groups)), groups)
     axis.invert_yaxis()
-    axis.set_xlabel("times the speed of eager torch, one thread (cross: the plan chose eager torch itself)")
+    axis.set_xlabel("speed relative to eager torch, one thread (cross: the plan chose eager torch)")
     figure.savefig(DOCS / "figures/kernels.png", dpi=110)
 
     lines = [
-        "| case | kernel | eager ms | ms | times eager | clones of the input |",
+        "| case | kernel | eager ms | ms | speedup | clones of the input |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in cases:
         figures = f"{row['baseline_ms']} | {row['ms']} | {row['ratio']} | {row['clones']}"
         lines.append(f"| {row['case']} | {row['kernel']} | {figures} |")
-    means = ["| group | cases | geometric mean | least |", "| --- | --- | --- | --- |"]
+    means = ["| group | cases | geometric mean of the speedup | smallest |", "| --- | --- | --- | --- |"]
     for row in rows:
         if "cases" in row:
             name = row["case"].removeprefix("geometric mean: ")
@@ -227,19 +227,19 @@ def transport() -> None:
     size = {row["case"]: row["bytes"] for row in cases}
     tables = []
     for baseline in ("torch", "echo", "plain server"):
-        table = [f"Times the speed of {baseline}:", "", f"| case | bytes | {' | '.join(PATHS)} |"]
+        table = [f"Speed relative to {baseline}:", "", f"| case | bytes | {' | '.join(PATHS)} |"]
         table.append("| --- " * (len(PATHS) + 2) + "|")
         for name in names:
             figures = " | ".join(f"{ratios[name, path, baseline]:.2f}" for path in PATHS)
             table.append(f"| {name} | {size[name]:,} | {figures} |")
         tables.append(table)
-    even = ["Faster than local eager torch from:", "", "| path | bytes |", "| --- | --- |"]
+    even = ["Faster than local eager torch from:", "", "| transport | bytes |", "| --- | --- |"]
     for path in PATHS:
         # From the smallest size on from which it stays so.
         slower = [size[name] for name in names if ratios[name, path, "torch"] < 1]
         first = [size[name] for name in names if size[name] > max(slower, default=0)]
         even.append(f"| {path} | {f'{min(first):,}' if first else 'never'} |")
-    rest = ["| case | contender | baseline | times its speed |", "| --- | --- | --- | --- |"]
+    rest = ["| case | transport | baseline | relative speed |", "| --- | --- | --- | --- |"]
     for row in (*(row for row in rows if row not in cases), *read("memmap")):
         grown = {"client": row.get("client_grew_bytes"), "server": row.get("server_grew_bytes")}
         note = "".join(f"; the {who} grew by {int(grew) >> 20} MiB" for who, grew in grown.items() if grew is not None)
