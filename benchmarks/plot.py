@@ -70,7 +70,10 @@ def load() -> None:
     ):
         latency.plot(offered, [row[name] for row in rows], "o-", label=label)
     latency.axhline(
-        rows[0]["accepted_p99_bound_ms"], color="grey", linewidth=0.8, label="3 times the unloaded p99, plus the queue's limit"
+        rows[0]["accepted_p99_bound_ms"],
+        color="grey",
+        linewidth=0.8,
+        label="3 times the unloaded p99, plus the queue's limit",
     )
     latency.set_xscale("log")
     latency.set_yscale("log")
@@ -79,7 +82,7 @@ def load() -> None:
     latency.legend()
     figure.savefig(DOCS / "figures/load.png", dpi=110)
     lines = [
-        "| load | correct per second | relative goodput | p50, p99, p99.9 ms | rejected: p50, p99 ms | server MiB | clients late ms |",
+        "| load | correct per second | relative goodput | p50, p99, p99.9 ms | rejected: p50, p99 ms | MiB | late ms |",
         "| --- | --- | --- | --- | --- | --- | --- |",
         *(
             f"| {row['case'].removesuffix(' capacity')} | {row['goodput']} | {row['ratio']:.2f} "
@@ -100,7 +103,7 @@ def scaling() -> None:
         if row["case"].startswith("MaxPool2d") and row["baseline"] == "torch"
     }
     cores = [
-        "What one core can do, including the work of its single client, and how many such cores' inputs fill a network:",
+        "What one core does, including its single client's work, and how many such cores' inputs fill a network:",
         "",
         "| bytes | TCP ms | calls per second | MB/s | cores for 10 Gbit/s | cores for 100 Gbit/s | arena ms | MB/s |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
