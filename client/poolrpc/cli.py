@@ -1,4 +1,4 @@
-"""The command `poolrpc`: pool a file, infer a shape, explain a layer, ask a server how it is."""
+"""The command `poolrpc`: pool a file, compute a shape, explain a layer, describe a server, check its health."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from poolrpc._version import __version__
 from poolrpc.chains import LAYOUTS, branch_shapes
 from poolrpc.client import PoolClient
 from poolrpc.command import files
-from poolrpc.command.explain import explain, lines
+from poolrpc.command.explain import explain, format_lines
 from poolrpc.errors import InvalidArgumentError, PoolError
 from poolrpc.expression import parse_chain, parse_layer
 
@@ -28,36 +28,38 @@ if TYPE_CHECKING:
     from poolrpc.chains import Chain, Shape
 
 ADDRESS = "127.0.0.1:50051"
+LAYER_HELP = "layer expression: 'MaxPool2d(2)', or for a chain '[MaxPool2d(2), AvgPool2d(2)]'"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and give its exit status: 0, or 1 with one line on stderr, or 2 for a wrong command line."""
-    given = _parser().parse_args(arguments)
+    """Run the command and return its exit status: 0; 1 with one line on stderr; or 2 for a wrong command line."""
+    options = _parser().parse_args(arguments)
     try:
-        report: tuple[object, list[str], int] = given.run(given)
+        report: tuple[object, list[str], int] = options.run(options)
     except (PoolError, OSError) as error:
         print(f"poolrpc: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     data, text, status = report
-    print(json.dumps(_plain(data), allow_nan=False) if given.json else "\n".join(text))
+    print(json.dumps(_to_json(data), allow_nan=False) if options.json else "\n".join(text))
     return status
 
 
-def _plain(data: Any) -> Any:  # noqa: ANN401 - whatever JSON has
-    # JSON has no infinities and no NaN: their names.
+def _to_json(data: Any) -> Any:  # noqa: ANN401 - any value of JSON
+    # JSON has neither infinities nor NaN, so their names take their place.
     if isinstance(data, float) and not math.isfinite(data):
         return str(data)
     if isinstance(data, dict):
-        return {key: _plain(value) for key, value in data.items()}
-    return [_plain(each) for each in data] if isinstance(data, list | tuple) else data
+        return {key: _to_json(value) for key, value in data.items()}
+    return [_to_json(each) for each in data] if isinstance(data, list | tuple) else data
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "poolrpc",
-        description="PyTorch's pooling layers over gRPC, without PyTorch.",
-        epilog="The environment's POOLRPC_TOKEN is sent as the token, and the PEM files that POOLRPC_CA, "
-        "POOLRPC_CLIENT_CERT and POOLRPC_CLIENT_KEY name are for TLS.",
+        description="Run PyTorch's pooling layers on a poolrpc server, without PyTorch.",
+        epilog="Environment: POOLRPC_TOKEN is the token that authenticates the client. For TLS, POOLRPC_CA is a PEM "
+        "file with the certificate authorities to trust, and POOLRPC_CLIENT_CERT and POOLRPC_CLIENT_KEY are PEM files "
+        "with the client's certificate and key.",
     )
     parser.add_argument("--version", action="version", version=f"poolrpc {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -65,57 +67,73 @@ def _parser() -> argparse.ArgumentParser:
     server.add_argument(
         "--address",
         default=os.environ.get("POOLRPC_ADDRESS", ADDRESS),
-        help=f"the server's: host:port, dns:///name:port or unix:PATH [default: {ADDRESS}; POOLRPC_ADDRESS]",
+        help="address of the server: host:port, dns:///name:port or unix:PATH "
+        f"[default: {ADDRESS}; environment: POOLRPC_ADDRESS]",
     )
-    server.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="for the call [default: 60]")
+    server.add_argument(
+        "--timeout", type=float, default=60.0, metavar="SECONDS", help="deadline of the call, in seconds [default: 60]"
+    )
 
-    def command(name: str, run: Any, help: str, *, remote: bool = True) -> argparse.ArgumentParser:  # noqa: A002, ANN401
-        made = commands.add_parser(name, help=help, description=help, parents=[server] if remote else [])
-        made.add_argument("--json", action="store_true", help="print JSON")
-        made.set_defaults(run=run)
-        return made
+    def command(name: str, run: Any, help: str, *, remote: bool = True) -> argparse.ArgumentParser:  # noqa: A002, ANN401 - argparse's own name; any function
+        subparser = commands.add_parser(name, help=help, description=help, parents=[server] if remote else [])
+        subparser.add_argument("--json", action="store_true", help="print the result as JSON")
+        subparser.set_defaults(run=run)
+        return subparser
 
-    pool = command("pool", _pool, "Pool an image, a .npy or a .npz file.")
-    pool.add_argument("file", type=Path, help="an image (as PIL reads it), or .npy, or .npz with x (and indices)")
+    pool = command("pool", _pool, "Apply layers to an image, a .npy file or a .npz file.")
+    pool.add_argument(
+        "file",
+        type=Path,
+        help="image in a format that Pillow reads, .npy, or .npz with the array x and optional indices",
+    )
     pool.add_argument(
         "--layer",
         action="append",
         required=True,
         metavar="EXPR",
-        help="'MaxPool2d(2)', or a chain '[MaxPool2d(2), AvgPool2d(2)]'; repeat it for branches",
+        help=f"{LAYER_HELP}; repeat the flag to run several branches on the same input",
     )
-    pool.add_argument("--layout", choices=LAYOUTS, help="of an array [default: NCHW]; an image is NHWC")
+    pool.add_argument("--layout", choices=LAYOUTS, help="layout of the array [default: NCHW; NHWC for an image]")
     pool.add_argument(
-        "--save", type=Path, metavar="FILE", help="where outputs go: by its suffix .png etc., .npy or .npz"
+        "--save",
+        type=Path,
+        metavar="FILE",
+        help="file for the outputs; its suffix selects the format: .npy, .npz, or an image format such as .png",
     )
 
-    shape = command("shape", _shape, "Give the shape after each step of a chain; offline.", remote=False)
-    shape.add_argument("shape", help="the input's: 8x64x56x56")
-    shape.add_argument("layer", metavar="EXPR", help="a layer, or a chain as a list")
-    shape.add_argument("--layout", choices=LAYOUTS, default="NCHW", help="of the shape [default: NCHW]")
+    shape = command("shape", _shape, "Print the shape after each layer of a chain, without a server.", remote=False)
+    shape.add_argument("shape", help="shape of the input, with x between the sizes: 8x64x56x56")
+    shape.add_argument("layer", metavar="EXPR", help=LAYER_HELP)
+    shape.add_argument("--layout", choices=LAYOUTS, default="NCHW", help="layout of the shape [default: NCHW]")
 
-    window = command("explain", _explain, "Show each window of a layer on a small plane, and its shape formula.")
-    window.add_argument("layer", metavar="EXPR", help="a layer")
-    window.add_argument("--input", required=True, metavar="JSON", help="the plane: '[[1, 3, 2, 4], [5, 6, 8, 7]]'")
-    window.add_argument("--local", action="store_true", help="compute it here, without a server")
+    window = command("explain", _explain, "Print each window of a layer on a small plane, and the shape formula.")
+    window.add_argument("layer", metavar="EXPR", help="layer expression: 'MaxPool2d(2)'")
+    window.add_argument(
+        "--input", required=True, metavar="JSON", help="plane to pool, as nested lists: '[[1, 3, 2, 4], [5, 6, 8, 7]]'"
+    )
+    window.add_argument("--local", action="store_true", help="compute the output locally instead of on a server")
 
-    command("info", _info, "Tell a server's versions, device, layers with their dtypes, and limits.")
-    health = command("health", _health, "Ask whether a server takes calls; exits 0 where it does.")
-    health.add_argument("--service", default="", help="a service's full name [default: the server]")
+    command("info", _info, "Print a server's versions, device, layers with their dtypes, and limits.")
+    health = command("health", _health, "Print a server's health; the exit status is 0 if it is SERVING, and else 1.")
+    health.add_argument(
+        "--service",
+        default="",
+        help="full name of a gRPC service, such as poolrpc.v1.PoolService [default: the server]",
+    )
     return parser
 
 
-def _client(given: argparse.Namespace) -> PoolClient:
-    return PoolClient(given.address, timeout=given.timeout)
+def _client(options: argparse.Namespace) -> PoolClient:
+    return PoolClient(options.address, timeout=options.timeout)
 
 
-def _pool(given: argparse.Namespace) -> tuple[object, list[str], int]:
-    branches = [parse_chain(text) for text in given.layer]
-    source = files.load(given.file, branches)
-    layout = given.layout or source.layout
-    with _client(given) as client:
+def _pool(options: argparse.Namespace) -> tuple[object, list[str], int]:
+    branches = [parse_chain(text) for text in options.layer]
+    source = files.load(options.file, branches)
+    layout = options.layout or source.layout
+    with _client(options) as client:
         results = client.pool_each(source.x, branches, indices=source.indices, layout=layout)
-    paths = files.save(given.save, results, source) if given.save else []
+    paths = files.save(options.save, results, source) if options.save else []
     data = {
         "input": {"shape": source.x.shape, "dtype": source.x.dtype.name, "layout": layout},
         "branches": [
@@ -130,14 +148,14 @@ def _pool(given: argparse.Namespace) -> tuple[object, list[str], int]:
     return data, [*text, *(f"saved {path}" for path in paths)], 0
 
 
-def _shape(given: argparse.Namespace) -> tuple[object, list[str], int]:
-    parts = given.shape.lower().split("x")
+def _shape(options: argparse.Namespace) -> tuple[object, list[str], int]:
+    parts = options.shape.lower().split("x")
     if not all(part.isdecimal() and len(part) <= 10 for part in parts):  # noqa: PLR2004 - the digits of 2**31
         raise InvalidArgumentError(
-            f"expected sizes with x between them, as in 8x64x56x56, got {clip(given.shape)}", field="shape"
+            f"expected sizes with x between them, such as 8x64x56x56, got {clip(options.shape)}", field="shape"
         )
-    chain = parse_chain(given.layer)
-    shapes = branch_shapes(tuple(map(int, parts)), [chain], given.layout)[0]
+    chain = parse_chain(options.layer)
+    shapes = branch_shapes(tuple(map(int, parts)), [chain], options.layout)[0]
     return _steps(chain, shapes), _lines(chain, shapes), 0
 
 
@@ -146,29 +164,30 @@ def _steps(chain: Chain, shapes: tuple[Shape, ...]) -> list[dict[str, object]]:
 
 
 def _lines(chain: Chain, shapes: tuple[Shape, ...]) -> list[str]:
-    # The steps of a chain below each other; a new branch starts at the margin.
+    # The layers after a chain's first are indented, so that each branch starts at the margin.
     return [
         f"{'  then ' if step else ''}{layer!r} -> {shape}"
         for step, (layer, shape) in enumerate(zip(chain, shapes, strict=True))
     ]
 
 
-def _explain(given: argparse.Namespace) -> tuple[object, list[str], int]:
-    layer = parse_layer(given.layer)
+def _explain(options: argparse.Namespace) -> tuple[object, list[str], int]:
+    layer = parse_layer(options.layer)
     try:
         with np.errstate(over="ignore"):
-            plane = np.array(json.loads(given.input), np.float32)
+            plane = np.array(json.loads(options.input), np.float32)
     except (ValueError, TypeError, RecursionError, OverflowError):
         raise InvalidArgumentError(
-            f"expected nested lists of numbers, got {clip(given.input)}", field="input"
+            f"expected nested lists of numbers, got {clip(options.input)}", field="input"
         ) from None
-    told = explain(layer, plane)
-    if not given.local:
-        with _client(given) as client:
+    explanation = explain(layer, plane)
+    if not options.local:
+        with _client(options) as client:
             output = client.pool(plane[None, None], layer).output[0, 0]
-        if not np.allclose(output, told.output, rtol=1e-5, equal_nan=True):
-            raise PoolError(f"the server's output {output.tolist()} differs from the windows' {told.output.tolist()}")
-        told = dataclasses.replace(told, output=output)
+        if not np.allclose(output, explanation.output, rtol=1e-5, equal_nan=True):
+            msg = f"expected the output {explanation.output.tolist()}, got {output.tolist()} from the server"
+            raise PoolError(msg)
+        explanation = dataclasses.replace(explanation, output=output)
     data = {
         "layer": repr(layer),
         "windows": [
@@ -179,19 +198,19 @@ def _explain(given: argparse.Namespace) -> tuple[object, list[str], int]:
                 "value": each.value,
                 "how": each.how,
             }
-            for each in told.windows
+            for each in explanation.windows
         ],
-        "output": told.output.tolist(),
-        "formulas": told.formulas,
+        "output": explanation.output.tolist(),
+        "formulas": explanation.formulas,
     }
-    return data, lines(told), 0
+    return data, format_lines(explanation), 0
 
 
-def _info(given: argparse.Namespace) -> tuple[object, list[str], int]:
-    with _client(given) as client:
+def _info(options: argparse.Namespace) -> tuple[object, list[str], int]:
+    with _client(options) as client:
         info = client.server_info()
     text = [
-        f"poolrpc {info.version} at {given.address}",
+        f"poolrpc {info.version} at {options.address}",
         f"torch {info.torch_version} on {info.device}, {info.threads} threads",
         "limits:",
         *(f"  {name}: {limit}" for name, limit in info.limits.items()),
@@ -203,7 +222,7 @@ def _info(given: argparse.Namespace) -> tuple[object, list[str], int]:
     return dataclasses.asdict(info), text, 0
 
 
-def _health(given: argparse.Namespace) -> tuple[object, list[str], int]:
-    with _client(given) as client:
-        status = client.health(given.service)
+def _health(options: argparse.Namespace) -> tuple[object, list[str], int]:
+    with _client(options) as client:
+        status = client.health(options.service)
     return {"status": status}, [status], 0 if status == "SERVING" else 1

@@ -1,7 +1,7 @@
-"""Layer expressions, "MaxPool2d(3, stride=2)": text to layer by a strict walk over Python's ast; nothing is evaluated.
+"""Layer expressions such as "MaxPool2d(3, stride=2)", parsed through Python's ast without evaluation.
 
-The other way is repr(layer). A chain is a list: "[MaxPool2d(3, stride=2), AvgPool2d(2)]". Branches are a list with a
-list in it: "[[AdaptiveAvgPool2d(1)], [MaxPool2d(2), AdaptiveAvgPool2d(2)]]".
+`repr(layer)` is the inverse. A list is a chain: "[MaxPool2d(3, stride=2), AvgPool2d(2)]". A list that contains a list
+is branches: "[[AdaptiveAvgPool2d(1)], [MaxPool2d(2), AdaptiveAvgPool2d(2)]]".
 """
 
 from __future__ import annotations
@@ -17,21 +17,26 @@ from poolrpc._shapes.rules import clip
 from poolrpc.errors import ExpressionError, InvalidArgumentError
 from poolrpc.layers import LAYERS, Layer
 
-ODD = re.compile(
+INVALID = re.compile(
     r"[^\w\s,.=()\[\]+*-]|[^\x00-\x7f]|(?:[0-9]\.?[jJ]?|0[xX][0-9a-fA-F_]+)(?:and|else|for|if|in|is|not|or)"
 )
-"""What no layer expression has in it: other characters, and numbers with a keyword right after them."""
+"""What no layer expression contains: other characters, and a number directly followed by a keyword."""
 
 
 def parse_layer(text: str) -> Layer:
-    """Give the layer that an expression names; the inverse of repr.
+    """Return the layer of an expression; the inverse of repr.
 
     Args:
-        text: A layer's name and its arguments as Python writes them: "MaxPool2d(3, stride=2)". Arguments are numbers,
-            inf, True, False, None, and tuples or lists of these.
+        text: A layer's name and arguments in Python's syntax, up to 4096 characters. Arguments are numbers, inf, True,
+            False, None, and tuples or lists of these.
 
     Raises:
-        ExpressionError: The text is no such expression, or an argument is out of its range; says the column.
+        ExpressionError: The text is not a layer expression, or an argument is invalid; `column` says where.
+
+    Examples:
+        >>> from poolrpc import parse_layer
+        >>> parse_layer("MaxPool2d(3, stride=2)")
+        MaxPool2d(3, stride=2)
 
     """
     parser = _Parser(text)
@@ -39,10 +44,18 @@ def parse_layer(text: str) -> Layer:
 
 
 def parse_chain(text: str) -> tuple[Layer, ...]:
-    """Give the chain that an expression names: one layer, or a list of layers in order.
+    """Return the chain of an expression.
+
+    Args:
+        text: One layer, or a list of layers in order.
 
     Raises:
-        ExpressionError: As for parse_layer.
+        ExpressionError: As in parse_layer.
+
+    Examples:
+        >>> from poolrpc import parse_chain
+        >>> parse_chain("[MaxPool2d(3, stride=2), AvgPool2d(2)]")
+        (MaxPool2d(3, stride=2), AvgPool2d(2))
 
     """
     parser = _Parser(text)
@@ -50,12 +63,19 @@ def parse_chain(text: str) -> tuple[Layer, ...]:
 
 
 def parse_branches(text: str) -> tuple[tuple[Layer, ...], ...]:
-    """Give the branches that an expression names: one layer, a list of layers (a chain), or a list with a list in it.
+    """Return the branches of an expression.
 
-    Each element of the last is a branch: a layer, or a list of layers in order.
+    Args:
+        text: One layer or a list of layers, which is a single branch; or a list that contains a list, each element of
+            which is a branch: a layer, or a list of layers in order.
 
     Raises:
-        ExpressionError: As for parse_layer, or there are more branches or layers than a request may have.
+        ExpressionError: As in parse_layer, or there are more than 64 branches, or more than 64 layers in one.
+
+    Examples:
+        >>> from poolrpc import parse_branches
+        >>> parse_branches("[GlobalMaxPool(), [MaxPool2d(2), AvgPool2d(2)]]")
+        ((GlobalMaxPool(),), (MaxPool2d(2), AvgPool2d(2)))
 
     """
     parser = _Parser(text)
@@ -71,29 +91,29 @@ def parse_branches(text: str) -> tuple[tuple[Layer, ...], ...]:
 
 
 class _Parser:
-    """One expression's text and its tree."""
+    """The text of an expression, its syntax tree, and the conversion of nodes to layers."""
 
     def __init__(self, text: str) -> None:
         if len(text) > MAX_EXPRESSION_CHARS:
             msg = f"expected at most {MAX_EXPRESSION_CHARS} characters, got {len(text)}"
             raise ExpressionError(msg)
-        # On one line, so that a column says it all. Blanks before the expression would be an indent.
+        # Joined into one line, so that a column is enough to locate an error. Leading blanks would be an indentation.
         line = " ".join(text.splitlines()) if len(text.splitlines()) > 1 else text
         stripped = line.lstrip()
         self.indent = len(line) - len(stripped)
         self.line = stripped
-        # Strings, comments and operators have no place here, and of an odd string or "2if" Python would warn on stderr.
-        odd = ODD.search(stripped)
-        if odd:
-            msg = f"expected a number, True, False or None for an argument, got {clip(odd.group())}"
-            raise ExpressionError(msg, column=self.indent + odd.start() + 1)
+        # Rejected before parsing, since Python warns on stderr of invalid string escapes and of "2if".
+        invalid = INVALID.search(stripped)
+        if invalid:
+            msg = f"expected a number, True, False or None for an argument, got {clip(invalid.group())}"
+            raise ExpressionError(msg, column=self.indent + invalid.start() + 1)
         try:
             self.root = ast.parse(stripped, mode="eval").body
         except SyntaxError as error:
             column = self.indent + max(error.offset or 1, 1)
             raise ExpressionError(f"expected a layer expression: {error.msg}", column=column) from None
         except (ValueError, RecursionError, MemoryError):
-            # A NUL byte, a number too long to be read, or nesting that no layer has.
+            # A NUL byte, a number with too many digits, or too deep nesting.
             raise ExpressionError("expected a layer expression such as MaxPool2d(3, stride=2)") from None
 
     def error(self, description: str, node: ast.AST) -> ExpressionError:
@@ -115,35 +135,39 @@ class _Parser:
             raise self.error(f"expected a layer such as MaxPool2d(2), got {clip(self.source(node))}", node)
         name = node.func.id if isinstance(node.func, ast.Name) else ""
         if name not in LAYERS:
-            import difflib  # noqa: PLC0415 - import poolrpc is to be quick
+            import difflib  # noqa: PLC0415 - keeps `import poolrpc` fast
 
             near = difflib.get_close_matches(name, LAYERS, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; the layers are {', '.join(LAYERS)}"
             raise self.error(f"unknown layer {clip(self.source(node.func))}{hint}", node.func)
         cls = LAYERS[name]
         names = [each.name for each in fields(cls)]  # type: ignore[arg-type]  # every layer is a dataclass
-        places: dict[str, ast.AST] = {}
+        nodes: dict[str, ast.AST] = {}
         values: dict[str, Any] = {}
         if len(node.args) > len(names):
             raise self.error(
                 f"expected at most {len(names)} arguments for {name}, got {len(node.args)}", node.args[len(names)]
             )
-        pairs = [*zip(names, node.args, node.args, strict=False), *((k.arg or "**", k.value, k) for k in node.keywords)]
-        for parameter, value, place in pairs:
+        # The name, the value and the node to blame of every argument.
+        arguments = [
+            *zip(names, node.args, node.args, strict=False),
+            *((keyword.arg or "**", keyword.value, keyword) for keyword in node.keywords),
+        ]
+        for parameter, value, source in arguments:
             if parameter not in names:
                 takes = ", ".join(names) or "none"
-                raise self.error(f"unknown parameter {clip(parameter)} of {name}, which takes {takes}", place)
+                raise self.error(f"unknown parameter {clip(parameter)} of {name}, which takes {takes}", source)
             if parameter in values:
-                raise self.error(f"{parameter} is given twice", place)
-            places[parameter], values[parameter] = place, self.value(value)
+                raise self.error(f"expected {parameter} once, got it twice", source)
+            nodes[parameter], values[parameter] = source, self.value(value)
         try:
             return cls(**values)
         except InvalidArgumentError as error:
             first = error.violations[0]
-            raise self.error(str(error), places.get(first.field, node)) from None
+            raise self.error(str(error), nodes.get(first.field, node)) from None
         except TypeError:  # a required parameter is missing
             missing = names[0] if names[0] not in values else names[1]
-        raise self.error(f"{name} lacks its parameter {missing}", node)
+        raise self.error(f"expected the parameter {missing} of {name}, got none", node)
 
     def value(self, node: ast.expr) -> object:
         if isinstance(node, ast.Tuple | ast.List):

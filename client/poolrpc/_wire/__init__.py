@@ -1,1 +1,1 @@
-"""Values to bytes and back; client and server share it."""
+"""Values to and from bytes; shared with the server."""

@@ -1,4 +1,4 @@
-"""Messages to and from values: with layer_codec and status the one place, beside a servicer, where protobuf is seen."""
+"""Protobuf messages to and from values. Beside this module, only layer_codec, status and the protocols use protobuf."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ LAYOUT_FROM_WIRE = {number: name for name, number in LAYOUT_TO_WIRE.items()} | {
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a PoolRequest says, apart from its payload.
+    """A PoolRequest without its payload.
 
     Attributes:
-        input: The input's spec.
-        indices: The spec of MaxUnpool's indices, where there are any.
-        branches: The chains to run on the input.
+        input: The spec of the input.
+        branches: The chains to apply to the input.
+        indices: The spec of MaxUnpool's indices; None if there are none.
 
     """
 
@@ -48,14 +48,14 @@ class Request:
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:
-        """The tensors of the payload, in order."""
+        """The specs of the payload's tensors, in order."""
         return (self.input,) if self.indices is None else (self.input, self.indices)
 
     def shapes(self) -> list[tuple[Shape, ...]]:
-        """Give, for each branch, the shape after every layer.
+        """Return, for each branch, the shape after every layer.
 
         Raises:
-            InvalidArgumentError: The layers don't fit the input or each other; paths are the request's.
+            InvalidArgumentError: The layers don't fit the input or each other; the paths are those of the request.
 
         """
         try:
@@ -64,7 +64,7 @@ class Request:
             raise error.with_prefix("input") if error.violations[0].field == "shape" else error from None
 
     def results(self) -> tuple[BranchResult, ...]:
-        """Give what comes of each branch; the rest is as in shapes."""
+        """Return the results that the branches will have; raises the same errors as `shapes`."""
         spec = self.input
         return tuple(
             BranchResult(
@@ -78,12 +78,12 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class ArenaRanges:
-    """Where in an arena a request's tensors are.
+    """The ranges of an arena that hold a request's tensors.
 
     Attributes:
-        arena_id: The arena.
-        input: The offset and the length of the range with the inputs.
-        output: The same of the range for the outputs.
+        arena_id: The id of the arena.
+        input: Offset and length of the inputs' range, in bytes.
+        output: Offset and length of the outputs' range, in bytes.
 
     """
 
@@ -94,12 +94,12 @@ class ArenaRanges:
 
 @dataclass(frozen=True, slots=True)
 class BranchResult:
-    """What a branch gave, apart from its payload.
+    """The result of a branch without its payload.
 
     Attributes:
         shapes: The shape after every layer.
-        output: The output's spec.
-        indices: The spec of the indices, where the last layer returns them.
+        output: The spec of the output.
+        indices: The spec of the indices; None if the last layer doesn't return them.
 
     """
 
@@ -109,25 +109,29 @@ class BranchResult:
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:
-        """The tensors of the payload, in order."""
+        """The specs of the payload's tensors, in order."""
         return (self.output,) if self.indices is None else (self.output, self.indices)
 
 
 def payload_specs(results: Iterable[BranchResult]) -> tuple[TensorSpec, ...]:
-    """Give the tensors of an answer's payload, in order."""
+    """Return the specs of the tensors in the payload of these results, in order."""
     return tuple(spec for each in results for spec in each.specs)
 
 
 def encode_spec(spec: TensorSpec) -> pool_pb2.TensorSpec:
-    """Give a spec's message."""
+    """Return the message of a spec."""
     return pool_pb2.TensorSpec(dtype=DTYPE_TO_WIRE[spec.dtype], shape=spec.shape, layout=LAYOUT_TO_WIRE[spec.layout])
 
 
 def decode_spec(message: pool_pb2.TensorSpec, path: str) -> TensorSpec:
-    """Give the spec of a message.
+    """Return the spec of a message.
+
+    Args:
+        message: The message.
+        path: Its path in the request, for errors.
 
     Raises:
-        InvalidArgumentError: The dtype or the layout is none that there is.
+        InvalidArgumentError: The dtype or the layout is unknown, or there are more than MAX_RANK axes.
 
     """
     dtype = DTYPE_FROM_WIRE.get(message.dtype)
@@ -140,17 +144,17 @@ def decode_spec(message: pool_pb2.TensorSpec, path: str) -> TensorSpec:
 
 
 def _decode_sizes(sizes: Sequence[int], path: str) -> Shape:
-    # Counted before they are copied: a message has room for millions.
+    # Counted before they are copied, since a message can hold millions.
     if len(sizes) > MAX_RANK:
         raise InvalidArgumentError(f"expected at most {MAX_RANK} dims, got {len(sizes)}", field=path)
     return tuple(sizes)
 
 
 def decode_layout(number: pool_pb2.Layout.ValueType, path: str) -> str:
-    """Give a layout's name.
+    """Return the name of a layout.
 
     Raises:
-        InvalidArgumentError: It is none that there is.
+        InvalidArgumentError: The layout is unknown.
 
     """
     layout = LAYOUT_FROM_WIRE.get(number)
@@ -161,17 +165,17 @@ def decode_layout(number: pool_pb2.Layout.ValueType, path: str) -> str:
 
 
 def encode_shapes(shapes: Iterable[Shape]) -> list[pool_pb2.Shape]:
-    """Give the messages of shapes."""
+    """Return the messages of shapes."""
     return [pool_pb2.Shape(dims=shape) for shape in shapes]
 
 
 def decode_shapes(messages: Iterable[pool_pb2.Shape]) -> tuple[Shape, ...]:
-    """Give the shapes of messages."""
+    """Return the shapes of messages."""
     return tuple(tuple(each.dims) for each in messages)
 
 
 def encode_request(request: Request) -> pool_pb2.PoolRequest:
-    """Give a request's message, without its payload."""
+    """Return the message of a request, without its payload."""
     return pool_pb2.PoolRequest(
         input=encode_spec(request.input),
         indices=None if request.indices is None else encode_spec(request.indices),
@@ -181,7 +185,7 @@ def encode_request(request: Request) -> pool_pb2.PoolRequest:
 
 @lru_cache(1024)
 def encode_ranges(ranges: ArenaRanges) -> bytes:
-    """Give the part of a request's encoded message that says where in an arena its tensors are."""
+    """Return the part of a serialized request that names the ranges of an arena with its tensors."""
     message = pool_pb2.PoolRequest()
     message.arena.arena_id = ranges.arena_id
     message.arena.input.offset, message.arena.input.length = ranges.input
@@ -190,7 +194,7 @@ def encode_ranges(ranges: ArenaRanges) -> bytes:
 
 
 def decode_ranges(message: pool_pb2.PoolRequest) -> ArenaRanges | None:
-    """Give the ranges of a message that has its tensors in an arena."""
+    """Return the arena ranges of a request, or None if its tensors are in the payload."""
     if not message.HasField("arena"):
         return None
     arena = message.arena
@@ -200,11 +204,11 @@ def decode_ranges(message: pool_pb2.PoolRequest) -> ArenaRanges | None:
 
 
 def decode_request(message: pool_pb2.PoolRequest) -> Request:
-    """Give what a message says, its payload apart.
+    """Return the request of a message.
 
     Raises:
-        InvalidArgumentError: A field is out of its range.
-        LimitExceededError: There are too many layers.
+        InvalidArgumentError: A field is invalid.
+        LimitExceededError: There are too many branches or layers.
 
     """
     return Request(
@@ -215,7 +219,7 @@ def decode_request(message: pool_pb2.PoolRequest) -> Request:
 
 
 def encode_results(results: Iterable[BranchResult]) -> list[pool_pb2.BranchResult]:
-    """Give the messages of results."""
+    """Return the messages of results."""
     return [
         pool_pb2.BranchResult(
             shapes=encode_shapes(each.shapes),
@@ -227,7 +231,7 @@ def encode_results(results: Iterable[BranchResult]) -> list[pool_pb2.BranchResul
 
 
 def decode_results(messages: Iterable[pool_pb2.BranchResult]) -> list[BranchResult]:
-    """Give the results of messages."""
+    """Return the results of messages."""
     return [
         BranchResult(
             decode_shapes(each.shapes),
@@ -239,18 +243,18 @@ def decode_results(messages: Iterable[pool_pb2.BranchResult]) -> list[BranchResu
 
 
 def encode_shape_request(shape: Shape, branches: Iterable[Chain], layout: str) -> pool_pb2.InferShapeRequest:
-    """Give the message that asks for shapes."""
+    """Return the message of a request for shapes."""
     return pool_pb2.InferShapeRequest(
         shape=pool_pb2.Shape(dims=shape), layout=LAYOUT_TO_WIRE[layout], branches=encode_branches(branches)
     )
 
 
 def decode_shape_request(message: pool_pb2.InferShapeRequest) -> tuple[Shape, tuple[Chain, ...], str]:
-    """Give the shape, the branches and the layout that a message asks about.
+    """Return the shape, the branches and the layout of a request for shapes.
 
     Raises:
-        InvalidArgumentError: A field is out of its range.
-        LimitExceededError: There are too many layers.
+        InvalidArgumentError: A field is invalid.
+        LimitExceededError: There are too many branches or layers.
 
     """
     return (
@@ -261,24 +265,29 @@ def decode_shape_request(message: pool_pb2.InferShapeRequest) -> tuple[Shape, tu
 
 
 def encode_shape_response(branches: Iterable[Iterable[Shape]]) -> pool_pb2.InferShapeResponse:
-    """Give the message of the shapes of branches."""
+    """Return the message with the shapes of branches."""
     return pool_pb2.InferShapeResponse(
         branches=[pool_pb2.BranchShapes(shapes=encode_shapes(shapes)) for shapes in branches]
     )
 
 
 def decode_shape_response(message: pool_pb2.InferShapeResponse) -> list[tuple[Shape, ...]]:
-    """Give the shapes of branches of a message."""
+    """Return the shapes of branches in a message."""
     return [decode_shapes(each.shapes) for each in message.branches]
 
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """A bound that a server holds requests to.
+    """A limit of a server.
 
     Attributes:
-        value: The bound.
-        unit: What it counts: "bytes", "cells", "times", "layers".
+        value: The largest value that the server accepts.
+        unit: The unit of the value: "bytes", "cells", "times" or "layers".
+
+    Examples:
+        >>> from poolrpc import Limit
+        >>> str(Limit(64, "layers"))
+        '64 layers'
 
     """
 
@@ -291,16 +300,17 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """What a server is.
+    """The description of a server, from `server_info()`.
 
     Attributes:
-        version: Of poolrpc.
-        torch_version: Of torch.
-        device: What layers run on, as torch names it.
-        threads: How many requests are computed at a time.
-        layers: The dtypes of every layer that is served, by the layer's name.
-        limits: Every limit in force, by its name.
-        features: What is on, by name: "tls", "tokens", "metrics", "traces"; empty from a server that doesn't say.
+        version: The version of poolrpc.
+        torch_version: The version of torch.
+        device: The device that computes layers, as torch names it: "cpu", "cuda:0".
+        threads: Number of requests that are computed at the same time.
+        layers: The dtypes of every layer that the server has, by the layer's name.
+        limits: The limits of the server, by name.
+        features: The state of optional features, by name: "tls", "tokens", "metrics", "traces". Empty if the server
+            doesn't report them.
 
     """
 
@@ -314,7 +324,7 @@ class ServerInfo:
 
 
 def encode_info(info: ServerInfo) -> pool_pb2.GetServerInfoResponse:
-    """Give the message of a server's description."""
+    """Return the message of a server's description."""
     return pool_pb2.GetServerInfoResponse(
         version=info.version,
         torch_version=info.torch_version,
@@ -330,7 +340,7 @@ def encode_info(info: ServerInfo) -> pool_pb2.GetServerInfoResponse:
 
 
 def decode_info(message: pool_pb2.GetServerInfoResponse) -> ServerInfo:
-    """Give a server's description; dtypes that this client doesn't know are left out."""
+    """Return a server's description, without dtypes that this client doesn't know."""
     return ServerInfo(
         version=message.version,
         torch_version=message.torch_version,
@@ -346,7 +356,7 @@ def decode_info(message: pool_pb2.GetServerInfoResponse) -> ServerInfo:
 
 
 def decode_health(message: standard_pb2.HealthCheckResponse) -> str:
-    """Give the name of a health status, as grpc.health.v1 has it."""
+    """Return the name of a health status of grpc.health.v1."""
     status = standard_pb2.HealthCheckResponse.ServingStatus
     name: str = status.Name(message.status) if message.status in status.values() else "UNKNOWN"
     return name.removeprefix("SERVING_STATUS_")

@@ -1,7 +1,7 @@
-"""Layers and branches to and from their messages.
+"""Layers and branches to and from protobuf messages.
 
-A parameter has the same name in its layer's class and in its message, so a layer goes over field by field; KINDS says
-how each lies in the message.
+A parameter has the same name in its layer's class and in its message, so a layer is converted field by field.
+FIELD_CODECS has the representation of each parameter in the message.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from poolrpc.chains import Chain
 
 UNSET: Any = object()
-"""What a kind decodes to where the message leaves the parameter to the layer's default."""
+"""The decoded value of a parameter that the message leaves to the layer's default."""
 
 
 def _values(message: Any, name: str) -> tuple[Any, ...]:  # noqa: ANN401 - any family's message
-    # Counted before they are copied: a message has room for millions.
+    # Counted before they are copied, since a message can hold millions.
     values = getattr(message, name)
     if len(values) > MAX_RANK:
         raise InvalidArgumentError(f"expected one value or one per axis, got {len(values)}", field=name)
     return tuple(values)
 
 
-class _Plain:
-    """A number or a bool, whose default is proto3's: 0 or false."""
+class _Scalar:
+    """A number or a bool whose default is proto3's: 0 or false."""
 
     def encode(self, message: Any, name: str, value: Any) -> None:  # noqa: ANN401 - any family's message and parameter
         setattr(message, name, value)
@@ -42,15 +42,15 @@ class _Plain:
         return getattr(message, name)
 
 
-class _Optional(_Plain):
-    """A number or a bool whose default isn't proto3's: unset leaves it to the layer."""
+class _OptionalScalar(_Scalar):
+    """A number or a bool with another default than proto3's, which the layer has if the field is unset."""
 
     def decode(self, message: Any, name: str) -> Any:  # noqa: ANN401
         return getattr(message, name) if message.HasField(name) else UNSET
 
 
-class _Ints:
-    """One integer or one an axis; empty leaves it to the layer."""
+class _Integers:
+    """One integer or one per axis; an empty list leaves the parameter to the layer's default."""
 
     def encode(self, message: Any, name: str, value: Any) -> None:  # noqa: ANN401
         getattr(message, name).extend(per_axis(value, 1))
@@ -59,15 +59,15 @@ class _Ints:
         return _values(message, name) or UNSET
 
 
-class _RequiredInts(_Ints):
-    """One integer or one an axis; empty is passed on, for the layer to refuse."""
+class _RequiredIntegers(_Integers):
+    """One integer or one per axis; the layer rejects an empty list."""
 
     def decode(self, message: Any, name: str) -> Any:  # noqa: ANN401
         return _values(message, name)
 
 
 class _AdaptiveSizes:
-    """One size or one an axis, each of which may be None."""
+    """One size or one per axis, each of which may be None."""
 
     def encode(self, message: Any, name: str, value: Any) -> None:  # noqa: ANN401
         for cells in per_axis(value, 1):
@@ -79,7 +79,7 @@ class _AdaptiveSizes:
 
 @dataclass(frozen=True)
 class _Wrapped:
-    """A list in a message of its own, as a oneof needs it."""
+    """A list in a message of its own, since a oneof can't hold a list."""
 
     inner: str
 
@@ -90,29 +90,29 @@ class _Wrapped:
         return _values(getattr(message, name), self.inner) if message.HasField(name) else UNSET
 
 
-KINDS: dict[str, Any] = {
-    "kernel_size": _RequiredInts(),
-    "stride": _Ints(),
-    "padding": _Ints(),
-    "dilation": _Ints(),
-    "ceil_mode": _Plain(),
-    "return_indices": _Plain(),
-    "norm_type": _Plain(),
-    "seed": _Plain(),
-    "count_include_pad": _Optional(),
-    "divisor_override": _Optional(),
+FIELD_CODECS: dict[str, Any] = {
+    "kernel_size": _RequiredIntegers(),
+    "stride": _Integers(),
+    "padding": _Integers(),
+    "dilation": _Integers(),
+    "ceil_mode": _Scalar(),
+    "return_indices": _Scalar(),
+    "norm_type": _Scalar(),
+    "seed": _Scalar(),
+    "count_include_pad": _OptionalScalar(),
+    "divisor_override": _OptionalScalar(),
     "output_ratio": _Wrapped("ratios"),
     "adaptive_max_pool.output_size": _AdaptiveSizes(),
     "adaptive_avg_pool.output_size": _AdaptiveSizes(),
     "fractional_max_pool.output_size": _Wrapped("cells"),
-    "max_unpool.output_size": _Ints(),
+    "max_unpool.output_size": _Integers(),
 }
-"""The kind of each parameter, by its name; by family and name where families differ."""
+"""The representation of each parameter, by its name, or by family and name if families differ."""
 
 
 def _parameters(cls: type[Layer]) -> dict[str, Any]:
     names = (each.name for each in fields(cls))  # type: ignore[arg-type]  # every layer is a dataclass
-    return {name: KINDS.get(f"{cls.family}.{name}") or KINDS[name] for name in names}
+    return {name: FIELD_CODECS.get(f"{cls.family}.{name}") or FIELD_CODECS[name] for name in names}
 
 
 PARAMETERS = {cls: _parameters(cls) for cls in LAYERS.values()}
@@ -122,62 +122,62 @@ for _cls in LAYERS.values():
 
 
 def encode_layer(layer: Layer) -> pool_pb2.Layer:
-    """Give a layer's message."""
+    """Return the message of a layer."""
     message = pool_pb2.Layer()
     family = getattr(message, layer.family)
     family.SetInParent()
     if layer.spatial_dims is not None:
         family.spatial_dims = layer.spatial_dims
-    for name, kind in PARAMETERS[type(layer)].items():
+    for name, codec in PARAMETERS[type(layer)].items():
         value = getattr(layer, name)
         if value is not None:
-            kind.encode(family, name, value)
+            codec.encode(family, name, value)
     return message
 
 
 def decode_layer(message: pool_pb2.Layer, path: str) -> Layer:
-    """Give the layer of a message.
+    """Return the layer of a message.
 
     Args:
         message: The message.
-        path: Where it lies in its request, for the errors.
+        path: Its path in the request, for errors.
 
     Raises:
-        InvalidArgumentError: It is no layer that there is, or a parameter is out of its range.
+        InvalidArgumentError: The layer is unknown, or a parameter is invalid.
 
     """
     name = message.WhichOneof("layer")
     if name is None:
-        raise InvalidArgumentError("expected a layer, got none that this version knows", field=path)
+        raise InvalidArgumentError("expected a layer, got none that this version has", field=path)
     family, by_dims = getattr(message, name), BY_FAMILY[name]
     path = f"{path}.{name}"
     cls = by_dims.get(None) or by_dims.get(family.spatial_dims)
     if cls is None:
         msg = f"expected one of {', '.join(map(str, by_dims))}, got {family.spatial_dims}"
         raise InvalidArgumentError(msg, field=f"{path}.spatial_dims")
-    kinds = PARAMETERS[cls]
+    codecs = PARAMETERS[cls]
     for descriptor, _ in family.ListFields():
-        if descriptor.name not in kinds and descriptor.name != "spatial_dims":
-            msg = f"expected it unset, as {cls.__name__} has no such parameter, got {getattr(family, descriptor.name)}"
+        if descriptor.name not in codecs and descriptor.name != "spatial_dims":
+            msg = f"expected no value, since {cls.__name__} lacks it, got {getattr(family, descriptor.name)}"
             raise InvalidArgumentError(msg, field=f"{path}.{descriptor.name}")
     try:
-        values = {parameter: kind.decode(family, parameter) for parameter, kind in kinds.items()}
+        values = {parameter: codec.decode(family, parameter) for parameter, codec in codecs.items()}
         return cls(**{parameter: value for parameter, value in values.items() if value is not UNSET})
     except InvalidArgumentError as error:
         raise error.with_prefix(path) from None
 
 
 def encode_branches(branches: Iterable[Chain]) -> list[pool_pb2.Branch]:
-    """Give the messages of branches."""
+    """Return the messages of branches."""
     return [pool_pb2.Branch(layers=map(encode_layer, chain)) for chain in branches]
 
 
 def decode_branches(messages: Sequence[pool_pb2.Branch]) -> tuple[Chain, ...]:
-    """Give the chains of messages.
+    """Return the chains of messages.
 
     Raises:
-        InvalidArgumentError: There are none, or a layer is wrong.
-        LimitExceededError: There are more than MAX_BRANCHES, or a chain has more than MAX_CHAIN layers.
+        InvalidArgumentError: There is no branch, or a branch has no layer or an invalid one.
+        LimitExceededError: There are more than MAX_BRANCHES branches, or a chain has more than MAX_CHAIN layers.
 
     """
     _check_count("branches", len(messages), MAX_BRANCHES)
@@ -189,9 +189,9 @@ def decode_branches(messages: Sequence[pool_pb2.Branch]) -> tuple[Chain, ...]:
     )
 
 
-def _check_count(field: str, count: int, most: int) -> None:
+def _check_count(field: str, count: int, limit: int) -> None:
     if not count:
         raise InvalidArgumentError("expected at least one, got none", field=field)
-    if count > most:
-        msg = f"{field}: expected at most {most}, got {count}"
-        raise LimitExceededError(msg, reason="TOO_MANY_LAYERS", metadata={"limit": str(most), "actual": str(count)})
+    if count > limit:
+        msg = f"{field}: expected at most {limit}, got {count}"
+        raise LimitExceededError(msg, reason="TOO_MANY_LAYERS", metadata={"limit": str(limit), "actual": str(count)})

@@ -1,1 +1,1 @@
-"""What the `poolrpc` command prints and reads."""
+"""Explanations and files of the `poolrpc` command."""

@@ -1,4 +1,4 @@
-"""Tensors in files, for the command: images by PIL, and NumPy's .npy and .npz."""
+"""Tensors in files: images, which Pillow reads and writes, and NumPy's .npy and .npz."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Source:
-    """What a file held.
+    """The contents of an input file.
 
     Attributes:
         x: The tensor.
         layout: Its layout: NHWC for an image, NCHW for an array.
-        indices: What a .npz had beside it under that name.
+        indices: The array `indices` of a .npz; None if there is none.
 
     """
 
@@ -35,15 +35,15 @@ class Source:
 
 
 def load(path: Path, branches: Sequence[Chain]) -> Source:
-    """Read a tensor.
+    """Read a tensor from a file.
 
     Args:
-        path: An image, a .npy, or a .npz with `x` (or a single array) and perhaps `indices`.
-        branches: What it is for: an image becomes float32 (0 to 255) where a layer takes no integers.
+        path: An image, a .npy, or a .npz with the array `x` (or a single array of any name) and optionally `indices`.
+        branches: The layers for the tensor. An image becomes uint8, or float32 (0 to 255) if a layer takes no integers.
 
     Raises:
         InvalidArgumentError: The file is none of these.
-        OSError: It can't be read.
+        OSError: The file can't be read.
 
     """
     with path.open("rb") as file:
@@ -58,30 +58,39 @@ def load(path: Path, branches: Sequence[Chain]) -> Source:
 
 def _load_image(file: BinaryIO, branches: Sequence[Chain]) -> Source:
     image = np.asarray(_image_module().open(file).convert("RGB"))
-    whole = all("uint8" in layer.dtypes for chain in branches for layer in chain)
-    return Source(image if whole else image.astype(np.float32), "NHWC")
+    integers = all("uint8" in layer.dtypes for chain in branches for layer in chain)
+    return Source(image if integers else image.astype(np.float32), "NHWC")
 
 
 def _load_arrays(file: BinaryIO, _: Sequence[Chain]) -> Source:
-    held = np.load(file)
-    if isinstance(held, np.ndarray):
-        return Source(held, "NCHW")
-    with held:
-        name = "x" if "x" in held.files or len(held.files) != 1 else held.files[0]
-        if name not in held.files:
-            msg = f"expected an array named x in {file.name}, got {', '.join(held.files) or 'none'}"
+    loaded = np.load(file)
+    if isinstance(loaded, np.ndarray):
+        return Source(loaded, "NCHW")
+    with loaded:
+        name = "x" if "x" in loaded.files or len(loaded.files) != 1 else loaded.files[0]
+        if name not in loaded.files:
+            msg = f"expected an array named x in {file.name}, got {', '.join(loaded.files) or 'none'}"
             raise InvalidArgumentError(msg, field="file")
-        arrays = [held[each] for each in (name, "indices") if each in held.files]
+        arrays = [loaded[each] for each in (name, "indices") if each in loaded.files]
     if not all(isinstance(each, np.ndarray) for each in arrays):
-        raise ValueError("a member of it is no array")
+        raise ValueError("a member is not an array")
     return Source(arrays[0], "NCHW", *arrays[1:])
 
 
 def save(path: Path, results: Sequence[PoolResult], source: Source) -> list[Path]:
-    """Write the outputs, one file each unless it is a .npz; several are numbered: out-0.png, out-1.png.
+    """Write the outputs of all branches to files.
+
+    Args:
+        path: The file. A .npz holds the outputs of all branches, and their indices. Other formats have one file per
+            branch, numbered if there are several: out-0.png, out-1.png.
+        results: The results of the branches.
+        source: The input, which decides whether outputs are images.
+
+    Returns:
+        The files that were written.
 
     Raises:
-        InvalidArgumentError: An output is no image.
+        InvalidArgumentError: An output is not an image, and the suffix is neither .npy nor .npz.
         OSError: A file can't be written.
 
     """
@@ -106,17 +115,20 @@ def save(path: Path, results: Sequence[PoolResult], source: Source) -> list[Path
 
 def _save_image(path: Path, output: Array, source: Source) -> None:
     if source.layout != "NHWC" or output.ndim != 3:  # noqa: PLR2004 - (H, W, C)
-        msg = f"expected .npy or .npz for what is no image, got {path}"
+        msg = f"expected .npy or .npz for an output that is not an image, got {path}"
         raise InvalidArgumentError(msg, field="save")
     try:
         _image_module().fromarray(np.clip(np.rint(output), 0, 255).astype(np.uint8)).save(path)
     except ValueError as error:
-        raise InvalidArgumentError(f"expected an image's suffix, got {path}: {error}", field="save") from None
+        raise InvalidArgumentError(
+            f"expected the suffix of an image format, got {path}: {error}", field="save"
+        ) from None
 
 
 def _image_module() -> Any:  # noqa: ANN401 - PIL's module, which is optional
     try:
         from PIL import Image  # noqa: PLC0415 - optional, and only images need it
     except ImportError:
-        raise InvalidArgumentError("images need Pillow: pip install 'poolrpc[viz]'", field="file") from None
+        msg = "expected Pillow to be installed, to read images: pip install 'poolrpc[viz]'"
+        raise InvalidArgumentError(msg, field="file") from None
     return Image

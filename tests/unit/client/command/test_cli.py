@@ -120,7 +120,7 @@ def test_json_is_json_whatever_the_numbers(capsys, layer, plane):
         (["explain", "[MaxPool2d(2)]", "--local", "--input", PLANE], "expected a layer such as"),
         (["pool", "no-such-file.npy", "--layer", "MaxPool2d(2)"], "no-such-file.npy"),
         (["pool", "no-such-file.png", "--layer", "MaxPool2d(2)"], "no-such-file.png"),
-        (["pool", "no-such-file.npy", "--layer", "MaxPool2d()"], "column 1: MaxPool2d lacks its parameter kernel_size"),
+        (["pool", "no-such-file.npy", "--layer", "MaxPool2d()"], "column 1: expected the parameter kernel_size of"),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
 )

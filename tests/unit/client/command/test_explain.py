@@ -27,7 +27,7 @@ from poolrpc import (
     MaxPool3d,
     MaxUnpool2d,
 )
-from poolrpc.command.explain import explain, lines
+from poolrpc.command.explain import explain, format_lines
 from tests.unit.strategies import classes, layers
 
 KNOWN = np.array([[1, 3, 2, 4], [5, 6, 8, 7], [4, 2, 1, 0], [9, 7, 3, 2]], np.float32)
@@ -81,7 +81,7 @@ def test_the_windows_come_to_torchs_output(case):
     assert len(told.formulas) == plane.ndim
     for axis, formula in zip(expected.shape, told.formulas, strict=True):
         assert re.search(rf"(= |-> ){axis}\b", formula)
-    assert "\n".join(lines(told))
+    assert "\n".join(format_lines(told))
 
 
 @given(st.sampled_from([MaxPool2d(2, stride=1), MaxPool2d(3, padding=1), AdaptiveMaxPool2d(2)]), st.data())
@@ -114,7 +114,7 @@ def test_the_worked_examples(layer, output):
 
 def test_a_window_is_shown_with_its_place_and_its_choice():
     """Each window, in order, has its rows and columns, its cells, and where its maximum lies."""
-    text = lines(explain(MaxPool2d(2, 2), KNOWN))
+    text = format_lines(explain(MaxPool2d(2, 2), KNOWN))
     start = text.index("window (0, 1): rows 0..1, columns 2..3")
     assert [line.split() for line in text[start + 1 : start + 3]] == [["2", "4"], ["8", "7"]]
     assert text[start + 3].strip() == "max 8 at (1, 2)"
@@ -143,10 +143,10 @@ def test_padding_is_shown():
     """Cells of the padding are points, with a line that says so, and None among the cells; without padding neither."""
     told = explain(MaxPool2d(2, padding=1), np.ones((2, 2), np.float32))
     assert told.windows[0].cells == [[None, None], [None, 1.0]]
-    text = lines(told)
+    text = format_lines(told)
     assert text[2:5] == ["window (0, 0): rows -1..0, columns -1..0", "       .      .", "       .      1"]
     assert "(. is padding)" in text
-    assert "(. is padding)" not in lines(explain(MaxPool2d(2), np.ones((2, 2), np.float32)))
+    assert "(. is padding)" not in format_lines(explain(MaxPool2d(2), np.ones((2, 2), np.float32)))
 
 
 def test_a_window_without_a_cell_of_the_input_is_minus_infinity():
@@ -184,7 +184,7 @@ DROPPED = (
 def test_a_formula_has_its_numbers_filled_in(layer, plane, formula):
     """The rule of an axis is shown with its numbers; where ceil_mode adds or drops a window, it says so."""
     assert explain(layer, np.zeros(plane, np.float32)).formulas == (formula,)
-    assert lines(explain(layer, np.zeros(plane, np.float32)))[-1].strip() == formula
+    assert format_lines(explain(layer, np.zeros(plane, np.float32)))[-1].strip() == formula
 
 
 def test_each_axis_has_its_formula_by_name():
