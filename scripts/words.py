@@ -53,9 +53,10 @@ def _name(pattern: str, use: str, *folders: str) -> Word:
 
 WORDS = (
     # Terms. For a class, its definition is enough: what is not defined is not used.
-    Word(r'"""(?:Give|Gives) ', "Return"),
+    Word(r'"(?:Give|Gives) ', "Return, Print, Show", any_case=False),
     Word(r'"""(?:Tell|Say|Tells|Says) (?:whether|if|what|which|how|where|when|why) ', "Return whether, Return what"),
-    Word(r'"""See that ', "Check that, Make sure that"),
+    Word(r'"(?:Tell|Say) [a-z]', "Return, Print, Show", any_case=False),
+    Word(r'"(?:See|Ask) (?:that|whether) ', "Check that, Check whether", any_case=False),
     Word(r"\bseat(?:s|ed)?\b", "slot"),
     _name(r"(?i:(?<![A-Za-z])seats?(?![a-z]))", "slot"),
     Word(r"\b(?:its|a|each|another|whose) level(?:'s)?\b(?! of)", "priority"),
@@ -90,7 +91,7 @@ WORDS = (
     _name(r"(?i:(?<![A-Za-z])doors?(?![a-z]))|(?<=[a-z])Door\b", "transport, protocol"),
     _name(r"\b_?places\b", "indices (of maxima)", "client/", "server/"),
     _name(r"\bclass _?Gauges\b|\bgauges: ", "observer"),
-    _name(r"\bclass _?Models\b|(?<!\.)\b_?models\b(?!=)", "presets", "server/"),
+    _name(r"\bclass _?Models\b", "presets", "server/"),
     _name(r"\bclass _?Settings\b", "BaseClient"),
     _name(r"(?<!\.)\bmachine\b(?!\()", "resources"),
     # Phrases.
