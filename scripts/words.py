@@ -54,8 +54,7 @@ def _name(pattern: str, use: str, *folders: str) -> Word:
 WORDS = (
     # Terms. For a class, its definition is enough: what is not defined is not used.
     Word(r'"(?:Give|Gives) ', "Return, Print, Show", any_case=False),
-    Word(r'"""(?:Tell|Say|Tells|Says) (?:whether|if|what|which|how|where|when|why) ', "Return whether, Return what"),
-    Word(r'"(?:Tell|Say) [a-z]', "Return, Print, Show", any_case=False),
+    Word(r'"(?:Tell|Say)s? [a-z]', "Return, Return whether, Print, Show", any_case=False),
     Word(r'"(?:See|Ask) (?:that|whether) ', "Check that, Check whether", any_case=False),
     Word(r"\bseat(?:s|ed)?\b", "slot"),
     _name(r"(?i:(?<![A-Za-z])seats?(?![a-z]))", "slot"),
