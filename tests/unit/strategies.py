@@ -1,4 +1,4 @@
-"""Random layers, parameters and shapes for the property tests."""
+"""Random layers, parameters and shapes for property tests."""
 
 from dataclasses import MISSING, fields
 from functools import cache
@@ -13,24 +13,24 @@ CLASSES = tuple(LAYERS.values())
 
 
 def classes(dims):
-    """Give the layers that pool `dims` spatial axes."""
+    """Return the layers for `dims` spatial axes."""
     return tuple(cls for cls in CLASSES if cls.spatial_dims in (None, dims))
 
 
 def one_or_per_axis(values, dims):
-    """Draw one value, or a tuple of one an axis."""
+    """Draw one value, or a tuple of one value per axis."""
     return st.one_of(values, st.tuples(*[values] * dims))
 
 
 @st.composite
 def layers(draw, among=CLASSES, *, most=MAX_PARAMETER, most_output=MAX_NUMEL, indices=True):
-    """Draw a layer, every parameter within its bounds; `most` bounds its windows."""
+    """Draw a layer with parameters within their bounds; `most` limits its windows, `most_output` its output size."""
     cls = draw(st.sampled_from(among))
     dims, sizes = cls.spatial_dims, st.integers(1, most)
-    given = {}
+    arguments = {}
 
     def padding():
-        halves = [kernel // 2 for kernel in per_axis(given["kernel_size"], dims)]
+        halves = [kernel // 2 for kernel in per_axis(arguments["kernel_size"], dims)]
         each = st.tuples(*(st.integers(0, half) for half in halves))
         return st.one_of(st.integers(0, min(halves)), each)
 
@@ -56,24 +56,24 @@ def layers(draw, among=CLASSES, *, most=MAX_PARAMETER, most_output=MAX_NUMEL, in
     }
     for parameter in fields(cls):
         name = parameter.name
-        # A fractional layer takes one of the two.
-        if name == "output_ratio" and given["output_size"] is not None:
+        # A fractional layer takes either output_size or output_ratio.
+        if name == "output_ratio" and arguments["output_size"] is not None:
             continue
-        given[name] = draw(makers[name]())
-    return cls(**given)
+        arguments[name] = draw(makers[name]())
+    return cls(**arguments)
 
 
 def nearly(low, most):
-    """Draw an integer of low..most, or now and then just below: what a caller may get wrong."""
+    """Draw an integer in low..most, or sometimes just below."""
     return st.sampled_from([*range(low, most + 1)] * 4 + [low - 1, low - 2])
 
 
 @cache
 def parameters(cls, most=6):
-    """Draw arguments for a layer, small, of the right types and in or out of their bounds."""
+    """Draw small arguments for a layer, of the right types, in or out of their bounds."""
     dims = cls.spatial_dims or 1
     sizes, flags = nearly(1, most), st.booleans()
-    of = {
+    strategies = {
         "kernel_size": one_or_per_axis(sizes, dims),
         "stride": one_or_per_axis(sizes, dims),
         "padding": one_or_per_axis(nearly(0, most // 2), dims),
@@ -88,24 +88,24 @@ def parameters(cls, most=6):
         "seed": st.integers(0, 3),
     }
     if cls.family == "max_unpool":
-        of["output_size"] = st.tuples(*[st.integers(0, 4 * most)] * dims)
+        strategies["output_size"] = st.tuples(*[st.integers(0, 4 * most)] * dims)
     names = {each.name: each.default is MISSING for each in fields(cls)}
     if cls.family != "fractional_max_pool":
-        return _dictionaries(of, names)
-    # One of the two says how large the output is.
-    of["output_size"] = one_or_per_axis(sizes, dims)
+        return _dictionaries(strategies, names)
+    # A fractional layer requires either output_size or output_ratio.
+    strategies["output_size"] = one_or_per_axis(sizes, dims)
     size, ratio = names | {"output_size": True}, names | {"output_ratio": True}
     del size["output_ratio"], ratio["output_size"]
-    return _dictionaries(of, size) | _dictionaries(of, ratio)
+    return _dictionaries(strategies, size) | _dictionaries(strategies, ratio)
 
 
-def _dictionaries(of, names):
-    required = {name: of[name] for name, needed in names.items() if needed}
-    return st.fixed_dictionaries(required, optional={name: of[name] for name in names if name not in required})
+def _dictionaries(strategies, names):
+    required = {name: strategies[name] for name, needed in names.items() if needed}
+    return st.fixed_dictionaries(required, optional={name: strategies[name] for name in names if name not in required})
 
 
 def shapes(dims, most=7, *, zeros=False):
-    """Draw a shape, channels first: batched or not, N perhaps 0, and with `zeros` now and then another axis too."""
+    """Draw a channels-first shape, batched or not; N may be 0, and with `zeros` sometimes another axis too."""
     size = st.sampled_from([*range(1, most + 1)] * 6 + [0] * zeros)
     tail = [size] * (dims + 1)
     return st.tuples(st.integers(0, 3), *tail) | st.tuples(*tail)

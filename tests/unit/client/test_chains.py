@@ -1,4 +1,4 @@
-"""Chains and branches: layouts, what may follow what, and the shape after every step."""
+"""Chains and branches: layouts, valid sequences, and the shape after every layer."""
 
 import re
 
@@ -25,8 +25,8 @@ from tests.unit.strategies import classes, layers, shapes
 
 
 @given(st.integers(1, 3).flatmap(lambda dims: st.tuples(st.just(dims), shapes(dims))))
-def test_a_layout_moves_the_channels_and_nothing_else(case):
-    """Channels last is NumPy's moveaxis of channels first, batched or not, and the way back undoes it."""
+def test_layouts_convert_as_moveaxis(case):
+    """Channels last is NumPy's moveaxis of channels first, batched or not, and converts back."""
     dims, shape = case
     last = np.moveaxis(np.empty(shape, np.int8), -dims - 1, -1).shape
     assert from_channels_first(shape, dims, "NHWC") == last
@@ -45,8 +45,8 @@ def calls(draw):
 
 
 @given(calls(), st.sampled_from(["NCHW", "NHWC"]))
-def test_the_shapes_of_a_chain_are_those_of_its_layers_in_turn(call, layout):
-    """Each step's shape is what its layer makes of the one before; each branch starts from the input; any layout."""
+def test_branch_shapes_apply_each_layer_in_turn(call, layout):
+    """Each shape is its layer's output shape for the one before, from the input on, in either layout."""
     shape, branches = call
     dims = len(shape) - 2
     expected, failed = [], None
@@ -60,13 +60,13 @@ def test_the_shapes_of_a_chain_are_those_of_its_layers_in_turn(call, layout):
                 break
             steps.append(from_channels_first(step, dims, layout))
         expected.append(tuple(steps))
-    given_ = from_channels_first(shape, dims, layout)
+    shape_in_layout = from_channels_first(shape, dims, layout)
     if failed:
         with pytest.raises(InvalidArgumentError) as raised:
-            branch_shapes(given_, branches, layout)
+            branch_shapes(shape_in_layout, branches, layout)
         assert raised.value.violations[0].field.startswith(failed)
     else:
-        assert branch_shapes(given_, branches, layout) == expected
+        assert branch_shapes(shape_in_layout, branches, layout) == expected
 
 
 SQUARE = (2, 3, 8, 8)
@@ -91,14 +91,14 @@ WITH_INDICES = MaxPool2d(2, return_indices=True)
     ids=lambda value: value if isinstance(value, str) and value.startswith("branches") else "",
 )
 def test_an_error_names_the_layer_and_the_parameter(branches, field, description):
-    """What doesn't fit is named by its path in the request."""
+    """An error has the path of the layer and the parameter in the request."""
     with pytest.raises(InvalidArgumentError, match=re.escape(description)) as raised:
         branch_shapes(SQUARE, branches)
     assert [each.field for each in raised.value.violations] == [field]
 
 
-def test_indices_are_given_last_and_taken_first():
-    """A chain may end in return_indices and begin with MaxUnpool; each branch has its own end."""
+def test_indices_are_returned_last_and_taken_first():
+    """A chain may end with return_indices and begin with MaxUnpool, in every branch."""
     branches = [[MaxUnpool2d(2), MaxPool2d(2), WITH_INDICES], [WITH_INDICES]]
     assert branch_shapes(SQUARE, branches) == [
         ((2, 3, 16, 16), (2, 3, 8, 8), (2, 3, 4, 4)),
@@ -107,15 +107,15 @@ def test_indices_are_given_last_and_taken_first():
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 8, 3), (8, 8, 3)])
-def test_a_channels_last_shape_stays_so(shape):
-    """An image's shapes have the channels last at every step."""
+def test_channels_last_shapes_stay_channels_last(shape):
+    """The shapes of a channels-last input are channels last after every layer."""
     steps = branch_shapes(shape, [[MaxPool2d((2, 4)), AvgPool2d((2, 1))]], "NHWC")[0]
     lead = shape[:-3]
     assert steps == ((*lead, 4, 2, 3), (*lead, 2, 2, 3))
 
 
-def test_a_global_layer_takes_its_rank_from_the_others_or_the_shape():
-    """Beside a 2d layer three dims are unbatched; alone, a global layer takes them as batched."""
+def test_global_layers_take_the_rank_of_other_layers_or_of_the_shape():
+    """Three dims are unbatched beside a 2d layer, and batched if every layer is global."""
     assert branch_shapes((3, 8, 8), [[MaxPool2d(2), GlobalAvgPool()]]) == [((3, 4, 4), (3, 1, 1))]
     assert branch_shapes((3, 8, 8), [[GlobalAvgPool()]]) == [((3, 8, 1),)]
     assert spatial_dims([[GlobalAvgPool()], [GlobalMaxPool()]]) is None
@@ -123,23 +123,23 @@ def test_a_global_layer_takes_its_rank_from_the_others_or_the_shape():
 
 
 @pytest.mark.parametrize("layout", ["nchw", "NWHC", "", None, 1, "x" * 10_000])
-def test_an_unknown_layout_is_refused(layout):
-    """A layout is one of two names; the message has both, and not all of a hostile one."""
+def test_an_unknown_layout_is_rejected(layout):
+    """The error names both layouts, and has only the beginning of a long value."""
     with pytest.raises(InvalidArgumentError, match=r"^layout: expected one of NCHW, NHWC, got") as raised:
         branch_shapes(SQUARE, [[MaxPool2d(2)]], layout)
     assert len(str(raised.value)) < 200
 
 
-def test_one_layer_and_several_are_a_chain():
-    """A layer, a list and an iterator give a tuple of layers."""
+def test_as_chain_accepts_a_layer_or_several():
+    """A layer, a list and an iterator become a tuple of layers."""
     one, two = MaxPool2d(2), AvgPool2d(2)
     assert as_chain(one) == (one,)
     assert as_chain([one, two]) == as_chain(iter([one, two])) == (one, two)
 
 
 @pytest.mark.parametrize("value", [[], (), None, 2, "MaxPool2d(2)", MaxPool2d, [MaxPool2d], [[MaxPool2d(2)]], [None]])
-def test_what_is_no_chain_is_refused(value):
-    """Nothing, a class, an expression, a nested list: what was received is in the message."""
+def test_as_chain_rejects_everything_else(value):
+    """Nothing, a class, an expression and a nested list are rejected, with what was received."""
     with pytest.raises(InvalidArgumentError, match=r"^layers: expected a layer or a sequence of layers, got"):
         as_chain(value)
 
@@ -158,8 +158,8 @@ def test_what_is_no_chain_is_refused(value):
         ((0, 5, 7, 3), (2, "NHWC"), 0, 105, (3, 5, 7, 3)),
     ],
 )
-def test_a_tensor_is_so_many_planes(shape, axes, count, cells, three):
-    """Planes are counted and measured in either layout, batched or not, and some of them are a batched tensor."""
+def test_planes_of_a_tensor(shape, axes, count, cells, three):
+    """Planes have a count, a size and a spec, in either layout, batched or not."""
     dims, layout = axes
     planes = Planes(TensorSpec("float16", shape, layout), dims)
     assert (planes.count, planes.plane_bytes) == (count, 2 * cells)
@@ -171,8 +171,8 @@ def test_a_tensor_is_so_many_planes(shape, axes, count, cells, three):
     st.sampled_from(["NCHW", "NHWC"]),
     st.sampled_from(list(ITEM_BYTES)),
 )
-def test_all_planes_are_the_tensor(case, layout, dtype):
-    """As many planes as there are have the tensor's bytes and planes of its size, which a layer pools alike."""
+def test_all_planes_make_the_tensor(case, layout, dtype):
+    """The spec of all planes has the tensor's bytes and planes of the same size."""
     dims, shape = case
     planes = Planes(TensorSpec(dtype, from_channels_first(shape, dims, layout), layout), dims)
     whole = planes.spec_for(planes.count)

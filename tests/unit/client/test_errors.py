@@ -1,4 +1,4 @@
-"""The error tree: what each error is, says, and keeps through a pickle."""
+"""The tree of errors: their classes, texts, attributes and pickles."""
 
 import copy
 import pickle
@@ -48,12 +48,12 @@ ONE_OF_EACH = [
 
 
 def state(error):
-    """Give everything that an error tells."""
+    """Return everything that an error holds."""
     return type(error), str(error), error.args, error.code, dict(vars(error))
 
 
-def test_every_error_is_drawn_with_its_status():
-    """The docstring's tree has every class, with the builtin that it also is and its status."""
+def test_the_docstring_draws_every_error_with_its_status():
+    """The module's tree has every class, with its builtin base class and its status."""
     drawn = re.findall(r"─ (\w+)(?: \((\w+)\))? +([A-Z_]+) ", errors.__doc__)
     assert {name for name, _, _ in drawn} == set(TREE)
     for name, builtin, code in drawn:
@@ -63,50 +63,50 @@ def test_every_error_is_drawn_with_its_status():
 
 
 def test_the_status_table_has_every_class_once():
-    """Every code leads to its class, and every class but ExpressionError, a kind of another, is in the table."""
+    """Every status code has its class, and every class but ExpressionError, a subclass, is in the table."""
     assert set(BY_CODE.values()) == set(TREE.values()) - {ExpressionError}
     assert all(cls.code == code for code, cls in BY_CODE.items())
 
 
 def test_every_error_is_public():
-    """The root of the client has every error of the tree."""
+    """The package exports every error of the tree."""
     assert all(getattr(poolrpc, name) is cls for name, cls in TREE.items())
     assert poolrpc.PoolError is PoolError
 
 
 @pytest.mark.parametrize("error", ONE_OF_EACH, ids=lambda error: type(error).__name__)
 def test_an_error_survives_a_pickle_and_a_copy(error):
-    """An error from another process is the same: class, text, and every attribute."""
+    """A pickled or copied error has the same class, text and attributes."""
     for other in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):  # noqa: S301 - ours
         assert state(other) == state(error)
 
 
 @pytest.mark.parametrize("cls", BY_CODE.values())
-def test_an_error_has_a_message_and_a_reason_of_its_own(cls):
-    """A plain error says its message, and its reason is its class's."""
+def test_an_error_has_a_message_and_a_default_reason(cls):
+    """An error's text is its message, and its default reason is its class's."""
     error = cls("what happened")
     assert (str(error), error.message, error.metadata) == ("what happened", "what happened", {})
     assert re.fullmatch("[A-Z]+(_[A-Z]+)*", error.reason)
 
 
-def test_metadata_is_the_errors_own():
-    """What an error was given may change afterwards; its metadata doesn't."""
-    given = {"limit": "1"}
-    error = LimitExceededError("m", metadata=given)
-    given["limit"] = "2"
+def test_metadata_is_copied():
+    """An error's metadata doesn't change with the mapping that it was created from."""
+    metadata = {"limit": "1"}
+    error = LimitExceededError("m", metadata=metadata)
+    metadata["limit"] = "2"
     assert error.metadata == {"limit": "1"}
 
 
-def test_a_violation_names_its_field():
-    """The text is the field's path and the description; without a field the description alone."""
+def test_the_text_of_violations():
+    """The text has the field's path and the description, or the description alone if there is no field."""
     assert str(InvalidArgumentError("expected 1, got 2", field="stride")) == "stride: expected 1, got 2"
     assert str(InvalidArgumentError("expected 1, got 2")) == "expected 1, got 2"
     several = [FieldViolation("a", "b"), FieldViolation("c", "d")]
     assert str(InvalidArgumentError("m", violations=several)) == "a: b; c: d"
 
 
-def test_under_puts_a_path_before_each_field():
-    """The error of a part, seen from the whole, has the part's path before its own; without a field, the path alone."""
+def test_with_prefix_adds_a_path_before_each_field():
+    """The prefix precedes each field's path, and is the path of a violation without a field."""
     error = InvalidArgumentError("m", violations=[FieldViolation("stride", "b"), FieldViolation("", "d")])
     moved = error.with_prefix("layers[1]").with_prefix("branches[0]")
     assert moved.violations == (
@@ -117,13 +117,13 @@ def test_under_puts_a_path_before_each_field():
     assert error.violations[0].field == "stride"
 
 
-def test_an_expression_error_tells_its_column():
-    """The column is an attribute, and stands first in the text."""
+def test_an_expression_error_has_its_column():
+    """The column is an attribute, and begins the text."""
     error = ExpressionError("expected a number", column=7)
     assert (error.column, str(error), error.reason) == (7, "column 7: expected a number", "EXPRESSION")
 
 
 @pytest.mark.parametrize(("metadata", "error_id"), [({"error_id": "abc"}, "abc"), ({}, "")])
-def test_an_internal_error_tells_its_id(metadata, error_id):
-    """The id is that of the metadata; empty where there is none."""
+def test_an_internal_error_has_its_id(metadata, error_id):
+    """The id comes from the metadata, and is empty without it."""
     assert InternalError("m", metadata=metadata).error_id == error_id

@@ -1,4 +1,4 @@
-"""Layer expressions: the way there and back, the column of what is wrong, and hostile text."""
+"""Layer expressions: parsing, errors with their column, and hostile text."""
 
 import re
 import sys
@@ -27,27 +27,27 @@ from tests.unit.strategies import layers
 
 @given(layers())
 def test_repr_parses_back_to_its_layer(layer):
-    """The repr of any layer is an expression of it, as a layer and as a chain of one."""
+    """The repr of any layer parses to the layer, and to a chain of one layer."""
     assert parse_layer(repr(layer)) == layer
     assert parse_chain(repr(layer)) == (layer,)
 
 
 @given(st.lists(layers(), min_size=1, max_size=4).map(tuple), st.sampled_from([list, tuple]))
 def test_a_chain_parses_back(chain, kind):
-    """A list or a tuple of layers is an expression of the chain."""
+    """The repr of a list or a tuple of layers parses to the chain."""
     assert parse_chain(repr(kind(chain))) == chain
 
 
 @given(st.lists(st.lists(layers(), min_size=1, max_size=3).map(tuple), min_size=1, max_size=3).map(tuple))
 def test_branches_parse_back(branches):
-    """A list of chains is an expression of the branches; one chain is a branch, and so is one layer."""
+    """The repr of a list of chains parses to the branches; one chain or one layer is one branch."""
     assert parse_branches(repr([list(chain) for chain in branches])) == branches
     assert parse_branches(repr(list(branches[0]))) == branches[:1]
     assert parse_branches(repr(branches[0][0])) == ((branches[0][0],),)
 
 
-def test_a_list_with_a_list_in_it_is_branches():
-    """Beside a chain, a layer alone is a branch too; a list of layers alone is one chain."""
+def test_a_list_that_contains_a_list_is_branches():
+    """Each element of such a list is a branch; a list of layers alone is one chain."""
     one, two = AvgPool2d(2), MaxPool2d(3)
     assert parse_branches("[AvgPool2d(2), [MaxPool2d(3), AvgPool2d(2)]]") == ((one,), (two, one))
     assert parse_branches("[AvgPool2d(2), MaxPool2d(3)]") == ((one, two),)
@@ -65,8 +65,8 @@ def test_a_list_with_a_list_in_it_is_branches():
         (repr([[GlobalAvgPool()] * (MAX_CHAIN + 1)]), f"expected at most {MAX_CHAIN} layers in a chain"),
     ],
 )
-def test_what_are_no_branches_is_refused(text, words):
-    """Empty lists, deeper ones, and more than a request may have are refused where they stand."""
+def test_invalid_branches_are_rejected(text, words):
+    """Empty lists, deeper nesting, and too many branches or layers are rejected with their column."""
     with pytest.raises(ExpressionError, match=re.escape(words)):
         parse_branches(text)
 
@@ -86,8 +86,8 @@ def test_what_are_no_branches_is_refused(text, words):
         ("GlobalAvgPool()", GlobalAvgPool()),
     ],
 )
-def test_an_expression_is_written_as_python_has_it(text, layer):
-    """Arguments go by place and by name, over several lines, in any of Python's notations of a number."""
+def test_an_expression_has_pythons_syntax(text, layer):
+    """Arguments may be positional or named, on several lines, in any notation of a number."""
     assert parse_layer(text) == layer
 
 
@@ -127,7 +127,7 @@ def test_an_expression_is_written_as_python_has_it(text, layer):
     ],
 )
 def test_an_error_says_what_was_expected_and_the_column(text, column, message):
-    """The column is that of the argument, the name or the sign at fault, counted from 1."""
+    """The column is that of the invalid argument, name or character, counted from 1."""
     with pytest.raises(ExpressionError, match=re.escape(message)) as raised:
         parse_layer(text)
     assert raised.value.column == column
@@ -146,7 +146,7 @@ def test_an_error_says_what_was_expected_and_the_column(text, column, message):
     ],
 )
 def test_an_error_in_a_chain_has_its_column(text, column):
-    """Columns count from the beginning of the chain's expression."""
+    """Columns count from the start of the chain's expression."""
     with pytest.raises(ExpressionError) as raised:
         parse_chain(text)
     assert raised.value.column == column
@@ -242,8 +242,8 @@ HOSTILE = {
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 @pytest.mark.parametrize("parse", [parse_layer, parse_chain])
-def test_hostile_text_is_refused_and_nothing_else_happens(parse, text, tmp_path, monkeypatch):
-    """What is no layer gives an ExpressionError of one short line, evaluates nothing, and warns of nothing."""
+def test_hostile_text_is_rejected_without_effects(parse, text, tmp_path, monkeypatch):
+    """Invalid text raises an ExpressionError of one short line, evaluates nothing, and causes no warning."""
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
@@ -262,7 +262,7 @@ def test_hostile_text_is_refused_and_nothing_else_happens(parse, text, tmp_path,
 @example("1jin 2")
 @example("0xfor 1")
 def test_any_text_is_a_layer_or_an_expression_error(text):
-    """No text whatever raises anything but an ExpressionError."""
+    """No text raises anything but an ExpressionError."""
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         for parse in (parse_layer, parse_chain):
@@ -274,8 +274,8 @@ def test_any_text_is_a_layer_or_an_expression_error(text):
 
 
 @given(st.sampled_from(list(LAYERS)), st.data())
-def test_any_arguments_give_a_layer_or_an_expression_error(name, data):
-    """A layer's name with any numbers, by place or by name, is a layer or an ExpressionError."""
+def test_any_arguments_parse_or_raise_an_expression_error(name, data):
+    """A layer's name with any numbers, positional or named, is a layer or an ExpressionError."""
     value = st.none() | st.booleans() | st.integers() | st.floats() | st.tuples(st.integers(), st.floats())
     arguments = data.draw(st.lists(value.map(repr), max_size=7))
     names = st.sampled_from(["kernel_size", "stride", "padding", "output_size", "seed", "nothing"])
@@ -288,14 +288,14 @@ def test_any_arguments_give_a_layer_or_an_expression_error(name, data):
 
 @pytest.mark.parametrize(("text", "column"), [("MaxPool2d(é=1, *[2])", 11), ("  MaxPool2d(é=1, ])", 13)])
 def test_a_column_counts_characters(text, column):
-    """A letter that no layer's expression has is refused where it stands, blanks before it counted."""
+    """An invalid character is rejected with its column, which counts leading blanks."""
     with pytest.raises(ExpressionError) as raised:
         parse_layer(text)
     assert raised.value.column == column
 
 
-def test_the_recursion_limit_is_left_as_it_was():
-    """A deep expression is refused without touching the interpreter's limit."""
+def test_the_recursion_limit_does_not_change():
+    """A deeply nested expression is rejected without changing the interpreter's limit."""
     before = sys.getrecursionlimit()
     with pytest.raises(ExpressionError):
         parse_layer("-" * 4000 + "1")

@@ -1,4 +1,4 @@
-"""The layers as values: torch.nn's signatures, bounds, canonical forms, dtypes and windows."""
+"""Layers as values: torch.nn's signatures, bounds, canonical forms, dtypes and windows."""
 
 import copy
 import inspect
@@ -23,12 +23,12 @@ from poolrpc.tensors import ITEM_BYTES
 from tests.unit.strategies import CLASSES, layers, shapes
 
 IN_TORCH = [cls for cls in CLASSES if not cls.family.startswith("global")]
-# The least that a class must be given, beside the parameter in question.
+# Arguments that a class requires beside the parameter under test.
 REQUIRED = {"lp_pool": {"norm_type": 2}, "fractional_max_pool": {"output_size": 2}}
 
 
 def with_parameter(name):
-    """Give the layers that have a parameter, and the other arguments that they need."""
+    """Return the layers that have a parameter, and the other arguments that they require."""
     cases = []
     for cls in CLASSES:
         names = [each.name for each in fields(cls)]
@@ -42,22 +42,22 @@ def with_parameter(name):
 
 @pytest.mark.parametrize("cls", IN_TORCH)
 def test_a_signature_is_that_of_torch_nn(cls):
-    """Parameters have torch.nn's names, order and defaults; seed stands for _random_samples, MaxUnpool adds a size."""
+    """Parameters have torch.nn's names, order and defaults, but for seed and MaxUnpool's output_size."""
     expected = [
         ("seed", 0) if name == "_random_samples" else (name, parameter.default)
         for name, parameter in inspect.signature(getattr(nn, cls.__name__)).parameters.items()
     ]
     if cls.family == "max_unpool":
         expected.append(("output_size", None))
-    given_ = inspect.signature(cls).parameters
-    assert [(name, parameter.default) for name, parameter in given_.items()] == expected
+    parameters = inspect.signature(cls).parameters
+    assert [(name, parameter.default) for name, parameter in parameters.items()] == expected
 
 
-def test_every_pooling_layer_of_torch_nn_is_here():
-    """The layers are those of torch.nn, and the two global ones of ONNX."""
+def test_every_pooling_layer_of_torch_nn_exists():
+    """The layers are those of torch.nn, and ONNX's two global layers."""
     modules = nn.modules.pooling
-    theirs = {name for name in modules.__all__ if inspect.isclass(getattr(modules, name))}
-    assert set(LAYERS) == theirs | {"GlobalMaxPool", "GlobalAvgPool"}
+    in_torch = {name for name in modules.__all__ if inspect.isclass(getattr(modules, name))}
+    assert set(LAYERS) == in_torch | {"GlobalMaxPool", "GlobalAvgPool"}
     assert all(LAYERS[name].__name__ == name and getattr(poolrpc, name) is LAYERS[name] for name in LAYERS)
 
 
@@ -91,8 +91,8 @@ def test_every_pooling_layer_of_torch_nn_is_here():
     ],
     ids=repr,
 )
-def test_a_size_that_is_no_integer_in_bounds_is_refused_by_name(name, value):
-    """A bool, a float, a string, a wrong length, a negative and a huge one are refused, in the parameter's name."""
+def test_an_invalid_size_is_rejected_by_name(name, value):
+    """A bool, a float, a string, a wrong length, and a value out of bounds are rejected with the parameter's name."""
     for cls, others in (case.values for case in with_parameter(name)):
         with pytest.raises(InvalidArgumentError, match=f"^{name}: expected") as raised:
             cls(**others, **{name: value})
@@ -110,8 +110,8 @@ def test_a_size_that_is_no_integer_in_bounds_is_refused_by_name(name, value):
     ],
     ids=["seed", "divisor_override", "kernel_size", "shape"],
 )
-def test_an_array_where_an_integer_belongs_is_refused(make, value):
-    """An array, which has __index__ without being an index, is refused like any other value."""
+def test_an_array_is_rejected_as_an_integer(make, value):
+    """An array has __index__ but is rejected unless it is an integer scalar."""
     with pytest.raises(InvalidArgumentError, match=r"expected an integer"):
         make(value)
 
@@ -128,16 +128,16 @@ def test_an_array_where_an_integer_belongs_is_refused(make, value):
         ("output_size", 1, MAX_NUMEL),
     ],
 )
-def test_a_bound_itself_is_taken_and_the_next_is_not(name, low, high):
-    """An integer parameter takes its least and its greatest value, and none beyond."""
+def test_bounds_are_inclusive(name, low, high):
+    """An integer parameter accepts its smallest and its largest value, and none beyond."""
     cases = with_parameter(name)
     assert cases
     for cls, others in (case.values for case in cases):
-        # MaxUnpool's padding has no kernel to stay within.
-        most = MAX_PARAMETER if name == "padding" and cls.takes_indices else high
-        for value in (low, most):
+        # MaxUnpool's padding is not limited by its kernel.
+        highest = MAX_PARAMETER if name == "padding" and cls.takes_indices else high
+        for value in (low, highest):
             assert set(np.atleast_1d(getattr(cls(**others, **{name: value}), name))) == {value}
-        for value in (low - 1, most + 1):
+        for value in (low - 1, highest + 1):
             with pytest.raises(InvalidArgumentError, match=f"^{name}: expected"):
                 cls(**others, **{name: value})
 
@@ -145,8 +145,8 @@ def test_a_bound_itself_is_taken_and_the_next_is_not(name, low, high):
 @pytest.mark.parametrize(
     "cls", [MaxPool1d, MaxPool2d, poolrpc.MaxPool3d, poolrpc.AvgPool1d, AvgPool2d, poolrpc.AvgPool3d]
 )
-def test_padding_goes_as_far_as_torch_has_it(cls):
-    """Padding is taken or refused as torch does it, for every small kernel and dilation."""
+def test_padding_has_torchs_limit(cls):
+    """Padding is accepted or rejected as in torch, for every small kernel and dilation."""
     dims = cls.spatial_dims
     x = torch.empty((1, 1, *[40] * dims), device="meta")
     dilations = range(1, 4) if cls.family == "max_pool" else [1]
@@ -164,7 +164,7 @@ def test_padding_goes_as_far_as_torch_has_it(cls):
 @pytest.mark.parametrize("name", ["ceil_mode", "return_indices", "count_include_pad"])
 @pytest.mark.parametrize("value", [1, 0, None, "yes", 1.0, [True]], ids=repr)
 def test_a_flag_is_a_bool(name, value):
-    """A flag takes a bool alone, NumPy's too."""
+    """A flag accepts only Python's and NumPy's bools."""
     for cls, others in (case.values for case in with_parameter(name)):
         with pytest.raises(InvalidArgumentError, match=f"^{name}: expected True or False"):
             cls(**others, **{name: value})
@@ -174,13 +174,13 @@ def test_a_flag_is_a_bool(name, value):
 @pytest.mark.parametrize("cls", [poolrpc.LPPool1d, poolrpc.LPPool2d, poolrpc.LPPool3d])
 @pytest.mark.parametrize("norm", [0, -1, -0.0, -math.inf, math.nan, True, "2", None, [2.0], 1j, 10**400], ids=repr)
 def test_a_norm_is_above_0(cls, norm):
-    """A norm of 0, by which torch divides, and any but a positive number are refused."""
+    """A norm that is not a positive number is rejected."""
     with pytest.raises(InvalidArgumentError, match=r"^norm_type: expected a"):
         cls(norm, 2)
 
 
 def test_a_norm_may_be_infinite():
-    """The infinite norm is a max, which in 3d takes planes that no average does."""
+    """The infinite norm is a maximum, which in 3d accepts planes that an average rejects."""
     assert repr(poolrpc.LPPool2d(math.inf, 2)) == "LPPool2d(inf, 2)"
     assert poolrpc.LPPool3d(math.inf, 3, 2, ceil_mode=True).output_shape((1, 1, 2, 2, 2)) == (1, 1, 1, 1, 1)
     with pytest.raises(InvalidArgumentError, match="kernel_size"):
@@ -192,7 +192,7 @@ def test_a_norm_may_be_infinite():
     "ratio", [0, 1, 1.0, 0.0, -0.5, 2, math.nan, math.inf, True, "0.5", (), (0.5,) * 4, (0.5, None)]
 )
 def test_a_ratio_lies_between_0_and_1(cls, ratio):
-    """A ratio of 0, of 1 and beyond, and what is no number, are refused."""
+    """A ratio that is not a number between 0 and 1, exclusive, is rejected."""
     with pytest.raises(InvalidArgumentError, match=r"^output_ratio: expected"):
         cls(2, output_ratio=ratio)
 
@@ -200,14 +200,14 @@ def test_a_ratio_lies_between_0_and_1(cls, ratio):
 @pytest.mark.parametrize("cls", [poolrpc.FractionalMaxPool2d, poolrpc.FractionalMaxPool3d])
 @pytest.mark.parametrize("arguments", [{}, {"output_size": 2, "output_ratio": 0.5}])
 def test_a_fractional_layer_has_a_size_or_a_ratio(cls, arguments):
-    """Neither an output size nor a ratio, or both, is refused."""
+    """Neither or both of the output size and the ratio are rejected."""
     with pytest.raises(InvalidArgumentError, match=r"^output_size: expected either output_size or output_ratio, got"):
         cls(2, **arguments)
 
 
 @pytest.mark.parametrize("size", [None, (None, None, None, None), (None, 0), (None, 2.0), (None, True)])
-def test_an_adaptive_size_may_be_none_in_a_tuple_alone(size):
-    """None stands for the input's size of one axis; everything else is checked beside it."""
+def test_an_adaptive_size_may_be_none_only_in_a_tuple(size):
+    """None keeps the input's size on its axis, and the other values are still checked."""
     assert poolrpc.AdaptiveMaxPool2d((None, 3)).output_size == (None, 3)
     with pytest.raises(InvalidArgumentError, match=r"^output_size: expected"):
         poolrpc.AdaptiveAvgPool2d(size)
@@ -228,8 +228,8 @@ def test_an_adaptive_size_may_be_none_in_a_tuple_alone(size):
     ],
     ids=repr,
 )
-def test_equal_layers_are_equal_however_they_are_written(same):
-    """A tuple of equal values, a list, an array and NumPy's integers all give the same layer, in Python's ints."""
+def test_equal_parameters_make_equal_layers(same):
+    """A tuple of equal values, a list, an array and NumPy's integers become the same Python ints."""
     layer = MaxPool2d(same, stride=same, dilation=same)
     assert layer == MaxPool2d(2, stride=2, dilation=2)
     assert hash(layer) == hash(MaxPool2d(2, stride=2, dilation=2))
@@ -237,13 +237,13 @@ def test_equal_layers_are_equal_however_they_are_written(same):
 
 
 def test_layers_of_different_classes_or_parameters_differ():
-    """A layer equals no other class's, and no other parameters'."""
+    """A layer is unequal to layers of other classes or parameters."""
     assert len({MaxPool1d(2), MaxPool2d(2), MaxPool2d((2, 3)), MaxPool2d((3, 2)), MaxPool2d(2, ceil_mode=True)}) == 5
 
 
 @given(layers())
 def test_a_layer_is_a_frozen_value(layer):
-    """A layer is equal to its pickle and its copies, hashes as they do, and refuses any change."""
+    """A layer equals its pickle and its copies, has their hash, and rejects assignment."""
     for other in (pickle.loads(pickle.dumps(layer)), copy.copy(layer), copy.deepcopy(layer)):  # noqa: S301 - ours
         assert (other, hash(other), type(other)) == (layer, hash(layer), type(layer))
     for each in fields(layer):
@@ -265,27 +265,27 @@ def run(cls, dtype, dims):
     names = [each.name for each in fields(cls)]
     arguments |= {"kernel_size": 2} if "kernel_size" in names else {}
     arguments |= {"output_size": 2} if "adaptive" in cls.family or "fractional" in cls.family else {}
-    # max_pool1d has integers only with its indices.
+    # torch's max_pool1d takes integers only with return_indices.
     arguments |= {"return_indices": True} if "return_indices" in names else {}
     y = module(**arguments)(x)
     return y[0] if isinstance(y, tuple) else y
 
 
-def left_out(cls, dtype):
-    """Tell why a dtype that torch runs on the CPU isn't in a layer's list, as the comment on DTYPES has it."""
+def excluded(cls, dtype):
+    """Return why a layer excludes a dtype that torch runs on the CPU, as the comment in layers/base.py explains."""
     if dtype == "bool":
         return "no layer takes bool"
     if cls.family == "avg_pool" and dtype == "int64":
         return "torch has int64 alone, on the CPU alone, truncated"
     if cls.family == "lp_pool" and dtype in INTEGERS:
-        return "torch answers in float32"
+        return "torch returns float32"
     return ""
 
 
 @pytest.mark.parametrize("dtype", ITEM_BYTES)
 @pytest.mark.parametrize("cls", CLASSES)
 def test_the_dtypes_are_those_that_torch_runs(cls, dtype):
-    """PyTorch runs every dtype of a layer and answers in it; what it runs beside these is left out for a reason."""
+    """PyTorch runs every dtype of a layer and returns it; others that it runs are excluded for a reason."""
     for dims in [cls.spatial_dims] if cls.spatial_dims else (1, 2, 3):
         try:
             runs = run(cls, getattr(torch, dtype), dims).dtype == getattr(torch, dtype)
@@ -294,11 +294,11 @@ def test_the_dtypes_are_those_that_torch_runs(cls, dtype):
         if dtype in cls.dtypes:
             assert runs
         elif runs:
-            assert left_out(cls, dtype)
+            assert excluded(cls, dtype)
 
 
-def test_left_out_reasons_hold():
-    """PyTorch truncates the mean of integers, and answers an integer's power average in float32."""
+def test_the_reasons_for_excluded_dtypes_hold():
+    """PyTorch truncates the mean of integers, and returns float32 for the power average of integers."""
     ones = torch.tensor([[[1, 2]]])
     assert nn.AvgPool1d(2)(ones).tolist() == [[[1]]]
     assert nn.LPPool1d(2.0, 2)(ones).dtype == torch.float32
@@ -306,8 +306,8 @@ def test_left_out_reasons_hold():
 
 
 @given(st.data(), layers([cls for cls in CLASSES if "adaptive" in cls.family], most_output=9))
-def test_a_window_is_as_large_as_the_largest(data, layer):
-    """An adaptive layer's window has the cells of its largest on each axis, or one more."""
+def test_an_adaptive_window_has_the_largest_size(data, layer):
+    """An adaptive layer's window has the size of its largest on each axis, or one more cell."""
     plane = data.draw(shapes(layer.spatial_dims))[-layer.spatial_dims :]
     out, window = layer.output_plane(plane), layer.window(plane)
     for size, cells, most in zip(plane, out, window, strict=True):
@@ -328,7 +328,7 @@ def test_a_window_is_as_large_as_the_largest(data, layer):
     ids=repr,
 )
 def test_a_window_counts_cells(layer, plane, window):
-    """A window's size is its cells on each axis: the kernel without the gaps of a dilation, or the whole plane."""
+    """A window's size is the kernel without the gaps of a dilation, or the whole plane."""
     assert layer.window(plane) == window
 
 
@@ -346,8 +346,8 @@ def test_a_window_counts_cells(layer, plane, window):
     ],
     ids=repr,
 )
-def test_a_repr_has_what_was_asked_for(layer, text):
-    """A repr gives the required parameters in order and the others where they aren't the default."""
+def test_a_repr_has_the_parameters_that_differ_from_defaults(layer, text):
+    """A repr has the required parameters in order, and the others if they differ from their defaults."""
     texts = {
         "MaxPool2d": "MaxPool2d(3, stride=2, padding=1, return_indices=True, ceil_mode=True)",
         "AvgPool2d": "AvgPool2d(2, count_include_pad=False, divisor_override=3)",
@@ -355,8 +355,8 @@ def test_a_repr_has_what_was_asked_for(layer, text):
     assert repr(layer) == (text or texts[layer.name])
 
 
-def test_the_indices_that_a_layer_gives_and_takes():
-    """A layer with return_indices gives indices, MaxUnpool takes them, and the others do neither."""
+def test_layers_that_return_or_take_indices():
+    """A layer with return_indices returns indices, MaxUnpool takes them, and other layers do neither."""
     assert MaxPool2d(2, return_indices=True).returns_indices
     assert not MaxPool2d(2).returns_indices
     assert not AvgPool2d(2).returns_indices
@@ -364,11 +364,11 @@ def test_the_indices_that_a_layer_gives_and_takes():
 
 
 @given(layers(), st.integers(0, 2**40))
-def test_a_layer_is_the_same_at_any_plane_unless_it_tells_planes_apart(layer, first):
-    """Only the fractional layers give another for a tensor's planes from some number on, which differs by its seed."""
-    there = layer.at_plane(first)
+def test_at_plane_changes_only_fractional_layers(layer, first):
+    """Only a fractional layer depends on the index of a plane, through its seed."""
+    moved = layer.at_plane(first)
     if layer.family != "fractional_max_pool":
-        assert there is layer
+        assert moved is layer
         return
-    assert replace(there, seed=layer.seed) == layer
-    assert (there.seed == layer.seed) == (first == 0)
+    assert replace(moved, seed=layer.seed) == layer
+    assert (moved.seed == layer.seed) == (first == 0)

@@ -1,4 +1,4 @@
-"""Tensors from anything array-like to bytes and back."""
+"""Tensors: conversion of array-like objects, and arrays to and from bytes."""
 
 import ml_dtypes
 import numpy as np
@@ -17,31 +17,31 @@ VALUES = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
 
 
 class DlpackOnly:
-    """What has DLPack and nothing else."""
+    """An object with DLPack only."""
 
-    def __init__(self, held):
-        self.held = held
+    def __init__(self, array):
+        self.array = array
 
     def __dlpack__(self, **arguments):
-        return self.held.__dlpack__(**arguments)
+        return self.array.__dlpack__(**arguments)
 
     def __dlpack_device__(self):
-        return self.held.__dlpack_device__()
+        return self.array.__dlpack_device__()
 
 
 class ArrayOnly:
-    """What has `__array__` and nothing else."""
+    """An object with `__array__` only."""
 
     def __array__(self, dtype=None, copy=None):
         return VALUES
 
 
 class Image(torch.Tensor):
-    """A subclass of torch's tensor that lives in another module, as torchvision's do."""
+    """A subclass of torch's tensor in another module, as torchvision has."""
 
 
 def read_only(array):
-    """Give a copy that refuses to be written."""
+    """Return a read-only copy."""
     array = array.copy()
     array.flags.writeable = False
     return array
@@ -90,8 +90,8 @@ def read_only(array):
         "memmap",
     ],
 )
-def test_anything_array_like_gives_the_same_array(x):
-    """Strides, byte order, flags, subclasses and protocols don't matter: a plain C-contiguous array comes out."""
+def test_array_like_objects_become_the_same_array(x):
+    """Any strides, byte order, flags, subclass and protocol become a plain C-contiguous array."""
     array = as_array(x)
     assert type(array) is np.ndarray
     assert (array.dtype, array.shape) == (np.dtype("<f4"), (2, 3, 4))
@@ -99,8 +99,8 @@ def test_anything_array_like_gives_the_same_array(x):
     assert np.array_equal(array, VALUES)
 
 
-def test_nothing_is_copied_that_need_not_be():
-    """A contiguous array and a contiguous torch tensor are taken as they lie in memory."""
+def test_contiguous_tensors_are_not_copied():
+    """A contiguous array and a contiguous torch tensor keep their memory."""
     assert as_array(VALUES) is VALUES
     tensor = torch.zeros(2, 3)
     assert as_array(tensor).ctypes.data == tensor.data_ptr()
@@ -108,7 +108,7 @@ def test_nothing_is_copied_that_need_not_be():
 
 @pytest.mark.parametrize("kind", [np.float16, np.int64, np.int16, np.float64])
 def test_a_big_endian_array_keeps_its_values(kind):
-    """A big-endian array of any width is swapped by value."""
+    """A big-endian array of any width becomes little-endian with the same values."""
     values = np.array([[1, 2], [3, 258]], kind)
     swapped = as_array(values.astype(values.dtype.newbyteorder(">")))
     assert np.array_equal(swapped, values)
@@ -142,8 +142,8 @@ def test_a_big_endian_array_keeps_its_values(kind):
         "matrix",
     ],
 )
-def test_any_shape_is_taken(x, shape):
-    """Scalars, empty arrays, nested lists and matrices give plain arrays of their shapes, with their bytes."""
+def test_any_shape_is_accepted(x, shape):
+    """Scalars, empty arrays, nested lists and matrices become plain arrays of their shapes."""
     array = as_array(x)
     assert type(array) is np.ndarray
     assert array.shape == shape
@@ -163,7 +163,7 @@ def test_any_shape_is_taken(x, shape):
     ids=["torch", "torch transposed", "torch with a gradient", "torch subclass", "NumPy", "NumPy transposed"],
 )
 def test_bfloat16_keeps_its_bits(x):
-    """Torch's and NumPy's bfloat16, which know nothing of each other, are the same array."""
+    """The bfloat16 of torch and of ml_dtypes become the same array."""
     array = as_array(x)
     assert (spec_of(array), array.flags.c_contiguous) == (TensorSpec("bfloat16", (2, 2)), True)
     assert bytes(array_bytes(array)) == np.array([0x3FC0, 0xC000, 0x7F80, 0], "<u2").tobytes()
@@ -174,15 +174,15 @@ def test_bfloat16_keeps_its_bits(x):
     [None, 3, 3.0, "[[1]]", b"1", {1: 2}, {1}, object(), range(3), (i for i in [1]), len],
     ids=lambda x: type(x).__name__,
 )
-def test_what_is_no_array_is_refused(x):
-    """A scalar of Python's, a string, a mapping, an iterator: the type is in the message."""
+def test_other_objects_are_rejected(x):
+    """A Python scalar, a string, a mapping and an iterator are rejected with their type."""
     with pytest.raises(InvalidArgumentError, match=r"^input: expected an array, a tensor or a nested list") as raised:
         as_array(x)
     assert type(x).__name__ in str(raised.value)
 
 
 def nested(depth):
-    """Give a list in a list, and so on."""
+    """Return a list nested this deep."""
     made = [1]
     for _ in range(depth):
         made = [made]
@@ -190,8 +190,8 @@ def nested(depth):
 
 
 @pytest.mark.parametrize("x", [[[1, 2], [3]], [[1], 2], nested(100)], ids=["ragged", "mixed", "deep"])
-def test_a_list_that_is_no_tensor_is_refused(x):
-    """A ragged or a too deep list is an error of the input."""
+def test_an_invalid_list_is_rejected(x):
+    """A ragged or too deeply nested list is an error of the input."""
     with pytest.raises(InvalidArgumentError, match=r"^input: "):
         as_array(x)
 
@@ -206,8 +206,8 @@ def test_a_list_that_is_no_tensor_is_refused(x):
     ],
     ids=["float8", "sparse", "meta", "DLPack of bfloat16"],
 )
-def test_what_numpy_cannot_hold_is_refused(x):
-    """A tensor that can't become an array is refused by an error of ours, not by whatever NumPy or torch raise."""
+def test_a_tensor_that_numpy_cannot_represent_is_rejected(x):
+    """Whatever error NumPy or torch raises on conversion becomes a PoolError."""
     with pytest.raises(PoolError):
         spec_of(as_array(x))
 
@@ -226,8 +226,8 @@ def test_what_numpy_cannot_hold_is_refused(x):
     ],
     ids=lambda array: array.dtype.name[:20],
 )
-def test_a_dtype_that_no_layer_takes_is_named(array):
-    """An array of any other dtype is refused with the dtypes that there are."""
+def test_an_unsupported_dtype_is_named(array):
+    """An array of another dtype is rejected with the supported dtypes."""
     with pytest.raises(UnsupportedError, match=r"^expected one of float16, bfloat16, float32, ") as raised:
         spec_of(array)
     assert raised.value.reason == "DTYPE"
@@ -236,8 +236,8 @@ def test_a_dtype_that_no_layer_takes_is_named(array):
 
 
 @pytest.mark.parametrize("name", ITEM_BYTES)
-def test_a_dtypes_name_leads_to_numpys_and_back(name):
-    """Every dtype of the wire is NumPy's of that name, little-endian, with its width."""
+def test_a_dtypes_name_round_trips(name):
+    """Every dtype of the wire is NumPy's little-endian dtype of that name and width."""
     dtype = numpy_dtype(name)
     assert (dtype.name, dtype.itemsize) == (name, ITEM_BYTES[name])
     assert dtype.byteorder in "=|<"
@@ -251,26 +251,26 @@ ARRAYS = st.sampled_from(list(ITEM_BYTES)).flatmap(
 )
 
 
-def taken(spec, data):
-    """Take the one tensor out of an answer's payload."""
+def decoded(spec, data):
+    """Return the only tensor in a response's payload."""
     (array,) = Answer([BranchResult((spec.shape,), spec)], b"").arrays(data, ())
     return array
 
 
 @given(ARRAYS)
-def test_an_array_survives_its_bytes(array):
-    """Any array is, bit for bit, what its bytes and its spec give back."""
+def test_an_array_round_trips(array):
+    """Any array is decoded from its bytes and its spec, bit for bit."""
     spec, data = spec_of(array), array_bytes(as_array(array))
     assert spec.numel == array.size
-    back = taken(spec, bytes(data))
+    back = decoded(spec, bytes(data))
     assert (back.dtype, back.shape) == (array.dtype, array.shape)
     assert back.tobytes() == array.tobytes()
 
 
-def test_what_comes_back_is_the_callers_own():
-    """An array made of bytes is writable, and neither follows nor changes where they came from."""
+def test_a_decoded_array_is_independent():
+    """A decoded array is writable, and shares no memory with its bytes."""
     data = bytearray(VALUES.tobytes())
-    array = taken(TensorSpec("float32", (2, 3, 4)), memoryview(data))
+    array = decoded(TensorSpec("float32", (2, 3, 4)), memoryview(data))
     data[:4] = b"\xff" * 4
     assert np.array_equal(array, VALUES)
     array[0, 0, 0] = 9
@@ -279,24 +279,24 @@ def test_what_comes_back_is_the_callers_own():
 
 
 @given(st.lists(ARRAYS, max_size=4))
-def test_a_payload_is_cut_into_its_tensors(given_):
-    """The bytes of several tensors, end to end, are cut where each begins, without a copy."""
-    payload = b"".join(array_bytes(as_array(array)) for array in given_)
-    pieces = split_tensors(payload, [spec_of(array) for array in given_])
-    assert [bytes(piece) for piece in pieces] == [array.tobytes() for array in given_]
+def test_split_tensors_returns_views(tensors):
+    """Concatenated tensors are split where each begins, without a copy."""
+    payload = b"".join(array_bytes(as_array(array)) for array in tensors)
+    pieces = split_tensors(payload, [spec_of(array) for array in tensors])
+    assert [bytes(piece) for piece in pieces] == [array.tobytes() for array in tensors]
     assert all(piece.obj is payload for piece in pieces)
 
 
 @pytest.mark.parametrize("length", [0, 23, 25, 1000])
-def test_a_payload_of_another_length_is_refused(length):
-    """One byte more or fewer is an error of the payload, with what was expected and what came."""
+def test_a_payload_of_another_length_is_rejected(length):
+    """A payload with too few or too many bytes is rejected with both lengths."""
     specs = [TensorSpec("float32", (1, 1, 2)), TensorSpec("int64", (1, 1, 2))]
     expected = rf"^payload: expected 24 bytes for float32 \(1, 1, 2\) and int64 \(1, 1, 2\), got {length}$"
     with pytest.raises(InvalidArgumentError, match=expected):
         split_tensors(bytes(length), specs)
 
 
-def test_a_specs_size_does_not_wrap():
-    """Elements and bytes are Python's integers, where NumPy's product of these axes is 0."""
+def test_the_size_of_a_spec_does_not_overflow():
+    """Elements and bytes are Python's integers; NumPy's product of these axes is 0."""
     spec = TensorSpec("float64", (2**32, 2**32, 1, 16))
     assert (spec.numel, spec.nbytes) == (2**68, 2**71)

@@ -1,4 +1,4 @@
-"""The command `poolrpc` where it needs no server: shape, explain --local, and what is wrong in one line."""
+"""The command `poolrpc` without a server: shape, explain --local, and errors in one line."""
 
 import json
 import re
@@ -12,24 +12,24 @@ PLANE = "[[1, 3, 2, 4], [5, 6, 8, 7], [4, 2, 1, 0], [9, 7, 3, 2]]"
 
 
 def run(capsys, *arguments):
-    """Run a command that must end well, and give what it printed."""
+    """Run a command that must succeed, and return its output."""
     assert main(arguments) == 0
-    said = capsys.readouterr()
-    assert said.err == ""
-    return said.out
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    return printed.out
 
 
-def strict(text):
-    """Read JSON as everybody else does: without Python's NaN and Infinity."""
+def parse_json(text):
+    """Parse JSON without Python's extensions NaN and Infinity."""
 
-    def refuse(name):
-        pytest.fail(f"{name} is no JSON")
+    def fail(name):
+        pytest.fail(f"{name} is not valid JSON")
 
-    return json.loads(text, parse_constant=refuse)
+    return json.loads(text, parse_constant=fail)
 
 
-def test_shape_gives_every_step_of_a_chain(capsys):
-    """A chain's shapes stand below each other, one a layer."""
+def test_shape_prints_every_layer_of_a_chain(capsys):
+    """The shapes of a chain are printed on one line per layer."""
     chain = "[MaxPool2d(3, stride=2, padding=1), AvgPool2d(2), GlobalMaxPool()]"
     assert run(capsys, "shape", "8x64x56x56", chain).splitlines() == [
         "MaxPool2d(3, stride=2, padding=1) -> (8, 64, 28, 28)",
@@ -50,22 +50,22 @@ def test_shape_gives_every_step_of_a_chain(capsys):
     ids=repr,
 )
 def test_shape_as_json(capsys, arguments, shape):
-    """Shapes are batched or not, of either layout, of any size; --json has each layer and its shape."""
-    assert strict(run(capsys, "shape", *arguments, "--json")) == [{"layer": arguments[1], "shape": shape}]
+    """Shapes may be batched or not, in either layout, and of any size; --json prints each layer and its shape."""
+    assert parse_json(run(capsys, "shape", *arguments, "--json")) == [{"layer": arguments[1], "shape": shape}]
 
 
-def test_explain_shows_windows_output_and_formula(capsys):
+def test_explain_prints_windows_output_and_formula(capsys):
     """Explain prints each window, the output, and the formula of each axis."""
-    said = run(capsys, "explain", "MaxPool2d(2, 2)", "--input", PLANE, "--local")
-    assert re.search(r"window \(1, 0\): rows 2\.\.3, columns 0\.\.1\n +4 +2\n +9 +7\n +max 9 at \(3, 0\)\n", said)
-    assert re.search(r"output:\n +6 +8\n +9 +3\n", said)
-    assert "rows: floor((4 + 2*0 - 1*(2 - 1) - 1) / 2) + 1 = 2\n" in said
+    printed = run(capsys, "explain", "MaxPool2d(2, 2)", "--input", PLANE, "--local")
+    assert re.search(r"window \(1, 0\): rows 2\.\.3, columns 0\.\.1\n +4 +2\n +9 +7\n +max 9 at \(3, 0\)\n", printed)
+    assert re.search(r"output:\n +6 +8\n +9 +3\n", printed)
+    assert "rows: floor((4 + 2*0 - 1*(2 - 1) - 1) / 2) + 1 = 2\n" in printed
 
 
 def test_explain_as_json(capsys):
-    """--json has the windows with places, positions, cells (padding as null), values and words, and the output."""
-    said = strict(run(capsys, "explain", "AvgPool1d(2, padding=1)", "--input", "[3, 5]", "--local", "--json"))
-    assert said == {
+    """--json prints each window's index, positions, cells (null in the padding), value and computation."""
+    printed = parse_json(run(capsys, "explain", "AvgPool1d(2, padding=1)", "--input", "[3, 5]", "--local", "--json"))
+    assert printed == {
         "layer": "AvgPool1d(2, padding=1)",
         "windows": [
             {"index": [0], "positions": [[-1, 0]], "cells": [None, 3.0], "value": 1.5, "how": "(3) / 2 = 1.5"},
@@ -85,9 +85,9 @@ def test_explain_as_json(capsys):
         ("LPPool1d(0.5, 1)", "[-1]"),
     ],
 )
-def test_json_is_json_whatever_the_numbers(capsys, layer, plane):
-    """Infinities and NaN, which JSON lacks, don't make the output unreadable for others."""
-    strict(run(capsys, "explain", layer, "--input", plane, "--local", "--json"))
+def test_infinities_and_nan_are_valid_json(capsys, layer, plane):
+    """Infinities and NaN, which JSON lacks, are printed as strings."""
+    parse_json(run(capsys, "explain", layer, "--input", plane, "--local", "--json"))
 
 
 @pytest.mark.parametrize(
@@ -125,15 +125,15 @@ def test_json_is_json_whatever_the_numbers(capsys, layer, plane):
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
 )
 @pytest.mark.parametrize("as_json", [False, True])
-def test_what_is_wrong_is_one_line(capsys, arguments, words, as_json):
-    """An error is one short line on stderr with status 1, and nothing on stdout, with --json too."""
+def test_an_error_is_one_line(capsys, arguments, words, as_json):
+    """An error is one short line on stderr with status 1 and nothing on stdout, with --json too."""
     assert main([*arguments, *(["--json"] if as_json else [])]) == 1
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.startswith("poolrpc: ")
-    assert said.err.count("\n") == 1
-    assert len(said.err) < 1000
-    assert words in said.err
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("poolrpc: ")
+    assert printed.err.count("\n") == 1
+    assert len(printed.err) < 1000
+    assert words in printed.err
 
 
 @pytest.mark.parametrize(
@@ -150,14 +150,14 @@ def test_what_is_wrong_is_one_line(capsys, arguments, words, as_json):
     ids=" ".join,
 )
 def test_a_wrong_command_line_ends_with_status_2(capsys, arguments):
-    """A command or a flag that there is not, or that lacks something, is argparse's to refuse."""
+    """An unknown command or flag, or a missing one, is reported by argparse."""
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("poolrpc")
 
 
-def test_the_version_is_the_packages(capsys):
+def test_version_prints_the_packages_version(capsys):
     """--version prints the package's version."""
     with pytest.raises(SystemExit) as ended:
         main(["--version"])
@@ -165,9 +165,9 @@ def test_the_version_is_the_packages(capsys):
     assert capsys.readouterr().out == f"poolrpc {poolrpc.__version__}\n"
 
 
-def test_the_help_names_every_command(capsys):
-    """--help has the five commands."""
+def test_help_names_every_command(capsys):
+    """--help lists the five commands."""
     with pytest.raises(SystemExit):
         main(["--help"])
-    said = capsys.readouterr().out
-    assert all(f"\n    {name} " in said for name in ("pool", "shape", "explain", "info", "health"))
+    printed = capsys.readouterr().out
+    assert all(f"\n    {name} " in printed for name in ("pool", "shape", "explain", "info", "health"))

@@ -1,4 +1,4 @@
-"""Explanations: their own output against torch's, their formulas, and what they show."""
+"""Explanations: their output compared with torch's, their formulas, and their text."""
 
 import dataclasses
 import re
@@ -33,8 +33,8 @@ from tests.unit.strategies import classes, layers
 KNOWN = np.array([[1, 3, 2, 4], [5, 6, 8, 7], [4, 2, 1, 0], [9, 7, 3, 2]], np.float32)
 
 
-def torchs(layer, plane, result=0):
-    """Give torch's output for one plane, or with 1 its indices."""
+def output_of_torch(layer, plane, result=0):
+    """Return torch's output for one plane, or its indices if result is 1."""
     x = torch.from_numpy(plane.copy())[None, None]
     if layer.family.startswith("global"):
         module = getattr(nn, f"Adaptive{layer.name.removeprefix('Global')}{plane.ndim}d")(1)
@@ -49,7 +49,7 @@ def torchs(layer, plane, result=0):
 
 @st.composite
 def cases(draw):
-    """Draw a layer with fixed windows and a plane of small whole and half numbers, now and then an infinity or NaN."""
+    """Draw a layer with fixed windows and a plane of multiples of 0.5, sometimes with infinities or NaN."""
     dims = draw(st.integers(1, 3))
     among = [cls for cls in classes(dims) if cls.family not in ("fractional_max_pool", "max_unpool")]
     layer = draw(layers(among, most=4, most_output=5, indices=False))
@@ -57,7 +57,7 @@ def cases(draw):
     if layer.family in ("max_pool", "adaptive_max_pool", "global_max_pool"):
         values |= st.sampled_from([float("nan"), float("inf"), float("-inf")])
     if layer.family == "lp_pool":
-        # torch's powers of large exponents overflow float32, and those of negative numbers are mostly NaN.
+        # In torch, large exponents overflow float32, and the powers of negative numbers are mostly NaN.
         layer = dataclasses.replace(layer, norm_type=draw(st.sampled_from([1, 2, 3, 0.5, 1.5])))
         values = st.integers(0, 8).map(lambda n: n / 2) if layer.norm_type % 1 else values
     plane = [draw(st.integers(1, 6)) for _ in range(dims)]
@@ -67,29 +67,29 @@ def cases(draw):
 
 
 @given(cases())
-def test_the_windows_come_to_torchs_output(case):
-    """What is worked out window by window is what torch computes, for every family, rank and parameter."""
+def test_the_output_is_torchs(case):
+    """The output computed window by window is torch's, for every family, rank and parameter."""
     layer, plane = case
     try:
-        told = explain(layer, plane)
+        explanation = explain(layer, plane)
     except InvalidArgumentError:
         assume(False)
-    expected = torchs(layer, plane)
-    assert told.output.shape == expected.shape
-    assert np.allclose(told.output, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
-    assert [window.index for window in told.windows] == list(np.ndindex(expected.shape))
-    assert len(told.formulas) == plane.ndim
-    for axis, formula in zip(expected.shape, told.formulas, strict=True):
+    expected = output_of_torch(layer, plane)
+    assert explanation.output.shape == expected.shape
+    assert np.allclose(explanation.output, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert [window.index for window in explanation.windows] == list(np.ndindex(expected.shape))
+    assert len(explanation.formulas) == plane.ndim
+    for axis, formula in zip(expected.shape, explanation.formulas, strict=True):
         assert re.search(rf"(= |-> ){axis}\b", formula)
-    assert "\n".join(format_lines(told))
+    assert "\n".join(format_lines(explanation))
 
 
 @given(st.sampled_from([MaxPool2d(2, stride=1), MaxPool2d(3, padding=1), AdaptiveMaxPool2d(2)]), st.data())
-def test_a_maximum_is_named_where_torch_finds_it(layer, data):
-    """Among equals and among NaN the cell that an explanation names is the one of torch's index."""
+def test_the_position_of_a_maximum_is_torchs_index(layer, data):
+    """Among equal cells and NaN, the named position is torch's index."""
     cells = data.draw(st.lists(st.sampled_from([0.0, 1.0, float("nan"), float("-inf")]), min_size=12, max_size=12))
     plane = np.array(cells, np.float32).reshape(3, 4)
-    indices = torchs(dataclasses.replace(layer, return_indices=True), plane, result=1)
+    indices = output_of_torch(dataclasses.replace(layer, return_indices=True), plane, result=1)
     for window, index in zip(explain(layer, plane).windows, indices.flatten(), strict=True):
         assert window.how.endswith(f" at ({index // 4}, {index % 4})")
 
@@ -107,13 +107,13 @@ def test_a_maximum_is_named_where_torch_finds_it(layer, data):
     ],
     ids=repr,
 )
-def test_the_worked_examples(layer, output):
-    """The examples of many a lesson have their right answers."""
+def test_known_examples(layer, output):
+    """Well-known examples have their outputs."""
     assert explain(layer, KNOWN).output.tolist() == output
 
 
-def test_a_window_is_shown_with_its_place_and_its_choice():
-    """Each window, in order, has its rows and columns, its cells, and where its maximum lies."""
+def test_a_window_is_printed_with_its_position_and_maximum():
+    """Each window is printed in order, with its rows and columns, its cells, and the position of its maximum."""
     text = format_lines(explain(MaxPool2d(2, 2), KNOWN))
     start = text.index("window (0, 1): rows 0..1, columns 2..3")
     assert [line.split() for line in text[start + 1 : start + 3]] == [["2", "4"], ["8", "7"]]
@@ -124,8 +124,8 @@ def test_a_window_is_shown_with_its_place_and_its_choice():
     assert text[0] == "MaxPool2d(2, stride=2) on a plane of 4 x 4"
 
 
-def test_an_average_is_shown_as_a_sum_and_its_divisor():
-    """A mean shows what was added and by what it was divided; padding counts in the divisor where it does in torch."""
+def test_an_average_is_printed_as_a_sum_and_its_divisor():
+    """A mean has its sum and divisor, in which padding counts if it does in torch."""
     plane = np.array([3, 5], np.float32)
     padded = AvgPool1d(2, stride=1, padding=1)
     assert [window.how for window in explain(padded, plane).windows] == [
@@ -133,28 +133,28 @@ def test_an_average_is_shown_as_a_sum_and_its_divisor():
         "(3 + 5) / 2 = 4",
         "(5) / 2 = 2.5",
     ]
-    apart = dataclasses.replace(padded, count_include_pad=False)
-    assert [window.how for window in explain(apart, plane).windows][::2] == ["(3) / 1 = 3", "(5) / 1 = 5"]
+    without_padding = dataclasses.replace(padded, count_include_pad=False)
+    assert [window.how for window in explain(without_padding, plane).windows][::2] == ["(3) / 1 = 3", "(5) / 1 = 5"]
     divided = AvgPool2d((1, 2), divisor_override=4)
     assert explain(divided, plane[None]).windows[0].how == "(3 + 5) / 4 = 2"
 
 
-def test_padding_is_shown():
-    """Cells of the padding are points, with a line that says so, and None among the cells; without padding neither."""
-    told = explain(MaxPool2d(2, padding=1), np.ones((2, 2), np.float32))
-    assert told.windows[0].cells == [[None, None], [None, 1.0]]
-    text = format_lines(told)
+def test_padding_is_printed():
+    """Cells of the padding are printed as dots with a legend, and are None among the cells."""
+    explanation = explain(MaxPool2d(2, padding=1), np.ones((2, 2), np.float32))
+    assert explanation.windows[0].cells == [[None, None], [None, 1.0]]
+    text = format_lines(explanation)
     assert text[2:5] == ["window (0, 0): rows -1..0, columns -1..0", "       .      .", "       .      1"]
     assert "(. is padding)" in text
     assert "(. is padding)" not in format_lines(explain(MaxPool2d(2), np.ones((2, 2), np.float32)))
 
 
 def test_a_window_without_a_cell_of_the_input_is_minus_infinity():
-    """A dilated window may lie in the padding alone: torch's answer is minus infinity, and the reason is given."""
+    """A dilated window may have only padding: the output is torch's minus infinity, with the reason."""
     layer, plane = MaxPool1d(2, padding=1, dilation=3), np.array([1, 2], np.float32)
-    told = explain(layer, plane)
-    assert told.windows[0].how == "no cell of the input: -inf"
-    assert told.output.tolist() == torchs(layer, plane).tolist() == [float("-inf")]
+    explanation = explain(layer, plane)
+    assert explanation.windows[0].how == "no cell of the input: -inf"
+    assert explanation.output.tolist() == output_of_torch(layer, plane).tolist() == [float("-inf")]
 
 
 DROPPED = (
@@ -181,14 +181,14 @@ DROPPED = (
     ],
     ids=repr,
 )
-def test_a_formula_has_its_numbers_filled_in(layer, plane, formula):
-    """The rule of an axis is shown with its numbers; where ceil_mode adds or drops a window, it says so."""
+def test_a_formula_has_its_numbers(layer, plane, formula):
+    """The rule of an axis has its numbers, and says if ceil_mode adds or drops a window."""
     assert explain(layer, np.zeros(plane, np.float32)).formulas == (formula,)
     assert format_lines(explain(layer, np.zeros(plane, np.float32)))[-1].strip() == formula
 
 
 def test_each_axis_has_its_formula_by_name():
-    """A plane's axes are depth, rows and columns, first to last."""
+    """A plane's axes are depths, rows and columns, in this order."""
     formulas = explain(MaxPool3d((1, 2, 3)), np.zeros((4, 4, 4), np.float32)).formulas
     assert [(formula.partition(":")[0], formula[-1]) for formula in formulas] == [
         ("depths", "4"),
@@ -198,20 +198,20 @@ def test_each_axis_has_its_formula_by_name():
 
 
 @pytest.mark.parametrize("layer", [FractionalMaxPool2d(2, 2), MaxUnpool2d(2)], ids=repr)
-def test_a_layer_without_fixed_windows_is_not_explained(layer):
-    """Windows that the seed places, or that there are not, are refused with the layer."""
+def test_a_layer_without_fixed_windows_is_rejected(layer):
+    """FractionalMaxPool and MaxUnpool are rejected with the layer."""
     with pytest.raises(InvalidArgumentError, match=re.escape(f"got {layer!r}")):
         explain(layer, KNOWN)
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (1, 1, 4), (1, 1, 4, 4), (0, 4), (4, 0)])
-def test_a_plane_of_another_rank_is_refused(shape):
-    """A plane must have the layer's spatial axes, no fewer and no more, and cells."""
+def test_a_plane_of_another_rank_is_rejected(shape):
+    """A plane must have exactly the layer's spatial axes, and cells."""
     with pytest.raises(InvalidArgumentError):
         explain(MaxPool2d(1), np.zeros(shape, np.float32))
 
 
-def test_a_plane_that_the_layer_cannot_pool_is_refused():
-    """A kernel over the plane is an error of the kernel."""
+def test_a_plane_that_the_layer_cannot_pool_is_rejected():
+    """A kernel larger than the plane is an error of kernel_size."""
     with pytest.raises(InvalidArgumentError, match=r"^kernel_size: expected an effective kernel of at most"):
         explain(MaxPool2d(5), KNOWN)

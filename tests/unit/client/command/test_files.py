@@ -1,4 +1,4 @@
-"""Tensors in files: images, .npy and .npz, there and back."""
+"""Tensors in files: images, .npy and .npz, read and written."""
 
 import gc
 import io
@@ -16,7 +16,7 @@ MAX, MEAN = [(MaxPool2d(2),)], [(AvgPool2d(2),)]
 
 
 def result(array, indices=None):
-    """Give a result with an output."""
+    """Return a result with this output."""
     return PoolResult(array, (array.shape,), indices)
 
 
@@ -24,8 +24,8 @@ def result(array, indices=None):
     ("branches", "dtype"),
     [(MAX, np.uint8), (MEAN, np.float32), (MAX + MEAN, np.float32), ([(*MAX[0], *MEAN[0])], np.float32)],
 )
-def test_an_image_is_read_as_bytes_where_every_layer_takes_them(tmp_path, branches, dtype):
-    """An image is channels-last uint8, or float32 of the same values where a layer takes no integers."""
+def test_an_image_is_uint8_if_every_layer_takes_it(tmp_path, branches, dtype):
+    """An image is channels-last uint8, or float32 with the same values if a layer takes no integers."""
     Image.fromarray(PIXELS).save(tmp_path / "x.png")
     source = load(tmp_path / "x.png", branches)
     assert (source.layout, source.x.dtype, source.indices) == ("NHWC", dtype, None)
@@ -33,15 +33,15 @@ def test_an_image_is_read_as_bytes_where_every_layer_takes_them(tmp_path, branch
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])
-def test_an_image_of_any_mode_is_read_in_colour(tmp_path, mode):
+def test_an_image_of_any_mode_is_read_as_rgb(tmp_path, mode):
     """Grey, transparent and indexed images have three channels too."""
     Image.fromarray(PIXELS).convert(mode).save(tmp_path / ("x.tiff" if mode == "CMYK" else "x.png"))
     path = next(tmp_path.iterdir())
     assert load(path, MAX).x.shape == (4, 6, 3)
 
 
-def test_an_array_is_read_as_it_lies(tmp_path):
-    """A .npy is a tensor in torch's order; a .npz has it as x, or as its only array, with indices beside it."""
+def test_an_array_is_read_unchanged(tmp_path):
+    """A .npy is a channels-first tensor; a .npz has it as x, or as its only array, and may have indices."""
     x, indices = np.ones((1, 2, 3), np.float64), np.zeros((1, 2, 3), np.int64)
     np.save(tmp_path / "x.npy", x)
     np.savez(tmp_path / "one.npz", anything=x)
@@ -55,19 +55,19 @@ def test_an_array_is_read_as_it_lies(tmp_path):
 
 
 def npy(array):
-    """Give the bytes of a .npy."""
-    held = io.BytesIO()
-    np.save(held, array, allow_pickle=True)
-    return held.getvalue()
+    """Return the bytes of a .npy file."""
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=True)
+    return file.getvalue()
 
 
 def npz(**members):
-    """Give the bytes of a .npz with such members."""
-    held = io.BytesIO()
-    with zipfile.ZipFile(held, "w", zipfile.ZIP_DEFLATED) as archive:
+    """Return the bytes of a .npz file with these members."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in members.items():
             archive.writestr(f"{name}.npy", data)
-    return held.getvalue()
+    return file.getvalue()
 
 
 WHOLE = npz(x=npy(np.ones(1000)))
@@ -97,23 +97,23 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_a_file_that_holds_no_tensor_is_refused(tmp_path, name):
-    """A file that is cut, damaged, empty, another's, a pickle or a bomb is refused by name; nothing else is raised."""
+def test_an_invalid_file_is_rejected(tmp_path, name):
+    """A truncated, damaged or unknown file, a pickle and a decompression bomb raise errors with the file's name."""
     (tmp_path / name).write_bytes(DAMAGED[name])
     with pytest.raises((InvalidArgumentError, OSError), match=name):
         load(tmp_path / name, MAX)
-    gc.collect()  # A file that was left open is warned of now, and here.
+    gc.collect()  # makes the warning of an unclosed file appear in this test
 
 
 @pytest.mark.parametrize("name", ["x.npy", "x.npz", "x.png"])
-def test_a_file_that_is_not_there_is_an_error_of_the_system(tmp_path, name):
-    """A missing file is what it is."""
+def test_a_missing_file_raises_file_not_found(tmp_path, name):
+    """A missing file raises FileNotFoundError."""
     with pytest.raises(FileNotFoundError):
         load(tmp_path / name, MAX)
 
 
-def test_outputs_are_written_one_by_one(tmp_path):
-    """One output has the name that was given, several are numbered before the suffix; all are said."""
+def test_outputs_are_written_to_one_file_each(tmp_path):
+    """One output has the given name; several are numbered before the suffix; the paths are returned."""
     one, two = result(np.ones((1, 2))), result(np.zeros((2, 1)))
     source = Source(np.ones((2, 2)), "NCHW")
     assert save(tmp_path / "y.npy", [one], source) == [tmp_path / "y.npy"]
@@ -122,20 +122,22 @@ def test_outputs_are_written_one_by_one(tmp_path):
 
 
 def test_a_npz_holds_every_output_and_its_indices(tmp_path):
-    """A .npz has output and indices, those of further branches numbered from 1."""
-    values, places = np.ones((1, 2)), np.array([[3, 4]])
+    """A .npz has output and indices, numbered from 1 for further branches."""
+    values, indices = np.ones((1, 2)), np.array([[3, 4]])
     paths = save(
-        tmp_path / "y.npz", [result(values, places), result(values * 2), result(values, places)], Source(values, "NCHW")
+        tmp_path / "y.npz",
+        [result(values, indices), result(values * 2), result(values, indices)],
+        Source(values, "NCHW"),
     )
     assert paths == [tmp_path / "y.npz"]
-    with np.load(paths[0]) as held:
-        assert sorted(held.files) == ["indices", "indices_2", "output", "output_1", "output_2"]
-        assert np.array_equal(held["indices"], places)
-        assert np.array_equal(held["output_1"], values * 2)
+    with np.load(paths[0]) as arrays:
+        assert sorted(arrays.files) == ["indices", "indices_2", "output", "output_1", "output_2"]
+        assert np.array_equal(arrays["indices"], indices)
+        assert np.array_equal(arrays["output_1"], values * 2)
 
 
-def test_an_image_is_rounded_and_cut_to_its_range(tmp_path):
-    """A channels-last output becomes an image of bytes: rounded, with what is below 0 or over 255 cut."""
+def test_an_image_is_rounded_and_clipped(tmp_path):
+    """A channels-last output is rounded, and clipped to 0..255."""
     output = np.array([[[-5.0, 0.4, 0.6], [254.6, 255.4, 1000.0]]], np.float32)
     save(tmp_path / "y.png", [result(output)], Source(output, "NHWC"))
     assert np.asarray(Image.open(tmp_path / "y.png")).tolist() == [[[0, 0, 1], [255, 255, 255]]]
@@ -151,8 +153,8 @@ def test_an_image_is_rounded_and_cut_to_its_range(tmp_path):
         ("y", (4, 4, 3), "NHWC"),
     ],
 )
-def test_what_is_no_image_is_not_saved_as_one(tmp_path, name, shape, layout):
-    """A batch, a channels-first output, and a suffix that no image has are refused with the file's name."""
+def test_an_output_that_is_not_an_image_is_rejected(tmp_path, name, shape, layout):
+    """A batch, a channels-first output, and an unknown suffix are rejected with the file's name."""
     output = np.ones(shape, np.float32)
     with pytest.raises(InvalidArgumentError, match=name) as raised:
         save(tmp_path / name, [result(output)], Source(output, layout))

@@ -1,6 +1,6 @@
-"""Every layer's output shape against torch's, and the rules of one axis.
+"""Output shapes of every layer, compared with torch's, and the rules of one axis.
 
-POOLRPC_SHAPE_CASES is how many random cases the comparison with torch has, over all layers together. 100,000:
+POOLRPC_SHAPE_CASES is the number of random cases over all layers together. For 100,000:
 
     POOLRPC_SHAPE_CASES=100000 pytest tests/unit/client/shapes -k torch
 """
@@ -33,21 +33,21 @@ from tests.unit.strategies import CLASSES, layers, parameters, shapes
 
 CASES = -(-int(os.environ.get("POOLRPC_SHAPE_CASES", "300")) // len(CLASSES))
 
-# What poolrpc refuses although torch takes it: what, why, and a call that shows it.
-REFUSED = (
+# Rules by which poolrpc rejects calls that torch accepts: the rule, its reason, and an example.
+REJECTED = (
     (
         "an axis other than N is 0",
-        "there is nothing to pool; torch takes it in some layers and refuses it in others",
+        "there is nothing to pool; torch accepts it in some layers and rejects it in others",
         (poolrpc.AdaptiveAvgPool2d, {"output_size": 2}, (1, 0, 4, 4)),
     ),
     (
         "an output size is 0, or a ratio comes to 0",
-        "an output without elements is a mistake, and has crashed torch",
+        "an output without elements is not intended, and has crashed torch",
         (poolrpc.FractionalMaxPool2d, {"kernel_size": 1, "output_ratio": 0.1}, (1, 1, 4, 4)),
     ),
     (
         "a fractional kernel is 0 or negative",
-        "torch answers with minus infinities",
+        "torch returns minus infinities",
         (poolrpc.FractionalMaxPool2d, {"kernel_size": 0, "output_size": 2}, (1, 1, 4, 4)),
     ),
     (
@@ -57,17 +57,17 @@ REFUSED = (
     ),
     (
         "a norm is negative",
-        "torch answers with what no norm is",
+        "torch returns values that are not norms",
         (poolrpc.LPPool2d, {"norm_type": -1.0, "kernel_size": 2}, (1, 1, 4, 4)),
     ),
     (
         "a dilation is over input + 2*padding",
-        "with a kernel of 1 torch takes any, and its CUDA kernels then read elsewhere",
+        "with a kernel of 1 torch accepts any dilation, and its CUDA kernels then read out of bounds",
         (poolrpc.MaxPool2d, {"kernel_size": 1, "dilation": 5}, (1, 1, 4, 4)),
     ),
     (
         "an unpool kernel, stride or padding is out of bounds",
-        "torch computes no more than the default output size from them",
+        "torch only computes the default output size from them",
         (poolrpc.MaxUnpool2d, {"kernel_size": 2, "stride": 0}, (1, 1, 4, 4)),
     ),
     (
@@ -77,7 +77,7 @@ REFUSED = (
     ),
     (
         "an adaptive output * input is over 2**31 - 1 on an axis",
-        "CUDA's kernels overflow: PyTorch issue 176784",
+        "the CUDA kernels overflow: PyTorch issue 176784",
         (poolrpc.AdaptiveAvgPool1d, {"output_size": 2**16}, (1, 2**15)),
     ),
     (
@@ -86,11 +86,11 @@ REFUSED = (
         (poolrpc.FractionalMaxPool2d, {"kernel_size": 1, "output_size": 1}, (1, 1, 2**22 + 1)),
     ),
 )
-# What poolrpc takes although torch refuses it.
-TAKEN = (
+# Rules by which poolrpc accepts calls that torch rejects.
+ACCEPTED = (
     (
         "a 1d adaptive size of (None,)",
-        "torch takes None in the 2d and 3d layers alone",
+        "torch accepts None only in the 2d and 3d layers",
         (poolrpc.AdaptiveMaxPool1d, {"output_size": (None,)}, (1, 1, 4)),
     ),
     (
@@ -101,8 +101,8 @@ TAKEN = (
 )
 
 
-def refusals(cls, arguments, shape):
-    """Give those of REFUSED that hold for a call."""
+def rejections(cls, arguments, shape):
+    """Return the rules of REJECTED that apply to a call."""
     dims = cls.spatial_dims or len(shape) - 2
     plane, batched = shape[-dims:], len(shape) == dims + 2
 
@@ -129,31 +129,31 @@ def refusals(cls, arguments, shape):
         and any(size * (cells or size) > MAX_NUMEL for size, cells in zip(plane, sizes, strict=True)),
         cls.family == "fractional_max_pool" and max(plane) > MAX_FRACTIONAL_AXIS,
     )
-    return [rule for rule, held in zip(REFUSED, holds, strict=True) if held]
+    return [rule for rule, held in zip(REJECTED, holds, strict=True) if held]
 
 
-def extras(cls, arguments):
-    """Give those of TAKEN that hold for a call."""
+def extensions(cls, arguments):
+    """Return the rules of ACCEPTED that apply to a call."""
     holds = (
         cls.family.startswith("adaptive") and cls.spatial_dims == 1 and arguments["output_size"] == (None,),
         cls is poolrpc.LPPool1d and isinstance(arguments["kernel_size"], tuple),
     )
-    return [rule for rule, held in zip(TAKEN, holds, strict=True) if held]
+    return [rule for rule, held in zip(ACCEPTED, holds, strict=True) if held]
 
 
-def ours(cls, arguments, shape):
-    """Give the shape that poolrpc computes, None where it refuses."""
+def shape_of_poolrpc(cls, arguments, shape):
+    """Return the shape that poolrpc computes, or None if it rejects the call."""
     try:
         return cls(**arguments).output_shape(shape)
     except InvalidArgumentError:
         return None
 
 
-def torchs(cls, arguments, shape, device):
-    """Give the shape of what torch.nn returns, None where it raises."""
+def shape_of_torch(cls, arguments, shape, device):
+    """Return the shape of torch.nn's output, or None if torch raises."""
     arguments = {name: value for name, value in arguments.items() if name != "seed"}
     x = torch.zeros(shape, device=device)
-    # torch raises whatever it likes for bad arguments: six types were seen.
+    # torch raises errors of at least six types for invalid arguments.
     try:
         if cls.family.startswith("global"):
             y = getattr(nn, f"Adaptive{cls.__name__.removeprefix('Global')}{len(shape) - 2}d")(1)(x)
@@ -169,21 +169,21 @@ def torchs(cls, arguments, shape, device):
 
 
 def compare(cls, arguments, shape, devices):
-    """Hold poolrpc's answer to a call against torch's."""
-    computed = ours(cls, arguments, shape)
+    """Compare poolrpc's shape for a call with torch's."""
+    computed = shape_of_poolrpc(cls, arguments, shape)
     for device in devices:
-        expected = torchs(cls, arguments, shape, device)
+        expected = shape_of_torch(cls, arguments, shape, device)
         if computed is None and expected is not None:
-            assert refusals(cls, arguments, shape)
+            assert rejections(cls, arguments, shape)
         elif expected is None and computed is not None:
-            assert extras(cls, arguments)
+            assert extensions(cls, arguments)
         else:
             assert computed == expected
 
 
 @cache
 def calls(cls):
-    """Draw a layer's arguments and a shape for it, small, now and then with an axis of 0."""
+    """Draw a layer's arguments and a small shape, sometimes with an axis of 0."""
     if cls.spatial_dims is not None:
         return st.tuples(parameters(cls), shapes(cls.spatial_dims, zeros=True))
     batched = [shapes(dims, zeros=True).filter(lambda shape, dims=dims: len(shape) == dims + 2) for dims in (1, 2, 3)]
@@ -193,45 +193,45 @@ def calls(cls):
 @pytest.mark.parametrize("cls", CLASSES)
 @settings(max_examples=CASES)
 @given(data=st.data())
-def test_torch_gives_the_same_shape_or_refuses_the_same_call(cls, data):
-    """A layer computes torch's shape, on the meta device and the CPU, and refuses what torch refuses, REFUSED aside."""
+def test_torch_computes_the_same_shape_or_rejects_the_call(cls, data):
+    """A layer's shape is torch's, on the meta device and the CPU, and both reject the same calls but for the rules."""
     compare(cls, *data.draw(calls(cls)), devices=("meta", "cpu"))
 
 
 @pytest.mark.parametrize("cls", [cls for cls in CLASSES if cls.spatial_dims == 1])
 @settings(max_examples=CASES)
 @given(data=st.data())
-def test_torch_gives_the_same_shape_of_any_size_or_refuses_it(cls, data):
-    """A layer computes torch's shape where parameters and axes are as large as they may be, and overflows nowhere."""
+def test_torch_computes_the_same_shape_for_sizes_up_to_the_limits(cls, data):
+    """A layer's shape is torch's for the largest parameters and axes too."""
     layer = data.draw(layers([cls]))
     size = st.integers(1, MAX_NUMEL) | st.integers(1, 2 * MAX_PARAMETER)
     arguments = {each.name: getattr(layer, each.name) for each in fields(layer)}
     compare(cls, arguments, (1, data.draw(size)), devices=["meta"])
 
 
-@pytest.mark.parametrize("rule", REFUSED, ids=[what for what, _, _ in REFUSED])
-def test_poolrpc_alone_refuses(rule):
-    """Every rule of REFUSED is needed: torch takes its call, poolrpc doesn't, and no other rule is the reason."""
+@pytest.mark.parametrize("rule", REJECTED, ids=[rule for rule, _, _ in REJECTED])
+def test_a_call_that_only_poolrpc_rejects(rule):
+    """PyTorch accepts the call of every rule of REJECTED, and poolrpc rejects it for that rule alone."""
     call = rule[2]
-    assert ours(*call) is None
-    assert torchs(*call, "meta") is not None
-    assert refusals(*call) == [rule]
+    assert shape_of_poolrpc(*call) is None
+    assert shape_of_torch(*call, "meta") is not None
+    assert rejections(*call) == [rule]
 
 
-@pytest.mark.parametrize("rule", TAKEN, ids=[what for what, _, _ in TAKEN])
-def test_poolrpc_alone_takes(rule):
-    """Every rule of TAKEN is needed: poolrpc takes its call, and torch doesn't."""
+@pytest.mark.parametrize("rule", ACCEPTED, ids=[rule for rule, _, _ in ACCEPTED])
+def test_a_call_that_only_poolrpc_accepts(rule):
+    """The call of every rule of ACCEPTED is rejected by torch, and accepted by poolrpc."""
     cls, arguments, shape = rule[2]
-    assert ours(cls, arguments, shape) is not None
-    assert torchs(cls, arguments, shape, "meta") is None
-    assert extras(cls, arguments) == [rule]
+    assert shape_of_poolrpc(cls, arguments, shape) is not None
+    assert shape_of_torch(cls, arguments, shape, "meta") is None
+    assert extensions(cls, arguments) == [rule]
 
 
 @pytest.mark.parametrize("ceil_mode", [False, True])
 @pytest.mark.parametrize("dilation", [1, 2, 3])
 @pytest.mark.parametrize("kernel", [1, 2, 3, 4])
-def test_pooled_is_torchs_rule_on_every_small_axis(kernel, dilation, ceil_mode):
-    """The rule of an axis gives torch's size, or one below 1 where torch finds no room for a window."""
+def test_pooled_size_is_torchs_for_every_small_axis(kernel, dilation, ceil_mode):
+    """The rule of an axis computes torch's size, and less than 1 if no window fits."""
     for size, stride, padding in product(range(1, 10), range(1, 6), range(kernel // 2 + 1)):
         x = torch.empty((1, 1, size), device="meta")
         try:
@@ -245,18 +245,18 @@ def test_pooled_is_torchs_rule_on_every_small_axis(kernel, dilation, ceil_mode):
 
 
 @pytest.mark.parametrize("cls", [poolrpc.AvgPool2d, poolrpc.AvgPool3d, poolrpc.LPPool2d, poolrpc.LPPool3d])
-def test_a_3d_average_alone_must_fit_its_input(cls):
-    """As in torch, padding and ceil_mode make room for a kernel in every layer but the 3d averages."""
+def test_only_3d_averages_must_fit_the_unpadded_input(cls):
+    """As in torch, a kernel may extend into the padding in every layer but the 3d averages."""
     norm = {"norm_type": 2} if cls.family == "lp_pool" else {}
     for size, kernel, padding, ceil_mode in product(range(1, 6), range(1, 7), range(2), (False, True)):
         arguments = {"kernel_size": kernel, "ceil_mode": ceil_mode, **norm}
         arguments |= {} if norm else {"padding": min(padding, kernel // 2)}
         shape = (1, *[5] * (cls.spatial_dims - 1), size)
-        assert ours(cls, arguments, shape) == torchs(cls, arguments, shape, "meta")
+        assert shape_of_poolrpc(cls, arguments, shape) == shape_of_torch(cls, arguments, shape, "meta")
 
 
 def test_ceil_mode_drops_a_last_window_that_starts_in_the_right_padding():
-    """5 cells under windows of 2, two padded, step 3: ceil gives 3, the third would start at 5, so there are 2."""
+    """With 5 cells, kernel 2, padding 1 and stride 3, the third window would start at 5 and is dropped."""
     assert last_window_starts_outside(3, 5, 3, 1)
     assert not last_window_starts_outside(2, 5, 3, 1)
     assert pooled_size(5, 2, 3, 1, ceil_mode=True) == 2
@@ -265,7 +265,7 @@ def test_ceil_mode_drops_a_last_window_that_starts_in_the_right_padding():
 
 @pytest.mark.parametrize("size", range(1, 13))
 def test_adaptive_windows_are_torchs(size):
-    """Window i spans the cells that torch takes the max and the min of."""
+    """Window i spans the cells whose maximum and minimum torch computes."""
     rising = torch.arange(size, dtype=torch.float64)[None]
     for out in range(1, 16):
         starts = -nn.functional.adaptive_max_pool1d(-rising, out)[0]
@@ -275,8 +275,8 @@ def test_adaptive_windows_are_torchs(size):
 
 
 @pytest.mark.parametrize(("size", "ratio", "out"), [(10, 0.5, 5), (10, 0.29999, 2), (100, 0.29, 28), (3, 0.1, 0)])
-def test_a_fractional_size_is_cut_to_whole_cells(size, ratio, out):
-    """A ratio's output is int(size * ratio), the float's error included: 100 * 0.29 is a little under 29."""
+def test_a_fractional_size_is_truncated(size, ratio, out):
+    """The size is int(size * ratio), with the rounding error of floats: 100 * 0.29 is less than 29."""
     assert fractional_size(size, ratio) == out
 
 
@@ -300,8 +300,8 @@ def test_a_fractional_size_is_cut_to_whole_cells(size, ratio, out):
         ((2**32, 2**32, 1, 16), 2),
     ],
 )
-def test_a_shape_that_cannot_be_pooled_is_refused_by_name(shape, dims):
-    """A wrong rank, an axis of 0 other than N, a negative and a huge one are refused, with the shape in the message."""
+def test_an_invalid_shape_is_rejected(shape, dims):
+    """A wrong rank, and an axis that is 0 (except N), negative or too large, are rejected with the shape."""
     with pytest.raises(InvalidArgumentError) as raised:
         check_shape(shape, dims)
     assert [each.field for each in raised.value.violations] == ["shape"]
@@ -312,32 +312,32 @@ def test_a_shape_that_cannot_be_pooled_is_refused_by_name(shape, dims):
     ("shape", "dims", "expected"),
     [((0, 1, 4), 1, 1), ((2, 3, 4, 4), 2, 2), ((3, 4, 4), 2, 2), ((1, 4, 4, 4), 3, 3), ((0, 1, 4), None, 1)],
 )
-def test_a_shape_tells_its_spatial_axes(shape, dims, expected):
-    """A batched or unbatched shape gives the number of spatial axes; N may be 0."""
+def test_check_shape_returns_the_number_of_spatial_axes(shape, dims, expected):
+    """A batched or unbatched shape has its number of spatial axes; N may be 0."""
     assert check_shape(shape, dims) == expected
 
 
 @pytest.mark.parametrize("size", [True, 4.0, "4", None, -1, MAX_NUMEL + 1, 2**64])
-def test_output_shape_refuses_a_size_that_is_no_axis(size):
-    """A bool, a float, a string, a negative and a huge size are refused as the shape's."""
+def test_output_shape_rejects_an_invalid_axis(size):
+    """A bool, a float, a string, and a negative or too large size are errors of the shape."""
     with pytest.raises(InvalidArgumentError, match=r"^shape: expected"):
         poolrpc.MaxPool2d(2).output_shape((1, 1, 4, size))
 
 
 @given(st.text() | st.binary() | st.integers() | st.lists(st.integers()))
-def test_clip_fits_any_value_in_a_message(value):
-    """A value's repr is whole where it fits, else its beginning and an ellipsis."""
+def test_clip_limits_the_length_of_a_value(value):
+    """A value's repr is complete if it fits, and else cut with an ellipsis."""
     text = clip(value, 40)
     assert text == repr(value) or (len(text) == 40 and text == f"{repr(value)[:37]}...")
 
 
 @pytest.mark.parametrize("value", [10**5000, -(10**5000), [10**5000], (1, 10**5000)], ids=["+", "-", "list", "tuple"])
-def test_clip_fits_a_value_that_python_refuses_to_print(value):
-    """An integer of more digits than Python prints is named in a message all the same."""
+def test_clip_accepts_integers_that_python_does_not_print(value):
+    """An integer with more digits than Python prints has a text too."""
     assert 0 < len(clip(value)) <= 120
 
 
-def test_a_parameter_over_the_bound_names_both():
-    """A kernel over 65535 is refused with the bound and the value."""
+def test_a_parameter_above_its_bound_names_both():
+    """A kernel above 65535 is rejected with the bound and the value."""
     with pytest.raises(InvalidArgumentError, match=f"kernel_size: expected 1 to {MAX_PARAMETER}, got 65536"):
         poolrpc.AvgPool2d(MAX_PARAMETER + 1)

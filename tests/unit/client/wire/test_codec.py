@@ -1,4 +1,4 @@
-"""Messages to values and back: layers, requests, responses, and what a stranger may send."""
+"""Messages to values and back: layers, requests, responses, and invalid messages."""
 
 import pytest
 from hypothesis import given
@@ -50,20 +50,20 @@ SPECS = st.builds(TensorSpec, st.sampled_from(list(ITEM_BYTES)), SHAPES, LAYOUTS
 BRANCHES = st.lists(st.lists(layers(), min_size=1, max_size=3).map(tuple), min_size=1, max_size=3).map(tuple)
 
 
-def over_the_wire(message):
-    """Give a message as the other side parses it."""
+def round_trip(message):
+    """Return a message as the other side parses it."""
     return type(message).FromString(message.SerializeToString())
 
 
 @given(layers())
-def test_a_layer_goes_over_the_wire(layer):
-    """Any layer is the same on the other side, its defaults and its class too."""
-    assert decode_layer(over_the_wire(encode_layer(layer)), "layer") == layer
+def test_a_layer_round_trips(layer):
+    """Any layer decodes to the same class and parameters."""
+    assert decode_layer(round_trip(encode_layer(layer)), "layer") == layer
 
 
 @pytest.mark.parametrize("cls", LAYERS.values())
-def test_a_layer_says_its_rank_and_its_family(cls):
-    """A layer's message has the family's field alone, and the number of spatial axes, unless it takes any."""
+def test_a_layers_message_has_its_family_and_rank(cls):
+    """A layer's family is a field of the oneof, with spatial_dims unless the layer takes any number."""
     for message in pool_pb2.Layer.DESCRIPTOR.oneofs_by_name["layer"].fields:
         if message.name == cls.family:
             assert ("spatial_dims" in message.message_type.fields_by_name) == (cls.spatial_dims is not None)
@@ -73,7 +73,7 @@ def test_a_layer_says_its_rank_and_its_family(cls):
 
 
 def test_the_proto_has_no_family_without_a_layer():
-    """Every field of the oneof is some layer's family."""
+    """Every field of the oneof is the family of a layer."""
     families = {field.name for field in pool_pb2.Layer.DESCRIPTOR.oneofs_by_name["layer"].fields}
     assert families == {cls.family for cls in LAYERS.values()}
 
@@ -83,8 +83,8 @@ RANGES = st.builds(ArenaRanges, st.binary(max_size=20), st.tuples(UINT64, UINT64
 
 
 @given(SPECS, st.none() | SPECS, BRANCHES, st.none() | RANGES)
-def test_a_request_goes_over_the_wire(spec, indices, branches, ranges):
-    """Any request is the same on the other side, whatever its shapes, with the ranges of an arena or without."""
+def test_a_request_round_trips(spec, indices, branches, ranges):
+    """Any request decodes to the same request, with or without the ranges of an arena."""
     request = Request(spec, branches, indices)
     data = encode_request(request).SerializeToString() + (b"" if ranges is None else encode_ranges(ranges))
     message = pool_pb2.PoolRequest.FromString(data)
@@ -93,18 +93,18 @@ def test_a_request_goes_over_the_wire(spec, indices, branches, ranges):
 
 
 @given(st.lists(st.builds(BranchResult, st.lists(SHAPES).map(tuple), SPECS, st.none() | SPECS)))
-def test_results_go_over_the_wire(results):
-    """Any results are the same on the other side, in a unary answer and in a stream's first."""
+def test_results_round_trip(results):
+    """Any results decode to the same results, in a unary response and in a stream's first message."""
     for message in (pool_pb2.PoolResponse, pool_pb2.PoolStreamResponse):
-        assert decode_results(over_the_wire(message(results=encode_results(results))).results) == results
+        assert decode_results(round_trip(message(results=encode_results(results))).results) == results
 
 
 @given(SHAPES, BRANCHES, LAYOUTS, st.lists(st.lists(SHAPES).map(tuple)))
-def test_shapes_go_over_the_wire(shape, branches, layout, answer):
-    """A question about shapes and its answer are the same on the other side."""
-    message = over_the_wire(encode_shape_request(shape, branches, layout))
+def test_shapes_round_trip(shape, branches, layout, answer):
+    """A request for shapes and its response decode to the same values."""
+    message = round_trip(encode_shape_request(shape, branches, layout))
     assert decode_shape_request(message) == (shape, branches, layout)
-    assert decode_shape_response(over_the_wire(encode_shape_response(answer))) == answer
+    assert decode_shape_response(round_trip(encode_shape_response(answer))) == answer
 
 
 INFOS = st.builds(
@@ -120,24 +120,24 @@ INFOS = st.builds(
 
 
 @given(INFOS)
-def test_a_servers_description_goes_over_the_wire(info):
-    """What a server says of itself is the same on the other side."""
-    assert decode_info(over_the_wire(encode_info(info))) == info
+def test_a_server_info_round_trips(info):
+    """A server's description decodes to the same description."""
+    assert decode_info(round_trip(encode_info(info))) == info
 
 
-def test_a_dtype_of_the_future_is_left_out_of_a_description():
+def test_an_unknown_dtype_is_left_out_of_a_server_info():
     """A client skips the dtypes that it doesn't know, and keeps the layer."""
     message = pool_pb2.GetServerInfoResponse(layers=[pool_pb2.LayerInfo(name="MaxPool9d", dtypes=[3, 99])])
-    assert decode_info(over_the_wire(message)).layers == {"MaxPool9d": ("float32",)}
+    assert decode_info(round_trip(message)).layers == {"MaxPool9d": ("float32",)}
 
 
-def test_a_limit_is_read_with_its_unit():
-    """A limit prints as its value and what it counts."""
+def test_the_text_of_a_limit():
+    """A limit's text is its value and its unit."""
     assert str(Limit(4, "bytes")) == "4 bytes"
 
 
-def test_every_dtype_has_a_name_on_both_sides():
-    """The wire's dtypes are those of a tensor's spec."""
+def test_the_wire_has_the_dtypes_of_tensors():
+    """The dtypes of the proto are those of a TensorSpec."""
     assert set(DTYPE_TO_WIRE) == set(ITEM_BYTES)
 
 
@@ -164,9 +164,9 @@ def test_every_dtype_has_a_name_on_both_sides():
     ],
     ids=repr,
 )
-def test_what_is_unset_is_torchs_default(message, layer):
-    """A message with the least that a layer needs gives the layer with its defaults."""
-    assert decode_layer(over_the_wire(message), "layer") == layer
+def test_unset_fields_have_torchs_defaults(message, layer):
+    """A message with only the required fields decodes to a layer with its defaults."""
+    assert decode_layer(round_trip(message), "layer") == layer
 
 
 @pytest.mark.parametrize(
@@ -224,20 +224,20 @@ def test_what_is_unset_is_torchs_default(message, layer):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_message_that_is_no_layer_names_its_field(message, field):
-    """What is missing, unknown, out of bounds, or not the class's own is refused under its path."""
+def test_an_invalid_layer_names_its_field(message, field):
+    """A missing, unknown or invalid value, and a parameter that the class lacks, are rejected with their path."""
     with pytest.raises(InvalidArgumentError, match=r": expected ") as raised:
-        decode_layer(over_the_wire(message), "at")
+        decode_layer(round_trip(message), "at")
     assert [each.field for each in raised.value.violations] == [field]
 
 
 @given(st.binary(max_size=60))
-def test_any_bytes_that_parse_give_a_layer_or_an_error(data):
-    """Whatever a stranger sends for a layer, it is decoded or refused by name."""
+def test_any_message_decodes_or_is_rejected(data):
+    """Whatever message arrives, it decodes to a layer or raises InvalidArgumentError with a path."""
     message = pool_pb2.Layer()
     try:
         message.ParseFromString(data)
-    except Exception:  # noqa: BLE001 - bytes that are no message are gRPC's to refuse
+    except Exception:  # noqa: BLE001 - gRPC rejects bytes that are not a message
         return
     try:
         decoded = decode_layer(message, "at")
@@ -248,22 +248,22 @@ def test_any_bytes_that_parse_give_a_layer_or_an_error(data):
 
 
 @pytest.mark.parametrize("spec", [{"dtype": 0}, {"dtype": 99}, {"dtype": -1}, {}])
-def test_an_unknown_dtype_is_refused(spec):
-    """A dtype that isn't set, or that this version doesn't know, is an error of its field, with the names there are."""
+def test_an_unknown_dtype_is_rejected(spec):
+    """A dtype that is unset or unknown is an error of its field, which lists the known ones."""
     with pytest.raises(InvalidArgumentError, match=r"^input\.dtype: expected one of DATA_TYPE_FLOAT16, ") as raised:
-        decode_spec(over_the_wire(pool_pb2.TensorSpec(**spec)), "input")
+        decode_spec(round_trip(pool_pb2.TensorSpec(**spec)), "input")
     assert [each.field for each in raised.value.violations] == ["input.dtype"]
 
 
-def test_an_unknown_layout_is_refused_and_an_unset_one_is_channels_first():
-    """A layout that this version doesn't know is an error of its field; unset, it is torch's."""
+def test_an_unknown_layout_is_rejected_and_an_unset_one_is_channels_first():
+    """An unknown layout is an error of its field; the default is channels first."""
     with pytest.raises(InvalidArgumentError, match=r"^indices\.layout: expected one of LAYOUT_CHANNELS_FIRST, "):
         decode_spec(pool_pb2.TensorSpec(dtype=3, layout=99), "indices")
     assert decode_spec(pool_pb2.TensorSpec(dtype=3), "input") == TensorSpec("float32", (), "NCHW")
 
 
-def test_a_question_about_shapes_names_its_layout():
-    """An unknown layout in a question about shapes is named by the field that it has there."""
+def test_a_request_for_shapes_names_its_layout():
+    """An unknown layout in a request for shapes is an error of the field `layout`."""
     message = pool_pb2.InferShapeRequest(layout=99, branches=encode_branches([(MaxPool2d(2),)]))
     with pytest.raises(InvalidArgumentError) as raised:
         decode_shape_request(message)
@@ -272,7 +272,7 @@ def test_a_question_about_shapes_names_its_layout():
 
 @pytest.mark.parametrize(("branches", "field"), [([], "branches"), ([pool_pb2.Branch()], "branches[0].layers")])
 def test_a_request_needs_a_branch_and_a_branch_needs_a_layer(branches, field):
-    """No branches, or a branch without layers, is refused."""
+    """A request without branches, and a branch without layers, are rejected."""
     with pytest.raises(InvalidArgumentError, match=r"expected at least one, got none") as raised:
         decode_branches(branches)
     assert [each.field for each in raised.value.violations] == [field]
@@ -286,8 +286,8 @@ def test_a_request_needs_a_branch_and_a_branch_needs_a_layer(branches, field):
     ],
     ids=["branches", "layers"],
 )
-def test_too_many_layers_are_a_limit(counts, limit, actual):
-    """One branch or one layer over the limit is refused for good, with the limit and the actual number."""
+def test_too_many_layers_exceed_a_limit(counts, limit, actual):
+    """One branch or one layer above the limit raises LimitExceededError with the limit and the actual number."""
     layer = encode_layer(MaxPool2d(1))
     with pytest.raises(LimitExceededError) as raised:
         decode_branches([pool_pb2.Branch(layers=[layer] * count) for count in counts])
@@ -295,19 +295,19 @@ def test_too_many_layers_are_a_limit(counts, limit, actual):
     assert raised.value.metadata == {"limit": str(limit), "actual": str(actual)}
 
 
-def test_as_many_layers_as_the_limit_are_taken():
-    """The greatest number of branches, each of the greatest length, is decoded."""
+def test_as_many_layers_as_the_limit_are_accepted():
+    """The largest number of branches, each with the largest number of layers, decodes."""
     branch = pool_pb2.Branch(layers=[encode_layer(MaxPool2d(1))] * MAX_CHAIN)
     assert decode_branches([branch] * MAX_BRANCHES) == ((MaxPool2d(1),) * MAX_CHAIN,) * MAX_BRANCHES
 
 
-def test_the_path_of_a_bad_layer_has_its_branch_and_step():
-    """A bad parameter of a request is named by its branch, its step and its family."""
+def test_the_path_of_an_invalid_layer_has_its_branch_and_step():
+    """An invalid parameter of a request has the path of its branch, layer and family."""
     branches = encode_branches([(MaxPool2d(1),), (MaxPool2d(1), AvgPool2d(1))])
     branches[1].layers[1].avg_pool.kernel_size[0] = 0
     request = pool_pb2.PoolRequest(branches=branches, input=encode_spec(TensorSpec("float32", (1, 1, 1, 1))))
     with pytest.raises(InvalidArgumentError) as raised:
-        decode_request(over_the_wire(request))
+        decode_request(round_trip(request))
     assert [each.field for each in raised.value.violations] == ["branches[1].layers[1].avg_pool.kernel_size"]
 
 
@@ -321,13 +321,13 @@ PAYLOADS = [
 
 @pytest.mark.parametrize("message", PAYLOADS)
 def test_the_payload_is_the_last_field(message):
-    """A message's payload has its highest field number, so that it can be framed without a copy."""
+    """A message's payload has its highest field number, as framing without a copy requires."""
     numbers = {field.name: field.number for field in message.DESCRIPTOR.fields}
     assert max(numbers, key=numbers.get) == "payload"
 
 
-def test_results_have_the_specs_of_what_comes_back():
-    """A request says, for each branch, the shapes, the output and the indices that will come of it."""
+def test_results_have_the_specs_of_the_response():
+    """A request knows the shapes, the output and the indices of each branch."""
     branches = ((MaxPool2d(2, return_indices=True),), (AvgPool2d(2), AvgPool2d(2)))
     request = Request(TensorSpec("float32", (1, 8, 8, 3), "NHWC"), branches)
     halved, quartered = (1, 4, 4, 3), (1, 2, 2, 3)
@@ -346,15 +346,15 @@ def test_results_have_the_specs_of_what_comes_back():
     ],
     ids=["shape", "layer"],
 )
-def test_results_that_there_are_none_of_name_the_requests_field(shape, layer, field):
-    """What can't be pooled is the input's fault, or the layer's, by the path that it has in a request."""
+def test_an_invalid_request_names_its_field(shape, layer, field):
+    """A tensor that can't be pooled is an error of the input's shape or of the layer, by its path in the request."""
     with pytest.raises(InvalidArgumentError) as raised:
         Request(TensorSpec("float32", shape), ((layer,),)).results()
     assert [each.field for each in raised.value.violations] == [field]
 
 
-def test_a_tensor_of_more_axes_than_any_layer_takes_is_refused_before_they_are_copied():
-    """A spec of six axes names its shape and says how many were given."""
+def test_a_tensor_with_too_many_axes_is_rejected():
+    """A spec of six axes is rejected with the number of axes, before they are copied."""
     message = pool_pb2.TensorSpec(dtype=pool_pb2.DATA_TYPE_FLOAT32, shape=[1] * 6)
     with pytest.raises(InvalidArgumentError, match=r"^input\.shape: expected at most 5 dims, got 6$"):
         decode_spec(message, "input")
