@@ -1,8 +1,8 @@
-"""The server's plans against eager torch, layer by layer: one thread, the very arrays timed compared.
+"""The server's plans compared with eager torch, layer by layer, on one thread.
 
-The grid has the pooling of known networks (ResNet, VGG, Inception, DenseNet, YOLO's SPP, 1d audio, 3d video), planes
-from 4x4 to 1024x1024 at one size in bytes, small calls, every dtype, and images with channels last. Each row has the
-distance to the floor too: how many clones of its input a call takes.
+The grid has the pooling layers of known networks (ResNet, VGG, Inception, DenseNet, YOLO's SPP, 1d audio, 3d video),
+planes from 4x4 to 1024x1024 at one size in bytes, small calls, every dtype, and images with channels last. The arrays
+that are timed are also compared. Each row also has the duration in clones of the input, which is the lower bound.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Case = tuple[str, p.Layer, tuple[int, ...], str, str]
 
 
 def cases() -> Iterator[Case]:
-    """Give (group, layer, shape, dtype, layout)."""
+    """Yield (group, layer, shape, dtype, layout) of every case."""
     yield from maxima()
     yield from special_maxima()
     yield from averages()
@@ -37,7 +37,7 @@ def cases() -> Iterator[Case]:
 
 
 def maxima() -> Iterator[Case]:
-    """Give MaxPool's cases."""
+    """Yield the cases of MaxPool."""
     pools = [
         (2, 2),
         (3, 2, 1),
@@ -69,7 +69,7 @@ def maxima() -> Iterator[Case]:
 
 
 def special_maxima() -> Iterator[Case]:
-    """Give MaxPool's cases of other dtypes, with indices and with channels last."""
+    """Yield the cases of MaxPool with other dtypes, with indices, and with channels last."""
     for dtype in (*HALVES, "float64", *INTEGERS):
         for arguments in ((2, 2), (3, 2, 1)):
             yield "max, other dtypes", p.MaxPool2d(*arguments), (2, 64, 112, 112), dtype, "NCHW"
@@ -86,7 +86,7 @@ def special_maxima() -> Iterator[Case]:
 
 
 def averages() -> Iterator[Case]:
-    """Give AvgPool's cases."""
+    """Yield the cases of AvgPool."""
     for arguments in (
         (2, 2),
         (3, 2, 1),
@@ -115,7 +115,7 @@ def averages() -> Iterator[Case]:
 
 
 def others() -> Iterator[Case]:
-    """Give the cases of the other families."""
+    """Yield the cases of the other families."""
     for shape in ((8, 2048, 7, 7), (8, 512, 14, 14), STEM):
         yield "global max", p.GlobalMaxPool(), shape, "float32", "NCHW"
         yield "global average", p.GlobalAvgPool(), shape, "float32", "NCHW"
@@ -132,7 +132,7 @@ def others() -> Iterator[Case]:
 
 
 def planes() -> Iterator[Case]:
-    """Give planes of every size: 8 MB of them, and calls so small that a call's own cost is what is seen."""
+    """Yield 8 MB of planes of each size, and calls so small that the cost of a call itself dominates."""
     for size in (4, 5, 7, 8, 14, 28, 56, 112, 256, 512, 1024):
         shape = (1, max(1, 2_000_000 // size**2), size, size)
         for layer in (p.MaxPool2d(2), p.MaxPool2d(3, 2, 1)):
@@ -143,8 +143,8 @@ def planes() -> Iterator[Case]:
             yield "small calls", layer, shape, "float32", "NCHW"
 
 
-def eager(layer: Any) -> Callable[[torch.Tensor], Any]:  # noqa: ANN401 - a module's answer, with indices or without
-    """Give torch.nn's module of the same parameters."""
+def eager(layer: Any) -> Callable[[torch.Tensor], Any]:  # noqa: ANN401 - a module's result, with or without indices
+    """Return torch.nn's module of the same parameters."""
     parameters = {each.name: getattr(layer, each.name) for each in fields(layer)}
     if layer.family.startswith("global"):
         name = "AdaptiveMaxPool2d" if layer.family == "global_max_pool" else "AdaptiveAvgPool2d"
@@ -154,50 +154,50 @@ def eager(layer: Any) -> Callable[[torch.Tensor], Any]:  # noqa: ANN401 - a modu
 
 
 def random(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
-    """Give cells of the whole range that a dtype has ties in."""
+    """Return random cells in a range in which every dtype has ties."""
     generator = torch.Generator().manual_seed(0)
     return (torch.randn(shape, generator=generator) * 40).to(getattr(torch, dtype))
 
 
 def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """Tell whether two outputs are equal, NaN being equal to NaN."""
+    """Return whether two outputs are equal; NaN is equal to NaN."""
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         return False
     return bool(((ours == theirs) | (ours.isnan() & theirs.isnan())).all())
 
 
 def run(rounds: int) -> Iterator[dict[str, Any]]:
-    """Give the rows, and a geometric mean for each group."""
+    """Yield the rows, then the geometric mean of each group."""
     torch.set_num_threads(1)
     groups: dict[str, list[float]] = {}
     with torch.inference_mode():
         for group, layer, shape, dtype, layout in cases():
             x = random(shape, dtype)
             memory = x.movedim(1, -1).contiguous() if layout == "NHWC" else x
-            # Of uint8 images with channels last torch pools only small ones: it gets the planes in one piece.
-            seen = memory.movedim(-1, 1) if layout == "NHWC" and dtype != "uint8" else x
+            # torch pools only small uint8 images with channels last: for others the planes are made contiguous.
+            images = memory.movedim(-1, 1) if layout == "NHWC" and dtype != "uint8" else x
             module = eager(layer)
             made = plan_for(layer, x.dtype, shape[2:], shape[1] if layout == "NHWC" else None, "cpu")
             chosen = made.choose(shape[0] if layout == "NHWC" else shape[0] * shape[1])
-            output, places = made.compute(memory, None)
-            theirs = module(seen)
-            theirs, their_places = theirs if isinstance(theirs, tuple) else (theirs, None)
+            output, indices = made.compute(memory, None)
+            theirs = module(images)
+            theirs, their_indices = theirs if isinstance(theirs, tuple) else (theirs, None)
             ours = output.movedim(-1, 1) if layout == "NHWC" else output
-            # What is random by design can't be compared with another draw; parity tests hold it to the same draw.
+            # A fractional layer's samples are random; the parity tests compare it with the same samples.
             equal = layer.family == "fractional_max_pool" or same(ours, theirs)
-            equal &= places is None or bool(torch.equal(places, their_places))
+            equal &= indices is None or bool(torch.equal(indices, their_indices))
             runs: dict[str, Callable[[], object]] = {
-                "eager": lambda module=module, seen=seen: module(seen),
+                "eager": lambda module=module, images=images: module(images),
                 "plan": lambda made=made, memory=memory: made.compute(memory, None),
                 "clone": memory.clone,
             }
             times = interleave(runs, rounds)
             name = f"{layer!r} {dtype} {'x'.join(map(str, shape))} {layout}"
-            found = row(name, "eager", "plan", times, group=group, equal=equal)
-            found["clones"] = round(median(times["plan"]) / median(times["clone"]), 2)
-            found["kernel"] = chosen.name if chosen else "eager torch"
-            groups.setdefault(group, []).append(found["ratio"])
-            yield found
+            result = row(name, "eager", "plan", times, group=group, equal=equal)
+            result["clones"] = round(median(times["plan"]) / median(times["clone"]), 2)
+            result["kernel"] = chosen.name if chosen else "eager torch"
+            groups.setdefault(group, []).append(result["ratio"])
+            yield result
     for group, ratios in groups.items():
         yield {
             "case": f"geometric mean: {group}",

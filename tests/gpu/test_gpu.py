@@ -1,4 +1,4 @@
-"""What needs a GPU: parity on CUDA, staging memory and lanes, no memory left, and an error that is for good."""
+"""CUDA: parity, pinned memory, streams, running out of memory, and the loss of the device."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from poolrpc.tensors import TensorSpec
 from poolrpc_server.calls.validate import Limits, check_request
 from poolrpc_server.compute.device import DeviceStreams, synchronize
 from poolrpc_server.compute.engine import Engine, Run
+from tests.parity.grid import GRID, cases
 from tests.parity.reference import assert_same, reference, values
-from tests.parity.test_parity import GRID, cases
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 WIDE = Limits(2**40, 2**40, 2**40, 2**50)
-MOST_CASES = 200
-"""Of each layer."""
+MAX_CASES = 200
+"""The most cases of each layer."""
 
 
 @pytest.fixture(scope="module")
 def cuda() -> torch.device:
-    """The device."""
+    """The current CUDA device."""
     return torch.device("cuda", torch.cuda.current_device())
 
 
 @pytest.fixture(scope="module")
 def engine(cuda: torch.device) -> Iterator[Engine]:
-    """An engine on it."""
+    """An engine on the CUDA device."""
     made = Engine(str(cuda), 2)
     yield made
     made.close()
 
 
 def a_run(engine: Engine, layer: p.Layer, x: torch.Tensor, indices: torch.Tensor | None = None) -> Run:
-    """Give a request of one layer, whose answer is its outputs."""
+    """Return a run of one layer, whose result is its outputs."""
     dtype = str(x.dtype).removeprefix("torch.")
     second = None if indices is None else TensorSpec("int64", tuple(indices.shape))
     request = Request(TensorSpec(dtype, tuple(x.shape)), ((layer,),), second)
@@ -59,50 +59,50 @@ def a_run(engine: Engine, layer: p.Layer, x: torch.Tensor, indices: torch.Tensor
     return engine.run(checked.schedule, payload, finish)
 
 
-def assert_torchs(engine: Engine, layer: p.Layer, x: torch.Tensor, indices: torch.Tensor | None = None) -> None:
-    """Compute a request alone and beside another like it, and hold it to torch's answer on the same device."""
-    # CUDA has no max of integers: there the CPU's answer is the only one.
+def assert_parity(engine: Engine, layer: p.Layer, x: torch.Tensor, indices: torch.Tensor | None = None) -> None:
+    """Compute a request alone and in a batch of two, and compare it with torch's result on the same device."""
+    # CUDA has no max of integers: these are computed on the CPU.
     device = "cuda" if x.is_floating_point() else "cpu"
     on_device = [None if each is None else each.to(device) for each in (x, indices)]
     expected = [each.cpu() for each in reference(layer, *on_device) if each is not None]
     run = a_run(engine, layer, x, indices)
     groups = [[run]] if run.key is None else [[run], [run, a_run(engine, layer, x, indices)]]
     for runs in groups:
-        for given in engine.execute(runs):
-            for got, other in zip(given, expected, strict=True):
+        for outputs in engine.execute(runs):
+            for got, other in zip(outputs, expected, strict=True):
                 assert_same(got, other, (layer, x.shape, x.dtype, len(runs)))
 
 
 @pytest.mark.parametrize("name", [name for name in GRID if "Unpool" not in name])
 def test_parity_on_cuda(engine: Engine, name: str) -> None:
-    """Every layer gives torch's answer on CUDA, bit for bit, alone and in a batch."""
+    """Every layer has torch's result on CUDA, bit for bit, alone and in a batch."""
     every = list(cases(name))
-    step = max(1, len(every) // MOST_CASES) | 1
+    step = max(1, len(every) // MAX_CASES) | 1
     for turn, (layer, shape, dtype) in enumerate(islice(every, 0, None, step)):
-        assert_torchs(engine, layer, values(shape, dtype, turn))
+        assert_parity(engine, layer, values(shape, dtype, turn))
 
 
 @pytest.mark.parametrize("name", [name for name in GRID if "Unpool" in name])
 def test_unpool_parity_on_cuda(engine: Engine, name: str) -> None:
-    """Unpooling what a MaxPool gave is torch's on CUDA too."""
+    """Unpooling the result of a MaxPool is torch's on CUDA too."""
     for turn, (layer, shape, dtype) in enumerate(cases(name)):
         full = values(layer.output_shape(shape), dtype, turn)
         pool = getattr(torch.nn, f"MaxPool{layer.spatial_dims}d")
         x, indices = pool(layer.kernel_size, layer.stride, layer.padding, return_indices=True)(full)
         sized = type(layer)(layer.kernel_size, layer.stride, layer.padding, tuple(full.shape[-layer.spatial_dims :]))
-        assert_torchs(engine, sized, x, indices)
+        assert_parity(engine, sized, x, indices)
 
 
-def test_staging_memory_is_pinned_and_used_again(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the first executions of a size no new memory is asked for, and all that was is pinned."""
+def test_host_memory_is_pinned_and_reused(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first execution of a size no memory is allocated, and all that was is pinned."""
     made: list[memoryview] = []
-    memory = DeviceStreams.allocate
+    allocate = DeviceStreams.allocate
 
-    def seen(self: DeviceStreams, size: int) -> memoryview:
-        made.append(memory(self, size))
+    def recorded(self: DeviceStreams, size: int) -> memoryview:
+        made.append(allocate(self, size))
         return made[-1]
 
-    monkeypatch.setattr(DeviceStreams, "allocate", seen)
+    monkeypatch.setattr(DeviceStreams, "allocate", recorded)
     engine = Engine(str(cuda), 1)
     x = values((4, 16, 64, 64), "float32", 0)
     engine.execute([a_run(engine, p.MaxPool2d(2), x)])
@@ -115,20 +115,20 @@ def test_staging_memory_is_pinned_and_used_again(cuda: torch.device, monkeypatch
     engine.close()
 
 
-def test_a_lanes_copies_overlap_with_anothers_kernel(cuda: torch.device) -> None:
-    """What is copied and computed on one lane is done while a kernel of another lane is still at work."""
-    lanes = DeviceStreams(cuda, 2)
+def test_copies_overlap_with_the_kernel_of_another_stream(cuda: torch.device) -> None:
+    """Copies and a kernel of one stream end while a kernel of another stream still runs."""
+    streams = DeviceStreams(cuda, 2)
     busy, done = torch.cuda.Event(), torch.cuda.Event()
-    memory = torch.frombuffer(lanes.allocate(2**20), dtype=torch.uint8)
+    memory = torch.frombuffer(streams.allocate(2**20), dtype=torch.uint8)
     memory.fill_(1)
-    memory.to(cuda).sum().item()  # what is done once for a process is done
-    with lanes.stream():
-        # A kernel that only waits, some billions of cycles: as long as the copies need, many times over.
-        torch.cuda._sleep(10**10)  # noqa: SLF001 - torch's own tests wait so
+    memory.to(cuda).sum().item()  # so that CUDA is initialised
+    with streams.stream():
+        # A kernel that waits for billions of cycles: many times as long as the copies take.
+        torch.cuda._sleep(10**10)  # noqa: SLF001 - torch's own tests use it
         busy.record()
-        with lanes.stream():
+        with streams.stream():
             total = memory.to(cuda, non_blocking=True).sum()
-            back = torch.frombuffer(lanes.allocate(8), dtype=torch.int64)
+            back = torch.frombuffer(streams.allocate(8), dtype=torch.int64)
             back.copy_(total.reshape(1), non_blocking=True)
             done.record()
             synchronize(cuda)
@@ -139,8 +139,8 @@ def test_a_lanes_copies_overlap_with_anothers_kernel(cuda: torch.device) -> None
     assert busy.query()
 
 
-def test_no_memory_is_a_typed_error_and_the_engine_still_serves(engine: Engine, cuda: torch.device) -> None:
-    """A request that the device has no memory for is refused for good; the next one that fits is answered."""
+def test_out_of_memory_is_a_limit_and_the_engine_still_works(engine: Engine, cuda: torch.device) -> None:
+    """A request that exceeds the device's memory fails permanently, and the next one that fits is computed."""
     total = torch.cuda.get_device_properties(cuda).total_memory
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(cuda) + 2**26) / total, cuda)
@@ -148,13 +148,13 @@ def test_no_memory_is_a_typed_error_and_the_engine_still_serves(engine: Engine, 
         with pytest.raises(p.LimitExceededError) as raised:
             engine.execute([a_run(engine, p.MaxPool2d(2), torch.zeros(1, 32, 1024, 1024))])
         assert raised.value.reason == "DEVICE_MEMORY"
-        assert_torchs(engine, p.MaxPool2d(2), values((1, 3, 16, 16), "float32", 0))
+        assert_parity(engine, p.MaxPool2d(2), values((1, 3, 16, 16), "float32", 0))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, cuda)
 
 
-def test_a_lost_context_ends_the_process() -> None:
-    """An error of CUDA's that stays ends a server with the status that asks to be started again."""
+def test_a_lost_device_ends_the_process() -> None:
+    """A permanent CUDA error ends a server with the exit status for a restart."""
     program = (
         "import torch, poolrpc, poolrpc_server\n"
         "from poolrpc_server.app import FAILED\n"

@@ -1,4 +1,4 @@
-"""torch.nn's answers, and what holds ours to them."""
+"""torch.nn's results, and the comparison with them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def values(shape: tuple[int, ...], dtype: str, seed: int) -> torch.Tensor:
-    """Give random values with ties, NaN, infinities and both zeros among the floats, and the full range of integers."""
+    """Return random values: floats with ties, NaN, infinities and both zeros, or integers of the full range."""
     generator = torch.Generator().manual_seed(seed)
     kind: torch.dtype = getattr(torch, dtype)
     if not kind.is_floating_point:
@@ -28,7 +28,7 @@ def values(shape: tuple[int, ...], dtype: str, seed: int) -> torch.Tensor:
 
 
 def samples(seed: int, planes: int, axes: int) -> list[list[float]]:
-    """Give SplitMix64's samples by the book, plane by plane: an independent reading of what the docs promise."""
+    """Return SplitMix64's samples, plane by plane: an independent implementation of what the docs describe."""
     mask = 2**64 - 1
     drawn = []
     for counter in range(1, planes * axes + 1):
@@ -42,7 +42,7 @@ def samples(seed: int, planes: int, axes: int) -> list[list[float]]:
 def reference(
     layer: p.Layer, x: torch.Tensor, indices: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Give torch.nn's answer."""
+    """Return torch.nn's output, and its indices if the layer returns them."""
     dims = layer.spatial_dims or x.ndim - 2
     parameters = {each.name: getattr(layer, each.name) for each in fields(layer)}
     if layer.family.startswith("global"):
@@ -60,11 +60,11 @@ def reference(
         plain = samples(parameters.pop("seed"), lead[0] * lead[1], dims)
         drawn = torch.tensor(plain, dtype=wide.dtype, device=x.device)
         parameters["return_indices"] = True
-        output, places = getattr(torch.nn, layer.name)(**parameters, _random_samples=drawn.reshape(*lead, dims))(wide)
-        return output.to(x.dtype), places if layer.returns_indices else None
+        output, chosen = getattr(torch.nn, layer.name)(**parameters, _random_samples=drawn.reshape(*lead, dims))(wide)
+        return output.to(x.dtype), chosen if layer.returns_indices else None
     if layer.name == "MaxPool1d" and not x.is_floating_point():
-        output, places = torch.nn.MaxPool1d(**{**parameters, "return_indices": True})(x)
-        return output, places if layer.returns_indices else None
+        output, chosen = torch.nn.MaxPool1d(**{**parameters, "return_indices": True})(x)
+        return output, chosen if layer.returns_indices else None
     if "output_size" in parameters and None in np.atleast_1d(parameters["output_size"]):
         sizes = x.shape[-dims:]
         parameters["output_size"] = tuple(
@@ -75,14 +75,14 @@ def reference(
 
 
 def as_torch(array: np.ndarray) -> torch.Tensor:
-    """Give an array of the client's as a tensor, bfloat16 too."""
+    """Return a client's array as a tensor; it may be bfloat16."""
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 
 
 def assert_same(got: np.ndarray | torch.Tensor, expected: torch.Tensor, what: object) -> None:
-    """Hold an output to torch's: dtype, shape, and every value, NaN where torch has NaN."""
+    """Compare an output with torch's: dtype, shape, every value, and the positions of NaN."""
     tensor = got if isinstance(got, torch.Tensor) else as_torch(got)
     assert (tensor.dtype, tensor.shape) == (expected.dtype, expected.shape), what
     same = tensor == expected

@@ -1,8 +1,7 @@
-"""Requests that are computed together: each has the answer that it has alone, value by value, whatever is beside it."""
+"""Batches: every request of a batch has the result that it has when it is computed alone, whatever is beside it."""
 
 from __future__ import annotations
 
-from itertools import islice
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -16,17 +15,16 @@ from poolrpc.tensors import TensorSpec
 from poolrpc_server.calls.validate import Limits, check_request
 from poolrpc_server.compute.engine import Engine, Run
 from poolrpc_server.compute.schedule import CPU_BATCHED_BYTES
+from tests.parity.grid import GRID, cases, sampled
 from tests.parity.reference import assert_same, values
-from tests.parity.test_parity import GRID, cases
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from poolrpc.chains import Chain
+    from tests.parity.grid import Case
 
 LIMITS = Limits(2**24, 2**24, 2**10, 10**9)
-MOST_CASES = 150
-"""Of each layer."""
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +36,7 @@ def engine() -> Iterator[Engine]:
 
 
 def a_run(engine: Engine, branches: Sequence[Chain], spec: TensorSpec, seed: int) -> Run:
-    """Give a request with values, and with indices where a MaxUnpool takes them, whose answer is its outputs."""
+    """Return a run with random values, and random indices if it has a MaxUnpool, whose result is its outputs."""
     unpool = next((chain[0] for chain in branches if chain[0].takes_indices), None)
     indices = TensorSpec("int64", spec.shape, spec.layout) if unpool is not None else None
     checked = check_request(Request(spec, tuple(branches), indices), LIMITS, engine.schedule)
@@ -58,19 +56,19 @@ def a_run(engine: Engine, branches: Sequence[Chain], spec: TensorSpec, seed: int
     return engine.run(checked.schedule, payload, finish)
 
 
-def assert_together_as_alone(engine: Engine, runs: Sequence[Run], what: object) -> None:
-    """Compute requests alone, then at once, and compare."""
+def assert_batch_is_equal(engine: Engine, runs: Sequence[Run], what: object) -> None:
+    """Compute requests one by one, then as one batch, and compare their results."""
     assert len({run.key for run in runs}) == 1, what
     assert runs[0].key is not None, what
     alone = [engine.execute([run])[0] for run in runs]
-    together = engine.execute(runs)
-    for number, (got, expected) in enumerate(zip(together, alone, strict=True)):
+    batch = engine.execute(runs)
+    for number, (got, expected) in enumerate(zip(batch, alone, strict=True)):
         for one, other in zip(got, expected, strict=True):
             assert_same(one, other, (what, number))
 
 
 def specs(layer: p.Layer, shape: tuple[int, ...], dtype: str, turn: int) -> list[TensorSpec]:
-    """Give tensors of one plane size: several images, one, one without N; channels last each third time."""
+    """Return specs of one plane size: several images, one image, one without N; every third time with channels last."""
     dims = layer.spatial_dims or len(shape) - 2
     plane = shape[-dims:]
     if turn % 3 == 0:
@@ -80,28 +78,26 @@ def specs(layer: p.Layer, shape: tuple[int, ...], dtype: str, turn: int) -> list
     return [TensorSpec(dtype, (*lead, *plane)) for lead in leads]
 
 
-GATHERING = [name for name in GRID if "Fractional" not in name]
-
-
-@pytest.mark.parametrize("name", GATHERING)
-def test_alike_requests_are_computed_together_as_alone(engine: Engine, name: str) -> None:
-    """Over layers, planes, dtypes and both layouts: max with its indices, and unpooling, too."""
-    every = [case for case in cases(name) if case[0].splittable]
-    step = max(1, len(every) // MOST_CASES) | 1
+@pytest.mark.parametrize("grid", [sampled, pytest.param(cases, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [name for name in GRID if "Fractional" not in name])
+def test_a_batch_has_the_results_of_its_requests(
+    engine: Engine, name: str, grid: Callable[[str], Iterable[Case]]
+) -> None:
+    """Requests of one key have the same results in a batch, for each layer, dtype and layout, and with indices."""
     met = set()
-    for turn, (layer, shape, dtype) in enumerate(islice(every, 0, None, step)):
+    for turn, (layer, shape, dtype) in enumerate(case for case in grid(name) if case[0].splittable):
         runs = [a_run(engine, [(layer,)], spec, turn + i) for i, spec in enumerate(specs(layer, shape, dtype, turn))]
         if max(run.nbytes for run in runs) > CPU_BATCHED_BYTES:
             continue
-        assert_together_as_alone(engine, runs, (layer, shape, dtype))
+        assert_batch_is_equal(engine, runs, (layer, shape, dtype))
         met.add(dtype)
     assert met == set(layer.dtypes)
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64", "bfloat16"])
-def test_chains_and_branches_are_computed_together_as_alone(engine: Engine, layout: str, dtype: str) -> None:
-    """Each part of each answer is the caller's own: several outputs, indices between them, chains."""
+def test_a_batch_of_chains_and_branches_has_their_results(engine: Engine, layout: str, dtype: str) -> None:
+    """Requests with several outputs, with indices among them, and with chains have the same results in a batch."""
     branches = [
         (p.MaxPool2d(2, return_indices=True),),
         (p.MaxPool2d(3, 2, 1), p.AvgPool2d(2, ceil_mode=True), p.LPPool2d(2, 2)),
@@ -113,17 +109,17 @@ def test_chains_and_branches_are_computed_together_as_alone(engine: Engine, layo
         if layout == "NHWC":
             shapes = [(2, 17, 14, 3), (1, 17, 14, 3), (17, 14, 3)]
         runs = [a_run(engine, branches, TensorSpec(dtype, shape, layout), seed + i) for i, shape in enumerate(shapes)]
-        assert_together_as_alone(engine, runs, (layout, dtype, seed))
+        assert_batch_is_equal(engine, runs, (layout, dtype, seed))
 
 
 @pytest.mark.parametrize("count", [2, 7, 64])
-def test_any_number_is_computed_together(engine: Engine, count: int) -> None:
-    """However many there are, of however many planes, each has its own."""
+def test_a_batch_may_have_any_number_of_requests(engine: Engine, count: int) -> None:
+    """Batches of 2 to 64 requests, of different numbers of planes, have the results of their requests."""
     runs = [
         a_run(engine, [(p.MaxPool2d(2, return_indices=True),)], TensorSpec("float32", (1, 1 + i % 5, 9, 8)), i)
         for i in range(count)
     ]
-    assert_together_as_alone(engine, runs, count)
+    assert_batch_is_equal(engine, runs, count)
 
 
 @pytest.mark.parametrize(
@@ -137,16 +133,14 @@ def test_any_number_is_computed_together(engine: Engine, count: int) -> None:
     ],
     ids=["fractional 2d", "fractional 3d", "general norm", "large", "empty"],
 )
-def test_what_depends_on_its_tensor_or_is_large_is_computed_alone(
-    engine: Engine, layer: p.Layer, spec: TensorSpec
-) -> None:
-    """Layers that tell planes apart or whose last bit depends on what lies beside them, and what a copy would slow."""
+def test_some_requests_have_no_batch_key(engine: Engine, layer: p.Layer, spec: TensorSpec) -> None:
+    """Layers whose result depends on the other planes, large requests, and empty ones are computed alone."""
     assert a_run(engine, [(layer,)], spec, 0).key is None
     assert a_run(engine, [(p.MaxPool2d(2),) if spec.nbytes < 1000 else (layer,), (layer,)], spec, 0).key is None
 
 
-def test_what_differs_is_not_alike(engine: Engine) -> None:
-    """Another layer, dtype, plane size, layout, or number of channels that are last is another key."""
+def test_different_requests_have_different_keys(engine: Engine) -> None:
+    """Requests that differ in layer, dtype, plane size, layout, or the number of last channels have different keys."""
     base = TensorSpec("float32", (1, 3, 8, 6))
     others = [
         a_run(engine, [(p.MaxPool2d(2),)], base, 0),
@@ -161,8 +155,8 @@ def test_what_differs_is_not_alike(engine: Engine) -> None:
     assert len({run.key for run in others}) == len(others)
 
 
-def test_outputs_that_have_their_places_are_computed_alone(engine: Engine) -> None:
-    """What an arena's caller is given lies where it says, and is gathered nowhere."""
+def test_a_run_in_place_has_no_key(engine: Engine) -> None:
+    """A run that writes to its caller's memory is computed alone."""
     run = a_run(engine, [(p.MaxPool2d(2),)], TensorSpec("float32", (1, 1, 8, 8)), 0)
     placed = engine.run_in_place(run.schedule, [memoryview(bytes(256))], [memoryview(bytearray(64))])
     assert run.key is not None

@@ -1,4 +1,4 @@
-"""Memory for outputs: aligned, used again, never twice at a time, and not kept without end."""
+"""Buffers: aligned, reused, never shared by two users, limited in bytes."""
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -13,66 +13,66 @@ from poolrpc_server.compute.buffers import MIN_BUFFER_BYTES, Buffers, aligned
 MIB = 2**20
 
 
-def of(*sizes):
-    """Describe tensors of so many bytes."""
+def specs(*sizes):
+    """Return the specs of tensors of these sizes."""
     return [TensorSpec("uint8", (size,)) for size in sizes]
 
 
-def place(buffer):
-    """Give where memory starts."""
+def address(buffer):
+    """Return the address of a buffer."""
     return np.frombuffer(buffer, np.uint8).ctypes.data
 
 
 @pytest.fixture
 def buffers():
-    """A store that keeps 4 MiB."""
+    """A store that keeps 4 MiB of idle buffers."""
     return Buffers(4 * MIB)
 
 
 @pytest.mark.parametrize("size", [1, 63, 64, 65, 100_000])
 def test_memory_is_aligned(size):
-    """New memory starts at a multiple of the alignment, and has the size."""
+    """New memory starts at a multiple of the alignment and has the given size."""
     buffer = aligned(size)
-    assert (len(buffer), place(buffer) % ALIGNMENT) == (size, 0)
+    assert (len(buffer), address(buffer) % ALIGNMENT) == (size, 0)
     assert not buffer.readonly
 
 
-def test_no_bytes_are_given_too():
-    """A tensor without elements has memory of none."""
+def test_a_buffer_may_be_empty():
+    """The memory of a tensor without elements has no bytes."""
     assert len(aligned(0)) == 0
 
 
 @pytest.mark.parametrize("sizes", [(1,), (100, 1, 64, 65), (MIB, 3, MIB)])
-def test_each_tensor_has_a_place_of_its_own(buffers, sizes):
-    """Several tensors have memory of their size each, aligned and apart."""
+def test_tensors_do_not_overlap(buffers, sizes):
+    """Several tensors have memory of their own, each aligned."""
     for _ in range(2):
-        with buffers.borrow(of(*sizes)) as lent:
-            assert [len(each) for each in lent] == list(sizes)
-            assert all(place(each) % ALIGNMENT == 0 for each in lent)
-            starts = [place(each) for each in lent]
+        with buffers.borrow(specs(*sizes)) as borrowed:
+            assert [len(each) for each in borrowed] == list(sizes)
+            assert all(address(each) % ALIGNMENT == 0 for each in borrowed)
+            starts = [address(each) for each in borrowed]
             assert all(start + size <= other for start, size, other in zip(starts, sizes, starts[1:], strict=False))
 
 
-def test_memory_is_used_again(buffers):
-    """What was lent before, and is large enough, is lent again; what was lent last comes first."""
-    with buffers.borrow(of(MIB)) as lent:
-        first = place(lent[0])
+def test_memory_is_reused(buffers):
+    """A buffer that was returned and is large enough is borrowed again; the last one returned comes first."""
+    with buffers.borrow(specs(MIB)) as borrowed:
+        first = address(borrowed[0])
     assert buffers.idle_bytes == MIB
-    with buffers.borrow(of(MIB - 1000)) as lent:
-        assert place(lent[0]) == first
+    with buffers.borrow(specs(MIB - 1000)) as borrowed:
+        assert address(borrowed[0]) == first
         assert buffers.idle_bytes == 0
-    with buffers.borrow(of(MIB)) as one, buffers.borrow(of(MIB)) as two:
-        inner, outer = place(two[0]), place(one[0])
+    with buffers.borrow(specs(MIB)) as one, buffers.borrow(specs(MIB)) as two:
+        inner, outer = address(two[0]), address(one[0])
     assert outer == first
-    with buffers.borrow(of(MIB)) as one, buffers.borrow(of(MIB)) as two:
-        assert [place(one[0]), place(two[0])] == [outer, inner]
+    with buffers.borrow(specs(MIB)) as one, buffers.borrow(specs(MIB)) as two:
+        assert [address(one[0]), address(two[0])] == [outer, inner]
 
 
-def test_memory_comes_back_from_a_failure(buffers):
-    """What a call fails with leaves its memory to the next one."""
+def test_memory_is_returned_after_a_failure(buffers):
+    """A context that ends with an exception returns its memory."""
 
     def fail():
-        with buffers.borrow(of(MIB)):
+        with buffers.borrow(specs(MIB)):
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -81,61 +81,61 @@ def test_memory_comes_back_from_a_failure(buffers):
 
 
 def test_far_larger_memory_is_not_taken(buffers):
-    """Memory of more than four times the size is left to those who need it."""
-    with buffers.borrow(of(3 * MIB)) as lent:
-        large = place(lent[0])
+    """A buffer of more than four times the size is left for larger tensors."""
+    with buffers.borrow(specs(3 * MIB)) as borrowed:
+        large = address(borrowed[0])
     quarter = 3 * MIB // 4
-    with buffers.borrow(of(quarter - ALIGNMENT)) as lent:
-        assert place(lent[0]) != large
+    with buffers.borrow(specs(quarter - ALIGNMENT)) as borrowed:
+        assert address(borrowed[0]) != large
         assert buffers.idle_bytes == 3 * MIB
     for size in (3 * MIB - 5, quarter):
-        with buffers.borrow(of(size)) as lent:
-            assert place(lent[0]) == large
+        with buffers.borrow(specs(size)) as borrowed:
+            assert address(borrowed[0]) == large
 
 
 def test_smaller_memory_is_not_taken(buffers):
-    """Memory of a byte less than is needed is none."""
-    with buffers.borrow(of(MIB)):
+    """A buffer that is one byte too small is not borrowed."""
+    with buffers.borrow(specs(MIB)):
         pass
-    with buffers.borrow(of(MIB + 1)) as lent:
-        assert len(lent[0]) == MIB + 1
+    with buffers.borrow(specs(MIB + 1)) as borrowed:
+        assert len(borrowed[0]) == MIB + 1
         assert buffers.idle_bytes == MIB
 
 
-def test_so_much_is_kept_and_no_more(buffers):
-    """Of what is lent at a time the store keeps up to its bytes; what was used longest ago goes first."""
+def test_idle_buffers_are_limited(buffers):
+    """The store keeps returned buffers up to its limit, and drops the least recently used first."""
     with ExitStack() as stack:
         for _ in range(7):
-            stack.enter_context(buffers.borrow(of(MIB)))
+            stack.enter_context(buffers.borrow(specs(MIB)))
     assert buffers.idle_bytes == 4 * MIB
-    with buffers.borrow(of(3 * MIB)):
+    with buffers.borrow(specs(3 * MIB)):
         pass
     assert buffers.idle_bytes == 4 * MIB
-    with buffers.borrow(of(5 * MIB)):
+    with buffers.borrow(specs(5 * MIB)):
         pass
     assert buffers.idle_bytes <= 4 * MIB
 
 
-def test_small_memory_is_not_kept(buffers):
-    """The C library uses small pieces again by itself."""
-    with buffers.borrow(of(MIN_BUFFER_BYTES - ALIGNMENT)):
+def test_small_buffers_are_not_kept(buffers):
+    """Small buffers are left to the C library's allocator."""
+    with buffers.borrow(specs(MIN_BUFFER_BYTES - ALIGNMENT)):
         pass
     assert buffers.idle_bytes == 0
 
 
-def test_nothing_is_lent_twice_at_a_time(buffers):
-    """Threads that hold memory at the same moment hold different memory, whatever is idle."""
-    with buffers.borrow(of(MIB)), buffers.borrow(of(MIB)):
+def test_a_buffer_has_one_user_at_a_time(buffers):
+    """Threads that borrow memory at the same time have different memory."""
+    with buffers.borrow(specs(MIB)), buffers.borrow(specs(MIB)):
         pass
-    there = Barrier(8)
+    barrier = Barrier(8)
 
     def hold(number):
         for _ in range(20):
-            with buffers.borrow(of(MIB)) as lent:
-                lent[0][:1] = bytes([number])
-                there.wait()
-                kept = lent[0][0] == number
-                there.wait()
+            with buffers.borrow(specs(MIB)) as borrowed:
+                borrowed[0][:1] = bytes([number])
+                barrier.wait()
+                kept = borrowed[0][0] == number
+                barrier.wait()
             if not kept:
                 return False
         return True

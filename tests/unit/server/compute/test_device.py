@@ -1,4 +1,4 @@
-"""The device, as far as it is the same without CUDA: lanes, memory, and what running out of memory is."""
+"""The device without CUDA: its name, streams, host memory, and errors."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -13,39 +13,39 @@ from poolrpc_server.compute.device import DeviceStreams, is_device_lost, resolve
 CPU = torch.device("cpu")
 
 
-def test_auto_is_the_first_device_that_there_is():
-    """CUDA, else Apple's GPU, else the CPU; always one that works."""
+def test_auto_is_the_first_available_device():
+    """It is CUDA, else Apple's GPU, else the CPU, and it works."""
     device = resolve_device("auto")
     assert device.type == ("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
     assert torch.zeros(1, device=device).cpu().item() == 0
 
 
-def test_the_cpu_has_nothing_to_wait_for():
-    """What was computed there is there."""
+def test_synchronizing_the_cpu_returns_at_once():
+    """Torch computes synchronously on the CPU."""
     synchronize(CPU)
 
 
 @pytest.mark.parametrize("size", [0, 1, 511, 512, 100_000])
-def test_memory_is_of_the_size_asked_for_and_writable(size):
-    """Aligned for whatever is copied there."""
+def test_host_memory_has_its_size_and_is_aligned_and_writable(size):
+    """Host memory is aligned to 64 bytes."""
     memory = DeviceStreams(CPU, 1).allocate(size)
     assert len(memory) == size
     assert np.asarray(memory).ctypes.data % 64 == 0
     memory[:] = bytes(size)
 
 
-def test_so_many_lanes_are_used_at_a_time():
-    """A lane is one's own; who comes when all are taken has the next that is left, also after a failure."""
-    lanes, inside = DeviceStreams(CPU, 2), threading.Barrier(3)
+def test_a_stream_has_one_user_at_a_time():
+    """A thread that finds every stream in use waits for one; a failure makes its stream idle again."""
+    streams, inside = DeviceStreams(CPU, 2), threading.Barrier(3)
     left = threading.Event()
 
     def use():
-        with lanes.stream():
+        with streams.stream():
             inside.wait(60)
             assert left.wait(60)
 
     def fail():
-        with lanes.stream():
+        with streams.stream():
             raise KeyError
 
     with ThreadPoolExecutor(3) as threads:
@@ -56,17 +56,17 @@ def test_so_many_lanes_are_used_at_a_time():
         left.set()
         assert isinstance(third.exception(60), KeyError)
         assert [each.result(60) for each in two] == [None, None]
-    with lanes.stream(), lanes.stream():
+    with streams.stream(), streams.stream():
         pass
 
 
-def test_no_memory_is_a_limit_and_the_lane_is_free_again():
-    """What torch raises where a device is full is final for the caller, typed, and without torch's words."""
-    lanes = DeviceStreams(CPU, 1)
+def test_out_of_memory_is_a_limit_and_leaves_the_stream_idle():
+    """Torch's out-of-memory error becomes a LimitExceededError without torch's text."""
+    streams = DeviceStreams(CPU, 1)
     for _ in range(3):
         with (
             pytest.raises(LimitExceededError, match="fits into the memory of cpu") as raised,
-            lanes.stream(),
+            streams.stream(),
         ):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a secret")
         assert raised.value.reason == "DEVICE_MEMORY"

@@ -1,4 +1,4 @@
-"""The engine: devices, turns, and what becomes of a request's bytes."""
+"""The engine: devices, threads, and the memory of requests."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
@@ -35,22 +35,22 @@ def engine():
 
 
 def scheduled(engine, spec, *layers, indices=None, limits=LIMITS):
-    """Give a request that was checked, each layer a branch of its own."""
+    """Return a checked request, with each layer as a branch."""
     return check_request(Request(spec, tuple((layer,) for layer in layers), indices), limits, engine.schedule)
 
 
 def run(engine, checked, payload, finish=None):
-    """Run a request, and give copies of its outputs' bytes, or what is made of them."""
+    """Run a request, and return copies of its outputs' bytes, or what `finish` returns."""
     return engine.execute([engine.run(checked.schedule, payload, finish or copied)])[0]
 
 
 def copied(outputs):
-    """Give copies of outputs' bytes."""
+    """Return copies of the outputs' bytes."""
     return [bytes(each) for each in outputs]
 
 
 def pool(engine, x, layer, indices=None, layout="NCHW"):
-    """Run a layer on an array, and give the first of its outputs in the array's dtype."""
+    """Run a layer on an array, and return its first output."""
     spec = TensorSpec(x.dtype.name, x.shape, layout)
     second = None if indices is None else TensorSpec("int64", indices.shape, layout)
     payload = x.tobytes() + (b"" if indices is None else indices.tobytes())
@@ -62,23 +62,23 @@ SMALL = TensorSpec("float32", (1, 1, 2, 2))
 
 
 @pytest.mark.parametrize("name", ["nope", "", "cpu:x", "meta", "cuda:99", "-1", "CPU", "x" * 1000])
-def test_a_device_that_is_not_here_is_refused_in_one_line(name):
-    """A name that torch doesn't know, and a device that this machine lacks, are refused with the name."""
+def test_an_unknown_device_is_rejected_with_its_name(name):
+    """The error for a name that torch doesn't know, or a device that this machine lacks, is one line with the name."""
     with pytest.raises(ValueError, match=f"^device: expected auto or a device .*got '{name}': ") as raised:
         resolve_device(name)
     assert "\n" not in str(raised.value)
 
 
-def test_auto_is_the_first_device_there_is():
-    """A machine has a GPU that torch can use, or the CPU."""
+def test_auto_is_the_gpu_or_the_cpu():
+    """Auto is the GPU if torch can use one, else the CPU."""
     gpu = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     assert resolve_device("auto").type == gpu
     assert resolve_device("cpu") == torch.device("cpu")
 
 
 @pytest.mark.parametrize("cls", LAYERS.values())
-def test_an_input_is_left_as_it_was(engine, cls):
-    """No layer writes to a request's bytes, which it reads where they lie; the answer is that of any other way."""
+def test_inputs_are_not_changed(engine, cls):
+    """No layer writes to a request's bytes, which it reads in place; the result is the same as from a copy."""
     dims = cls.spatial_dims or 2
     arguments = {"kernel_size": 1, "norm_type": 2.0, "output_size": 2, "return_indices": True}
     if cls.takes_indices:
@@ -98,14 +98,14 @@ def test_an_input_is_left_as_it_was(engine, cls):
 
 
 def test_indices_need_no_alignment(engine):
-    """Indices behind an input of an odd number of bytes are read all the same."""
+    """Indices may follow an input with an odd number of bytes."""
     x, indices = np.array([[[1, 2, 3]]], np.float16), np.array([[[5, 0, 2]]])
     assert pool(engine, x, MaxUnpool1d(2), indices).tolist() == [[[2, 0, 3, 0, 0, 1]]]
 
 
 @pytest.mark.parametrize("layer", [FractionalMaxPool2d(2, 3, seed=5), FractionalMaxPool3d(2, 3, seed=5)], ids=repr)
-def test_a_seed_gives_a_plane_the_same_output_however_it_travels(engine, layer):
-    """Another N and C, no batch, the other layout, and planes behind it change nothing for a plane of that number."""
+def test_a_plane_has_the_same_output_in_any_shape_and_layout(engine, layer):
+    """The output of a fractional layer for the plane of a number is the same for any N, C and layout."""
     x = np.random.default_rng(1).standard_normal((2, 3, *[7] * layer.spatial_dims)).astype(np.float32)
     expected = pool(engine, x, layer)
     flat = x.reshape(6, *x.shape[2:])
@@ -116,8 +116,26 @@ def test_a_seed_gives_a_plane_the_same_output_however_it_travels(engine, layer):
     assert not np.array_equal(pool(engine, x, type(layer)(2, 3, seed=6)), expected)
 
 
-def test_a_large_call_is_shared_with_idle_threads(engine):
-    """Planes that two threads compute together are those that one computes, indices too."""
+class Slots:
+    """Slots of which one is always free; it counts how often that was borrowed and released."""
+
+    def __init__(self):
+        self.borrowed = self.released = 0
+
+    def borrow(self, count):
+        """Return one slot, or none if none is wanted."""
+        self.borrowed += 1
+        return min(count, 1)
+
+    def release(self, slots):
+        """Take a slot back."""
+        self.released += slots
+
+
+def test_a_large_request_is_divided_among_threads(engine, monkeypatch):
+    """The result of two threads is that of one, with indices too, and the borrowed slot is released."""
+    slots = Slots()
+    monkeypatch.setattr(engine, "slots", slots)
     x = np.random.default_rng(0).standard_normal((7, 61, 128, 100)).astype(np.float32)
     assert x.nbytes > PARALLEL_BYTES
     alone = Engine("cpu", 1)
@@ -125,11 +143,13 @@ def test_a_large_call_is_shared_with_idle_threads(engine):
         spec = TensorSpec("float32", x.shape)
         shared, single = (run(each, scheduled(each, spec, layer, limits=WIDE), x.tobytes()) for each in (engine, alone))
         assert shared == single
+    assert slots.borrowed == slots.released == 3
     alone.close()
 
 
-def test_large_calls_at_once_wait_for_no_ring(engine):
-    """More large calls than threads, at the same time, all come to their end."""
+def test_large_requests_do_not_deadlock(engine, monkeypatch):
+    """More large requests than threads, at the same time, all end."""
+    monkeypatch.setattr(engine, "slots", Slots())
     x = np.random.default_rng(0).standard_normal((1, 128, 128, 170)).astype(np.float32)
     checked, payload = scheduled(engine, TensorSpec("float32", x.shape), MaxPool2d(3, 1, 1), limits=WIDE), x.tobytes()
     with ThreadPoolExecutor(8) as callers:
@@ -141,8 +161,8 @@ LARGE = TensorSpec("float32", (1, 16, 128, 64))
 
 
 @pytest.mark.parametrize("spec", [SMALL, LARGE], ids=["small", "large"])
-def test_answers_that_are_read_at_a_time_lie_apart(engine, spec):
-    """A request that runs again while its last answer is still read gives memory of its own, then the same again."""
+def test_results_read_at_the_same_time_do_not_overlap(engine, spec):
+    """A request that is executed while its previous result is still read has other memory."""
     checked = scheduled(engine, spec, MaxPool2d(2))
     ones, twos = (np.full(spec.shape, value, np.float32).tobytes() for value in (1, 2))
     for _ in range(3):
@@ -156,8 +176,8 @@ def test_answers_that_are_read_at_a_time_lie_apart(engine, spec):
         assert set(np.frombuffer(second, np.float32)) == {2}
 
 
-def test_memory_is_used_again(engine):
-    """The next run of a kernel has the memory of the one before."""
+def test_memory_is_reused(engine):
+    """The next execution uses the memory of the previous one."""
     checked = scheduled(engine, LARGE, MaxPool2d(2))
     places = set()
     for _ in range(5):
@@ -166,32 +186,18 @@ def test_memory_is_used_again(engine):
     assert len(places) == 1
 
 
-def test_small_memory_that_another_call_takes_first_is_not_missed(engine):
-    """Calls of one request may look for idle memory at the same time; who finds none left makes some."""
-
-    class Taken(list):
-        """What seems to have an item, as a list does to one who looks before another takes its last."""
-
-        def __bool__(self):
-            return True
-
-    checked = scheduled(engine, SMALL, MaxPool2d(2))
-    checked.schedule.workspaces = Taken()
-    assert run(engine, checked, bytes(16)) == [bytes(4)]
-
-
 @pytest.mark.parametrize("spec", [SMALL, LARGE], ids=["small", "large"])
 @pytest.mark.parametrize("change", [-1, 1])
-def test_a_payload_of_another_length_is_refused(engine, spec, change):
-    """A byte more or fewer than the spec says is the payload's fault."""
+def test_a_payload_of_another_length_is_rejected(engine, spec, change):
+    """A payload with a byte more or fewer than its spec is invalid."""
     checked = scheduled(engine, spec, MaxPool2d(2))
     length = spec.nbytes + change
     with pytest.raises(InvalidArgumentError, match=rf"^payload: expected {spec.nbytes} bytes .*got {length}$"):
         run(engine, checked, bytes(length))
 
 
-def test_a_chain_and_its_branches_are_torchs(engine):
-    """Each branch of a request starts from the input, and each layer from what the one before gave."""
+def test_chains_and_branches_are_torchs(engine):
+    """Each branch starts from the input, and each layer from the output of the previous one."""
     x = torch.arange(128, dtype=torch.float32).reshape(1, 2, 8, 8)
     branches = ((MaxPool2d(2), AvgPool2d(2)), (MaxPool2d(2, return_indices=True),))
     checked = check_request(Request(TensorSpec("float32", (1, 2, 8, 8)), branches), LIMITS, engine.schedule)
@@ -202,8 +208,8 @@ def test_a_chain_and_its_branches_are_torchs(engine):
 
 @pytest.mark.parametrize("layer", [FractionalMaxPool2d(2, 3, seed=2**64 - 1), FractionalMaxPool3d(2, 3)], ids=repr)
 @pytest.mark.parametrize("first", [0, 1, 4, 5])
-def test_a_fractional_layer_pools_planes_apart_as_in_their_tensor(engine, layer, first):
-    """The layer for a tensor's planes from some number on gives what the layer gives for all of them."""
+def test_a_fractional_layer_can_pool_planes_separately(engine, layer, first):
+    """The layer for a tensor's planes from a number on has the same result as the layer for all of them."""
     x = np.random.default_rng(2).standard_normal((2, 3, *[7] * layer.spatial_dims)).astype(np.float32)
     flat = x.reshape(6, *x.shape[2:])
     expected = pool(engine, x, layer).reshape(6, *[3] * layer.spatial_dims)

@@ -127,3 +127,17 @@ def test_threads_share_the_cache(engine):
         assert all(callers.map(repeat, range(20)))
     idle = sum(workspace.nbytes for scheduled in schedules for workspace in scheduled.workspaces)
     assert idle == engine.resident_bytes <= LIMIT
+
+
+def test_another_thread_may_take_the_last_idle_workspace(engine):
+    """A call that finds a schedule's last workspace taken creates one."""
+
+    class Taken(list):
+        """A list that seems to have an item, as a list does until another thread takes its last one."""
+
+        def __bool__(self):
+            return True
+
+    scheduled = schedule(engine, 8)
+    scheduled.workspaces = Taken()
+    assert execute(engine, scheduled) == bytes(2 * 4 * 4)

@@ -1,4 +1,4 @@
-"""The samples of the fractional layers: SplitMix64's, plane by plane."""
+"""The samples of the fractional layers: SplitMix64's outputs, plane by plane."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ MASK = 2**64 - 1
 
 
 def splitmix64(seed, count):
-    """Give the first outputs of SplitMix64, as its authors' C code computes them."""
+    """Return the first outputs of SplitMix64, as its authors' C code computes them."""
     state, outputs = seed, []
     for _ in range(count):
         state = (state + 0x9E3779B97F4A7C15) & MASK
@@ -25,15 +25,15 @@ def splitmix64(seed, count):
 
 
 def test_the_generator_is_splitmix64():
-    """Seed 0 gives SplitMix64's known outputs, of which a sample is the upper 24 bits."""
+    """The samples of seed 0 are the upper 24 bits of SplitMix64's known outputs."""
     known = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC]
     assert splitmix64(0, 4) == known
     assert draw_samples(0, 1, 2, 2).flatten().tolist() == [(output >> 40) / 2**24 for output in known]
 
 
 @given(SEEDS, st.integers(0, 3), st.integers(1, 4), st.integers(2, 3))
-def test_any_seed_gives_its_generators_outputs(seed, batch, channels, axes):
-    """Samples are the generator's outputs in the order of planes, for every seed, the greatest included."""
+def test_samples_are_the_generators_outputs_for_any_seed(seed, batch, channels, axes):
+    """Samples are the generator's outputs in the order of planes, for any seed, including the greatest."""
     samples = draw_samples(seed, batch, channels, axes)
     assert (samples.shape, samples.dtype) == ((batch, channels, axes), torch.float64)
     expected = [(output >> 40) / 2**24 for output in splitmix64(seed, batch * channels * axes)]
@@ -42,15 +42,15 @@ def test_any_seed_gives_its_generators_outputs(seed, batch, channels, axes):
 
 @given(SEEDS, st.integers(1, 3), st.integers(1, 5), st.integers(2, 3), st.integers(1, 4))
 def test_a_planes_samples_depend_on_the_seed_and_its_number_alone(seed, batch, channels, axes, more):
-    """Another N and C with the same plane number, and planes that come after it, change nothing."""
+    """A plane's samples are the same for any N and C, and whatever planes follow it."""
     samples = draw_samples(seed, batch, channels, axes).reshape(-1, axes)
     assert torch.equal(samples, draw_samples(seed, 1, batch * channels, axes)[0])
     assert torch.equal(samples, draw_samples(seed, batch + more, channels, axes).reshape(-1, axes)[: len(samples)])
 
 
 @given(SEEDS, st.integers(0, 2**31), st.sampled_from([FractionalMaxPool2d, FractionalMaxPool3d]))
-def test_planes_are_drawn_from_any_number_on(seed, first, cls):
-    """The layer of a tensor's planes from some number on has the seed that draws these planes' samples first."""
+def test_samples_can_be_drawn_from_any_plane_on(seed, first, cls):
+    """The layer for a tensor's planes from a number on has a seed whose first samples are these planes'."""
     layer = cls(2, output_size=1, seed=seed).at_plane(first)
     axes = cls.spatial_dims
     state = seed + first * axes * 0x9E3779B97F4A7C15
@@ -61,7 +61,7 @@ def test_planes_are_drawn_from_any_number_on(seed, first, cls):
 
 
 def test_samples_spread_over_0_to_1_and_are_exact_in_float32():
-    """10,000 planes have samples in [0, 1), evenly over its tenths, none of which float32 rounds."""
+    """The samples of 10,000 planes lie in [0, 1), evenly over its tenths, and are exact in float32."""
     samples = draw_samples(7, 100, 100, 2)
     assert samples.min() >= 0
     assert samples.max() < 1
@@ -73,5 +73,5 @@ def test_samples_spread_over_0_to_1_and_are_exact_in_float32():
 
 @pytest.mark.parametrize(("one", "other"), [(0, 1), (0, 2**63), (2**64 - 1, 0)])
 def test_seeds_differ(one, other):
-    """Two seeds give two sets of samples."""
+    """Different seeds have different samples."""
     assert not torch.equal(draw_samples(one, 1, 4, 2), draw_samples(other, 1, 4, 2))
