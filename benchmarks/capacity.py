@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks import load
 from benchmarks.fleet import Call, Fleet, Outcome
-from poolrpc._transport.transfer import STREAM_BYTES
+from poolrpc._transport.options import STREAM_MIN_BYTES
 from poolrpc_server.calls.queue import QueueLimits
 from poolrpc_server.compute.schedule import CPU_BATCHED_BYTES
 
@@ -75,7 +75,7 @@ def seconds_of(path: str) -> tuple[float, float, float]:
     points = {
         row["bytes"]: row["ms"] / 1000
         for row in read("transport")
-        if row["contender"] == path and (path != "unary" or row["bytes"] < STREAM_BYTES)
+        if row["contender"] == path and (path != "unary" or row["bytes"] < STREAM_MIN_BYTES)
     }
     nbytes, times = np.array(list(points), float), np.array(list(points.values()))
     terms = np.stack([1 / times, nbytes / times], axis=1)
@@ -91,7 +91,7 @@ def read(name: str) -> list[dict[str, Any]]:
 
 def call_of(nbytes: int, question: Question) -> Call:
     """Give a call with an input of so many bytes."""
-    path = question.path or ("unary" if nbytes < STREAM_BYTES else "stream")
+    path = question.path or ("unary" if nbytes < STREAM_MIN_BYTES else "stream")
     fixed, each, _ = seconds_of(path)
     both = nbytes * 5 // 4  # with MaxPool2d(2)'s output
     gathered = path == "unary" and both <= CPU_BATCHED_BYTES

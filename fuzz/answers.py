@@ -9,7 +9,9 @@ from google.protobuf.message import DecodeError
 
 from fuzz.findings import FoundError
 from fuzz.seeds import QUESTIONS
-from poolrpc._transport.transfer import PreparedRequest, StreamReader, Transfer
+from poolrpc._transport.request import PreparedRequest, Transfer
+from poolrpc._transport.stream import StreamReader
+from poolrpc._transport.unary import decode_message
 from poolrpc._wire import codec
 from poolrpc._wire.status import decode_error
 from poolrpc.errors import BY_CODE, PoolError
@@ -56,13 +58,12 @@ def _results(request: codec.Request, answer: Case, *, streamed: bool) -> str:
         PreparedRequest(request), [np.zeros(spec.shape, numpy_dtype(spec.dtype)) for spec in request.specs]
     )
     if streamed:
-        arrival = StreamReader(transfer, (answer or (b"",))[0], None)
+        reader = StreamReader(transfer, (answer or (b"",))[0], None)
         for each in answer[1:]:
-            arrival.take(each)
-        results = arrival.finish()
+            reader.read(each)
+        results = reader.finish()
     else:
-        results = transfer.results(b"".join(answer))
-        transfer.results(b"".join(answer))  # of which the start is known by now
+        results = decode_message(transfer, b"".join(answer))
     got = [part.shape for each in results for part in (each.output, each.indices) if part is not None]
     if got != [spec.shape for spec in expected]:
         raise FoundError("other shapes than were asked for")

@@ -18,7 +18,7 @@ from fuzz.findings import FoundError
 from fuzz.seeds import ARENA_BYTES, ARENA_ID, REGION, REGION_BYTES, REGION_KEY
 from poolrpc._transport.arena_memory import Arenas
 from poolrpc._wire import codec
-from poolrpc._wire.status import DETAILS_KEY, translated
+from poolrpc._wire.status import DETAILS_KEY, translate_rpc_error
 from poolrpc.errors import BY_CODE, DOMAIN, InternalError, UnavailableError
 from poolrpc.v1 import pool_pb2, standard_pb2
 from poolrpc_server.protocols.triton.generated import open_inference_pb2 as pb
@@ -57,7 +57,7 @@ class Peer:
         self._arenas = Arenas(path, arena_bytes=ARENA_BYTES)
         span = self._arenas.allocate(ARENA_BYTES)
         if span is None:
-            raise RuntimeError(f"expected an arena, got none: {self._arenas.refused}")
+            raise RuntimeError(f"expected an arena, got none: {self._arenas.rejection}")
         self._span = span
         self._file = FOLDER / f"{REGION_KEY[:-8]}{os.getpid():08d}"
         self._file.write_bytes(bytes(REGION_BYTES))
@@ -159,7 +159,7 @@ class Peer:
         return ending if isinstance(ending, str) else "OK"
 
     def _status(self, failure: Any, *, parses: bool | None) -> str:  # noqa: ANN401 - grpc.RpcError and grpc.Call in one
-        error = translated(failure)
+        error = translate_rpc_error(failure)
         typed = _reason_of(failure.trailing_metadata())
         ending = f"{error.code}/{error.reason}" if typed else f"{failure.code().name}/gRPC"
         unparsed = isinstance(error, InternalError) and typed == NO_MESSAGE

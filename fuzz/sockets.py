@@ -131,8 +131,8 @@ class HostileArenas:
     def _asked(arenas: Arenas) -> str:
         span = arenas.allocate(100)
         if span is None:
-            return f"refused/{arenas.refused.code}" if arenas.refused else "refused"
-        if span.offset % ALIGNMENT or len(span.region.memory) < GIVEN_BYTES:
+            return f"refused/{arenas.rejection.code}" if arenas.rejection else "refused"
+        if span.offset % ALIGNMENT or len(span.arena.memory) < GIVEN_BYTES:
             raise FoundError("a span that isn't aligned, or of too small an arena")
         span.array(np.dtype("uint8"), (100,))[:] = 1
         return "OK"

@@ -1,6 +1,6 @@
 """poolrpc: PyTorch's pooling layers over gRPC, for clients without PyTorch."""
 
-from poolrpc._transport.transfer import PoolResult
+from poolrpc._transport.result import PoolResult
 from poolrpc._version import __version__
 from poolrpc._wire.codec import Limit, ServerInfo
 from poolrpc.async_client import AsyncPoolClient

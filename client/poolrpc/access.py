@@ -1,4 +1,4 @@
-"""How a client shows who it is and knows who the server is: TLS and a token, as told or as the environment says."""
+"""Credentials of a client: TLS and a token, from arguments or from the environment."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Metadata = tuple[tuple[str, str], ...]
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether a host, by name or number, is this machine alone."""
-    import ipaddress  # noqa: PLC0415 - import poolrpc is to be quick
+    """Return whether a host, by name or address, is only reachable from this machine."""
+    import ipaddress  # noqa: PLC0415 - keeps `import poolrpc` fast
 
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
@@ -29,7 +29,7 @@ def is_loopback(host: str) -> bool:
 
 
 def is_unix(address: str) -> bool:
-    """Tell whether a gRPC address is a unix socket's."""
+    """Return whether a gRPC address is that of a unix socket."""
     return address.startswith(("unix:", "unix-abstract:"))
 
 
@@ -39,39 +39,43 @@ def unix_path(address: str) -> str:
     return path.removeprefix("//") if scheme == "unix" else ""
 
 
-def _stays_here(address: str) -> bool:
-    # Of what isn't understood (several addresses, another name server) it is not known.
+def _is_local(address: str) -> bool:
+    # An address of another form (several addresses, another name server) counts as remote.
     for prefix in ("dns:///", "dns:", "ipv4:", "ipv6:"):
         address = address.removeprefix(prefix)
     host, colon, port = address.rpartition(":")
     return is_loopback(host if colon and port.isdecimal() else address)
 
 
-def credentials_for(address: str, given: grpc.ChannelCredentials | None) -> grpc.ChannelCredentials | None:
-    """Give the credentials for a server: those given, or for TLS as the environment says; None: plaintext.
+def credentials_for(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.ChannelCredentials | None:
+    """Return the credentials for a server: the argument, or those for TLS from the environment; None for plaintext.
+
+    Args:
+        address: The address of the server.
+        credentials: The credentials that the user passed; None: those of the environment.
 
     Raises:
-        InvalidArgumentError: What the environment names can't be read, or something is missing beside it.
+        InvalidArgumentError: A file that the environment names cannot be read, or another one must be named too.
 
     """
-    if given is not None or is_unix(address):
-        return given
-    authorities, chain, key = map(_pem, (CA, CLIENT_CERT, CLIENT_KEY))
-    for name, has, other, needs in (
+    if credentials is not None or is_unix(address):
+        return credentials
+    authorities, chain, key = map(_read_pem, (CA, CLIENT_CERT, CLIENT_KEY))
+    for name, value, required_name, required in (
         (CLIENT_CERT, chain, CLIENT_KEY, key),
         (CLIENT_KEY, key, CLIENT_CERT, chain),
         (CLIENT_CERT, chain, CA, authorities),
     ):
-        if has and not needs:
-            raise InvalidArgumentError(f"expected a file, for {name} names one, got none", field=other)
+        if value and not required:
+            raise InvalidArgumentError(f"expected a file, because {name} is set, got none", field=required_name)
     return grpc.ssl_channel_credentials(authorities, key, chain) if authorities else None
 
 
-def _pem(name: str) -> bytes | None:
+def _read_pem(name: str) -> bytes | None:
     path = os.environ.get(name)
     if not path:
         return None
-    from pathlib import Path  # noqa: PLC0415 - import poolrpc is to be quick
+    from pathlib import Path  # noqa: PLC0415 - keeps `import poolrpc` fast
 
     try:
         return Path(path).read_bytes()
@@ -80,30 +84,36 @@ def _pem(name: str) -> bytes | None:
 
 
 def metadata_for(address: str, metadata: Iterable[tuple[str, str]], token: str | None, *, encrypted: bool) -> Metadata:
-    """Give the metadata of a client's calls: what it was told, and the token that it was told or the environment has.
+    """Return the metadata of a client's calls, with the token in it.
 
-    Metadata with an authorization of its own goes as it is: who passes that knows where it goes.
+    Metadata that already has an authorization is returned as it is, for any address: the user is responsible for it.
+
+    Args:
+        address: The address of the server.
+        metadata: The metadata that the user passed.
+        token: The token that the user passed; None: that of the environment, if there is one.
+        encrypted: Whether the connection uses TLS.
 
     Raises:
-        InvalidArgumentError: The token is none, would go in clear through a network, or there are two.
+        InvalidArgumentError: The token is not valid, would be sent through a network in plaintext, or is one of two.
 
     """
     pairs = tuple(metadata)
-    own = any(key.lower() == AUTHORIZATION for key, _ in pairs)
-    if own and token is not None:
+    has_authorization = any(key.lower() == AUTHORIZATION for key, _ in pairs)
+    if has_authorization and token is not None:
         raise InvalidArgumentError(f"expected a token or {AUTHORIZATION} in the metadata, got both", field="token")
     field = TOKEN if token is None else "token"
     if token is None:
         token = os.environ.get(TOKEN) or None
-    if own or token is None:
+    if has_authorization or token is None:
         return pairs
-    # No error may have the token in it, as gRPC's own would.
+    # No error message may contain the token, as gRPC's own would.
     if not (token.isascii() and token.isprintable() and token and " " not in token):
         raise InvalidArgumentError("expected printable ASCII without spaces, got something else", field=field)
-    if not (encrypted or is_unix(address) or _stays_here(address)):
+    if not (encrypted or is_unix(address) or _is_local(address)):
         raise InvalidArgumentError(
-            f"expected TLS (credentials=, or {CA} in the environment) to send a token to {address}, got plaintext: "
-            "whoever is on the way could take it",
+            f"expected TLS (credentials=, or {CA} in the environment) to send a token to {address}, got plaintext, "
+            "which others on the network can read",
             field=field,
         )
     return *pairs, (AUTHORIZATION, f"Bearer {token}")

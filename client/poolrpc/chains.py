@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from poolrpc._shapes.rules import check_shape, clip
 from poolrpc.errors import InvalidArgumentError
@@ -15,7 +15,8 @@ from poolrpc.tensors import ITEM_BYTES, TensorSpec
 Shape: TypeAlias = tuple[int, ...]
 Chain: TypeAlias = tuple[Layer, ...]
 
-LAYOUTS = ("NCHW", "NHWC")
+Layout: TypeAlias = Literal["NCHW", "NHWC"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 """Channels first, as in torch, and channels last, as in most images; for any number of spatial axes."""
 
 

@@ -11,10 +11,10 @@ import pytest
 
 import poolrpc as p
 import poolrpc_server
-from poolrpc._transport.transfer import ANNOUNCED_BYTES
+from poolrpc._transport.unary import ANNOUNCED_BYTES
 from poolrpc._wire.codec import Request, encode_request
 from poolrpc._wire.framing import MESSAGE_BYTES_KEY
-from poolrpc._wire.status import translated
+from poolrpc._wire.status import translate_rpc_error
 from poolrpc.tensors import TensorSpec
 from poolrpc_server.calls.dispatch import COPIES, Dispatcher
 
@@ -98,7 +98,7 @@ def error_of(call: Any) -> p.PoolError:
     """Give the error that a call ends with."""
     with pytest.raises(grpc.RpcError) as caught:
         next(call)
-    return translated(caught.value)
+    return translate_rpc_error(caught.value)
 
 
 def test_what_is_announced_is_counted_before_it_comes(announce: Callable[[int], Any], seen: Seen, address: str) -> None:
@@ -140,7 +140,7 @@ def test_an_announcement_that_is_no_number_is_the_callers_fault(channel: grpc.Ch
     call = channel.unary_unary(POOL)
     with pytest.raises(grpc.RpcError) as caught:
         call(b"", metadata=[(MESSAGE_BYTES_KEY, bad)], timeout=PATIENCE)
-    error = translated(caught.value)
+    error = translate_rpc_error(caught.value)
     assert isinstance(error, p.InvalidArgumentError)
     assert [each.field for each in error.violations] == [f"metadata.{MESSAGE_BYTES_KEY}"]
 

@@ -38,7 +38,7 @@ from poolrpc import (
     PoolClient,
 )
 from poolrpc._wire import codec, framing
-from poolrpc._wire.status import translated
+from poolrpc._wire.status import translate_rpc_error
 from poolrpc.chains import as_chain
 from poolrpc.tensors import TensorSpec
 from poolrpc.v1 import pool_pb2
@@ -65,14 +65,14 @@ LARGE = RNG.standard_normal((64, 4, 128, 128), np.float32)
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make blocks of two or three of X's planes, in pieces of less than one."""
-    monkeypatch.setattr("poolrpc._transport.transfer.BLOCK_BYTES", 1900)
+    monkeypatch.setattr("poolrpc._transport.stream.STREAM_BLOCK_BYTES", 1900)
     monkeypatch.setattr(framing, "chunks", partial(framing.chunks, chunk_bytes=500))
 
 
 @pytest.fixture
 def many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make blocks of one of LARGE's planes."""
-    monkeypatch.setattr("poolrpc._transport.transfer.BLOCK_BYTES", 65536)
+    monkeypatch.setattr("poolrpc._transport.stream.STREAM_BLOCK_BYTES", 65536)
 
 
 @pytest.fixture(params=["sync", "async"])
@@ -362,7 +362,7 @@ def refusal(channel: grpc.Channel, *messages: bytes, timeout: float = 20) -> poo
     """Send messages that must be refused, and give the error."""
     with pytest.raises(grpc.RpcError) as caught:
         list(channel.stream_stream(METHOD)(iter(messages), timeout=timeout))
-    return translated(caught.value)
+    return translate_rpc_error(caught.value)
 
 
 PLANE = 64  # bytes of a plane of 4 x 4
@@ -463,7 +463,7 @@ def failure(answers: Any) -> poolrpc.PoolError:
     """Read answers up to their end, which must be an error, and give that."""
     with pytest.raises(grpc.RpcError) as caught:
         list(answers)
-    return translated(caught.value)
+    return translate_rpc_error(caught.value)
 
 
 def readers() -> list[threading.Thread]:

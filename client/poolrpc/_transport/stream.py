@@ -1,120 +1,203 @@
-"""A stream's call: its messages sent and received, and begun again where the server was full or went away.
+"""Calls that stream their tensors in blocks of whole planes, and receive blocks of results meanwhile.
 
-gRPC would begin a stream again by itself, but was seen to lose a message as it did (1.85.1, two refusals and messages
-of 4 MB, with nothing but grpcio on both sides). So streams have no retry policy there, but this one.
+gRPC's own retries were seen to lose a message of a stream (1.85.1, after two rejections, with messages of 4 MB and
+nothing but grpcio on both sides). So streams have no retry policy in gRPC's service config, but the one here.
 """
 
 from __future__ import annotations
 
-import time
-from math import inf
 from threading import TIMEOUT_MAX, Event
 from typing import TYPE_CHECKING, Any
 
 import grpc
+import numpy as np
+from google.protobuf.message import DecodeError
 
-from poolrpc._transport.transfer import StreamReader
-from poolrpc._wire.status import translated
-from poolrpc.tensors import keep_freed_memory
+from poolrpc._transport.request import not_an_answer
+from poolrpc._transport.result import make_results
+from poolrpc._wire import codec, framing
+from poolrpc._wire.status import translate_rpc_error
+from poolrpc.chains import Planes
+from poolrpc.errors import InternalError
+from poolrpc.tensors import keep_freed_memory, numpy_dtype
+from poolrpc.v1 import pool_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator
 
-    from poolrpc._transport.transfer import PoolResult, Progress, Transfer
+    from poolrpc._transport.options import CallOptions
+    from poolrpc._transport.request import Transfer
+    from poolrpc._transport.result import PoolResult, Progress
 
-ATTEMPTS = 5
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
-"""Seconds, of which each pause takes a random part: the same as unary calls have in their service config."""
+STREAM_BLOCK_BYTES = 2 * 2**20
+"""About how many bytes a block of a stream has: whole planes, at least one."""
 
-GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-"""What a server says that is full or stopping, the second to calls that it hasn't begun."""
+MAX_ATTEMPTS = 5
+"""How often a stream is started, at most: as often as a unary call by gRPC's service config."""
 
+INITIAL_BACKOFF, MAX_BACKOFF = 0.1, 2.0
+"""The longest pause after the first attempt, and after any, in seconds; each pause is a random part of it."""
 
-class CallOptions:
-    """What goes with a call, of whatever it takes to make it: a deadline, from now on, and metadata."""
-
-    __slots__ = ("_deadline", "_metadata")
-
-    def __init__(self, timeout: float | None, metadata: tuple[tuple[str, str], ...]) -> None:
-        self._deadline = None if timeout is None or timeout == inf else time.monotonic() + timeout
-        self._metadata = metadata
-
-    def carry(self, metadata: Mapping[str, str]) -> None:
-        """Have this go with it too."""
-        self._metadata += tuple(metadata.items())
-
-    def left(self) -> float | None:
-        """Give the seconds that are left, None for no limit."""
-        return None if self._deadline is None else self._deadline - time.monotonic()
-
-    def now(self) -> dict[str, Any]:
-        """Give gRPC's arguments for what begins now."""
-        return {"timeout": self.left(), "metadata": self._metadata}
+RETRYABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+"""The status codes of a server that is full or stopping; CANCELLED is for calls that it has not started."""
 
 
 class StreamCall:
-    """One tensor's way through a stream, which blocks; another thread may cancel it."""
+    """A stream and its retries. It blocks; another thread may cancel it.
+
+    Args:
+        method: The method of a channel.
+        transfer: The tensors.
+        options: The options of the call.
+        is_closed: Returns whether the client is closed.
+
+    """
 
     def __init__(
         self,
         method: grpc.StreamStreamMultiCallable[bytes, bytes],
         transfer: Transfer,
-        call: CallOptions,
-        closed: Callable[[], bool],
+        options: CallOptions,
+        is_closed: Callable[[], bool],
     ) -> None:
-        """Make a call of that method, of a client that says whether it is closed."""
-        self._closed = closed
+        self._is_closed = is_closed
         self._method = method
         self._transfer = transfer
-        self._call = call
+        self._options = options
         self._cancelled = Event()
-        self._answers: Any = None
-        self._begun = False  # the server took something of it
+        self._responses: Any = None
+        self._answered = False  # the server has received, and perhaps pooled, a part of the tensors
 
     def run(self, progress: Progress | None) -> list[PoolResult]:
-        """Send the tensor and take what comes of it.
+        """Send the tensors and return the results.
 
         Raises:
             grpc.RpcError: The call failed.
-            InternalError: What came is no answer to what was asked.
+            InternalError: What was received is not an answer to the request.
 
         """
-        keep_freed_memory()  # of the blocks, one after the other
-        for attempt in range(ATTEMPTS):
+        keep_freed_memory()  # one block after the other is freed
+        for attempt in range(MAX_ATTEMPTS):
             try:
                 return self._attempt(progress)
             except grpc.RpcError as error:
-                left_by_us = self._closed() or self._cancelled.is_set()
-                if error.code() not in GONE or left_by_us or attempt == ATTEMPTS - 1:
+                ended_here = self._is_closed() or self._cancelled.is_set()
+                if error.code() not in RETRYABLE or ended_here or attempt == MAX_ATTEMPTS - 1:
                     raise
-                if self._begun and not self._transfer.repeatable:
+                if self._answered and not self._transfer.repeatable:
                     raise
-                import random  # noqa: PLC0415 - import poolrpc is to be quick
+                import random  # noqa: PLC0415 - keeps `import poolrpc` fast
 
-                pause = random.uniform(0, min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE))  # noqa: S311 - no secret
-                # What a server asks for may be more than a clock can wait for.
-                pause = min(max(pause, getattr(translated(error), "retry_delay", None) or 0), TIMEOUT_MAX)
-                left = self._call.left()
-                if (left is not None and pause >= left) or self._cancelled.wait(pause) or self._closed():
+                pause = random.uniform(0, min(INITIAL_BACKOFF * 2**attempt, MAX_BACKOFF))  # noqa: S311 - not a secret
+                # The delay that a server requests may be longer than a clock can wait.
+                pause = min(max(pause, getattr(translate_rpc_error(error), "retry_delay", None) or 0), TIMEOUT_MAX)
+                remaining = self._options.time_remaining()
+                if (remaining is not None and pause >= remaining) or self._cancelled.wait(pause) or self._is_closed():
                     raise
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def cancel(self) -> None:
-        """End the call, wherever it is; one that has ended stays as it ended."""
+        """Cancel the call, unless it has ended."""
         self._cancelled.set()
-        if self._answers is not None:
-            self._answers.cancel()
+        if self._responses is not None:
+            self._responses.cancel()
 
     def _attempt(self, progress: Progress | None) -> list[PoolResult]:
-        answers = self._answers = self._method(self._transfer.messages(), **self._call.now())
+        messages = stream_messages(self._transfer, STREAM_BLOCK_BYTES)
+        responses = self._responses = self._method(messages, **self._options.arguments())
         if self._cancelled.is_set():
-            answers.cancel()
+            responses.cancel()
         try:
-            first = next(answers, b"")
-            self._begun = True
-            arrival = StreamReader(self._transfer, first, progress)
-            for message in answers:
-                arrival.take(message)
-            return arrival.finish()
+            first = next(responses, b"")
+            self._answered = True
+            reader = StreamReader(self._transfer, first, progress)
+            for message in responses:
+                reader.read(message)
+            return reader.finish()
         finally:
-            answers.cancel()  # which does nothing to what has ended
+            responses.cancel()  # no effect on a call that has ended
+
+
+def stream_messages(transfer: Transfer, block_bytes: int) -> Iterator[bytes]:
+    """Yield the messages of a stream: the request, then the blocks of the tensors, each of about `block_bytes`."""
+    yield pool_pb2.PoolStreamRequest(request=codec.encode_request(transfer.prepared.request)).SerializeToString()
+    count, flat = transfer.prepared.planes.count, [array.reshape(-1).view(np.uint8) for array in transfer.arrays]
+    if not count:
+        return
+    step = max(1, block_bytes // sum(len(each) // count for each in flat))
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        parts = [each[len(each) // count * start : len(each) // count * stop].data for each in flat]
+        yield from framing.chunks(parts, padded=True)
+
+
+class StreamReader:
+    """The answer to a stream, written to its arrays block by block.
+
+    Args:
+        transfer: The tensors of the call.
+        first: The first message of the answer.
+        progress: Called after each block.
+
+    Raises:
+        InternalError: The first message does not describe the results of the request.
+
+    """
+
+    def __init__(self, transfer: Transfer, first: bytes, progress: Progress | None) -> None:
+        prepared = transfer.prepared
+        try:
+            prepared.check_results(pool_pb2.PoolStreamResponse.FromString(first).results)
+        except DecodeError:
+            raise not_an_answer(pool_pb2.PoolStreamResponse) from None
+        self._results = prepared.results
+        self._arrays = [
+            np.empty(spec.shape, numpy_dtype(spec.dtype)) if array is None else array
+            for spec, array in zip(prepared.outputs, transfer.out or [None] * len(prepared.outputs), strict=True)
+        ]
+        self._flat = [array.reshape(-1).view(np.uint8) for array in self._arrays]
+        self._count = prepared.planes.count
+        self._plane_bytes = [Planes(spec, prepared.spatial_dims).plane_bytes for spec in prepared.outputs]
+        self._parts: list[memoryview] = []
+        self._progress = progress
+        self._done = 0
+
+    def read(self, message: bytes) -> None:
+        """Write the tensors of the next message to the arrays.
+
+        Raises:
+            InternalError: The message is not a part of the answer.
+
+        """
+        try:
+            header, payload = framing.split_payload(message, pool_pb2.PoolStreamResponse)
+            unfinished = bool(header) and pool_pb2.PoolStreamResponse.FromString(header).unfinished
+        except DecodeError:
+            raise not_an_answer(pool_pb2.PoolStreamResponse) from None
+        self._parts.append(payload)
+        if unfinished:
+            return
+        block = self._parts[0] if len(self._parts) == 1 else memoryview(b"".join(self._parts))
+        self._parts = []
+        count, remainder = divmod(len(block), sum(self._plane_bytes))
+        if remainder or self._done + count > self._count:
+            raise InternalError(f"expected whole planes of the output, got a block of {len(block)} bytes")
+        start = 0
+        for flat, nbytes in zip(self._flat, self._plane_bytes, strict=True):
+            end = start + count * nbytes
+            flat[self._done * nbytes : (self._done + count) * nbytes] = np.frombuffer(block[start:end], np.uint8)
+            start = end
+        self._done += count
+        if self._progress is not None:
+            self._progress(self._done, self._count)
+
+    def finish(self) -> list[PoolResult]:
+        """Return the results, after the last message.
+
+        Raises:
+            InternalError: Planes are missing.
+
+        """
+        if self._done != self._count:
+            raise InternalError(f"expected {self._count} planes of output, got {self._done}")
+        return make_results(self._results, self._arrays, "stream")

@@ -1,4 +1,4 @@
-"""Errors to and from gRPC's status: the code, the message, and google.rpc's details in the trailing metadata."""
+"""Errors as gRPC statuses: the code, the message, and google.rpc's details in the trailing metadata."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ STATUS_NUMBERS = {
 """The number of each status code (google/rpc/code.proto)."""
 
 DETAILS_KEY = "grpc-status-details-bin"
-"""Where gRPC's clients of every language look for the details."""
+"""The metadata key of the details, which is the same for gRPC's clients in every language."""
 
-# gRPC allows 16 KB of metadata for everything; errors stay under 4 KB, however much a caller put into them.
+# gRPC allows 16 KB of metadata in all. An error stays under 4 KB, whatever is in it.
 MESSAGE_CHARS = 600
 VIOLATIONS = 4
 TEXT_CHARS = 300
@@ -58,9 +58,9 @@ RAISE_HINT = "raise it with --max-message-bytes on the server and max_message_by
 TYPE_URL = "type.googleapis.com/google.rpc."
 
 
-def _cut(text: str, most: int = TEXT_CHARS) -> str:
+def _cut(text: str, limit: int = TEXT_CHARS) -> str:
     data = text.encode(errors="replace")
-    return text if len(data) <= most else data[: most - 3].decode(errors="ignore") + "..."
+    return text if len(data) <= limit else data[: limit - 3].decode(errors="ignore") + "..."
 
 
 def encode_error(error: PoolError) -> tuple[str, bytes]:
@@ -74,8 +74,8 @@ def encode_error(error: PoolError) -> tuple[str, bytes]:
     return text, _details(STATUS_NUMBERS[error.code], text, error.reason, metadata, violations, delay)
 
 
-@lru_cache(64)  # A full server says the same a hundred times a second, and this is most of what a refusal takes.
-def _details(  # noqa: PLR0913, PLR0917 - what an error says
+@lru_cache(64)  # A full server repeats one error a hundred times a second, and this is most of the cost of a rejection.
+def _details(  # noqa: PLR0913, PLR0917 - the contents of an error
     number: int,
     text: str,
     reason: str,
@@ -101,12 +101,12 @@ def _add(status: standard_pb2.Status, detail: Message) -> None:
 
 
 def decode_error(code: str, message: str, details: bytes | None) -> PoolError:
-    """Give the error that a status describes; what the server raised, where the server was ours.
+    """Return the error that a status describes: the one that the server raised, if it is a poolrpc server.
 
     Args:
         code: The status code's name.
         message: The status message.
-        details: The value of DETAILS_KEY, where there was one.
+        details: The value of DETAILS_KEY; None if there is none.
 
     """
     cls = BY_CODE.get(code, PoolError)
@@ -124,7 +124,7 @@ def decode_error(code: str, message: str, details: bytes | None) -> PoolError:
             elif kind == "RetryInfo":
                 delay = standard_pb2.RetryInfo.FromString(detail.value).retry_delay.ToMilliseconds() / 1000
     except DecodeError:
-        pass  # Details that are none of google.rpc's leave the code and the message.
+        pass  # Without valid details, an error has its code and its message.
     metadata = dict(info.metadata)
     if issubclass(cls, InvalidArgumentError):
         return cls(message, violations=violations)
@@ -137,8 +137,8 @@ def decode_error(code: str, message: str, details: bytes | None) -> PoolError:
     return cls(message, reason=info.reason, metadata=metadata)
 
 
-def translated(error: Any) -> PoolError:  # noqa: ANN401 - in both worlds it is a grpc.Call too, which no type says
-    """Give the grpc.RpcError of a call, of either world, as one of the tree of poolrpc.errors."""
+def translate_rpc_error(error: Any) -> PoolError:  # noqa: ANN401 - a grpc.RpcError that is a grpc.Call, or grpc.aio's
+    """Return the PoolError for the error of a gRPC call."""
     details = None
     for key, value in error.trailing_metadata() or ():
         if key == DETAILS_KEY:

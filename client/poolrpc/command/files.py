@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from poolrpc._transport.transfer import PoolResult
-    from poolrpc.chains import Chain
+    from poolrpc._transport.result import PoolResult
+    from poolrpc.chains import Chain, Layout
     from poolrpc.tensors import Array
 
 
@@ -30,7 +30,7 @@ class Source:
     """
 
     x: Array
-    layout: str
+    layout: Layout
     indices: Array | None = None
 
 

@@ -129,7 +129,7 @@ def test_what_goes_together_is_asked_for(monkeypatch, tmp_path, names, missing):
     for name in names:
         (tmp_path / name).write_text("PEM")
         monkeypatch.setenv(name, str(tmp_path / name))
-    with pytest.raises(InvalidArgumentError, match=f"^{missing}: expected a file, for POOLRPC_CLIENT_"):
+    with pytest.raises(InvalidArgumentError, match=f"^{missing}: expected a file, because POOLRPC_CLIENT_"):
         credentials_for(PUBLIC, None)
 
 

@@ -1,8 +1,14 @@
-"""A server without gRPC: what answers messages in this process, by protobuf's own reading of them."""
+"""A server without gRPC: it answers messages in this process, which it parses by protobuf alone."""
+
+import numpy as np
 
 from poolrpc import ServerInfo
+from poolrpc._transport.request import PreparedRequest, Transfer
+from poolrpc._transport.stream import StreamReader, stream_messages
+from poolrpc._transport.unary import decode_message, encode_message
 from poolrpc._wire import framing
-from poolrpc._wire.codec import decode_request, encode_results
+from poolrpc._wire.codec import Request, decode_request, encode_results
+from poolrpc.tensors import spec_of
 from poolrpc.v1 import pool_pb2
 from poolrpc_server.calls.admission import AdmissionControl
 from poolrpc_server.calls.dispatch import Caller, Dispatcher
@@ -14,11 +20,11 @@ WIDE = Limits(2**40, 2**40, 2**40, 2**50)
 
 
 class Peer:
-    """What a client speaks with.
+    """The server.
 
     Attributes:
         calls: The requests that were answered, as protobuf parsed them.
-        blocks: Bytes of each block that came in a stream.
+        blocks: The size of each block of a stream, in bytes.
 
     """
 
@@ -30,7 +36,7 @@ class Peer:
         )
 
     def close(self):
-        """End the engine."""
+        """Close the engine."""
         self._engine.close()
 
     def unary(self, data):
@@ -58,3 +64,37 @@ class Peer:
                     block = b""
             assert not block
             stream.finish()
+
+
+def make_transfer(x, *branches, out=(), indices=None, layout="NCHW"):
+    """Return the transfer of a call; a branch may be a single layer."""
+    chains = tuple(each if isinstance(each, tuple) else (each,) for each in branches)
+    second = None if indices is None else spec_of(indices, layout)
+    arrays = [x] if indices is None else [x, indices]
+    return Transfer(PreparedRequest(Request(spec_of(x, layout), chains, second)), arrays, out)
+
+
+def call_unary(peer, transfer, progress=None):
+    """Return the results of a unary call."""
+    return decode_message(transfer, peer.unary(encode_message(transfer, 2**30)), progress)
+
+
+def call_stream(peer, transfer, progress=None, block_bytes=2**20):
+    """Return the results of a stream."""
+    responses = peer.stream(stream_messages(transfer, block_bytes))
+    reader = StreamReader(transfer, next(responses), progress)
+    for message in responses:
+        reader.read(message)
+    return reader.finish()
+
+
+def assert_same(results, expected):
+    """Check that results are equal, whatever transport they came through."""
+    assert [each.shapes for each in results] == [each.shapes for each in expected]
+    for result, other in zip(results, expected, strict=True):
+        for name in ("output", "indices"):
+            array, other_array = getattr(result, name), getattr(other, name)
+            assert (array is None) == (other_array is None)
+            if array is not None:
+                assert array.dtype == other_array.dtype
+                assert np.array_equal(array, other_array)

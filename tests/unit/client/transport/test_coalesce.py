@@ -1,4 +1,4 @@
-"""Many tensors as few requests: which travel together, what each gets of the answer, and in which order."""
+"""Coalescing: which tensors are sent together, the part of the result that each gets, and the order of delivery."""
 
 import numpy as np
 import pytest
@@ -15,39 +15,29 @@ from poolrpc import (
     LPPool2d,
     MaxPool1d,
     MaxPool2d,
+    PoolResult,
     UnavailableError,
     UnsupportedError,
 )
-from poolrpc._transport import coalesce
-from poolrpc._transport.coalesce import Group, Grouping, Order
-from poolrpc._transport.transfer import PoolResult
-from tests.unit.client.transport.peer import Peer
+from poolrpc._transport.coalesce import Group, Grouping, Order, progress_bar
+from tests.unit.client.transport.peer import Peer, call_unary
 
 CHAIN = (MaxPool2d(2), MaxPool2d(2, return_indices=True))
 
 
-@pytest.fixture(scope="module")
-def peer():
-    """A server of wide limits."""
-    made = Peer()
-    yield made
-    made.close()
-
-
 def tensor(*shape, dtype=np.float32):
-    """Give a tensor of that shape, no cell like another."""
+    """Return a tensor of that shape whose elements all differ."""
     return np.arange(np.prod(shape), dtype=dtype).reshape(shape)
 
 
-def grouped(tensors, *layers, layout="NCHW"):
-    """Give the tensors of each group."""
-    return [list(group.tensors) for group in Grouping(layers or CHAIN, layout).over(tensors)]
+def grouped(tensors, *layers, **options):
+    """Return the tensors of each group."""
+    return [list(group.tensors) for group in Grouping(layers or CHAIN, "NCHW", **options).over(tensors)]
 
 
 def outcomes(peer, group):
-    """Give what becomes of a group's tensors."""
-    sent = group.transfer()
-    return group.outcomes(sent.results(peer.unary(sent.message(2**30)))[0])
+    """Return the outcomes of a group's tensors."""
+    return group.outcomes(call_unary(peer, group.transfer())[0])
 
 
 A, B, C = tensor(1, 3, 8, 8), tensor(2, 3, 8, 8), tensor(5, 8, 8)
@@ -64,13 +54,13 @@ OTHER_SIZE, OTHER_DTYPE, EMPTY = tensor(1, 3, 8, 9), tensor(1, 3, 8, 8, dtype=np
         ([A, OTHER_DTYPE, OTHER_DTYPE, A], [1, 2, 1]),
         ([A, EMPTY, EMPTY, A, A], [1, 1, 1, 2]),
         ([OTHER_SIZE, tensor(8, 9), OTHER_SIZE], [1, 0, 1]),
-        ([A, A, "no tensor", A], [2, 0, 1]),
+        ([A, A, "not a tensor", A], [2, 0, 1]),
         ([A, np.zeros(3, "complex64"), np.zeros(3, "complex64"), A], [1, 0, 0, 1]),
     ],
-    ids=["none", "one", "alike", "plane size", "dtype", "no planes", "rank", "no tensor", "no such dtype"],
+    ids=["none", "one", "equal", "plane size", "dtype", "no planes", "rank", "not a tensor", "unknown dtype"],
 )
-def test_tensors_that_follow_each_other_travel_together(tensors, sizes):
-    """A group has one dtype and one plane size, whatever N and C; what can't be sent, and what is empty, is alone."""
+def test_consecutive_tensors_are_grouped(tensors, sizes):
+    """A group has one dtype and one plane size, with any N and C; invalid and empty tensors are alone."""
     groups = grouped(tensors)
     assert [len(each) for each in groups] == sizes
     sent = [id(each) for group in groups for each in group]
@@ -78,62 +68,61 @@ def test_tensors_that_follow_each_other_travel_together(tensors, sizes):
 
 
 @pytest.mark.parametrize(
-    ("most", "sizes"), [(10**9, [5]), (1600, [2, 2, 1]), (1536, [2, 2, 1]), (1535, [1] * 5), (1, [1] * 5)]
+    ("group_bytes", "sizes"), [(10**9, [5]), (1600, [2, 2, 1]), (1536, [2, 2, 1]), (1535, [1] * 5), (1, [1] * 5)]
 )
-def test_a_group_is_of_so_many_bytes(monkeypatch, most, sizes):
-    """Tensors of 768 bytes travel together up to a size; one that is larger travels alone."""
-    monkeypatch.setattr(coalesce, "GROUP_BYTES", most)
-    assert [len(each) for each in grouped([A] * 5)] == sizes
+def test_the_size_of_a_group_is_limited(group_bytes, sizes):
+    """Tensors of 768 bytes are grouped up to the limit; a larger tensor is alone."""
+    assert [len(each) for each in grouped([A] * 5, group_bytes=group_bytes)] == sizes
 
 
-def test_groups_are_given_as_soon_as_they_are_complete():
-    """A group waits for the tensor that doesn't belong to it, or for the end, and for nothing more."""
+def test_a_group_is_returned_when_it_is_complete():
+    """A group is complete when the next tensor does not belong to it, or at the end."""
     grouping = Grouping(CHAIN, "NCHW")
     assert [list(grouping.add(each)) for each in (A, B)] == [[], []]
     (first,) = grouping.add(OTHER_SIZE)
-    assert [len(each.tensors) for each in (first, *grouping.add("no tensor"))] == [2, 1, 0]
+    assert [len(each.tensors) for each in (first, *grouping.add("not a tensor"))] == [2, 1, 0]
     assert list(grouping.finish()) == []
     assert list(grouping.add(A)) == []
     assert [len(each.tensors) for each in grouping.finish()] == [1]
     assert list(grouping.finish()) == []
 
 
-def test_a_layer_that_tells_planes_apart_gets_each_tensor_alone():
-    """A fractional layer's planes are counted from each tensor's first, so these never travel together."""
+def test_tensors_of_a_layer_that_numbers_planes_are_alone():
+    """A fractional layer numbers planes from each tensor's first, so its tensors are never grouped."""
     fractional = FractionalMaxPool2d(2, 3)
     assert [len(each) for each in grouped([A, A, A], fractional)] == [1, 1, 1]
     assert [len(each) for each in grouped([A, A, A], MaxPool2d(2), fractional)] == [1, 1, 1]
 
 
-def test_what_cannot_be_split_to_the_bit_goes_alone():
-    """Torch's pow depends on where a cell is in its tensor, so tensors of an LPPool of a general norm go alone."""
+def test_tensors_of_an_unsplittable_layer_are_alone():
+    """Torch's pow depends on the position in a tensor, so tensors of an LPPool of a general norm are not grouped."""
     assert [len(each) for each in grouped([A, A, A], LPPool2d(3, 2))] == [1, 1, 1]
     assert [len(each) for each in grouped([A, A, A], LPPool2d(2, 2))] == [3]
 
 
-def test_a_global_layer_has_the_tensors_own_rank():
-    """Tensors of other ranks are other planes, and an unbatched one is taken as a batched one of fewer axes."""
+def test_a_global_layer_takes_the_rank_of_the_tensor():
+    """Tensors of different ranks have different planes, and are not grouped."""
     line, image = tensor(2, 3, 8), tensor(2, 3, 8, 8)
     assert [len(each) for each in grouped([line, line, image, image, line], GlobalAvgPool())] == [2, 2, 1]
 
 
-async def numbered(tensors):
-    """Give tensors as they come."""
+async def async_iterator(tensors):
+    """Yield the tensors."""
     for each in tensors:
         yield each
 
 
-async def test_both_kinds_of_iterable_are_grouped_alike():
+async def test_every_kind_of_iterable_is_grouped_equally():
     """Tensors from a list, a generator and an async generator make the same groups."""
-    tensors = [A, B, OTHER_SIZE, "no tensor", EMPTY, C, A]
+    tensors = [A, B, OTHER_SIZE, "not a tensor", EMPTY, C, A]
     expected = [[id(each) for each in group] for group in grouped(tensors)]
-    for source in (tensors, iter(tensors), numbered(tensors)):
+    for source in (tensors, iter(tensors), async_iterator(tensors)):
         groups = [group async for group in Grouping(CHAIN, "NCHW").over_async(source)]
         assert [[id(each) for each in group.tensors] for group in groups] == expected
 
 
-def test_a_generator_is_read_no_farther_than_needed():
-    """The next tensor is asked for when the groups before it were taken."""
+def test_a_generator_is_read_only_as_far_as_needed():
+    """The next tensor is read when the groups before it have been taken."""
     read = []
 
     def source():
@@ -150,8 +139,8 @@ def test_a_generator_is_read_no_farther_than_needed():
 
 
 @pytest.mark.parametrize("layout", ["nchw", "", None])
-def test_an_unknown_layout_is_refused_at_once(layout):
-    """A layout is looked at before there are tensors."""
+def test_an_unknown_layout_is_rejected_at_once(layout):
+    """The layout is checked before there are tensors."""
     with pytest.raises(InvalidArgumentError, match=r"^layout: "):
         Grouping(CHAIN, layout)
 
@@ -161,37 +150,37 @@ def test_an_unknown_layout_is_refused_at_once(layout):
     st.sampled_from(["NCHW", "NHWC"]),
     st.sampled_from([CHAIN, (AvgPool2d(3, 1),), (MaxPool2d(2, return_indices=True),)]),
 )
-def test_each_tensor_gets_what_it_would_get_alone(sizes, layout, chain):
-    """Batched or not, of any N and C, in either layout: output, indices and every step's shape are the tensor's own."""
-    channels = sizes[0][1]  # with channels last they are the plane's
+def test_each_tensor_has_the_result_of_a_call_of_its_own(sizes, layout, chain):
+    """The output, the indices and the shapes are those of a single call, for any N and C, in either layout."""
+    channels = sizes[0][1]  # with channels last, a plane has all channels
     tensors = [
         tensor(*(() if n is None else (n,)), *((c, 8, 8) if layout == "NCHW" else (8, 8, channels))) + 1000 * i
         for i, (n, c) in enumerate(sizes)
     ]
-    there = Peer()
+    peer = Peer()
     (group,) = Grouping(chain, layout).over(tensors)
-    together = outcomes(there, group)
-    assert len(there.calls) == 1
-    for each, alone in zip(together, group.apart(), strict=True):
-        (expected,) = outcomes(there, alone)
+    together = outcomes(peer, group)
+    assert len(peer.calls) == 1
+    for each, alone in zip(together, group.split(), strict=True):
+        (expected,) = outcomes(peer, alone)
         assert each.shapes == expected.shapes
         assert np.array_equal(each.output, expected.output)
         assert (each.indices is None) == (expected.indices is None) == (not chain[-1].returns_indices)
         if each.indices is not None:
             assert np.array_equal(each.indices, expected.indices)
-    there.close()
+    peer.close()
 
 
-def test_a_result_is_apart_from_the_others_of_its_group(peer):
+def test_results_of_a_group_do_not_overlap(peer):
     """Writing to one output changes no other."""
     (group,) = Grouping(CHAIN, "NCHW").over([A, A, A])
     first, second, third = outcomes(peer, group)
     first.output[:], third.output[:] = -1, -1
-    assert np.array_equal(second.output, outcomes(peer, group.apart()[0])[0].output)
+    assert np.array_equal(second.output, outcomes(peer, group.split()[0])[0].output)
 
 
-def test_a_group_of_one_is_sent_as_it_is(peer):
-    """A tensor that travels alone keeps its shape on the wire."""
+def test_a_single_tensor_is_sent_unchanged(peer):
+    """A tensor that is not grouped keeps its shape in the request."""
     for each in (A, C, EMPTY):
         (group,) = Grouping(CHAIN, "NCHW").over([each])
         (result,) = outcomes(peer, group)
@@ -200,40 +189,39 @@ def test_a_group_of_one_is_sent_as_it_is(peer):
 
 
 @pytest.mark.parametrize(
-    ("bad", "chain", "error"),
+    ("invalid", "chain", "error"),
     [
-        ("no tensor", CHAIN, InvalidArgumentError),
+        ("not a tensor", CHAIN, InvalidArgumentError),
         (np.zeros((1, 1, 4, 4), "complex64"), CHAIN, UnsupportedError),
         (tensor(4, 4), CHAIN, InvalidArgumentError),
         (A, (MaxPool2d(2), MaxPool1d(2)), InvalidArgumentError),
     ],
-    ids=["no tensor", "dtype", "rank", "layers"],
+    ids=["not a tensor", "dtype", "rank", "layers"],
 )
-def test_what_cannot_be_sent_says_why_when_its_turn_comes(bad, chain, error):
-    """The group of such a tensor has the failure, raises it in place of a request, and gives it as its one outcome."""
-    (group,) = Grouping(chain, "NCHW").over([bad])
-    assert isinstance(group.failure, error)
+def test_an_invalid_tensor_is_a_group_with_its_error(invalid, chain, error):
+    """The group raises the error instead of making a request, and has it as its only outcome."""
+    (group,) = Grouping(chain, "NCHW").over([invalid])
     with pytest.raises(error) as raised:
         group.transfer()
-    assert [str(each) for each in group.failed(raised.value)] == [str(group.failure)]
-    assert not group.blames(raised.value)
+    assert [str(each) for each in group.failed(raised.value)] == [str(raised.value)]
+    assert not group.may_blame_one(raised.value)
 
 
-def test_a_failure_of_a_group_is_each_tensors_own():
-    """Each tensor gets an error of its own, of the same class, reason and message."""
+def test_each_tensor_of_a_group_has_its_own_error():
+    """The errors are independent, with the same class, reason and message."""
     group = Group([A, B], CHAIN, "NCHW")
     error = LimitExceededError("too large", reason="WORK_BUDGET", metadata={"limit": "1"})
-    given_ = group.failed(error)
-    assert len({id(each) for each in (error, *given_)}) == 3
-    for each in given_:
+    errors = group.failed(error)
+    assert len({id(each) for each in (error, *errors)}) == 3
+    for each in errors:
         assert (type(each), str(each), each.reason, each.metadata) == (
             LimitExceededError,
             "too large",
             error.reason,
             error.metadata,
         )
-    given_[0].tensor = 5
-    assert given_[1].tensor is None
+    errors[0].tensor = 5
+    assert errors[1].tensor is None
 
 
 @pytest.mark.parametrize(
@@ -247,52 +235,52 @@ def test_a_failure_of_a_group_is_each_tensors_own():
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_one_tensor_may_be_to_blame_for_a_group(error, blamed):
-    """An error that may be one tensor's makes the others worth another try; one of all of them, or of one, doesn't."""
-    assert Group([A, B], CHAIN, "NCHW").blames(error) == blamed
-    assert not Group([A], CHAIN, "NCHW").blames(error)
-    assert [list(each.tensors) for each in Group([A, B], CHAIN, "NCHW").apart()] == [[A], [B]]
+def test_an_error_that_one_tensor_may_cause_splits_the_group(error, blamed):
+    """Other errors, and those of a single tensor, are final."""
+    assert Group([A, B], CHAIN, "NCHW").may_blame_one(error) == blamed
+    assert not Group([A], CHAIN, "NCHW").may_blame_one(error)
+    assert [list(each.tensors) for each in Group([A, B], CHAIN, "NCHW").split()] == [[A], [B]]
 
 
 RESULTS = [PoolResult(tensor(1), ((i,),)) for i in range(3)]
 
 
-def test_results_are_given_in_order():
-    """Outcomes come one by one, and the bar moves when those of a group are taken."""
-    order, moved = Order(return_exceptions=False), []
-    assert list(order.give(RESULTS[:2], moved.append)) == RESULTS[:2]
-    assert list(order.give(RESULTS[2:], moved.append)) == RESULTS[2:]
-    assert moved == [2, 1]
+def test_results_are_delivered_in_order():
+    """The progress bar advances when the results of a group have been taken."""
+    order, advanced = Order(return_exceptions=False), []
+    assert list(order.deliver(RESULTS[:2], advanced.append)) == RESULTS[:2]
+    assert list(order.deliver(RESULTS[2:], advanced.append)) == RESULTS[2:]
+    assert advanced == [2, 1]
 
 
-def test_an_error_is_raised_in_its_turn_with_the_tensors_number():
-    """The results before it come first; the error says which tensor it was, for programs and for people."""
+def test_an_error_is_raised_in_order_with_the_number_of_its_tensor():
+    """The results before it are delivered first; the number is an attribute and a note."""
     order, error = Order(return_exceptions=False), InvalidArgumentError("bad")
-    list(order.give(RESULTS[:2], lambda _: None))
-    giving = order.give([RESULTS[2], error], lambda _: None)
-    assert next(giving) is RESULTS[2]
+    list(order.deliver(RESULTS[:2], lambda _: None))
+    delivery = order.deliver([RESULTS[2], error], lambda _: None)
+    assert next(delivery) is RESULTS[2]
     with pytest.raises(InvalidArgumentError, match="bad") as raised:
-        next(giving)
+        next(delivery)
     assert raised.value.tensor == 3
     assert raised.value.__notes__ == ["tensor 3 of the map"]
 
 
-def test_errors_are_given_in_place_of_results_where_they_are_asked_for():
-    """An error stands where its tensor's result would, with the tensor's number, and the rest goes on."""
+def test_errors_are_delivered_in_place_of_results_if_requested():
+    """The error has the number of its tensor, and the next results follow."""
     order, error = Order(return_exceptions=True), InvalidArgumentError("bad")
-    assert list(order.give([RESULTS[0], error, RESULTS[1]], lambda _: None)) == [RESULTS[0], error, RESULTS[1]]
+    assert list(order.deliver([RESULTS[0], error, RESULTS[1]], lambda _: None)) == [RESULTS[0], error, RESULTS[1]]
     assert error.tensor == 1
     later = UnavailableError("gone")
-    assert list(order.give([later], lambda _: None)) == [later]
+    assert list(order.deliver([later], lambda _: None)) == [later]
     assert later.tensor == 3
 
 
-def test_a_bar_is_shown_where_it_is_asked_for(capsys):
-    """A bar tells how many of the tensors are done; without one, nothing is written."""
+def test_a_progress_bar_is_shown_if_requested(capsys):
+    """The bar shows how many tensors are done; otherwise nothing is written."""
     for shown in (False, True):
-        with coalesce.bar([A, B], shown=shown) as advance:
+        with progress_bar([A, B], shown=shown) as advance:
             advance(2)
         assert ("2/2" in capsys.readouterr().err) == shown
-    with coalesce.bar(iter([A]), shown=True) as advance:
+    with progress_bar(iter([A]), shown=True) as advance:
         advance(1)
     assert "1tensor" in capsys.readouterr().err.replace(" ", "")

@@ -1,0 +1,183 @@
+"""Calls whose tensors lie in memory shared with the server: only their places in it are sent."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from poolrpc._transport.channel import POOL
+from poolrpc._transport.result import make_results
+from poolrpc._transport.steps import RunBlocking, Send
+from poolrpc._transport.unary import decode_response
+from poolrpc._wire import codec
+from poolrpc.errors import InvalidArgumentError, LimitExceededError, NotFoundError, UnavailableError, UnsupportedError
+from poolrpc.tensors import align, aligned_ranges, numpy_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from poolrpc._transport.arena_memory import Arenas, Span
+    from poolrpc._transport.options import CallOptions
+    from poolrpc._transport.request import Transfer
+    from poolrpc._transport.result import PoolResult, Progress
+    from poolrpc._transport.steps import Steps
+    from poolrpc.tensors import Array
+
+
+def arena_steps(  # noqa: PLR0913 - the call, and what its caller chose
+    transfer: Transfer,
+    arenas: Arenas | None,
+    options: CallOptions,
+    progress: Progress | None,
+    *,
+    copy: bool,
+    required: bool,
+) -> Steps[list[PoolResult] | None]:
+    """Pool tensors through an arena; return None if there is none, or its process is gone.
+
+    Args:
+        transfer: The tensors.
+        arenas: The arenas of the client; None if its address is not a unix socket.
+        options: The options of the call.
+        progress: Called when all planes are done.
+        copy: Whether the results are copied out of the arena.
+        required: Whether to raise an error instead of returning None.
+
+    """
+    call = None
+    if arenas is not None:
+        # Only attaching another arena may block: the server is asked for it.
+        call = ArenaCall.prepare(transfer, arenas, attach=False)
+        call = call or (yield RunBlocking(partial(ArenaCall.prepare, transfer, arenas)))
+    if call is None:
+        if required and transfer.prepared.nbytes:
+            reason = "the address is not a unix socket" if arenas is None else str(arenas.rejection or "no room")
+            raise UnavailableError(f"expected an arena, got none: {reason}", reason="ARENA")
+        return None
+    try:
+        response = yield Send(POOL, call.message, options, call.socket)
+    except BaseException as error:
+        call.release(error)
+        if required or not call.lost(error):
+            raise
+        return None
+    return call.results(response, copy=copy, progress=progress)
+
+
+class ArenaCall:
+    """A call whose input and output tensors lie in an arena.
+
+    Args:
+        transfer: The tensors of the call.
+        arenas: The arenas of the client.
+        inputs: The span that the input tensors lie in, their offset in the arena, and their length in bytes.
+        output: The span for the output tensors.
+
+    Attributes:
+        message: The message of the unary call, which says where the tensors lie.
+        socket: The name of the socket of the process that has the arena, in the directory of the client's own address;
+            empty if it is that address.
+
+    """
+
+    def __init__(self, transfer: Transfer, arenas: Arenas, inputs: tuple[Span, int, int], output: Span) -> None:
+        self._transfer = transfer
+        self._arenas = arenas
+        self._input, start, length = inputs  # keeps the span reserved
+        self._output = output
+        ranges = codec.ArenaRanges(output.arena_id, (start, length), (output.offset, output.nbytes))
+        # Two concatenated protobuf messages are one message with the fields of both.
+        self.message = transfer.prepared.header + codec.encode_ranges(ranges)
+        self.socket = output.arena.socket
+
+    @classmethod
+    def prepare(cls, transfer: Transfer, arenas: Arenas, *, attach: bool = True) -> ArenaCall | None:
+        """Copy the input tensors to an arena, unless they lie in one, and reserve memory for the outputs.
+
+        Args:
+            transfer: The tensors of the call.
+            arenas: The arenas of the client.
+            attach: Whether another arena may be attached.
+
+        Returns:
+            The call; None if no arena has room, or there is no output.
+
+        Raises:
+            InvalidArgumentError: The layers do not fit the input.
+
+        """
+        bounds, size = aligned_ranges(transfer.prepared.request.specs)
+        _, output_size = aligned_ranges(transfer.prepared.outputs)
+        if not output_size:
+            return None
+        found = arenas.find(transfer.arrays[0]) if len(transfer.arrays) == 1 else None
+        if found is not None:
+            span, start = found
+            output = _span_of_out(transfer.out, span, arenas) or arenas.allocate(output_size, beside=span)
+            if output is not None:
+                return cls(transfer, arenas, (span, start, size), output)
+        both = arenas.allocate(align(size) + output_size, attach=attach)
+        if both is None:
+            return None
+        span, output = both.split(align(size))
+        memory = np.asarray(span)
+        if len(bounds) == len(transfer.arrays):
+            starts = [start for start, _ in bounds]
+        else:  # several arrays are one tensor
+            starts = list(accumulate((array.nbytes for array in transfer.arrays), initial=0))
+        for array, start in zip(transfer.arrays, starts, strict=False):
+            memory[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
+        return cls(transfer, arenas, (span, span.offset, size), output)
+
+    def results(self, message: bytes, *, copy: bool, progress: Progress | None = None) -> list[PoolResult]:
+        """Return the results, given the response.
+
+        Args:
+            message: The response.
+            copy: Whether the results are copied to arrays of their own, rather than left in the arena.
+            progress: Called when all planes are done.
+
+        Raises:
+            InternalError: The message is not an answer to the request.
+
+        """
+        prepared = self._transfer.prepared
+        decode_response(prepared, message)
+        bounds, _ = aligned_ranges(prepared.outputs)
+        out = self._transfer.out or [None] * len(bounds)
+        arrays = []
+        for spec, (start, _), array in zip(prepared.outputs, bounds, out, strict=True):
+            view = self._output.array(numpy_dtype(spec.dtype), spec.shape, start)
+            if array is None:
+                arrays.append(view.copy() if copy else view)
+            else:
+                if not np.shares_memory(array, view):
+                    array[...] = view
+                arrays.append(array)
+        self._transfer.report_done(progress)
+        return make_results(prepared.results, arrays, "arena")
+
+    def lost(self, error: BaseException) -> bool:
+        """Return whether an error means that the process that had the arena is gone, or was replaced by another."""
+        if isinstance(error, NotFoundError):
+            return True
+        # If there are several processes, the others still serve. One that is full says when to retry.
+        return bool(self.socket) and isinstance(error, UnavailableError) and error.retry_delay is None
+
+    def release(self, error: BaseException) -> None:
+        """Detach, after the call failed, the arenas of a process that is gone, or one that may still be written to."""
+        if self.lost(error):
+            self._arenas.forget(self.socket)
+        elif not isinstance(error, InvalidArgumentError | UnsupportedError | LimitExceededError):
+            self._arenas.retire(self._output)
+
+
+def _span_of_out(out: Sequence[Array | None], span: Span, arenas: Arenas) -> Span | None:
+    """Return the span of the one output array, if it starts there and is in the same arena as the input."""
+    found = arenas.find(out[0]) if len(out) == 1 and out[0] is not None else None
+    if found is None or found[0].arena is not span.arena or found[0] is span:
+        return None
+    return found[0] if found[1] == found[0].offset else None

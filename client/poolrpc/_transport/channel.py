@@ -1,0 +1,98 @@
+"""The methods that a client calls, and the settings of its channels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from poolrpc._version import __version__
+from poolrpc.v1 import pool_pb2, standard_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    import grpc
+
+SERVICE = "poolrpc.v1.PoolService"
+POOL = f"{SERVICE}/Pool"
+POOL_STREAM = f"{SERVICE}/PoolStream"
+INFER_SHAPE = f"{SERVICE}/InferShape"
+GET_SERVER_INFO = f"{SERVICE}/GetServerInfo"
+HEALTH_CHECK = "grpc.health.v1.Health/Check"
+
+SERVICE_CONFIG = {
+    "loadBalancingConfig": [{"round_robin": {}}],
+    # Pooling changes nothing on the server, so gRPC retries a call that finds it full, draining or gone. A gRPC server
+    # that stops answers CANCELLED to calls that it has not started (github.com/grpc/grpc/issues/41785); a call that
+    # this client cancels is not retried. Streams have retries of their own, in poolrpc._transport.stream.
+    "methodConfig": [
+        {
+            "name": [{"service": SERVICE, "method": method} for method in ("Pool", "InferShape", "GetServerInfo")],
+            "retryPolicy": {
+                "maxAttempts": 5,
+                "initialBackoff": "0.1s",
+                "maxBackoff": "2s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
+            },
+        }
+    ],
+    # No retries while most attempts fail. The budget is large, because a server process that dies may fail hundreds of
+    # calls at once, which should all be retried.
+    "retryThrottling": {"maxTokens": 1000, "tokenRatio": 0.5},
+}
+
+
+def channel_arguments(
+    options: Mapping[str, Any] | Iterable[tuple[str, Any]], max_message_bytes: int
+) -> list[tuple[str, Any]]:
+    """Return the arguments of a channel.
+
+    Args:
+        options: The user's arguments, which override those of this function.
+        max_message_bytes: The largest message, in bytes, in each direction.
+
+    """
+    import json  # noqa: PLC0415 - keeps `import poolrpc` fast
+
+    arguments = {
+        "grpc.max_send_message_length": max_message_bytes,
+        "grpc.max_receive_message_length": max_message_bytes,
+        "grpc.service_config": json.dumps(SERVICE_CONFIG),
+        # gRPC only retries a call whose message it has kept; its default is 256 KB.
+        "grpc.per_rpc_retry_buffer_size": max_message_bytes,
+        # With gRPC's defaults, an attempt that fails at the socket of a worker that is stopping is followed by a second
+        # without any attempt; and a server that has restarted is found after up to two minutes.
+        "grpc.initial_reconnect_backoff_ms": 100,
+        "grpc.max_reconnect_backoff_ms": 5000,
+        "grpc.primary_user_agent": f"poolrpc/{__version__}",
+        **dict(options),
+    }
+    return list(arguments.items())
+
+
+def unary_methods(channel: Any) -> dict[str, Any]:  # noqa: ANN401 - a channel of grpc or grpc.aio
+    """Return the unary methods of a channel, by name."""
+    return {
+        # Messages with payloads are framed by poolrpc._wire.framing, so gRPC gets their bytes as they are.
+        POOL: channel.unary_unary(f"/{POOL}"),
+        INFER_SHAPE: channel.unary_unary(
+            f"/{INFER_SHAPE}",
+            pool_pb2.InferShapeRequest.SerializeToString,
+            pool_pb2.InferShapeResponse.FromString,
+        ),
+        GET_SERVER_INFO: channel.unary_unary(
+            f"/{GET_SERVER_INFO}",
+            pool_pb2.GetServerInfoRequest.SerializeToString,
+            pool_pb2.GetServerInfoResponse.FromString,
+        ),
+        HEALTH_CHECK: channel.unary_unary(
+            f"/{HEALTH_CHECK}",
+            standard_pb2.HealthCheckRequest.SerializeToString,
+            standard_pb2.HealthCheckResponse.FromString,
+        ),
+    }
+
+
+def stream_method(channel: grpc.Channel) -> grpc.StreamStreamMultiCallable[bytes, bytes]:
+    """Return the method that streams tensors."""
+    return channel.stream_stream(f"/{POOL_STREAM}")

@@ -1,0 +1,100 @@
+"""The options of a call, and the choice of the transport that carries its tensors."""
+
+from __future__ import annotations
+
+import time
+from math import inf
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+
+from poolrpc._shapes.rules import clip
+from poolrpc.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from poolrpc._transport.arena_memory import Arenas
+    from poolrpc._transport.request import Transfer
+
+Transport: TypeAlias = Literal["unary", "stream", "arena"]
+"""How tensors travel: in one message each way, as a stream of blocks, or through memory shared with the server."""
+
+TRANSPORTS: tuple[Transport, ...] = get_args(Transport)
+
+STREAM_MIN_BYTES = 16 * 2**20
+"""The input size, in bytes, from which a stream is the default: measured with `python -m benchmarks transport`."""
+
+ARENA_MIN_BYTES = 256 * 2**10
+"""The input size, in bytes, from which an arena is the default on a unix socket: measured in the same way."""
+
+ARENA_MAX_BYTES = 256 * 2**20
+"""The input size, in bytes, up to which tensors are copied to an arena by default: its memory stays reserved."""
+
+
+class CallOptions:
+    """The deadline and the metadata of one call, which all its attempts share.
+
+    Args:
+        timeout: Seconds from now to the deadline. None or math.inf: no deadline.
+        metadata: Pairs sent with every attempt.
+
+    """
+
+    __slots__ = ("_deadline", "_metadata")
+
+    def __init__(self, timeout: float | None, metadata: tuple[tuple[str, str], ...]) -> None:
+        self._deadline = None if timeout is None or timeout == inf else time.monotonic() + timeout
+        self._metadata = metadata
+
+    def add_metadata(self, metadata: Mapping[str, str]) -> None:
+        """Send further pairs with the attempts that follow."""
+        self._metadata += tuple(metadata.items())
+
+    def time_remaining(self) -> float | None:
+        """Return the seconds until the deadline, or None if there is no deadline."""
+        return None if self._deadline is None else self._deadline - time.monotonic()
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments of a gRPC method for an attempt that starts now."""
+        return {"timeout": self.time_remaining(), "metadata": self._metadata}
+
+
+def check_transport(transport: str | None) -> None:
+    """Check that `transport` is None or one of TRANSPORTS."""
+    if transport not in (None, *TRANSPORTS):
+        msg = f"expected one of {', '.join(TRANSPORTS)} or None, got {clip(transport)}"
+        raise InvalidArgumentError(msg, field="transport")
+
+
+def default_transport(transfer: Transfer, arenas: Arenas | None, max_message_bytes: int) -> Transport:
+    """Return the transport of a call that names none.
+
+    Args:
+        transfer: The tensors of the call.
+        arenas: The arenas of the client; None if its address is not a unix socket.
+        max_message_bytes: The largest message that the client sends, in bytes.
+
+    """
+    nbytes = transfer.prepared.nbytes
+    if arenas is None or nbytes < ARENA_MIN_BYTES:
+        return transport_by_size(transfer, max_message_bytes)
+    # A tensor that already lies in an arena needs no copy, however large it is.
+    fits = nbytes <= ARENA_MAX_BYTES or arenas.find(transfer.arrays[0]) is not None
+    return "arena" if fits else transport_by_size(transfer, max_message_bytes)
+
+
+def transport_by_size(
+    transfer: Transfer, max_message_bytes: int, *, stream_min_bytes: int = STREAM_MIN_BYTES
+) -> Literal["unary", "stream"]:
+    """Return the transport for tensors that do not go through an arena.
+
+    Args:
+        transfer: The tensors of the call.
+        max_message_bytes: The largest message that the client sends, in bytes.
+        stream_min_bytes: The input size, in bytes, from which tensors are streamed.
+
+    """
+    prepared = transfer.prepared
+    if prepared.nbytes < stream_min_bytes:
+        return "unary"
+    splits = all(layer.splittable for chain in prepared.request.branches for layer in chain)
+    return "stream" if splits or prepared.nbytes > max_message_bytes else "unary"

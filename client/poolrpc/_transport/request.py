@@ -1,0 +1,148 @@
+"""The request of a call and its tensors, before a transport is chosen."""
+
+from __future__ import annotations
+
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from poolrpc._shapes.rules import check_shape, clip
+from poolrpc._wire import codec, framing
+from poolrpc.chains import Chain, Planes, Shape, spatial_dims
+from poolrpc.errors import InternalError, InvalidArgumentError
+from poolrpc.tensors import Array, TensorSpec, numpy_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from google.protobuf.message import Message
+
+    from poolrpc._transport.result import Progress
+    from poolrpc.v1 import pool_pb2
+
+
+class PreparedRequest:
+    """A request and all that follows from it without the contents of its tensors; calls repeat, so it is cached.
+
+    Attributes:
+        request: The request.
+        nbytes: The size of the inputs, in bytes.
+        header: The encoded PoolRequest, without its payload.
+        head: The message of a unary call, up to its payload.
+
+    """
+
+    def __init__(self, request: codec.Request) -> None:
+        self.request = request
+        self.nbytes = sum(spec.nbytes for spec in request.specs)
+        self.header = codec.encode_request(request).SerializeToString()
+        self.head = framing.message_prefix(framing.pad(self.header, self.nbytes), self.nbytes)
+
+    @cached_property
+    def results(self) -> tuple[codec.BranchResult, ...]:
+        """The shapes and specs of the results.
+
+        Raises:
+            InvalidArgumentError: The layers do not fit the input.
+
+        """
+        return self.request.results()
+
+    @cached_property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """The specs of the output tensors of all branches, in order; it raises as `results` does."""
+        return codec.payload_specs(self.results)
+
+    @cached_property
+    def spatial_dims(self) -> int:
+        """The number of spatial axes of the tensors."""
+        return check_shape(self.request.input.shape, spatial_dims(self.request.branches))
+
+    @property
+    def planes(self) -> Planes:
+        """The planes of the input."""
+        return Planes(self.request.input, self.spatial_dims)
+
+    def check_results(self, messages: Iterable[pool_pb2.BranchResult]) -> None:
+        """Check that the results a server describes are those of this request.
+
+        Raises:
+            InternalError: They are not.
+
+        """
+        try:
+            received = tuple(codec.decode_results(messages))
+            if received == self.results:
+                return
+            description = clip([each.shapes for each in received])
+        except InvalidArgumentError as error:
+            description = error.message
+        raise InternalError(f"expected an answer to {clip(self.request.branches)}, got {description}", reason="ANSWER")
+
+
+prepare = lru_cache(4096)(PreparedRequest)
+
+
+@lru_cache(4096)
+def prepare_single(dtype: str, shape: Shape, layout: str, branches: tuple[Chain, ...]) -> PreparedRequest:
+    """Return the prepared request of a call on one tensor."""
+    return prepare(codec.Request(TensorSpec(dtype, shape, layout), branches))
+
+
+class Transfer:
+    """The tensors of one call: its inputs, and the arrays for its outputs.
+
+    Args:
+        prepared: The request.
+        arrays: The input tensors, as as_array returns them; or several arrays whose concatenated bytes are the one
+            input tensor.
+        out: For each output tensor, in order, the array to write it to, or None; empty: all None.
+
+    Raises:
+        InvalidArgumentError: An array of `out` does not fit its output tensor.
+
+    """
+
+    def __init__(self, prepared: PreparedRequest, arrays: Sequence[Array], out: Sequence[Array | None] = ()) -> None:
+        self.prepared = prepared
+        self.arrays = arrays
+        self.out = out
+        if out:
+            _check_out(prepared.outputs, out)
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether the inputs are unchanged after some of the outputs have been written."""
+        written = [array for array in self.out if array is not None]
+        return not any(np.may_share_memory(array, output) for array in self.arrays for output in written)
+
+    def report_done(self, progress: Progress | None) -> None:
+        """Report that all planes are done."""
+        if progress is not None:
+            count = self.prepared.planes.count
+            progress(count, count)
+
+
+def not_an_answer(cls: type[Message]) -> InternalError:
+    """Return the error for bytes that cannot be parsed as a message of that class."""
+    return InternalError(f"expected a {cls.DESCRIPTOR.name}, got bytes that cannot be parsed", reason="ANSWER")
+
+
+def _check_out(specs: Sequence[TensorSpec], out: Sequence[object]) -> None:
+    if len(out) != len(specs):
+        msg = f"expected {len(specs)} arrays, for each branch an output or (output, indices), got {len(out)}"
+        raise InvalidArgumentError(msg, field="out")
+    for spec, array in zip(specs, out, strict=True):
+        if array is None:
+            continue
+        if not isinstance(array, np.ndarray):
+            received = clip(type(array).__name__)
+        else:
+            fits = array.shape == spec.shape and array.dtype == numpy_dtype(spec.dtype)
+            if fits and array.flags.c_contiguous and array.flags.writeable:
+                continue
+            received = f"{array.dtype} {clip(array.shape)}{'' if array.flags.c_contiguous else ', strided'}"
+            received += "" if array.flags.writeable else ", read-only"
+        msg = f"expected a writable, C-contiguous array of {spec.dtype} {spec.shape}, got {received}"
+        raise InvalidArgumentError(msg, field="out")

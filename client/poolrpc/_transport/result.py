@@ -1,0 +1,60 @@
+"""The result of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from poolrpc._transport.options import Transport
+    from poolrpc._wire import codec
+    from poolrpc.chains import Shape
+    from poolrpc.tensors import Array
+
+Progress: TypeAlias = Callable[[int, int], object]
+"""A function that is called with the number of planes that are done and the number of all planes."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PoolResult:
+    """The result of one branch.
+
+    Attributes:
+        output: The output, of the input's dtype and layout.
+        shapes: The shape after every layer of the chain.
+        indices: The indices of the maxima (int64, the output's shape) if the last layer has return_indices, as torch
+            counts them: in the flattened channels-first input plane. Otherwise None.
+        transport: How the tensors travelled: "unary", "stream" or "arena".
+
+    """
+
+    output: Array
+    shapes: tuple[Shape, ...]
+    indices: Array | None = None
+    transport: Transport = "unary"
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of the output."""
+        return self.shapes[-1]
+
+    def __repr__(self) -> str:
+        """Describe the result without its contents."""
+        indices = "" if self.indices is None else ", with indices"
+        return f"<PoolResult {self.output.dtype.name} {' -> '.join(map(str, self.shapes))}{indices}>"
+
+
+def make_results(
+    branches: Sequence[codec.BranchResult], arrays: Sequence[Array], transport: Transport
+) -> list[PoolResult]:
+    """Return the result of each branch, given the output tensors of all branches in order."""
+    if len(arrays) == len(branches):
+        return [PoolResult(array, each.shapes, None, transport) for each, array in zip(branches, arrays, strict=True)]
+    remaining = iter(arrays)
+    return [
+        PoolResult(next(remaining), each.shapes, None if each.indices is None else next(remaining), transport)
+        for each in branches
+    ]

@@ -1,0 +1,102 @@
+"""The I/O of calls as generators of steps, which a blocking and an async client drive alike.
+
+A call is written once, as a generator (Steps) that yields each step of its I/O, receives the step's result or has its
+error raised at the `yield`, and returns the result of the call. A client drives it: it performs each step, blocking or
+awaited, and translates gRPC's errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
+
+import grpc
+
+from poolrpc._wire.status import translate_rpc_error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from poolrpc._transport.options import CallOptions
+    from poolrpc._transport.request import Transfer
+    from poolrpc._transport.result import PoolResult, Progress
+
+T = TypeVar("T")
+
+
+class Send(NamedTuple):
+    """Send the message of a unary call; the result is the response.
+
+    Attributes:
+        method: The method, "package.Service/Method".
+        message: The message, as the method takes it.
+        options: The options of the call.
+        socket: The name of the socket of the server process to call, in the directory of the client's own address;
+            empty: any process.
+
+    """
+
+    method: str
+    message: Any
+    options: CallOptions
+    socket: str = ""
+
+
+class SendStream(NamedTuple):
+    """Stream the tensors of a call; the result is the call's results.
+
+    Attributes:
+        transfer: The tensors.
+        options: The options of the call.
+        progress: Called when planes are done.
+
+    """
+
+    transfer: Transfer
+    options: CallOptions
+    progress: Progress | None
+
+
+class RunBlocking(NamedTuple):
+    """Call a function that may block for long; the result is what it returns."""
+
+    function: Callable[[], Any]
+
+
+Steps: TypeAlias = Generator[Send | SendStream | RunBlocking, Any, T]
+"""The steps of a call that returns T."""
+
+
+class NextGroup(NamedTuple):
+    """Read the tensors of a map up to the next complete group; the result is the group, or None after the last."""
+
+
+class Start(NamedTuple):
+    """Start a call in the background; the result is its future, which may be cancelled."""
+
+    steps: Steps[Any]
+
+
+class Wait(NamedTuple):
+    """Wait for a call that was started; the result is what it returned."""
+
+    future: Any
+
+
+class Deliver(NamedTuple):
+    """Deliver results to the caller of the map, in order."""
+
+    results: Iterable[PoolResult]
+
+
+MapSteps: TypeAlias = Generator[NextGroup | Start | Wait | Deliver, Any, None]
+"""The steps of a map."""
+
+
+def translate(error: BaseException) -> BaseException:
+    """Return the PoolError for an error of gRPC, and any other error unchanged."""
+    if not isinstance(error, grpc.RpcError):
+        return error
+    translation = translate_rpc_error(error)
+    translation.__cause__ = error
+    return translation
