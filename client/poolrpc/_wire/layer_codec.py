@@ -115,7 +115,7 @@ def _parameters(cls: type[Layer]) -> dict[str, Any]:
     return {name: FIELD_CODECS.get(f"{cls.family}.{name}") or FIELD_CODECS[name] for name in names}
 
 
-PARAMETERS = {cls: _parameters(cls) for cls in LAYERS.values()}
+PARAMETER_CODECS = {cls: _parameters(cls) for cls in LAYERS.values()}
 BY_FAMILY: dict[str, dict[int | None, type[Layer]]] = {}
 for _cls in LAYERS.values():
     BY_FAMILY.setdefault(_cls.family, {})[_cls.spatial_dims] = _cls
@@ -128,7 +128,7 @@ def encode_layer(layer: Layer) -> pool_pb2.Layer:
     family.SetInParent()
     if layer.spatial_dims is not None:
         family.spatial_dims = layer.spatial_dims
-    for name, codec in PARAMETERS[type(layer)].items():
+    for name, codec in PARAMETER_CODECS[type(layer)].items():
         value = getattr(layer, name)
         if value is not None:
             codec.encode(family, name, value)
@@ -155,7 +155,7 @@ def decode_layer(message: pool_pb2.Layer, path: str) -> Layer:
     if cls is None:
         msg = f"expected one of {', '.join(map(str, by_dims))}, got {family.spatial_dims}"
         raise InvalidArgumentError(msg, field=f"{path}.spatial_dims")
-    codecs = PARAMETERS[cls]
+    codecs = PARAMETER_CODECS[cls]
     for descriptor, _ in family.ListFields():
         if descriptor.name not in codecs and descriptor.name != "spatial_dims":
             msg = f"expected no value, since {cls.__name__} lacks it, got {getattr(family, descriptor.name)}"

@@ -1,0 +1,117 @@
+"""Types of the public API. `mypy tests/typing` fails if a type differs, or if a call marked as an error is accepted."""
+
+from collections.abc import AsyncIterator, Iterator
+from typing import assert_type
+
+import numpy as np
+
+import poolrpc
+from poolrpc import (
+    AdaptiveAvgPool2d,
+    AsyncPoolClient,
+    FractionalMaxPool2d,
+    GlobalAvgPool,
+    InvalidArgumentError,
+    Layer,
+    Limit,
+    LPPool2d,
+    MaxPool2d,
+    MaxUnpool2d,
+    PoolClient,
+    PoolError,
+    PoolResult,
+    ServerInfo,
+    UnavailableError,
+    branch_shapes,
+    parse_branches,
+    parse_chain,
+    parse_layer,
+)
+
+X = np.zeros((1, 3, 8, 8), np.float32)
+
+
+def layers() -> None:
+    """A layer's parameters and methods have types, and calls of wrong types are errors."""
+    layer = MaxPool2d(3, stride=(2, 1), return_indices=True)
+    assert_type(layer, MaxPool2d)
+    assert_type(layer.kernel_size, int | tuple[int, ...])
+    assert_type(layer.stride, int | tuple[int, ...] | None)
+    assert_type(layer.return_indices, bool)
+    assert_type(layer.dtypes, tuple[str, ...])
+    assert_type(layer.spatial_dims, int)
+    assert_type(GlobalAvgPool().spatial_dims, int | None)
+    assert_type(layer.output_shape((1, 3, 8, 8)), tuple[int, ...])
+    assert_type(layer.work((8, 8)), int)
+    assert_type(AdaptiveAvgPool2d((None, 7)).output_size, int | tuple[int | None, ...])
+    assert_type(FractionalMaxPool2d(2, output_ratio=0.5).output_ratio, float | tuple[float, ...] | None)
+    assert_type(LPPool2d(2, 3).norm_type, float)
+    assert_type(poolrpc.LAYERS["MaxPool2d"], type[Layer])
+    MaxPool2d()  # type: ignore[call-arg]
+    MaxPool2d("3")  # type: ignore[arg-type]
+    MaxPool2d(2, kernel=2)  # type: ignore[call-arg]
+    MaxPool2d(2, dilation=None)  # type: ignore[arg-type]
+    AdaptiveAvgPool2d(None)  # type: ignore[arg-type]
+    MaxUnpool2d(2, return_indices=True)  # type: ignore[call-arg]
+    layer.padding = 1  # type: ignore[misc]
+    layer.output_shape("8x8")  # type: ignore[arg-type]
+
+
+def functions() -> None:
+    """Expressions and shapes have types, and a layout is one of two."""
+    assert_type(parse_layer("MaxPool2d(2)"), Layer)
+    assert_type(parse_chain("MaxPool2d(2)"), tuple[Layer, ...])
+    assert_type(parse_branches("MaxPool2d(2)"), tuple[tuple[Layer, ...], ...])
+    assert_type(branch_shapes((1, 3, 8, 8), [(MaxPool2d(2),)]), list[tuple[tuple[int, ...], ...]])
+    branch_shapes((8, 8, 3), [(MaxPool2d(2),)], "NHWC")
+    branch_shapes((8, 8, 3), [(MaxPool2d(2),)], "HWC")  # type: ignore[arg-type]
+
+
+def errors(error: PoolError, invalid: InvalidArgumentError, unavailable: UnavailableError) -> None:
+    """Errors have typed attributes, and are builtin errors too."""
+    assert_type((error.code, error.message, error.reason), tuple[str, str, str])
+    assert_type(error.metadata, dict[str, str])
+    assert_type(error.tensor, int | None)
+    assert_type([each.field for each in invalid.violations], list[str])
+    assert_type(unavailable.retry_delay, float | None)
+    builtin: tuple[ValueError, ConnectionError] = (invalid, unavailable)
+    assert_type(builtin, tuple[ValueError, ConnectionError])
+
+
+def client(client: PoolClient) -> None:
+    """The blocking client returns results; a layout and a transport are literals."""
+    result = client.pool(X, MaxPool2d(2))
+    assert_type(result, PoolResult)
+    assert_type(result.shapes, tuple[tuple[int, ...], ...])
+    assert_type(client.pool_each(X, [MaxPool2d(2), [MaxPool2d(2), GlobalAvgPool()]]), list[PoolResult])
+    assert_type(client.map([X], MaxPool2d(2)), Iterator[PoolResult])
+    assert_type(client.map([X], MaxPool2d(2), return_exceptions=False), Iterator[PoolResult])
+    assert_type(client.map([X], MaxPool2d(2), return_exceptions=True), Iterator[PoolResult | PoolError])
+    assert_type(client.output_shape((1, 3, 8, 8), MaxPool2d(2)), tuple[int, ...])
+    assert_type(client.server_info(), ServerInfo)
+    assert_type(client.server_info().limits, dict[str, Limit])
+    assert_type(client.health(), str)
+    with client as entered:
+        assert_type(entered, PoolClient)
+    client.pool(X, MaxPool2d(2), layout="NHWC", transport="stream")
+    client.pool(X, MaxPool2d(2), layout="nchw")  # type: ignore[arg-type]
+    client.pool(X, MaxPool2d(2), transport="udp")  # type: ignore[arg-type]
+    client.pool(X, "MaxPool2d(2)")  # type: ignore[arg-type]
+    client.pool(X, MaxPool2d)  # type: ignore[arg-type]
+    client.pool(X, MaxPool2d(2), timeout="1")  # type: ignore[arg-type]
+    client.pool(X, MaxPool2d(2), None)  # type: ignore[call-arg]
+
+
+async def async_client(client: AsyncPoolClient) -> None:
+    """The client for asyncio has the same types."""
+    assert_type(await client.pool(X, MaxPool2d(2)), PoolResult)
+    assert_type(await client.pool_each(X, [MaxPool2d(2)]), list[PoolResult])
+    assert_type(client.map([X], MaxPool2d(2)), AsyncIterator[PoolResult])
+    assert_type(client.map([X], MaxPool2d(2), return_exceptions=True), AsyncIterator[PoolResult | PoolError])
+    assert_type(await client.output_shape((1, 3, 8, 8), MaxPool2d(2)), tuple[int, ...])
+    assert_type(await client.server_info(), ServerInfo)
+    assert_type(await client.health(), str)
+    async with client as entered:
+        assert_type(entered, AsyncPoolClient)
+    await client.pool(X, MaxPool2d(2), layout="nchw")  # type: ignore[arg-type]
+    await client.pool(X, MaxPool2d(2), transport="udp")  # type: ignore[arg-type]
