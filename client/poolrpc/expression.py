@@ -139,7 +139,7 @@ class _Parser:
 
             near = difflib.get_close_matches(name, LAYERS, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; the layers are {', '.join(LAYERS)}"
-            raise self.error(f"unknown layer {clip(self.source(node.func))}{hint}", node.func)
+            raise self.error(f"expected the name of a layer, got {clip(self.source(node.func))}{hint}", node.func)
         cls = LAYERS[name]
         names = [each.name for each in fields(cls)]  # type: ignore[arg-type]  # every layer is a dataclass
         nodes: dict[str, ast.AST] = {}
@@ -156,7 +156,7 @@ class _Parser:
         for parameter, value, source in arguments:
             if parameter not in names:
                 takes = ", ".join(names) or "none"
-                raise self.error(f"unknown parameter {clip(parameter)} of {name}, which takes {takes}", source)
+                raise self.error(f"expected a parameter of {name} ({takes}), got {clip(parameter)}", source)
             if parameter in values:
                 raise self.error(f"expected {parameter} once, got it twice", source)
             nodes[parameter], values[parameter] = source, self.value(value)

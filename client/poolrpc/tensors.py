@@ -76,7 +76,7 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     try:
         import ml_dtypes  # noqa: PLC0415 - optional, and only bfloat16 needs it
     except ImportError:
-        msg = "bfloat16 arrays need ml_dtypes: pip install 'poolrpc[bfloat16]'"
+        msg = "expected ml_dtypes to be installed, for bfloat16: pip install 'poolrpc[bfloat16]'"
         raise UnsupportedError(msg, reason="DTYPE") from None
     bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
     return bfloat16

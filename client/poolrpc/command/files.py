@@ -129,6 +129,6 @@ def _image_module() -> Any:  # noqa: ANN401 - PIL's module, which is optional
     try:
         from PIL import Image  # noqa: PLC0415 - optional, and only images need it
     except ImportError:
-        msg = "expected Pillow to be installed, to read images: pip install 'poolrpc[viz]'"
+        msg = "expected Pillow to be installed, for images: pip install 'poolrpc[viz]'"
         raise InvalidArgumentError(msg, field="file") from None
     return Image

@@ -102,7 +102,10 @@ def test_infinities_and_nan_are_valid_json(capsys, layer, plane):
         (["shape", "8x0x4x4", "MaxPool2d(2)"], "expected every dim"),
         (["shape", "8x3x4x4", "MaxPool2d(5)"], "kernel_size: expected"),
         (["shape", "8x3x4x4", "[MaxPool2d(2), AvgPool2d(3)]"], "branches[0].layers[1].avg_pool.kernel_size"),
-        (["shape", "8x3x4x4", "MaxPol2d(2)"], "column 1: unknown layer 'MaxPol2d'; did you mean MaxPool2d?"),
+        (
+            ["shape", "8x3x4x4", "MaxPol2d(2)"],
+            "column 1: expected the name of a layer, got 'MaxPol2d'; did you mean MaxPool2d?",
+        ),
         (["shape", "8x3x4x4", "MaxPool2d(2"], "column 10: expected a layer expression"),
         (["shape", "8x3x4x4", "MaxPool2d(\n0)"], "column 12: kernel_size"),
         (["shape", "8x3x4x4", f"MaxPool2d(0x{'f' * 4000})"], "kernel_size: expected"),
