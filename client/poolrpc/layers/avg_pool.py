@@ -86,7 +86,7 @@ class AvgPool2d(_AvgPoolWithDivisor):
 
     Raises:
         InvalidArgumentError: A parameter has the wrong type or is out of range. `output_shape` and the calls of a
-            client also raise it if kernel_size is larger than the input with its padding on both sides.
+            client also raise it if the input has another rank, or if no window fits the padded input.
 
     Examples:
         >>> from poolrpc import AvgPool2d

@@ -96,8 +96,8 @@ class FractionalMaxPool2d(_FractionalMaxPool):
 
     Raises:
         InvalidArgumentError: A parameter has the wrong type or is out of range, or both or neither of output_size and
-            output_ratio are set. `output_shape` and the calls of a client also raise it if the parameters don't fit the
-            input.
+            output_ratio are set. `output_shape` and the calls of a client also raise it if the input has another rank,
+            or doesn't fit the parameters as above.
 
     Examples:
         >>> from poolrpc import FractionalMaxPool2d

@@ -78,7 +78,7 @@ class LPPool2d(_LPPool):
 
     Raises:
         InvalidArgumentError: A parameter has the wrong type or is out of range. `output_shape` and the calls of a
-            client also raise it if kernel_size is larger than the input and ceil_mode is not set.
+            client also raise it if the input has another rank, or if no window fits the input.
 
     Examples:
         >>> from poolrpc import LPPool2d

@@ -78,8 +78,8 @@ class MaxPool2d(_MaxPool):
 
     Raises:
         InvalidArgumentError: A parameter has the wrong type or is out of range. `output_shape` and the calls of a
-            client also raise it if the parameters don't fit the input: dilation*(kernel_size - 1) + 1 must be at most
-            the input's size with its padding on both sides.
+            client also raise it if the input has another rank, if no window fits the padded input, or if dilation is
+            larger than the padded input.
 
     Examples:
         >>> import numpy as np
