@@ -1,50 +1,150 @@
-"""What the tests share: a server on 127.0.0.1, in this process or where the environment says, and ways to hold one up.
+"""Fixtures of the integration tests: a server on 127.0.0.1, either client, and ways to hold up the engine.
 
-POOLRPC_TEST_ADDRESS lets test_client.py run where there is no torch, against a server elsewhere on this machine: CI
-does so at the lowest versions that the client claims to support.
+POOLRPC_TEST_ADDRESS names a server that is already running. With it test_client.py runs without torch and the server
+package: CI runs it so with the lowest versions that the client supports.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 import poolrpc
+from poolrpc._wire import framing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from poolrpc import PoolClient
     from poolrpc_server.compute.kernels.eager import Operator
+
+    Connect = Callable[..., PoolClient]
+
+
+class BlockingAsyncClient:
+    """An AsyncPoolClient with the methods of PoolClient: each runs in an event loop of its own until it is done."""
+
+    def __init__(self, address: str, **options: Any) -> None:
+        self._runner = asyncio.Runner()
+
+        async def connect() -> poolrpc.AsyncPoolClient:
+            return poolrpc.AsyncPoolClient(address, **options)
+
+        self._client = self._runner.run(connect())
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._client, name)
+        return partial(self._call, attribute) if callable(attribute) else attribute
+
+    def _call(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        result = method(*arguments, **options)
+        if hasattr(result, "__anext__"):
+            return self._iterate(result)
+        if not hasattr(result, "__await__"):
+            return result
+        return self._runner.run(self._wait(result))
+
+    def _iterate(self, results: Any) -> Iterator[Any]:
+        try:
+            while True:
+                try:
+                    yield self._runner.run(self._wait(anext(results)))
+                except StopAsyncIteration:
+                    return
+        finally:
+            self._runner.run(self._wait(results.aclose()))
+
+    @staticmethod
+    async def _wait(result: Any) -> Any:
+        return await result
+
+    def close_all(self) -> None:
+        """Close the client and its event loop."""
+        self._runner.run(self._client.close())
+        self._runner.close()
+
+
+CLIENTS = ("blocking", "async")
+
+
+def connected(kind: str, clients: ExitStack, address: str, **options: Any) -> PoolClient:
+    """Return a client of a kind, which is closed with the stack."""
+    if kind == "blocking":
+        return clients.enter_context(poolrpc.PoolClient(address, **options))
+    client = BlockingAsyncClient(address, **options)
+    clients.callback(client.close_all)
+    return cast("PoolClient", client)
+
+
+@pytest.fixture(params=CLIENTS)
+def connect(request: pytest.FixtureRequest) -> Iterator[Connect]:
+    """Return a function that connects a client: a PoolClient in one run of the test, an AsyncPoolClient in another."""
+    with ExitStack() as clients:
+        yield partial(connected, request.param, clients)
 
 
 @pytest.fixture(scope="session")
-def address() -> Iterator[str]:
-    """The address of a server."""
+def addresses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """Return the addresses of a server: 127.0.0.1 and a port, and the path of a unix socket."""
     if "POOLRPC_TEST_ADDRESS" in os.environ:
-        yield os.environ["POOLRPC_TEST_ADDRESS"]
+        yield [os.environ["POOLRPC_TEST_ADDRESS"]]
         return
-    import poolrpc_server  # noqa: PLC0415 - not where only the client is installed
+    import poolrpc_server  # noqa: PLC0415 - not if only the client is installed
 
-    server = poolrpc_server.Server(poolrpc_server.Config(listen=("127.0.0.1:0",)))
+    path = tmp_path_factory.mktemp("server") / "pool.sock"
+    server = poolrpc_server.Server(poolrpc_server.Config(listen=("127.0.0.1:0", f"unix:{path}")))
     server.start()
-    yield server.addresses[0]
+    yield list(server.addresses)
     server.stop(grace=0)
 
 
+@pytest.fixture(scope="session")
+def address(addresses: list[str]) -> str:
+    """Return the TCP address of that server."""
+    return addresses[0]
+
+
+@pytest.fixture(scope="session")
+def unix_address(addresses: list[str]) -> str:
+    """Return the unix socket of that server, on which clients have an arena."""
+    return addresses[1]
+
+
 @pytest.fixture
-def client(address: str) -> Iterator[poolrpc.PoolClient]:
-    """A client of that server."""
+def client(address: str) -> Iterator[PoolClient]:
+    """Return a client of that server."""
     with poolrpc.PoolClient(address) as made:
         yield made
 
 
 @pytest.fixture
+def stream_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function that sets the size of a stream's blocks, and of the messages in which a block is sent."""
+
+    def set_sizes(block_bytes: int, message_bytes: int | None = None) -> None:
+        monkeypatch.setattr("poolrpc._transport.stream.STREAM_BLOCK_BYTES", block_bytes)
+        if message_bytes is not None:
+            monkeypatch.setattr(framing, "chunks", partial(framing.chunks, chunk_bytes=message_bytes))
+
+    return set_sizes
+
+
+@pytest.fixture
+def many_blocks(stream_in: Callable[..., None]) -> None:
+    """Stream in blocks of 64 KiB, so that a tensor of a few MiB has many."""
+    stream_in(65536)
+
+
+@pytest.fixture
 def patch_family(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Callable[[Operator], Operator]], None]]:
-    """Give the way to wrap what computes a family of layers in servers of this process: to fail, to wait, to count."""
-    from poolrpc_server.compute.kernels import eager, plan_for, table  # noqa: PLC0415 - not where only the client is installed
+    """Return a function that wraps what computes a family of layers in servers of this process."""
+    from poolrpc_server.compute.kernels import eager, plan_for, table  # noqa: PLC0415 - not if only the client is installed
 
     def patch(family: str, wrap: Callable[[Operator], Operator]) -> None:
         bound = eager.FAMILIES[family]
@@ -58,10 +158,7 @@ def patch_family(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Cal
 
 
 class Gate:
-    """Holds the engine's thread inside a layer until it is opened, and counts what MaxPool computes.
-
-    A FractionalMaxPool is held, and a GlobalMaxPool.
-    """
+    """Holds GlobalMaxPool and FractionalMaxPool inside of the engine until it is opened, and counts MaxPool's runs."""
 
     def __init__(self, patch_family: Callable[..., None]) -> None:
         self.entered, self.opened = threading.Event(), threading.Event()
@@ -89,7 +186,7 @@ class Gate:
 
 @pytest.fixture
 def gate(patch_family: Callable[..., None]) -> Iterator[Gate]:
-    """Give a gate in the servers of this process; it opens at the test's end, whatever that is."""
+    """Return a gate in the servers of this process, which is open at the test's end in any case."""
     made = Gate(patch_family)
     yield made
     made.opened.set()

@@ -1,4 +1,4 @@
-"""Certificates for the tests, made as they run."""
+"""Certificates, created while the tests run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Authority:
-    """An authority and the files of what it issued.
+    """A certificate authority, with the files of what it has issued.
 
     Attributes:
         ca: The file of its own certificate.
@@ -28,7 +28,7 @@ class Authority:
         self._authority.cert_pem.write_to_path(self.ca)
 
     def issue(self, name: str, *, expired: bool = False) -> tuple[Path, Path]:
-        """Give the files of a new certificate and its key."""
+        """Return the files of a new certificate and its key."""
         now = dt.datetime.now(dt.UTC)
         begin, end = now - dt.timedelta(days=2), now + dt.timedelta(days=-1 if expired else 1)
         issued = self._authority.issue_cert(name, not_before=begin, not_after=end)
@@ -37,12 +37,12 @@ class Authority:
         issued.private_key_pem.write_to_path(key)
         return chain, key
 
-    def trust(self, pair: tuple[Path, Path] | None = None) -> grpc.ChannelCredentials:
-        """Give a client's credentials that trust this authority, with a certificate of the client's or without."""
+    def credentials(self, pair: tuple[Path, Path] | None = None) -> grpc.ChannelCredentials:
+        """Return credentials of a client that trusts this authority, optionally with a certificate of its own."""
         chain, key = (each.read_bytes() for each in pair) if pair else (None, None)
         return grpc.ssl_channel_credentials(self.ca.read_bytes(), key, chain)
 
 
-def files(pair: tuple[Path, Path]) -> dict[str, str]:
-    """Give the settings for a certificate and its key."""
+def tls_settings(pair: tuple[Path, Path]) -> dict[str, str]:
+    """Return a server's settings for a certificate and its key."""
     return {"tls_cert": str(pair[0]), "tls_key": str(pair[1])}

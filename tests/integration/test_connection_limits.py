@@ -1,0 +1,74 @@
+"""Limits of connections: metadata, calls at a time, age and idle time."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+import poolrpc
+import poolrpc_server
+from poolrpc import PoolClient
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# gRPC lets channels with the same arguments share a connection; these do not.
+OWN_CONNECTION = {"grpc.use_local_subchannel_pool": 1, "grpc.enable_retries": 0}
+
+
+@contextmanager
+def server(**settings: object) -> Iterator[str]:
+    """Run a server in this process, and return its address."""
+    made = poolrpc_server.Server(poolrpc_server.Config(**{"listen": ("127.0.0.1:0",), **settings}))
+    made.start()
+    try:
+        yield made.addresses[0].replace("127.0.0.1", "localhost")
+    finally:
+        made.stop(grace=0)
+
+
+def test_metadata_is_bounded() -> None:
+    """A call with more metadata than the limit is RESOURCE_EXHAUSTED, and one with a little less is served."""
+    with server(max_metadata_bytes=4096) as address:
+        with PoolClient(address, metadata=[("x", "y" * 3000)]) as client:
+            assert client.server_info()
+        with PoolClient(address, metadata=[("x", "y" * 5000)]) as client, pytest.raises(poolrpc.LimitExceededError):
+            client.server_info()
+
+
+def test_calls_of_a_connection_are_bounded() -> None:
+    """A call over the limit waits at its client; other connections are not affected."""
+    with server(max_connection_calls=1) as address, grpc.insecure_channel(address) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        next(watch)
+        with PoolClient(address, options=OWN_CONNECTION) as client:
+            assert client.server_info()
+        with pytest.raises(grpc.RpcError) as caught:
+            health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=0.5)
+        assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        watch.cancel()
+        assert health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=30).status
+
+
+@pytest.mark.parametrize("limit", ["max_connection_age_seconds", "max_connection_idle_seconds"])
+def test_a_connection_ends_by_its_age_or_idle_time(limit: str) -> None:
+    """The server ends an old connection, and one without calls; the next call opens another."""
+    with server(**{limit: 1.0}) as address, grpc.insecure_channel(address) as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check
+        ended, ready = threading.Event(), threading.Event()
+
+        def on_state(state: grpc.ChannelConnectivity) -> None:
+            if state == grpc.ChannelConnectivity.READY:
+                ready.set()
+            elif ready.is_set():
+                ended.set()
+
+        channel.subscribe(on_state)
+        assert check(health_pb2.HealthCheckRequest(), timeout=30).status
+        assert ended.wait(60)
+        assert check(health_pb2.HealthCheckRequest(), timeout=30, wait_for_ready=True).status

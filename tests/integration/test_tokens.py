@@ -1,0 +1,275 @@
+"""Tokens: who may call which method, what a rejection says, files that change, and the log."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import grpc
+import numpy as np
+import pytest
+from google.protobuf import descriptor_pool
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
+import poolrpc
+import poolrpc_server
+from poolrpc import AsyncPoolClient, MaxPool2d, PoolClient
+from scripts.server_process import ServerProcess, serving
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+X = np.random.default_rng(3).standard_normal((2, 3, 8, 10), np.float32)
+LARGE = np.zeros((16, 16, 256, 256), np.float32)
+"""Large enough for a stream, or the arena."""
+
+TOKEN, INFO_ONLY = "alices-token-0123456789", "the-token-of-a-dashboard"
+REJECTED = "expected a valid token, as the metadata authorization: Bearer TOKEN"
+
+
+@pytest.fixture(autouse=True)
+def _without_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remove this process's own variables for clients."""
+    for name in ("POOLRPC_TOKEN", "POOLRPC_CA", "POOLRPC_CLIENT_CERT", "POOLRPC_CLIENT_KEY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def line(name: str, token: str, *allowed: str) -> str:
+    """Return a token's line."""
+    return " ".join([name, hashlib.sha256(token.encode()).hexdigest(), *allowed]) + "\n"
+
+
+LINES = line("alice", TOKEN) + line("dashboard", INFO_ONLY, "poolrpc.v1.PoolService/GetServerInfo")
+
+
+@contextmanager
+def server(**settings: object) -> Iterator[str]:
+    """Run a server in this process, and return its address."""
+    made = poolrpc_server.Server(poolrpc_server.Config(**{"listen": ("127.0.0.1:0",), **settings}))
+    made.start()
+    try:
+        yield made.addresses[0].replace("127.0.0.1", "localhost")
+    finally:
+        made.stop(grace=0)
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """Return a server that requires tokens, on a port and on a unix socket."""
+    folder = tmp_path_factory.mktemp("guarded")
+    (folder / "tokens").write_text(LINES)
+    with serving(
+        *("--token-file", str(folder / "tokens"), "--listen", f"unix:{folder / 'sock'}", "--drain-seconds", "0")
+    ) as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [],
+        [""],
+        ["Bearer"],
+        ["Bearer "],
+        ["Bearer wrong"],
+        [f"Bearer {TOKEN[:-1]}"],
+        [f"Bearer {TOKEN} x"],
+        [f"Bearer  {TOKEN}"],
+        [f"Basic {TOKEN}"],
+        [TOKEN],
+        [f"Bearer {hashlib.sha256(TOKEN.encode()).hexdigest()}"],
+        ["Bearer " + "x" * 6000],
+        [f"Bearer {TOKEN}", "Bearer wrong"],
+        ["Bearer wrong", f"Bearer {TOKEN}"],
+    ],
+    ids=lambda values: " and ".join(each[:30] for each in values) or "none",
+)
+def test_without_a_valid_token_a_call_is_unauthenticated(guarded: ServerProcess, values: list[str]) -> None:
+    """P05: a missing, wrong or malformed token is rejected with the same words on every transport."""
+    metadata = [("authorization", value) for value in values]
+    with PoolClient(guarded.address, metadata=metadata) as client:
+        for x, transport in ((X, "unary"), (LARGE[:4], "unary"), (LARGE, "stream")):
+            with pytest.raises(poolrpc.UnauthenticatedError) as caught:
+                client.pool(x, MaxPool2d(2), transport=transport)
+            assert (caught.value.message, caught.value.reason) == (REJECTED, "UNAUTHENTICATED")
+            assert caught.value.metadata == {}
+        assert client.health() == "SERVING"
+
+
+def test_with_a_token_a_call_is_answered(guarded: ServerProcess) -> None:
+    """A token is good for every method on every transport; the scheme may be written in any case."""
+    with PoolClient(guarded.address, token=TOKEN) as client:
+        for transport in ("unary", "stream"):
+            assert client.pool(X, MaxPool2d(2), transport=transport).shape == (2, 3, 4, 5)
+        assert len(list(client.map([X, X], MaxPool2d(2)))) == 2
+        assert client.output_shape(X.shape, MaxPool2d(2)) == (2, 3, 4, 5)
+    with PoolClient(guarded.start_line["addresses"].split()[1], token=TOKEN) as client:
+        result = client.pool(LARGE, MaxPool2d(2))
+        assert (result.shape, result.transport) == ((16, 16, 128, 128), "arena")
+    with PoolClient(guarded.address, metadata=[("authorization", f"bearer {TOKEN}")]) as client:
+        assert client.server_info().threads
+
+
+async def test_the_async_client_sends_its_token(guarded: ServerProcess) -> None:
+    """AsyncPoolClient sends it, with streams as well."""
+    async with AsyncPoolClient(guarded.address, token=TOKEN) as client:
+        assert (await client.pool(LARGE, MaxPool2d(2))).shape == (16, 16, 128, 128)
+    async with AsyncPoolClient(guarded.address) as client:
+        for x in (X, LARGE):
+            with pytest.raises(poolrpc.UnauthenticatedError):
+                await client.pool(x, MaxPool2d(2))
+
+
+def test_a_token_allows_the_methods_of_its_line(guarded: ServerProcess) -> None:
+    """A valid token for other methods is PERMISSION_DENIED, and the message does not say what it allows."""
+    with PoolClient(guarded.address, token=INFO_ONLY) as client:
+        assert client.server_info().threads
+        assert client.health() == "SERVING"
+        for transport in ("unary", "stream"):
+            with pytest.raises(poolrpc.PermissionDeniedError) as caught:
+                client.pool(X, MaxPool2d(2), transport=transport)
+            assert (caught.value.message, caught.value.reason) == (
+                "the token does not allow this method",
+                "PERMISSION_DENIED",
+            )
+        with pytest.raises(poolrpc.PermissionDeniedError):
+            client.output_shape(X.shape, MaxPool2d(2))
+
+
+def methods(address: str) -> list[str]:
+    """Return every method of every service, as reflection lists them with a token."""
+    with grpc.insecure_channel(address) as channel:
+        authorized = grpc.intercept_channel(channel, _Token())
+        database = ProtoReflectionDescriptorDatabase(authorized)
+        services = descriptor_pool.DescriptorPool(database)
+        return [
+            f"/{name}/{method.name}"
+            for name in database.get_services()
+            for method in services.FindServiceByName(name).methods
+        ]
+
+
+class _Token(grpc.StreamStreamClientInterceptor):
+    """Adds the token to the calls of reflection."""
+
+    def intercept_stream_stream(self, continuation, details, requests):
+        return continuation(details._replace(metadata=[("authorization", f"Bearer {TOKEN}")]), requests)
+
+
+def status(channel: grpc.Channel, method: str, token: str = "") -> grpc.StatusCode:
+    """Return the status of an empty message for a method of any kind; OK if it answers."""
+    metadata = [("authorization", f"Bearer {token}")] if token else []
+    call = channel.stream_stream(method)(iter([b""]), timeout=30, metadata=metadata)
+    try:
+        next(call, None)
+    except grpc.RpcError as error:
+        return error.code()
+    call.cancel()
+    return grpc.StatusCode.OK
+
+
+def test_every_method_but_health_requires_a_token(guarded: ServerProcess) -> None:
+    """Every method that reflection lists, and any other, rejects a call without a token; health answers."""
+    found = methods(guarded.address)
+    assert {"/poolrpc.v1.PoolService/Pool", "/poolrpc.v1.PoolService/PoolStream"} < set(found)
+    assert any("grpc.reflection" in each for each in found)
+    open_methods = {each for each in found if each.startswith("/grpc.health.v1.Health/")}
+    assert open_methods
+    with grpc.insecure_channel(guarded.address) as channel:
+        for each in [*found, "/poolrpc.v1.PoolService/None", "/no.Such/Method", "/"]:
+            got = status(channel, each)
+            if each in open_methods:
+                assert got == (grpc.StatusCode.UNIMPLEMENTED if each.endswith("List") else grpc.StatusCode.OK), each
+            else:
+                assert got == grpc.StatusCode.UNAUTHENTICATED, each
+
+
+def test_every_other_method_rejects_a_restricted_token(guarded: ServerProcess) -> None:
+    """Every method that reflection lists rejects a token whose line does not name it; health requires none."""
+    found = methods(guarded.address)
+    with PoolClient(guarded.address, token=INFO_ONLY) as client:
+        assert client.server_info().threads
+    with grpc.insecure_channel(guarded.address) as channel:
+        got = {each: status(channel, each, INFO_ONLY) for each in found if not each.startswith("/grpc.health.")}
+    assert got.pop("/poolrpc.v1.PoolService/GetServerInfo") == grpc.StatusCode.OK
+    assert set(got.values()) == {grpc.StatusCode.PERMISSION_DENIED}
+
+
+def test_health_can_require_a_token(tmp_path: Path) -> None:
+    """With health_requires_token no method answers without a token."""
+    (tmp_path / "tokens").write_text(LINES)
+    with server(token_file=str(tmp_path / "tokens"), health_requires_token=True) as address:
+        with grpc.insecure_channel(address) as channel:
+            assert {status(channel, each) for each in methods(address)} == {grpc.StatusCode.UNAUTHENTICATED}
+        with PoolClient(address, token=TOKEN) as client:
+            assert client.health() == "SERVING"
+        with PoolClient(address, token=INFO_ONLY) as client, pytest.raises(poolrpc.PermissionDeniedError):
+            client.health()
+
+
+def test_tokens_change_while_the_server_runs(tmp_path: Path) -> None:
+    """A change counts from the next call on; a file that is broken or missing changes nothing."""
+    path = tmp_path / "tokens"
+    path.write_text(LINES)
+    with (
+        server(token_file=str(path)) as address,
+        PoolClient(address, token=TOKEN) as alice,
+        PoolClient(address, token="bobs-token") as bob,  # noqa: S106 - a test's
+    ):
+        assert alice.server_info()
+        with pytest.raises(poolrpc.UnauthenticatedError):
+            bob.server_info()
+        path.write_text(LINES + line("bob", "bobs-token"))
+        assert bob.server_info()
+        path.write_text("alice: " + TOKEN)
+        assert alice.server_info()
+        assert bob.server_info()
+        path.unlink()
+        assert bob.server_info()
+        path.write_text(line("bob", "bobs-token"))
+        assert bob.server_info()
+        with pytest.raises(poolrpc.UnauthenticatedError):
+            alice.server_info()
+
+
+def test_the_log_names_callers_and_has_no_secrets(tmp_path: Path) -> None:
+    """Each call's line has the token's name, rejected calls included; no token, hash or wrong token is in the log."""
+    path = tmp_path / "tokens"
+    path.write_text(LINES)
+    with serving("--token-file", str(path), "--drain-seconds", "0", "--log-level", "debug") as server:
+        with PoolClient(server.address, token=TOKEN) as client:
+            client.pool(X, MaxPool2d(2))
+            info = client.server_info()
+        with PoolClient(server.address, token=INFO_ONLY) as client, pytest.raises(poolrpc.PermissionDeniedError):
+            client.pool(X, MaxPool2d(2))
+        with PoolClient(server.address, token="a-wrong-token") as client, pytest.raises(poolrpc.PoolError):  # noqa: S106
+            client.pool(X, MaxPool2d(2))
+        with grpc.insecure_channel(server.address) as channel:
+            status(channel, "/made.Up/Name")
+        path.write_text("alice " + TOKEN)
+        with PoolClient(server.address, token=TOKEN) as client:
+            client.server_info()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait() == 0
+    assert (server.start_line["tls"], server.start_line["tokens"]) == ("off", "on")
+    calls = [
+        (each["method"].rpartition("/")[2], each["status"], each.get("caller"))
+        for each in server.log
+        if each["event"] == "call"
+    ]
+    assert calls == [
+        ("Pool", "OK", "alice"),
+        ("GetServerInfo", "OK", "alice"),
+        ("Pool", "PERMISSION_DENIED", "dashboard"),
+        ("Pool", "UNAUTHENTICATED", None),
+        ("Unknown", "UNAUTHENTICATED", None),
+        ("GetServerInfo", "OK", "alice"),
+    ]
+    assert [each["level"] for each in server.log if each["event"].startswith("the token file")] == ["error"]
+    text = json.dumps(server.log) + repr(info)
+    for secret in (TOKEN, INFO_ONLY, "a-wrong-token", *LINES.split()[1:4:2], "made.Up"):
+        assert secret not in text
