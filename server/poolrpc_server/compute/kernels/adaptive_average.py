@@ -1,23 +1,17 @@
 """Adaptive average pooling where all windows have the same size: an average that is divided once for each axis."""
 
-from __future__ import annotations
-
 from math import prod
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from poolrpc_server.compute.kernels import raster_average
 from poolrpc_server.compute.kernels.blocks import Cells, Program
-from poolrpc_server.compute.kernels.plan import Row
-from poolrpc_server.compute.kernels.raster_average import HALVES, MAX_TAPS, add_average, sum_dtype
+from poolrpc_server.compute.kernels.cost import Case
+from poolrpc_server.compute.kernels.eager import HALVES
+from poolrpc_server.compute.kernels.plan import Plan, Row
+from poolrpc_server.compute.kernels.raster_average import MAX_TAPS, add_average, sum_dtype
 from poolrpc_server.compute.kernels.windows import Windows
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from poolrpc_server.compute.kernels.cost import Case
-    from poolrpc_server.compute.kernels.plan import Plan
 
 
 def adaptive_average(x: Tensor, windows: Windows, out: Tensor) -> None:

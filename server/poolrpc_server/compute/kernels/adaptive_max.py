@@ -1,24 +1,17 @@
 """Adaptive and global max pooling: the max of whole planes; and windows of different sizes, joined from equal ones."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 from math import prod
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from poolrpc_server.compute.kernels.blocks import TARGET_BYTES, Call, Cells, Program, maximum, scratch
-from poolrpc_server.compute.kernels.cost import CALL, PREDICTED, UNPREDICTED
-from poolrpc_server.compute.kernels.plan import Row
+from poolrpc_server.compute.kernels.cost import CALL, PREDICTED, UNPREDICTED, Case
+from poolrpc_server.compute.kernels.eager import HALVES
+from poolrpc_server.compute.kernels.plan import Plan, Row
 from poolrpc_server.compute.kernels.separable_max import add_max
 from poolrpc_server.compute.kernels.windows import Windows
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from poolrpc_server.compute.kernels.cost import Case
-    from poolrpc_server.compute.kernels.plan import Plan
 
 MAX_WINDOWS = 4096
 """Axes with more windows than this are left to torch, since each window's start is computed in Python."""
@@ -27,7 +20,7 @@ MAX_WINDOWS = 4096
 def global_max(x: Tensor, out: Tensor) -> None:
     """Write the maximum of each plane of x (P, *spatial) to out (P, 1, ...): NaN if the plane has one."""
     rows, result = x.view(x.shape[0], -1), out.view(-1, 1)
-    if x.dtype not in (torch.float16, torch.bfloat16):
+    if x.dtype not in HALVES:
         torch.amax(rows, dim=1, keepdim=True, out=result)
         return
     # torch's amax of 16-bit floats takes three times as long as converting them first.

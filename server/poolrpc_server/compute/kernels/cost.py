@@ -5,16 +5,12 @@ Each kernel's own estimate is in its file; here is what they share. The numbers 
 A kernel is used only if it is estimated to be somewhat faster than torch.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
-    from poolrpc_server.compute.kernels.windows import Sizes, Windows
+from poolrpc_server.compute.kernels.windows import Sizes, Windows
 
 CALL = 40_000
 """The cost of calling any of these kernels, before it reads a cell."""

@@ -1,25 +1,16 @@
 """Max pooling with indices: each cell and its index are packed into one integer, so that one maximum finds both."""
 
-from __future__ import annotations
-
+from collections.abc import Sequence
 from math import prod
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from poolrpc_server.compute.kernels.blocks import Cells, Program, scratch
-from poolrpc_server.compute.kernels.cost import CALL, STEP, eager_max
-from poolrpc_server.compute.kernels.plan import Row
+from poolrpc_server.compute.kernels.cost import CALL, STEP, Case, eager_max
+from poolrpc_server.compute.kernels.plan import Plan, Row
 from poolrpc_server.compute.kernels.separable_max import add_max, count_passes
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
-
-    from poolrpc_server.compute.kernels.cost import Case
-    from poolrpc_server.compute.kernels.plan import Plan
-    from poolrpc_server.compute.kernels.windows import Windows
+from poolrpc_server.compute.kernels.windows import Windows
 
 DTYPES = (
     torch.float32,

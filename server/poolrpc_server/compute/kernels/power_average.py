@@ -1,24 +1,18 @@
 """Power-average pooling for the norms 1, 2 and infinity."""
 
-from __future__ import annotations
-
 from math import inf, prod
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from poolrpc_server.compute.kernels import raster_average, separable_max
 from poolrpc_server.compute.kernels.blocks import Cells, Program, scratch
-from poolrpc_server.compute.kernels.plan import Row
-from poolrpc_server.compute.kernels.raster_average import HALVES, add_average, can_divide, divisor, sum_dtype
+from poolrpc_server.compute.kernels.cost import Case
+from poolrpc_server.compute.kernels.eager import HALVES
+from poolrpc_server.compute.kernels.plan import Plan, Row
+from poolrpc_server.compute.kernels.raster_average import add_average, can_divide, divisor, sum_dtype
 from poolrpc_server.compute.kernels.separable_max import add_max
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from poolrpc_server.compute.kernels.cost import Case
-    from poolrpc_server.compute.kernels.plan import Plan
-    from poolrpc_server.compute.kernels.windows import Windows
+from poolrpc_server.compute.kernels.windows import Windows
 
 NORMS = (1.0, 2.0, inf)
 """The norms whose powers torch computes alike for every cell. For most others its vectorised code differs in the last

@@ -1,12 +1,10 @@
 """Average pooling that adds the cells of each window in raster order, as torch does, over contiguous runs of memory."""
 
-from __future__ import annotations
-
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from math import frexp, prod
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,17 +20,10 @@ from poolrpc_server.compute.kernels.blocks import (
     scratch,
     strided_copy,
 )
-from poolrpc_server.compute.kernels.cost import CALL, STEP, UNPREDICTED
-from poolrpc_server.compute.kernels.plan import Row
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from poolrpc_server.compute.kernels.cost import Case
-    from poolrpc_server.compute.kernels.plan import Plan
-    from poolrpc_server.compute.kernels.windows import Sizes, Windows
-
-HALVES = (torch.float16, torch.bfloat16)
+from poolrpc_server.compute.kernels.cost import CALL, STEP, UNPREDICTED, Case
+from poolrpc_server.compute.kernels.eager import HALVES
+from poolrpc_server.compute.kernels.plan import Plan, Row
+from poolrpc_server.compute.kernels.windows import Sizes, Windows
 
 SPARSE_STRIDE = 8
 """From this stride on, reading strided cells costs less than adding cells where no window starts."""

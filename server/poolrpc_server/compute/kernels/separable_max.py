@@ -4,14 +4,13 @@ The max over a window is the max over its columns of the max over its rows. Long
 is the max of two maxima of t cells, so the cost grows with the logarithm of the kernel.
 """
 
-from __future__ import annotations
-
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, inf, prod
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from poolrpc_server.compute.kernels.blocks import (
     Call,
@@ -27,17 +26,10 @@ from poolrpc_server.compute.kernels.blocks import (
     scratch,
     strided_copy,
 )
-from poolrpc_server.compute.kernels.cost import CALL, PREDICTED, STEP, eager_max
-from poolrpc_server.compute.kernels.plan import Row
+from poolrpc_server.compute.kernels.cost import CALL, PREDICTED, STEP, Case, eager_max
+from poolrpc_server.compute.kernels.eager import HALVES
+from poolrpc_server.compute.kernels.plan import Plan, Row
 from poolrpc_server.compute.kernels.windows import Windows, reading_windows
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
-
-    from poolrpc_server.compute.kernels.cost import Case
-    from poolrpc_server.compute.kernels.plan import Plan
 
 SHORT_ROW = 16
 """Rows of at most so many cells (times the stride) are pooled on a padded copy, as one run of memory."""
@@ -325,7 +317,7 @@ def pays(plan: Plan, case: Case) -> bool:
     fixed = CALL + STEP * passes
     if len(kernel) == 1 and case.dtype.is_floating_point:
         # torch's max_pool1d computes a whole row for each cell of the window, and vectorises stride 1.
-        if case.dtype in (torch.float16, torch.bfloat16):
+        if case.dtype in HALVES:
             return fixed + case.cells * (0.6 + 0.1 * passes + 7 / width) < 0.9 * outputs * (1 + 0.8 * kernel[0])
         eager = 0.35 + 0.08 * kernel[0] if stride[0] == 1 else 0.2 + 0.33 * kernel[0]
         ours = case.cells * (0.4 + 0.1 * passes + 7 / width) * case.dtype.itemsize / 4

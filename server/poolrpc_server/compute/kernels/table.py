@@ -1,11 +1,11 @@
 """The table of kernels, and the plans made with it."""
 
-from __future__ import annotations
-
 import logging
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
+import torch
+
+from poolrpc.layers import Layer
 from poolrpc_server.compute.kernels.adaptive_average import ADAPTIVE_AVERAGE
 from poolrpc_server.compute.kernels.adaptive_max import ADAPTIVE_MAX, GLOBAL_MAX
 from poolrpc_server.compute.kernels.packed_max import PACKED_MAX
@@ -14,13 +14,8 @@ from poolrpc_server.compute.kernels.power_average import POWER_AVERAGE
 from poolrpc_server.compute.kernels.raster_average import RASTER_AVERAGE
 from poolrpc_server.compute.kernels.separable_max import SEPARABLE_MAX
 from poolrpc_server.compute.kernels.tiny_max import TINY_MAX
+from poolrpc_server.compute.kernels.windows import Sizes
 from poolrpc_server.telemetry.logs import log
-
-if TYPE_CHECKING:
-    import torch
-
-    from poolrpc.layers import Layer
-    from poolrpc_server.compute.kernels.windows import Sizes
 
 TABLE = (
     SEPARABLE_MAX,

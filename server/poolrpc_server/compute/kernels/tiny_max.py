@@ -4,24 +4,17 @@ A torch operator releases the interpreter's lock and executes much code. When a 
 the CPU's caches, and the operator takes tens of microseconds for a handful of cells. NumPy takes a few.
 """
 
-from __future__ import annotations
-
+from collections.abc import Callable
 from itertools import product
 from math import prod
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from poolrpc_server.compute.kernels.plan import Row
+from poolrpc_server.compute.kernels.cost import Case
+from poolrpc_server.compute.kernels.plan import Plan, Row
 from poolrpc_server.compute.kernels.separable_max import lowest
 from poolrpc_server.compute.kernels.windows import reading_windows
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from poolrpc_server.compute.kernels.cost import Case
-    from poolrpc_server.compute.kernels.plan import Plan
 
 DTYPES = (torch.float32, torch.float64, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
