@@ -12,7 +12,7 @@ from poolrpc_server.compute.kernels.plan import Plan, Row
 from poolrpc_server.compute.kernels.separable_max import add_max, count_passes
 from poolrpc_server.compute.kernels.windows import Windows
 
-DTYPES = (
+PACKED_DTYPES = (
     torch.float32,
     torch.float16,
     torch.bfloat16,
@@ -64,8 +64,9 @@ def max_pool_indices(x: Tensor, windows: Windows, out: Tensor, indices: Tensor) 
         program.calls += [
             # Any NaN makes the sum NaN. So may infinities: then the block is computed twice, to no harm.
             lambda i: skipped.append(_range(program, i)) if read[i].sum().isnan() else None,
-            # -0.0 and 0.0 are equal.
+            # -0.0 becomes 0.0, since they are equal.
             lambda i: torch.add(read[i], 0.0, out=value[i]),
+            # The other bits of negative floats are inverted, so that they have the same order as integers.
             lambda i: torch.bitwise_right_shift(ordered[i], bits, out=signs[i]),
             lambda i: signs[i].bitwise_and_(rest),
             lambda i: ordered[i].bitwise_xor_(signs[i]),
@@ -119,7 +120,7 @@ def _run(plan: Plan, x: Tensor, out: Tensor, indices: Tensor) -> None:
 
 
 def _fits(plan: Plan) -> bool:
-    return plan.dtype in DTYPES and not empty_windows(plan.plane, plan.windows, plan.output_plane)
+    return plan.dtype in PACKED_DTYPES and not empty_windows(plan.plane, plan.windows, plan.output_plane)
 
 
 def _pays(_: Plan, case: Case) -> bool:

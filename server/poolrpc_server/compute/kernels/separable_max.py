@@ -37,7 +37,7 @@ SHORT_ROW = 16
 LONG_TILE = 14
 """Windows that lie side by side and are at least this long are reduced rather than joined cell by cell."""
 
-MAX_TAPS = 64
+MAX_STRIDED_TAPS = 64
 """The most cells that a strided pass joins. A kernel with more is doubled first, whatever its stride."""
 
 
@@ -74,7 +74,7 @@ def axis_passes(kernel: int, stride: int, padding: int, dilation: int, length: i
     """Return the cheapest passes for one axis: some double the windows at stride 1, then a strided one joins these."""
     if kernel == 1:
         return () if stride == 1 and padding == 0 else (Pass((-padding,), stride, length),)
-    widths = [1 << i for i in range(kernel.bit_length()) if 1 << i < kernel <= MAX_TAPS << i]
+    widths = [1 << i for i in range(kernel.bit_length()) if 1 << i < kernel <= MAX_STRIDED_TAPS << i]
     width = min(widths, key=lambda t: t.bit_length() - 1 + (ceil(kernel / t) - 1) / stride)
     passes = []
     base = -padding

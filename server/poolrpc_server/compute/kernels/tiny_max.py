@@ -16,9 +16,9 @@ from poolrpc_server.compute.kernels.plan import Plan, Row
 from poolrpc_server.compute.kernels.separable_max import lowest
 from poolrpc_server.compute.kernels.windows import reading_windows
 
-DTYPES = (torch.float32, torch.float64, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+TINY_DTYPES = (torch.float32, torch.float64, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
-MAX_READS, MAX_TAPS = 2_048, 16
+MAX_READS, MAX_TINY_TAPS = 2_048, 16
 """The most cells to read, each counted in every window that it is in, and the most cells of a window."""
 
 
@@ -59,7 +59,7 @@ def bind(plan: Plan, x: torch.Tensor, out: torch.Tensor) -> Callable[[], None]:
 def _pays(_: Plan, case: Case) -> bool:
     # Whenever it is used at all: it was compared with torch as calls arrive, with neither's code in the CPU's caches.
     taps = prod(case.windows.kernel)
-    return taps <= MAX_TAPS and taps * case.outputs <= MAX_READS
+    return taps <= MAX_TINY_TAPS and taps * case.outputs <= MAX_READS
 
 
 TINY_MAX = Row(
@@ -67,7 +67,7 @@ TINY_MAX = Row(
     ("max_pool",),
     run=lambda plan, x, out, _: bind(plan, x, out)(),
     pays=_pays,
-    fits=lambda plan: plan.dtype in DTYPES,
+    fits=lambda plan: plan.dtype in TINY_DTYPES,
     channels_last=True,
     bind=bind,
 )
