@@ -41,6 +41,7 @@ check: setup  ## Run the linters, the type checker and the checks of protos, gen
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests/typing
 	$(BIN)/buf lint
 	$(BIN)/hadolint server/Dockerfile
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from poolrpc._transport.steps import MapSteps, Steps
     from poolrpc.chains import Shape
     from poolrpc.layers import Layer
+    from poolrpc.tensors import Layout
 
 Out: TypeAlias = Array | tuple[Array, Array]
 """An array for an output, or a pair of arrays for an output and its indices."""
@@ -176,7 +177,7 @@ class BaseClient:
         x: object,
         branches: Iterable[Layer | Iterable[Layer]],
         indices: object,
-        layout: str,
+        layout: Layout,
         out: Sequence[Out | None] | None,
     ) -> Transfer:
         check_layout(layout)
@@ -219,7 +220,7 @@ class BaseClient:
                 span.set_attribute("poolrpc.transport", results[0].transport)
             return results
 
-    def _grouping(self, layers: Layer | Iterable[Layer], layout: str, in_flight: int) -> Grouping:
+    def _grouping(self, layers: Layer | Iterable[Layer], layout: Layout, in_flight: int) -> Grouping:
         from poolrpc._transport.coalesce import Grouping  # noqa: PLC0415 - keeps `import poolrpc` fast
 
         integer("in_flight", in_flight, 1, MAX_IN_FLIGHT)
@@ -261,7 +262,7 @@ class BaseClient:
             return outcomes
 
     def _output_shape_steps(
-        self, shape: Iterable[int], layers: Layer | Iterable[Layer], layout: str, timeout: float | None
+        self, shape: Iterable[int], layers: Layer | Iterable[Layer], layout: Layout, timeout: float | None
     ) -> Steps[Shape]:
         options = self._call_options(timeout)
         check_layout(layout)

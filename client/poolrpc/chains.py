@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Literal, TypeAlias, get_args
+from typing import TypeAlias
 
 from poolrpc._shapes.rules import check_shape, clip
 from poolrpc.errors import InvalidArgumentError
 from poolrpc.layers import Layer
-from poolrpc.tensors import ITEM_BYTES, TensorSpec
+from poolrpc.tensors import ITEM_BYTES, LAYOUTS, Layout, TensorSpec
 
 Shape: TypeAlias = tuple[int, ...]
 Chain: TypeAlias = tuple[Layer, ...]
-
-Layout: TypeAlias = Literal["NCHW", "NHWC"]
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)
-"""Channels first, as in torch, and channels last, as in most images; for any number of spatial axes."""
 
 
 def as_chain(layers: Layer | Iterable[Layer]) -> Chain:
@@ -43,7 +39,7 @@ def check_layout(layout: str) -> None:
         raise InvalidArgumentError(msg, field="layout")
 
 
-def to_channels_first(shape: Shape, spatial_dims: int, layout: str) -> Shape:
+def to_channels_first(shape: Shape, spatial_dims: int, layout: Layout) -> Shape:
     """Return a shape in `layout` as channels first, torch's order."""
     if layout == "NCHW":
         return shape
@@ -51,7 +47,7 @@ def to_channels_first(shape: Shape, spatial_dims: int, layout: str) -> Shape:
     return (*shape[:lead], shape[-1], *shape[lead:-1])
 
 
-def from_channels_first(shape: Shape, spatial_dims: int, layout: str) -> Shape:
+def from_channels_first(shape: Shape, spatial_dims: int, layout: Layout) -> Shape:
     """Return a channels-first shape in `layout`: the inverse of to_channels_first."""
     if layout == "NCHW":
         return shape
@@ -76,7 +72,7 @@ def spatial_dims(branches: Sequence[Chain]) -> int | None:
     return dims
 
 
-def branch_shapes(shape: Shape, branches: Sequence[Chain], layout: str = "NCHW") -> list[tuple[Shape, ...]]:
+def branch_shapes(shape: Shape, branches: Sequence[Chain], layout: Layout = "NCHW") -> list[tuple[Shape, ...]]:
     """Return, for each branch, the shape after every layer of its chain, exactly as torch computes it.
 
     Args:

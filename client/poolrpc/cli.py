@@ -15,12 +15,13 @@ import numpy as np
 
 from poolrpc._shapes.rules import clip
 from poolrpc._version import __version__
-from poolrpc.chains import LAYOUTS, branch_shapes
+from poolrpc.chains import branch_shapes
 from poolrpc.client import PoolClient
 from poolrpc.command import files
 from poolrpc.command.explain import explain, format_lines
 from poolrpc.errors import InvalidArgumentError, PoolError
 from poolrpc.expression import parse_chain, parse_layer
+from poolrpc.tensors import LAYOUTS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

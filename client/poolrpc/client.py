@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from poolrpc._transport.result import PoolResult, Progress
     from poolrpc._transport.steps import MapSteps, Steps
     from poolrpc._wire.codec import ServerInfo
-    from poolrpc.chains import Layout, Shape
+    from poolrpc.chains import Shape
     from poolrpc.errors import PoolError
     from poolrpc.layers import Layer
+    from poolrpc.tensors import Layout
 
 T = TypeVar("T")
 

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
+Layout: TypeAlias = Literal["NCHW", "NHWC"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+"""Channels first, as in torch, and channels last, as in most images; for any number of spatial axes."""
 
 ITEM_BYTES: dict[str, int] = {
     "float16": 2,
@@ -51,7 +55,7 @@ class TensorSpec:
 
     dtype: str
     shape: tuple[int, ...]
-    layout: str = "NCHW"
+    layout: Layout = "NCHW"
 
     @property
     def numel(self) -> int:
@@ -130,7 +134,7 @@ def _from_protocol(x: object) -> Array:
     raise InvalidArgumentError(msg, field="input")
 
 
-def spec_of(array: Array, layout: str = "NCHW") -> TensorSpec:
+def spec_of(array: Array, layout: Layout = "NCHW") -> TensorSpec:
     """Return the spec of an array.
 
     Raises:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 
     from poolrpc.chains import Chain, Shape
-    from poolrpc.tensors import Array
+    from poolrpc.tensors import Array, Layout
 
 GROUP_BYTES = 2**20
 """The size, in bytes, up to which tensors are grouped. Larger groups gain nothing and arrive later."""
@@ -43,7 +43,9 @@ class Group:
 
     """
 
-    def __init__(self, tensors: Sequence[Array], chain: Chain, layout: str, failure: PoolError | None = None) -> None:
+    def __init__(
+        self, tensors: Sequence[Array], chain: Chain, layout: Layout, failure: PoolError | None = None
+    ) -> None:
         self.tensors = tensors
         self._chain, self._layout, self._failure = chain, layout, failure
 
@@ -109,7 +111,7 @@ class Grouping:
 
     """
 
-    def __init__(self, chain: Chain, layout: str, *, group_bytes: int = GROUP_BYTES) -> None:
+    def __init__(self, chain: Chain, layout: Layout, *, group_bytes: int = GROUP_BYTES) -> None:
         check_layout(layout)
         self._chain, self._layout = chain, layout
         # A layer whose result depends on the number of a plane needs the planes of each tensor counted from 0.

@@ -11,7 +11,7 @@ from poolrpc._shapes.rules import check_shape, clip
 from poolrpc._wire import codec, framing
 from poolrpc.chains import Chain, Planes, Shape, spatial_dims
 from poolrpc.errors import InternalError, InvalidArgumentError
-from poolrpc.tensors import Array, TensorSpec, numpy_dtype
+from poolrpc.tensors import Array, Layout, TensorSpec, numpy_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -85,7 +85,7 @@ prepare = lru_cache(4096)(PreparedRequest)
 
 
 @lru_cache(4096)
-def prepare_single(dtype: str, shape: Shape, layout: str, branches: tuple[Chain, ...]) -> PreparedRequest:
+def prepare_single(dtype: str, shape: Shape, layout: Layout, branches: tuple[Chain, ...]) -> PreparedRequest:
     """Return the prepared request of a call on one tensor."""
     return prepare(codec.Request(TensorSpec(dtype, shape, layout), branches))
 

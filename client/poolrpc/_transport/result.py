@@ -1,18 +1,13 @@
 """The result of a call."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from poolrpc._transport.options import Transport
-    from poolrpc._wire import codec
-    from poolrpc.chains import Shape
-    from poolrpc.tensors import Array
+from poolrpc._transport.options import Transport
+from poolrpc._wire import codec
+from poolrpc.chains import Shape
+from poolrpc.tensors import Array
 
 Progress: TypeAlias = Callable[[int, int], object]
 """A function that is called with the number of planes that are done and the number of all planes."""

@@ -10,7 +10,7 @@ from poolrpc._shapes.limits import MAX_RANK
 from poolrpc._wire.layer_codec import decode_branches, encode_branches
 from poolrpc.chains import branch_shapes
 from poolrpc.errors import InvalidArgumentError
-from poolrpc.tensors import TensorSpec
+from poolrpc.tensors import Layout, TensorSpec
 from poolrpc.v1 import pool_pb2, standard_pb2
 
 if TYPE_CHECKING:
@@ -24,11 +24,14 @@ DTYPE_TO_WIRE: dict[str, pool_pb2.DataType.ValueType] = {
     if number != pool_pb2.DATA_TYPE_UNSPECIFIED
 }
 DTYPE_FROM_WIRE = {number: name for name, number in DTYPE_TO_WIRE.items()}
-LAYOUT_TO_WIRE: dict[str, pool_pb2.Layout.ValueType] = {
+LAYOUT_TO_WIRE: dict[Layout, pool_pb2.Layout.ValueType] = {
     "NCHW": pool_pb2.LAYOUT_CHANNELS_FIRST,
     "NHWC": pool_pb2.LAYOUT_CHANNELS_LAST,
 }
-LAYOUT_FROM_WIRE = {number: name for name, number in LAYOUT_TO_WIRE.items()} | {pool_pb2.LAYOUT_UNSPECIFIED: "NCHW"}
+LAYOUT_FROM_WIRE: dict[pool_pb2.Layout.ValueType, Layout] = {
+    pool_pb2.LAYOUT_UNSPECIFIED: "NCHW",
+    **{number: name for name, number in LAYOUT_TO_WIRE.items()},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +153,7 @@ def _decode_sizes(sizes: Sequence[int], path: str) -> Shape:
     return tuple(sizes)
 
 
-def decode_layout(number: pool_pb2.Layout.ValueType, path: str) -> str:
+def decode_layout(number: pool_pb2.Layout.ValueType, path: str) -> Layout:
     """Return the name of a layout.
 
     Raises:
@@ -242,14 +245,14 @@ def decode_results(messages: Iterable[pool_pb2.BranchResult]) -> list[BranchResu
     ]
 
 
-def encode_shape_request(shape: Shape, branches: Iterable[Chain], layout: str) -> pool_pb2.InferShapeRequest:
+def encode_shape_request(shape: Shape, branches: Iterable[Chain], layout: Layout) -> pool_pb2.InferShapeRequest:
     """Return the message of a request for shapes."""
     return pool_pb2.InferShapeRequest(
         shape=pool_pb2.Shape(dims=shape), layout=LAYOUT_TO_WIRE[layout], branches=encode_branches(branches)
     )
 
 
-def decode_shape_request(message: pool_pb2.InferShapeRequest) -> tuple[Shape, tuple[Chain, ...], str]:
+def decode_shape_request(message: pool_pb2.InferShapeRequest) -> tuple[Shape, tuple[Chain, ...], Layout]:
     """Return the shape, the branches and the layout of a request for shapes.
 
     Raises:

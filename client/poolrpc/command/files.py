@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from poolrpc._transport.result import PoolResult
-    from poolrpc.chains import Chain, Layout
-    from poolrpc.tensors import Array
+    from poolrpc.chains import Chain
+    from poolrpc.tensors import Array, Layout
 
 
 @dataclass(frozen=True, slots=True, eq=False)

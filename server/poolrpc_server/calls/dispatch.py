@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from poolrpc._wire.codec import ArenaRanges, Request, ServerInfo
     from poolrpc.chains import Chain, Shape
-    from poolrpc.tensors import Bytes, TensorSpec
+    from poolrpc.tensors import Bytes, Layout, TensorSpec
     from poolrpc_server.calls.admission import AdmissionControl
     from poolrpc_server.calls.validate import CheckedRequest, Limits
     from poolrpc_server.compute.engine import Engine, Run
@@ -270,7 +270,7 @@ class Dispatcher:
             msg = "expected a call that was begun before the server stopped, got one that waited; try again"
             raise UnavailableError(msg, reason="STOPPING", retry_delay=RETRY_DELAY) from None
 
-    def shapes(self, shape: Shape, branches: Sequence[Chain], layout: str) -> list[tuple[Shape, ...]]:
+    def shapes(self, shape: Shape, branches: Sequence[Chain], layout: Layout) -> list[tuple[Shape, ...]]:
         """Give the shape after every layer of each branch.
 
         Raises:

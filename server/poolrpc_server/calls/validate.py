@@ -16,7 +16,7 @@ from poolrpc._shapes.rules import check_shape, clip
 from poolrpc._wire.codec import Request, payload_specs
 from poolrpc.chains import Chain, Planes, branch_shapes, layer_path, spatial_dims
 from poolrpc.errors import InvalidArgumentError, LimitExceededError, UnsupportedError
-from poolrpc.tensors import ITEM_BYTES, TensorSpec
+from poolrpc.tensors import ITEM_BYTES, Layout, TensorSpec
 from poolrpc_server.compute.planes import block_of
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def check_message(nbytes: int, limits: Limits, kind: str) -> None:
     _check_limit("MESSAGE_TOO_LARGE", f"bytes of {kind} in a message (--max-message-bytes)", nbytes, limits.input_bytes)
 
 
-def check_shapes(shape: Shape, branches: Sequence[Chain], layout: str) -> list[tuple[Shape, ...]]:
+def check_shapes(shape: Shape, branches: Sequence[Chain], layout: Layout) -> list[tuple[Shape, ...]]:
     """Check a shape and return the shapes after each layer of each branch.
 
     Raises:

@@ -46,7 +46,7 @@ def test_a_pickle_names_no_file(value):
     assert repr(pickle.loads(data)) == repr(value)  # noqa: S301 - made here
 
 
-@pytest.mark.parametrize("name", [name for name in CLASSES if name != "PoolResult"])
+@pytest.mark.parametrize("name", CLASSES)
 def test_type_hints_can_be_resolved(name):
     """typing.get_type_hints works on every public class, which is not in the module that its `__module__` names."""
     cls = getattr(poolrpc, name)
