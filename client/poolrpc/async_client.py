@@ -42,11 +42,14 @@ class AsyncPoolClient(BaseClient):
     A client belongs to the event loop in which it is created.
 
     Examples:
+        >>> import asyncio
         >>> import numpy as np
         >>> from poolrpc import AsyncPoolClient, MaxPool2d
         >>> async def main():
         ...     async with AsyncPoolClient("127.0.0.1:50051") as client:
         ...         return (await client.pool(np.zeros((1, 64, 56, 56), np.float32), MaxPool2d(2))).shape
+        >>> asyncio.run(main())
+        (1, 64, 28, 28)
 
     """
 

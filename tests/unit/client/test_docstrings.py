@@ -8,6 +8,7 @@ import pkgutil
 import pytest
 
 import poolrpc
+import poolrpc_server
 from poolrpc import LAYERS
 
 SECTIONS = ("Args:", "Shape:", "Raises:", "Examples:")
@@ -16,11 +17,20 @@ MODULES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def address():
+    """Return the address of a server."""
+    with poolrpc_server.embedded() as client:
+        yield client.address
+
+
 @pytest.mark.parametrize("name", poolrpc.__all__)
-def test_the_examples_of_a_public_name_run(name):
+def test_the_examples_of_a_public_name_run(name, address):
     """Every example in the docstrings of a public class, its methods, or a function prints what it says."""
     runner = doctest.DocTestRunner()
-    for test in doctest.DocTestFinder().find(getattr(poolrpc, name), name, poolrpc, globs={}):
+    for test in doctest.DocTestFinder().find(getattr(poolrpc, name), name, module=False, globs={}):
+        for example in test.examples:
+            example.source = example.source.replace("127.0.0.1:50051", address)
         runner.run(test)
     assert runner.failures == 0
 
