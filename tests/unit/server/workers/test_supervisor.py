@@ -1,12 +1,23 @@
-"""The supervisor's calculations: delays of restarts, exit statuses in words, each worker's share of the settings."""
+"""The supervisor: its calculations, and its reaction to workers that do not start or do not stop."""
 
+import asyncio
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
 from poolrpc_server.config import Config
-from poolrpc_server.workers.supervisor import RestartPolicy, describe_status, worker_config
+from poolrpc_server.signals import preserved_handlers
+from poolrpc_server.workers.supervisor import (
+    WORKERS_FAILED,
+    RestartPolicy,
+    Supervisor,
+    WorkersError,
+    describe_status,
+    worker_config,
+)
 
 
 class Address:
@@ -63,3 +74,48 @@ def test_the_supervisor_does_not_import_torch():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)  # noqa: S603 - ours
     assert done.stdout.splitlines() == ["2", "set()"]
+
+
+@pytest.fixture
+def _worker_program(request, tmp_path, monkeypatch):
+    """Make every worker run the program of the test's parameter instead of a server."""
+    lines = "".join(f"    {line}\n" for line in request.param)
+    text = f"import sys\nif 'poolrpc_server.workers.worker' in sys.orig_argv:\n{lines}"
+    (tmp_path / "sitecustomize.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("FOLDER", str(tmp_path))
+
+
+@pytest.mark.parametrize("_worker_program", [["import os; os._exit(3)"]], indirect=True)
+@pytest.mark.usefixtures("_worker_program")
+def test_the_supervisor_gives_up_if_a_worker_does_not_start():
+    """After max_attempts failed starts in a row, the supervisor ends with an error."""
+    supervisor = Supervisor(Config(), [Address()], RestartPolicy(first_delay=0.01, max_attempts=3))
+    with preserved_handlers(), pytest.raises(WorkersError, match="expected worker 0 to start, got 3 failed attempts"):
+        asyncio.run(supervisor.run())
+    assert supervisor.restarts == 3
+
+
+IGNORE_SIGTERM = [
+    "import os, signal, time",
+    "signal.signal(signal.SIGTERM, signal.SIG_IGN)",
+    "open(os.environ['FOLDER'] + '/ready', 'w').close()",
+    "time.sleep(3600)",
+]
+
+
+@pytest.mark.parametrize("_worker_program", [IGNORE_SIGTERM], indirect=True)
+@pytest.mark.usefixtures("_worker_program")
+def test_a_worker_that_does_not_stop_is_killed(tmp_path):
+    """A worker that still runs after the drain, the grace and kill_seconds is killed, and the exit status says so."""
+    os.mkfifo(tmp_path / "ready")
+    supervisor = Supervisor(Config(drain_seconds=0, shutdown_grace=0), [Address()], kill_seconds=0.1)
+
+    async def run():
+        running = asyncio.create_task(supervisor.run())
+        await asyncio.to_thread((tmp_path / "ready").read_bytes)  # blocks until the worker has written
+        os.kill(os.getpid(), signal.SIGTERM)
+        return await running
+
+    with preserved_handlers():
+        assert asyncio.run(run()) == WORKERS_FAILED
