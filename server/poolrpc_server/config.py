@@ -41,9 +41,11 @@ def _setting(
     unit: str = "",
     *,
     minimum: float = 1,
-    maximum: float = 2**63 - 1,
+    maximum: float | None = None,
 ) -> Any:  # noqa: ANN401 - a dataclass field
-    """Return a field of Config; a setting with a unit is a number within a range."""
+    """Return a field of Config; a setting with a unit is a number within a range, of seconds at most a day."""
+    if maximum is None:
+        maximum = DAY if unit == "seconds" else 2**63 - 1
     return field(default=default, metadata={"help": help, "unit": unit, "minimum": minimum, "maximum": maximum})
 
 
@@ -57,8 +59,7 @@ class Config:
     """
 
     listen: tuple[str, ...] = _setting(
-        ("127.0.0.1:50051",),
-        "Address to listen on: host:port (port 0 chooses a free port) or unix:PATH. Repeatable.",
+        ("127.0.0.1:50051",), "Address to listen on: host:port (port 0 chooses a free port) or unix:PATH. Repeatable."
     )
     tls_cert: str = _setting(
         "",
@@ -111,10 +112,7 @@ class Config:
         maximum=1024,
     )
     call_threads: int = _setting(
-        256,
-        "Number of calls handled at the same time; each occupies a thread until it ends.",
-        "threads",
-        maximum=65536,
+        256, "Number of calls handled at the same time; each occupies a thread until it ends.", "threads", maximum=65536
     )
     max_message_bytes: int = _setting(
         0,
@@ -155,7 +153,6 @@ class Config:
         "are rejected with UNAVAILABLE.",
         "seconds",
         minimum=0,
-        maximum=DAY,
     )
     max_queue_delay: float = _setting(
         0.0,
@@ -180,23 +177,21 @@ class Config:
         16, "Limit on the number of open streams; each occupies a call thread until it ends.", "streams"
     )
     stream_idle_seconds: float = _setting(
-        60.0, "Time after which a stream is ended if its client sends nothing, in seconds.", "seconds", maximum=DAY
+        60.0, "Time after which a stream is ended if its client sends nothing, in seconds.", "seconds"
     )
     keepalive_seconds: float = _setting(
-        60.0, "Idle time before the server sends an HTTP/2 keepalive ping, in seconds.", "seconds", maximum=DAY
+        60.0, "Idle time before the server sends an HTTP/2 keepalive ping, in seconds.", "seconds"
     )
     keepalive_timeout_seconds: float = _setting(
         20.0,
         "Time to wait for the acknowledgement of a keepalive ping before the connection is closed, in seconds.",
         "seconds",
-        maximum=DAY,
     )
     min_ping_seconds: float = _setting(
         10.0,
         "Minimum interval between the keepalive pings of a client, in seconds; a client that sends them more often is "
         "disconnected.",
         "seconds",
-        maximum=DAY,
     )
     max_connection_age_seconds: float = _setting(
         0.0,
@@ -230,14 +225,9 @@ class Config:
         "Time after SIGTERM during which health is NOT_SERVING while calls are still accepted, in seconds.",
         "seconds",
         minimum=0,
-        maximum=DAY,
     )
     shutdown_grace: float = _setting(
-        30.0,
-        "Time after the drain in which accepted calls may finish, in seconds.",
-        "seconds",
-        minimum=0,
-        maximum=DAY,
+        30.0, "Time after the drain in which accepted calls may finish, in seconds.", "seconds", minimum=0
     )
     log_format: str = _setting("text", f"Format of the log: {' or '.join(CHOICES['log_format'])}.")
     log_level: str = _setting("info", f"Lowest level of the log lines: {', '.join(CHOICES['log_level'])}.")
