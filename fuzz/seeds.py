@@ -14,9 +14,10 @@ from poolrpc.errors import InvalidArgumentError, LimitExceededError, Unavailable
 from poolrpc.expression import parse_branches
 from poolrpc.tensors import TensorSpec
 from poolrpc.v1 import pool_pb2
-from poolrpc_server.protocols.triton.codec import CONTENTS, DATATYPE_OF, PLACE
+from poolrpc_server.protocols.triton.datatypes import CONTENTS_FIELDS, DATATYPE_OF
 from poolrpc_server.protocols.triton.generated import open_inference_pb2 as pb
 from poolrpc_server.protocols.triton.servicer import QUICK
+from poolrpc_server.protocols.triton.shared_memory import PARAMETERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -142,8 +143,8 @@ def _infer(text: str, request: codec.Request, payload: bytes, way: str, rng: Ran
     for name, spec in zip(("input", "indices"), request.specs, strict=False):
         start, end = end, end + spec.nbytes
         tensor = message.inputs.add(name=name, datatype=DATATYPE_OF[spec.dtype], shape=spec.shape)
-        if way == "typed" and spec.dtype in CONTENTS:
-            getattr(tensor.contents, CONTENTS[spec.dtype]).extend([rng.randrange(2)] * spec.numel)
+        if way == "typed" and spec.dtype in CONTENTS_FIELDS:
+            getattr(tensor.contents, CONTENTS_FIELDS[spec.dtype]).extend([rng.randrange(2)] * spec.numel)
         elif way == "region":
             _place(tensor, start, spec.nbytes)
         else:
@@ -163,9 +164,9 @@ def _place(
     offset: int,
     nbytes: int,
 ) -> None:
-    tensor.parameters[PLACE[0]].string_param = REGION
-    tensor.parameters[PLACE[1]].int64_param = nbytes
-    tensor.parameters[PLACE[2]].int64_param = offset
+    tensor.parameters[PARAMETERS[0]].string_param = REGION
+    tensor.parameters[PARAMETERS[1]].int64_param = nbytes
+    tensor.parameters[PARAMETERS[2]].int64_param = offset
 
 
 def model_infer(rng: Random) -> Iterator[Case]:

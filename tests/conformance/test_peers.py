@@ -19,7 +19,7 @@ from tests.installing import ROOT, install
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent
 PEERS = ROOT / ".venv-triton"
 pytestmark = [pytest.mark.conformance, pytest.mark.timeout(600)]
 
@@ -39,16 +39,16 @@ def run(*command: object, env: dict[str, str] | None = None) -> None:
 
 @pytest.fixture(scope="session")
 def peers() -> Path:
-    """The environment with the clients."""
+    """The virtual environment with the clients."""
     install("scripts/install_clients.sh", "the clients")
     return PEERS
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
-    """A server with a preset, that takes its clients' shared memory."""
-    with serving("--model", "stem=MaxPool2d(3, stride=2, padding=1)", "--allow-client-shm") as made:
-        yield made
+    """A server with a preset that accepts clients' shared memory."""
+    with serving("--model", "stem=MaxPool2d(3, stride=2, padding=1)", "--allow-client-shm") as process:
+        yield process
 
 
 @pytest.mark.parametrize(
@@ -56,16 +56,16 @@ def server() -> Iterator[ServerProcess]:
     ["describe", "infer", "unpool", "errors", "async_infer", "stream", "aio", "shared_memory_regions"],
 )
 def test_tritonclient(peers: Path, server: ServerProcess, case: str) -> None:
-    """The calls of tritonclient, unmodified, have the answers that our client gets, bit for bit: triton_peer.py."""
-    run(peers / "bin/python", HERE / "triton_peer.py", case, server.address, env={"PYTHONPATH": str(ROOT / "client")})
+    """The results of an unmodified tritonclient equal those of our client, bit for bit: triton_peer.py."""
+    run(peers / "bin/python", FOLDER / "triton_peer.py", case, server.address, env={"PYTHONPATH": str(ROOT / "client")})
 
 
 def test_node(peers: Path, server: ServerProcess) -> None:
-    """The client of gRPC for Node loads our protos and calls both services: node_peer.js."""
+    """A Node client with gRPC's packages loads our protos and calls both services: node_peer.js."""
     node = shutil.which("node") or peers / "bin/node"
     run(
         node,
-        HERE / "node_peer.js",
+        FOLDER / "node_peer.js",
         ROOT / "protos",
         server.address,
         env={"NODE_PATH": str(peers / "node/node_modules")},

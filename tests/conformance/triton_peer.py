@@ -1,6 +1,6 @@
-"""What tritonclient does in test_peers.py; runs in the environment that has it: `triton_peer.py CASE ADDRESS`.
+"""The tritonclient cases of test_peers.py, run in its own environment: `triton_peer.py CASE ADDRESS`.
 
-Beside it the thin client is there, which says what is right.
+The environment also has our client, whose results are the expected ones.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ X = np.random.default_rng(3).standard_normal((2, 3, 16, 20), np.float32)
 X[0, 0, 3, 4] = np.nan
 
 
-def given(x: np.ndarray[Any, Any] = X, datatype: str = "FP32") -> triton.InferInput:
-    """Give an array as an input."""
-    made = triton.InferInput("input", x.shape, datatype)
-    made.set_data_from_numpy(x)
-    return made
+def as_input(x: np.ndarray[Any, Any] = X, datatype: str = "FP32") -> triton.InferInput:
+    """Return an array as tritonclient's input."""
+    tensor = triton.InferInput("input", x.shape, datatype)
+    tensor.set_data_from_numpy(x)
+    return tensor
 
 
 def expected(address: str, x: np.ndarray[Any, Any] = X, layer: poolrpc.Layer = STEM) -> np.ndarray[Any, Any]:
-    """Give what our own client gets."""
+    """Return the output that our client gets."""
     with poolrpc.PoolClient(address) as client:
         return client.pool(x, layer).output
 
 
-def same(got: np.ndarray[Any, Any] | None, right: np.ndarray[Any, Any]) -> None:
-    """See that two arrays have the same shape, dtype and bytes."""
-    assert got is not None
-    assert (got.shape, got.dtype, got.tobytes()) == (right.shape, right.dtype, right.tobytes())
+def assert_same(actual: np.ndarray[Any, Any] | None, wanted: np.ndarray[Any, Any]) -> None:
+    """Check that two arrays have the same shape, dtype and bytes."""
+    assert actual is not None
+    assert (actual.shape, actual.dtype, actual.tobytes()) == (wanted.shape, wanted.dtype, wanted.tobytes())
 
 
 def describe(address: str) -> None:
-    """Ask for everything that isn't a tensor."""
+    """Call every method that does not send tensors."""
     with triton.InferenceServerClient(address) as client:
         assert client.is_server_live()
         assert client.is_server_ready()
@@ -62,55 +62,55 @@ def describe(address: str) -> None:
         assert not config.model_transaction_policy.decoupled
         assert {each.name for each in client.get_model_repository_index().models} == {"pool", "stem"}
         before = client.get_inference_statistics("stem").model_stats[0].inference_stats.success.count
-        client.infer("stem", [given()])
+        client.infer("stem", [as_input()])
         after = client.get_inference_statistics("stem").model_stats[0].inference_stats.success.count
         assert after == before + 1
         assert len(client.get_inference_statistics().model_stats) == 2
 
 
 def infer(address: str) -> None:
-    """Run models, with every argument of infer that means something here."""
+    """Run presets, with every argument of infer that the server supports."""
     with triton.InferenceServerClient(address) as client:
-        result = client.infer("stem", [given()], request_id="7", priority=1, timeout=30_000_000, client_timeout=30)
+        result = client.infer("stem", [as_input()], request_id="7", priority=1, timeout=30_000_000, client_timeout=30)
         assert result.get_response().id == "7"
-        same(result.as_numpy("output"), expected(address))
+        assert_same(result.as_numpy("output"), expected(address))
         assert result.as_numpy("indices") is None
         layer = "[[MaxPool2d(2)], [AvgPool2d(2), MaxPool2d(2, return_indices=True)]]"
         wanted = [triton.InferRequestedOutput(name) for name in ("indices_1", "output")]
-        result = client.infer("pool", [given()], outputs=wanted, parameters={"layer": layer})
+        result = client.infer("pool", [as_input()], outputs=wanted, parameters={"layer": layer})
         with poolrpc.PoolClient(address) as ours:
             right = ours.pool_each(X, [MaxPool2d(2), [AvgPool2d(2), MaxPool2d(2, return_indices=True)]])
-        same(result.as_numpy("indices_1"), right[1].indices)
-        same(result.as_numpy("output"), right[0].output)
+        assert_same(result.as_numpy("indices_1"), right[1].indices)
+        assert_same(result.as_numpy("output"), right[0].output)
         assert result.as_numpy("output_1") is None
         half = X.astype(np.float16)
-        same(client.infer("stem", [given(half, "FP16")]).as_numpy("output"), expected(address, half))
+        assert_same(client.infer("stem", [as_input(half, "FP16")]).as_numpy("output"), expected(address, half))
         small = (X * 10).astype(np.int8)
-        same(client.infer("stem", [given(small, "INT8")]).as_numpy("output"), expected(address, small))
+        assert_same(client.infer("stem", [as_input(small, "INT8")]).as_numpy("output"), expected(address, small))
 
 
 def unpool(address: str) -> None:
-    """Send two inputs."""
+    """Send two inputs, in the opposite order."""
     with triton.InferenceServerClient(address) as client, poolrpc.PoolClient(address) as ours:
         pooled = ours.pool(X, MaxPool2d(2, return_indices=True))
         right = ours.pool(pooled.output, poolrpc.MaxUnpool2d(2), indices=pooled.indices).output
         indices = triton.InferInput("indices", pooled.indices.shape, "INT64")
         indices.set_data_from_numpy(pooled.indices)
-        result = client.infer("pool", [indices, given(pooled.output)], parameters={"layer": "MaxUnpool2d(2)"})
-        same(result.as_numpy("output"), right)
+        result = client.infer("pool", [indices, as_input(pooled.output)], parameters={"layer": "MaxUnpool2d(2)"})
+        assert_same(result.as_numpy("output"), right)
 
 
 def errors(address: str) -> None:
-    """Make mistakes."""
+    """Send invalid requests and check their statuses."""
     bad = triton.InferInput("input", [1], "BYTES")
     bad.set_data_from_numpy(np.array([b"x"], np.object_))
     cases: list[tuple[str, dict[str, Any]]] = [
-        ("NOT_FOUND", {"model_name": "none", "inputs": [given()]}),
-        ("INVALID_ARGUMENT", {"model_name": "pool", "inputs": [given()]}),
-        ("INVALID_ARGUMENT", {"model_name": "pool", "inputs": [given()], "parameters": {"layer": "MaxPool2d(99)"}}),
+        ("NOT_FOUND", {"model_name": "none", "inputs": [as_input()]}),
+        ("INVALID_ARGUMENT", {"model_name": "pool", "inputs": [as_input()]}),
+        ("INVALID_ARGUMENT", {"model_name": "pool", "inputs": [as_input()], "parameters": {"layer": "MaxPool2d(99)"}}),
         ("INVALID_ARGUMENT", {"model_name": "stem", "inputs": []}),
         ("UNIMPLEMENTED", {"model_name": "stem", "inputs": [bad]}),
-        ("DEADLINE_EXCEEDED", {"model_name": "stem", "inputs": [given()], "timeout": 1}),
+        ("DEADLINE_EXCEEDED", {"model_name": "stem", "inputs": [as_input()], "timeout": 1}),
     ]
     with triton.InferenceServerClient(address) as client:
         for status, arguments in cases:
@@ -123,27 +123,27 @@ def errors(address: str) -> None:
 
 
 def async_infer(address: str) -> None:
-    """Have many answers come by callbacks."""
-    answers: Queue[tuple[Any, Any]] = Queue()
+    """Receive many results in callbacks."""
+    results: Queue[tuple[Any, Any]] = Queue()
     with triton.InferenceServerClient(address) as client:
         for _ in range(20):
-            client.async_infer("stem", [given()], lambda result, error: answers.put((result, error)))
+            client.async_infer("stem", [as_input()], lambda result, error: results.put((result, error)))
         for _ in range(20):
-            result, error = answers.get(timeout=60)
+            result, error = results.get(timeout=60)
             assert error is None
-            same(result.as_numpy("output"), expected(address))
+            assert_same(result.as_numpy("output"), expected(address))
 
 
 def stream(address: str) -> None:
-    """Send requests down a stream, one of them wrong."""
-    answers: Queue[tuple[Any, Any]] = Queue()
+    """Send requests on a stream, one of them invalid."""
+    results: Queue[tuple[Any, Any]] = Queue()
     with triton.InferenceServerClient(address) as client:
-        client.start_stream(lambda result, error: answers.put((result, error)))
+        client.start_stream(lambda result, error: results.put((result, error)))
         for i in range(10):
             model = "none" if i == 4 else "stem"
-            client.async_stream_infer(model, [given()], request_id=str(i), enable_empty_final_response=True)
+            client.async_stream_infer(model, [as_input()], request_id=str(i), enable_empty_final_response=True)
         for i in range(10):
-            result, error = answers.get(timeout=60)
+            result, error = results.get(timeout=60)
             if i == 4:
                 assert "NOT_FOUND" in error.message()
                 continue
@@ -151,38 +151,38 @@ def stream(address: str) -> None:
             response = result.get_response()
             assert response.id == str(i)
             assert response.parameters["triton_final_response"].bool_param
-            same(result.as_numpy("output"), expected(address))
+            assert_same(result.as_numpy("output"), expected(address))
         client.stop_stream()
 
 
 def aio(address: str) -> None:
-    """Do the same on an event loop: many at a time, and a stream."""
+    """Send concurrent requests, and a stream, on an event loop."""
 
     async def run() -> None:
         async with triton_aio.InferenceServerClient(address) as client:
             assert await client.is_server_live()
             assert (await client.get_model_config("stem")).config.name == "stem"
-            results = await asyncio.gather(*(client.infer("stem", [given()]) for _ in range(10)))
+            results = await asyncio.gather(*(client.infer("stem", [as_input()]) for _ in range(10)))
             right = expected(address)
             for each in results:
-                same(each.as_numpy("output"), right)
+                assert_same(each.as_numpy("output"), right)
 
             async def requests() -> AsyncIterator[dict[str, Any]]:
                 for i in range(5):
-                    yield {"model_name": "stem", "inputs": [given()], "request_id": str(i)}
+                    yield {"model_name": "stem", "inputs": [as_input()], "request_id": str(i)}
 
             ids = []
             async for result, error in client.stream_infer(requests()):
                 assert error is None
                 ids.append(result.get_response().id)
-                same(result.as_numpy("output"), right)
+                assert_same(result.as_numpy("output"), right)
             assert ids == list("01234")
 
     asyncio.run(run())
 
 
 def shared_memory_regions(address: str) -> None:
-    """Put an input into shared memory and have the output there, with tritonclient's own utilities."""
+    """Send the input and receive the output in shared memory, with tritonclient's own utilities."""
     right = expected(address)
     make = partial(shared_memory.create_shared_memory_region)
     inputs, outputs = make("in", "/poolrpc-peer-in", X.nbytes), make("out", "/poolrpc-peer-out", right.nbytes)
@@ -200,7 +200,7 @@ def shared_memory_regions(address: str) -> None:
             result = client.infer("stem", [x], outputs=[wanted])
             got = result.get_output("output")
             assert list(got.shape) == list(right.shape)
-            same(shared_memory.get_contents_as_numpy(outputs, np.float32, list(got.shape)), right)
+            assert_same(shared_memory.get_contents_as_numpy(outputs, np.float32, list(got.shape)), right)
             client.unregister_system_shared_memory("in")
             client.unregister_system_shared_memory()
             assert not client.get_system_shared_memory_status().regions

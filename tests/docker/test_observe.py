@@ -1,4 +1,4 @@
-"""The profile observe: a real Prometheus scrapes a real server, and knows every metric that is asked of it."""
+"""The profile observe: a real Prometheus scrapes a real server, and has every metric of dashboard and alerts."""
 
 from __future__ import annotations
 
@@ -13,32 +13,30 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-ASKED = {name for expression in (*alerts().values(), *panels().values()) for name in metric_names(expression)}
+USED = {name for expression in (*alerts().values(), *panels().values()) for name in metric_names(expression)}
 
 
-def test_the_rules_are_right(engine: Callable[..., str], prometheus_image: str, root: Path) -> None:
+def test_the_rules_are_valid(engine: Callable[..., str], prometheus_image: str, root: Path) -> None:
     """Prometheus's own tool accepts the configuration and the alerts."""
     folder = ("-v", f"{root}/deploy/prometheus:/etc/prometheus:ro")
     arguments = ("--rm", "--network=none", "--entrypoint=/bin/promtool", *folder, prometheus_image)
-    told = engine("run", *arguments, "check", "config", "/etc/prometheus/prometheus.yml")
-    assert f"SUCCESS: {len(alerts())} rules found" in told
+    output = engine("run", *arguments, "check", "config", "/etc/prometheus/prometheus.yml")
+    assert f"SUCCESS: {len(alerts())} rules found" in output
 
 
-def test_prometheus_has_what_is_asked_of_it(
-    project: Callable[..., Any], server_image: str, prometheus_image: str
-) -> None:
-    """It finds the server by its name, loads the alerts, and has every metric of the dashboard and the alerts."""
+def test_prometheus_has_every_metric(project: Callable[..., Any], server_image: str, prometheus_image: str) -> None:
+    """Prometheus finds the server by name, loads the alerts, and has all metrics of the dashboard and the alerts."""
     assert server_image
     assert prometheus_image
-    with project("observe", POOLRPC_CPUS="1", POOLRPC_MEMORY="1g") as it:
-        it.up("server", "prometheus")
-        with poolrpc.PoolClient(it.address("server")) as client:
+    with project("observe", POOLRPC_CPUS="1", POOLRPC_MEMORY="1g") as running:
+        running.up("server", "prometheus")
+        with poolrpc.PoolClient(running.address("server")) as client:
             client.pool(np.ones((1, 1, 4, 4), np.float32), poolrpc.MaxPool2d(2))
-        prometheus = it.address("prometheus", 9090)
+        prometheus = running.address("prometheus", 9090)
         assert wait_for_scrape(lambda: query_value(prometheus, "sum(grpc_server_handled_total)") >= 1)
         assert [each["health"] for each in query_api(prometheus, "targets", state="active")["activeTargets"]] == ["up"]
         rules = query_api(prometheus, "rules")["groups"][0]["rules"]
         assert {each["name"] for each in rules} == set(alerts())
         assert {each["health"] for each in rules} <= {"ok", "unknown"}
-        # Only a server with workers has it.
-        assert ASKED - {"poolrpc_worker_restarts_total"} <= set(query_api(prometheus, "label/__name__/values"))
+        # Only a server with workers has this metric.
+        assert USED - {"poolrpc_worker_restarts_total"} <= set(query_api(prometheus, "label/__name__/values"))

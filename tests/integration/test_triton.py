@@ -23,7 +23,7 @@ import poolrpc_server
 from poolrpc import AvgPool2d, GlobalMaxPool, MaxPool2d, MaxUnpool2d
 from poolrpc._wire.status import DETAILS_KEY, decode_error
 from poolrpc.tensors import numpy_dtype
-from poolrpc_server.protocols.triton.codec import CONTENTS, DATATYPE_OF, DATATYPES
+from poolrpc_server.protocols.triton.datatypes import CONTENTS_FIELDS, DATATYPE_OF, DATATYPES
 from poolrpc_server.protocols.triton.generated import open_inference_pb2 as pb
 from poolrpc_server.protocols.triton.servicer import QUICK, SERVICE
 
@@ -164,9 +164,9 @@ def test_an_answer_is_that_of_our_client(caller: Caller, client: poolrpc.PoolCli
     expected = client.pool(x, MaxPool2d(3, stride=2)).output
     message = request(x, layer="MaxPool2d(3, stride=2)")
     assert_same(arrays_of(caller.infer(message))["output"], expected)
-    if dtype in CONTENTS:
+    if dtype in CONTENTS_FIELDS:
         del message.raw_input_contents[:]
-        getattr(message.inputs[0].contents, CONTENTS[dtype]).extend(x.reshape(-1).tolist())
+        getattr(message.inputs[0].contents, CONTENTS_FIELDS[dtype]).extend(x.reshape(-1).tolist())
         assert_same(arrays_of(caller.infer(message))["output"], expected)
 
 

@@ -1,4 +1,4 @@
-"""What a release is made of: the workflows, the one version, the sdist and the wheel."""
+"""The parts of a release: the workflows, the version, the sdist and the wheel."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 IMAGES = {"cpu", "cuda", "client"}
 WRITES = {"images": {"packages", "id-token", "attestations"}, "pypi": {"id-token"}}
-"""Which jobs may write what."""
+"""The write permissions of the jobs that publish."""
 
 
 def run(*command: object) -> subprocess.CompletedProcess[str]:
-    """Run a command of this environment's Python, and give what came of it."""
+    """Run a command with this environment's Python."""
     arguments = [sys.executable, *map(str, command)]
     return subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=ROOT)  # noqa: S603 - our own commands
 
 
 def jobs(workflow: Path) -> dict[str, Any]:
-    """Give the jobs of a workflow."""
+    """Return the jobs of a workflow."""
     found: dict[str, Any] = yaml.safe_load(workflow.read_text())["jobs"]
     return found
 
 
 def steps(workflow: Path) -> list[dict[str, Any]]:
-    """Give the steps of all jobs."""
+    """Return the steps of all jobs of a workflow."""
     return [step for job in jobs(workflow).values() for step in job.get("steps", [])]
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The sdist and the wheel, built as `make dist` does."""
+    """The sdist and the wheel, built like in `make dist`."""
     folder = tmp_path_factory.mktemp("dist")
     done = run("-m", "hatchling", "build", "-d", folder)
     assert not done.returncode, done.stdout + done.stderr
@@ -51,16 +51,16 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def files(wheel: Path) -> dict[str, bytes]:
-    """Give what is in a wheel."""
-    with zipfile.ZipFile(wheel) as opened:
-        return {name: opened.read(name) for name in opened.namelist()}
+    """Return the files of a wheel, by name."""
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda each: each.stem)
-def test_what_a_workflow_runs_is_there(workflow: Path) -> None:
-    """What a step runs is valid bash, and every target of make and script that it names is there, to be executed."""
+def test_commands_of_a_workflow_exist(workflow: Path) -> None:
+    """The commands of a step are valid bash, and every make target and executable script that they name exists."""
     commands = "\n".join(step["run"] for step in steps(workflow) if "run" in step)
-    subprocess.run(["bash", "-n"], input=commands, text=True, check=True)  # noqa: S607 - the one that there is
+    subprocess.run(["bash", "-n"], input=commands, text=True, check=True)  # noqa: S607 - found on the PATH
     assert set(re.findall(r"\bmake ([a-z-]+)", commands)) <= TARGETS
     for before, script in re.findall(r"(\S*) ?((?:\.ci|scripts|server)/[\w./]+)", commands):
         assert (ROOT / script).is_file(), script
@@ -81,7 +81,7 @@ def test_every_folder_of_tests_is_in_one_job_of_ci() -> None:
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda each: each.stem)
 def test_actions_are_pinned(workflow: Path) -> None:
-    """An action is named by a commit, with its version in a comment; the same one is the same everywhere."""
+    """Every action is pinned to a commit, with its version in a comment, and to the same commit in all workflows."""
     used = re.findall(r"uses: (?!\$/)(\S+)@(.*)", workflow.read_text())
     assert used
     assert all(re.fullmatch(r"[0-9a-f]{40} # v\d+\.\d+\.\d+", pin) for _, pin in used), used
@@ -90,24 +90,24 @@ def test_actions_are_pinned(workflow: Path) -> None:
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda each: each.stem)
-def test_jobs_may_do_what_they_must(workflow: Path) -> None:
-    """A workflow has no permissions; a job has those that it states, and writes only where it publishes."""
+def test_jobs_have_minimal_permissions(workflow: Path) -> None:
+    """A workflow has no permissions of its own, and only the jobs that publish have write permissions."""
     assert yaml.safe_load(workflow.read_text())["permissions"] == {}
     for name, job in jobs(workflow).items():
-        writes = {scope for scope, what in job["permissions"].items() if what == "write"}
+        writes = {scope for scope, access in job["permissions"].items() if access == "write"}
         assert writes == WRITES.get(name, set()), name
 
 
-def test_python_is_the_one_that_is_supported() -> None:
-    """Workflows run on the lowest Python that the package claims."""
+def test_workflows_use_the_lowest_supported_python() -> None:
+    """Workflows run on the lowest version of Python that the package supports."""
     versions = {
         step["with"]["python-version"] for each in WORKFLOWS for step in steps(each) if "setup-python" in str(step)
     }
     assert versions == set(re.findall(r'requires-python = ">=([\d.]+)"', (ROOT / "pyproject.toml").read_text()))
 
 
-def test_a_tag_is_the_versions_or_none() -> None:
-    """The script prints the package's version, for its tag too; another tag is an error that names both."""
+def test_the_version_script_checks_a_tag() -> None:
+    """The script prints the package's version, without a tag or with the version's tag; another tag is an error."""
     for arguments in ([], [f"v{__version__}"]):
         done = run("scripts/version.py", *arguments)
         assert (done.returncode, done.stdout) == (0, f"{__version__}\n")
@@ -116,8 +116,8 @@ def test_a_tag_is_the_versions_or_none() -> None:
     assert done.stderr == f"expected the tag v{__version__}, the version in _version.py, got v99.0.0\n"
 
 
-def test_images_say_the_version_and_all_are_released() -> None:
-    """Every image is released, and has its label from the argument VERSION, which is what the script prints."""
+def test_every_image_is_released_with_its_version() -> None:
+    """Every image is released, and its version label is the argument VERSION, which is the version script's output."""
     stages = re.split(r"^FROM .* AS (\w[\w-]*)$", (ROOT / "server/Dockerfile").read_text(), flags=re.MULTILINE)
     labelled = {
         name
@@ -132,14 +132,14 @@ def test_images_say_the_version_and_all_are_released() -> None:
     assert {"--provenance=mode=max", "--sbom=true"} <= set(build["run"].split())
 
 
-def test_the_metadata_is_what_an_index_takes(built: tuple[Path, Path]) -> None:
-    """The wheel's and the sdist's metadata are valid, alike, and have the version and the README."""
+def test_the_metadata_is_valid_for_an_index(built: tuple[Path, Path]) -> None:
+    """The metadata of the wheel and of the sdist are valid and equal, and contain the version and the README."""
     sdist, wheel = built
     texts = [text for name, text in files(wheel).items() if name.endswith(".dist-info/METADATA")]
-    with tarfile.open(sdist) as opened:
-        told = opened.extractfile(f"poolrpc-{__version__}/PKG-INFO")
-        assert told
-        texts.append(told.read())
+    with tarfile.open(sdist) as archive:
+        metadata = archive.extractfile(f"poolrpc-{__version__}/PKG-INFO")
+        assert metadata
+        texts.append(metadata.read())
     first, second = (Metadata.from_email(text, validate=True) for text in texts)
     assert first.name == second.name == "poolrpc"
     assert str(first.version) == str(second.version) == __version__

@@ -1,4 +1,4 @@
-"""A Ray of this machine with two replicas, in an environment of its own that scripts/install_ray.sh makes."""
+"""A local Ray cluster with two replicas, in the virtual environment that scripts/install_ray.sh makes."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="session")
-def rays_environment() -> dict[str, str]:
-    """Give an environment with Ray, which is installed."""
+def ray_environment() -> dict[str, str]:
+    """Install Ray, and return the environment variables for its processes."""
     if subprocess.run([*IN_NAMESPACE, "true"], check=False).returncode and "CI" not in os.environ:  # noqa: S603 - ours
-        pytest.skip("Ray listens on every interface, and this user can't have a network of its own")
+        pytest.skip("Ray listens on every interface, and this user can't make a network namespace")
     install("scripts/install_ray.sh", "Ray")
     return environment()
 
 
 @pytest.fixture(scope="module")
-def cluster(rays_environment: dict[str, str]) -> Iterator[RayCluster]:  # noqa: ARG001 - installed
-    """Give a Ray that serves deploy/ray/serve.yaml; nothing of it is left at the end."""
-    with ray_cluster() as made:
-        yield made
+def cluster(ray_environment: dict[str, str]) -> Iterator[RayCluster]:  # noqa: ARG001 - installed
+    """A Ray cluster that serves deploy/ray/serve.yaml; all its processes are ended afterwards."""
+    with ray_cluster() as running:
+        yield running
 
 
 @pytest.fixture
 def client(cluster: RayCluster) -> Iterator[poolrpc.PoolClient]:
-    """Give our client, unmodified: the application's name is metadata, which Ray wants where there are several."""
-    with poolrpc.PoolClient(cluster.address, metadata=[("application", "pool")]) as made:
-        yield made
+    """An unmodified client; the name of the application is metadata, which Ray needs if there are several."""
+    with poolrpc.PoolClient(cluster.address, metadata=[("application", "pool")]) as connected:
+        yield connected

@@ -1,4 +1,4 @@
-"""examples/ray_data.py on a few images, with an engine in its actors and with a server."""
+"""examples/ray_data.py on a few images, with an engine in Ray's actors and with a server."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
-# The columns as an .npz: their types are Ray's own.
+# Writes the columns to an .npz file, because only Ray's environment can read their types.
 READ = """
 import sys, numpy, ray.data, pyarrow.parquet
 rows = pyarrow.parquet.read_table(sys.argv[1]).to_pylist()
@@ -28,14 +28,14 @@ numpy.savez(sys.argv[2], **{row["path"].rpartition("/")[2]: numpy.asarray(row["p
 
 
 def run(environment: dict[str, str], *command: object) -> None:
-    """Run a command in Ray's environment, with a Ray of its own."""
-    with ray_folder() as made:
+    """Run a command in Ray's environment, with a Ray cluster of its own."""
+    with ray_folder() as folder:
         done = subprocess.run(  # noqa: S603 - our own commands
             [*IN_NAMESPACE, "python", *map(str, command)],
             capture_output=True,
             text=True,
             check=False,
-            env={**environment, "RAY_TMPDIR": made},
+            env={**environment, "RAY_TMPDIR": folder},
             timeout=300,
         )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -53,15 +53,15 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("where", ["engine", "server"])
-def test_every_image_is_pooled(rays_environment: dict[str, str], photos: Path, tmp_path: Path, where: str) -> None:
-    """Each image's tensor is what torch makes of it, in the image's own layout."""
+def test_every_image_is_pooled(ray_environment: dict[str, str], photos: Path, tmp_path: Path, where: str) -> None:
+    """The result for each image equals torch's, in the layout of the image."""
     command = [ROOT / "examples/ray_data.py", photos, tmp_path / "pooled", "--layer", "MaxPool2d(4)"]
     if where == "engine":
-        run(rays_environment, *command)
+        run(ray_environment, *command)
     else:
         with serving(listen=f"unix:{tmp_path / 'pool.sock'}") as server:
-            run(rays_environment, *command, "--address", server.address)
-    run(rays_environment, "-c", READ, tmp_path / "pooled", tmp_path / "pooled.npz")
+            run(ray_environment, *command, "--address", server.address)
+    run(ray_environment, "-c", READ, tmp_path / "pooled", tmp_path / "pooled.npz")
     with np.load(tmp_path / "pooled.npz") as pooled:
         for path in photos.iterdir():
             image = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)

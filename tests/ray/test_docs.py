@@ -1,4 +1,4 @@
-"""docs/ray.md's commands run as they stand there."""
+"""The commands of docs/ray.md, run unchanged."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from scripts.ray_cluster import IN_NAMESPACE, ray_folder
 from tests.installing import ROOT
 
 TERMINAL = [*IN_NAMESPACE, "env", "--default-signal=INT", "script", "-qec"]
-"""Elsewhere a shell has no jobs, and what runs in its background doesn't hear an interrupt."""
+"""Runs a shell in a terminal with SIGINT at its default: without job control, background jobs would ignore SIGINT."""
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
-def test_the_commands_do_what_they_say(rays_environment: dict[str, str]) -> None:
-    """Pasted into a shell they install, serve, pool a tensor, and leave nothing behind."""
+def test_the_commands_do_what_they_say(ray_environment: dict[str, str]) -> None:
+    """Pasted into a shell, the commands install Ray, serve, pool a tensor, and leave no processes."""
     (commands,) = re.findall(r"^```sh\n(.*?)^```$", (ROOT / "docs/ray.md").read_text(), re.MULTILINE | re.DOTALL)
-    with ray_folder() as made:
+    with ray_folder() as folder:
         done = subprocess.run(  # noqa: S603 - our own commands
             [*TERMINAL, shlex.join(["bash", "-mec", commands]), "/dev/null"],
             stdin=subprocess.DEVNULL,
@@ -29,19 +29,19 @@ def test_the_commands_do_what_they_say(rays_environment: dict[str, str]) -> None
             capture_output=True,
             text=True,
             check=False,
-            env={**rays_environment, "RAY_TMPDIR": made},
+            env={**ray_environment, "RAY_TMPDIR": folder},
             timeout=500,
         )
         assert "(8, 64, 28, 28) SERVING" in done.stdout, done.stdout + done.stderr
         assert "KeyboardInterrupt, shutting down" in done.stdout, done.stdout + done.stderr
         assert done.returncode == 0
-        of_ray = [each for each in psutil.process_iter() if made in " ".join(cmdline(each))]
-        _, left = psutil.wait_procs(of_ray, timeout=60)
-        assert not left
+        processes = [each for each in psutil.process_iter() if folder in " ".join(cmdline(each))]
+        _, remaining = psutil.wait_procs(processes, timeout=60)
+        assert not remaining
 
 
 def cmdline(process: psutil.Process) -> list[str]:
-    """Give a process's command line; empty where it has gone."""
+    """Return the command line of a process; empty if the process has ended."""
     try:
         return process.cmdline()
     except psutil.Error:

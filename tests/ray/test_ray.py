@@ -1,4 +1,4 @@
-"""Our client against a real local Ray that serves deploy/ray/serve.yaml: two replicas behind Ray's own gRPC proxy."""
+"""Our client with a local Ray cluster that serves deploy/ray/serve.yaml: two replicas behind Ray's gRPC proxy."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LAYERS = [
 
 
 def as_numpy(x: torch.Tensor) -> np.ndarray:
-    """Give a tensor as the client takes it, bfloat16 too."""
+    """Return a tensor as a NumPy array, including bfloat16."""
     import ml_dtypes  # noqa: PLC0415 - of the client, optional
 
     return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if x.dtype is torch.bfloat16 else x.numpy()
@@ -41,22 +41,22 @@ def as_numpy(x: torch.Tensor) -> np.ndarray:
 
 @pytest.mark.parametrize("transport", ["unary", "stream"])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "uint8"])
-def test_answers_are_torchs(client: p.PoolClient, dtype: str, transport: str) -> None:
-    """Every family gives what torch.nn gives, values, NaN and indices, bit for bit, by a message and by a stream."""
+def test_results_equal_torchs(client: p.PoolClient, dtype: str, transport: str) -> None:
+    """The results of every family equal torch.nn's bit for bit, including NaN and indices, by unary call and stream."""
     for i, (layer, shape) in enumerate(LAYERS):
         if dtype not in layer.dtypes:
             continue
         x = values(shape, dtype, seed=i)
-        expected, places = reference(layer, x)
+        expected, indices = reference(layer, x)
         result = client.pool(as_numpy(x), layer, transport=transport)
         assert result.transport == transport
         assert_same(result.output, expected, layer)
-        if places is not None:
-            assert_same(result.indices, places, layer)
+        if indices is not None:
+            assert_same(result.indices, indices, layer)
 
 
-def test_a_large_tensor_is_streamed_by_itself(client: p.PoolClient) -> None:
-    """The client picks the stream as it does with our own server, and torch.equal holds over many blocks."""
+def test_a_large_tensor_is_streamed(client: p.PoolClient) -> None:
+    """The client chooses a stream as it does with our own server, and the result of many blocks equals torch's."""
     x = torch.randn(8, 64, 128, 128)
     result = client.pool(x, p.MaxPool2d(2))
     assert result.transport == "stream"
@@ -64,7 +64,7 @@ def test_a_large_tensor_is_streamed_by_itself(client: p.PoolClient) -> None:
 
 
 def test_shapes_info_and_health(client: p.PoolClient) -> None:
-    """InferShape, GetServerInfo and the standard health check answer; a replica has the threads of its one CPU."""
+    """InferShape, GetServerInfo and the standard health check work; a replica has one thread for its one CPU."""
     assert client.output_shape((8, 64, 56, 56), p.MaxPool2d(3, stride=2, padding=1)) == (8, 64, 28, 28)
     info = client.server_info()
     assert (info.version, info.device, info.threads) == (p.__version__, "cpu", 1)
@@ -75,8 +75,8 @@ def test_shapes_info_and_health(client: p.PoolClient) -> None:
 
 
 @pytest.mark.parametrize("transport", ["unary", "stream"])
-def test_errors_are_those_that_the_server_raised(client: p.PoolClient, transport: str) -> None:
-    """Class, text, the field's path, reason and metadata go through Ray's proxy."""
+def test_errors_are_the_servers(client: p.PoolClient, transport: str) -> None:
+    """Class, message, field path, reason and metadata pass through Ray's proxy."""
     x = np.zeros((1, 1, 8, 8), np.float32)
     with pytest.raises(p.InvalidArgumentError, match="effective kernel of at most") as wrong:
         client.pool(x, [p.MaxPool2d(2), p.MaxPool2d(99)], transport=transport)
@@ -86,18 +86,18 @@ def test_errors_are_those_that_the_server_raised(client: p.PoolClient, transport
     assert (unsupported.value.reason, unsupported.value.metadata["layer"]) == ("DTYPE", "AvgPool2d")
 
 
-def test_an_error_that_ends_a_stream_in_its_middle_has_its_details(client: p.PoolClient) -> None:
-    """What is wrong with a later block is told as well, after answers that came before."""
+def test_an_error_in_the_middle_of_a_stream_has_its_details(client: p.PoolClient) -> None:
+    """An error in a later block has its details too, after the results of earlier blocks."""
     x = torch.randn(64, 32, 32, 32)
-    output, places = torch.nn.functional.max_pool2d(x, 2, return_indices=True)
-    places[-1, -1, -1, -1] = 10**6
+    output, indices = torch.nn.functional.max_pool2d(x, 2, return_indices=True)
+    indices[-1, -1, -1, -1] = 10**6
     with pytest.raises(p.InvalidArgumentError) as wrong:
-        client.pool(output, p.MaxUnpool2d(2), indices=places, transport="stream")
+        client.pool(output, p.MaxUnpool2d(2), indices=indices, transport="stream")
     assert wrong.value.violations[0].field
 
 
 def test_metadata_reaches_the_replica(cluster: RayCluster) -> None:
-    """A call's priority is read there, and refused where it is none."""
+    """The replica reads the priority of a call, and rejects an invalid one."""
     with (
         p.PoolClient(cluster.address, metadata=[("priority", "9")]) as client,
         pytest.raises(p.InvalidArgumentError, match=r"metadata\.priority"),
@@ -106,22 +106,22 @@ def test_metadata_reaches_the_replica(cluster: RayCluster) -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("listen", "127.0.0.1:1"), ("threads", -1), ("insecure", False)])
-def test_settings_are_checked_before_deploying(rays_environment: dict[str, str], name: str, value: object) -> None:
-    """The application isn't built with a setting that is wrong, of what Ray does itself, or unguarded by mistake."""
+def test_settings_are_checked_before_deploying(ray_environment: dict[str, str], name: str, value: object) -> None:
+    """A wrong setting, one that Ray itself controls, and a missing `insecure` are rejected before deployment."""
     program = f"from poolrpc_server.transports.ray import app; app({ {'insecure': True, name: value} })"
     done = subprocess.run(  # noqa: S603 - our own command
-        ["python", "-c", program],  # noqa: S607 - of the environment's path
+        ["python", "-c", program],  # noqa: S607 - found on the environment's PATH
         capture_output=True,
         text=True,
         check=False,
-        env=rays_environment,
+        env=ray_environment,
     )
     assert done.returncode == 1
     assert f"ConfigError: {name}: expected" in done.stderr
 
 
 def test_a_deadline_ends_the_call(client: p.PoolClient) -> None:
-    """A caller whose time is up has its error, and the replica is there for others."""
+    """A call whose deadline passes fails, and the replica serves other calls."""
     x = np.zeros((16, 64, 128, 128), np.float32)
     for transport in ("unary", "stream"):
         with pytest.raises(p.DeadlineExceededError):
@@ -129,17 +129,17 @@ def test_a_deadline_ends_the_call(client: p.PoolClient) -> None:
     assert client.pool(x[:1, :1], p.MaxPool2d(2)).shape == (1, 1, 64, 64)
 
 
-def test_a_replica_that_is_killed_under_load_costs_no_call(cluster: RayCluster, client: p.PoolClient) -> None:
-    """One of two replicas dies by SIGKILL under calls and streams: each has its answer, by retries at most."""
+def test_a_killed_replica_causes_no_errors(cluster: RayCluster, client: p.PoolClient) -> None:
+    """One of two replicas is killed with SIGKILL during calls and streams: all of them succeed, by retries."""
     x = torch.randn(4, 16, 64, 64)
     expected = torch.nn.functional.max_pool2d(x, 3).numpy()
-    begun, killed = threading.Barrier(7), threading.Event()
+    started, killed = threading.Barrier(7), threading.Event()
     replicas = cluster.replicas()
     assert len(replicas) == 2
 
     def calls(transport: str) -> int:
         client.pool(x, p.MaxPool2d(3), transport=transport)
-        begun.wait(60)
+        started.wait(60)
         after = count = 0
         while after < 30:  # calls after the kill
             after += killed.is_set()
@@ -147,9 +147,9 @@ def test_a_replica_that_is_killed_under_load_costs_no_call(cluster: RayCluster, 
         return count
 
     with ThreadPoolExecutor(6) as threads:
-        under_way = [threads.submit(calls, each) for each in ("unary",) * 4 + ("stream",) * 2]
-        begun.wait(60)
+        calls_in_flight = [threads.submit(calls, each) for each in ("unary",) * 4 + ("stream",) * 2]
+        started.wait(60)
         replicas[0].kill()
         killed.set()
-        assert all(each.result(120) >= 30 for each in under_way)
+        assert all(each.result(120) >= 30 for each in calls_in_flight)
     assert not replicas[0].is_running()

@@ -14,7 +14,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end }}
 
-{{/* kubelet's own probe speaks plaintext; with TLS the image's command asks over a unix socket, which has none. */}}
+{{/* kubelet's gRPC probe does not support TLS, so with TLS the image's command checks over the unix socket. */}}
 {{- define "poolrpc.probe" -}}
 {{- if .Values.tls.secretName -}}
 exec: {command: [poolrpc, health, --timeout, "3"]}

@@ -17,9 +17,9 @@ from poolrpc_server.calls import facts
 from poolrpc_server.calls.dispatch import Caller
 from poolrpc_server.compute.buffers import aligned
 from poolrpc_server.presets import POOL, output_names
-from poolrpc_server.protocols.triton import codec
+from poolrpc_server.protocols.triton import requests, responses
 from poolrpc_server.protocols.triton.generated import open_inference_pb2 as pb
-from poolrpc_server.protocols.triton.shared_memory import Place
+from poolrpc_server.protocols.triton.shared_memory import BYTE_SIZE, SharedMemoryRange
 from poolrpc_server.protocols.triton.statistics import ModelStatistics, Timing
 from poolrpc_server.transports.grpc.interceptor import note, priority, timeline
 
@@ -122,7 +122,7 @@ class InferenceDoor:
     def ModelInfer(self, data: bytes, context: grpc.ServicerContext) -> bytes:
         """Run a model."""
         timing = Timing()
-        message, raws = codec.open_infer(data)
+        message, raws = requests.parse_infer(data)
         return self._infer(message, raws, context, timing, streamed=False)
 
     def ModelStreamInfer(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -134,14 +134,14 @@ class InferenceDoor:
                 count += 1
                 timing, request_id = Timing(), ""
                 try:
-                    message, raws = codec.open_infer(data)
+                    message, raws = requests.parse_infer(data)
                     request_id = message.id
                     answer = self._infer(message, raws, context, timing, streamed=True)
                 except CancelledError:
                     raise
                 except PoolError as error:
                     failed += 1
-                    answer = codec.encode_failure(error.code, error.message[:ERROR_CHARS], request_id)
+                    answer = responses.encode_stream_error(error.code, error.message[:ERROR_CHARS], request_id)
                 note({"requests": str(count), "failed": str(failed)})
                 yield answer
                 watch.moved()
@@ -156,45 +156,45 @@ class InferenceDoor:
 
     def ModelReady(self, request: pb.ModelReadyRequest, _: grpc.ServicerContext) -> pb.ModelReadyResponse:
         """Tell whether there is such a model, and the server takes requests."""
-        there = request.name in self._models and request.version in ("", codec.VERSION)
+        there = request.name in self._models and request.version in ("", responses.VERSION)
         return pb.ModelReadyResponse(ready=there and self._ready())
 
     def ServerMetadata(self, _: pb.ServerMetadataRequest, __: grpc.ServicerContext) -> pb.ServerMetadataResponse:
         """Tell what the server is."""
         extensions = (*EXTENSIONS, SHM_EXTENSION) if self._regions.allowed else EXTENSIONS
         version = self._dispatcher.info.version
-        return pb.ServerMetadataResponse(name=codec.PLATFORM, version=version, extensions=extensions)
+        return pb.ServerMetadataResponse(name=responses.PLATFORM, version=version, extensions=extensions)
 
     def ModelMetadata(self, request: pb.ModelMetadataRequest, _: grpc.ServicerContext) -> pb.ModelMetadataResponse:
         """Tell what a model takes and gives."""
-        return codec.encode_metadata(self._model(request.name, request.version))
+        return responses.encode_metadata(self._model(request.name, request.version))
 
     def ModelConfig(self, request: pb.ModelConfigRequest, _: grpc.ServicerContext) -> pb.ModelConfigResponse:
         """Tell a model's configuration."""
         info = self._dispatcher.info
-        return codec.encode_config(self._model(request.name, request.version), info.device, info.threads)
+        return responses.encode_config(self._model(request.name, request.version), info.device, info.threads)
 
     def ModelStatistics(
         self, request: pb.ModelStatisticsRequest, _: grpc.ServicerContext
     ) -> pb.ModelStatisticsResponse:
         """Tell how many requests a model had, or each of them, and where their time went."""
         if not request.name:
-            return codec.encode_statistics(self._tallies.items())
+            return responses.encode_statistics(self._tallies.items())
         model = self._model(request.name, request.version)
-        return codec.encode_statistics([(model.name, self._tallies[model.name])])
+        return responses.encode_statistics([(model.name, self._tallies[model.name])])
 
     def RepositoryIndex(
         self, request: pb.RepositoryIndexRequest, _: grpc.ServicerContext
     ) -> pb.RepositoryIndexResponse:
         """List the models."""
         ready = self._ready()
-        return codec.encode_index(self._models if ready or not request.ready else (), ready=ready)
+        return responses.encode_index(self._models if ready or not request.ready else (), ready=ready)
 
     def SystemSharedMemoryStatus(
         self, request: pb.SystemSharedMemoryStatusRequest, _: grpc.ServicerContext
     ) -> pb.SystemSharedMemoryStatusResponse:
         """List the regions of shared memory."""
-        return codec.encode_regions(self._regions.known(request.name))
+        return responses.encode_regions(self._regions.regions(request.name))
 
     def SystemSharedMemoryRegister(
         self, request: pb.SystemSharedMemoryRegisterRequest, _: grpc.ServicerContext
@@ -223,7 +223,7 @@ class InferenceDoor:
         note({"model": model.name})
         tally = self._tallies[model.name]
         try:
-            answer = self._run(codec.decode_infer(message, raws), message.id, context, timing, streamed=streamed)
+            answer = self._run(requests.decode_infer(message, raws), message.id, context, timing, streamed=streamed)
         except BaseException:
             tally.failed(timing)
             raise
@@ -231,15 +231,21 @@ class InferenceDoor:
         return answer
 
     def _run(
-        self, infer: codec.Infer, request_id: str, context: grpc.ServicerContext, timing: Timing, *, streamed: bool
+        self,
+        infer: requests.InferRequest,
+        request_id: str,
+        context: grpc.ServicerContext,
+        timing: Timing,
+        *,
+        streamed: bool,
     ) -> bytes:
-        known = self._remembered(infer.asked)
+        known = self._remembered(infer.signature)
         note(known.facts)
         head = known.head
         if infer.targets:
             self._check_targets(known, infer.targets)
             named = [(name, spec) for _, name, spec in known.outputs]
-            head = codec.encode_answer(infer.asked.model, named, infer.targets)
+            head = responses.encode_infer_head(infer.signature.model, named, infer.targets)
         here = [spec.nbytes for _, name, spec in known.outputs if name not in infer.targets]
         self._dispatcher.check_answer(len(head) + len(request_id) + FRAME_BYTES * (1 + len(here)) + sum(here))
 
@@ -251,44 +257,44 @@ class InferenceDoor:
                 if place is not None:
                     self._regions.find(place.region).write(place, outputs[number], f"outputs.{name}")
                 tensors.append(outputs[number] if place is None else b"")
-            return codec.finish_answer(head, request_id, tensors, streamed=streamed)
+            return responses.encode_infer(head, request_id, tensors, streamed=streamed)
 
         caller = _caller(context, infer, timing)
-        if len(infer.sources) == 1 and not isinstance(infer.sources[0], Place):
+        if len(infer.sources) == 1 and not isinstance(infer.sources[0], SharedMemoryRange):
             timing.read = time.perf_counter_ns()
             return self._dispatcher.pool(known.checked, infer.sources[0], caller, finish)
         return self._dispatcher.pool_from(known.checked, lambda: self._gathered(infer, timing), caller, finish)
 
-    def _gathered(self, infer: codec.Infer, timing: Timing) -> memoryview:
+    def _gathered(self, infer: requests.InferRequest, timing: Timing) -> memoryview:
         """Give the inputs' bytes in one piece of the server's own memory."""
-        whole = aligned(sum(spec.nbytes for spec in infer.asked.inputs))
+        whole = aligned(sum(spec.nbytes for spec in infer.signature.inputs))
         end = 0
-        for name, spec, source in zip(codec.INPUTS, infer.asked.inputs, infer.sources, strict=False):
+        for name, spec, source in zip(requests.INPUTS, infer.signature.inputs, infer.sources, strict=False):
             start, end = end, end + spec.nbytes
-            if isinstance(source, Place):
+            if isinstance(source, SharedMemoryRange):
                 self._regions.find(source.region).read(source, whole[start:end], f"inputs.{name}")
             else:
                 whole[start:end] = source
         timing.read = time.perf_counter_ns()
         return whole
 
-    def _check_targets(self, known: _Known, targets: Mapping[str, Place]) -> None:
+    def _check_targets(self, known: _Known, targets: Mapping[str, SharedMemoryRange]) -> None:
         for _, name, spec in known.outputs:
             place = targets.get(name)
             if place is not None and place.nbytes < spec.nbytes:
                 msg = f"expected at least {spec.nbytes} bytes for {clip(spec.shape)}, got {place.nbytes}"
-                raise InvalidArgumentError(msg, field=f"outputs.{name}.{codec.PLACE[1]}")
+                raise InvalidArgumentError(msg, field=f"outputs.{name}.{BYTE_SIZE}")
 
     def _model(self, name: str, version: str) -> Preset:
         model = self._models.get(name)
         if model is None:
             known = ", ".join(self._models)[: facts.FACT_CHARS]
             raise NotFoundError(f"expected one of {known}, got {clip(name)}", reason="MODEL")
-        if version not in ("", codec.VERSION):
-            raise NotFoundError(f"expected version {codec.VERSION} of {name}, got {clip(version)}", reason="MODEL")
+        if version not in ("", responses.VERSION):
+            raise NotFoundError(f"expected version {responses.VERSION} of {name}, got {clip(version)}", reason="MODEL")
         return model
 
-    def _find(self, asked: codec.Asked) -> _Known:
+    def _find(self, asked: requests.InferSignature) -> _Known:
         request = Request(asked.inputs[0], self._branches(asked), *asked.inputs[1:])
         noted = facts.asked(request)
         note(noted)  # before the checks: the log tells what was refused
@@ -302,10 +308,10 @@ class InferenceDoor:
                 msg = f"expected one of {', '.join(found)}, each once, got {clip(name)}"
                 raise InvalidArgumentError(msg, field=f"outputs[{i}].name")
         outputs = tuple(found[name] for name in asked.outputs or found)
-        head = codec.encode_answer(asked.model, [(name, spec) for _, name, spec in outputs], {})
+        head = responses.encode_infer_head(asked.model, [(name, spec) for _, name, spec in outputs], {})
         return _Known(checked, outputs, noted | facts.answered(checked.results), head)
 
-    def _branches(self, asked: codec.Asked) -> tuple[Chain, ...]:
+    def _branches(self, asked: requests.InferSignature) -> tuple[Chain, ...]:
         model = self._models[asked.model]
         if asked.model != POOL:
             if asked.layer is not None:
@@ -322,7 +328,7 @@ class InferenceDoor:
             raise error.with_prefix("parameters.layer") from None
 
 
-def _caller(context: grpc.ServicerContext, infer: codec.Infer, timing: Timing) -> Caller:
+def _caller(context: grpc.ServicerContext, infer: requests.InferRequest, timing: Timing) -> Caller:
     until = None if infer.timeout is None else timing.came / 1e9 + infer.timeout
 
     def remaining() -> float | None:

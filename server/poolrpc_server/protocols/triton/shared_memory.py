@@ -1,7 +1,8 @@
-"""Clients' shared memory: regions of files in /dev/shm, which calls read and write, and nobody maps.
+"""Shared memory that clients create: registered regions of files in /dev/shm.
 
-A client may cut its file short at any moment. Of memory that is mapped, the next access would end the process (SIGBUS);
-of a file, a read ends early. And what was read is the server's own: what is checked is what is used.
+The files are read and written, never mapped, because a client may truncate its file at any moment. An access to mapped
+memory beyond the new end would kill the process with SIGBUS, whereas a read only ends early. Reading also gives the
+server its own copy, which the client cannot change after validation.
 """
 
 from __future__ import annotations
@@ -22,22 +23,28 @@ from poolrpc.errors import (
     UnsupportedError,
 )
 
-FOLDER = "/dev/shm"  # noqa: S108 - where shm_open has its files
+FOLDER = "/dev/shm"  # noqa: S108 - where shm_open creates files
 KEY = re.compile(r"/?(?!\.\.?\Z)([A-Za-z0-9_.-]{1,255})", re.ASCII)
 MAX_NAME = 256
 
 MAX_REGIONS = 256
-"""Each has a file open."""
+"""Maximum number of registered regions; each keeps a file open."""
+
+REGION = "shared_memory_region"
+BYTE_SIZE = "shared_memory_byte_size"
+OFFSET = "shared_memory_offset"
+PARAMETERS = (REGION, BYTE_SIZE, OFFSET)
+"""The parameters of an input or output that is in shared memory."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where in a region a tensor is.
+class SharedMemoryRange:
+    """The part of a region that holds a tensor.
 
     Attributes:
-        region: The region's name.
-        offset: From the region's begin.
-        nbytes: The tensor's.
+        region: Name of the region.
+        offset: Offset of the tensor in the region, in bytes.
+        nbytes: Size of the range, in bytes.
 
     """
 
@@ -46,13 +53,13 @@ class Place:
     nbytes: int
 
 
-class Region:
-    """A part of an open file, which is closed when nobody uses it any more.
+class SharedMemoryRegion:
+    """A part of an open file, which is closed when this object is no longer referenced.
 
     Attributes:
-        key: The file's name, as it was given.
-        offset: Where in the file it begins.
-        nbytes: Its length.
+        key: Name of the file in /dev/shm.
+        offset: Offset of the region in the file, in bytes.
+        nbytes: Size of the region, in bytes.
 
     """
 
@@ -60,9 +67,9 @@ class Region:
         """Open the file.
 
         Raises:
-            InvalidArgumentError: The name is none of /dev/shm's, or the region isn't in the file.
+            InvalidArgumentError: The name is not that of a file in /dev/shm, or the region is not within the file.
             NotFoundError: There is no such file.
-            PermissionDeniedError: It is another user's.
+            PermissionDeniedError: The file belongs to another user.
 
         """
         match = KEY.fullmatch(key)
@@ -71,7 +78,7 @@ class Region:
             raise InvalidArgumentError(msg, field="key")
         self.key, self.offset, self.nbytes = key, offset, nbytes
         try:
-            # Not by a link, and not waiting for whoever else should open a pipe.
+            # A symbolic link is not followed, and opening a named pipe does not wait for its other end.
             flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             self._file = os.open(f"{FOLDER}/{match[1]}", flags)
         except FileNotFoundError:
@@ -83,70 +90,103 @@ class Region:
                 f"expected a file that can be opened, got {error.strerror}", field="key"
             ) from None
         weakref.finalize(self, os.close, self._file)
-        found = os.fstat(self._file)
-        # Whoever calls by TCP has no user that the server could know, so it is the server's own.
-        if found.st_uid != os.geteuid():
+        status = os.fstat(self._file)
+        # The user of a client on TCP is unknown, so only files of the server's own user are allowed.
+        if status.st_uid != os.geteuid():
             raise _denied(key)
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(status.st_mode):
             raise InvalidArgumentError(f"expected a file of shared memory, got another kind: {clip(key)}", field="key")
         if not nbytes:
             raise InvalidArgumentError("expected at least 1 byte, got 0", field="byte_size")
-        if offset + nbytes > found.st_size:
-            msg = f"expected a region within the file's {found.st_size} bytes, got {nbytes} from {offset} on"
+        if offset + nbytes > status.st_size:
+            msg = f"expected a region within the file's {status.st_size} bytes, got {nbytes} from {offset} on"
             raise InvalidArgumentError(msg, field="byte_size")
 
-    def read(self, place: Place, into: memoryview, field: str) -> None:
-        """Read a tensor into memory of its size.
+    def read(self, source: SharedMemoryRange, buffer: memoryview, field: str) -> None:
+        """Read a tensor into a buffer of its size.
+
+        Args:
+            source: The tensor's range.
+            buffer: The buffer.
+            field: The path of the request's field, for the error.
 
         Raises:
-            InvalidArgumentError: It isn't in the region, or the file was cut short.
+            InvalidArgumentError: The range is not within the region, or the file was truncated.
 
         """
-        start, done = self._start(place, field), 0
-        while done < place.nbytes:
-            count = os.preadv(self._file, [into[done:]], start + done)
+        start, done = self._file_offset(source, field), 0
+        while done < source.nbytes:
+            count = os.preadv(self._file, [buffer[done:]], start + done)
             if not count:
-                raise self._short(place, field)
+                raise self._truncated(source, field)
             done += count
 
-    def write(self, place: Place, data: memoryview, field: str) -> None:
-        """Write a tensor where it is to be; the rest is as in read."""
-        start, done = self._start(place, field), 0
-        if start + len(data) > os.fstat(self._file).st_size:  # writing would make it longer
-            raise self._short(place, field)
+    def write(self, target: SharedMemoryRange, data: memoryview, field: str) -> None:
+        """Write a tensor to a range.
+
+        Args:
+            target: The range, which is at least as large as the tensor.
+            data: The tensor.
+            field: The path of the request's field, for the error.
+
+        Raises:
+            InvalidArgumentError: The range is not within the region, the file was truncated, or there is no memory.
+
+        """
+        start, done = self._file_offset(target, field), 0
+        if start + len(data) > os.fstat(self._file).st_size:  # writing would extend the file
+            raise self._truncated(target, field)
         while done < len(data):
             try:
                 done += os.pwritev(self._file, [data[done:]], start + done)
-            except OSError as error:  # no room: memory is taken when it is first written
+            except OSError as error:  # no memory: it is allocated when it is first written
                 raise InvalidArgumentError(f"expected memory to write to, got {error.strerror}", field=field) from None
 
-    def _start(self, place: Place, field: str) -> int:
-        if place.offset + place.nbytes > self.nbytes:
-            msg = f"expected a range within the region's {self.nbytes} bytes, got {place.nbytes} from {place.offset} on"
+    def _file_offset(self, part: SharedMemoryRange, field: str) -> int:
+        if part.offset + part.nbytes > self.nbytes:
+            msg = f"expected a range within the region's {self.nbytes} bytes, got {part.nbytes} from {part.offset} on"
             raise InvalidArgumentError(msg, field=field)
-        return self.offset + place.offset
+        return self.offset + part.offset
 
-    def _short(self, place: Place, field: str) -> InvalidArgumentError:
+    def _truncated(self, part: SharedMemoryRange, field: str) -> InvalidArgumentError:
         size = os.fstat(self._file).st_size
-        msg = f"expected {place.nbytes} bytes at {self.offset + place.offset} of {self.key}, got a file of {size} bytes"
+        msg = f"expected {part.nbytes} bytes at {self.offset + part.offset} of {self.key}, got a file of {size} bytes"
         return InvalidArgumentError(msg, field=field)
 
 
 class SharedMemoryRegistry:
-    """The regions that clients have registered, by name; any client may use any."""
+    """The regions that clients have registered, by name. Any client may use any region.
 
-    def __init__(self, *, allowed: bool) -> None:
-        """Know none yet; where they aren't `allowed`, for good."""
+    Args:
+        allowed: Whether clients may register regions.
+        max_regions: Maximum number of regions.
+
+    Attributes:
+        allowed: As above.
+
+    """
+
+    def __init__(self, *, allowed: bool, max_regions: int = MAX_REGIONS) -> None:
         self.allowed = allowed
-        self._regions: dict[str, Region] = {}
+        self._max_regions = max_regions
+        self._regions: dict[str, SharedMemoryRegion] = {}
         self._lock = threading.Lock()
 
     def register(self, name: str, key: str, offset: int, nbytes: int) -> None:
-        """Make a region known.
+        """Register a region.
+
+        Args:
+            name: Name of the region.
+            key: Name of the file in /dev/shm.
+            offset: Offset of the region in the file, in bytes.
+            nbytes: Size of the region, in bytes.
 
         Raises:
-            UnsupportedError: The server doesn't allow any.
-            PoolError: Of the class that says what is wrong with it.
+            UnsupportedError: The server does not allow shared memory of clients.
+            InvalidArgumentError: The name is taken or has an invalid length, or the region is invalid.
+            LimitExceededError: There are too many regions.
+            NotFoundError: There is no such file.
+            PermissionDeniedError: The file belongs to another user.
 
         """
         if not self.allowed:
@@ -156,24 +196,24 @@ class SharedMemoryRegistry:
             raise InvalidArgumentError(f"expected 1 to {MAX_NAME} characters, got {len(name)}", field="name")
         with self._lock:
             self._check_free(name)
-        region = Region(key, offset, nbytes)
+        region = SharedMemoryRegion(key, offset, nbytes)
         with self._lock:
             self._check_free(name)
             self._regions[name] = region
 
     def unregister(self, name: str) -> None:
-        """Forget a region, if there is one; all, if the name is empty. Calls that use it are finished."""
+        """Unregister a region, or all if the name is empty. Calls in flight still use it."""
         with self._lock:
             if name:
                 self._regions.pop(name, None)
             else:
                 self._regions.clear()
 
-    def known(self, name: str) -> dict[str, Region]:
-        """Give a region, or all if the name is empty.
+    def regions(self, name: str = "") -> dict[str, SharedMemoryRegion]:
+        """Return a region by its name, or all if the name is empty.
 
         Raises:
-            NotFoundError: There is none of that name.
+            NotFoundError: No region has this name.
 
         """
         with self._lock:
@@ -184,20 +224,24 @@ class SharedMemoryRegistry:
             raise NotFoundError(f"expected a region that is registered, got {clip(name)}", reason="REGION")
         return {name: regions[name]}
 
-    def find(self, name: str) -> Region:
-        """Give a region; the rest is as in known."""
-        return self.known(name)[name] if name else self._none()
+    def find(self, name: str) -> SharedMemoryRegion:
+        """Return a region.
 
-    def _none(self) -> Region:
-        raise NotFoundError("expected the name of a region, got none", reason="REGION")
+        Raises:
+            NotFoundError: No region has this name.
+
+        """
+        if not name:
+            raise NotFoundError("expected the name of a region, got none", reason="REGION")
+        return self.regions(name)[name]
 
     def _check_free(self, name: str) -> None:
         if name in self._regions:
             msg = f"expected a name that isn't registered, got {clip(name)}: unregister it first"
             raise InvalidArgumentError(msg, field="name")
-        if len(self._regions) >= MAX_REGIONS:
-            limits = {"limit": str(MAX_REGIONS), "actual": str(MAX_REGIONS + 1)}
-            msg = f"expected at most {MAX_REGIONS} regions, got another"
+        if len(self._regions) >= self._max_regions:
+            limits = {"limit": str(self._max_regions), "actual": str(self._max_regions + 1)}
+            msg = f"expected at most {self._max_regions} regions, got another"
             raise LimitExceededError(msg, reason="REGIONS", metadata=limits)
 
 

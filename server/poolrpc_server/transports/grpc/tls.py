@@ -26,48 +26,51 @@ UNKNOWN = "/unknown/Unknown"
 
 
 class Certificates:
-    """The server's certificate and key, and whose clients' it takes, each from a PEM file that may change.
+    """The server's TLS certificate and key, and the authorities of its clients, from PEM files that may change.
 
-    Whoever connects after a change meets the new ones. Files that are half-written, or of which one is changed and the
-    other not yet, leave the ones before in use.
+    New connections use the new files. While a file is incomplete, or the certificate and the key do not match, the
+    previous ones stay in use.
 
     Args:
-        cert: The file of the certificate, and those between it and its authority.
-        key: The file of its key, which has no passphrase.
-        client_ca: The file of the authorities of clients' certificates, which each client is then to have.
-            Empty: clients need none.
+        cert: The file of the certificate and its intermediate certificates.
+        key: The file of the private key, without a passphrase.
+        client_ca: The file of the authorities of clients' certificates: every client must then present a certificate.
+            Empty: clients need no certificate.
 
     Raises:
-        ValueError: The files can't be used, and why.
+        ValueError: A file is missing or not valid.
 
     """
 
     def __init__(self, cert: str, key: str, client_ca: str = "") -> None:
         self._paths = cert, key, client_ca
         paths = [path for path in self._paths if path]
-        self._watched = ReloadingFile("the TLS files", paths, self._load)
+        self._configuration = ReloadingFile("the TLS files", paths, self._load)
 
     def credentials(self) -> grpc.ServerCredentials:
-        """Give gRPC's credentials for one address; each needs its own, for gRPC hands each change to one once."""
-        sent = self._watched.get()
+        """Return gRPC's credentials for one address.
+
+        Every address needs credentials of its own, because they report each change of the files only once.
+        """
+        current = self._configuration.get()
 
         def changed() -> grpc.ServerCertificateConfiguration | None:
-            nonlocal sent
-            now = self._watched.get()
-            if now is sent:
+            nonlocal current
+            latest = self._configuration.get()
+            if latest is current:
                 return None
-            sent = now
-            return now
+            current = latest
+            return latest
 
         return grpc.dynamic_ssl_server_credentials(
-            sent,
-            changed,  # type: ignore[arg-type]  # the stubs don't know that None is no change
+            current,
+            changed,  # type: ignore[arg-type]  # the stubs don't know that None means "no change"
             require_client_authentication=bool(self._paths[2]),
         )
 
     def _load(self) -> grpc.ServerCertificateConfiguration:
         cert, key, client_ca = self._paths
-        # gRPC says no more of bad files than that a handshake failed, and that only in its own log.
+        # OpenSSL checks the files first: gRPC itself only reports that a handshake failed, and only in its own log.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
             context.load_cert_chain(cert, key, password=_no_passphrase)
@@ -83,7 +86,7 @@ class Certificates:
 
 
 def _no_passphrase() -> str:
-    # Without this OpenSSL asks for it at the terminal, and waits.
+    # Without this callback OpenSSL would prompt for the passphrase at the terminal.
     raise ValueError("expected a key without a passphrase")
 
 
