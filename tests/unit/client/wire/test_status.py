@@ -1,4 +1,4 @@
-"""Errors through gRPC's status and back, and the wire of the few public messages that stand in standard.proto."""
+"""Errors to gRPC's status and back, and the messages of standard.proto."""
 
 import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -24,15 +24,15 @@ SHORT = st.text(max_size=30)
 DETAILS_BYTES = 4096
 
 
-def through_the_wire(error):
-    """Give what the client sees of an error that the server raised."""
+def round_trip(error):
+    """Return the client's error for an error that the server raised."""
     message, details = encode_error(error)
     return decode_error(error.code, message, details)
 
 
 @st.composite
 def errors(draw):
-    """Draw an error of any class that has a status, small enough to travel whole."""
+    """Draw an error of any class with a status, small enough to be sent in full."""
     cls = draw(st.sampled_from(list(BY_CODE.values())))
     if cls is InvalidArgumentError:
         violations = draw(st.lists(st.builds(FieldViolation, SHORT, SHORT), min_size=1, max_size=4))
@@ -47,23 +47,23 @@ def errors(draw):
 @given(errors())
 @example(InvalidArgumentError("", violations=[FieldViolation(field, "expected 1") for field in "abcd"]))
 @example(UnavailableError("full", reason="IN_FLIGHT_BYTES", metadata=dict.fromkeys("abcd", "1"), retry_delay=0.123))
-def test_what_the_server_raised_is_what_the_client_sees(error):
-    """An error's class, code, text, reason, metadata, violations and delay are the same on the other side."""
-    seen = through_the_wire(error)
+def test_an_error_round_trips(error):
+    """An error's class, code, text, reason, metadata, violations and delay are the same on the client."""
+    seen = round_trip(error)
     assert type(seen) is type(error)
     assert str(seen) == str(error)
     assert vars(seen) == vars(error)
 
 
-def test_a_status_without_a_class_is_a_plain_error_that_names_it():
-    """A code that has no class of its own gives a PoolError whose text begins with the code."""
+def test_a_status_without_a_class_is_a_pool_error():
+    """A code that has no class becomes a PoolError whose text begins with the code."""
     error = decode_error("DATA_LOSS", "gone", None)
     assert (type(error), str(error)) == (PoolError, "DATA_LOSS: gone")
 
 
 @given(st.sampled_from([*BY_CODE, "UNKNOWN", "DATA_LOSS"]), SHORT, st.none() | st.binary())
-def test_any_details_give_an_error(code, message, details):
-    """Details that are missing, or bytes that are nothing of google.rpc's, leave the code and the message."""
+def test_invalid_details_are_ignored(code, message, details):
+    """Without details, and with arbitrary bytes as details, the error has the code's class and the message."""
     error = decode_error(code, message, details)
     assert type(error) is BY_CODE.get(code, PoolError)
     assert message in str(error)
@@ -73,16 +73,16 @@ def test_any_details_give_an_error(code, message, details):
 @pytest.mark.parametrize(
     "value", [b"\xff\xff\xff", b"\x0a\xff", bytes(1000), Duration(seconds=2**62).SerializeToString()]
 )
-def test_a_garbled_detail_gives_an_error(kind, value):
-    """A detail whose bytes aren't its type's does no harm."""
+def test_an_invalid_detail_is_ignored(kind, value):
+    """A detail whose bytes don't match its type is ignored."""
     detail = AnyMessage(type_url=f"type.googleapis.com/google.rpc.{kind}", value=value)
     details = standard_pb2.Status(details=[detail]).SerializeToString()
     for code in BY_CODE:
         assert "what happened" in str(decode_error(code, "what happened", details))
 
 
-def test_an_unknown_detail_is_passed_over():
-    """A detail of another kind leaves those that are known."""
+def test_an_unknown_detail_is_ignored():
+    """A detail of another type doesn't affect the known ones."""
     message, details = encode_error(LimitExceededError("m", reason="R", metadata={"a": "b"}))
     status = standard_pb2.Status.FromString(details)
     status.details.insert(0, AnyMessage(type_url="type.googleapis.com/google.rpc.Help", value=b"\x01"))
@@ -108,15 +108,15 @@ WIDE = "\N{GRINNING FACE}" * 5_000
     ],
     ids=["violations", "long violations", "wide violations", "long", "wide", "unavailable"],
 )
-def test_a_huge_error_stays_under_4_kb(error):
-    """P10: the message and the details fit in gRPC's metadata whatever was put into the error, in any script."""
+def test_a_large_error_is_limited_to_4_kb(error):
+    """The message and the details fit in gRPC's metadata, whatever the error holds, in any script."""
     message, details = encode_error(error)
     assert len(message.encode()) + len(details) < DETAILS_BYTES
     assert type(decode_error(error.code, message, details)) is type(error)
 
 
-def test_a_message_over_grpcs_limit_tells_how_to_raise_it():
-    """The library's own refusal of a large message gets a reason, and the names of both settings."""
+def test_a_message_above_grpcs_limit_names_the_settings():
+    """The rejection of a large message by grpcio gets a reason and the names of both settings."""
     error = decode_error("RESOURCE_EXHAUSTED", "CLIENT: Sent message larger than max (9 vs. 4)", None)
     assert type(error) is LimitExceededError
     assert error.reason == "MESSAGE_TOO_LARGE"
@@ -126,7 +126,7 @@ def test_a_message_over_grpcs_limit_tells_how_to_raise_it():
 
 
 def filled(rpc):
-    """Give a Status with every detail of ours filled, of a package that has google.rpc's messages."""
+    """Return a serialized Status with each of our details, built from a package with google.rpc's messages."""
     status = rpc.Status(code=3, message="m")
     violations = [{"field": "a", "description": "b"}, {"field": "c", "description": "d"}]
     for detail in (
@@ -140,9 +140,9 @@ def filled(rpc):
     return status.SerializeToString(deterministic=True)
 
 
-def test_the_details_are_google_rpcs():
-    """A Status with its details is the same bytes in googleapis' messages, so that any client reads ours."""
-    reason = "googleapis-common-protos isn't installed: nothing of ours needs it"
+def test_the_details_are_those_of_googleapis():
+    """A Status with its details has the same bytes as in googleapis' messages."""
+    reason = "googleapis-common-protos is optional, and not installed"
     status_pb2 = pytest.importorskip("google.rpc.status_pb2", reason=reason, exc_type=ImportError)
     details_pb2 = pytest.importorskip("google.rpc.error_details_pb2", reason=reason, exc_type=ImportError)
 
@@ -156,7 +156,7 @@ def test_the_details_are_google_rpcs():
 
 
 def test_the_details_have_the_public_field_numbers():
-    """A Status is, byte by byte, what google.rpc's published field numbers make of it."""
+    """A Status has the bytes that google.rpc's published field numbers define."""
 
     def field(tag, value):
         return bytes([tag << 3 | 2, len(value)]) + value
@@ -172,16 +172,16 @@ def test_the_details_have_the_public_field_numbers():
     assert filled(standard_pb2) == expected
 
 
-def test_health_is_grpcs():
-    """The health messages are grpc.health.v1's on the wire, every status included."""
+def test_health_messages_are_those_of_grpc():
+    """The health messages are those of grpc.health.v1 on the wire, with every status."""
     request = standard_pb2.HealthCheckRequest(service="poolrpc.v1.PoolService").SerializeToString()
     assert health_pb2.HealthCheckRequest.FromString(request).service == "poolrpc.v1.PoolService"
     for name, value in health_pb2.HealthCheckResponse.ServingStatus.items():
-        theirs = health_pb2.HealthCheckResponse(status=value).SerializeToString()
-        seen = decode_health(standard_pb2.HealthCheckResponse.FromString(theirs))
+        data = health_pb2.HealthCheckResponse(status=value).SerializeToString()
+        seen = decode_health(standard_pb2.HealthCheckResponse.FromString(data))
         assert seen == (name if value else "UNSPECIFIED")
 
 
-def test_a_health_status_of_the_future_is_unknown():
+def test_an_unknown_health_status():
     """A status that this client doesn't know is UNKNOWN, as grpc.health.v1 calls one that isn't set."""
     assert decode_health(standard_pb2.HealthCheckResponse(status=99)) == "UNKNOWN"
