@@ -168,6 +168,20 @@ def test_averages_of_negative_zeros_are_zero() -> None:
         assert not output.signbit().any()
 
 
+def test_the_index_among_several_nans_is_torchs() -> None:
+    """If a window has several NaNs, of either sign, the index is the one that torch returns."""
+    x = values((2, 3, 9, 8), "float32", 0)
+    x[0, 0, 2, 3:6] = torch.nan
+    x[1, 2, 4:6, 2] = -torch.nan
+    layer = p.MaxPool2d(3, 2, 1, return_indices=True)
+    plan = plan_for(layer, x.dtype, (9, 8), None, "cpu")
+    (row,) = plan.rows
+    output, indices = torch.empty(6, *plan.result_shape), torch.empty(6, *plan.result_shape, dtype=torch.int64)
+    row.run(plan, x.view(6, 9, 8), output, indices)
+    for ours, theirs in zip((output, indices), reference(layer, x), strict=True):
+        assert_same(ours.view(theirs.shape), theirs, layer)
+
+
 def test_threads_share_nothing() -> None:
     """Several threads may compute ranges of planes of one plan at the same time."""
     x = values((64 * 3, 30, 30), "float32", 0)
