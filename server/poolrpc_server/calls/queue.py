@@ -124,21 +124,6 @@ class Pending(Generic[J]):
 
     """
 
-    __slots__ = (
-        "batch",
-        "context",
-        "error",
-        "job",
-        "priority",
-        "queued_at",
-        "ready_at",
-        "result",
-        "seconds",
-        "started_at",
-        "state",
-        "wakeup",
-    )
-
     def __init__(self, job: J, context: JobContext, priority: int, delay: float) -> None:
         self.job, self.context, self.priority = job, context, priority
         self.seconds = job.seconds

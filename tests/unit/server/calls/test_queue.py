@@ -2,43 +2,16 @@
 
 import time
 from collections import Counter
-from dataclasses import dataclass
 
 import pytest
 
 from poolrpc_server.calls.queue import PRIORITIES, STRIDES, Queue, QueueFullError, QueueLimits
-
-
-@dataclass(frozen=True, eq=False)
-class NamedJob:
-    """A job that tests recognise by its name."""
-
-    name: str
-    key: str | None = "key"
-    nbytes: int = 1
-    seconds: float = 0.0
-
-    def record_duration(self, seconds):
-        """Ignore the duration."""
-
-
-class OpenCall:
-    """A call without a deadline that is never cancelled."""
-
-    def time_remaining(self):
-        """Return None, for no deadline."""
-
-    def raise_if_cancelled(self):
-        """Do nothing."""
-
-    def add_done_callback(self, _):
-        """Accept the callback, which is never called."""
-        return True
+from tests.unit.server.calls.jobs import FakeCall, NamedJob
 
 
 def append(queue, names, priority=1, **attributes):
     """Append one job for each letter and return the pending jobs."""
-    return [queue.append(NamedJob(name, **attributes), OpenCall(), priority) for name in names]
+    return [queue.append(NamedJob(name, **attributes), FakeCall(), priority) for name in names]
 
 
 def batches(queue):
