@@ -68,6 +68,7 @@ class TensorSpec:
         return self.numel * ITEM_BYTES[self.dtype]
 
 
+@lru_cache(32)
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """Return NumPy's little-endian dtype of that name; bfloat16 comes from ml_dtypes.
 

@@ -12,6 +12,7 @@ from poolrpc._wire import codec, framing
 from poolrpc.chains import Chain, Planes, Shape, spatial_dims
 from poolrpc.errors import InternalError, InvalidArgumentError
 from poolrpc.tensors import Array, Layout, TensorSpec, numpy_dtype
+from poolrpc.v1 import pool_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from poolrpc._transport.result import Progress
-    from poolrpc.v1 import pool_pb2
 
 
 class PreparedRequest:
@@ -53,6 +53,17 @@ class PreparedRequest:
     def outputs(self) -> tuple[TensorSpec, ...]:
         """The specs of the output tensors of all branches, in order; it raises as `results` does."""
         return codec.payload_specs(self.results)
+
+    @cached_property
+    def response_prefix(self) -> bytes:
+        """The bytes that precede the payload in the response of a poolrpc server; it raises as `results` does."""
+        header = pool_pb2.PoolResponse(results=codec.encode_results(self.results)).SerializeToString()
+        return framing.message_prefix(header, self.output_nbytes)
+
+    @cached_property
+    def output_nbytes(self) -> int:
+        """The size of the outputs, in bytes; it raises as `results` does."""
+        return sum(spec.nbytes for spec in self.outputs)
 
     @cached_property
     def spatial_dims(self) -> int:

@@ -96,6 +96,10 @@ def decode_response(prepared: PreparedRequest, message: bytes) -> memoryview:
         InternalError: The message is not an answer to the request.
 
     """
+    # Parsing takes a tenth of the client's CPU time in a small call. So the usual encoding is compared as bytes.
+    prefix = prepared.response_prefix
+    if message.startswith(prefix) and len(message) == len(prefix) + prepared.output_nbytes:
+        return memoryview(message)[len(prefix) :]
     try:
         header, payload = framing.split_payload(message, pool_pb2.PoolResponse)
         prepared.check_results(pool_pb2.PoolResponse.FromString(header).results)
@@ -117,10 +121,11 @@ def copy_tensors(specs: Sequence[TensorSpec], payload: Bytes, out: Sequence[Arra
     arrays, offset = [], 0
     for spec, array in zip(specs, out or repeat(None), strict=False):
         dtype, shape, numel = numpy_dtype(spec.dtype), spec.shape, spec.numel
+        view = np.frombuffer(payload, dtype, numel, offset).reshape(shape) if numel else np.empty(shape, dtype)
+        offset += view.nbytes
         if array is None:
-            array = np.empty(shape, dtype)  # noqa: PLW2901 - the array of this spec, whichever it is
-        if numel:
-            array[...] = np.frombuffer(payload, dtype, numel, offset).reshape(shape)
-            offset += numel * dtype.itemsize
-        arrays.append(array)
+            arrays.append(view.copy())
+        else:
+            array[...] = view
+            arrays.append(array)
     return arrays
