@@ -1,4 +1,4 @@
-"""What a client shows of itself: TLS and a token, as told or as the environment says, and never in clear."""
+"""The credentials of a client: TLS and a token, from arguments or the environment, and never in plaintext."""
 
 import grpc
 import pytest
@@ -6,29 +6,29 @@ import pytest
 from poolrpc import AsyncPoolClient, InvalidArgumentError, PoolClient
 from poolrpc.access import credentials_for, is_loopback, metadata_for
 
-SECRET = "s3cret-t0ken"  # noqa: S105 - a test's
+SECRET = "s3cret-t0ken"  # noqa: S105 - only of these tests
 PUBLIC = "example.com:50051"
 BEARER = (("authorization", f"Bearer {SECRET}"),)
 
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch):
-    """Take what this process's own environment says away."""
+    """Remove what the environment of this process sets."""
     for name in ("POOLRPC_TOKEN", "POOLRPC_CA", "POOLRPC_CLIENT_CERT", "POOLRPC_CLIENT_KEY"):
         monkeypatch.delenv(name, raising=False)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "[::1]", "localhost"])
-def test_these_hosts_are_this_machine(host):
-    """Loopback addresses, by number or by name."""
+def test_a_loopback_host_is_this_machine(host):
+    """Loopback hosts are recognised by address and by name."""
     assert is_loopback(host)
 
 
 @pytest.mark.parametrize(
     "host", ["192.168.0.1", "::", "10.0.0.1", "example.com", "localhost.example.com", "127.0.0.1.x", ""]
 )
-def test_these_hosts_are_not(host):
-    """Every other, and what isn't understood."""
+def test_any_other_host_is_not(host):
+    """Other addresses and names, and invalid ones, are not loopback hosts."""
     assert not is_loopback(host)
 
 
@@ -48,8 +48,8 @@ def test_these_hosts_are_not(host):
         "unix-abstract:pool",
     ],
 )
-def test_a_token_goes_to_this_machine_in_clear(address):
-    """Nobody is on the way to a loopback address or a unix socket."""
+def test_a_token_may_be_sent_to_this_machine_in_plaintext(address):
+    """A loopback address or a unix socket needs no TLS."""
     assert metadata_for(address, (), SECRET, encrypted=False) == BEARER
 
 
@@ -65,8 +65,8 @@ def test_a_token_goes_to_this_machine_in_clear(address):
         "xds:///localhost",
     ],
 )
-def test_a_token_goes_to_others_through_tls_alone(address, monkeypatch):
-    """A token that would go in clear is refused, whoever it came from; with TLS it goes."""
+def test_a_token_is_sent_to_other_machines_with_tls_only(address, monkeypatch):
+    """Without TLS, a token from an argument or from the environment is rejected, and not shown."""
     with pytest.raises(InvalidArgumentError, match=r"^token: expected TLS .* got plaintext") as raised:
         PoolClient(address, token=SECRET)
     assert address in str(raised.value)
@@ -77,8 +77,8 @@ def test_a_token_goes_to_others_through_tls_alone(address, monkeypatch):
         PoolClient(address)
 
 
-def test_metadata_of_the_callers_own_goes_as_it_is(monkeypatch):
-    """Who passes an authorization himself may; the environment's token is none of his, and a second one is refused."""
+def test_an_authorization_in_the_metadata_is_sent_as_it_is(monkeypatch):
+    """It replaces the token of the environment; a token argument beside it is rejected."""
     own = (("x", "y"), ("Authorization", "Basic abc"))
     monkeypatch.setenv("POOLRPC_TOKEN", SECRET)
     assert metadata_for(PUBLIC, own, None, encrypted=False) == own
@@ -86,8 +86,8 @@ def test_metadata_of_the_callers_own_goes_as_it_is(monkeypatch):
         metadata_for(PUBLIC, own, SECRET, encrypted=True)
 
 
-def test_the_token_told_goes_before_the_environments(monkeypatch):
-    """An argument wins over POOLRPC_TOKEN, which is used where there is none; an empty one is none."""
+def test_a_token_argument_overrides_the_environment(monkeypatch):
+    """POOLRPC_TOKEN is used if there is no argument, unless it is empty."""
     monkeypatch.setenv("POOLRPC_TOKEN", "another")
     assert metadata_for("localhost:1", [("a", "b")], SECRET, encrypted=False) == (("a", "b"), *BEARER)
     assert metadata_for("localhost:1", (), None, encrypted=False) == (("authorization", "Bearer another"),)
@@ -96,15 +96,15 @@ def test_the_token_told_goes_before_the_environments(monkeypatch):
 
 
 @pytest.mark.parametrize("token", ["", "two words", f"{SECRET}\n", f"{SECRET}é", f"{SECRET}\x00"])
-def test_what_is_no_token_is_refused_and_not_shown(token):
-    """What a header can't carry is refused here: gRPC's own error would have the token in it."""
+def test_an_invalid_token_is_rejected_and_not_shown(token):
+    """A token that a header cannot carry is rejected before gRPC, whose own error would contain it."""
     with pytest.raises(InvalidArgumentError, match=r"^token: expected printable ASCII") as raised:
         metadata_for("localhost:1", (), token, encrypted=True)
     assert SECRET not in str(raised.value)
 
 
-def test_the_environment_says_tls(monkeypatch, tmp_path):
-    """POOLRPC_CA is TLS, but for a unix socket, and for who has credentials of his own."""
+def test_the_environment_may_enable_tls(monkeypatch, tmp_path):
+    """POOLRPC_CA enables TLS, except on a unix socket; an argument overrides it."""
     assert credentials_for(PUBLIC, None) is None
     ca = tmp_path / "ca.pem"
     ca.write_text("-----BEGIN CERTIFICATE-----\n")
@@ -124,7 +124,7 @@ def test_the_environment_says_tls(monkeypatch, tmp_path):
     ],
     ids=["no key", "no certificate", "no authority"],
 )
-def test_what_goes_together_is_asked_for(monkeypatch, tmp_path, names, missing):
+def test_a_missing_file_is_named(monkeypatch, tmp_path, names, missing):
     """A client's certificate needs its key, and both need the server's authority."""
     for name in names:
         (tmp_path / name).write_text("PEM")
@@ -133,20 +133,20 @@ def test_what_goes_together_is_asked_for(monkeypatch, tmp_path, names, missing):
         credentials_for(PUBLIC, None)
 
 
-def test_a_file_that_is_not_there_is_named(monkeypatch, tmp_path):
-    """The error says which variable names it, and the file."""
+def test_an_unreadable_file_is_named(monkeypatch, tmp_path):
+    """The error has the variable and the path."""
     monkeypatch.setenv("POOLRPC_CA", str(tmp_path / "nowhere"))
     with pytest.raises(InvalidArgumentError, match=r"^POOLRPC_CA: expected a PEM file, got .*nowhere: No such file"):
         PoolClient(PUBLIC)
 
 
 def test_a_client_does_not_show_its_token():
-    """Neither client's repr has the token."""
+    """The repr of PoolClient has the address alone."""
     with PoolClient("localhost:1", token=SECRET) as client:
         assert repr(client) == "PoolClient('localhost:1')"
 
 
 async def test_an_async_client_does_not_show_its_token():
-    """Nor has that of asyncio's client."""
+    """The repr of AsyncPoolClient has the address alone."""
     async with AsyncPoolClient("localhost:1", token=SECRET) as client:
         assert repr(client) == "AsyncPoolClient('localhost:1')"
