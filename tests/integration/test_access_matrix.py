@@ -89,7 +89,7 @@ COLUMNS = ("native", "Triton", "health", "reflection")
 
 
 @dataclass(frozen=True, slots=True)
-class Caller:
+class Peer:
     """A caller: the address that it calls, and what it has."""
 
     address: str
@@ -110,25 +110,25 @@ class Caller:
         return grpc.secure_channel(self.address, self.credentials, options)
 
 
-def pool(caller: Caller) -> object:
+def pool(caller: Peer) -> object:
     """Pool through the unary method."""
     with caller.client() as client:
         return client.pool(X, MaxPool2d(2), transport="unary").output.tobytes() == POOLED.tobytes()
 
 
-def pool_stream(caller: Caller) -> object:
+def pool_stream(caller: Peer) -> object:
     """Pool through a stream."""
     with caller.client() as client:
         return client.pool(X, MaxPool2d(2), transport="stream").output.tobytes() == POOLED.tobytes()
 
 
-def infer_shape(caller: Caller) -> object:
+def infer_shape(caller: Peer) -> object:
     """Infer a shape."""
     with caller.client() as client:
         return client.output_shape(X.shape, MaxPool2d(2)) == POOLED.shape
 
 
-def server_info(caller: Caller) -> object:
+def server_info(caller: Peer) -> object:
     """Get the server's info."""
     with caller.client() as client:
         return client.server_info().threads
@@ -141,7 +141,7 @@ def request() -> pb.ModelInferRequest:
     return made
 
 
-def infer(caller: Caller) -> object:
+def infer(caller: Peer) -> object:
     """Run a preset."""
     kinds = pb.ModelInferRequest.SerializeToString, pb.ModelInferResponse.FromString
     with caller.channel() as channel:
@@ -149,7 +149,7 @@ def infer(caller: Caller) -> object:
         return call(request(), metadata=caller.metadata, timeout=30).raw_output_contents == [POOLED.tobytes()]
 
 
-def infer_stream(caller: Caller) -> object:
+def infer_stream(caller: Peer) -> object:
     """Run a preset through a stream."""
     kinds = pb.ModelInferRequest.SerializeToString, pb.ModelStreamInferResponse.FromString
     with caller.channel() as channel:
@@ -158,7 +158,7 @@ def infer_stream(caller: Caller) -> object:
         return answer.infer_response.raw_output_contents == [POOLED.tobytes()]
 
 
-def live(caller: Caller) -> object:
+def live(caller: Peer) -> object:
     """Call ServerLive."""
     kinds = pb.ServerLiveRequest.SerializeToString, pb.ServerLiveResponse.FromString
     with caller.channel() as channel:
@@ -166,7 +166,7 @@ def live(caller: Caller) -> object:
         return call(pb.ServerLiveRequest(), metadata=caller.metadata, timeout=30).live
 
 
-def check(caller: Caller) -> object:
+def check(caller: Peer) -> object:
     """Check the health."""
     with caller.channel() as channel:
         stub = health_pb2_grpc.HealthStub(channel)
@@ -174,7 +174,7 @@ def check(caller: Caller) -> object:
         return answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
-def watch(caller: Caller) -> object:
+def watch(caller: Peer) -> object:
     """Watch the health."""
     with caller.channel() as channel:
         stub = health_pb2_grpc.HealthStub(channel)
@@ -182,7 +182,7 @@ def watch(caller: Caller) -> object:
         return next(call).status == health_pb2.HealthCheckResponse.SERVING
 
 
-def reflect(caller: Caller) -> object:
+def reflect(caller: Peer) -> object:
     """List the services by reflection."""
     with caller.channel() as channel:
         stub = reflection_pb2_grpc.ServerReflectionStub(channel)
@@ -191,7 +191,7 @@ def reflect(caller: Caller) -> object:
         return "poolrpc.v1.PoolService" in {each.name for each in answer.list_services_response.service}
 
 
-METHODS: dict[Callable[[Caller], object], str] = {
+METHODS: dict[Callable[[Peer], object], str] = {
     **dict.fromkeys((pool, pool_stream, infer_shape, server_info), "native"),
     **dict.fromkeys((infer, infer_stream, live), "Triton"),
     **dict.fromkeys((check, watch), "health"),
@@ -231,11 +231,11 @@ class Secured:
         )
         self.server.start()
 
-    def caller(self, client: str, token: str, *, unix: bool = False) -> Caller:
+    def caller(self, client: str, token: str, *, unix: bool = False) -> Peer:
         """Return a caller by the names of its credentials and of its token."""
         address = self.server.addresses[unix].replace("127.0.0.1", "localhost")
         metadata = [("authorization", f"Bearer {TOKENS[token]}")] if token else []
-        return Caller(address, self._credentials[client], metadata)
+        return Peer(address, self._credentials[client], metadata)
 
     def calls(self) -> float:
         """Return the number of calls that the server has counted in its metrics."""
@@ -257,7 +257,7 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
         yield cache(make)
 
 
-def outcome(method: Callable[[Caller], object], caller: Caller) -> str:
+def outcome(method: Callable[[Peer], object], caller: Peer) -> str:
     """Return the status of a call; OK if the result is right."""
     try:
         return "OK" if method(caller) else "a wrong result"
@@ -285,7 +285,7 @@ def test_access(secured: Callable[[str], Secured], row: tuple[str, ...]) -> None
         assert server.calls() == before
 
 
-def arena(caller: Caller) -> object:
+def arena(caller: Peer) -> object:
     """Pool through the arena."""
     with caller.client() as client:
         result = client.pool(X, MaxPool2d(2), transport="arena")

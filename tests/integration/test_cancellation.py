@@ -1,4 +1,4 @@
-"""Callers that leave at every moment, beside others who wait: only they notice, and all that they held is free."""
+"""Callers that cancel at every moment: other callers do not notice, and what the cancelled ones held is free."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from scripts.server_process import serving
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from conftest import Gate
     from scripts.server_process import ServerProcess
+    from tests.integration.conftest import Gate
 
 LIMIT = 48 * 2**20
-"""Of the bytes under way: all that a test has under way at a time, and no more than the probe's."""
+"""--max-inflight-bytes: as much as a test has in flight at a time, and as the largest call at its end needs."""
 
 ONE_HEAP = {"MALLOC_ARENA_MAX": "1"}
-"""For the server: glibc's heaps, one or more a thread, would take long to settle, and hide what is never freed."""
+"""Of the server: with several of glibc's heaps its memory would take long to settle, and leaks would be hidden."""
 
 NO_RETRIES = [("grpc.enable_retries", 0)]
 RNG = np.random.default_rng(8)
@@ -39,7 +39,7 @@ RNG = np.random.default_rng(8)
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A request, and what it gives."""
+    """A request, and its result."""
 
     request: pool_pb2.PoolRequest
     tensor: np.ndarray
@@ -48,10 +48,10 @@ class Case:
 
 
 def case(layer: poolrpc.Layer, shape: tuple[int, ...]) -> Case:
-    """Give a case of random numbers, for a layer of windows of 2 without overlap."""
+    """Return a case of random numbers, for a layer with windows of 2 that do not overlap."""
     tensor = RNG.integers(-99, 99, shape).astype(np.float32)
     windows = tensor.reshape(*shape[:2], shape[2] // 2, 2, shape[3] // 2, 2)
-    # Sums of such integers are exact in whatever order they are made.
+    # Sums of such integers are exact in any order.
     output = windows.max((3, 5)) if isinstance(layer, MaxPool2d) else windows.sum((3, 5)) / np.float32(4)
     request = codec.encode_request(codec.Request(TensorSpec("float32", shape), (as_chain(layer),)))
     request.payload = tensor.tobytes()
@@ -67,7 +67,7 @@ CASES = [
 
 @pytest.fixture
 def server() -> Iterator[ServerProcess]:
-    """A server with one seat, so that calls wait at each stage."""
+    """Return a server with one slot, so that calls wait at each stage."""
     flags = ["--threads", "1", "--call-threads", "64", "--max-streams", "4", "--max-inflight-bytes", str(LIMIT)]
     with serving(*flags, env=ONE_HEAP) as made:
         yield made
@@ -76,10 +76,10 @@ def server() -> Iterator[ServerProcess]:
 
 
 def assert_nothing_is_held(address: str) -> None:
-    """Check that no byte of anybody is counted: a call that takes the whole limit is let in, if need be with patience.
+    """Check that no bytes are counted as in flight: a call of the whole limit is admitted, after retries perhaps.
 
-    The server frees what a caller held when it finds out that the caller has gone, which is soon: UNAVAILABLE until
-    then, and the client tries again.
+    The server frees what a caller held when it notices that the caller is gone. Until then the call is UNAVAILABLE and
+    the client tries again.
     """
     x = np.ones((1, 1, 3072, 3072), np.float32)
     largest = x.nbytes + x.nbytes // 4
@@ -88,11 +88,11 @@ def assert_nothing_is_held(address: str) -> None:
         assert client.pool(x, MaxPool2d(2), transport="unary", timeout=60).output.all()
 
 
-def calls_among_which_some_are_cancelled(address: str, seed: int) -> dict[str, int]:
-    """Make two dozen calls at once and cancel half of them, one whenever another is answered; count the outcomes.
+def cancel_half_of_many_calls(address: str, seed: int) -> dict[str, int]:
+    """Make two dozen calls at once and cancel half of them, one whenever another is answered; return the outcomes.
 
-    How many answers there have been is the moment of a cancellation: 0 is before the server has heard of the call, and
-    the last ones find calls computed, sent, or over.
+    The number of results so far is the moment of a cancellation: at 0 the server may not know of the call, and at the
+    last ones the call may be computed, sent, or over.
     """
     random = np.random.default_rng(seed)
     chosen = [CASES[i] for i in random.integers(0, len(CASES), 24)]
@@ -101,23 +101,23 @@ def calls_among_which_some_are_cancelled(address: str, seed: int) -> dict[str, i
     with grpc.insecure_channel(address, [*NO_RETRIES, ("grpc.use_local_subchannel_pool", 1)]) as channel:
         pool = pool_pb2_grpc.PoolServiceStub(channel).Pool
         futures = [pool.future(each.request, timeout=60) for each in chosen]
-        staying, leaving = futures[::2], futures[1::2]
+        kept, cancelled = futures[::2], futures[1::2]
 
         def answered(_: grpc.Future) -> None:
             nonlocal answers
             with lock:
                 answers += 1
                 now = answers
-            if now < len(leaving):
-                leaving[moments[now]].cancel()
+            if now < len(cancelled):
+                cancelled[moments[now]].cancel()
 
-        leaving[moments[0]].cancel()
-        for future in staying:
+        cancelled[moments[0]].cancel()
+        for future in kept:
             future.add_done_callback(answered)
-        for future, each in zip(staying, chosen[::2], strict=True):
+        for future, each in zip(kept, chosen[::2], strict=True):
             assert bytes(future.result().payload) == each.expected
         outcomes = {"OK": 0, "CANCELLED": 0}
-        for future, each in zip(leaving, chosen[1::2], strict=True):
+        for future, each in zip(cancelled, chosen[1::2], strict=True):
             try:
                 assert bytes(future.result().payload) == each.expected
                 outcomes["OK"] += 1
@@ -127,26 +127,26 @@ def calls_among_which_some_are_cancelled(address: str, seed: int) -> dict[str, i
 
 
 def test_calls_cancelled_at_every_moment(server: ServerProcess) -> None:
-    """P08: of many calls at once half are cancelled; the others' answers are right, and no byte or thread stays."""
+    """P08: half of many calls at once are cancelled; the others have the right results, and no byte or thread stays."""
     process = psutil.Process(server.process.pid)
     for seed in range(10):
-        calls_among_which_some_are_cancelled(server.address, seed)
+        cancel_half_of_many_calls(server.address, seed)
     assert_nothing_is_held(server.address)
     threads, rss = process.num_threads(), process.memory_info().rss
-    counted = [calls_among_which_some_are_cancelled(server.address, seed) for seed in range(10, 60)]
+    counted = [cancel_half_of_many_calls(server.address, seed) for seed in range(10, 60)]
     assert sum(each["CANCELLED"] for each in counted) > 50
     assert_nothing_is_held(server.address)
-    # Threads come as calls need them, and stay for the next: at most one a call of those that were made at once.
+    # Threads are started when calls need them, and stay: at most one for each of the calls that are made at once.
     assert process.num_threads() <= threads + 24
     assert process.memory_info().rss < rss + 128 * 2**20
 
 
 class LeftError(Exception):
-    """What a caller's own code raises amid a stream."""
+    """Raised by a caller's own code in the middle of a stream."""
 
 
 async def test_tasks_and_streams_cancelled_beside_others(server: ServerProcess) -> None:
-    """P08: tasks of the asyncio client, by either way, are cancelled beside others, whose answers are right."""
+    """P08: tasks of the asyncio client, unary and streams, are cancelled; the others have the right results."""
     random = np.random.default_rng(3)
     async with AsyncPoolClient(server.address) as client:
 
@@ -159,15 +159,15 @@ async def test_tasks_and_streams_cancelled_beside_others(server: ServerProcess) 
 
         for _ in range(30):
             chosen = [CASES[i] for i in random.integers(0, len(CASES), 16)]
-            ways = random.choice(["unary", "stream"], 16, p=[0.8, 0.2])
-            tasks = [asyncio.create_task(pool(*each)) for each in zip(chosen, ways, strict=True)]
-            staying, leaving = tasks[::2], tasks[1::2]
+            transports = random.choice(["unary", "stream"], 16, p=[0.8, 0.2])
+            tasks = [asyncio.create_task(pool(*each)) for each in zip(chosen, transports, strict=True)]
+            kept, cancelled = tasks[::2], tasks[1::2]
             streamed = asyncio.create_task(
                 client.pool(CASES[-1].tensor, CASES[-1].layer, transport="stream", progress=leave)
             )
-            for answered in asyncio.as_completed(staying):
+            for answered in asyncio.as_completed(kept):
                 await answered
-                leaving.pop().cancel()
+                cancelled.pop().cancel()
             with pytest.raises(LeftError):
                 await streamed
             await asyncio.gather(*tasks[1::2], return_exceptions=True)
@@ -175,7 +175,7 @@ async def test_tasks_and_streams_cancelled_beside_others(server: ServerProcess) 
 
 
 def test_calls_cancelled_in_the_queue(gate: Gate) -> None:
-    """P08: while the engine is busy, calls are cancelled where they wait; the others of their kind are computed."""
+    """P08: while the engine is busy, calls are cancelled in the queue; the others of their batch are computed."""
     with poolrpc_server.embedded(threads=1, max_inflight_bytes=LIMIT) as client:
         with grpc.insecure_channel(client.address, NO_RETRIES) as channel:
             pool = pool_pb2_grpc.PoolServiceStub(channel).Pool
@@ -184,7 +184,7 @@ def test_calls_cancelled_in_the_queue(gate: Gate) -> None:
             )
             held.payload = bytes(256)
             first = pool.future(held, timeout=60)
-            assert gate.entered.wait(20)
+            assert gate.entered.wait(60)
             each = CASES[0]
             waiting = [pool.future(each.request, timeout=60) for _ in range(16)]
             assert client.health() == "SERVING"

@@ -1,4 +1,4 @@
-"""Peers that speak HTTP/2 by themselves, past every gRPC library: bombs, garbage, resets; the server lives on."""
+"""Peers that speak HTTP/2 without gRPC: decompression bombs, invalid bytes, resets; the server goes on."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ OK, INVALID_ARGUMENT, RESOURCE_EXHAUSTED, UNIMPLEMENTED, INTERNAL = "0", "3", "8
 
 
 class RawPeer:
-    """A connection to a server, whose frames are written as the test wants them.
+    """A connection to a server, whose frames are written by the test.
 
     Attributes:
         socket: The connection.
-        ended: Streams that are over, with the headers and trailers that they had.
-        answering: Streams to which data came.
+        ended: Streams that are over, with their headers and trailers.
+        answering: Streams on which data was received.
 
     """
 
@@ -47,7 +47,7 @@ class RawPeer:
         self._seen: dict[int, dict[str, str]] = {}
         self._http = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
         self._http.initiate_connection()
-        self._http.increment_flow_control_window(MIB)  # of the connection; each stream has 64 KiB, and no more
+        self._http.increment_flow_control_window(MIB)  # of the connection; each stream keeps its 64 KiB
         self.flush()
 
     def __enter__(self) -> Self:
@@ -57,7 +57,7 @@ class RawPeer:
         self.socket.close()
 
     def open(self, method: str, *headers: tuple[str, str]) -> int:
-        """Open a stream and give its number."""
+        """Open a stream, and return its number."""
         stream = self._http.get_next_available_stream_id()
         fixed = [
             (":method", "POST"),
@@ -71,7 +71,7 @@ class RawPeer:
         return stream
 
     def send(self, stream: int, data: bytes, *, end: bool = True) -> None:
-        """Send data as the server lets it; stop when the stream is over."""
+        """Send data as flow control allows; stop when the stream is over."""
         rest = memoryview(data)
         while stream not in self.ended:
             room = min(self._http.local_flow_control_window(stream), self._http.max_outbound_frame_size, len(rest))
@@ -85,15 +85,15 @@ class RawPeer:
                 return
 
     def reset(self, stream: int) -> None:
-        """Reset a stream; it goes out with the next flush."""
+        """Reset a stream; the frame is sent with the next flush."""
         self._http.reset_stream(stream, 8)
 
     def flush(self) -> None:
-        """Send what waits."""
+        """Send what is buffered."""
         self.socket.sendall(self._http.data_to_send())
 
     def receive(self) -> None:
-        """Wait for the server to say something."""
+        """Wait for data of the server."""
         data = self.socket.recv(65536)
         if not data:
             raise ConnectionError("the server closed the connection")
@@ -107,7 +107,7 @@ class RawPeer:
         self.flush()
 
     def status(self, stream: int) -> str:
-        """Give the gRPC status of a stream, once it is over."""
+        """Return the gRPC status of a stream, once it is over."""
         while stream not in self.ended:
             self.receive()
         return self.ended[stream]["grpc-status"]
@@ -115,31 +115,31 @@ class RawPeer:
 
 CALL_THREADS = 32
 MOST_THREADS = 2 * CALL_THREADS
-"""All that the server keeps for calls, and those that it has beside: some twenty."""
+"""The threads for calls, and about twenty others."""
 
 
 def framed(data: bytes, *, compressed: bool = False) -> bytes:
-    """Give a message as gRPC has it on the wire."""
+    """Return a message with gRPC's prefix."""
     return struct.pack(">BI", compressed, len(data)) + data
 
 
-def asked(*shape: int) -> pool_pb2.PoolRequest:
-    """Give a request for MaxPool2d(2) of zeros."""
+def pool_request(*shape: int) -> pool_pb2.PoolRequest:
+    """Return a request for MaxPool2d(2) of zeros."""
     return pool_pb2.PoolRequest(
         input=pool_pb2.TensorSpec(dtype=pool_pb2.DATA_TYPE_FLOAT32, shape=shape),
         branches=[pool_pb2.Branch(layers=[pool_pb2.Layer(max_pool={"spatial_dims": 2, "kernel_size": [2]})])],
     )
 
 
-def begun(*shape: int) -> bytes:
-    """Give the first message of a stream, framed."""
-    return framed(pool_pb2.PoolStreamRequest(request=asked(*shape)).SerializeToString())
+def stream_header(*shape: int) -> bytes:
+    """Return the first message of a stream, with gRPC's prefix."""
+    return framed(pool_pb2.PoolStreamRequest(request=pool_request(*shape)).SerializeToString())
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
-    """A server for all peers of this file: a crash would fail every later test."""
-    # One heap: glibc's own, one or more a thread, would take long to settle, and hide what is never freed.
+    """Return a server process for all tests of this file, so that a crash fails every later test."""
+    # With several of glibc's heaps the memory would take long to settle, and leaks would be hidden.
     flags = ["--max-streams", "30", "--threads", "1", "--call-threads", str(CALL_THREADS)]
     with serving(*flags, env={"MALLOC_ARENA_MAX": "1"}) as made:
         yield made
@@ -149,7 +149,7 @@ def server() -> Iterator[ServerProcess]:
 
 @pytest.fixture(autouse=True)
 def still_serving(server: ServerProcess) -> Iterator[None]:
-    """After each test, a call and a stream of good clients are answered."""
+    """Check after each test that a call and a stream of our client are answered."""
     yield
     x = np.random.default_rng(1).standard_normal((2, 3, 8, 8), np.float32)
     with poolrpc.PoolClient(server.address) as client:
@@ -159,14 +159,14 @@ def still_serving(server: ServerProcess) -> Iterator[None]:
 
 
 @contextmanager
-def flat(server: ServerProcess, most: int = 32 * MIB) -> Iterator[None]:
-    """Check that the server's memory never grew by more than that, and that no thread or descriptor stays."""
+def memory_is_bounded(server: ServerProcess, most: int = 32 * MIB) -> Iterator[None]:
+    """Check that the server's memory never grows by more than that, and that no thread or descriptor stays."""
     process, folder = psutil.Process(server.process.pid), Path(f"/proc/{server.process.pid}")
 
     def peak() -> int:
         return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", (folder / "status").read_text())[1])
 
-    (folder / "clear_refs").write_text("5")  # the peak is counted from here on
+    (folder / "clear_refs").write_text("5")  # resets the peak
     before, descriptors = peak(), process.num_fds()
     yield
     with poolrpc.PoolClient(server.address) as client:
@@ -177,7 +177,7 @@ def flat(server: ServerProcess, most: int = 32 * MIB) -> Iterator[None]:
 
 
 def gzip_bomb() -> bytes:
-    """Give 4 GiB of zeros as a gzip file of 4 MB: one chunk's code, repeated, as a full flush allows."""
+    """Return 4 GiB of zeros as a gzip file of 4 MB: the code of one chunk, repeated, as a full flush allows."""
     chunk, count = bytes(16 * MIB), 256
     coder = zlib.compressobj(9, zlib.DEFLATED, -15)
     code = coder.compress(chunk) + coder.flush(zlib.Z_FULL_FLUSH)
@@ -191,7 +191,7 @@ def gzip_bomb() -> bytes:
 
 @pytest.fixture(scope="module")
 def bomb() -> bytes:
-    """The bomb, which is a real one: what is taken of it inflates to zeros."""
+    """Return the bomb, after a check that the beginning of it decompresses to zeros."""
     made = gzip_bomb()
     assert 2**21 < len(made) < 2**23
     inflated = zlib.decompressobj(31).decompress(made, 64 * MIB)
@@ -201,17 +201,17 @@ def bomb() -> bytes:
 
 @pytest.mark.parametrize("method", ["Pool", "PoolStream", "InferShape"])
 def test_a_gzip_bomb(server: ServerProcess, bomb: bytes, method: str) -> None:
-    """P02: 4 MB that would inflate to 4 GiB are refused as they are, with the server's memory where it was."""
-    with flat(server), RawPeer(server.address) as peer:
+    """P02: 4 MB that would decompress to 4 GiB are rejected as they are, without any memory."""
+    with memory_is_bounded(server), RawPeer(server.address) as peer:
         stream = peer.open(SERVICE + method, ("grpc-encoding", "gzip"))
         peer.send(stream, framed(bomb, compressed=True))
         assert peer.status(stream) in (RESOURCE_EXHAUSTED, UNIMPLEMENTED, INTERNAL)
 
 
 @pytest.mark.parametrize("encoding", ["identity", "deflate", "br", None])
-def test_a_bomb_under_another_name(server: ServerProcess, bomb: bytes, encoding: str | None) -> None:
-    """P02: what is flagged as compressed while its encoding is none, or none that there is, is refused just so."""
-    with flat(server), RawPeer(server.address) as peer:
+def test_a_bomb_of_another_encoding(server: ServerProcess, bomb: bytes, encoding: str | None) -> None:
+    """P02: a message flagged as compressed, with no encoding or an unknown one, is rejected the same way."""
+    with memory_is_bounded(server), RawPeer(server.address) as peer:
         stream = peer.open(SERVICE + "Pool", *([("grpc-encoding", encoding)] if encoding else []))
         peer.send(stream, framed(bomb, compressed=True))
         assert peer.status(stream) in (RESOURCE_EXHAUSTED, UNIMPLEMENTED, INTERNAL)
@@ -223,9 +223,9 @@ def test_a_bomb_under_another_name(server: ServerProcess, bomb: bytes, encoding:
     [framed(b"\xff" * 100), framed(b"\x0a\xff\xff\xff\xff\x0f"), framed(b"\x08"), framed(bytes(MIB))],
     ids=["ones", "length", "cut", "zeros"],
 )
-def test_a_message_that_is_none(server: ServerProcess, method: str, data: bytes) -> None:
-    """P03: bytes that parse as no message are INTERNAL on every method."""
-    with flat(server), RawPeer(server.address) as peer:
+def test_bytes_that_are_not_a_message(server: ServerProcess, method: str, data: bytes) -> None:
+    """P03: bytes that do not parse are INTERNAL for every method."""
+    with memory_is_bounded(server), RawPeer(server.address) as peer:
         stream = peer.open(SERVICE + method)
         peer.send(stream, data)
         assert peer.status(stream) == INTERNAL
@@ -241,10 +241,10 @@ def test_a_message_that_is_none(server: ServerProcess, method: str, data: bytes)
         "/grpc.health.v1.Health/Watch",
     ],
 )
-def test_a_thousand_messages_that_are_none(server: ServerProcess, method: str) -> None:
-    """P03: a call whose bytes are no message leaves no memory, and no place among the calls of its connection."""
-    with flat(server, 8 * MIB), RawPeer(server.address) as peer:
-        for _ in range(1500):  # gRPC's own refusal keeps 20 KB of each, and this connection has 1024 places
+def test_many_messages_that_do_not_parse(server: ServerProcess, method: str) -> None:
+    """P03: such a call leaves no memory, and does not count among the calls of its connection."""
+    with memory_is_bounded(server, 8 * MIB), RawPeer(server.address) as peer:
+        for _ in range(1500):  # gRPC's own rejection keeps 20 KB of each, and this connection has 1024 calls at most
             stream = peer.open(method)
             peer.send(stream, framed(b"\xff"))
             assert peer.status(stream) == INTERNAL
@@ -257,7 +257,7 @@ def test_a_thousand_messages_that_are_none(server: ServerProcess, method: str) -
 @pytest.mark.parametrize(
     ("data", "statuses"),
     [
-        # gRPC takes what is cut for no message; a method that awaits one, then, for another kind of method.
+        # gRPC treats a cut message as none; a method that expects one then has another kind.
         (framed(bytes(100))[:50], {INVALID_ARGUMENT, UNIMPLEMENTED}),
         (b"\x00\x00", {INVALID_ARGUMENT, UNIMPLEMENTED}),
         (b"\x07\x00\x00\x00\x01x", {OK, INVALID_ARGUMENT, UNIMPLEMENTED, INTERNAL}),
@@ -265,9 +265,9 @@ def test_a_thousand_messages_that_are_none(server: ServerProcess, method: str) -
     ],
     ids=["cut", "no length", "flags", "4 GiB promised"],
 )
-def test_a_frame_that_is_none(server: ServerProcess, method: str, data: bytes, statuses: set[str]) -> None:
-    """P03: a frame that ends early, has unknown flags or promises 4 GiB ends its call, and takes no memory."""
-    with flat(server), RawPeer(server.address) as peer:
+def test_invalid_frames(server: ServerProcess, method: str, data: bytes, statuses: set[str]) -> None:
+    """P03: a frame that ends early, has unknown flags or promises 4 GiB ends its call and takes no memory."""
+    with memory_is_bounded(server), RawPeer(server.address) as peer:
         stream = peer.open(SERVICE + method)
         peer.send(stream, data)
         assert peer.status(stream) in statuses
@@ -276,16 +276,16 @@ def test_a_frame_that_is_none(server: ServerProcess, method: str, data: bytes, s
 @pytest.mark.parametrize(
     "data", [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", bytes(MIB)]
 )
-def test_a_connection_that_is_none(server: ServerProcess, data: bytes) -> None:
-    """P03: a peer that speaks HTTP/1, TLS or nothing at all is hung up on."""
+def test_other_protocols(server: ServerProcess, data: bytes) -> None:
+    """P03: the server closes the connection of a peer that speaks HTTP/1, TLS or nothing known."""
     host, _, port = server.address.rpartition(":")
-    with flat(server), socket.create_connection((host, int(port)), timeout=30) as peer:
+    with memory_is_bounded(server), socket.create_connection((host, int(port)), timeout=30) as peer:
         try:
             peer.sendall(data)
             while peer.recv(65536):
                 pass
         except ConnectionError:
-            pass  # hung up on in the middle of a word
+            pass  # closed while the peer was sending
 
 
 @pytest.mark.parametrize(
@@ -302,51 +302,51 @@ def test_a_connection_that_is_none(server: ServerProcess, data: bytes) -> None:
     ],
     ids=["method", "case", "empty method", "no method", "version", "slash", "long", "odd"],
 )
-def test_a_method_that_is_none(server: ServerProcess, method: str) -> None:
-    """P04: a method that there isn't is UNIMPLEMENTED."""
+def test_unknown_methods(server: ServerProcess, method: str) -> None:
+    """P04: an unknown method is UNIMPLEMENTED."""
     with RawPeer(server.address) as peer:
         stream = peer.open(method)
         peer.send(stream, framed(b""))
         assert peer.status(stream) == UNIMPLEMENTED
 
 
-def opened(peer: RawPeer) -> int:
-    """Open a stream and say nothing."""
+def open_alone(peer: RawPeer) -> int:
+    """Open a stream and send nothing."""
     return peer.open(SERVICE + "PoolStream")
 
 
-def headed(peer: RawPeer) -> int:
-    """Open a stream and say what comes."""
-    stream = opened(peer)
-    peer.send(stream, begun(64, 1, 64, 64), end=False)
+def with_header(peer: RawPeer) -> int:
+    """Open a stream and send its header."""
+    stream = open_alone(peer)
+    peer.send(stream, stream_header(64, 1, 64, 64), end=False)
     return stream
 
 
-def amid_a_block(peer: RawPeer) -> int:
+def inside_a_block(peer: RawPeer) -> int:
     """Open a stream and leave its first block, of 1 MiB, unfinished."""
-    stream = headed(peer)
+    stream = with_header(peer)
     peer.send(stream, struct.pack(">BI", 0, MIB + 4) + bytes(10_000), end=False)
     return stream
 
 
-def a_call(peer: RawPeer) -> int:
-    """Send a whole call, whose answer comes to a stream that is gone."""
+def whole_call(peer: RawPeer) -> int:
+    """Send a whole call, whose response has no stream any more."""
     stream = peer.open(SERVICE + "Pool")
-    request = asked(1, 4, 64, 64)
+    request = pool_request(1, 4, 64, 64)
     request.payload = bytes(4 * 4 * 64 * 64)
     peer.send(stream, framed(request.SerializeToString()))
     return stream
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("begin", [opened, headed, amid_a_block, a_call], ids=lambda each: each.__name__)
+@pytest.mark.parametrize("begin", [open_alone, with_header, inside_a_block, whole_call], ids=lambda each: each.__name__)
 def test_a_thousand_resets(server: ServerProcess, begin: Callable[[RawPeer], int]) -> None:
-    """P09, P08: a thousand calls of a connection, each opened and reset, leave memory, threads and descriptors."""
+    """P09, P08: a thousand calls that are opened and reset leave no memory, threads or descriptors."""
 
     def reset(times: int) -> None:
         count = 0
         while count < times:
-            # The server may hang up on a peer that does nothing but reset: then it comes again.
+            # The server may close the connection of a peer that does nothing but reset: then another one is opened.
             with RawPeer(server.address) as peer:
                 try:
                     while count < times:
@@ -363,13 +363,13 @@ def test_a_thousand_resets(server: ServerProcess, begin: Callable[[RawPeer], int
                     count += 1
 
     reset(200)
-    with flat(server):
+    with memory_is_bounded(server):
         reset(1000)
 
 
-def test_answers_that_nobody_takes(server: ServerProcess) -> None:
-    """P08: callers that leave while their answer is being sent leave nothing; others are answered meanwhile."""
-    request = asked(1, 4, 512, 512)
+def test_responses_that_are_not_read(server: ServerProcess) -> None:
+    """P08: callers that leave while their response is sent leave nothing; others are answered meanwhile."""
+    request = pool_request(1, 4, 512, 512)
     request.payload = bytes(4 * 4 * 512 * 512)
     message = framed(request.SerializeToString())
 
@@ -378,7 +378,7 @@ def test_answers_that_nobody_takes(server: ServerProcess) -> None:
             streams = [peer.open(SERVICE + "Pool") for _ in range(4)]
             for stream in streams:
                 peer.send(stream, message)
-            # Nothing widens the streams' windows of 64 KiB: answers of 1 MiB are begun, and none can end.
+            # The streams' windows stay at 64 KiB, so that responses of 1 MiB begin and cannot end.
             while not peer.answering.issuperset(streams):
                 peer.receive()
             assert client.pool(np.ones((1, 1, 2, 2), np.float32), poolrpc.MaxPool2d(2)).output == 1
@@ -388,7 +388,7 @@ def test_answers_that_nobody_takes(server: ServerProcess) -> None:
 
     for _ in range(60):
         leave()
-    # Four requests and answers are 20 MiB; a hundred times four answers that stayed, 400 MiB.
-    with flat(server, 64 * MIB):
+    # Four requests and responses are 20 MiB; four hundred responses that stayed would be 400 MiB.
+    with memory_is_bounded(server, 64 * MIB):
         for _ in range(100):
             leave()

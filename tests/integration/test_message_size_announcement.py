@@ -1,8 +1,9 @@
-"""Messages that are announced: counted before they come, refused where there is no room for them, over real gRPC."""
+"""The announced size of a message: counted before the message arrives, and rejected if there is no room for it."""
 
 from __future__ import annotations
 
 import threading
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -16,54 +17,23 @@ from poolrpc._wire.codec import Request, encode_request
 from poolrpc._wire.framing import MESSAGE_BYTES_KEY
 from poolrpc._wire.status import translate_rpc_error
 from poolrpc.tensors import TensorSpec
-from poolrpc_server.calls.dispatch import COPIES, Dispatcher
+from poolrpc.v1 import pool_pb2, pool_pb2_grpc
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from tests.integration.conftest import Connect
 
 PATIENCE = 60
 POOL = "/poolrpc.v1.PoolService/Pool"
 LAYER = p.MaxPool2d(2)
 MIB = 2**20
-
-
-class Seen:
-    """What is announced to servers of this process.
-
-    Attributes:
-        announced: The bytes of each call that was let in, or was not.
-        let_in: Released for each that was.
-        arrived: Released when one isn't counted any more.
-
-    """
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.announced: list[int] = []
-        self.let_in, self.arrived = threading.Semaphore(0), threading.Semaphore(0)
-        check_room, arrived = Dispatcher.check_room, Dispatcher.arrived
-
-        def checked(dispatcher: Dispatcher, priority: int, announced: int = 0) -> None:
-            self.announced.append(announced)
-            check_room(dispatcher, priority, announced)
-            self.let_in.release()
-
-        def came(dispatcher: Dispatcher, announced: int) -> None:
-            arrived(dispatcher, announced)
-            self.arrived.release()
-
-        monkeypatch.setattr(Dispatcher, "check_room", checked)
-        monkeypatch.setattr(Dispatcher, "arrived", came)
+ONCE = {"grpc.enable_retries": 0}
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
-    """See what is announced."""
-    return Seen(monkeypatch)
-
-
-@pytest.fixture
-def address(seen: Seen) -> Iterator[str]:  # noqa: ARG001 - watched from its begin
-    """A server for 8 MiB under way, and messages of at most 7 MiB."""
+def address() -> Iterator[str]:
+    """Return the address of a server for 8 MiB in flight, and messages of at most 7 MiB."""
     config = poolrpc_server.Config(
         listen=("127.0.0.1:0",), threads=1, max_inflight_bytes=8 * MIB, max_message_bytes=7 * MIB
     )
@@ -75,14 +45,14 @@ def address(seen: Seen) -> Iterator[str]:  # noqa: ARG001 - watched from its beg
 
 @pytest.fixture
 def channel(address: str) -> Iterator[grpc.Channel]:
-    """A channel that tries once."""
-    with grpc.insecure_channel(address, [("grpc.enable_retries", 0)]) as made:
+    """Return a channel that tries once."""
+    with grpc.insecure_channel(address, list(ONCE.items())) as made:
         yield made
 
 
 @pytest.fixture
 def announce(channel: grpc.Channel) -> Iterator[Callable[[int], Any]]:
-    """Give the way to begin a call that announces so many bytes, and sends none."""
+    """Return a function that begins a call which announces so many bytes, and sends none."""
     ended = threading.Event()
 
     def nothing() -> Iterator[bytes]:
@@ -95,74 +65,86 @@ def announce(channel: grpc.Channel) -> Iterator[Callable[[int], Any]]:
 
 
 def error_of(call: Any) -> p.PoolError:
-    """Give the error that a call ends with."""
+    """Return the error with which a call ends."""
     with pytest.raises(grpc.RpcError) as caught:
         next(call)
     return translate_rpc_error(caught.value)
 
 
-def test_what_is_announced_is_counted_before_it_comes(announce: Callable[[int], Any], seen: Seen, address: str) -> None:
-    """While one message is awaited there is no room for another, until its caller leaves."""
-    first = announce(3 * MIB)
-    assert seen.let_in.acquire(timeout=PATIENCE)
-    error = error_of(announce(3 * MIB))
-    assert isinstance(error, p.UnavailableError)
-    assert error.reason == "IN_FLIGHT_BYTES"
-    assert error.metadata == {"limit": str(8 * MIB), "actual": str(2 * COPIES * 3 * MIB)}
-    first.cancel()
-    assert seen.arrived.acquire(timeout=PATIENCE)
+def test_announced_bytes_are_counted_before_they_arrive(announce: Callable[[int], Any], address: str) -> None:
+    """While one message of 3 MiB is awaited there is no room for another, until its caller leaves."""
+    calls = [announce(3 * MIB) for _ in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        errors = {threads.submit(error_of, call): call for call in calls}
+        (rejected,), _ = wait(errors, return_when=FIRST_COMPLETED)
+        error = rejected.result()
+        assert isinstance(error, p.UnavailableError)
+        assert error.reason == "IN_FLIGHT_BYTES"
+        assert int(error.metadata["actual"]) > int(error.metadata["limit"]) == 8 * MIB
+        for call in calls:
+            call.cancel()
     with p.PoolClient(address, timeout=PATIENCE) as client:
         x = np.ones((1, 1, 1024, 1024), np.float32)
         assert client.pool(x, LAYER, transport="unary").shape == (1, 1, 512, 512)
-    assert seen.announced[:2] == [3 * MIB] * 2
-    assert 4 * MIB < seen.announced[2] < 4 * MIB + 100
 
 
-def test_a_message_that_has_come_is_counted_as_what_it_is(address: str, seen: Seen) -> None:
-    """Call after call of 4 MiB, which with its output is more than half of what there is room for, is answered."""
-    with p.PoolClient(address, timeout=PATIENCE, options={"grpc.enable_retries": 0}) as client:
+def test_an_arrived_message_is_counted_by_its_own_size(address: str) -> None:
+    """Calls of 4 MiB, each of which fills more than half of the limit with its output, are answered in a row."""
+    with p.PoolClient(address, timeout=PATIENCE, options=ONCE) as client:
         for _ in range(5):
             client.pool(np.ones((1, 1, 1024, 1024), np.float32), LAYER, transport="unary")
-    for _ in range(5):
-        assert seen.arrived.acquire(timeout=PATIENCE)
 
 
-def test_more_than_a_message_may_be_is_refused_before_it_is_sent(announce: Callable[[int], Any]) -> None:
-    """That is final, and says the limit."""
+def test_an_announcement_over_the_message_limit_is_rejected(announce: Callable[[int], Any]) -> None:
+    """The rejection is final and has the limit."""
     error = error_of(announce(7 * MIB + 1))
     assert isinstance(error, p.LimitExceededError)
     assert (error.reason, error.metadata) == ("MESSAGE_TOO_LARGE", {"limit": str(7 * MIB), "actual": str(7 * MIB + 1)})
 
 
 @pytest.mark.parametrize("bad", ["", "-1", "1e6", "many", "9" * 20])
-def test_an_announcement_that_is_no_number_is_the_callers_fault(channel: grpc.Channel, bad: str) -> None:
+def test_an_announcement_must_be_a_number(channel: grpc.Channel, bad: str) -> None:
     """INVALID_ARGUMENT names the metadata."""
-    call = channel.unary_unary(POOL)
     with pytest.raises(grpc.RpcError) as caught:
-        call(b"", metadata=[(MESSAGE_BYTES_KEY, bad)], timeout=PATIENCE)
+        channel.unary_unary(POOL)(b"", metadata=[(MESSAGE_BYTES_KEY, bad)], timeout=PATIENCE)
     error = translate_rpc_error(caught.value)
     assert isinstance(error, p.InvalidArgumentError)
     assert [each.field for each in error.violations] == [f"metadata.{MESSAGE_BYTES_KEY}"]
 
 
-def test_whoever_announces_nothing_is_served(channel: grpc.Channel, seen: Seen) -> None:
-    """Other clients know nothing of it."""
+def test_clients_need_not_announce_anything(channel: grpc.Channel) -> None:
+    """A message without an announcement is answered."""
     spec = TensorSpec("float32", (1, 1, 1024, 512))
     message = encode_request(Request(spec, ((LAYER,),)))
     message.payload = bytes(spec.nbytes)
     assert channel.unary_unary(POOL)(message.SerializeToString(), timeout=PATIENCE)
-    assert seen.announced == [0]
 
 
-async def test_both_clients_announce_large_messages_alone(address: str, seen: Seen) -> None:
-    """Of a small one there is nothing to say."""
+def test_clients_announce_large_messages(connect: Connect) -> None:
+    """Either client announces the size of a message of 1 MiB or more, and no other."""
+    announced: list[int | None] = []
+
+    class Recording(pool_pb2_grpc.PoolServiceServicer):
+        def Pool(  # noqa: N802
+            self, request: pool_pb2.PoolRequest, context: grpc.ServicerContext
+        ) -> pool_pb2.PoolResponse:
+            metadata = dict(context.invocation_metadata())
+            announced.append(int(metadata[MESSAGE_BYTES_KEY]) if MESSAGE_BYTES_KEY in metadata else None)
+            assert announced[-1] in {None, request.ByteSize()}
+            result = pool_pb2.BranchResult(shapes=[pool_pb2.Shape(dims=request.input.shape)], output=request.input)
+            return pool_pb2.PoolResponse(results=[result], payload=request.payload)
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    pool_pb2_grpc.add_PoolServiceServicer_to_server(Recording(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
     small, large = np.ones((1, 1, 8, 8), np.float32), np.ones((1, 1, 512, 512), np.float32)
     assert large.nbytes == ANNOUNCED_BYTES
-    with p.PoolClient(address, timeout=PATIENCE) as client:
-        client.pool(small, LAYER)
-        client.pool(large, LAYER)
-    async with p.AsyncPoolClient(address, timeout=PATIENCE) as client:
-        await client.pool(small, LAYER)
-        await client.pool(large, LAYER)
-    assert [announced > large.nbytes for announced in seen.announced] == [False, True] * 2
-    assert seen.announced[0] == 0
+    client = connect(f"127.0.0.1:{port}", timeout=PATIENCE)
+    for x in (small, large):
+        client.pool(x, p.MaxPool2d(1), transport="unary")
+    server.stop(0).wait()
+    first, second = announced
+    assert first is None
+    assert second is not None
+    assert second > large.nbytes

@@ -1,4 +1,4 @@
-"""The metrics as an operator meets them: of real servers, over HTTP."""
+"""The metrics of real servers, over HTTP."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ POOL = {"grpc_type": "unary", "grpc_service": "poolrpc.v1.PoolService", "grpc_me
 
 
 def test_calls_are_counted() -> None:
-    """The start line says where; each call is there by its method and status, and unknown methods leave nothing."""
+    """Each call is counted by its method and status; unknown methods leave nothing; the start line has the address."""
     with serving("--metrics", "127.0.0.1:0", "--drain-seconds", "0") as server, PoolClient(server.address) as client:
         address = server.start_line["metrics"]
         client.pool(X, MaxPool2d(2))
@@ -55,8 +55,8 @@ def test_calls_are_counted() -> None:
         get(address, "healthz")
 
 
-def test_readiness_is_the_health_of_the_server() -> None:
-    """After SIGTERM the server is alive and still shows its metrics, but isn't ready."""
+def test_readiness_follows_the_health_of_the_server() -> None:
+    """After SIGTERM the server is alive and still has its metrics, but is not ready."""
     with serving("--metrics", "127.0.0.1:0", "--drain-seconds", "60") as server:
         address = server.start_line["metrics"]
         assert get(address, "readyz") == (200, "ready\n")
@@ -71,8 +71,8 @@ def test_readiness_is_the_health_of_the_server() -> None:
             watched.cancel()
 
 
-def test_what_passed_the_checks_and_failed_is_an_escape(patch_family: Callable[..., None]) -> None:
-    """An unexpected error of the engine is counted."""
+def test_unexpected_errors_are_counted_as_escapes(patch_family: Callable[..., None]) -> None:
+    """A request that passed validation and failed in the engine is counted."""
 
     def fail(_: object) -> Callable[..., Any]:
         def failing(*_: object) -> None:
@@ -93,7 +93,7 @@ def test_what_passed_the_checks_and_failed_is_an_escape(patch_family: Callable[.
         server.stop(grace=0)
 
 
-def test_arenas_are_shown(tmp_path: Path) -> None:
+def test_arenas_are_counted(tmp_path: Path) -> None:
     """A client's shared memory is in the gauges."""
     flags = "--metrics", "127.0.0.1:0"
     with serving(*flags, listen=f"unix:{tmp_path}/s") as server, PoolClient(server.address) as client:
@@ -106,7 +106,7 @@ def test_arenas_are_shown(tmp_path: Path) -> None:
 
 
 def test_servers_are_summed(tmp_path: Path) -> None:
-    """Servers that count into one folder listen nowhere for it; who sums them shows the calls of both."""
+    """Servers that count into one folder have no address of their own; the sum of the folder has the calls of all."""
     folder = str(tmp_path)
     with ExitStack() as stack:
         servers = [
@@ -127,13 +127,13 @@ def test_servers_are_summed(tmp_path: Path) -> None:
         assert Scrape(shown.address)("grpc_server_handled_total", **POOL, grpc_code="OK") == 3
 
 
-def test_an_address_that_is_taken_ends_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_address_in_use_ends_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     """The command ends with status 2 and one line, before it serves."""
-    taken = MetricsServer("127.0.0.1:0", CollectorRegistry, lambda: True)
+    other = MetricsServer("127.0.0.1:0", CollectorRegistry, lambda: True)
     try:
-        assert main(["--listen", "127.0.0.1:0", "--metrics", taken.address]) == 2
+        assert main(["--listen", "127.0.0.1:0", "--metrics", other.address]) == 2
     finally:
-        taken.close()
-    said = capsys.readouterr().err
-    assert said.startswith(f"poolrpc-server: metrics: expected a free address, got {taken.address!r}: ")
-    assert said.count("\n") == 1
+        other.close()
+    error = capsys.readouterr().err
+    assert error.startswith(f"poolrpc-server: metrics: expected a free address, got {other.address!r}: ")
+    assert error.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Under load: turns and batches, refusals, priorities, callers that leave, deadlines and the stop, over real gRPC."""
+"""The queue under load, over real gRPC: batches, rejections, priorities, callers that leave, deadlines and the stop."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ PATIENCE = 60
 """Seconds after which a test that waits has failed."""
 
 POOL = "/poolrpc.v1.PoolService/Pool"
-HASTY = {"grpc.enable_retries": 0}
+ONCE = {"grpc.enable_retries": 0}
 
 
 class Load:
-    """What is seen of servers of this process, and their executions held up by number, from 0.
+    """The executions of servers of this process, which a test can hold by number, from 0.
 
     Attributes:
         executions: The input shapes of each.
@@ -45,58 +45,58 @@ class Load:
 
     def __init__(self) -> None:
         self.executions: list[list[tuple[int, ...]]] = []
-        self.waits, self.left, self.refused = (threading.Semaphore(0) for _ in range(3))
+        self.waits, self.left, self.rejected = (threading.Semaphore(0) for _ in range(3))
         self._held: dict[int, tuple[threading.Event, threading.Event]] = {}
         self._numbers = count()
 
-    def executes(self, runs: Sequence[engine.Run]) -> None:
-        """Take note of an execution, and hold it up where a test says so."""
+    def execute(self, runs: Sequence[engine.Run]) -> None:
+        """Record an execution, and hold it if the test says so."""
         number = next(self._numbers)
         self.executions.append([run.schedule.request.input.shape for run in runs])
         if number in self._held:
-            begun, let_go = self._held[number]
-            begun.set()
-            assert let_go.wait(PATIENCE)
+            held, released = self._held[number]
+            held.set()
+            assert released.wait(PATIENCE)
 
     def hold(self, number: int) -> None:
-        """Hold an execution up once it begins."""
+        """Hold an execution when it begins."""
         self._held[number] = threading.Event(), threading.Event()
 
-    def begun(self, number: int) -> None:
+    def wait_until_held(self, number: int) -> None:
         """Wait until an execution that is held has begun."""
         assert self._held[number][0].wait(PATIENCE)
 
-    def let_go(self, *numbers: int) -> None:
-        """Hold executions up no longer; all of them by default."""
+    def release(self, *numbers: int) -> None:
+        """Release executions; all of them by default."""
         for number in numbers or self._held:
             self._held[number][1].set()
 
     @staticmethod
-    def see(what: threading.Semaphore, times: int = 1) -> None:
-        """Wait until something was seen so many times more."""
+    def await_events(what: threading.Semaphore, times: int = 1) -> None:
+        """Wait until something has happened so many times more."""
         for _ in range(times):
             assert what.acquire(timeout=PATIENCE)
 
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
-    """See executions, calls that wait for their turn, those that leave, and those that are refused."""
+    """Record executions, calls that wait in the queue, those that leave, and those that are rejected."""
     made = Load()
     execute, check_room = engine.Engine.execute, dispatch.Dispatcher.check_room
 
     def executed(self: engine.Engine, runs: Sequence[engine.Run]) -> list[Any]:
-        made.executes(runs)
+        made.execute(runs)
         return execute(self, runs)
 
     def checked(self: dispatch.Dispatcher, priority: int, announced: int) -> None:
         try:
             check_room(self, priority, announced)
         except p.UnavailableError:
-            made.refused.release()
+            made.rejected.release()
             raise
 
-    def caller(*told: Any) -> dispatch.Caller:
-        made_by_the_door = dispatch.Caller(*told)
+    def caller(*arguments: Any) -> dispatch.Caller:
+        original = dispatch.Caller(*arguments)
 
         def seen(callback: Callable[[], None]) -> bool:
             def leaves() -> None:
@@ -104,20 +104,20 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
                 made.left.release()
 
             made.waits.release()
-            return made_by_the_door.add_done_callback(leaves)
+            return original.add_done_callback(leaves)
 
-        return replace(made_by_the_door, add_done_callback=seen)
+        return replace(original, add_done_callback=seen)
 
     monkeypatch.setattr(engine.Engine, "execute", executed)
     monkeypatch.setattr(dispatch.Dispatcher, "check_room", checked)
     monkeypatch.setattr(native, "Caller", caller)
     yield made
-    made.let_go()
+    made.release()
 
 
 @pytest.fixture
 def serve(load: Load) -> Iterator[Callable[..., poolrpc_server.Server]]:
-    """Give the way to start servers of one thread in this process, on ports of their own."""
+    """Return a function that starts servers of one thread in this process, on ports of their own."""
     made = []
 
     def start(**settings: Any) -> poolrpc_server.Server:
@@ -127,22 +127,22 @@ def serve(load: Load) -> Iterator[Callable[..., poolrpc_server.Server]]:
         return made[-1]
 
     yield start
-    load.let_go()
+    load.release()
     for server in made:
         server.stop(grace=0)
 
 
 class Callers:
-    """Calls of a server, side by side: the first with a plane of zeros, the next with one of ones, and so on."""
+    """Calls of a server, side by side: the first has a plane of zeros, the next one of ones, and so on."""
 
     def __init__(self, server: poolrpc_server.Server, load: Load) -> None:
-        self.channel = grpc.insecure_channel(server.addresses[0], list(HASTY.items()))
+        self.channel = grpc.insecure_channel(server.addresses[0], list(ONCE.items()))
         self._call = self.channel.unary_unary(POOL)
         self._load = load
-        self._calls: list[grpc.Future] = []  # gRPC cancels a call that nobody holds
+        self._calls: list[grpc.Future] = []  # gRPC cancels a call without references
 
     def call(self, width: int, priority: str | None = None) -> grpc.Future:
-        """Call with a plane of that width; give the call."""
+        """Call with a plane of a width, and return the call."""
         spec = TensorSpec("float32", (1, 1, 4, width))
         message = encode_request(Request(spec, ((p.MaxPool2d(2),),)))
         message.payload = np.full(spec.shape, len(self._calls), np.float32).tobytes()
@@ -151,24 +151,24 @@ class Callers:
         return self._calls[-1]
 
     def occupy(self) -> grpc.Future:
-        """Take the only seat by a call that is held."""
+        """Use the only slot for a call that is held."""
         self._load.hold(0)
         call = self.call(64)
-        self._load.begun(0)
+        self._load.wait_until_held(0)
         return call
 
     def wait(self, *widths: int, priority: str | None = None) -> list[grpc.Future]:
-        """Call, and see each wait for its turn."""
+        """Call, and wait until each call is in the queue."""
         calls = []
         for width in widths:
             calls.append(self.call(width, priority))
-            self._load.see(self._load.waits)
+            self._load.await_events(self._load.waits)
         return calls
 
 
 @pytest.fixture
 def callers(load: Load) -> Iterator[Callable[[poolrpc_server.Server], Callers]]:
-    """Give the way to make callers."""
+    """Return a function that creates callers."""
     made = []
 
     def make(server: poolrpc_server.Server) -> Callers:
@@ -181,20 +181,20 @@ def callers(load: Load) -> Iterator[Callable[[poolrpc_server.Server], Callers]]:
 
 
 def value_of(call: grpc.Future) -> set[float]:
-    """Give the values of a call's answer."""
+    """Return the values of a call's result."""
     return set(np.frombuffer(pool_pb2.PoolResponse.FromString(call.result(PATIENCE)).payload, np.float32).tolist())
 
 
 def error_of(call: Any) -> p.PoolError:
-    """Give the error that a call ends with."""
+    """Return the error with which a call ends."""
     with pytest.raises(grpc.RpcError) as caught:
         call.result(PATIENCE)
     error: Any = caught.value
     return decode_error(error.code().name, error.details(), dict(error.trailing_metadata()).get(DETAILS_KEY))
 
 
-def ended(future: Future[Any]) -> Any:
-    """Give what a call of a client's came to."""
+def outcome_of(future: Future[Any]) -> Any:
+    """Return the result or the error of a future."""
     error = future.exception(PATIENCE)
     return future.result() if error is None else error
 
@@ -219,8 +219,8 @@ MIXED = [
 ]
 
 
-def test_64_callers_at_once_have_torchs_answers(serve: Any, load: Load) -> None:
-    """Each answer is torch's, of many layers, shapes and dtypes; the metrics show batches of what waited."""
+def test_64_callers_at_once_receive_torchs_results(serve: Any, load: Load) -> None:
+    """Each result is torch's, for many layers, shapes and dtypes; the metrics show that requests were batched."""
     server = serve(max_queue_seconds=60.0, metrics="127.0.0.1:0")
     load.hold(0)
     turn = threading.Barrier(64)
@@ -236,16 +236,16 @@ def test_64_callers_at_once_have_torchs_answers(serve: Any, load: Load) -> None:
             if places is not None:
                 assert_same(result.indices, places, layer)
 
-    with p.PoolClient(server.addresses[0], options=HASTY) as client, ThreadPoolExecutor(64) as threads:
+    with p.PoolClient(server.addresses[0], options=ONCE) as client, ThreadPoolExecutor(64) as threads:
         answers = [threads.submit(ask, number, client) for number in range(64)]
-        load.see(load.waits, 63)
-        load.let_go(0)
+        load.await_events(load.waits, 63)
+        load.release(0)
         for answer in answers:
             answer.result(PATIENCE)
     sizes = [len(shapes) for shapes in load.executions]
     assert sum(sizes) == 64 * 4
     assert max(sizes) > 4
-    # Beside each other are those of other shapes too, as long as their planes are alike.
+    # Requests of different shapes are batched if their planes are alike.
     assert any(len(set(shapes)) > 1 for shapes in load.executions)
     shown = Scrape(server.metrics_address)
     assert shown("poolrpc_requests_total") == 64 * 4
@@ -253,34 +253,34 @@ def test_64_callers_at_once_have_torchs_answers(serve: Any, load: Load) -> None:
     assert shown("poolrpc_batch_requests_bucket", le="1.0") == sizes.count(1) < len(sizes)
 
 
-def test_a_full_queue_refuses_and_says_when_to_come_again(serve: Any, load: Load, callers: Any) -> None:
-    """UNAVAILABLE with the reason, the limit, and the time to wait, for our clients and for gRPC's own retries alike.
+def test_a_full_queue_rejects_with_a_retry_delay(serve: Any, load: Load, callers: Any) -> None:
+    """UNAVAILABLE has the reason, the limit, and the delay, for our clients and for gRPC's own retries.
 
-    Whoever asks for less than a turn is answered: health, reflection, the server's info, shapes.
+    Calls that need no slot are answered: health, reflection, the server's info, shapes.
     """
     server = serve(max_queue=2)
     asked = callers(server)
     first = asked.occupy()
     waiting = asked.wait(4, 6)
-    refused = asked.call(8)
-    error = error_of(refused)
+    rejected = asked.call(8)
+    error = error_of(rejected)
     assert isinstance(error, p.UnavailableError)
     assert (error.reason, error.metadata) == ("QUEUE", {"limit": "2", "actual": "3"})
-    pushback = dict(refused.trailing_metadata())["grpc-retry-pushback-ms"]
+    pushback = dict(rejected.trailing_metadata())["grpc-retry-pushback-ms"]
     assert int(pushback) == round(error.retry_delay * 1000) > 0
-    with p.PoolClient(server.addresses[0], options=HASTY, timeout=PATIENCE) as client:
+    with p.PoolClient(server.addresses[0], options=ONCE, timeout=PATIENCE) as client:
         assert client.health() == "SERVING"
         assert client.server_info().limits["max_queue"].value == 2
         assert client.output_shape((1, 1, 4, 4), p.MaxPool2d(2)) == (1, 1, 2, 2)
     assert "poolrpc.v1.PoolService" in ProtoReflectionDescriptorDatabase(asked.channel).get_services()
-    load.let_go(0)
+    load.release(0)
     assert all(call.result(PATIENCE) for call in (first, *waiting))
     assert asked.call(8).result(PATIENCE)
 
 
 @pytest.mark.parametrize("method", ["Pool", "PoolStream"])
-def test_a_refusal_waits_for_no_message(serve: Any, load: Load, callers: Any, method: str) -> None:
-    """A caller that has sent nothing yet is refused: what would be thrown away isn't read."""
+def test_a_call_is_rejected_before_its_message_is_read(serve: Any, load: Load, callers: Any, method: str) -> None:
+    """A caller that has sent nothing yet is rejected: a message that would be dropped is not read."""
     asked = callers(serve(max_queue=1))
     asked.occupy()
     asked.wait(4)
@@ -297,11 +297,11 @@ def test_a_refusal_waits_for_no_message(serve: Any, load: Load, callers: Any, me
     error: Any = caught.value
     assert error.code() is grpc.StatusCode.UNAVAILABLE
     assert decode_error("UNAVAILABLE", "", dict(error.trailing_metadata())[DETAILS_KEY]).reason == "QUEUE"
-    load.let_go(0)
+    load.release(0)
 
 
-def test_a_client_with_its_default_retries_gets_through(serve: Any, load: Load, callers: Any) -> None:
-    """Who was refused comes again by itself, and is answered once there is room."""
+def test_a_client_with_its_default_retries_is_answered(serve: Any, load: Load, callers: Any) -> None:
+    """A rejected call is tried again, and answered once there is room."""
     server = serve(max_queue=1)
     asked = callers(server)
     asked.occupy()
@@ -309,24 +309,24 @@ def test_a_client_with_its_default_retries_gets_through(serve: Any, load: Load, 
     x = values((1, 2, 8, 8), "float32", 0)
     with p.PoolClient(server.addresses[0]) as client, ThreadPoolExecutor(1) as threads:
         answer = threads.submit(client.pool, x, p.MaxPool2d(2))
-        load.see(load.refused)
-        load.let_go(0)
+        load.await_events(load.rejected)
+        load.release(0)
         assert_same(answer.result(PATIENCE).output, reference(p.MaxPool2d(2), x)[0], "retried")
 
 
-def test_priorities_come_by_metadata(serve: Any, load: Load, callers: Any) -> None:
-    """0 goes first and 2 goes last, whoever came first; none is 1."""
+def test_priorities_in_metadata(serve: Any, load: Load, callers: Any) -> None:
+    """Priority 0 goes first and 2 last, in any order of arrival; the default is 1."""
     asked = callers(serve())
     asked.occupy()
     calls = [*asked.wait(4, priority="2"), *asked.wait(6), *asked.wait(8, priority="1"), *asked.wait(10, priority="0")]
-    load.let_go(0)
+    load.release(0)
     assert all(call.result(PATIENCE) for call in calls)
     assert [shape[-1] for (shape,) in load.executions] == [64, 10, 6, 8, 4]
 
 
 @pytest.mark.parametrize("bad", ["3", "-1", "", "high", "01", "1" * 1000])
-def test_a_priority_that_there_is_not_is_refused(serve: Any, callers: Any, bad: str) -> None:
-    """What was expected is said, under the name of the metadata."""
+def test_an_unknown_priority_is_rejected(serve: Any, callers: Any, bad: str) -> None:
+    """The error names the metadata and what was expected."""
     error = error_of(callers(serve()).call(4, priority=bad))
     assert isinstance(error, p.InvalidArgumentError)
     assert [each.field for each in error.violations] == ["metadata.priority"]
@@ -334,90 +334,88 @@ def test_a_priority_that_there_is_not_is_refused(serve: Any, callers: Any, bad: 
 
 
 def test_each_priority_has_a_queue_of_its_own(serve: Any, load: Load, callers: Any) -> None:
-    """Who floods the last level takes no place of those before it."""
+    """A full queue of the last priority leaves room for the others."""
     asked = callers(serve(max_queue=1))
     asked.occupy()
     calls = asked.wait(4, priority="2")
     assert error_of(asked.call(6, priority="2")).reason == "QUEUE"
     calls += [*asked.wait(8), *asked.wait(10, priority="0")]
-    load.let_go(0)
+    load.release(0)
     assert all(call.result(PATIENCE) for call in calls)
 
 
-def test_a_caller_that_leaves_the_queue_frees_its_place_at_once(serve: Any, load: Load, callers: Any) -> None:
-    """While nothing moves another one has its place, and what it asked for is never computed."""
+def test_a_cancelled_call_leaves_the_queue_at_once(serve: Any, load: Load, callers: Any) -> None:
+    """Another call has its place while nothing else moves, and the cancelled one is never computed."""
     asked = callers(serve(max_queue=1))
     first = asked.occupy()
     (gone,) = asked.wait(4)
     assert error_of(asked.call(6)).reason == "QUEUE"
     gone.cancel()
-    load.see(load.left)
+    load.await_events(load.left)
     (next_one,) = asked.wait(8)
-    load.let_go(0)
+    load.release(0)
     assert first.result(PATIENCE)
     assert next_one.result(PATIENCE)
     assert [shape[-1] for (shape,) in load.executions] == [64, 8]
 
 
-def test_a_caller_that_leaves_its_batch_frees_its_bytes_and_nobody_notices(
-    serve: Any, load: Load, callers: Any
-) -> None:
-    """P08: while the batch is still computed its bytes are another one's; the others have their answers."""
+def test_a_cancelled_call_of_a_batch_frees_its_bytes(serve: Any, load: Load, callers: Any) -> None:
+    """P08: they are free while the batch is still computed; the other calls of the batch are answered."""
     sizes = {width: 4 * 4 * width + 4 * 2 * (width // 2) for width in (64, 4)}
-    # Once the first has been answered: the batch of three, and not a fourth of twice the size.
+    # When the first has been answered there is room for the batch of three, but not for a fourth of twice the size.
     server = serve(max_inflight_bytes=sizes[64] + 3 * sizes[4])
     asked = callers(server)
     first = asked.occupy()
     one, gone, other = asked.wait(4, 4, 4)
     load.hold(1)
-    load.let_go(0)
+    load.release(0)
     assert first.result(PATIENCE)
-    load.begun(1)
+    load.wait_until_held(1)
     gone.cancel()
-    load.see(load.left)
+    load.await_events(load.left)
     with p.PoolClient(server.addresses[0]) as client, ThreadPoolExecutor(1) as threads:
-        # All but what the two of the batch still hold.
+        # Everything but the bytes of the two calls that are left in the batch.
         room = np.ones((1, 1, 4, 64 + 4), np.float32)
         beside = threads.submit(client.pool, room, p.MaxPool2d(2))
-        load.see(load.waits)
-        load.let_go(1)
+        load.await_events(load.waits)
+        load.release(1)
         assert beside.result(PATIENCE).shape == (1, 1, 2, 34)
     assert (value_of(one), value_of(other)) == ({1}, {3})
     assert [len(shapes) for shapes in load.executions] == [1, 3, 1]
 
 
-def test_of_a_batch_whose_first_caller_leaves_the_others_are_answered(serve: Any, load: Load, callers: Any) -> None:
-    """P08: the thread that computes for all goes on, whoever left."""
+def test_a_batch_outlives_its_first_call(serve: Any, load: Load, callers: Any) -> None:
+    """P08: the thread that computes the batch goes on if its own call is cancelled."""
     asked = callers(serve())
     asked.occupy()
     gone, *others = asked.wait(4, 4, 4)
     load.hold(1)
-    load.let_go(0)
-    load.begun(1)
+    load.release(0)
+    load.wait_until_held(1)
     gone.cancel()
-    load.see(load.left)
-    load.let_go(1)
+    load.await_events(load.left)
+    load.release(1)
     assert [value_of(call) for call in others] == [{2}, {3}]
     assert len(load.executions) == 2
 
 
-def test_a_deadline_that_passes_in_the_queue_is_told_and_nothing_computed(serve: Any, load: Load, callers: Any) -> None:
-    """P07: DEADLINE_EXCEEDED while the seat is still taken, and its place is free."""
+def test_a_deadline_that_passes_in_the_queue(serve: Any, load: Load, callers: Any) -> None:
+    """P07: the call is DEADLINE_EXCEEDED while the slot is still in use, is not computed, and its place is free."""
     server = serve(max_queue=1)
     asked = callers(server)
     asked.occupy()
     with p.PoolClient(server.addresses[0]) as client, pytest.raises(p.DeadlineExceededError):
         client.pool(np.ones((1, 1, 4, 4), np.float32), p.MaxPool2d(2), timeout=0.3)
-    load.see(load.waits)
-    load.see(load.left)
+    load.await_events(load.waits)
+    load.await_events(load.left)
     (behind,) = asked.wait(6)
-    load.let_go(0)
+    load.release(0)
     assert behind.result(PATIENCE)
     assert [shape[-1] for (shape,) in load.executions] == [64, 6]
 
 
-def test_what_waits_past_the_grace_is_told_that_the_server_stops(serve: Any, load: Load, callers: Any) -> None:
-    """UNAVAILABLE with STOPPING and a time to come again, elsewhere perhaps; it was never computed."""
+def test_calls_that_wait_past_the_grace(serve: Any, load: Load, callers: Any) -> None:
+    """They are UNAVAILABLE with STOPPING and a retry delay, and are never computed."""
     server = serve()
     asked = callers(server)
     first = asked.occupy()
@@ -429,19 +427,19 @@ def test_what_waits_past_the_grace_is_told_that_the_server_stops(serve: Any, loa
             assert isinstance(error, p.UnavailableError)
             assert error.reason == "STOPPING"
             assert error.retry_delay > 0
-        load.let_go(0)
-        ended(stopped)
+        load.release(0)
+        outcome_of(stopped)
     first.exception(PATIENCE)
     assert [shape[-1] for (shape,) in load.executions] == [64]
 
 
-def test_what_gets_its_turn_within_the_grace_is_answered(serve: Any, load: Load, callers: Any) -> None:
-    """A stop doesn't cost what was accepted its answer."""
+def test_calls_that_begin_within_the_grace_are_answered(serve: Any, load: Load, callers: Any) -> None:
+    """A stop does not cost accepted calls their results."""
     server = serve()
     asked = callers(server)
     calls = [asked.occupy(), *asked.wait(4, 6)]
     with ThreadPoolExecutor(1) as threads:
         stopped = threads.submit(server.stop, PATIENCE)
-        load.let_go(0)
+        load.release(0)
         assert all(call.result(PATIENCE) for call in calls)
-        ended(stopped)
+        outcome_of(stopped)

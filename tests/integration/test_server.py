@@ -1,4 +1,4 @@
-"""The server as an operator meets it: its process, signals, log, addresses, health, reflection and limits."""
+"""The server process: its start line, signals, log, addresses, health, reflection and limits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from conftest import Gate
+    from tests.integration.conftest import Gate
 
 X = np.random.default_rng(7).standard_normal((2, 3, 8, 10), np.float32)
 HEAVY = np.zeros((1, 16, 512, 512), np.float32), LPPool2d(3.5, 11, stride=1)
@@ -38,14 +38,14 @@ HEAVY = np.zeros((1, 16, 512, 512), np.float32), LPPool2d(3.5, 11, stride=1)
 
 
 def health_of(address: str) -> Iterator[int]:
-    """Watch the server's health: each status as it changes."""
+    """Watch the server's health, and yield each status."""
     with grpc.insecure_channel(address) as channel:
         for response in health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest()):
             yield response.status
 
 
-def test_the_start_line_says_what_is_served() -> None:
-    """One line at start has address, device, torch, threads and every limit; a stop by SIGTERM ends with 0."""
+def test_the_start_line() -> None:
+    """The first line has address, device, torch, threads and every limit; SIGTERM ends the server with status 0."""
     with serving("--threads", "2", "--max-work", "12345", "--drain-seconds", "0") as server:
         assert server.start_line["addresses"] == server.address
         assert server.start_line["device"] == "cpu"
@@ -60,23 +60,23 @@ def test_the_start_line_says_what_is_served() -> None:
 
 
 def test_sigterm_drains() -> None:
-    """After SIGTERM, health says NOT_SERVING while calls are still answered, and a call under way gets its answer."""
+    """After SIGTERM health is NOT_SERVING, calls are still answered, and a call in flight receives its result."""
     with serving("--drain-seconds", "3", "--threads", "2") as server, PoolClient(server.address) as client:
         watched = health_of(server.address)
         assert next(watched) == health_pb2.HealthCheckResponse.SERVING
         with ThreadPoolExecutor(1) as threads:
-            under_way = threads.submit(client.pool, *HEAVY)
+            in_flight = threads.submit(client.pool, *HEAVY)
             client.pool(X, MaxPool2d(2))
             server.process.send_signal(signal.SIGTERM)
             assert next(watched) == health_pb2.HealthCheckResponse.NOT_SERVING
             assert client.pool(X, MaxPool2d(2)).shape == (2, 3, 4, 5)
-            assert under_way.result().shape == (1, 16, 502, 502)
+            assert in_flight.result().shape == (1, 16, 502, 502)
         watched.close()
         assert server.wait() == 0
 
 
-def test_a_second_signal_ends_it_at_once() -> None:
-    """A second SIGTERM doesn't wait for the drain."""
+def test_a_second_signal_ends_the_server_at_once() -> None:
+    """A second SIGTERM does not wait for the drain."""
     with serving("--drain-seconds", "3600") as server:
         watched = health_of(server.address)
         next(watched)
@@ -88,7 +88,7 @@ def test_a_second_signal_ends_it_at_once() -> None:
 
 
 def test_each_call_is_a_line_in_the_log() -> None:
-    """A call's line has method, layers, shape, dtype, status and milliseconds, an error's its reason; no contents."""
+    """A call's line has method, layers, shape, dtype, status and duration, an error's reason, and no contents."""
     with serving("--drain-seconds", "0") as server, PoolClient(server.address) as client:
         client.pool(np.full((1, 1, 2, 2), 1234567.0, np.float32), MaxPool2d(2))
         with pytest.raises(poolrpc.InvalidArgumentError):
@@ -142,8 +142,8 @@ def test_a_wrong_setting_is_one_line_and_status_2(flags: list[str], words: str) 
     assert done.stderr.count("\n") == 1
 
 
-def test_an_address_in_use_is_refused(address: str) -> None:
-    """Two servers don't share a port unnoticed."""
+def test_an_address_in_use_is_rejected(address: str) -> None:
+    """Two servers do not share a port."""
     with pytest.raises(poolrpc_server.ConfigError, match="expected a free address"):
         poolrpc_server.Server(poolrpc_server.Config(listen=(address,)))
 
@@ -152,15 +152,15 @@ def test_several_addresses(tmp_path: Path) -> None:
     """--listen may be repeated, with ports and sockets."""
     path = tmp_path / "pool.sock"
     with serving("--listen", f"unix:{path}") as server:
-        ends = server.start_line["addresses"].split()
-        assert ends[1] == f"unix:{path}"
-        for end in ends:
-            with PoolClient(end) as client:
+        addresses = server.start_line["addresses"].split()
+        assert addresses[1] == f"unix:{path}"
+        for address in addresses:
+            with PoolClient(address) as client:
                 assert client.pool(X, MaxPool2d(2)).shape == (2, 3, 4, 5)
 
 
-def test_environment_variables_set_what_flags_do_not() -> None:
-    """POOLRPC_* fills in a setting; a flag goes before it."""
+def test_environment_variables_are_settings() -> None:
+    """A POOLRPC_ variable is used unless there is a flag."""
     with serving("--threads", "1", env={"POOLRPC_THREADS": "7", "POOLRPC_MAX_OUTPUT_BYTES": "100"}) as server:
         assert (server.start_line["threads"], server.start_line["max_output_bytes"]) == (1, "100 bytes")
         with PoolClient(server.address) as client, pytest.raises(poolrpc.LimitExceededError) as caught:
@@ -169,7 +169,7 @@ def test_environment_variables_set_what_flags_do_not() -> None:
     assert caught.value.metadata == {"limit": "100", "actual": "480"}
 
 
-def test_help_does_not_wait_for_torch() -> None:
+def test_help_does_not_import_torch() -> None:
     """--help names every setting and imports no torch."""
     code = """
 import sys
@@ -185,7 +185,7 @@ finally:
 
 
 def test_reflection_lists_the_services(address: str) -> None:
-    """Tools of gRPC's own find the API: services, methods and messages."""
+    """Tools of gRPC find the API: services, methods and messages."""
     with grpc.insecure_channel(address) as channel:
         database = ProtoReflectionDescriptorDatabase(channel)
         services = set(database.get_services())
@@ -194,8 +194,8 @@ def test_reflection_lists_the_services(address: str) -> None:
         assert [each.name for each in file.service[0].method] == ["Pool", "PoolStream", "InferShape", "GetServerInfo"]
 
 
-def test_credentials_encrypt() -> None:
-    """A client with credentials talks TLS to a service behind it, and a client without is an UnavailableError."""
+def test_credentials_use_tls() -> None:
+    """A client with credentials uses TLS; one without raises UnavailableError at the same server."""
     authority = trustme.CA()
     certificate = authority.issue_cert("localhost")
     key, chain = certificate.private_key_pem.bytes(), b"".join(each.bytes() for each in certificate.cert_chain_pems)
@@ -216,8 +216,8 @@ def test_credentials_encrypt() -> None:
     server.stop(0).wait()
 
 
-def test_embedded_is_a_whole_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """embedded() gives a connected client, takes Config's settings, and leaves nothing behind."""
+def test_embedded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """embedded() returns a connected client, takes Config's settings, and leaves nothing behind."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     threads = set(threading.enumerate())
     with poolrpc_server.embedded(threads=1, max_work=10**9) as client:
@@ -229,8 +229,8 @@ def test_embedded_is_a_whole_server(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert not [each for each in set(threading.enumerate()) - threads if each.name.startswith("poolrpc-")]
 
 
-def test_embedded_leaves_the_callers_torch_alone() -> None:
-    """The server's threads run torch at one thread each; the caller's thread keeps its own."""
+def test_embedded_keeps_the_callers_torch_threads() -> None:
+    """The server's threads run torch with one thread each; the caller's thread keeps its own number."""
     import torch  # noqa: PLC0415 - for this one test
 
     before = torch.get_num_threads()
@@ -239,13 +239,15 @@ def test_embedded_leaves_the_callers_torch_alone() -> None:
         assert torch.get_num_threads() == before
 
 
-def test_an_escape_is_internal_with_an_id(patch_family: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
-    """An exception of the server's own reaches the caller as an id alone, and the log explains it under that id."""
+def test_an_unexpected_exception_is_internal_with_an_id(
+    patch_family: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The caller receives an id alone, under which the log has the exception."""
 
-    def broken(*_: object) -> NoReturn:
+    def failing(*_: object) -> NoReturn:
         raise RuntimeError("a secret of the server's")
 
-    patch_family("max_pool", lambda _: broken)
+    patch_family("max_pool", lambda _: failing)
     with poolrpc_server.embedded() as client, caplog.at_level(logging.INFO, "poolrpc_server"):
         with pytest.raises(poolrpc.InternalError) as caught:
             client.pool(X, MaxPool2d(2))
@@ -258,7 +260,7 @@ def test_an_escape_is_internal_with_an_id(patch_family: Callable[..., None], cap
 
 
 def test_a_call_whose_deadline_passed_is_not_computed(gate: Gate) -> None:
-    """A call that waits past its deadline is DEADLINE_EXCEEDED and never computed; what waits behind it is."""
+    """A call that waits past its deadline is DEADLINE_EXCEEDED and never computed; the call behind it is."""
     with poolrpc_server.embedded(threads=1) as client, ThreadPoolExecutor(2) as threads:
         first = threads.submit(client.pool, X, GlobalMaxPool())
         assert gate.entered.wait(60)
@@ -271,38 +273,38 @@ def test_a_call_whose_deadline_passed_is_not_computed(gate: Gate) -> None:
     assert gate.computed == 1
 
 
-def test_bytes_under_way_are_bounded(gate: Gate) -> None:
-    """Over the limit of bytes under way a call is UNAVAILABLE, with the time to wait, and gets through later."""
+def test_bytes_in_flight_are_bounded(gate: Gate) -> None:
+    """Over the limit a call is UNAVAILABLE with a retry delay, and is answered later."""
     with (
         poolrpc_server.embedded(max_inflight_bytes=2 * X.nbytes) as retrying,
-        PoolClient(retrying.address, options={"grpc.enable_retries": 0}) as hasty,
+        PoolClient(retrying.address, options={"grpc.enable_retries": 0}) as once,
         ThreadPoolExecutor(2) as threads,
     ):
-        first = threads.submit(hasty.pool, X, GlobalMaxPool())
+        first = threads.submit(once.pool, X, GlobalMaxPool())
         assert gate.entered.wait(60)
         with pytest.raises(poolrpc.UnavailableError) as caught:
-            hasty.pool(np.concatenate([X, X]), MaxPool2d(2))
+            once.pool(np.concatenate([X, X]), MaxPool2d(2))
         assert caught.value.reason == "IN_FLIGHT_BYTES"
         assert caught.value.metadata["limit"] == str(2 * X.nbytes)
         assert caught.value.retry_delay > 0
-        assert hasty.server_info().threads
+        assert once.server_info().threads
         second = threads.submit(retrying.pool, np.concatenate([X, X]), MaxPool2d(2))
         gate.opened.set()
         assert first.result().shape == (2, 3, 1, 1)
         assert second.result().shape == (4, 3, 4, 5)
 
 
-def test_memory_is_flat_over_refused_calls() -> None:
-    """A thousand refused calls of a megabyte leave the server's memory where it was."""
+def test_rejected_calls_leave_no_memory() -> None:
+    """A thousand rejected calls of a megabyte leave the server's memory where it was."""
     with serving() as server, PoolClient(server.address) as client:
         process = psutil.Process(server.process.pid)
         x = np.zeros((1, 1, 512, 512), np.float32)
 
-        def refuse(times: int) -> int:
+        def rejected(times: int) -> int:
             for _ in range(times):
                 with pytest.raises(poolrpc.InvalidArgumentError):
                     client.pool(x, MaxPool2d(600))
             return process.memory_info().rss
 
-        before = refuse(100)
-        assert refuse(1000) < before * 1.1
+        before = rejected(100)
+        assert rejected(1000) < before * 1.1

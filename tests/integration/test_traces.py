@@ -1,4 +1,4 @@
-"""Traces, from real clients by a real server to a real collector: OTLP's own service, on 127.0.0.1."""
+"""Traces of real clients and a real server, sent to a real collector: OTLP's own service, on 127.0.0.1."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ tracer = trace.get_tracer("test")
 x = np.ones((2, 3, 8, 8), np.float32)
 address = sys.argv[1]
 """
-"""How a program sets up traces, with our client and without a word to it."""
+"""Sets up tracing in a program; our client needs no setting."""
 
 
 def plain(attributes: Any) -> dict[str, Any]:
-    """Give OTLP's attributes as a dict."""
+    """Return OTLP's attributes as a dict."""
 
     def value(each: KeyValue) -> Any:
         return getattr(each.value, str(each.value.WhichOneof("value")))
@@ -65,12 +65,12 @@ def plain(attributes: Any) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A span as the collector has it.
+class ReceivedSpan:
+    """A span that the collector has received.
 
     Attributes:
-        span: OTLP's.
-        resource: The attributes of the process that it is of.
+        span: The span, as OTLP has it.
+        resource: The attributes of its process.
 
     """
 
@@ -79,15 +79,15 @@ class Seen:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """Its attributes."""
+        """The span's attributes."""
         return plain(self.span.attributes)
 
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):
-    """Keeps what it is sent.
+    """Keeps what it receives.
 
     Attributes:
-        endpoint: Where it is.
+        endpoint: Its URL.
         headers: The metadata of all calls.
 
     """
@@ -95,17 +95,17 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
     def __init__(self) -> None:
         self.endpoint = ""
         self.headers: list[tuple[str, Any]] = []
-        self._seen: list[Seen] = []
+        self._seen: list[ReceivedSpan] = []
         self._changed = threading.Condition()
 
     def Export(  # noqa: N802 - OTLP's
         self, request: trace_service_pb2.ExportTraceServiceRequest, context: grpc.ServicerContext
     ) -> trace_service_pb2.ExportTraceServiceResponse:
-        """Take spans."""
+        """Receive spans."""
         with self._changed:
             self.headers.extend(context.invocation_metadata())
             self._seen.extend(
-                Seen(span, plain(each.resource.attributes))
+                ReceivedSpan(span, plain(each.resource.attributes))
                 for each in request.resource_spans
                 for scope in each.scope_spans
                 for span in scope.spans
@@ -113,27 +113,27 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
             self._changed.notify_all()
         return trace_service_pb2.ExportTraceServiceResponse()
 
-    def all(self) -> list[Seen]:
-        """Give every span so far."""
+    def all(self) -> list[ReceivedSpan]:
+        """Return every span so far."""
         with self._changed:
             return [*self._seen]
 
-    def wait_for(self, count: int, *, name: str | None = None, kind: int = SERVER) -> list[Seen]:
-        """Wait for so many spans of a kind, of one name perhaps, and give them in the order of their begin."""
+    def wait_for(self, count: int, *, name: str | None = None, kind: int = SERVER) -> list[ReceivedSpan]:
+        """Wait for so many spans of a kind, optionally of one name, and return them in the order of their start."""
 
-        def found() -> list[Seen]:
-            these = [each for each in self._seen if each.span.kind == kind and name in (None, each.span.name)]
-            return sorted(these, key=lambda each: each.span.start_time_unix_nano)
+        def found() -> list[ReceivedSpan]:
+            spans = [each for each in self._seen if each.span.kind == kind and name in (None, each.span.name)]
+            return sorted(spans, key=lambda each: each.span.start_time_unix_nano)
 
         with self._changed:
             self._changed.wait_for(lambda: len(found()) >= count, 60)
             assert len(found()) == count, [each.span.name for each in self._seen]
             return found()
 
-    def below(self, parent: Seen) -> list[Seen]:
-        """Give the children of a span of this collector's, in the order of their begin."""
-        these = [each for each in self.all() if each.span.parent_span_id == parent.span.span_id]
-        return sorted(these, key=lambda each: (each.span.start_time_unix_nano, each.span.end_time_unix_nano))
+    def below(self, parent: ReceivedSpan) -> list[ReceivedSpan]:
+        """Return the children of one of this collector's spans, in the order of their start."""
+        spans = [each for each in self.all() if each.span.parent_span_id == parent.span.span_id]
+        return sorted(spans, key=lambda each: (each.span.start_time_unix_nano, each.span.end_time_unix_nano))
 
 
 @contextmanager
@@ -152,18 +152,18 @@ def collecting() -> Iterator[Collector]:
 
 @pytest.fixture
 def collector() -> Iterator[Collector]:
-    """Give a collector."""
+    """Return a collector."""
     with collecting() as made:
         yield made
 
 
 def sending(endpoint: str, **more: str) -> dict[str, str]:
-    """Give the environment that has a process send its spans there, and at once."""
+    """Return the environment with which a process sends its spans to an endpoint without delay."""
     return {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "OTEL_BSP_SCHEDULE_DELAY": "20", **more}
 
 
 def run(program: str, address: str, endpoint: str) -> str:
-    """Run a program of a client that is traced, and give what it printed."""
+    """Run a program with a traced client, and return its output."""
     done = subprocess.run(  # noqa: S603 - our own
         [sys.executable, "-c", PROGRAM + program + "\nprovider.shutdown()", address],
         env={**os.environ, **sending(endpoint, OTEL_SERVICE_NAME="caller")},
@@ -175,8 +175,8 @@ def run(program: str, address: str, endpoint: str) -> str:
     return done.stdout
 
 
-def test_a_call_is_one_trace_from_the_client_to_its_stages(collector: Collector) -> None:
-    """The client's span has the server's as its child, and that has validate, queue, compute and encode, in order."""
+def test_a_call_is_one_trace(collector: Collector) -> None:
+    """The client's span has the server's as its child, which has validate, queue, compute and encode, in order."""
     with serving(env=sending(collector.endpoint)) as server:
         run("PoolClient(address).pool(x, MaxPool2d(2))", server.address, collector.endpoint)
         (theirs,), (ours,) = collector.wait_for(1, kind=CLIENT), collector.wait_for(1)
@@ -186,9 +186,9 @@ def test_a_call_is_one_trace_from_the_client_to_its_stages(collector: Collector)
     assert ours.span.trace_id == theirs.span.trace_id
     assert line["trace_id"] == ours.span.trace_id.hex()
     host, _, port = server.address.rpartition(":")
-    asked = {"poolrpc.layers": "((MaxPool2d(2),),)", "poolrpc.shape": "(2, 3, 8, 8)", "poolrpc.dtype": "float32"}
+    request = {"poolrpc.layers": "((MaxPool2d(2),),)", "poolrpc.shape": "(2, 3, 8, 8)", "poolrpc.dtype": "float32"}
     rpc = {"rpc.system": "grpc", "rpc.service": "poolrpc.v1.PoolService", "rpc.method": "Pool"}
-    answered = {**rpc, **asked, "rpc.grpc.status_code": 0}
+    answered = {**rpc, **request, "rpc.grpc.status_code": 0}
     where = {"server.address": host, "server.port": int(port), "poolrpc.transport": "unary"}
     assert theirs.attributes == {**answered, **where}
     found = ours.attributes
@@ -200,7 +200,7 @@ def test_a_call_is_one_trace_from_the_client_to_its_stages(collector: Collector)
     by_name = {each.span.name: each for each in stages}
     ends = [time for name in ("validate", "queue", "compute", "encode") for time in times(by_name[name])]
     assert ends == sorted(ends)
-    # What validates begins within the clock's own steps of the call's.
+    # The validate span starts within the clock's resolution of the call's start.
     assert times(ours)[0] <= times(by_name["queue"])[0]
     assert ends[-1] <= times(ours)[1]
     assert by_name["queue"].attributes == {"poolrpc.priority": 1}
@@ -215,13 +215,13 @@ def test_a_call_is_one_trace_from_the_client_to_its_stages(collector: Collector)
     assert ours.resource["process.pid"] == server.process.pid
 
 
-def times(seen: Seen) -> tuple[int, int]:
-    """Give when a span began and ended."""
+def times(seen: ReceivedSpan) -> tuple[int, int]:
+    """Return when a span started and ended."""
     return seen.span.start_time_unix_nano, seen.span.end_time_unix_nano
 
 
-def test_an_error_is_in_the_spans_of_both_sides(collector: Collector) -> None:
-    """What the caller got wrong is an error of the client's span alone; what the server is to blame for, of both."""
+def test_errors_in_spans(collector: Collector) -> None:
+    """A caller's mistake is an error of the client's span alone, a server's fault an error of both spans."""
     program = """
 try:
     PoolClient(address).pool(x, MaxPool2d(9))
@@ -259,8 +259,8 @@ except grpc.RpcError as error:
     assert broken.span.parent_span_id == root.span.span_id
 
 
-def test_a_call_that_fails_in_its_stages_says_where(collector: Collector) -> None:
-    """An error that comes while it is computed marks the compute span: indices that only the bytes show to be wrong."""
+def test_the_stage_that_fails_is_marked(collector: Collector) -> None:
+    """An error of the computation marks the compute span: here indices that only their bytes show to be wrong."""
     with serving(env=sending(collector.endpoint)) as server, PoolClient(server.address) as client:
         from poolrpc import MaxUnpool2d  # noqa: PLC0415 - this test's alone
 
@@ -275,7 +275,7 @@ def test_a_call_that_fails_in_its_stages_says_where(collector: Collector) -> Non
 
 
 def test_a_stream_has_the_stages_of_its_blocks(collector: Collector) -> None:
-    """Each block of a stream is queued, computed and encoded below the stream's one span; so is each request of map."""
+    """Each block has queue, compute and encode spans below the stream's span; requests of map have spans too."""
     program = """
 with tracer.start_as_current_span("all"), PoolClient(address) as client:
     client.pool(np.ones((3, 1024, 1024, 2), np.float32), MaxPool2d(2), transport="stream")
@@ -295,7 +295,7 @@ with tracer.start_as_current_span("all"), PoolClient(address) as client:
 
 
 def test_a_long_stream_has_the_stages_of_its_first_blocks(collector: Collector) -> None:
-    """Of a stream of any length only so many spans are made; the stream's own has the number of all blocks."""
+    """The number of a stream's spans is bounded; its own span has the number of all blocks."""
     from poolrpc_server.calls.stream_blocks import BLOCK_BYTES  # noqa: PLC0415 - this test's alone
     from poolrpc_server.telemetry.timeline import MOST_TURNS  # noqa: PLC0415 - this test's alone
 
@@ -308,8 +308,8 @@ def test_a_long_stream_has_the_stages_of_its_first_blocks(collector: Collector) 
     assert len([each for each in collector.below(stream) if each.span.name == "compute"]) == MOST_TURNS
 
 
-def test_requests_of_a_batch_have_its_interval_each(collector: Collector) -> None:
-    """Requests that are computed at once have spans of their own that begin and end together, and say how many."""
+def test_requests_of_a_batch_have_spans_of_their_own(collector: Collector) -> None:
+    """They start and end together, and have the size of the batch."""
     with (
         serving("--threads", "1", "--max-queue-delay", "500", env=sending(collector.endpoint)) as server,
         PoolClient(server.address) as client,
@@ -322,7 +322,7 @@ def test_requests_of_a_batch_have_its_interval_each(collector: Collector) -> Non
     batches = {each.attributes["poolrpc.batch_requests"] for each in computes}
     assert max(batches) > 1
     largest = [each for each in computes if each.attributes["poolrpc.batch_requests"] == max(batches)]
-    # Each is told one after the other, within a fraction of what one alone takes.
+    # They are recorded one after the other, within a fraction of the time of one computation.
     for one, other in pairwise(largest):
         assert times(one)[0] < times(other)[1]
         assert times(other)[0] < times(one)[1]
@@ -330,8 +330,8 @@ def test_requests_of_a_batch_have_its_interval_each(collector: Collector) -> Non
     assert {each.attributes["poolrpc.batch_planes"] for each in largest} == {6 * max(batches)}
 
 
-def test_asyncio_and_other_methods_have_spans_too(collector: Collector) -> None:
-    """AsyncPoolClient's calls, shapes and the server's info are traces; health's probes are none of the server's."""
+def test_other_clients_and_methods_have_spans(collector: Collector) -> None:
+    """AsyncPoolClient's calls, shapes and info are traced; the server does not trace health checks."""
     program = """
 import asyncio
 async def main():
@@ -354,8 +354,8 @@ asyncio.run(main())
     assert len({each.span.trace_id for each in (*theirs, *ours)}) == 1
 
 
-def test_every_worker_sends_its_own(collector: Collector) -> None:
-    """Workers send spans as instances of one service; those of a server that stops are sent before it ends."""
+def test_every_worker_sends_its_own_spans(collector: Collector) -> None:
+    """Workers are instances of one service; a server that stops sends its spans before it ends."""
     slow = sending(collector.endpoint, OTEL_BSP_SCHEDULE_DELAY="600000", OTEL_SERVICE_NAME="pooling")
     with serving("--workers", "2", "--drain-seconds", "0.1", env=slow) as server:
         assert server.start_line["traces"] == f"otlp {collector.endpoint}"
@@ -374,8 +374,8 @@ def test_every_worker_sends_its_own(collector: Collector) -> None:
     assert {each["trace_id"] for each in calls} == {each.span.trace_id.hex() for each in spans}
 
 
-def test_nothing_is_traced_unless_asked() -> None:
-    """Without OTEL_ variables a server and a client call without importing OpenTelemetry; the server says so."""
+def test_there_are_no_traces_by_default() -> None:
+    """Without OTEL_ variables server and client call without importing OpenTelemetry, and the server says so."""
     program = """
 import sys, threading
 from poolrpc_server.app import serve
@@ -398,8 +398,8 @@ print([name for name in sys.modules if name.startswith("opentelemetry")])
     assert (done.returncode, done.stdout) == (0, "off off\n[]\n"), done.stderr
 
 
-def test_a_sampled_out_call_costs_no_spans_but_keeps_its_id(collector: Collector) -> None:
-    """OTEL_TRACES_SAMPLER is followed; the log has the caller's trace id all the same."""
+def test_a_call_that_is_not_sampled_keeps_its_trace_id(collector: Collector) -> None:
+    """OTEL_TRACES_SAMPLER is respected; the log has the caller's trace id all the same."""
     env = sending(collector.endpoint, OTEL_TRACES_SAMPLER="always_off")
     with serving("--drain-seconds", "0.1", env=env) as server:
         run("PoolClient(address).pool(x, MaxPool2d(2))", server.address, collector.endpoint)
@@ -411,8 +411,8 @@ def test_a_sampled_out_call_costs_no_spans_but_keeps_its_id(collector: Collector
     assert [each.span.kind for each in collector.all()] == [CLIENT]
 
 
-def test_a_secret_of_the_environment_is_sent_and_not_said(collector: Collector) -> None:
-    """Headers go to the collector, and are neither in the log nor in the server's info, which says the address."""
+def test_exporter_headers_are_secret(collector: Collector) -> None:
+    """Headers are sent to the collector, and are neither in the log nor in the server's info, which has the address."""
     env = sending(collector.endpoint, OTEL_EXPORTER_OTLP_HEADERS="x-key=s3cret")
     with serving(env=env) as server, PoolClient(server.address) as client:
         info = client.server_info()
@@ -423,45 +423,45 @@ def test_a_secret_of_the_environment_is_sent_and_not_said(collector: Collector) 
 
 
 @contextmanager
-def refusing() -> Iterator[str]:
-    """Give the address of nobody."""
+def closed_address() -> Iterator[str]:
+    """Return an address on which nothing listens."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
 @contextmanager
-def hanging() -> Iterator[str]:
-    """Give the address of who takes connections and says nothing."""
+def silent_address() -> Iterator[str]:
+    """Return an address that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         yield f"http://127.0.0.1:{silent.getsockname()[1]}"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", [refusing, hanging])
-def test_a_collector_that_is_down_holds_nothing_up(place: Callable[[], Any]) -> None:
-    """Calls are answered, as fast as with one that is up, and the server stops well within its grace, with status 0."""
+@pytest.mark.parametrize("place", [closed_address, silent_address])
+def test_a_collector_that_is_down_delays_nothing(place: Callable[[], Any]) -> None:
+    """Calls are answered as fast as with a collector that is up, and the server stops with status 0."""
 
     def median(endpoint: str) -> float:
         flags = "--shutdown-grace", "60", "--drain-seconds", "0.1"
         with serving(*flags, env=sending(endpoint)) as server, PoolClient(server.address) as client:
             seconds = []
             for _ in range(200):
-                begun = time.perf_counter()
+                started = time.perf_counter()
                 client.pool(X, MaxPool2d(2))
-                seconds.append(time.perf_counter() - begun)
+                seconds.append(time.perf_counter() - started)
             server.process.send_signal(signal.SIGTERM)
-            assert server.wait(30) == 0
+            assert server.wait() == 0
             stray = [each for each in server.lines("text") if not re.fullmatch(r"[IWE]\d{4} .*\n?", each["text"])]
-        assert not stray  # what the exporter has to say is in the log, as the log is
+        assert not stray  # the exporter's messages are lines of the log too
         return statistics.median(seconds)
 
     with place() as endpoint, collecting() as up:
         assert median(endpoint) < 3 * median(up.endpoint)
 
 
-def test_bad_variables_are_a_warning() -> None:
-    """An exporter or a protocol that isn't there is told at the start, and the server serves."""
+def test_wrong_variables_are_a_warning() -> None:
+    """An exporter or a protocol that does not exist is reported at the start, and the server serves."""
     for env, said in (
         ({"OTEL_TRACES_EXPORTER": "smoke"}, "expected one that is installed (console, otlp_proto_grpc), got 'smoke'"),
         (

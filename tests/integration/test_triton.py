@@ -1,4 +1,4 @@
-"""The Open Inference door over a real server: answers, errors, presets, streams, shared memory; and who finds it."""
+"""The Open Inference Protocol over a real server: results, errors, presets, streams, shared memory and reflection."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from conftest import Gate
+    from tests.integration.conftest import Gate
 
 X = np.random.default_rng(7).standard_normal((2, 3, 8, 10), np.float32)
 STEM = "MaxPool2d(3, stride=2, padding=1)"
 BRANCHES = "[[MaxPool2d(2, return_indices=True)], [AvgPool2d(2), MaxPool2d(2, return_indices=True)]]"
-SHM = Path("/dev/shm")  # noqa: S108 - where it is
+SHM = Path("/dev/shm")  # noqa: S108 - POSIX shared memory
 
 
-class Caller:
-    """A client of the service as protoc and gRPC alone make one."""
+class TritonClient:
+    """A client of the service, written with protoc's and gRPC's code alone."""
 
     def __init__(self, address: str) -> None:
         limit = [("grpc.max_receive_message_length", -1)]
         self.channel = grpc.insecure_channel(address, limit)
 
     def call(self, method: str, **fields: Any) -> Any:
-        """Call a method of one message each way."""
-        of = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods_by_name[method]
-        request, response = getattr(pb, of.input_type.name), getattr(pb, of.output_type.name)
+        """Call a method with one message each way."""
+        descriptor = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods_by_name[method]
+        request, response = getattr(pb, descriptor.input_type.name), getattr(pb, descriptor.output_type.name)
         call = self.channel.unary_unary(f"/{SERVICE}/{method}", request.SerializeToString, response.FromString)
         return call(request(**fields), timeout=60)
 
@@ -60,29 +60,29 @@ class Caller:
         return self.channel.unary_unary(f"/{SERVICE}/ModelInfer", *kinds)(request, timeout=timeout)
 
     def stream(self, requests: Iterator[pb.ModelInferRequest]) -> Any:
-        """Run a model for each of a stream."""
+        """Run a model for each request of a stream."""
         kinds = pb.ModelInferRequest.SerializeToString, pb.ModelStreamInferResponse.FromString
         return self.channel.stream_stream(f"/{SERVICE}/ModelStreamInfer", *kinds)(requests, timeout=60)
 
     def fail(self, request: pb.ModelInferRequest, timeout: float = 60) -> poolrpc.PoolError:
-        """Give the error that a request has, as our client would raise it."""
+        """Return the error of a request, as our client would raise it."""
         with pytest.raises(grpc.RpcError) as raised:
             self.infer(request, timeout)
         return error_of(raised.value)
 
 
 def error_of(error: Any) -> poolrpc.PoolError:
-    """Give the error of a call."""
+    """Return the error of a call."""
     details = dict(error.trailing_metadata() or ()).get(DETAILS_KEY)
     return decode_error(error.code().name, error.details(), details)
 
 
 @contextmanager
-def serving(**settings: Any) -> Iterator[Caller]:
-    """Run a server in this process and give a caller of it."""
+def serving(**settings: Any) -> Iterator[TritonClient]:
+    """Run a server in this process, and return a caller of it."""
     server = poolrpc_server.Server(poolrpc_server.Config(listen=("127.0.0.1:0",), **settings))
     server.start()
-    caller = Caller(server.addresses[0])
+    caller = TritonClient(server.addresses[0])
     try:
         yield caller
     finally:
@@ -91,14 +91,14 @@ def serving(**settings: Any) -> Iterator[Caller]:
 
 
 @pytest.fixture(scope="module")
-def both() -> Iterator[tuple[Caller, poolrpc.PoolClient]]:
-    """A server with presets that takes shared memory, by a caller of this door and by our own client."""
+def both() -> Iterator[tuple[TritonClient, poolrpc.PoolClient]]:
+    """Return two clients of a server with presets and shared memory: one of this protocol, and our own."""
     presets = (f"stem={STEM}", f"two={BRANCHES}", "un=MaxUnpool2d(2)")
     server = poolrpc_server.Server(
         poolrpc_server.Config(listen=("127.0.0.1:0",), model=presets, allow_client_shm=True, max_message_bytes=2**22)
     )
     server.start()
-    caller = Caller(server.addresses[0])
+    caller = TritonClient(server.addresses[0])
     with poolrpc.PoolClient(server.addresses[0]) as client:
         yield caller, client
     caller.channel.close()
@@ -106,20 +106,20 @@ def both() -> Iterator[tuple[Caller, poolrpc.PoolClient]]:
 
 
 @pytest.fixture
-def caller(both: tuple[Caller, poolrpc.PoolClient]) -> Caller:
-    """A caller of that server."""
+def caller(both: tuple[TritonClient, poolrpc.PoolClient]) -> TritonClient:
+    """Return a caller of that server."""
     return both[0]
 
 
 @pytest.fixture
-def client(both: tuple[Caller, poolrpc.PoolClient]) -> poolrpc.PoolClient:
-    """Our client of the same server."""
+def client(both: tuple[TritonClient, poolrpc.PoolClient]) -> poolrpc.PoolClient:
+    """Return our client of the same server."""
     return both[1]
 
 
 @pytest.fixture
-def region(caller: Caller) -> Iterator[Path]:
-    """A file of 64 KiB of shared memory, registered as "it"."""
+def region(caller: TritonClient) -> Iterator[Path]:
+    """Return a file of 64 KiB of shared memory, which is registered as "it"."""
     path = SHM / f"poolrpc-test-{secrets.token_hex(8)}"
     path.write_bytes(bytes(2**16))
     caller.call("SystemSharedMemoryRegister", name="it", key=f"/{path.name}", offset=16, byte_size=2**16 - 16)
@@ -131,7 +131,7 @@ def region(caller: Caller) -> Iterator[Path]:
 def request(
     *arrays: NDArray[Any], layer: str = "", model: str = "pool", outputs: Iterable[str] = (), **parameters: int
 ) -> pb.ModelInferRequest:
-    """Give a request with raw inputs."""
+    """Return a request with raw inputs."""
     message = pb.ModelInferRequest(model_name=model, raw_input_contents=[each.tobytes() for each in arrays])
     for name, each in zip(("input", "indices"), arrays, strict=False):
         message.inputs.add(name=name, datatype=DATATYPE_OF[each.dtype.name], shape=each.shape)
@@ -145,7 +145,7 @@ def request(
 
 
 def arrays_of(answer: pb.ModelInferResponse) -> dict[str, NDArray[Any]]:
-    """Give the outputs of an answer by name."""
+    """Return the outputs of a response by name."""
     return {
         each.name: np.frombuffer(data, numpy_dtype(DATATYPES[each.datatype])).reshape(each.shape)
         for each, data in zip(answer.outputs, answer.raw_output_contents, strict=True)
@@ -153,13 +153,13 @@ def arrays_of(answer: pb.ModelInferResponse) -> dict[str, NDArray[Any]]:
 
 
 def assert_same(got: NDArray[Any], expected: NDArray[Any]) -> None:
-    """See that two arrays have the same shape, dtype and bytes."""
+    """Check that two arrays have the same shape, dtype and bytes."""
     assert (got.shape, got.dtype, got.tobytes()) == (expected.shape, expected.dtype, expected.tobytes())
 
 
 @pytest.mark.parametrize("dtype", MaxPool2d.dtypes)
-def test_an_answer_is_that_of_our_client(caller: Caller, client: poolrpc.PoolClient, dtype: str) -> None:
-    """In every dtype, raw and as numbers, the door gives the bytes that our client gets."""
+def test_results_are_those_of_our_client(caller: TritonClient, client: poolrpc.PoolClient, dtype: str) -> None:
+    """In every dtype, raw and typed, the outputs have the bytes that our client receives."""
     x = (X * 50).astype(numpy_dtype(dtype))
     expected = client.pool(x, MaxPool2d(3, stride=2)).output
     message = request(x, layer="MaxPool2d(3, stride=2)")
@@ -170,8 +170,8 @@ def test_an_answer_is_that_of_our_client(caller: Caller, client: poolrpc.PoolCli
         assert_same(arrays_of(caller.infer(message))["output"], expected)
 
 
-def test_branches_are_outputs_by_name(caller: Caller, client: poolrpc.PoolClient) -> None:
-    """Branches, chains and indices are answered under their names, all or those that are asked for, in that order."""
+def test_branches_are_outputs_by_name(caller: TritonClient, client: poolrpc.PoolClient) -> None:
+    """Branches, chains and indices have output names; a request lists the outputs that it wants, in order."""
     one, two = client.pool_each(
         X, [MaxPool2d(2, return_indices=True), [AvgPool2d(2), MaxPool2d(2, return_indices=True)]]
     )
@@ -187,7 +187,7 @@ def test_branches_are_outputs_by_name(caller: Caller, client: poolrpc.PoolClient
     assert_same(found["output"], expected["output"])
 
 
-def test_an_unpool_takes_its_indices(caller: Caller, client: poolrpc.PoolClient) -> None:
+def test_unpool_takes_indices(caller: TritonClient, client: poolrpc.PoolClient) -> None:
     """MaxUnpool has two inputs, in either order."""
     pooled = client.pool(X, MaxPool2d(2, return_indices=True))
     expected = client.pool(pooled.output, MaxUnpool2d(2), indices=pooled.indices).output
@@ -200,8 +200,8 @@ def test_an_unpool_takes_its_indices(caller: Caller, client: poolrpc.PoolClient)
     assert_same(arrays_of(caller.infer(swapped))["output"], expected)
 
 
-def test_odd_tensors_are_answered(caller: Caller) -> None:
-    """A tensor without a batch axis, one of no images, and an id, come back as they went."""
+def test_unbatched_and_empty_tensors(caller: TritonClient) -> None:
+    """A tensor without a batch axis and one of no images are answered, and the id is returned."""
     message = request(X[0], layer="AvgPool2d(2)")
     message.id, message.model_version = "naïve-7", "1"
     answer = caller.infer(message)
@@ -233,10 +233,10 @@ def test_odd_tensors_are_answered(caller: Caller) -> None:
         ),
     ],
 )  # fmt: skip
-def test_errors_are_the_native_doors(
-    caller: Caller, message: pb.ModelInferRequest, code: str, reason: str, words: str
+def test_errors_are_those_of_the_native_api(
+    caller: TritonClient, message: pb.ModelInferRequest, code: str, reason: str, words: str
 ) -> None:
-    """What is wrong has the status, the reason and the details that it has by our own client."""
+    """A wrong request has the status, reason and details that it has through our own client."""
     error = caller.fail(message)
     assert error.code == code
     assert words in str(error)
@@ -245,15 +245,15 @@ def test_errors_are_the_native_doors(
         assert error.violations[0].field
 
 
-def test_what_is_no_message_is_internal(caller: Caller) -> None:
-    """Bytes that are no request have the status that gRPC itself has for them."""
+def test_bytes_that_are_not_a_message(caller: TritonClient) -> None:
+    """They have the status that gRPC itself has for them."""
     with pytest.raises(grpc.RpcError) as raised:
         caller.channel.unary_unary(f"/{SERVICE}/ModelInfer")(b"\xff\xff", timeout=60)
     assert error_of(raised.value).code == "INTERNAL"
 
 
-def test_models_are_described(caller: Caller) -> None:
-    """Metadata, configuration, readiness and the index tell of every model, and of none that isn't there."""
+def test_models_are_described(caller: TritonClient) -> None:
+    """Metadata, configuration, readiness and the index describe every model, and no other."""
     metadata = caller.call("ModelMetadata", name="two")
     assert [(each.name, each.datatype, list(each.shape)) for each in metadata.inputs] == [("input", "FP32", [-1] * 4)]
     assert [(each.name, each.datatype) for each in metadata.outputs] == [
@@ -277,14 +277,14 @@ def test_models_are_described(caller: Caller) -> None:
 
 
 def test_requests_are_counted_by_model() -> None:
-    """Statistics tell, of a model or of all, how many requests were answered, how many failed, and their time."""
+    """Statistics have the number of successes and failures of a model, or of all models, and their durations."""
     with serving(model=("a=MaxPool2d(2)", "b=AvgPool2d(2)")) as caller:
         for _ in range(3):
             caller.infer(request(X, model="a"))
         caller.fail(request(X[0, 0], model="a"))
-        of = {each.name: each for each in caller.call("ModelStatistics").model_stats}
+        models = {each.name: each for each in caller.call("ModelStatistics").model_stats}
         (only,) = caller.call("ModelStatistics", name="a").model_stats
-    assert (list(of), of["a"].inference_count, of["b"].inference_count) == (["pool", "a", "b"], 3, 0)
+    assert (list(models), models["a"].inference_count, models["b"].inference_count) == (["pool", "a", "b"], 3, 0)
     stats = only.inference_stats
     assert (stats.success.count, stats.fail.count, stats.compute_infer.count) == (3, 1, 3)
     parts = (stats.queue, stats.compute_input, stats.compute_infer, stats.compute_output)
@@ -292,8 +292,8 @@ def test_requests_are_counted_by_model() -> None:
     assert only.last_inference > 0
 
 
-def test_a_stream_answers_in_order_and_outlives_an_error(caller: Caller) -> None:
-    """Each request of a stream has its answer with its id; what is wrong with one is in its own, and others follow."""
+def test_a_stream_answers_in_order_and_continues_after_an_error(caller: TritonClient) -> None:
+    """Each request of a stream has a response with its id; an error is in its response, and others follow."""
     requests = [request(X, model="stem") for _ in range(6)]
     for i, each in enumerate(requests):
         each.id = str(i)
@@ -310,8 +310,8 @@ def test_a_stream_answers_in_order_and_outlives_an_error(caller: Caller) -> None
         assert_same(arrays_of(each.infer_response)["output"], expected)
 
 
-def test_a_stream_answers_before_it_ends(caller: Caller) -> None:
-    """An answer comes while the stream is open: a client may wait for it before it sends more."""
+def test_a_stream_answers_before_it_ends(caller: TritonClient) -> None:
+    """A response arrives while the stream is open."""
     sent: Queue[pb.ModelInferRequest | None] = Queue()
     answers = caller.stream(iter(sent.get, None))
     for _ in range(3):
@@ -321,8 +321,8 @@ def test_a_stream_answers_before_it_ends(caller: Caller) -> None:
     assert list(answers) == []
 
 
-def test_streams_of_all_doors_share_their_number() -> None:
-    """A stream too many is refused as unavailable, whichever door the others came by."""
+def test_streams_of_all_protocols_share_the_limit() -> None:
+    """A stream over the limit is UNAVAILABLE, whichever protocol the others use."""
     with serving(max_streams=1) as caller:
         sent: Queue[pb.ModelInferRequest | None] = Queue()
         first = caller.stream(iter(sent.get, None))
@@ -338,8 +338,8 @@ def test_streams_of_all_doors_share_their_number() -> None:
         assert list(first) == []
 
 
-def test_a_timeout_of_the_request_is_kept(gate: Gate) -> None:
-    """A request whose `timeout`, in microseconds, passes while it waits has DEADLINE_EXCEEDED; nothing is computed."""
+def test_the_timeout_parameter(gate: Gate) -> None:
+    """A request whose `timeout`, in microseconds, passes in the queue is DEADLINE_EXCEEDED and is not computed."""
     with serving(threads=1) as caller:
         held = threading.Thread(target=caller.infer, args=[request(X, layer=repr(GlobalMaxPool()))])
         held.start()
@@ -353,13 +353,13 @@ def test_a_timeout_of_the_request_is_kept(gate: Gate) -> None:
         assert caller.infer(request(X, layer="MaxPool2d(2)", timeout=60_000_000)).outputs
 
 
-def test_priority_says_who_waits_where(gate: Gate) -> None:
-    """Triton's priority 1 has a queue of its own: it is let in where others are refused."""
+def test_the_priority_parameter(gate: Gate) -> None:
+    """Triton's priority 1 has a queue of its own, which admits a request while the default one is full."""
     with serving(threads=1, max_queue=1) as caller:
         held = threading.Thread(target=caller.infer, args=[request(X, layer=repr(GlobalMaxPool()))])
         held.start()
         assert gate.entered.wait(60)
-        # The level of those that say nothing is full once one waits: which of two that is, is theirs to settle.
+        # The queue of the default priority is full once one request waits. Either of the two may be rejected.
         errors: Queue[poolrpc.PoolError | None] = Queue()
 
         def wait() -> None:
@@ -373,9 +373,9 @@ def test_priority_says_who_waits_where(gate: Gate) -> None:
         waiting = [threading.Thread(target=wait) for _ in range(2)]
         for each in waiting:
             each.start()
-        refused = errors.get(timeout=60)
-        assert refused is not None
-        assert (refused.code, refused.reason) == ("UNAVAILABLE", "QUEUE")
+        rejected = errors.get(timeout=60)
+        assert rejected is not None
+        assert (rejected.code, rejected.reason) == ("UNAVAILABLE", "QUEUE")
         urgent = caller.channel.unary_unary(f"/{SERVICE}/ModelInfer").future(
             request(X, layer="MaxPool2d(2)", priority=1).SerializeToString(),
             timeout=60,
@@ -388,23 +388,23 @@ def test_priority_says_who_waits_where(gate: Gate) -> None:
             each.join(60)
 
 
-def shared(message: Any, name: str, nbytes: int, offset: int = 0) -> None:
-    """Say of an input or an output that it is in a region."""
+def in_region(message: Any, name: str, nbytes: int, offset: int = 0) -> None:
+    """Place an input or an output in a region."""
     message.parameters["shared_memory_region"].string_param = name
     message.parameters["shared_memory_byte_size"].int64_param = nbytes
     message.parameters["shared_memory_offset"].int64_param = offset
 
 
-def test_tensors_lie_in_shared_memory(caller: Caller, client: poolrpc.PoolClient, region: Path) -> None:
-    """An input is read from a region, outputs are written to one, and what isn't there goes in the message."""
+def test_tensors_in_shared_memory(caller: TritonClient, client: poolrpc.PoolClient, region: Path) -> None:
+    """An input is read from a region, outputs are written to one, and the rest is in the message."""
     expected = client.pool(X, MaxPool2d(2, return_indices=True))
     data = bytearray(region.read_bytes())
     data[16 + 8 : 16 + 8 + X.nbytes] = X.tobytes()
     region.write_bytes(data)
     message = request(X, layer="MaxPool2d(2, return_indices=True)", outputs=["indices", "output"])
     del message.raw_input_contents[:]
-    shared(message.inputs[0], "it", X.nbytes, 8)
-    shared(message.outputs[1], "it", expected.output.nbytes + 1, 4096)
+    in_region(message.inputs[0], "it", X.nbytes, 8)
+    in_region(message.outputs[1], "it", expected.output.nbytes + 1, 4096)
     answer = caller.infer(message)
     assert list(answer.raw_output_contents) == [expected.indices.tobytes(), b""]
     assert answer.outputs[1].parameters["shared_memory_byte_size"].int64_param == expected.output.nbytes
@@ -416,59 +416,59 @@ def test_tensors_lie_in_shared_memory(caller: Caller, client: poolrpc.PoolClient
     assert (status.name, status.key, status.offset) == ("it", f"/{region.name}", 16)
 
 
-def test_a_region_that_is_cut_short_is_an_error(caller: Caller, region: Path) -> None:
-    """A file that shrinks under the server costs one call an INVALID_ARGUMENT, and the server goes on."""
+def test_a_region_whose_file_shrinks(caller: TritonClient, region: Path) -> None:
+    """A file that shrinks makes a call INVALID_ARGUMENT, and the server goes on."""
     message = request(X, model="stem", outputs=["output"])
     del message.raw_input_contents[:]
-    shared(message.inputs[0], "it", X.nbytes)
+    in_region(message.inputs[0], "it", X.nbytes)
     assert caller.infer(message).outputs
     os.truncate(region, 100)
     error = caller.fail(message)
     assert error.code == "INVALID_ARGUMENT"
     assert "got a file of 100 bytes" in str(error)
     message = request(X, model="stem", outputs=["output"])
-    shared(message.outputs[0], "it", 4096)
+    in_region(message.outputs[0], "it", 4096)
     error = caller.fail(message)
     assert (error.code, region.stat().st_size) == ("INVALID_ARGUMENT", 100)
     assert caller.infer(request(X, model="stem")).outputs
 
 
-def test_what_shared_memory_lacks_is_refused(caller: Caller, region: Path) -> None:
-    """An unknown region, a range too small for an output, and an input larger than a message may be are refused."""
+def test_invalid_uses_of_shared_memory_are_rejected(caller: TritonClient, region: Path) -> None:
+    """An unknown region, a range too small for an output, and an input over the message limit are rejected."""
     message = request(X, model="stem", outputs=["output"])
-    shared(message.outputs[0], "other", 4096)
+    in_region(message.outputs[0], "other", 4096)
     assert caller.fail(message).code == "NOT_FOUND"
-    shared(message.outputs[0], "it", 8)
+    in_region(message.outputs[0], "it", 8)
     assert "outputs.output.shared_memory_byte_size: expected at least" in str(caller.fail(message))
-    shared(message.outputs[0], "it", 2**20)
+    in_region(message.outputs[0], "it", 2**20)
     assert "expected a range within the region's" in str(caller.fail(message))
     os.truncate(region, 2**23)
     caller.call("SystemSharedMemoryRegister", name="large", key=region.name, byte_size=2**23)
     message = request(np.zeros(0, np.uint8), layer="MaxPool2d(8)")
     message.inputs[0].shape[:] = [1, 2, 2048, 2048]
     del message.raw_input_contents[:]
-    shared(message.inputs[0], "large", 2**23)
+    in_region(message.inputs[0], "large", 2**23)
     error = caller.fail(message)
     assert (error.code, error.reason) == ("RESOURCE_EXHAUSTED", "TENSOR_TOO_LARGE")
 
 
-def test_an_answer_that_no_message_may_be() -> None:
-    """An answer over the limit of a message is refused before it is computed; a little less is answered."""
+def test_a_response_over_the_message_limit() -> None:
+    """It is rejected before it is computed; a response of a little less is sent."""
     x, least = np.ones((1, 1, 8, 8), np.float32), 4 * 100 * 100
-    asked = request(x, layer="AdaptiveMaxPool2d(100)")
+    message = request(x, layer="AdaptiveMaxPool2d(100)")
     with serving(max_message_bytes=least) as caller:
-        error = caller.fail(asked)
+        error = caller.fail(message)
         assert (error.code, error.reason) == ("RESOURCE_EXHAUSTED", "MESSAGE_TOO_LARGE")
-        (answer,) = caller.stream(iter([asked]))
+        (answer,) = caller.stream(iter([message]))
         assert answer.error_message.startswith("RESOURCE_EXHAUSTED: ")
     with serving(max_message_bytes=least + 400) as caller:
-        assert arrays_of(caller.infer(asked))["output"].shape == (1, 1, 100, 100)
-        (answer,) = caller.stream(iter([asked]))
+        assert arrays_of(caller.infer(message))["output"].shape == (1, 1, 100, 100)
+        (answer,) = caller.stream(iter([message]))
         assert arrays_of(answer.infer_response)["output"].shape == (1, 1, 100, 100)
 
 
-def test_shared_memory_is_off_unless_allowed() -> None:
-    """A server that wasn't told so opens no file of its clients', and lists no such extension."""
+def test_shared_memory_is_off_by_default() -> None:
+    """The server then opens no files of its clients, and does not list the extension."""
     with serving() as caller:
         path = SHM / f"poolrpc-test-{secrets.token_hex(8)}"
         path.write_bytes(bytes(16))
@@ -483,16 +483,16 @@ def test_shared_memory_is_off_unless_allowed() -> None:
 
 
 def test_a_draining_server_is_live_and_not_ready() -> None:
-    """While it drains it says so here as it does to health checks, and goes on answering."""
+    """While it drains, the server is not ready, like its health service says, and still answers."""
     server = poolrpc_server.Server(poolrpc_server.Config(listen=("127.0.0.1:0",)))
     server.start()
-    caller = Caller(server.addresses[0])
+    caller = TritonClient(server.addresses[0])
     health = health_pb2_grpc.HealthStub(caller.channel)
-    asked = health_pb2.HealthCheckRequest(service=SERVICE)
-    assert health.Check(asked).status == health_pb2.HealthCheckResponse.SERVING
+    message = health_pb2.HealthCheckRequest(service=SERVICE)
+    assert health.Check(message).status == health_pb2.HealthCheckResponse.SERVING
     assert caller.call("ServerReady").ready
     server.drain()
-    assert health.Check(asked).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    assert health.Check(message).status == health_pb2.HealthCheckResponse.NOT_SERVING
     assert not caller.call("ServerReady").ready
     assert not caller.call("ModelReady", name="pool").ready
     assert [each.state for each in caller.call("RepositoryIndex").models] == ["UNAVAILABLE"]
@@ -503,8 +503,8 @@ def test_a_draining_server_is_live_and_not_ready() -> None:
     server.stop(grace=0)
 
 
-def test_the_cheap_methods_are_answered_while_all_threads_are_taken(gate: Gate) -> None:
-    """Probes and tools have their answers while the one thread for calls is held."""
+def test_inexpensive_methods_need_no_call_thread(gate: Gate) -> None:
+    """Probes and tools are answered while the only thread for calls is busy."""
     with serving(threads=1, call_threads=1) as caller:
         held = threading.Thread(target=caller.infer, args=[request(X, layer=repr(GlobalMaxPool()))])
         held.start()
@@ -518,15 +518,15 @@ def test_the_cheap_methods_are_answered_while_all_threads_are_taken(gate: Gate) 
         held.join(60)
 
 
-def test_a_client_that_knows_nothing_finds_it_by_reflection(caller: Caller, client: poolrpc.PoolClient) -> None:
-    """From the address alone: the services, their methods, messages made of what the server says, and a call."""
+def test_reflection_is_enough_to_call(caller: TritonClient, client: poolrpc.PoolClient) -> None:
+    """From the address alone a client finds the services, their methods and messages, and makes a call."""
     database = ProtoReflectionDescriptorDatabase(caller.channel)
     assert SERVICE in database.get_services()
-    pool = DescriptorPool(database)  # type: ignore[arg-type]  # it has what a pool asks of a database
-    (infer,) = [each for each in pool.FindServiceByName(SERVICE).methods if each.name == "ModelInfer"]
-    asked = GetMessageClass(infer.input_type)(model_name="stem", raw_input_contents=[X.tobytes()])
-    asked.inputs.add(name="input", datatype="FP32", shape=X.shape)
+    descriptors = DescriptorPool(database)  # type: ignore[arg-type]  # it has the methods that a pool calls
+    (infer,) = [each for each in descriptors.FindServiceByName(SERVICE).methods if each.name == "ModelInfer"]
+    message = GetMessageClass(infer.input_type)(model_name="stem", raw_input_contents=[X.tobytes()])
+    message.inputs.add(name="input", datatype="FP32", shape=X.shape)
     answer_of = GetMessageClass(infer.output_type)
     call = caller.channel.unary_unary(f"/{SERVICE}/{infer.name}", None, answer_of.FromString)
-    answer = call(asked.SerializeToString(), timeout=60)
+    answer = call(message.SerializeToString(), timeout=60)
     assert_same(arrays_of(answer)["output"], client.pool(X, MaxPool2d(3, stride=2, padding=1)).output)

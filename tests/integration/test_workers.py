@@ -1,4 +1,4 @@
-"""Several workers as operators and clients meet them: one that dies, signals, exit statuses, sockets, the log."""
+"""Several workers in processes of their own: restarts, signals, exit statuses, sockets and the log."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ if TYPE_CHECKING:
 
 SMALL = np.random.default_rng(5).standard_normal((2, 3, 16, 16), np.float32)
 LARGE = np.random.default_rng(6).standard_normal((2, 8, 128, 128), np.float32)
-"""Of a size that goes by an arena where there is one."""
+"""Large enough for the arena."""
 
 AT_ONCE = ("--drain-seconds", "0")
 OWN_CONNECTION = {"grpc.use_local_subchannel_pool": 1}
-"""Clients of one process share a connection, and so a worker, unless they are told not to."""
+"""By default the clients of a process share a connection, and so a worker."""
 
 
 def halved(x: np.ndarray) -> np.ndarray:
-    """Give what MaxPool2d(2) makes of x."""
+    """Return MaxPool2d(2) of a tensor with even height and width."""
     n, c, h, w = x.shape
     return x.reshape(n, c, h // 2, 2, w // 2, 2).max((3, 5))
 
 
 class Load:
-    """Calls without a break from several threads, each answer checked.
+    """Calls without a break from several threads, with each result checked.
 
     Attributes:
-        errors: What went wrong.
-        transports: How each thread's latest tensors travelled.
+        errors: The errors so far.
+        transports: The transport of each thread's latest tensors.
 
     """
 
@@ -63,20 +63,20 @@ class Load:
         self._threads: list[threading.Thread] = []
 
     def add(self, client: PoolClient, x: np.ndarray, transport: str | None = None) -> None:
-        """Begin another thread of calls."""
+        """Start another thread of calls."""
         number, expected = len(self._threads), halved(x)
 
         def call() -> None:
             while not self._ending.is_set():
-                travelled = ""
+                used = ""
                 try:
                     result = client.pool(x, MaxPool2d(2), transport=transport)
                     np.testing.assert_array_equal(result.output, expected)
-                    travelled = result.transport
+                    used = result.transport
                 except (poolrpc.PoolError, AssertionError) as error:
                     self.errors.append(error)
                 with self._changed:
-                    self.transports[number] = travelled
+                    self.transports[number] = used
                     self._counts[number] += 1
                     self._changed.notify_all()
 
@@ -91,7 +91,7 @@ class Load:
             assert self._changed.wait_for(lambda: all(self._counts[number] >= goals[number] for number in goals), 60)
 
     def wait_for_transport(self, thread: int, transport: str) -> None:
-        """Wait until a thread's tensors travel that way."""
+        """Wait until a thread's tensors use a transport."""
         with self._changed:
             assert self._changed.wait_for(lambda: self.transports.get(thread) == transport, 60)
 
@@ -104,7 +104,7 @@ class Load:
 
 @contextmanager
 def load() -> Iterator[tuple[Load, ExitStack]]:
-    """Give a load, and what closes its clients after it."""
+    """Return a load, and a stack that closes its clients afterwards."""
     with ExitStack() as clients:
         made = Load()
         try:
@@ -114,7 +114,7 @@ def load() -> Iterator[tuple[Load, ExitStack]]:
 
 
 def pids(server: ServerProcess) -> dict[int, int]:
-    """Give the processes of the workers as the log has them, by number."""
+    """Return the processes of the workers as the log has them, by number."""
     return {each["worker"]: each["pid"] for each in server.lines("worker serving")}
 
 
@@ -131,15 +131,15 @@ def command(*flags: str) -> subprocess.CompletedProcess[str]:
 
 
 def injected(folder: Path, program: str) -> dict[str, str]:
-    """Give the environment in which each worker runs a program of the test's when it starts."""
+    """Return an environment in which each worker runs a program of the test when it starts."""
     (folder / "sitecustomize.py").write_text(
         f"import sys\nif any('poolrpc_server' in each for each in sys.orig_argv):\n{program}"
     )
     return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
-def test_a_killed_worker_is_missed_by_nobody(tmp_path: Path) -> None:
-    """SIGKILL of one worker after the other, under load by every path: no client has an error; both serve again."""
+def test_clients_do_not_notice_a_killed_worker(tmp_path: Path) -> None:
+    """SIGKILL of one worker after the other, under load on every transport: no call fails, and both serve again."""
     listen = f"unix:{tmp_path / 'pool.sock'}"
     with serving("--workers", "2", "--listen", listen, *AT_ONCE) as server, load() as (calls, clients):
         assert server.start_line["addresses"].split()[1] == listen
@@ -166,11 +166,10 @@ def test_a_killed_worker_is_missed_by_nobody(tmp_path: Path) -> None:
         assert {each["worker"] for each in server.lines("call")} == {0, 1}
 
 
-def test_a_server_that_stops_is_missed_by_nobody() -> None:
+def test_clients_do_not_notice_a_server_that_stops() -> None:
     """SIGTERM of one of two servers behind one name, under load: no call fails.
 
-    The name is gRPC's ipv4:a,b, which like dns:/// gives round_robin two addresses: a name of two ports on this machine
-    is nothing that DNS could give.
+    The name is gRPC's ipv4:a,b, which like dns:/// gives round_robin two addresses, because no DNS name has two ports.
     """
     with (
         serving("--drain-seconds", "1", "--shutdown-grace", "10") as first,
@@ -191,11 +190,11 @@ def test_a_server_that_stops_is_missed_by_nobody() -> None:
         assert {each["status"] for each in first.lines("call")} == {"OK"}
 
 
-def test_an_arenas_calls_go_to_its_worker(tmp_path: Path) -> None:
-    """Connections and arenas take turns, so a client's may be of two workers; the arena of a dead one is replaced."""
+def test_calls_of_an_arena_go_to_its_worker(tmp_path: Path) -> None:
+    """A client's connection and arena may be of two workers; the arena of a dead worker is replaced."""
     path = tmp_path / "pool.sock"
     with serving("--workers", "2", *AT_ONCE, listen=f"unix:{path}") as server, ExitStack() as clients:
-        # Connected while the path leads to one worker; the arena is attached when others' calls reach the other.
+        # The client connects while the path leads to one worker, and attaches its arena when it leads to the other one.
         client = clients.enter_context(PoolClient(f"unix:{path}"))
         client.pool(SMALL, MaxPool2d(2))
         connected = server.wait_for("call")[0]["worker"]
@@ -219,8 +218,8 @@ def test_an_arenas_calls_go_to_its_worker(tmp_path: Path) -> None:
         assert client.pool(LARGE, MaxPool2d(2)).transport == "arena"
 
 
-def test_a_dead_workers_arena_is_replaced_for_asyncio_too(tmp_path: Path) -> None:
-    """AsyncPoolClient falls back to bytes where its arena's worker died, and has another arena afterwards."""
+def test_the_arena_of_a_dead_worker_is_replaced(tmp_path: Path) -> None:
+    """A client sends bytes if its arena's worker died, and has another arena afterwards."""
     address = f"unix:{tmp_path / 'pool.sock'}"
 
     async def run(server: ServerProcess) -> None:
@@ -237,8 +236,8 @@ def test_a_dead_workers_arena_is_replaced_for_asyncio_too(tmp_path: Path) -> Non
         asyncio.run(run(server))
 
 
-def test_a_stop_is_passed_on_once_and_leaves_nothing(tmp_path: Path) -> None:
-    """SIGTERM: every worker drains, finishes and stops, says so with its number, and no file is left; status 0."""
+def test_sigterm_stops_every_worker(tmp_path: Path) -> None:
+    """Every worker drains and stops, and logs it with its number; no file is left, and the status is 0."""
     with serving("--workers", "2", "--drain-seconds", "0.1", listen=f"unix:{tmp_path / 'pool.sock'}") as server:
         processes = [psutil.Process(pid) for pid in pids(server).values()]
         server.process.send_signal(signal.SIGTERM)
@@ -250,8 +249,8 @@ def test_a_stop_is_passed_on_once_and_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_service_managers_signal_to_every_process_is_one_stop() -> None:
-    """SIGTERM to the supervisor and to each worker, as to a whole group, drains them, where two would end them."""
+def test_sigterm_to_every_process_is_one_stop() -> None:
+    """SIGTERM to the supervisor and to each worker, as to a process group, drains them."""
     with serving("--workers", "2", "--drain-seconds", "0.5") as server:
         for pid in (*pids(server).values(), server.process.pid):
             os.kill(pid, signal.SIGTERM)
@@ -260,7 +259,7 @@ def test_a_service_managers_signal_to_every_process_is_one_stop() -> None:
 
 
 def test_a_second_signal_ends_all_at_once(tmp_path: Path) -> None:
-    """A second signal waits for no drain: the workers are killed, the supervisor ends by it, no file is left."""
+    """A second signal does not wait for the drain: the workers are killed, and no file is left."""
     flags = ("--workers", "2", "--drain-seconds", "3600")
     with serving(*flags, listen=f"unix:{tmp_path / 'pool.sock'}") as server:
         processes = [psutil.Process(pid) for pid in pids(server).values()]
@@ -280,8 +279,8 @@ def test_sigint_stops_a_server_that_was_started_with_it_ignored(workers: str) ->
         assert server.wait() == 0
 
 
-def test_workers_end_with_a_supervisor_that_is_killed(tmp_path: Path) -> None:
-    """SIGKILL of the supervisor: the workers drain and end; what is left of the sockets hinders no next server."""
+def test_workers_end_if_the_supervisor_is_killed(tmp_path: Path) -> None:
+    """The workers drain and end; what is left of the sockets does not prevent another server."""
     listen = f"unix:{tmp_path / 'pool.sock'}"
     with serving("--workers", "2", *AT_ONCE, listen=listen) as server:
         processes = [psutil.Process(pid) for pid in pids(server).values()]
@@ -294,8 +293,8 @@ def test_workers_end_with_a_supervisor_that_is_killed(tmp_path: Path) -> None:
         assert client.pool(LARGE, MaxPool2d(2)).transport == "arena"
 
 
-def test_a_worker_that_is_told_to_stop_is_replaced() -> None:
-    """SIGTERM to one worker: it drains and ends with 0, and another takes its place."""
+def test_a_worker_that_receives_sigterm_is_replaced() -> None:
+    """It drains and ends with 0, and another one takes its place."""
     with serving("--workers", "2", *AT_ONCE) as server:
         os.kill(pids(server)[1], signal.SIGTERM)
         ended = server.wait_for("worker ended")[0]
@@ -329,14 +328,14 @@ def test_workers_cannot_use_the_address_of_another_server(tmp_path: Path) -> Non
 
 
 def test_a_setting_that_only_a_worker_can_check() -> None:
-    """What a worker finds wrong is said once, and the status is 2."""
-    refused = command("--workers", "3", "--device", "cuda:99", "--listen", "127.0.0.1:0")
-    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
-    assert "device: expected auto or a device of this machine" in refused.stderr
+    """A setting that a worker rejects is reported once, and the status is 2."""
+    rejected = command("--workers", "3", "--device", "cuda:99", "--listen", "127.0.0.1:0")
+    assert (rejected.returncode, rejected.stderr.count("\n")) == (2, 1)
+    assert "device: expected auto or a device of this machine" in rejected.stderr
 
 
 def test_workers_that_cannot_start(tmp_path: Path) -> None:
-    """Workers that die at each start end the server with status 1, after some attempts, each of which is logged."""
+    """Workers that die at each start end the server with status 1, after several attempts, each of which is logged."""
     env = injected(tmp_path, "    if 'poolrpc_server.workers.worker' in sys.orig_argv: import os; os._exit(3)\n")
     with (
         pytest.raises(RuntimeError, match=r"the server ended with 1: .*failed attempts") as caught,
@@ -360,8 +359,8 @@ POISON = """
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_poisoned_process_ends(tmp_path: Path, workers: str) -> None:
-    """What CUDA reports of a lost context ends the process with a status of its own: a supervisor starts another."""
+def test_a_process_with_a_failed_device_ends(tmp_path: Path, workers: str) -> None:
+    """A lost CUDA context ends the process with a status of its own, and a supervisor starts another."""
     with (
         serving("--workers", workers, env=injected(tmp_path, POISON)) as server,
         PoolClient(server.address, options={"grpc.enable_retries": 0}) as client,
@@ -377,8 +376,8 @@ def test_a_poisoned_process_ends(tmp_path: Path, workers: str) -> None:
             assert len(server.wait_for("worker serving", 3)) == 3
 
 
-def test_every_line_of_a_worker_says_which() -> None:
-    """The lines of calls, of errors and of a worker's end have its number; the supervisor's own about it too."""
+def test_every_line_of_a_worker_has_its_number() -> None:
+    """So have the supervisor's lines about it."""
     with serving("--workers", "2", *AT_ONCE) as server, PoolClient(server.address) as client:
         client.pool(SMALL, MaxPool2d(2))
         with pytest.raises(poolrpc.InvalidArgumentError):
@@ -390,8 +389,8 @@ def test_every_line_of_a_worker_says_which() -> None:
     assert len(server.lines("call")) == 2
 
 
-def test_the_start_line_says_where_all_listen() -> None:
-    """A free port is chosen once for all workers, who are there when it is said; each has its part of the threads."""
+def test_the_start_line_has_the_address_of_all_workers() -> None:
+    """A free port is chosen once for all workers, which listen when it is logged; each has its share of the threads."""
     with serving("--workers", "2", "--threads", "6", *AT_ONCE) as server:
         assert len(server.lines("worker serving")) == 2
         assert server.start_line["threads"] == 3
@@ -420,7 +419,7 @@ class Events(logging.Handler):
             self._changed.notify_all()
 
     def wait_for(self, event: str, count: int = 1) -> list[logging.LogRecord]:
-        """Wait for that many of an event, and give them."""
+        """Wait for so many records of an event, and return them."""
 
         def found() -> list[logging.LogRecord]:
             return [each for each in self._seen if each.getMessage() == event]
@@ -432,7 +431,7 @@ class Events(logging.Handler):
 
 @pytest.fixture
 def events() -> Iterator[Events]:
-    """Give the events of a supervisor in this process."""
+    """Return the events of a supervisor in this process."""
     logger, handler = logging.getLogger("poolrpc_server"), Events()
     before = logger.level
     logger.addHandler(handler)
@@ -473,8 +472,8 @@ def test_a_supervisor_in_this_process(tmp_path: Path, events: Events, handler: A
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_supervisor_refuses() -> None:
-    """An address that is not free and a device that does not exist are each a ConfigError."""
+def test_settings_that_a_supervisor_rejects() -> None:
+    """An address and a device that cannot be used are a ConfigError, before and after workers start."""
     with pytest.raises(ConfigError, match=r"listen: expected a free address, got '192\.0\.2\.1:0'"):
         supervise(Config(workers=2, listen=("192.0.2.1:0",), insecure=True))
     with pytest.raises(ConfigError, match="device: expected auto or a device of this machine"):
