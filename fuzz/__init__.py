@@ -1,1 +1,1 @@
-"""Fuzzing: what a server, and a client, make of bytes that nobody should send; docs/fuzzing.md says how to run it."""
+"""Fuzzing of the server and of the client with invalid bytes. docs/fuzzing.md says how to run it."""

@@ -1,4 +1,4 @@
-"""Fuzz: python -m fuzz --cases 1000000 --json FILE under atheris, or --seconds 60 without, of a server process."""
+"""Fuzz with `--cases 1000000` under atheris, or with `--seconds 60` against a server process without it."""
 
 from __future__ import annotations
 
@@ -13,48 +13,50 @@ from typing import Any
 
 
 def run(target: str, cases: int, seed: int) -> dict[str, Any]:
-    """Fuzz a target in a process of its own and give what came of it."""
+    """Fuzz a target in a process of its own, and return its row."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         flags = ["--only", target, "--cases", str(cases), "--seed", str(seed), "--json", str(report)]
-        made = subprocess.run([sys.executable, "-m", "fuzz", *flags], capture_output=True, text=True, check=False)  # noqa: S603 - this module
-        if made.returncode or not report.exists():
-            died = {"count": 1, "text": made.stderr[-3000:]}
-            return {"target": target, "cases": 0, "findings": {f"{target}: died with {made.returncode}": died}}
+        ended = subprocess.run([sys.executable, "-m", "fuzz", *flags], capture_output=True, text=True, check=False)  # noqa: S603 - this module
+        if ended.returncode or not report.exists():
+            finding = {"count": 1, "text": ended.stderr[-3000:]}
+            return {"target": target, "cases": 0, "findings": {f"{target}: ended with {ended.returncode}": finding}}
         row: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
         return row
 
 
 def main() -> int:
-    """Fuzz every target, print and write what came of it; 1 where something was found."""
+    """Fuzz every target, print and write the rows, and return 1 if there are findings."""
     parser = argparse.ArgumentParser("python -m fuzz", description=__doc__)
-    much = parser.add_mutually_exclusive_group(required=True)
-    much.add_argument(
-        "--cases", type=int, help="cases of all targets together, under atheris, a process for each target"
+    amount = parser.add_mutually_exclusive_group(required=True)
+    amount.add_argument(
+        "--cases",
+        type=int,
+        help="number of cases of all targets, under atheris, with a process for each target",
     )
-    much.add_argument(
-        "--seconds", type=float, help="time for all targets in turn, without atheris, of a server process"
+    amount.add_argument(
+        "--seconds", type=float, help="duration of all targets together, without atheris, against a server process"
     )
-    parser.add_argument("--seed", type=int, default=1, help="of the mutations [default: 1]")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the rows go")
-    parser.add_argument("--jobs", type=int, default=1, help="targets at a time [default: 1]")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the mutations [default: 1]")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file to write the rows to")
+    parser.add_argument("--jobs", type=int, default=1, help="number of targets to run at the same time [default: 1]")
     parser.add_argument("--only", metavar="TARGET", help="run this target alone, in this process")
-    given = parser.parse_args()
-    if given.only:
-        from fuzz.guided import fuzz  # noqa: PLC0415 - what it fuzzes is instrumented as it is imported
+    options = parser.parse_args()
+    if options.only:
+        from fuzz.guided import fuzz  # noqa: PLC0415 - importing it instruments the packages
 
-        fuzz(given.only, given.cases, given.seed, given.json or Path("/dev/stdout"))
+        fuzz(options.only, options.cases, options.seed, options.json or Path("/dev/stdout"))
         return 0
-    if given.seconds:
-        from fuzz import plain  # noqa: PLC0415 - as above
+    if options.seconds:
+        from fuzz import unguided  # noqa: PLC0415 - as above
 
-        rows = [plain.fuzz(given.seconds, given.seed)]
+        rows = [unguided.fuzz(options.seconds, options.seed)]
         print(json.dumps(rows[0]), flush=True)
     else:
-        rows = _guided(given.cases, given.seed, given.jobs)
-    if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        rows = _guided(options.cases, options.seed, options.jobs)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return int(any(row["findings"] for row in rows))
 
 

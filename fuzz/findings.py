@@ -1,4 +1,4 @@
-"""What is told of a run: how many cases ended how, and what ended as nothing should."""
+"""The report of a run: how many cases ended in which way, and the findings."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from fuzz.mutate import pack
 if TYPE_CHECKING:
     from fuzz.mutate import Case
 
-MOST_KEPT = 50
-"""Findings with their case; of each kind the shortest."""
+MAX_FINDINGS = 50
+"""Kinds of findings that are kept, each with its shortest case."""
 
 
 class FoundError(Exception):
-    """A case ended as none should."""
+    """A case that ended in a way that is a bug."""
 
 
-class ModelStatistics:
-    """Counts how cases ended, from any thread, and keeps what was found."""
+class Report:
+    """Counts how cases ended, from any thread, and keeps the findings."""
 
     def __init__(self) -> None:
         self.endings: dict[str, Counter[str]] = {}
@@ -31,7 +31,7 @@ class ModelStatistics:
 
     @property
     def cases(self) -> int:
-        """How many there were."""
+        """The number of cases."""
         return sum(counter.total() for counter in self.endings.values())
 
     def ended(self, target: str, ending: str) -> None:
@@ -40,7 +40,7 @@ class ModelStatistics:
             self.endings.setdefault(target, Counter())[ending] += 1
 
     def found(self, target: str, case: Case, error: BaseException) -> None:
-        """Keep a case that ended as none should."""
+        """Keep a case that ended in a way that is a bug."""
         frames = traceback.extract_tb(error.__traceback__)
         where = (
             "" if isinstance(error, FoundError) else f" at {frames[-1].filename.rpartition('/')[2]}:{frames[-1].name}"
@@ -51,7 +51,7 @@ class ModelStatistics:
         with self._lock:
             self.endings.setdefault(target, Counter())["FINDING"] += 1
             known = self.findings.get(kind)
-            if known is None and len(self.findings) >= MOST_KEPT:
+            if known is None and len(self.findings) >= MAX_FINDINGS:
                 return
             if known is None or len(packed) < len(known["case"]):
                 self.findings[kind] = {"count": 0 if known is None else known["count"], "case": packed, "text": text}

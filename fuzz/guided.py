@@ -1,4 +1,4 @@
-"""One target under atheris, which follows what code each case reaches; server, caller and judge are in this process."""
+"""One target under atheris, which measures the code that each case reaches; server and client are in this process."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING
 import atheris
 
 with atheris.instrument_imports(include=["poolrpc", "poolrpc_server"]):
-    from fuzz import answers, sockets
-    from fuzz.findings import FoundError, ModelStatistics
-    from fuzz.growth import check_at_rest, check_growth, measured
-    from fuzz.mutate import MOST_BYTES, MOST_MESSAGES, fields_of, mutated, pack, unpack
+    from fuzz import arena_sockets, client_responses
+    from fuzz.findings import FoundError, Report
+    from fuzz.mutate import MAX_BYTES, MAX_MESSAGES, fields_of, mutated, pack, unpack
+    from fuzz.resource_usage import check_at_rest, check_growth, measured
     from fuzz.seeds import LIMITS, MODELS, seeds
-    from fuzz.served import Peer
-    from poolrpc_server import Config, Server, interceptors
+    from fuzz.server_calls import Peer
+    from poolrpc_server import Config, Server
+    from poolrpc_server.transports.grpc import interceptor
     from poolrpc_server.transports.local.arenas import ArenaListener
 
 if TYPE_CHECKING:
@@ -32,53 +33,53 @@ if TYPE_CHECKING:
     from fuzz.mutate import Case
 
 WARM = 0.2
-"""Of the cases: memory is held against what it was after these."""
+"""The part of the cases after which memory is measured, to compare it with the end."""
 
 REGISTER_EVERY = 256
 HUNG_SECONDS = 120
-"""After which libFuzzer ends the process with the case that it is at; a call has a deadline of its own before."""
+"""Seconds of a case after which libFuzzer ends the process; calls have a shorter deadline."""
 
-MOST_MIB = 6144
+MAX_MIB = 6144
 
 
-class ReloadingFile(logging.Handler):
-    """Keeps the last thing that the server didn't expect: the traceback of a status that tells nothing."""
+class LastError(logging.Handler):
+    """Keeps the server's last unexpected error, which explains a status without details."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
         self.last = ""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep it."""
+        """Keep a record."""
         self.last = logging.Formatter().format(record)
 
 
 class Embedded:
     """A server in this process, and a caller of it."""
 
-    def __init__(self, folder: str, watched: ReloadingFile) -> None:
-        # A stream that ends too early waits so long for its reset: a hundred streams a second would be ten.
-        interceptors.RESET_SECONDS = 0.0
+    def __init__(self, folder: str, last_error: LastError) -> None:
+        # Otherwise a stream that ends too early waits for its reset, and the fuzzer would be ten times slower.
+        interceptor.RESET_SECONDS = 0.0
         for name in ("poolrpc_server", "grpc"):
             logger = logging.getLogger(name)
             logger.setLevel(logging.ERROR if name == "poolrpc_server" else logging.CRITICAL)
-            logger.handlers[:], logger.propagate = [watched], False
+            logger.handlers[:], logger.propagate = [last_error], False
         settings = {"listen": (f"unix:{folder}/pool.sock",), "metrics": "127.0.0.1:0", "threads": 1, "model": MODELS}
-        self._server = Server(Config(**settings, **LIMITS, allow_client_shm=True))  # type: ignore[arg-type]  # its fields
+        self._server = Server(Config(**settings, **LIMITS, allow_client_shm=True))  # type: ignore[arg-type]  # the fields of Config
         self._server.start()
         self.peer = Peer(self._server.addresses[0], f"{folder}/pool.sock")
         self._count = 0
 
     def judge(self, target: str, case: Case) -> str:
-        """Run a case."""
+        """Run a case, and return how it ended."""
         if self._count % REGISTER_EVERY == 0:
             self.peer.register()
         self._count += 1
         return self.peer.judge(target, case)
 
-    def check_well(self) -> None:
-        """See that the server is as it was."""
-        self.peer.check_well()
+    def check_calls(self) -> None:
+        """Check that the server answers valid calls and is idle."""
+        self.peer.check_calls()
         check_at_rest(self._server.metrics_address)
 
 
@@ -86,34 +87,34 @@ def _attach(folder: str) -> tuple[Callable[[Case], str], Callable[[], None]]:
     listener = ArenaListener(f"{folder}/pool.sock", max_bytes=2**20, max_arenas=3)
 
     def judge(case: Case) -> str:
-        ending = sockets.converse(f"{folder}/pool.sock.arena", case)
-        if not listener.wait_for(0, sockets.DEADLINE):
+        ending = arena_sockets.converse(f"{folder}/pool.sock.arena", case)
+        if not listener.wait_for(0, arena_sockets.DEADLINE):
             raise FoundError("an arena that outlives its connection")
         return ending
 
     def check() -> None:
         if judge((b"\x0c\x08\x01",)) != "OK" or listener.nbytes:
-            raise AssertionError("expected an arena of 1 byte, and that it ends")
+            raise AssertionError("expected an arena of 1 byte which ends with its connection")
 
     return judge, check
 
 
 def prepared(
-    target: str, folder: str, watched: ReloadingFile, closing: ExitStack
+    target: str, folder: str, last_error: LastError, closing: ExitStack
 ) -> tuple[Callable[[Case], str], Callable[[], None]]:
-    """Give what runs a case of a target, and what sees, after all of them, that everything is well."""
+    """Return a function that runs a case of a target, and one that checks the state after all of them."""
     if target == "attach":
         return _attach(folder)
     if target == "attached":
-        hostile = sockets.HostileArenas()
+        hostile = arena_sockets.HostileArenas()
         closing.callback(hostile.close)
         return hostile.judge, lambda: None
     if target == "answers":
-        return answers.judge, lambda: None
-    embedded = Embedded(folder, watched)
+        return client_responses.judge, lambda: None
+    embedded = Embedded(folder, last_error)
     closing.callback(embedded.peer.close)
-    embedded.check_well()
-    return lambda case: embedded.judge(target, case), embedded.check_well
+    embedded.check_calls()
+    return lambda case: embedded.judge(target, case), embedded.check_calls
 
 
 class Session:
@@ -128,46 +129,46 @@ class Session:
         self._starts = seeds(target, seed)
         for number, case in enumerate(self._starts):
             (self.corpus / f"{number:04}").write_bytes(pack(case))
-        self._watched, self._tally = ReloadingFile(), ModelStatistics()
-        self._judge, self._check = prepared(target, self.folder, self._watched, self._closing)
-        self._begun = time.monotonic()
+        self._last_error, self._findings = LastError(), Report()
+        self._judge, self._check = prepared(target, self.folder, self._last_error, self._closing)
+        self._started = time.monotonic()
         self._warm: dict[str, int] = {}
 
     def run(self, data: bytes) -> None:
-        """Run a case; after the last one, write what came of all and end the process."""
-        if self._tally.cases == int(WARM * self._cases):
+        """Run a case; after the last one, write the row and end the process."""
+        if self._findings.cases == int(WARM * self._cases):
             self._warm = self._measured()
         case = unpack(data)
-        self._watched.last = ""
+        self._last_error.last = ""
         try:
-            self._tally.ended(self._target, self._judge(case))
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is found
-            if self._watched.last:
-                error.add_note(self._watched.last)
-            self._tally.found(self._target, case, error)
-        if self._tally.cases >= self._cases:
+            self._findings.ended(self._target, self._judge(case))
+        except Exception as error:  # noqa: BLE001 - every exception is a finding
+            if self._last_error.last:
+                error.add_note(self._last_error.last)
+            self._findings.found(self._target, case, error)
+        if self._findings.cases >= self._cases:
             self._finish()
             sys.stdout.flush()
-            os._exit(0)  # libFuzzer doesn't return, and knows nothing of the server's threads
+            os._exit(0)  # libFuzzer does not return, and does not end the server's threads
 
-    def mutated(self, data: bytes, most: int, number: int) -> bytes:
-        """Give the case that comes of another one by a number."""
+    def mutated(self, data: bytes, max_bytes: int, number: int) -> bytes:
+        """Return the mutation of a case that a number selects."""
         rng = Random(number)
         if rng.randrange(8) == 0:
-            return bytes(atheris.Mutate(data, most))
+            return bytes(atheris.Mutate(data, max_bytes))
         case = unpack(data)
-        # What is no message stays none, whatever is changed in it: mostly something else is taken instead.
+        # Mutations of bytes that are not a message stay so: mostly another case is used instead.
         if rng.randrange(4) and None in map(fields_of, case[-1:]):
             case = rng.choice(self._starts)
-        return pack(mutated(case, self._starts, rng))[:most]
+        return pack(mutated(case, self._starts, rng))[:max_bytes]
 
     def _finish(self) -> None:
-        seconds, cases, after = time.monotonic() - self._begun, self._tally.cases, self._measured()
+        seconds, cases, after = time.monotonic() - self._started, self._findings.cases, self._measured()
         try:
             self._check()
             check_growth(self._warm, after)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is found
-            self._tally.found(self._target, (), error)
+        except Exception as error:  # noqa: BLE001 - every exception is a finding
+            self._findings.found(self._target, (), error)
         row = {
             "target": self._target,
             "cases": cases,
@@ -175,8 +176,8 @@ class Session:
             "warm": self._warm,
             "end": after,
             "corpus": len(list(self.corpus.iterdir())),
-            "endings": dict(self._tally.endings[self._target].most_common()),
-            "findings": self._tally.findings,
+            "endings": dict(self._findings.endings[self._target].most_common()),
+            "findings": self._findings.findings,
         }
         self._closing.close()
         self._report.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
@@ -188,13 +189,13 @@ class Session:
 
 
 def fuzz(target: str, cases: int, seed: int, report: Path) -> None:
-    """Run so many cases of a target, write what came of them, and end the process."""
+    """Run so many cases of a target, write the row, and end the process."""
     session = Session(target, cases, seed, report)
     flags = [
-        f"-seed={seed + 1}",  # 0 would be any
+        f"-seed={seed + 1}",  # 0 is a random seed
         f"-timeout={HUNG_SECONDS}",
-        f"-rss_limit_mb={MOST_MIB}",
-        f"-max_len={MOST_MESSAGES * MOST_BYTES}",
+        f"-rss_limit_mb={MAX_MIB}",
+        f"-max_len={MAX_MESSAGES * MAX_BYTES}",
         "-mutate_depth=2",
         "-verbosity=0",
         f"-artifact_prefix={session.folder}/",

@@ -1,4 +1,4 @@
-"""Cases and their mutation: a case is the messages of one call, and a mutation knows how protobuf lays bytes out."""
+"""Cases and their mutation: a case is the messages of one call, and mutations know protobuf's encoding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 Case = tuple[bytes, ...]
 Field = tuple[int, int, int | bytes]
-"""Its number, its wire type, and its value."""
+"""The number, the wire type and the value."""
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 WIDTHS = {FIXED64: 8, FIXED32: 4}
@@ -22,7 +22,7 @@ INTERESTING = (
     *(2**k + d for k in (22, 23, 24, 31, 32, 33, 48, 53, 62, 63) for d in (-1, 0, 1)),
     *(2**64 - d for d in (1, 2, 3, 4, 16, 2**31, 2**31 + 1, 2**32)),
 )
-"""Numbers at the edges of what is allowed, of how numbers are held, and below zero."""
+"""Numbers at the limits of parameters and of integer types, and negative numbers."""
 
 WORDS = (
     *("", "pool", "stem", "input", "indices", "output", "output_1", "layer", "priority", "timeout", "headers", "1"),
@@ -43,24 +43,24 @@ WORDS = (
         "GlobalMaxPool()",
     ),
 )
-"""Texts that mean something somewhere."""
+"""Texts that have a meaning in some field."""
 
 CHARACTERS = "0123456789()[],=.-+*_#'\\ {}:\n\0\u00e9\U0001f600"
 
-MOST_MESSAGES = 12
-MOST_BYTES = 16384
-"""Of a message: enough for every limit that counts fields, and quick to compute."""
+MAX_MESSAGES = 12
+MAX_BYTES = 16384
+"""The size of a message: enough for every limit on the number of fields, and quick to compute."""
 
 
 def pack(case: Sequence[bytes]) -> bytes:
-    """Give a case as one string, which libFuzzer keeps."""
+    """Return a case as one string, which libFuzzer can keep."""
     return b"".join(len(each).to_bytes(2, "little") + each for each in case)
 
 
 def unpack(data: bytes) -> Case:
-    """Give the case that any string is."""
+    """Return the case of any string."""
     case = []
-    while data and len(case) < MOST_MESSAGES:
+    while data and len(case) < MAX_MESSAGES:
         size = int.from_bytes(data[:2], "little")
         case.append(data[2 : 2 + size])
         data = data[2 + size :]
@@ -68,7 +68,7 @@ def unpack(data: bytes) -> Case:
 
 
 def mutated(case: Case, others: Sequence[Case], rng: Random) -> Case:
-    """Give a case that is like another one; now and then it has parts of a third, or is anything."""
+    """Return a mutation of a case, sometimes with parts of another one, sometimes of random bytes."""
     messages = list(case) or [b""]
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         at = rng.randrange(len(messages))
@@ -85,12 +85,12 @@ def mutated(case: Case, others: Sequence[Case], rng: Random) -> Case:
         elif step == 4:
             messages[at] = rng.randbytes(rng.randrange(64))
         elif step == 5:
-            messages[at] += other  # two messages end to end are one of both's fields
+            messages[at] += other  # two messages in a row are one with the fields of both
         elif step < 9:
             messages[at] = _bytes_changed(messages[at], rng)
         else:
             messages[at] = _fields_changed(messages[at], other, rng)
-    return tuple(each[:MOST_BYTES] for each in messages[:MOST_MESSAGES])
+    return tuple(each[:MAX_BYTES] for each in messages[:MAX_MESSAGES])
 
 
 def _bytes_changed(data: bytes, rng: Random) -> bytes:
@@ -110,7 +110,7 @@ def _bytes_changed(data: bytes, rng: Random) -> bytes:
     elif step == 5:
         out[at:at] = varint(rng.choice(INTERESTING))
     else:
-        out[at : at + 1] = bytes((out[at] | 0x80, rng.choice((0, 1, 0x80, 0xFF))))  # a varint grows
+        out[at : at + 1] = bytes((out[at] | 0x80, rng.choice((0, 1, 0x80, 0xFF))))  # makes a varint longer
     return bytes(out)
 
 
@@ -133,12 +133,12 @@ def _fields_changed(data: bytes, other: bytes, rng: Random) -> bytes:
         fields.insert(at, rng.choice(more))
     elif step == 5:
         times = rng.choice((2, 5, 64, 65, 300))
-        fields[at:at] = [fields[at]] * min(times, MOST_BYTES // (len(written(fields[at : at + 1])) or 1))
+        fields[at:at] = [fields[at]] * min(times, MAX_BYTES // (len(encode_fields(fields[at : at + 1])) or 1))
     elif step == 6:
-        return _lying(fields, at, rng)
+        return _with_wrong_length(fields, at, rng)
     else:
         fields[at] = _value_changed(fields[at], other, rng)
-    return written(fields)
+    return encode_fields(fields)
 
 
 def _value_changed(field: Field, other: bytes, rng: Random) -> Field:
@@ -153,7 +153,7 @@ def _value_changed(field: Field, other: bytes, rng: Random) -> Field:
 
 
 def _edge_of_floats(kind: int, rng: Random) -> bytes:
-    # Zero, one, infinity, a NaN, the least and the largest; as a float is twice as wide, other values in place of them.
+    # The ends of zero, one, infinity, NaN, the smallest and the largest number, for either width.
     tops = (b"\0\0", b"\xf0\x3f", b"\xf0\x7f", b"\xf8\x7f", b"\xf0\xff", b"\x80\x3f", b"\x80\x7f", b"\xe0\x40")
     return rng.choice((b"\0", b"\xff")) * (WIDTHS[kind] - 2) + rng.choice(tops)
 
@@ -172,39 +172,39 @@ def _text_changed(value: bytes, other: bytes, rng: Random) -> bytes:
     return (text[:at] + piece + text[at + rng.choice((0, 1, len(piece), len(text))) :]).encode()
 
 
-def _lying(fields: list[Field], at: int, rng: Random) -> bytes:
+def _with_wrong_length(fields: list[Field], at: int, rng: Random) -> bytes:
     number, kind, value = fields[at]
     body = value if isinstance(value, bytes) else varint(value)
     length = varint(rng.choice((len(body) + rng.choice((-1, 1, 7)), rng.choice(INTERESTING))) % 2**64)
-    lead = varint(number << 3 | rng.choice((BYTES, BYTES, 3, 4, 6, 7, kind)))
-    return written(fields[:at]) + lead + length + body + written(fields[at + 1 :])
+    tag = varint(number << 3 | rng.choice((BYTES, BYTES, 3, 4, 6, 7, kind)))
+    return encode_fields(fields[:at]) + tag + length + body + encode_fields(fields[at + 1 :])
 
 
 def fields_of(data: bytes) -> list[Field] | None:
-    """Give the fields that a message has, if it is one."""
+    """Return the fields of a message; None if the bytes are not a message."""
     fields: list[Field] = []
-    place, size = 0, len(data)
-    while place < size:
-        tag, place = _read(data, place)
+    position, size = 0, len(data)
+    while position < size:
+        tag, position = _read(data, position)
         number, kind = tag >> 3, tag & 7
         if not number or kind not in (VARINT, FIXED64, BYTES, FIXED32):
             return None
         value: int | bytes
         if kind == VARINT:
-            value, place = _read(data, place)
+            value, position = _read(data, position)
         else:
             length = WIDTHS.get(kind)
             if length is None:
-                length, place = _read(data, place)
-            value, place = data[place : place + length], place + length
-        if place > size:
+                length, position = _read(data, position)
+            value, position = data[position : position + length], position + length
+        if position > size:
             return None
         fields.append((number, kind, value))
     return fields
 
 
-def written(fields: Sequence[Field]) -> bytes:
-    """Give the message of fields."""
+def encode_fields(fields: Sequence[Field]) -> bytes:
+    """Return the message of fields."""
     parts = []
     for number, kind, value in fields:
         if isinstance(value, int):
@@ -215,7 +215,7 @@ def written(fields: Sequence[Field]) -> bytes:
 
 
 def varint(number: int) -> bytes:
-    """Give a number as protobuf has it."""
+    """Return a number as protobuf encodes it."""
     data = bytearray()
     while number > 0x7F:
         data.append(number & 0x7F | 0x80)
@@ -224,10 +224,10 @@ def varint(number: int) -> bytes:
     return bytes(data)
 
 
-def _read(data: bytes, place: int) -> tuple[int, int]:
+def _read(data: bytes, position: int) -> tuple[int, int]:
     number = 0
-    for i, byte in enumerate(data[place : place + 10]):
+    for i, byte in enumerate(data[position : position + 10]):
         number |= (byte & 0x7F) << 7 * i
         if byte < 0x80:
-            return number, place + i + 1
+            return number, position + i + 1
     return 0, len(data) + 1

@@ -1,4 +1,4 @@
-"""What mutation starts from: valid calls of every kind, many layers, dtypes, shapes and ways for tensors to travel."""
+"""The seeds of mutation: valid calls of every kind, with many layers, dtypes, shapes and transports."""
 
 from __future__ import annotations
 
@@ -62,23 +62,23 @@ LIMITS = {
     "max_inflight_bytes": 2**26,
     "max_arena_bytes": 2**27,
 }
-"""What keeps the work of a case to a millisecond or two."""
+"""Limits with which a case takes a millisecond or two."""
 
 MODELS = ("stem=MaxPool2d(3, stride=2, padding=1)", "twice=[MaxPool2d(2), AvgPool2d(2)]")
 
 ARENA_ID = b"the arena's id.."
-"""Stands for the id of the arena that the fuzzer has."""
+"""A placeholder for the id of the fuzzer's arena."""
 
 ARENA_BYTES = 2**16
 REGION_KEY = "poolrpc-fuzz-00000000"
-"""Stands for the name of the fuzzer's file in /dev/shm."""
+"""A placeholder for the name of the fuzzer's file in /dev/shm."""
 
 REGION = "region"
 REGION_BYTES = 2**16
 
 
 def requests(rng: Random, rounds: int = 2) -> Iterator[tuple[str, codec.Request, bytes]]:
-    """Give expressions, a request for each, and the bytes of its tensors."""
+    """Yield expressions, a request for each, and the bytes of its tensors."""
     for text in EXPRESSIONS * rounds:
         branches = parse_branches(text)
         dims = spatial_dims(branches) or 2
@@ -90,12 +90,12 @@ def requests(rng: Random, rounds: int = 2) -> Iterator[tuple[str, codec.Request,
         try:
             request.results()
         except InvalidArgumentError:
-            continue  # this layer doesn't fit this shape
+            continue  # the layer does not fit the shape
         yield text, request, rng.randbytes(spec.nbytes) + bytes(request.specs[-1].nbytes if unpools else 0)
 
 
 def pool(rng: Random) -> Iterator[Case]:
-    """Give calls of Pool: plain, padded, and in an arena."""
+    """Yield calls of Pool: plain, padded, and in an arena."""
     for _, request, payload in requests(rng):
         header = codec.encode_request(request).SerializeToString()
         yield (framing.join(header, [payload]),)
@@ -105,7 +105,7 @@ def pool(rng: Random) -> Iterator[Case]:
 
 
 def pool_stream(rng: Random) -> Iterator[Case]:
-    """Give calls of PoolStream, of one block or several, in one message or several."""
+    """Yield calls of PoolStream, of one block or several, in one message or several."""
     for _, request, payload in requests(rng):
         first = pool_pb2.PoolStreamRequest(request=codec.encode_request(request)).SerializeToString()
         planes = Planes(request.input, check_shape(request.input.shape, spatial_dims(request.branches)))
@@ -117,14 +117,14 @@ def pool_stream(rng: Random) -> Iterator[Case]:
 
 
 def infer_shape(rng: Random) -> Iterator[Case]:
-    """Give calls of InferShape."""
+    """Yield calls of InferShape."""
     for _, request, _ in requests(rng):
         spec = request.input
         yield (codec.encode_shape_request(spec.shape, request.branches, spec.layout).SerializeToString(),)
 
 
 def infers(rng: Random) -> Iterator[bytes]:
-    """Give calls of ModelInfer: raw tensors, typed ones, in shared memory, of `pool` and of presets."""
+    """Yield calls of ModelInfer: raw, typed and shared-memory tensors, of `pool` and of presets."""
     for text, request, payload in requests(rng):
         if request.input.layout == "NCHW":
             for way in ("raw", "typed", "region"):
@@ -170,25 +170,25 @@ def _place(
 
 
 def model_infer(rng: Random) -> Iterator[Case]:
-    """Give calls of ModelInfer."""
+    """Yield calls of ModelInfer."""
     for each in infers(rng):
         yield (each,)
 
 
 def model_stream_infer(rng: Random) -> Iterator[Case]:
-    """Give calls of ModelStreamInfer."""
+    """Yield calls of ModelStreamInfer."""
     messages = [*infers(rng)]
     for at in range(0, len(messages), 2):
         yield tuple(messages[at : at + rng.randrange(1, 4)])
 
 
 def quick(_: Random) -> Iterator[Case]:
-    """Give calls of every method that computes nothing; the first message is the method's number."""
+    """Yield calls of every method that computes nothing; the first message is the method's number."""
     named = ("ModelReady", "ModelMetadata", "ModelConfig", "ModelStatistics")
     for number, method in enumerate(("GetServerInfo", *QUICK)):
         lead = bytes((number,))
         yield lead, b""
-        for model in ("pool", "stem", "nothing"):
+        for model in ("pool", "stem", "unknown"):
             if method in named:
                 yield lead, getattr(pb, f"{method}Request")(name=model, version="1").SerializeToString()
         if method == "RepositoryIndex":
@@ -203,14 +203,14 @@ def quick(_: Random) -> Iterator[Case]:
 
 
 QUESTIONS = tuple(request for _, request, _ in requests(Random(7), 1))
-"""What a client asks whom the fuzzer answers."""
+"""The requests of a client to which the fuzzer responds."""
 
 FDS, NEW, READ, CLOSE, SHUT = 3, 4, 8, 16, 32
-"""Bits of the first byte of an arena's step: descriptors to send; a new connection first; what to do after it."""
+"""Bits of the first byte of a step: descriptors to send, a new connection before it, and what to do after it."""
 
 
 def attach(rng: Random) -> Iterator[Case]:
-    """Give conversations with the arena's socket: each step is a byte of what to do, and a packet."""
+    """Yield conversations with the arena's socket: each step is a byte of flags, and a packet."""
     for size in (1, 4096, 65536, 2**40, 0):
         packet = encode_attach_request(size)
         for flags in (NEW | READ, NEW | READ | 1, NEW | CLOSE | 3, NEW | SHUT | READ, NEW):
@@ -220,16 +220,16 @@ def attach(rng: Random) -> Iterator[Case]:
 
 
 def answers(rng: Random) -> Iterator[Case]:
-    """Give what a server says: the first message is what it answers to (a way, a question), the others the answer."""
+    """Yield a server's messages: the first one selects the kind and the request, the others are the response."""
     for number, request in enumerate(QUESTIONS):
-        asked = bytes((number,))
+        question = bytes((number,))
         results = request.results()
         payload = rng.randbytes(sum(spec.nbytes for spec in codec.payload_specs(results)))
         messages = codec.encode_results(results)
-        yield b"\0" + asked, framing.join(pool_pb2.PoolResponse(results=messages).SerializeToString(), [payload])
+        yield b"\0" + question, framing.join(pool_pb2.PoolResponse(results=messages).SerializeToString(), [payload])
         head = pool_pb2.PoolStreamResponse(results=messages).SerializeToString()
-        yield b"\1" + asked, head, *framing.chunks([payload])
-        yield b"\1" + asked, head, framing.join(framing.UNFINISHED, [payload[:5]]), framing.join(b"", [payload[5:]])
+        yield b"\1" + question, head, *framing.chunks([payload])
+        yield b"\1" + question, head, framing.join(framing.UNFINISHED, [payload[:5]]), framing.join(b"", [payload[5:]])
     for error, number in (
         (InvalidArgumentError("expected 1, got 2", field="input.shape"), 3),
         (LimitExceededError("expected 1, got 2", reason="X", metadata={"limit": "1"}), 8),
@@ -244,14 +244,14 @@ def answers(rng: Random) -> Iterator[Case]:
 
 
 GIVEN_BYTES = 2**20
-"""Of an arena that a client has from the fuzzer: the least that it asks for."""
+"""The size of the arena that the fuzzer gives to a client: the smallest for which a client asks."""
 
 UNSEALED, SHORT = 4, 8
-"""Bits of the first byte of what an arena's server does, beside how many descriptors it gives."""
+"""Bits of the first byte of what an arena's server sends, besides the number of descriptors."""
 
 
 def attached(_: Random) -> Iterator[Case]:
-    """Give what an arena's server says to a client: each step is a byte of what comes with it, and a packet."""
+    """Yield what an arena's server sends to a client: each step is a byte of flags, and a packet."""
     good = encode_attach_response(bytes(range(16)), GIVEN_BYTES)
     for flags in (1, 0, 2, 3, 1 | UNSEALED, 1 | SHORT):
         yield (bytes((flags,)) + good,)
@@ -285,9 +285,9 @@ SHARES = {
     "answers": 6,
     "attached": 2,
 }
-"""Of a hundred cases: those that take longest have the fewest, but what is one message and computes has the most."""
+"""Shares in percent: slow targets have few cases, and the unary methods that compute have the most."""
 
 
 def seeds(target: str, seed: int = 0) -> list[Case]:
-    """Give what a target's mutation starts from."""
+    """Return the seeds of a target."""
     return list(SEEDS[target](Random(seed)))

@@ -1,4 +1,4 @@
-"""All targets in turn for some seconds, against a server process, by mutation alone: what CI runs."""
+"""All targets in turn for some seconds, against a server process, by mutation alone. CI runs this."""
 
 from __future__ import annotations
 
@@ -11,66 +11,66 @@ from contextlib import closing
 from random import Random
 from typing import Any
 
-from fuzz import answers, sockets
-from fuzz.findings import ModelStatistics
-from fuzz.growth import check_at_rest, check_growth, measured
+from fuzz import arena_sockets, client_responses
+from fuzz.findings import Report
 from fuzz.mutate import Case, mutated
+from fuzz.resource_usage import check_at_rest, check_growth, measured
 from fuzz.seeds import LIMITS, MODELS, SEEDS, SHARES, seeds
-from fuzz.served import Peer
+from fuzz.server_calls import Peer
 from scripts.server_process import ServerProcess, serving
 
 THREADS = 16
-"""Callers at a time: a stream that ends too early takes the server a tenth of a second, which others use."""
+"""Concurrent callers: a stream that ends too early takes the server a tenth of a second, which others can use."""
 
-ANYTHING = 32
-"""One case of so many is no mutation but random bytes."""
+RANDOM_EVERY = 32
+"""One case in so many is random bytes instead of a mutation."""
 
 REGISTER_EVERY = 512
 WARM = 0.25
-"""Of the time: memory is held against what it was after it."""
+"""The part of the duration after which memory is measured, to compare it with the end."""
 
 
 class Run:
-    """The cases of a seed: the same number is the same case, whoever's turn it is."""
+    """The cases of a seed: each number is always the same case, in whichever thread it runs."""
 
     def __init__(self, seed: int, peer: Peer, arena_socket: str) -> None:
-        self.tally = ModelStatistics()
+        self.report = Report()
         self._seed = seed
         self._peer = peer
         self._arena_socket = arena_socket
         self._starts = {target: seeds(target, seed) for target in SEEDS}
         self._numbers = itertools.count()
-        self._hostile = sockets.HostileArenas()
+        self._hostile = arena_sockets.HostileArenas()
         self._one_at_a_time = threading.Lock()
 
     def until(self, end: float) -> None:
-        """Run cases until that time."""
+        """Run cases until a time."""
         while time.monotonic() < end:
             number = next(self._numbers)
             if number % REGISTER_EVERY == 0:
                 self._peer.register()
             target, case = self._drawn(Random(f"{self._seed} {number}"))
             try:
-                self.tally.ended(target, self._judged(target, case))
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is found
-                self.tally.found(target, case, error)
+                self.report.ended(target, self._judged(target, case))
+            except Exception as error:  # noqa: BLE001 - every exception is a finding
+                self.report.found(target, case, error)
 
     def close(self) -> None:
-        """Leave nothing."""
+        """Release everything."""
         self._hostile.close()
 
     def _drawn(self, rng: Random) -> tuple[str, Case]:
         (target,) = rng.choices(list(SHARES), list(SHARES.values()))
-        if rng.randrange(ANYTHING) == 0:
+        if rng.randrange(RANDOM_EVERY) == 0:
             return target, tuple(rng.randbytes(rng.randrange(200)) for _ in range(rng.randrange(1, 4)))
         starts = self._starts[target]
         return target, mutated(rng.choice(starts), starts, rng)
 
     def _judged(self, target: str, case: Case) -> str:
         if target == "answers":
-            return answers.judge(case)
+            return client_responses.judge(case)
         if target == "attach":
-            return sockets.converse(self._arena_socket, case)
+            return arena_sockets.converse(self._arena_socket, case)
         if target == "attached":
             with self._one_at_a_time:
                 return self._hostile.judge(case)
@@ -78,52 +78,52 @@ class Run:
 
 
 def fuzz(seconds: float, seed: int) -> dict[str, Any]:
-    """Run cases of a seed for so long and give what came of them."""
+    """Run cases of a seed for some seconds, and return the row."""
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in LIMITS.items()]
     flags += [*itertools.chain(*(("--model", model) for model in MODELS)), "--allow-client-shm"]
     flags += ["--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0", "--threads", "1", "--max-streams", "64"]
     with (
         tempfile.TemporaryDirectory(prefix="poolrpc-fuzz-") as folder,
-        # One heap: glibc's own, one or more a thread, would take long to settle.
+        # With several of glibc's heaps the memory would take long to settle.
         serving(*flags, listen=f"unix:{folder}/pool.sock", env={"MALLOC_ARENA_MAX": "1"}) as server,
     ):
         return _fuzzed(server, f"{folder}/pool.sock", seconds, seed)
 
 
 def check_log(server: ServerProcess) -> None:
-    """See that the server met with nothing that it didn't expect.
+    """Check that the server has logged no unexpected error.
 
     Raises:
-        AssertionError: It did, or it ended.
+        AssertionError: It has logged one, or it has ended.
 
     """
     if server.process.poll() is not None or (lines := server.lines("unexpected error")):
-        raise AssertionError(f"expected a server that is well, got {server.process.poll() or lines[:3]}")
+        raise AssertionError(f"expected a server without errors, got {server.process.poll() or lines[:3]}")
 
 
 def _fuzzed(server: ServerProcess, path: str, seconds: float, seed: int) -> dict[str, Any]:
     _, tcp = server.start_line["addresses"].split()
     with closing(Peer(tcp, path, crowded=True)) as peer, closing(Run(seed, peer, f"{path}.arena")) as run:
-        begun = time.monotonic()
+        started = time.monotonic()
         samples = []
         for end in (WARM * seconds, seconds):
             with ThreadPoolExecutor(THREADS) as threads:
-                list(threads.map(run.until, [begun + end] * THREADS))
+                list(threads.map(run.until, [started + end] * THREADS))
             samples.append(measured(server.process.pid))
-        cases, took = run.tally.cases, time.monotonic() - begun
+        cases, duration = run.report.cases, time.monotonic() - started
         try:
-            peer.check_well()
+            peer.check_calls()
             check_at_rest(server.start_line["metrics"])
             check_growth(*samples)
             check_log(server)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is found
-            run.tally.found("server", (), error)
+        except Exception as error:  # noqa: BLE001 - every exception is a finding
+            run.report.found("server", (), error)
         return {
             "target": "all, of a server process",
             "cases": cases,
-            "seconds": round(took, 1),
+            "seconds": round(duration, 1),
             "warm": samples[0],
             "end": samples[1],
-            "endings": {target: dict(counted) for target, counted in sorted(run.tally.endings.items())},
-            "findings": run.tally.findings,
+            "endings": {target: dict(counts) for target, counts in sorted(run.report.endings.items())},
+            "findings": run.report.findings,
         }

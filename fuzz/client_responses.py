@@ -1,4 +1,4 @@
-"""What a client makes of a server's messages: results of what was asked, or an error of its tree."""
+"""How a client reads the messages of a server: results of the request, or an error of its classes."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 
 
 def judge(case: Case) -> str:
-    """Have the client read what a case says and say how it ended.
+    """Let the client read the messages of a case, and return how that ended.
 
     Raises:
-        FoundError: As none should.
+        FoundError: It ended in a way that is a bug.
 
     """
-    first, answer = (case[0] if case else b"") or b"\0", case[1:]
-    kind, asked = first[0] % 5, first[1:]
+    first, response = (case[0] if case else b"") or b"\0", case[1:]
+    kind, question = first[0] % 5, first[1:]
     try:
         if kind in (0, 1):
-            return _results(QUESTIONS[(asked or b"\0")[0] % len(QUESTIONS)], answer, streamed=kind == 1)
-        whole = b"".join(answer)
+            return _results(QUESTIONS[(question or b"\0")[0] % len(QUESTIONS)], response, streamed=kind == 1)
+        whole = b"".join(response)
         if kind == 2:
-            code = [*BY_CODE, "UNKNOWN", "DATA_LOSS"][(asked or b"\0")[0] % (len(BY_CODE) + 2)]
-            error = decode_error(code, asked[1:].decode(errors="replace"), whole)
+            code = [*BY_CODE, "UNKNOWN", "DATA_LOSS"][(question or b"\0")[0] % (len(BY_CODE) + 2)]
+            error = decode_error(code, question[1:].decode(errors="replace"), whole)
             return f"{error.code}"
         if kind == 3:
             codec.decode_shape_response(pool_pb2.InferShapeResponse.FromString(whole))
@@ -46,25 +46,25 @@ def judge(case: Case) -> str:
     except DecodeError:
         if kind in (0, 1):
             raise
-        return "no message"  # gRPC reads these, and has its own status for it
+        return "not a message"  # gRPC parses these, and has its own status for it
     except PoolError as error:
         return f"{error.code}/{error.reason}"
     return "OK"
 
 
-def _results(request: codec.Request, answer: Case, *, streamed: bool) -> str:
+def _results(request: codec.Request, response: Case, *, streamed: bool) -> str:
     expected = codec.payload_specs(request.results())
     transfer = Transfer(
         PreparedRequest(request), [np.zeros(spec.shape, numpy_dtype(spec.dtype)) for spec in request.specs]
     )
     if streamed:
-        reader = StreamReader(transfer, (answer or (b"",))[0], None)
-        for each in answer[1:]:
+        reader = StreamReader(transfer, (response or (b"",))[0], None)
+        for each in response[1:]:
             reader.read(each)
         results = reader.finish()
     else:
-        results = decode_message(transfer, b"".join(answer))
+        results = decode_message(transfer, b"".join(response))
     got = [part.shape for each in results for part in (each.output, each.indices) if part is not None]
     if got != [spec.shape for spec in expected]:
-        raise FoundError("other shapes than were asked for")
+        raise FoundError("shapes that do not match the request")
     return "OK"

@@ -1,4 +1,4 @@
-"""The arenas' handshake over its unix socket, descriptors included: a server's side, and a client's."""
+"""The handshake of arenas over its unix socket, descriptors included, against the server and against the client."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     from fuzz.mutate import Case
 
 DEADLINE = 20.0
-MOST_OPEN = 4
+MAX_OPEN = 4
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 def converse(path: str, case: Case) -> str:
-    """Hold a conversation with an arenas' socket and say how it ended.
+    """Hold a conversation with an arenas' socket, and return how it ended.
 
     Raises:
-        FoundError: As none should.
+        FoundError: It ended in a way that is a bug.
 
     """
     ending = "silent"
@@ -41,7 +41,7 @@ def converse(path: str, case: Case) -> str:
         peers: list[socket.socket] = []
         for step in case:
             flags, packet = (step or b"\0")[0], step[1:]
-            if not peers or (flags & NEW and len(peers) < MOST_OPEN):
+            if not peers or (flags & NEW and len(peers) < MAX_OPEN):
                 peer = opened.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
                 peer.settimeout(DEADLINE)
                 peer.connect(path)
@@ -52,7 +52,7 @@ def converse(path: str, case: Case) -> str:
                 if flags & SHUT:
                     peer.shutdown(socket.SHUT_WR)
                 if flags & READ:
-                    ending = _answer_to(peer)
+                    ending = _response_of(peer)
             if flags & CLOSE:
                 peers.pop().close()
     return ending
@@ -68,11 +68,11 @@ def _send(peer: socket.socket, packet: bytes, count: int) -> None:
             os.close(each)
 
 
-def _answer_to(peer: socket.socket) -> str:
+def _response_of(peer: socket.socket) -> str:
     try:
         packet, descriptors, _, _ = socket.recv_fds(peer, 4096, 4)
     except TimeoutError:
-        raise FoundError("no answer, and no end of the connection") from None
+        raise FoundError("neither a response nor the end of the connection") from None
     try:
         if not packet:
             return "ended"
@@ -93,7 +93,7 @@ def _answer_to(peer: socket.socket) -> str:
 
 
 class HostileArenas:
-    """A server of arenas that answers as a case says, and a client that has to live with it."""
+    """A server of arenas that sends what a case says, and a client that must survive it."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="poolrpc-fuzz-")
@@ -106,16 +106,16 @@ class HostileArenas:
         threading.Thread(target=self._serve, daemon=True).start()
 
     def judge(self, case: Case) -> str:
-        """Have a client ask, answer it as the case says, and say how it ended.
+        """Let a client attach an arena, respond as the case says, and return how that ended.
 
         Raises:
-            FoundError: As none should.
+            FoundError: It ended in a way that is a bug.
 
         """
         self._case = case
         arenas = Arenas(self._path, arena_bytes=GIVEN_BYTES)
         try:
-            ending = self._asked(arenas)
+            ending = self._allocated(arenas)
         finally:
             arenas.close()
         if not self._served.acquire(timeout=DEADLINE):
@@ -123,17 +123,17 @@ class HostileArenas:
         return ending
 
     def close(self) -> None:
-        """Listen no more."""
+        """Close the socket."""
         self._socket.close()
         self._folder.cleanup()
 
     @staticmethod
-    def _asked(arenas: Arenas) -> str:
+    def _allocated(arenas: Arenas) -> str:
         span = arenas.allocate(100)
         if span is None:
-            return f"refused/{arenas.rejection.code}" if arenas.rejection else "refused"
+            return f"rejected/{arenas.rejection.code}" if arenas.rejection else "rejected"
         if span.offset % ALIGNMENT or len(span.arena.memory) < GIVEN_BYTES:
-            raise FoundError("a span that isn't aligned, or of too small an arena")
+            raise FoundError("a span that is not aligned, or whose arena is too small")
         span.array(np.dtype("uint8"), (100,))[:] = 1
         return "OK"
 
@@ -145,14 +145,14 @@ class HostileArenas:
                 return
             with peer, suppress(OSError):
                 for step in self._case:
-                    self._say(peer, (step or b"\0")[0], step[1:])
+                    self._respond(peer, (step or b"\0")[0], step[1:])
                 peer.shutdown(socket.SHUT_WR)
                 while peer.recv(4096):
                     pass
             self._served.release()
 
     @staticmethod
-    def _say(peer: socket.socket, flags: int, packet: bytes) -> None:
+    def _respond(peer: socket.socket, flags: int, packet: bytes) -> None:
         descriptors = []
         try:
             for _ in range(flags & FDS):

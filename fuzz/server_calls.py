@@ -1,4 +1,4 @@
-"""Calls of a running server by raw messages, each judged: an answer that is one, or a status that says why."""
+"""Calls of a running server with raw messages, each of which must end with a valid response or a reasoned status."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ NATIVE, INFERENCE = "/poolrpc.v1.PoolService/", "/inference.GRPCInferenceService
 DEADLINE = 30.0
 """Seconds after which a call counts as hung."""
 
-ASKED_AGAIN = 8
-"""One answer of so many is held against that to the same message as protobuf writes it."""
+REPEAT_EVERY = 8
+"""One response in so many is compared with the response to the same message as protobuf encodes it."""
 
-FOLDER = Path("/dev/shm")  # noqa: S108 - where shm_open has its files
+FOLDER = Path("/dev/shm")  # noqa: S108 - the folder of shm_open
 
 
 class Peer:
-    """A caller of one server, with an arena and a region of shared memory for the cases that name them."""
+    """A caller of one server, with an arena and a shared-memory region for the cases that name them."""
 
     def __init__(self, address: str, path: str, *, crowded: bool = False) -> None:
         """Connect.
 
         Args:
-            address: The server's, for calls.
-            path: Its unix socket, for arenas.
-            crowded: Whether there are other callers, for whom calls may be refused.
+            address: The server's address, for calls.
+            path: The server's unix socket, for arenas.
+            crowded: Whether there are other callers, so that calls may be rejected.
 
         """
         self._channel = grpc.insecure_channel(address)
@@ -61,7 +61,7 @@ class Peer:
         self._span = span
         self._file = FOLDER / f"{REGION_KEY[:-8]}{os.getpid():08d}"
         self._file.write_bytes(bytes(REGION_BYTES))
-        self._stand_ins = ((ARENA_ID, span.arena_id), (REGION_KEY.encode(), self._file.name.encode()))
+        self._placeholders = ((ARENA_ID, span.arena_id), (REGION_KEY.encode(), self._file.name.encode()))
         unary, stream = self._channel.unary_unary, self._channel.stream_stream
         self._calls: dict[str, Callable[..., Any]] = {
             "Pool": unary(f"{NATIVE}Pool"),
@@ -82,27 +82,27 @@ class Peer:
         self._client = poolrpc.PoolClient(f"unix:{path}")
 
     def close(self) -> None:
-        """Leave nothing."""
+        """Release everything."""
         self._client.close()
         self._channel.close()
         self._arenas.close()
         self._file.unlink()
 
     def judge(self, target: str, case: Case) -> str:
-        """Run a case and say how it ended.
+        """Run a case, and return how it ended.
 
         Raises:
-            FoundError: As none should.
+            FoundError: It ended in a way that is a bug.
 
         """
         messages = [self._with_ours(each) for each in case]
         if target == "quick":
-            call, asked, answered = self._quick[((messages or [b""])[0] or b"\0")[0] % len(self._quick)]
+            call, request, response = self._quick[((messages or [b""])[0] or b"\0")[0] % len(self._quick)]
             data = b"".join(messages[1:])
-            return self._ended(lambda: answered.FromString(call(data, timeout=DEADLINE)), _parses(asked, data))
+            return self._ended(lambda: response.FromString(call(data, timeout=DEADLINE)), _parses(request, data))
         call = self._calls[target]
         if len(messages) != 1 and "Stream" not in target:
-            # The method takes one message, and gets the first of several, or refuses to have none.
+            # The method receives the first of several messages, and rejects a call without any.
             call = self._as_streams[target]
             return self._ended(lambda: call(iter(messages), timeout=DEADLINE), parses=None)
         if "Stream" in target:
@@ -114,27 +114,27 @@ class Peer:
         data = messages[0]
         return self._ended(lambda: judged(data, call(data, timeout=DEADLINE)), _parses(kind, data))
 
-    def check_well(self) -> None:
-        """See that a good caller is answered, bit for bit right, by every way and door.
+    def check_calls(self) -> None:
+        """Check that valid calls have the right results, bit for bit, through every transport and protocol.
 
         Raises:
-            AssertionError: It isn't.
+            AssertionError: One has not.
 
         """
         x = np.random.default_rng(1).standard_normal((2, 3, 8, 8), np.float32)
-        right = x.reshape(2, 3, 4, 2, 4, 2).max((3, 5))
+        expected = x.reshape(2, 3, 4, 2, 4, 2).max((3, 5))
         for transport in ("unary", "stream", "arena"):
             output = self._client.pool(x, poolrpc.MaxPool2d(2), transport=transport, timeout=DEADLINE).output
-            np.testing.assert_array_equal(output, right)
+            np.testing.assert_array_equal(output, expected)
         message = pb.ModelInferRequest(model_name="pool", raw_input_contents=[x.tobytes()])
         message.parameters["layer"].string_param = "MaxPool2d(2)"
         message.inputs.add(name="input", datatype="FP32", shape=x.shape)
         data = self._calls["ModelInfer"](message.SerializeToString(), timeout=DEADLINE)
         (raw,) = pb.ModelInferResponse.FromString(data).raw_output_contents
-        np.testing.assert_array_equal(np.frombuffer(raw, np.float32).reshape(right.shape), right)
+        np.testing.assert_array_equal(np.frombuffer(raw, np.float32).reshape(expected.shape), expected)
 
     def register(self) -> None:
-        """Have the server know the region, which a case may have made it forget."""
+        """Register the region again, which a case may have unregistered."""
         register = pb.SystemSharedMemoryRegisterRequest(name=REGION, key=self._file.name, byte_size=REGION_BYTES)
         forget = pb.SystemSharedMemoryUnregisterRequest()
         with self._register, suppress(grpc.RpcError):
@@ -143,78 +143,78 @@ class Peer:
                 self._quick[1 + QUICK.index(method)][0](message.SerializeToString(), timeout=DEADLINE)
 
     def _with_ours(self, data: bytes) -> bytes:
-        for stand_in, ours in self._stand_ins:
-            data = data.replace(stand_in, ours)
+        for placeholder, ours in self._placeholders:
+            data = data.replace(placeholder, ours)
         return data
 
-    def _ended(self, call: Callable[[], object], parses: bool | None) -> str:  # noqa: FBT001 - a fact
+    def _ended(self, call: Callable[[], object], parses: bool | None) -> str:  # noqa: FBT001 - not an option
         try:
             ending = call()
         except grpc.RpcError as error:
             return self._status(error, parses=parses)
         except DecodeError:
-            raise FoundError("an answer that is none") from None
+            raise FoundError("a response that does not parse") from None
         if parses is False:
-            raise FoundError("an answer to what is no message")
+            raise FoundError("a response to bytes that are not a message")
         return ending if isinstance(ending, str) else "OK"
 
-    def _status(self, failure: Any, *, parses: bool | None) -> str:  # noqa: ANN401 - grpc.RpcError and grpc.Call in one
+    def _status(self, failure: Any, *, parses: bool | None) -> str:  # noqa: ANN401 - both a grpc.RpcError and a grpc.Call
         error = translate_rpc_error(failure)
         typed = _reason_of(failure.trailing_metadata())
         ending = f"{error.code}/{error.reason}" if typed else f"{failure.code().name}/gRPC"
         unparsed = isinstance(error, InternalError) and typed == NO_MESSAGE
         if unparsed and parses:
-            raise FoundError(f"{ending} to what is a message: {error.message}")
+            raise FoundError(f"{ending} for a valid message: {error.message}")
         if parses is False and not unparsed:
-            raise FoundError(f"{ending} to what is no message: {error.message}")
+            raise FoundError(f"{ending} for bytes that are not a message: {error.message}")
         if unparsed:
             return ending
         if not typed and error.code == "UNIMPLEMENTED" and "exactly one request message" in error.message:
-            return ending  # gRPC's own, for a call without a message
+            return ending  # gRPC's own status for a call without a message
         if not typed or error.code not in BY_CODE or isinstance(error, InternalError) or error.code == "CANCELLED":
             raise FoundError(f"{ending}: {error.message}")
         if isinstance(error, UnavailableError) and not self._crowded:
-            raise FoundError(f"{ending} to one caller alone: {error.message}")
+            raise FoundError(f"{ending} for the only caller: {error.message}")
         return ending
 
-    def _judge_pool(self, data: bytes, answer: bytes) -> None:
+    def _judge_pool(self, data: bytes, response: bytes) -> None:
         message = pool_pb2.PoolRequest.FromString(data)
-        got = pool_pb2.PoolResponse.FromString(answer)
+        got = pool_pb2.PoolResponse.FromString(response)
         request = codec.decode_request(message)
         expected = request.results()
         if tuple(codec.decode_results(got.results)) != expected:
-            raise FoundError("other results than were asked for")
+            raise FoundError("results that do not match the request")
         nbytes = sum(spec.nbytes for spec in codec.payload_specs(expected))
         if len(got.payload) != (0 if message.HasField("arena") else nbytes):
             raise FoundError(f"expected a payload of {nbytes} bytes, got {len(got.payload)}")
-        if crc32(data) % ASKED_AGAIN == 0 and not message.HasField("arena"):
+        if crc32(data) % REPEAT_EVERY == 0 and not message.HasField("arena"):
             again = self._calls["Pool"](message.SerializeToString(), timeout=DEADLINE)
-            if again != answer:
-                raise FoundError("another answer to the same message as protobuf writes it")
+            if again != response:
+                raise FoundError("another response to the same message as protobuf encodes it")
 
 
-def _judge_shapes(data: bytes, answer: bytes) -> None:
+def _judge_shapes(data: bytes, response: bytes) -> None:
     shape, branches, layout = codec.decode_shape_request(pool_pb2.InferShapeRequest.FromString(data))
-    got = codec.decode_shape_response(pool_pb2.InferShapeResponse.FromString(answer))
+    got = codec.decode_shape_response(pool_pb2.InferShapeResponse.FromString(response))
     if got != poolrpc.chains.branch_shapes(shape, branches, layout):
-        raise FoundError("other shapes than were asked for")
+        raise FoundError("shapes that do not match the request")
 
 
-def _judge_infer(data: bytes, answer: bytes) -> None:
-    asked, got = pb.ModelInferRequest.FromString(data), pb.ModelInferResponse.FromString(answer)
-    if got.id != asked.id:
+def _judge_infer(data: bytes, response: bytes) -> None:
+    request, got = pb.ModelInferRequest.FromString(data), pb.ModelInferResponse.FromString(response)
+    if got.id != request.id:
         raise FoundError("another id")
     if len(got.outputs) != len(got.raw_output_contents):
         raise FoundError(f"{len(got.outputs)} outputs with {len(got.raw_output_contents)} tensors")
 
 
-def _drained(answers: Any, target: str) -> str:  # noqa: ANN401 - gRPC's call
-    """Give how the calls in a stream ended, where they end each by itself."""
+def _drained(responses: Any, target: str) -> str:  # noqa: ANN401 - gRPC's call
+    """Return how the calls in a stream ended, if each has its own ending."""
     if target == "PoolStream":
-        for each in answers:
+        for each in responses:
             pool_pb2.PoolStreamResponse.FromString(each)
         return "OK"
-    failures = [pb.ModelStreamInferResponse.FromString(each).error_message for each in answers]
+    failures = [pb.ModelStreamInferResponse.FromString(each).error_message for each in responses]
     for failure in failures:
         code = failure.partition(":")[0]
         if failure and (
@@ -232,7 +232,7 @@ def _parses(kind: Any, data: bytes) -> bool:  # noqa: ANN401 - any message's cla
     return True
 
 
-def _reason_of(metadata: Any) -> str:  # noqa: ANN401 - gRPC's pairs
+def _reason_of(metadata: Any) -> str:  # noqa: ANN401 - gRPC's metadata
     details = dict(metadata or ()).get(DETAILS_KEY)
     if details is None:
         return ""
