@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.context import DirectCall
 from benchmarks.rounds import interleave, row
 from poolrpc import AdaptiveAvgPool2d, AvgPool2d, LPPool2d, MaxPool2d
 from poolrpc._wire.codec import Request
 from poolrpc.tensors import TensorSpec
 from poolrpc_server.calls.batcher import Batcher
-from poolrpc_server.calls.dispatch import Caller
 from poolrpc_server.calls.queue import QueueLimits
 from poolrpc_server.calls.validate import Limits, check_request
 from poolrpc_server.compute.engine import Engine
@@ -50,13 +50,13 @@ def run(rounds: int) -> Iterator[dict[str, Any]]:
     """Give the rows: for each layer, shape and number of requests, together against one by one; and a lone caller's."""
     engine = Engine("cpu", 1)
     batcher = engine.slots = Batcher(1, engine.execute, QueueLimits())
-    caller = Caller(lambda: None, lambda: True)
+    context = DirectCall()
     for layer, shape in product(LAYERS, SHAPES):
         case = f"{layer!r} {'x'.join(map(str, shape))}"
         many = runs(engine, layer, shape, max(TOGETHER))
         if many[0].key is None:
             continue
-        direct, lone = partial(engine.execute, many[:1]), partial(batcher.run, many[0], caller)
+        direct, lone = partial(engine.execute, many[:1]), partial(batcher.run, many[0], context)
         times = interleave({"the engine called directly": direct, "by the batcher, alone": lone}, rounds)
         yield row(case, "the engine called directly", "by the batcher, alone", times)
         for count in TOGETHER:

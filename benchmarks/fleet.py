@@ -16,7 +16,7 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 from poolrpc_server.calls.admission import RETRY_DELAY
-from poolrpc_server.calls.dispatch import MOST_DELAY
+from poolrpc_server.calls.dispatch import MAX_RETRY_DELAY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable
@@ -173,7 +173,7 @@ class Fleet:
             return
         self._refusals += 1
         if left > 1:
-            delay = min(max(replica.work, RETRY_DELAY / 2), MOST_DELAY)
+            delay = min(max(replica.work, RETRY_DELAY / 2), MAX_RETRY_DELAY)
             self._later(self._now + delay, lambda: self._send(call, left - 1))
         else:
             self._latencies.append(math.inf)

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.context import DirectCall
 from benchmarks.rounds import interleave, row
 from poolrpc import AvgPool2d, Layer, MaxPool2d
 from poolrpc._wire.codec import Request
 from poolrpc.tensors import TensorSpec
 from poolrpc_server.calls.batcher import Batcher
-from poolrpc_server.calls.dispatch import Caller
 from poolrpc_server.calls.queue import QueueLimits
 from poolrpc_server.calls.validate import Limits, check_request
 from poolrpc_server.compute.engine import Engine
@@ -39,9 +39,9 @@ def call(layer: Layer, images: int, threads: int) -> tuple[Engine, Callable[[], 
     schedule, payload = check_request(request, LIMITS, engine.schedule).schedule, x.tobytes()
 
     batcher = engine.slots = Batcher(threads, engine.execute, QueueLimits())
-    caller = Caller(lambda: None, lambda: True)
+    context = DirectCall()
     # What comes is there, and its memory is used again.
-    return engine, lambda: batcher.run(engine.run(schedule, payload, len), caller)
+    return engine, lambda: batcher.run(engine.run(schedule, payload, len), context)
 
 
 def half(layer: Layer, images: int, pipe: Connection) -> None:

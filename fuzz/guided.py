@@ -24,7 +24,7 @@ with atheris.instrument_imports(include=["poolrpc", "poolrpc_server"]):
     from fuzz.seeds import LIMITS, MODELS, seeds
     from fuzz.server_calls import Peer
     from poolrpc_server import Config, Server
-    from poolrpc_server.transports.grpc import interceptor
+    from poolrpc_server.calls import pipeline
     from poolrpc_server.transports.local.arenas import ArenaListener
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Embedded:
 
     def __init__(self, folder: str, last_error: LastError) -> None:
         # Otherwise a stream that ends too early waits for its reset, and the fuzzer would be ten times slower.
-        interceptor.RESET_SECONDS = 0.0
+        pipeline.RESET_SECONDS = 0.0
         for name in ("poolrpc_server", "grpc"):
             logger = logging.getLogger(name)
             logger.setLevel(logging.ERROR if name == "poolrpc_server" else logging.CRITICAL)

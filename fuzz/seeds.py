@@ -16,7 +16,7 @@ from poolrpc.tensors import TensorSpec
 from poolrpc.v1 import pool_pb2
 from poolrpc_server.protocols.triton.datatypes import CONTENTS_FIELDS, DATATYPE_OF
 from poolrpc_server.protocols.triton.generated import open_inference_pb2 as pb
-from poolrpc_server.protocols.triton.servicer import QUICK
+from poolrpc_server.protocols.triton.servicer import CONTROL_METHODS
 from poolrpc_server.protocols.triton.shared_memory import PARAMETERS
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def model_stream_infer(rng: Random) -> Iterator[Case]:
 def quick(_: Random) -> Iterator[Case]:
     """Yield calls of every method that computes nothing; the first message is the method's number."""
     named = ("ModelReady", "ModelMetadata", "ModelConfig", "ModelStatistics")
-    for number, method in enumerate(("GetServerInfo", *QUICK)):
+    for number, method in enumerate(("GetServerInfo", *CONTROL_METHODS)):
         lead = bytes((number,))
         yield lead, b""
         for model in ("pool", "stem", "unknown"):

@@ -21,9 +21,9 @@ from poolrpc._wire import codec
 from poolrpc._wire.status import DETAILS_KEY, translate_rpc_error
 from poolrpc.errors import BY_CODE, DOMAIN, InternalError, UnavailableError
 from poolrpc.v1 import pool_pb2, standard_pb2
+from poolrpc_server.protocols.messages import NO_MESSAGE
 from poolrpc_server.protocols.triton.generated import open_inference_pb2 as pb
-from poolrpc_server.protocols.triton.servicer import QUICK
-from poolrpc_server.transports.grpc.interceptor import NO_MESSAGE
+from poolrpc_server.protocols.triton.servicer import CONTROL_METHODS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,7 +75,7 @@ class Peer:
             for each in ("Pool", "InferShape", "ModelInfer")
         }
         self._quick = [(unary(f"{NATIVE}GetServerInfo"), pool_pb2.GetServerInfoRequest, pool_pb2.GetServerInfoResponse)]
-        for name in QUICK:
+        for name in CONTROL_METHODS:
             kinds = (getattr(pb, f"{name}{end}") for end in ("Request", "Response"))
             self._quick.append((unary(INFERENCE + name), *kinds))
         self._register = threading.Lock()
@@ -140,7 +140,7 @@ class Peer:
         with self._register, suppress(grpc.RpcError):
             for name, message in (("Unregister", forget), ("Register", register)):
                 method = f"SystemSharedMemory{name}"
-                self._quick[1 + QUICK.index(method)][0](message.SerializeToString(), timeout=DEADLINE)
+                self._quick[1 + CONTROL_METHODS.index(method)][0](message.SerializeToString(), timeout=DEADLINE)
 
     def _with_ours(self, data: bytes) -> bytes:
         for placeholder, ours in self._placeholders:
@@ -218,7 +218,7 @@ def _drained(responses: Any, target: str) -> str:  # noqa: ANN401 - gRPC's call
     for failure in failures:
         code = failure.partition(":")[0]
         if failure and (
-            code not in BY_CODE or (code == "INTERNAL" and not failure.endswith("got bytes that are none"))
+            code not in BY_CODE or (code == "INTERNAL" and not failure.endswith("got bytes that are not one"))
         ):
             raise FoundError(failure)
     return "OK" + "".join(f"+{code}" for code in sorted({each.partition(":")[0] for each in failures if each}))

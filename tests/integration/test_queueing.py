@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +18,16 @@ from poolrpc._wire.codec import Request, encode_request
 from poolrpc._wire.status import DETAILS_KEY, decode_error
 from poolrpc.tensors import TensorSpec
 from poolrpc.v1 import pool_pb2
-from poolrpc_server.calls import dispatch
+from poolrpc_server.calls import batcher, dispatch
+from poolrpc_server.calls.call import DerivedContext
 from poolrpc_server.compute import engine
-from poolrpc_server.protocols import native
 from tests.parity.reference import assert_same, reference, values
 from tests.scrape import Scrape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+    from poolrpc_server.calls.call import CallContext
 
 PATIENCE = 60
 """Seconds after which a test that waits has failed."""
@@ -82,35 +83,34 @@ class Load:
 def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
     """Record executions, calls that wait in the queue, those that leave, and those that are rejected."""
     made = Load()
-    execute, check_room = engine.Engine.execute, dispatch.Dispatcher.check_room
+    execute, admit, run = engine.Engine.execute, dispatch.Dispatcher.admit, batcher.Batcher.run
 
     def executed(self: engine.Engine, runs: Sequence[engine.Run]) -> list[Any]:
         made.execute(runs)
         return execute(self, runs)
 
-    def checked(self: dispatch.Dispatcher, priority: int, announced: int) -> None:
+    def admitted(self: dispatch.Dispatcher, priority: int, announced: int) -> Any:
         try:
-            check_room(self, priority, announced)
+            return admit(self, priority, announced)
         except p.UnavailableError:
             made.rejected.release()
             raise
 
-    def caller(*arguments: Any) -> dispatch.Caller:
-        original = dispatch.Caller(*arguments)
-
-        def seen(callback: Callable[[], None]) -> bool:
+    class Recorded(DerivedContext):
+        def add_done_callback(self, callback: Callable[[], None]) -> bool:
             def leaves() -> None:
                 callback()
                 made.left.release()
 
             made.waits.release()
-            return original.add_done_callback(leaves)
+            return super().add_done_callback(leaves)
 
-        return replace(original, add_done_callback=seen)
+    def queued(self: Any, job: Any, context: CallContext, priority: int, **options: bool) -> Any:
+        return run(self, job, Recorded(context), priority, **options)
 
     monkeypatch.setattr(engine.Engine, "execute", executed)
-    monkeypatch.setattr(dispatch.Dispatcher, "check_room", checked)
-    monkeypatch.setattr(native, "Caller", caller)
+    monkeypatch.setattr(dispatch.Dispatcher, "admit", admitted)
+    monkeypatch.setattr(batcher.Batcher, "run", queued)
     yield made
     made.release()
 

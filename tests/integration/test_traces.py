@@ -296,16 +296,16 @@ with tracer.start_as_current_span("all"), PoolClient(address) as client:
 
 def test_a_long_stream_has_the_stages_of_its_first_blocks(collector: Collector) -> None:
     """The number of a stream's spans is bounded; its own span has the number of all blocks."""
+    from poolrpc_server.calls.call import MAX_EXECUTIONS  # noqa: PLC0415 - this test's alone
     from poolrpc_server.calls.stream_blocks import BLOCK_BYTES  # noqa: PLC0415 - this test's alone
-    from poolrpc_server.telemetry.timeline import MOST_TURNS  # noqa: PLC0415 - this test's alone
 
-    planes = MOST_TURNS + 2
+    planes = MAX_EXECUTIONS + 2
     x = np.zeros((1, planes, BLOCK_BYTES // 4096, 1024), np.float32)
     with serving(env=sending(collector.endpoint)) as server, PoolClient(server.address) as client:
         client.pool(x, MaxPool2d(8, stride=8), transport="stream")
         (stream,) = collector.wait_for(1)
-    assert stream.attributes["poolrpc.executions"] > MOST_TURNS
-    assert len([each for each in collector.below(stream) if each.span.name == "compute"]) == MOST_TURNS
+    assert stream.attributes["poolrpc.executions"] > MAX_EXECUTIONS
+    assert len([each for each in collector.below(stream) if each.span.name == "compute"]) == MAX_EXECUTIONS
 
 
 def test_requests_of_a_batch_have_spans_of_their_own(collector: Collector) -> None:

@@ -25,7 +25,7 @@ from poolrpc._wire.status import DETAILS_KEY, decode_error
 from poolrpc.tensors import numpy_dtype
 from poolrpc_server.protocols.triton.datatypes import CONTENTS_FIELDS, DATATYPE_OF, DATATYPES
 from poolrpc_server.protocols.triton.generated import open_inference_pb2 as pb
-from poolrpc_server.protocols.triton.servicer import QUICK, SERVICE
+from poolrpc_server.protocols.triton.servicer import CONTROL_METHODS, SERVICE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -510,7 +510,7 @@ def test_inexpensive_methods_need_no_call_thread(gate: Gate) -> None:
         held.start()
         assert gate.entered.wait(60)
         names = {"ModelReady", "ModelMetadata", "ModelConfig", "ModelStatistics"}
-        for method in QUICK:
+        for method in CONTROL_METHODS:
             if method != "SystemSharedMemoryRegister":
                 caller.call(method, **({"name": "pool"} if method in names else {}))
         assert caller.fail(request(X, layer="MaxPool2d(2)")).code == "UNAVAILABLE"

@@ -23,6 +23,7 @@ ROOMS = (
     {"workers"},
     {"app"},
     {"transports"},
+    {"service"},
     {"protocols"},
     {"calls"},
     {"compute"},
@@ -33,7 +34,7 @@ ROOMS = (
 )
 DEPTH = {module: depth for depth, room in enumerate(ROOMS) for module in room}
 KNOW_GRPC = {"cli", "workers", "app", "transports"}
-KNOW_CONFIG = {"cli", "workers", "app", "poolrpc_server.transports.ray"}
+KNOW_CONFIG = {"cli", "workers", "app", "service", "transports.ray"}
 # What the client's modules may import beside Python's own library when they are themselves imported.
 THIN = {"grpc", "google", "numpy", "poolrpc"}
 
@@ -101,9 +102,10 @@ SERVER = [name for name in SOURCES if name.partition(".")[0] == "poolrpc_server"
 
 def test_the_walk_sees_imports():
     """What this file finds are the imports that there are: of a module, of a name, relative, lazy, and for types."""
-    assert {"poolrpc._wire.codec", "poolrpc.v1.pool_pb2", "poolrpc_server.calls.dispatch", "grpc"} <= imports(
+    assert {"poolrpc._wire.codec", "poolrpc.v1.pool_pb2", "poolrpc_server.calls.dispatch"} <= imports(
         "poolrpc_server.protocols.native"
     )
+    assert "grpc" in imports("poolrpc_server.transports.grpc.server")
     assert "ml_dtypes" in imports("poolrpc.tensors")
     assert "ml_dtypes" not in imports("poolrpc.tensors", when_imported=True)
     assert "poolrpc.layers" in imports("poolrpc.command.explain")
@@ -139,19 +141,19 @@ def test_the_servers_imports_run_inwards(module):
 
 
 @pytest.mark.parametrize("module", [name for name in SERVER if room(name) and room(name) not in KNOW_GRPC])
-def test_nothing_below_the_doors_knows_grpc(module):
-    """Dispatch and what is further in import neither grpc nor its health, reflection or messages."""
+def test_nothing_below_the_transports_imports_grpc(module):
+    """Protocols and what is further in import neither grpc nor its health and reflection, protocols alone protobuf."""
     names = imports(module)
-    assert not {
-        name for name in names if name.partition(".")[0] in ("grpc", "grpc_health", "grpc_reflection", "google")
-    }
-    assert not {name for name in names if name.startswith(GENERATED)}
+    assert not {name for name in names if name.partition(".")[0] in ("grpc", "grpc_health", "grpc_reflection")}
+    protobuf = {name for name in names if name.partition(".")[0] == "google" or name.startswith(GENERATED)}
+    assert room(module) == "protocols" or not protobuf
 
 
 @pytest.mark.parametrize("module", [name for name in SERVER if room(name) and room(name) not in KNOW_CONFIG])
-def test_only_those_who_set_up_know_the_config(module):
-    """Everything but cli, workers and app is told its settings one by one."""
-    assert room(module) == "config" or "poolrpc_server.config" not in imports(module)
+def test_only_what_builds_a_server_sees_the_config(module):
+    """The command, the workers, the app, the service and Ray's transport see Config; all else gets single settings."""
+    short = module.removeprefix("poolrpc_server.")
+    assert short in {"config", *KNOW_CONFIG} or "poolrpc_server.config" not in imports(module)
 
 
 def test_no_imports_go_in_a_circle():

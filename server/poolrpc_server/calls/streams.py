@@ -1,4 +1,4 @@
-"""What a stream has of its own: a thread that reads ahead, one that watches it, and what is told of its end."""
+"""Open streams: a bounded number of them, each read ahead of the computation and ended when nothing moves."""
 
 from __future__ import annotations
 
@@ -6,25 +6,28 @@ import time
 from contextlib import contextmanager
 from queue import Empty, Queue
 from threading import Event, Lock, Thread
-from typing import TYPE_CHECKING, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, Self, TypeVar
 
 from poolrpc.errors import DeadlineExceededError
-from poolrpc_server.calls.admission import refused
+from poolrpc_server.calls.admission import rejection
+from poolrpc_server.calls.call import DerivedContext
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from poolrpc_server.calls.call import CallContext
 
 T = TypeVar("T")
 
 
 class ReadAhead(Generic[T]):
-    """An iterator over another one, which a thread reads; the thread ends with the context, or with what it reads."""
+    """An iterator over another one, which a thread reads; the thread ends with the context, or with the source."""
 
     def __init__(self, source: Iterator[T], ahead: int, idle: float) -> None:
-        """Make one; reading begins with the context.
+        """Make a reader; it begins to read when its context is entered.
 
         Args:
-            source: What is read. It must end, or raise, once nobody wants it any more, as gRPC's iterators do.
+            source: What is read. It must end or raise once the call has ended, as gRPC's iterators do.
             ahead: Items to hold at most, beside the one that is being read.
             idle: Seconds to wait for an item.
 
@@ -40,9 +43,9 @@ class ReadAhead(Generic[T]):
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Want no more items."""
+        """Stop reading."""
         self._closed.set()
-        # A reader that waits for room finds it, and then that it is closed.
+        # A reader that waits for room finds it, and then finds that it is closed.
         try:
             while True:
                 self._items.get_nowait()
@@ -50,15 +53,15 @@ class ReadAhead(Generic[T]):
             pass
 
     def __iter__(self) -> Self:
-        """Give this."""
+        """Return the reader itself."""
         return self
 
     def __next__(self) -> T:
-        """Give the next item.
+        """Return the next item.
 
         Raises:
-            StopIteration: There is none.
-            DeadlineExceededError: It didn't come in time.
+            StopIteration: The source has ended.
+            DeadlineExceededError: The item did not come in time.
             Exception: What reading raised.
 
         """
@@ -68,7 +71,7 @@ class ReadAhead(Generic[T]):
             msg = f"expected the next message of the stream within {self._idle:g} seconds, got none"
             raise DeadlineExceededError(msg, reason="STREAM_IDLE") from None
         if isinstance(item, _End):
-            self._items.put(item)  # for whoever asks again
+            self._items.put(item)  # for the next call of this method
             raise StopIteration if item.error is None else item.error
         return item
 
@@ -79,115 +82,128 @@ class ReadAhead(Generic[T]):
                 self._items.put(item)
                 if self._closed.is_set():
                     return
-        except Exception as error:  # noqa: BLE001 - raised where it is waited for
+        except Exception as error:  # noqa: BLE001 - raised by __next__
             end = _End(error)
         self._items.put(end)
 
 
 class IdleTimer:
-    """Calls something once nothing has moved for some time, from a thread that ends with the context."""
+    """Calls a function once nothing has moved for some time, from a thread that ends with the context."""
 
     def __init__(self, idle: float, stalled: Callable[[], object]) -> None:
-        """Make one that calls `stalled` where `moved` isn't called for `idle` seconds."""
+        """Make a timer that calls `stalled` when `moved` has not been called for `idle` seconds."""
         self._idle = idle
         self._stalled = stalled
         self._last = time.monotonic()
         self._ended = Event()
 
     def __enter__(self) -> Self:
-        """Begin to watch."""
-        Thread(target=self._watch, name="poolrpc-watch", daemon=True).start()
+        """Start the timer."""
+        Thread(target=self._run, name="poolrpc-idle-timer", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """IdleTimer no more."""
+        """Stop the timer."""
         self._ended.set()
 
     def moved(self) -> None:
-        """Tell that something moved."""
+        """Start the time again: something moved."""
         self._last = time.monotonic()
 
-    def _watch(self) -> None:
+    def _run(self) -> None:
         while not self._ended.wait(max(0.0, self._last + self._idle - time.monotonic())):
             if time.monotonic() - self._last >= self._idle:
                 self._stalled()
                 return
 
 
-class Streams:
-    """Lets streams in, whichever door they come by: so many at a time, each of which must move.
+class StreamContext(DerivedContext):
+    """The context of a stream, which keeps only the latest done callback.
 
-    Attributes:
-        count: How many there are.
-
+    gRPC keeps every callback for as long as the call lasts. A stream has many blocks, and the callback of each would
+    keep the block and its answer.
     """
 
-    def __init__(self, most: int, idle: float) -> None:
-        """Let in `most` at a time; one that sends nothing for `idle` seconds has an error."""
-        self._most = most
-        self._idle = idle
-        self._counting = Lock()
-        self.count = 0
-
-    @contextmanager
-    def opened(
-        self, messages: Iterator[T], ahead: int, cancel: Callable[[], object]
-    ) -> Iterator[tuple[ReadAhead[T], IdleTimer]]:
-        """Let one in for as long as the context lasts, and give its messages and what watches it.
-
-        Args:
-            messages: What it sends.
-            ahead: Messages that are read before they are asked for.
-            cancel: Ends it, where nothing moves.
-
-        Raises:
-            UnavailableError: There are too many.
-
-        """
-        with self._counting:
-            if self.count >= self._most:
-                raise refused("STREAMS", "streams at a time", self._most, self._most + 1)
-            self.count += 1
-        try:
-            # A caller that doesn't read holds its answer where only the end of the call reaches it. Twice the time, so
-            # that one that doesn't send has an error instead.
-            with IdleTimer(2 * self._idle, cancel) as watch, ReadAhead(messages, ahead, self._idle) as reading:
-                yield reading, watch
-        finally:
-            with self._counting:
-                self.count -= 1
-
-
-class Leaving:
-    """Tells one at a time that a caller has left: gRPC would keep whatever it is given for as long as the call lasts.
-
-    A stream's blocks are many, and what waits for one holds the block and its answer.
-    """
-
-    def __init__(self, add_callback: Callable[[Callable[[], None]], bool]) -> None:
-        """Make one that is told by what `add_callback` is given; it gives False where the caller has left already."""
-        self._add_callback = add_callback
+    def __init__(self, call: CallContext) -> None:
+        super().__init__(call)
         self._callback: Callable[[], None] | None = None
-        self._asked, self._here = False, True
+        self._registered, self._active = False, True
 
-    def tell(self, callback: Callable[[], None]) -> bool:
-        """Have this called, and no longer what was given before it; False where the caller has left."""
-        # In this order: who leaves meanwhile is either seen here or calls it.
+    def add_done_callback(self, callback: Callable[[], None]) -> bool:
+        """Have `callback` called when the stream ends, in place of the one before; return False if it has ended."""
+        # In this order: a stream that ends meanwhile is either seen here or calls the callback.
         self._callback = callback
-        if not self._asked:
-            self._asked = True
-            if not self._add_callback(self._left):
-                self._here = False
-        return self._here
+        if not self._registered:
+            self._registered = True
+            if not self._call.add_done_callback(self._done):
+                self._active = False
+        return self._active
 
-    def _left(self) -> None:
-        self._here = False
+    def _done(self) -> None:
+        self._active = False
         if self._callback is not None:
             self._callback()
 
 
+class OpenStream(NamedTuple, Generic[T]):
+    """A stream that was let in.
+
+    Attributes:
+        messages: Its messages, read ahead.
+        timer: Ends the stream unless `moved` is called now and then.
+        call: Its context.
+
+    """
+
+    messages: ReadAhead[T]
+    timer: IdleTimer
+    call: StreamContext
+
+
+class OpenStreams:
+    """The streams of all protocols: a bounded number at a time, each of which must move.
+
+    Attributes:
+        count: Number of open streams.
+
+    """
+
+    def __init__(self, limit: int, idle: float) -> None:
+        """Allow `limit` streams at a time; one that sends nothing for `idle` seconds fails."""
+        self._limit = limit
+        self._idle = idle
+        self._lock = Lock()
+        self.count = 0
+
+    @contextmanager
+    def open(self, messages: Iterator[T], ahead: int, call: CallContext) -> Iterator[OpenStream[T]]:
+        """Let a stream in for as long as the context lasts.
+
+        Args:
+            messages: What it sends.
+            ahead: Messages that are read before they are asked for.
+            call: Context of the call, which is cancelled when nothing moves.
+
+        Raises:
+            UnavailableError: Too many streams are open.
+
+        """
+        with self._lock:
+            if self.count >= self._limit:
+                raise rejection("STREAMS", "streams at a time", self._limit, self._limit + 1)
+            self.count += 1
+        try:
+            # A client that does not read blocks the sending thread, which only the end of the call frees. Twice the
+            # time, so that a client that does not send gets an error instead.
+            with IdleTimer(2 * self._idle, call.cancel) as timer, ReadAhead(messages, ahead, self._idle) as reader:
+                yield OpenStream(reader, timer, StreamContext(call))
+        finally:
+            with self._lock:
+                self.count -= 1
+
+
 class _End:
-    """The end of the items, and what it came by."""
+    """The end of the items, and the error that caused it."""
 
     def __init__(self, error: Exception | None) -> None:
         self.error = error

@@ -66,6 +66,11 @@ class Buffers:
         finally:
             self._put(buffer)
 
+    def clear(self) -> None:
+        """Drop every idle buffer."""
+        with self._lock:
+            self._idle.clear()
+
     def _take(self, size: int) -> memoryview:
         with self._lock:
             for i in reversed(range(len(self._idle))):

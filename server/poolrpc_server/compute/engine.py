@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from poolrpc._wire.codec import BranchResult, Request
     from poolrpc.tensors import Bytes
     from poolrpc_server.compute.schedule import BatchKey
-    from poolrpc_server.telemetry.timeline import Turn
+    from poolrpc_server.telemetry.stage_times import StageTimes
 
 WORKSPACE_LIMIT = 32 * 2**20
 """The default limit of the memory of cached workspaces, in bytes."""
@@ -58,14 +57,7 @@ class Slots(Protocol):
         """Release slots."""
 
 
-class Observer(Protocol):
-    """A receiver of measurements of each execution."""
-
-    def executed(self, requests: int, planes: int, nbytes: int, seconds: float) -> None:
-        """Record one execution."""
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Run:
     """One request to execute, with its tensors' bytes.
 
@@ -74,7 +66,7 @@ class Run:
         inputs: The bytes of each input tensor.
         finish: Converts the outputs' bytes to the result; their memory is reused as soon as it returns.
         outputs: Where to write the outputs. None: to memory of the engine.
-        turn: Records when the stages of the execution end, if there is one.
+        times: Records when the computation starts and ends. None: nothing is recorded.
 
     """
 
@@ -82,7 +74,7 @@ class Run:
     inputs: Sequence[Bytes]
     finish: Callable[[Sequence[memoryview]], Any]
     outputs: Sequence[memoryview] | None = None
-    turn: Turn | None = None
+    times: StageTimes | None = None
 
     @property
     def key(self) -> BatchKey | None:
@@ -111,6 +103,7 @@ class Engine:
         device: The device.
         threads: The number of executions at a time.
         slots: The slots that a large request may borrow to use more threads. None: it uses one thread.
+        idle_limit: The largest memory of cached workspaces and idle buffers, in bytes.
 
     """
 
@@ -132,7 +125,7 @@ class Engine:
         self.device = resolve_device(device)
         self.threads = threads
         self.slots: Slots | None = None
-        self.observer: Observer | None = None
+        self.idle_limit = workspace_limit + idle_limit
         # A request is computed in its caller's thread: passing it to another would take longer than computing a small
         # one. A large one is divided among helper threads too, if slots are free. Helpers never wait for each other, so
         # there is no deadlock.
@@ -144,9 +137,14 @@ class Engine:
         self._local = local()
 
     @property
-    def resident_bytes(self) -> int:
-        """The memory of workspaces and idle buffers, in bytes."""
+    def idle_bytes(self) -> int:
+        """The memory of cached workspaces and idle buffers, in bytes."""
         return self._workspaces.nbytes + self._buffers.idle_bytes
+
+    def drop_idle(self) -> None:
+        """Drop every cached workspace and idle buffer."""
+        self._workspaces.clear()
+        self._buffers.clear()
 
     def schedule(self, request: Request, spatial_dims: int, results: Sequence[BranchResult]) -> Schedule:
         """Determine how to compute a request, and so how much work it is."""
@@ -186,19 +184,14 @@ class Engine:
         if not hasattr(self._local, "prepared"):
             _prepare_thread()
             self._local.prepared = True
-        turns = [run.turn for run in runs if run.turn is not None]
-        for turn in turns:
-            turn.begin(len(runs), sum(run.schedule.planes for run in runs))
-        started = time.perf_counter()
+        planes = sum(run.schedule.planes for run in runs)
+        for run in runs:
+            if run.times is not None:
+                run.times.compute_started(len(runs), planes)
         with self._streams.stream():
             # On a GPU, a batch of one uses pinned memory too.
             batched = len(runs) > 1 or (runs[0].key is not None and runs[0].schedule.device.type != "cpu")
-            results = self._execute_batch(runs) if batched else [self._execute_alone(runs[0])]
-        seconds = time.perf_counter() - started
-        if self.observer is not None:
-            planes, nbytes = (sum(getattr(run.schedule, name) for run in runs) for name in ("planes", "nbytes"))
-            self.observer.executed(len(runs), planes, nbytes, seconds)
-        return results
+            return self._execute_batch(runs) if batched else [self._execute_alone(runs[0])]
 
     def close(self) -> None:
         """Stop the helper threads."""
@@ -228,8 +221,8 @@ class Engine:
                     buffer[start:end] = run.inputs[number]
             outputs = workspace.run(in_place=False)
             for run in runs:
-                if run.turn is not None:
-                    run.turn.compute_ended()
+                if run.times is not None:
+                    run.times.compute_ended()
             results, starts = [], [0] * len(outputs)
             for run in runs:
                 ends = [start + spec.nbytes for start, spec in zip(starts, run.schedule.outputs, strict=True)]

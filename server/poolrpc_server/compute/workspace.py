@@ -171,6 +171,11 @@ class WorkspaceCache:
         with self._lock:
             self._drop(workspace)
 
+    def clear(self) -> None:
+        """Drop every idle workspace."""
+        with self._lock:
+            self._drop_oldest(0)
+
     def _create(self, schedule: Schedule) -> Workspace:
         inputs, outputs = ([aligned(spec.nbytes) for spec in specs] for specs in (schedule.inputs, schedule.outputs))
         workspace = Workspace(schedule, inputs, outputs, reused=True)
@@ -178,12 +183,12 @@ class WorkspaceCache:
             self._workspaces.add(workspace)
             self._nbytes += workspace.nbytes
             if self._nbytes > self._limit:
-                self._drop_oldest()
+                self._drop_oldest(KEPT_SHARE * self._limit)
         return workspace
 
-    def _drop_oldest(self) -> None:
+    def _drop_oldest(self, keep: float) -> None:
         for workspace in sorted(self._workspaces, key=lambda each: each.last_used):
-            if self._nbytes <= KEPT_SHARE * self._limit:
+            if self._nbytes <= keep:
                 return
             try:
                 workspace.schedule.workspaces.remove(workspace)

@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus, and the HTTP address where that is read, with probes of health."""
+"""Prometheus metrics, and the HTTP server of /metrics, /healthz and /readyz."""
 
 from __future__ import annotations
 
@@ -25,36 +25,36 @@ T = TypeVar("T", bound="Counter | Histogram | _Nothing")
 
 FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 IN_FOLDER = FOLDER_VARIABLE in os.environ
-"""Whether this process counts into files of a folder, which another sums: prometheus_client's multiprocess mode. The
-variable has to be set before prometheus_client is imported, so what it becomes later says nothing."""
+"""Whether this process counts into files of a folder that another process sums: prometheus_client's multiprocess mode.
+prometheus_client reads the variable when it is imported, so this does too."""
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-"""The buckets of times: from a small call's to a large stream's."""
+"""Buckets of durations in seconds, from a small call to a large stream."""
 
 REQUESTS = tuple(2**power for power in range(9))
 PLANES = tuple(4**power for power in range(9))
 
 REASONS = ("CALLS", "DEVICE_FAILED", "IN_FLIGHT_BYTES", "QUEUE", "STOPPING", "STREAMS")
-"""Why calls are refused for what is under way."""
+"""Why calls are rejected for now."""
 
 STAGES = ("arrival", "queue", "compute", "send")
-"""How far calls are whose caller leaves."""
+"""How far calls are when they are cancelled."""
 
-PATIENCE = 10
-"""Seconds that a connection may take to send its request."""
+REQUEST_SECONDS = 10
+"""Seconds that an HTTP connection may take to send its request."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What is under way at a moment: the gauges.
+    """The load at a moment: the values of the gauges.
 
     Attributes:
-        inflight_bytes: Of inputs and outputs.
-        queue_lengths: Requests that wait, of each priority from 0.
-        queue_oldest_seconds: How long the one that came first has waited.
-        arenas: Pieces of shared memory.
-        arena_bytes: Of all of them.
-        streams: Streams that are open.
+        inflight_bytes: Bytes of inputs and outputs in flight.
+        queue_lengths: Queued requests of each priority, from 0.
+        queue_oldest_seconds: Age of the oldest queued request, in seconds.
+        arenas: Arenas that a client has.
+        arena_bytes: Bytes of all arenas.
+        streams: Open streams.
 
     """
 
@@ -70,7 +70,7 @@ class Metrics:
     """The metrics of one server.
 
     Args:
-        enabled: False: nothing is counted, at no cost.
+        enabled: Whether anything is counted; if not, it costs nothing.
 
     """
 
@@ -79,75 +79,75 @@ class Metrics:
         self._read: Callable[[], Load] = Load
         self._refreshing = threading.Lock()
         self._shown = Load()
-        # The names and labels that the interceptors of grpc-ecosystem have in other languages, so that dashboards fit.
+        # The names and labels of grpc-ecosystem's interceptors in other languages, for which dashboards exist.
         method = "grpc_type", "grpc_service", "grpc_method"
-        self._started = _children(self._counter("grpc_server_started", "Calls that began.", *method))
+        self._started = _children(self._counter("grpc_server_started", "Calls that started.", *method))
         self._handled = _children(self._counter("grpc_server_handled", "Calls that ended.", *method, "grpc_code"))
         self._seconds = _children(
-            self._histogram("grpc_server_handling_seconds", "How long calls took.", SECONDS, *method)
+            self._histogram("grpc_server_handling_seconds", "Duration of calls in seconds.", SECONDS, *method)
         )
-        self._rejects = self._counter("poolrpc_rejects", "Calls refused for what is under way.", "reason")
-        self._escapes = self._counter("poolrpc_validator_escapes", "Calls that failed although they passed the checks.")
-        self._cancelled = self._counter("poolrpc_cancelled", "Calls whose caller left, by how far they were.", "stage")
-        self._executions = self._counter("poolrpc_executions", "Executions of the engine, each of a batch.")
-        self._requests = self._counter("poolrpc_requests", "Requests in them.")
-        self._bytes = self._counter("poolrpc_executed_bytes", "Bytes of inputs and outputs in them.")
-        self._batch_requests = self._histogram("poolrpc_batch_requests", "Requests of an execution.", REQUESTS)
-        self._batch_planes = self._histogram("poolrpc_batch_planes", "Planes of an execution.", PLANES)
-        self._compute = self._histogram("poolrpc_compute_seconds", "How long executions took.", SECONDS)
-        self._queue = self._histogram("poolrpc_queue_seconds", "How long requests waited to be executed.", SECONDS)
+        self._rejects = self._counter("poolrpc_rejects", "Calls rejected for now, by limit.", "reason")
+        self._escapes = self._counter("poolrpc_validator_escapes", "Valid calls that failed unexpectedly.")
+        self._cancelled = self._counter("poolrpc_cancelled", "Cancelled calls, by their stage.", "stage")
+        self._executions = self._counter("poolrpc_executions", "Batches that the engine executed.")
+        self._requests = self._counter("poolrpc_requests", "Requests in executed batches.")
+        self._bytes = self._counter("poolrpc_executed_bytes", "Bytes of inputs and outputs in executed batches.")
+        self._batch_requests = self._histogram("poolrpc_batch_requests", "Requests of a batch.", REQUESTS)
+        self._batch_planes = self._histogram("poolrpc_batch_planes", "Planes of a batch.", PLANES)
+        self._compute = self._histogram("poolrpc_compute_seconds", "Duration of executions in seconds.", SECONDS)
+        self._queue = self._histogram("poolrpc_queue_seconds", "Time of requests in the queue in seconds.", SECONDS)
         self._gauges = {
-            "inflight_bytes": self._gauge("poolrpc_inflight_bytes", "Bytes of inputs and outputs under way."),
+            "inflight_bytes": self._gauge("poolrpc_inflight_bytes", "Bytes of inputs and outputs in flight."),
             "queue_oldest_seconds": self._gauge(
-                "poolrpc_queue_oldest_seconds", "How long the oldest request in the queue has waited.", "livemax"
+                "poolrpc_queue_oldest_seconds", "Age of the oldest queued request in seconds.", "livemax"
             ),
-            "arenas": self._gauge("poolrpc_arenas", "Pieces of shared memory."),
-            "arena_bytes": self._gauge("poolrpc_arena_bytes", "Bytes of shared memory."),
-            "streams": self._gauge("poolrpc_streams", "Streams that are open."),
+            "arenas": self._gauge("poolrpc_arenas", "Arenas of shared memory that a client has."),
+            "arena_bytes": self._gauge("poolrpc_arena_bytes", "Bytes of all arenas."),
+            "streams": self._gauge("poolrpc_streams", "Open streams."),
         }
         self._queue_length = self._gauge(
-            "poolrpc_queue_length", "Requests in the queue.", "livesum", labels=("priority",)
+            "poolrpc_queue_length", "Queued requests, by priority.", "livesum", labels=("priority",)
         )
-        # Prometheus doesn't see a sample that begins with 1 rise: what there may be is shown from 0 on.
+        # Prometheus does not see the rise of a counter that first appears with 1: all are shown from 0 on.
         for reason in REASONS:
             self._rejects.labels(reason)
         for stage in STAGES:
             self._cancelled.labels(stage)
 
     def expect(self, kind: str, service: str, method: str) -> None:
-        """Show a method before its first call, with no calls that ended well and none that failed."""
+        """Show a method before its first call, with 0 calls for the codes OK and INTERNAL."""
         self._started(kind, service, method)
         self._seconds(kind, service, method)
         for code in ("OK", "INTERNAL"):
             self._handled(kind, service, method, _shown_code(code))
 
     def started(self, kind: str, service: str, method: str) -> None:
-        """Count a call that begins; its kind is "unary", or "bidi_stream" and the like."""
+        """Count a call that starts; `kind` is "unary" or "bidi_stream"."""
         self._started(kind, service, method).inc()
         if IN_FOLDER:
             self.refresh()
 
     def handled(self, kind: str, service: str, method: str, code: str, seconds: float) -> None:
-        """Count a call that ended, with the name of its status code as gRPC has it: "INVALID_ARGUMENT"."""
+        """Count a call that ended, with the name of its gRPC status code ("INVALID_ARGUMENT") and its duration."""
         self._handled(kind, service, method, _shown_code(code)).inc()
         self._seconds(kind, service, method).observe(seconds)
         if IN_FOLDER:
             self.refresh()
 
     def rejected(self, reason: str) -> None:
-        """Count a call that was refused for what is under way: one of REASONS."""
+        """Count a call that was rejected for now, for one of REASONS."""
         self._rejects.labels(reason).inc()
 
     def escaped(self) -> None:
-        """Count a call that failed unexpectedly: the checks should not have let it pass."""
+        """Count a call that failed unexpectedly: validation should have rejected it."""
         self._escapes.inc()
 
     def cancelled(self, stage: str) -> None:
-        """Count a call whose caller left, at one of STAGES."""
+        """Count a call that was cancelled in one of STAGES."""
         self._cancelled.labels(stage).inc()
 
     def executed(self, requests: int, planes: int, nbytes: int, seconds: float) -> None:
-        """Count one execution of the engine: what was in it and how long it took."""
+        """Count one batch that the engine executed, its contents and its duration."""
         self._executions.inc()
         self._requests.inc(requests)
         self._bytes.inc(nbytes)
@@ -156,24 +156,24 @@ class Metrics:
         self._compute.observe(seconds)
 
     def queued(self, seconds: float) -> None:
-        """Count how long a request waited to be executed."""
+        """Count the time that a request spent in the queue."""
         self._queue.observe(seconds)
 
     def watch(self, read: Callable[[], Load]) -> None:
-        """Take the gauges from what a function gives: when they are looked at, or now and as calls begin and end."""
+        """Take the gauges' values from `read`: when they are collected or, in a folder, as calls start and end."""
         self._read = read
         if IN_FOLDER:
             self.refresh()
 
     def refresh(self) -> None:
-        """Take the gauges now.
+        """Read the gauges' values now.
 
-        They are taken when they are looked at. In a folder, where whoever looks is another process, they are as calls
-        begin and end; other moments at which they change may call this.
+        They are read when they are collected. In a folder another process collects, so they are read as calls start and
+        end; whatever else changes them may call this.
         """
         if self._registry is None:
             return
-        # Read and written in one step, so that what was read last stays.
+        # Read and written under one lock, so that the latest values remain.
         with self._refreshing:
             load = self._read()
             if load == self._shown:
@@ -185,7 +185,7 @@ class Metrics:
                 self._queue_length.labels(priority).set(length)
 
     def collect(self) -> CollectorRegistry:
-        """Give what is to be shown of this process alone."""
+        """Return the registry of this process alone, with current gauges."""
         self.refresh()
         return self._registry or CollectorRegistry()
 
@@ -206,7 +206,7 @@ class Metrics:
 
 
 class _Nothing:
-    """Stands for a metric where nothing is counted."""
+    """A metric that counts nothing."""
 
     def labels(self, *_: object) -> Self:
         return self
@@ -222,23 +222,23 @@ class _Nothing:
 
 
 def _children(metric: T) -> Callable[..., T]:
-    """Give metric.labels, remembered: looking a child up costs more than counting does."""
+    """Return metric.labels with a cache: looking a child up costs more than counting."""
     labels: Any = metric.labels
     return cache(labels)
 
 
 @cache
 def _shown_code(code: str) -> str:
-    # As grpc-ecosystem's interceptor for Go says it, for which most dashboards and alerts are written.
+    # In the form of grpc-ecosystem's interceptor for Go, for which most dashboards and alerts are written.
     return {"OK": "OK", "CANCELLED": "Canceled"}.get(code) or code.title().replace("_", "")
 
 
 def summed(folder: str, restarts: Callable[[], int]) -> CollectorRegistry:
-    """Give what is to be shown of all processes that count into a folder.
+    """Return the registry of all processes that count into a folder.
 
     Args:
-        folder: Their FOLDER_VARIABLE.
-        restarts: Gives how many of them were started again.
+        folder: The value of their FOLDER_VARIABLE.
+        restarts: Returns how many of them were restarted.
 
     """
     registry = CollectorRegistry()
@@ -248,21 +248,21 @@ def summed(folder: str, restarts: Callable[[], int]) -> CollectorRegistry:
 
 
 def forget(folder: str, pid: int) -> None:
-    """Take the gauges of a process that has ended out of the sums; what it counted stays in them."""
+    """Remove the gauges of a process that has ended from the sums; its counters remain."""
     mark_process_dead(pid, folder)  # type: ignore[no-untyped-call]  # prometheus_client's
 
 
 class _Restarts(Collector):
-    # A Counter would be a file of the folder, and counted twice, if this process had the variable too.
+    # A Counter would be a file in the folder, and counted twice, if this process had the variable too.
     def __init__(self, read: Callable[[], int]) -> None:
         self._read = read
 
     def collect(self) -> Iterable[CounterMetricFamily]:
-        yield CounterMetricFamily("poolrpc_worker_restarts", "Workers that were started again.", value=self._read())
+        yield CounterMetricFamily("poolrpc_worker_restarts", "Workers that were restarted.", value=self._read())
 
 
 class MetricsServer:
-    """HTTP on an address of its own: /metrics, /healthz (the process answers), /readyz (it should get calls).
+    """An HTTP server of /metrics, /healthz (the process answers) and /readyz (it should get calls).
 
     Attributes:
         address: Where it listens, "host:port".
@@ -270,15 +270,15 @@ class MetricsServer:
     """
 
     def __init__(self, address: str, collect: Callable[[], CollectorRegistry], ready: Callable[[], bool]) -> None:
-        """Listen.
+        """Start the server.
 
         Args:
             address: "host:port"; port 0: a free one.
-            collect: Gives what is shown, each time that somebody looks.
-            ready: Tells whether calls should be sent here.
+            collect: Returns the registry to show, for each request.
+            ready: Returns whether calls should be sent here.
 
         Raises:
-            OSError: The address can't be had.
+            OSError: The address is in use, or not one of this machine.
 
         """
         self._collect = collect
@@ -291,7 +291,7 @@ class MetricsServer:
         self._thread.start()
 
     def close(self) -> None:
-        """Listen no more."""
+        """Stop the server."""
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
@@ -317,19 +317,19 @@ def _text(start: StartResponse, status: str, text: str) -> Iterable[bytes]:
 
 
 class _Connection(WSGIRequestHandler):
-    timeout = PATIENCE
+    timeout = REQUEST_SECONDS
 
     def log_message(self, *_: object) -> None:
-        """Write no line for each look."""
+        """Log nothing: monitoring asks every few seconds."""
 
 
 class _Server(ThreadingWSGIServer):
     address_family = AF_INET
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Leave out of the log that a peer left, or was slow."""
+        """Log errors other than those of a client that left or was slow."""
         if not isinstance(sys.exception(), OSError):
-            super().handle_error(request, client_address)  # type: ignore[arg-type]  # socketserver's own type isn't to be had
+            super().handle_error(request, client_address)  # type: ignore[arg-type]  # socketserver's own type is not public
 
 
 class _Server6(_Server):

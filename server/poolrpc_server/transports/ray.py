@@ -1,127 +1,164 @@
-"""The server as a deployment of Ray Serve: Ray's gRPC proxy receives the calls, its replicas answer them."""
+"""The Ray Serve transport: Ray's gRPC proxy receives the calls, and its replicas answer them through the pipeline."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pickle import PickleBuffer
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 import ray
-from grpc_health.v1 import health_pb2
 from ray import serve
 
 from poolrpc._wire.status import DETAILS_KEY
 from poolrpc.v1 import pool_pb2
+from poolrpc_server.calls.call import CallContext, StatusError
 from poolrpc_server.config import Config, ConfigError
-from poolrpc_server.transports.unwired import Call, UnwiredServer
+from poolrpc_server.protocols.health import SERVICE as HEALTH
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 
     from ray.serve.grpc_util import RayServegRPCContext, gRPCInputStream
 
+    from poolrpc_server.calls.pipeline import AdmittedCall
+
 POOL = pool_pb2.DESCRIPTOR.services_by_name["PoolService"]
-HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
+STREAMS = tuple(method.name for method in POOL.methods if method.server_streaming)
 
-NOT_OURS = ("listen", "tls_cert", "tls_key", "tls_client_ca", "workers", "metrics", "allow_client_shm")
-"""Settings of what Ray does in its own way, or not at all."""
+RAY_SETTINGS = ("listen", "tls_cert", "tls_key", "tls_client_ca", "workers", "metrics", "allow_client_shm")
+"""Settings of Config whose subject is Ray's, or that a replica does not have."""
 
-LOST = (grpc.StatusCode.INTERNAL, grpc.StatusCode.RESOURCE_EXHAUSTED)
-"""What Ray says of a replica that died under a call, and of a full queue: such calls may be tried again."""
+CONTROL_THREADS = 4
+"""Threads of calls that do not compute, so that they are answered while every other thread is taken."""
 
-
-def add_services(_: object, server: Any) -> None:  # noqa: ANN401 - a class of Ray's inner workings
-    """Add our services to Ray's proxy, for `grpc_servicer_functions`."""
-    for service, names in ((POOL, [each.name for each in POOL.methods]), (HEALTH, ["Check"])):
-        server.add_generic_rpc_handlers((_Forwarded(service, names),))
+RETRYABLE = (grpc.StatusCode.INTERNAL, grpc.StatusCode.RESOURCE_EXHAUSTED)
+"""What Ray answers for a replica that died during a call, and for a full queue: such calls may be tried again."""
 
 
-class _Forwarded(grpc.GenericRpcHandler):
-    """A service whose calls Ray's proxy forwards.
+def add_services(_: object, server: Any) -> None:  # noqa: ANN401 - a class of Ray's that is not public
+    """Add this project's services to Ray's proxy, for `grpc_servicer_functions`."""
+    names = [method.name for method in POOL.methods]
+    server.add_generic_rpc_handlers((_Forwarding(POOL.full_name, names), _Forwarding(HEALTH, ["Check"])))
 
-    Messages go through as the bytes that they are, since no handler says how they are read. And an error that Ray makes
-    becomes one that our clients know.
+
+class _Forwarding(grpc.GenericRpcHandler):
+    """A service whose calls Ray's proxy forwards to the replicas.
+
+    Messages are forwarded as bytes, since no handler names a deserializer. An error of Ray's own becomes one that this
+    project's clients know.
     """
 
-    def __init__(self, service: Any, names: Sequence[str]) -> None:  # noqa: ANN401 - a descriptor, which has no types
-        streams = [each.name for each in service.methods if each.server_streaming]
-        # Ray looks for this attribute, and puts its own functions in the place of these.
+    def __init__(self, service: str, names: Sequence[str]) -> None:
+        # Ray looks for this attribute, and replaces these functions by its own.
         self._method_handlers: dict[str, Any] = {
-            f"/{service.full_name}/{name}": grpc.stream_stream_rpc_method_handler(_nothing)
-            if name in streams
-            else grpc.unary_unary_rpc_method_handler(_nothing)
+            f"/{service}/{name}": grpc.stream_stream_rpc_method_handler(_unused)
+            if name in STREAMS
+            else grpc.unary_unary_rpc_method_handler(_unused)
             for name in names
         }
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Give what answers a method: Ray's function, and ours around it."""
+        """Return the handler of a method: Ray's function, wrapped."""
         forwarding = self._method_handlers.get(handler_call_details.method)
         if forwarding is None:
             return None
         if forwarding.response_streaming:
-            return grpc.stream_stream_rpc_method_handler(_streaming(forwarding.stream_stream))
-        return grpc.unary_unary_rpc_method_handler(_unary(forwarding.unary_unary))
+            return grpc.stream_stream_rpc_method_handler(_forward_stream(forwarding.stream_stream))
+        return grpc.unary_unary_rpc_method_handler(_forward_unary(forwarding.unary_unary))
 
 
-def _nothing(*_: object) -> NoReturn:
+def _unused(*_: object) -> NoReturn:
     raise NotImplementedError
 
 
-def _unary(forward: Callable[..., Any]) -> Any:  # noqa: ANN401 - of grpc.aio, which the handlers' types leave out
-    async def answers(request: bytes, context: Any) -> bytes:  # noqa: ANN401 - as above
-        answer = await forward(request, context)
-        _name_loss(context)
-        return bytes(answer)
+def _forward_unary(forward: Callable[..., Any]) -> Any:  # noqa: ANN401 - of grpc.aio, which the handlers' types lack
+    async def answer(request: bytes, context: Any) -> bytes:  # noqa: ANN401 - as above
+        response = await forward(request, context)
+        _mark_retryable(context)
+        return bytes(response)
 
-    return answers
-
-
-def _streaming(forward: Callable[..., Any]) -> Any:  # noqa: ANN401 - as above
-    async def answers(requests: Any, context: Any) -> AsyncIterator[bytes]:  # noqa: ANN401 - as above
-        async for answer in forward(requests, context):
-            if not context.code():  # the status comes with an empty message, for Ray has no other way for its details
-                yield bytes(answer)
-        _name_loss(context)
-
-    return answers
+    return answer
 
 
-def _name_loss(context: Any) -> None:  # noqa: ANN401 - as above
-    # Whatever our own servicer says has details.
+def _forward_stream(forward: Callable[..., Any]) -> Any:  # noqa: ANN401 - as above
+    async def answer(requests: Any, context: Any) -> AsyncIterator[bytes]:  # noqa: ANN401 - as above
+        async for response in forward(requests, context):
+            if not context.code():  # a status comes with an empty message: Ray has no other way to send its details
+                yield bytes(response)
+        _mark_retryable(context)
+
+    return answer
+
+
+def _mark_retryable(context: Any) -> None:  # noqa: ANN401 - as above
+    # Every error of the replica's own has details.
     ours = any(key == DETAILS_KEY for key, _ in context.trailing_metadata() or ())
-    if not ours and context.code() in LOST:
+    if not ours and context.code() in RETRYABLE:
         context.set_code(grpc.StatusCode.UNAVAILABLE)
 
 
+class RayContext(CallContext):
+    """One call of Ray's. Ray's proxy has the deadline, and cancels the call when it has passed."""
+
+    def __init__(self, method: str, context: RayServegRPCContext) -> None:
+        """Take what Ray says of a call."""
+        super().__init__(method, tuple(context.invocation_metadata() or ()), context.peer() or "")
+        self._lock = threading.Lock()
+        self._callbacks: list[Callable[[], None]] | None = []
+
+    def time_remaining(self) -> float | None:
+        """Return None: the deadline is Ray's."""
+
+    def is_active(self) -> bool:
+        """Return whether the call has neither ended nor been cancelled."""
+        return self._callbacks is not None
+
+    def add_done_callback(self, callback: Callable[[], None]) -> bool:
+        """Have `callback` called when the call ends; return False if it has ended already."""
+        with self._lock:
+            if self._callbacks is None:
+                return False
+            self._callbacks.append(callback)
+            return True
+
+    def cancel(self) -> None:
+        """End the call, which Ray has cancelled, or which has been answered."""
+        with self._lock:
+            callbacks, self._callbacks = self._callbacks or [], None
+        for callback in callbacks:
+            callback()
+
+
 class _Message:
-    """Bytes, which Ray takes for a message that can be written as such."""
+    """Bytes, in the form of a message that Ray serializes."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
 
     def SerializeToString(self) -> PickleBuffer:
-        # Ray lays this into its memory as it is; bytes would be copied into a pickle first, and out of it.
+        # Ray writes this into its memory as it is; bytes would be copied into a pickle first, and out of it.
         return PickleBuffer(self._data)
 
 
 class PoolReplica:
-    """One replica: a whole server, but for the wire."""
+    """One replica: a whole service without a listening address."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        """Make a server with Config's fields; threads are as many as the CPUs that Ray gives to the replica."""
-        from poolrpc_server.app import Server  # noqa: PLC0415 - it imports torch, for which Ray's proxy need not wait
+        """Make a service with Config's fields; its threads are as many as the CPUs that Ray assigns to the replica."""
+        from poolrpc_server.service import Service  # noqa: PLC0415 - it imports torch, which Ray's proxy does not need
 
         cpus = int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))
-        self._server = Server(Config(**{"threads": max(1, cpus), **settings}), make_server=self._make)
-        self._server.start()
-
-    def _make(self, *arguments: Any, **options: Any) -> UnwiredServer:  # noqa: ANN401 - grpc.server's
-        self._calls = UnwiredServer(*arguments, **options)
-        return self._calls
+        config = Config(**{"threads": max(1, cpus), **settings})
+        self._executor = ThreadPoolExecutor(config.call_threads, "poolrpc-call")
+        self._control = ThreadPoolExecutor(CONTROL_THREADS, "poolrpc-control")
+        self._service = Service(config)
+        self._service.health.set_serving(True)
 
     async def Pool(self, message: bytes, grpc_context: RayServegRPCContext) -> _Message:
-        """Answer the method of that name, as all of these do."""
+        """Answer the method of that name, as the methods below do."""
         return await self._unary(f"/{POOL.full_name}/Pool", message, grpc_context)
 
     async def InferShape(self, message: bytes, grpc_context: RayServegRPCContext) -> _Message:
@@ -134,63 +171,103 @@ class PoolReplica:
 
     async def Check(self, message: bytes, grpc_context: RayServegRPCContext) -> _Message:
         """See Pool; of grpc.health.v1."""
-        return await self._unary(f"/{HEALTH.full_name}/Check", message, grpc_context)
+        return await self._unary(f"/{HEALTH}/Check", message, grpc_context)
 
     async def PoolStream(
         self, messages: gRPCInputStream[bytes], grpc_context: RayServegRPCContext
     ) -> AsyncIterator[_Message]:
         """See Pool."""
-        call = _call(f"/{POOL.full_name}/PoolStream", grpc_context)
-        answers = self._calls.stream(call, _blocking(messages))
-        try:
-            while (answer := await asyncio.wrap_future(answers.next())) is not None:
-                yield _Message(answer)
-        finally:
-            answers.close()
-        if _tell(call, grpc_context):
-            yield _Message(b"")
+        context = RayContext(f"/{POOL.full_name}/PoolStream", grpc_context)
+        call = self._admit(context)
+        loop = asyncio.get_running_loop()
+        executor, answers = self._executor_of(call), _answers(call, _blocking(messages))
+        stepping = threading.Lock()  # a step may still run when Ray cancels the call
 
-    async def _unary(self, method: str, message: bytes, context: RayServegRPCContext) -> _Message:
-        call = _call(method, context)
+        def step() -> bytes | None:
+            with stepping:
+                return next(answers, None)
+
+        def close() -> None:
+            with stepping:
+                answers.close()
+            call.release()
+
         try:
-            answer = await asyncio.wrap_future(self._calls.unary(call, message))
+            while (answer := await loop.run_in_executor(executor, step)) is not None:
+                yield _Message(answer)
+        except StatusError as status:
+            _set_status(grpc_context, status)
+            yield _Message(b"")
         finally:
-            call.leave()  # Ray cancels this where the caller is gone, or its time is up
-        _tell(call, context)
-        return _Message(answer)
+            context.cancel()
+            executor.submit(close)
+
+    async def _unary(self, method: str, message: bytes, grpc_context: RayServegRPCContext) -> _Message:
+        context = RayContext(method, grpc_context)
+        call = self._admit(context)
+
+        def answer() -> bytes:
+            try:
+                if call.error is not None:
+                    call.reject()
+                return call.unary(message)
+            finally:
+                call.release()
+
+        try:
+            future = self._executor_of(call).submit(answer)
+            future.add_done_callback(lambda _: call.release())  # it may be cancelled before a thread has it
+            return _Message(await asyncio.wrap_future(future))
+        except StatusError as status:
+            _set_status(grpc_context, status)
+            return _Message(b"")
+        finally:
+            context.cancel()  # Ray cancels this coroutine when the caller has gone or the deadline has passed
+
+    def _admit(self, context: RayContext) -> AdmittedCall:
+        call = self._service.pipeline.admit(context)
+        assert call is not None  # noqa: S101 - every method of this class is in the pipeline
+        return call
+
+    def _executor_of(self, call: AdmittedCall) -> ThreadPoolExecutor:
+        return self._executor if call.method.computes and call.error is None else self._control
 
     def check_health(self) -> None:
-        """Tell Ray that this replica is to be replaced, where it can't go on.
+        """Tell Ray whether this replica is to be replaced.
 
         Raises:
-            RuntimeError: It can't.
+            RuntimeError: It cannot go on.
 
         """
-        if self._server.failure:
-            raise RuntimeError(self._server.failure)
+        if self._service.failure:
+            raise RuntimeError(self._service.failure)
 
     def __del__(self) -> None:
-        """Stop, once Ray has drained the replica; it calls this, and then Python does."""
-        if server := self.__dict__.pop("_server", None):
-            server.stop(grace=0)
+        """Stop, once Ray has drained the replica; Ray calls this, and then Python does."""
+        service = self.__dict__.pop("_service", None)
+        if service is None:
+            return
+        service.pipeline.stop()
+        service.stop_queue()
+        for executor in (self._executor, self._control):
+            executor.shutdown(cancel_futures=True)
+        service.close()
 
 
-def _call(method: str, context: RayServegRPCContext) -> Call:
-    return Call(method, context.invocation_metadata(), context.peer())
+def _answers(call: AdmittedCall, messages: Iterator[bytes]) -> Generator[bytes]:
+    if call.error is not None:
+        call.reject()
+    yield from call.stream(messages)
 
 
-def _tell(call: Call, context: RayServegRPCContext) -> bool:
-    code = call.code()
-    if code is None or code is grpc.StatusCode.OK:
-        return False
-    context.set_code(code)
-    context.set_details(call.details())
-    context.set_trailing_metadata(list(call.trailing_metadata()))
-    return True
+def _set_status(context: RayServegRPCContext, status: StatusError) -> None:
+    context.set_code(grpc.StatusCode[status.code])
+    context.set_details(status.message)
+    context.set_trailing_metadata(list(status.trailing))
 
 
 def _blocking(messages: gRPCInputStream[bytes]) -> Iterator[bytes]:
-    """Give what comes to a stream, to a thread that may wait for it."""
+    """Yield the messages of a stream to a thread, which may wait for them."""
     loop = asyncio.get_running_loop()
     end = object()
 
@@ -205,19 +282,19 @@ def _blocking(messages: gRPCInputStream[bytes]) -> Iterator[bytes]:
 
 
 def app(settings: dict[str, Any]) -> serve.Application:
-    """Give the application, for the `import_path` of a Serve config; its `args` are fields of Config.
+    """Return the application, for the `import_path` of a Serve config; its `args` are fields of Config.
 
     Raises:
-        ConfigError: A setting is wrong, or is one of what Ray does in its own way; or `insecure` isn't given.
+        ConfigError: A setting is invalid or Ray's own, or `insecure` is not given.
 
     """
-    for name in NOT_OURS:
+    for name in RAY_SETTINGS:
         if name in settings:
             raise ConfigError(f"{name}: expected to be left to Ray Serve, got {settings[name]!r}")
     if not settings.get("insecure"):
         raise ConfigError(
-            "insecure: expected true, got none: Ray's proxy is public and without TLS, so that whoever reaches it may "
-            "call or listen. Keep its port inside, and say that you know"
+            "insecure: expected true, got none: Ray's proxy listens on every interface without TLS, so that anyone who "
+            "reaches it may call or listen. Keep its port inside a private network, and confirm it with this setting"
         )
-    Config(**settings)  # each replica makes its own: defaults follow the machine
+    Config(**settings)  # each replica makes its own: the defaults follow the machine
     return serve.deployment(PoolReplica, name="pool").bind(settings)

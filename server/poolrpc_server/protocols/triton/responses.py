@@ -130,7 +130,7 @@ def encode_statistics(models: Iterable[tuple[str, ModelStatistics]]) -> pb.Model
     """Return the statistics of models, given by name."""
     response = pb.ModelStatisticsResponse()
     for name, statistics in models:
-        counted = statistics.counted()
+        counted = statistics.totals()
         model = response.model_stats.add(
             name=name,
             version=VERSION,

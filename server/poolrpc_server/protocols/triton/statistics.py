@@ -1,31 +1,25 @@
-"""How many requests a model had, and where their time went."""
+"""Triton's statistics: how many requests a model had, and where their time went."""
 
 from __future__ import annotations
 
 import threading
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from poolrpc_server.telemetry.stage_times import StageTimes
 
 STAGES = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output")
 
 
-class Timing:
-    """When the steps of one request were done, in nanoseconds."""
-
-    __slots__ = ("begun", "came", "computed", "read")
-
-    def __init__(self) -> None:
-        """Begin."""
-        self.came = self.read = self.begun = self.computed = time.perf_counter_ns()
-
-
 @dataclass(frozen=True, slots=True)
-class Counted:
-    """What was counted.
+class Totals:
+    """The counts of a model up to a moment.
 
     Attributes:
         last_ms: When the last request ended, in milliseconds since 1970; 0 if there was none.
-        durations: How often there was each of STAGES, and its nanoseconds in all.
+        durations: For each of STAGES, how often it occurred, and its nanoseconds in all.
 
     """
 
@@ -34,38 +28,44 @@ class Counted:
 
 
 class ModelStatistics:
-    """The requests of one model."""
+    """The counts of one model's requests."""
 
     def __init__(self) -> None:
-        """Count from 0."""
         self._last_ms = 0
         self._counts = dict.fromkeys(STAGES, 0)
-        self._ns = dict.fromkeys(STAGES, 0)
+        self._nanoseconds = dict.fromkeys(STAGES, 0)
         self._lock = threading.Lock()
 
-    def succeeded(self, timing: Timing) -> None:
-        """Count a request that was answered."""
-        ended = time.perf_counter_ns()
+    def succeeded(self, received: int, times: StageTimes) -> None:
+        """Count a request that was answered.
+
+        Args:
+            received: When its message had arrived, in nanoseconds of the monotonic clock.
+            times: Its stage times.
+
+        """
+        ended = time.monotonic_ns()
         self._add(
-            success=ended - timing.came,
-            queue=timing.begun - timing.read,
-            compute_input=timing.read - timing.came,
-            compute_infer=timing.computed - timing.begun,
-            compute_output=ended - timing.computed,
+            success=ended - received,
+            queue=times.started - times.queued,
+            compute_input=times.queued - received,
+            compute_infer=times.computed - times.started,
+            compute_output=ended - times.computed,
         )
 
-    def failed(self, timing: Timing) -> None:
-        """Count one that was not."""
-        self._add(fail=time.perf_counter_ns() - timing.came)
+    def failed(self, received: int) -> None:
+        """Count a request that failed."""
+        self._add(fail=time.monotonic_ns() - received)
 
-    def counted(self) -> Counted:
-        """Give what was counted so far."""
+    def totals(self) -> Totals:
+        """Return the counts so far."""
         with self._lock:
-            return Counted(self._last_ms, {stage: (self._counts[stage], self._ns[stage]) for stage in STAGES})
+            durations = {stage: (self._counts[stage], self._nanoseconds[stage]) for stage in STAGES}
+            return Totals(self._last_ms, durations)
 
     def _add(self, **stages: int) -> None:
         with self._lock:
             self._last_ms = time.time_ns() // 10**6
-            for stage, ns in stages.items():
+            for stage, nanoseconds in stages.items():
                 self._counts[stage] += 1
-                self._ns[stage] += max(0, ns)
+                self._nanoseconds[stage] += max(0, nanoseconds)

@@ -1,28 +1,13 @@
-"""Who gets through to the services: TLS with certificates that may change, and a token with every call."""
+"""TLS: the server's certificate and key, from files that may change."""
 
 from __future__ import annotations
 
 import ssl
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from poolrpc.errors import PoolError
 from poolrpc_server.reloading_file import ReloadingFile
-from poolrpc_server.transports.grpc.interceptor import name_caller
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from poolrpc_server.calls.tokens import TokenFile
-    from poolrpc_server.transports.grpc.interceptor import CallInterceptor
-
-HEALTH = "/grpc.health.v1.Health/"
-"""Methods that need no token unless the operator says so: whoever probes has none."""
-
-UNKNOWN = "/unknown/Unknown"
-"""A method that isn't there, by one name: callers without a token can't fill logs and metrics with names."""
 
 
 class Certificates:
@@ -88,41 +73,3 @@ class Certificates:
 def _no_passphrase() -> str:
     # Without this callback OpenSSL would prompt for the passphrase at the terminal.
     raise ValueError("expected a key without a passphrase")
-
-
-class TokenInterceptor(grpc.ServerInterceptor):
-    """Lets calls through that carry a token which is good for them; the others end before a message of theirs is read.
-
-    Args:
-        tokens: The tokens there are.
-        calls: What answers, logs and counts the calls that are refused.
-        health: Whether health checks need a token too.
-
-    """
-
-    def __init__(self, tokens: TokenFile, calls: CallInterceptor, *, health: bool = False) -> None:
-        self._tokens = tokens
-        self._calls = calls
-        self._health = health
-
-    def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler[Any, Any] | None],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Give the method's own handler, or one that refuses."""
-        method = handler_call_details.method
-        handler = continuation(handler_call_details)
-        if method.startswith(HEALTH) and not self._health:
-            return handler
-        try:
-            self._check_token(handler_call_details)
-        except PoolError as error:
-            return self._calls.refusal(UNKNOWN if handler is None else method, error)
-        return handler
-
-    def _check_token(self, details: grpc.HandlerCallDetails) -> None:
-        metadata = details.invocation_metadata or ()
-        token = self._tokens.authenticate([str(value) for key, value in metadata if key == "authorization"])
-        name_caller(token.name)
-        token.authorize(details.method)

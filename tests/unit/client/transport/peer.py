@@ -11,11 +11,12 @@ from poolrpc._wire.codec import Request, decode_request, encode_results
 from poolrpc.tensors import spec_of
 from poolrpc.v1 import pool_pb2
 from poolrpc_server.calls.admission import AdmissionControl
-from poolrpc_server.calls.dispatch import Caller, Dispatcher
+from poolrpc_server.calls.dispatch import Dispatcher
 from poolrpc_server.calls.validate import Limits
 from poolrpc_server.compute.engine import Engine
+from tests.unit.server.context import Context
 
-CALLER = Caller(time_remaining=lambda: None, active=lambda: True)
+CALL = Context()
 WIDE = Limits(2**40, 2**40, 2**40, 2**50)
 
 
@@ -44,14 +45,14 @@ class Peer:
         message = pool_pb2.PoolRequest.FromString(data)
         self.calls.append(message)
         checked = self._dispatcher.check(decode_request(message))
-        payload = self._dispatcher.pool(checked, message.payload, CALLER, b"".join)
+        payload = self._dispatcher.pool(checked, message.payload, CALL, b"".join)
         return pool_pb2.PoolResponse(results=encode_results(checked.results), payload=payload).SerializeToString()
 
     def stream(self, messages):
         """Answer a stream, message by message."""
         message = pool_pb2.PoolStreamRequest.FromString(next(messages))
         self.calls.append(message.request)
-        with self._dispatcher.stream(decode_request(message.request), CALLER) as stream:
+        with self._dispatcher.stream(decode_request(message.request), CALL) as stream:
             yield pool_pb2.PoolStreamResponse(results=encode_results(stream.results)).SerializeToString()
             block = b""
             for data in messages:
@@ -60,7 +61,7 @@ class Peer:
                 block += message.payload
                 if not message.unfinished:
                     self.blocks.append(len(block))
-                    yield from self._dispatcher.pool_block(stream, block, CALLER, lambda out: list(framing.chunks(out)))
+                    yield from self._dispatcher.pool_block(stream, block, CALL, lambda out: list(framing.chunks(out)))
                     block = b""
             assert not block
             stream.finish()

@@ -1,4 +1,4 @@
-"""One call through validation, admission and the engine, as a door hands it over: whole, in blocks, or in an arena."""
+"""The dispatcher: one call through validation, admission and the engine, whole, in blocks, or in an arena."""
 
 import mmap
 import threading
@@ -26,19 +26,21 @@ from poolrpc import (
 from poolrpc._wire.codec import ArenaRanges, BranchResult, Request
 from poolrpc.tensors import TensorSpec
 from poolrpc_server.calls.admission import AdmissionControl
-from poolrpc_server.calls.dispatch import BLOCKS_HELD, Caller, Dispatcher
+from poolrpc_server.calls.dispatch import BLOCKS_HELD, Dispatcher
 from poolrpc_server.calls.queue import QueueLimits
 from poolrpc_server.calls.validate import Limits
 from poolrpc_server.compute.engine import Engine
 from poolrpc_server.compute.planes import check_indices
 from poolrpc_server.transports.local.arenas import Arena
+from tests.unit.server.context import Context
 
 INFO = ServerInfo("0", "0", "cpu", 1, {}, {})
 LIMITS = Limits(2**20, 2**20, 64, 10**6)
 X = np.arange(32, dtype=np.float32).reshape(1, 2, 4, 4)
 INPUT, PAYLOAD = TensorSpec("float32", X.shape), X.tobytes()
 HALVED = BranchResult(((1, 2, 2, 2),), TensorSpec("float32", (1, 2, 2, 2)))
-WAITING = Caller(time_remaining=lambda: None, active=lambda: True)
+CALL = Context()
+LATE = Context(remaining=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def engine():
 
 @pytest.fixture
 def admission():
-    """An admission of 1000 bytes."""
+    """Admission control of 1000 bytes."""
     return AdmissionControl(1000)
 
 
@@ -61,19 +63,19 @@ def dispatcher(admission, engine):
     return Dispatcher(LIMITS, admission, engine, INFO)
 
 
-def pool(dispatcher, *branches, spec=INPUT, payload=PAYLOAD, caller=WAITING):
-    """Run a request; give what was found of it, and copies of its outputs' bytes."""
+def pool(dispatcher, *branches, spec=INPUT, payload=PAYLOAD, call=CALL):
+    """Run a request; return it as checked, and copies of its outputs' bytes."""
     checked = dispatcher.check(Request(spec, branches))
-    return checked, dispatcher.pool(checked, payload, caller, copied)
+    return checked, dispatcher.pool(checked, payload, call, copied)
 
 
 def copied(outputs):
-    """Give copies of outputs' bytes."""
+    """Return copies of the outputs' bytes."""
     return [bytes(each) for each in outputs]
 
 
 def test_a_call_is_answered_with_specs_and_bytes_in_order(dispatcher):
-    """Each branch has its shapes, its output and its indices; the bytes follow each other in that order."""
+    """Each branch has its shapes, its output and its indices, and the bytes follow in that order."""
     checked, parts = pool(dispatcher, (MaxPool2d(2, return_indices=True),), (AvgPool2d(2), AvgPool2d(2)))
     indices = TensorSpec("int64", (1, 2, 2, 2))
     assert checked.results == (
@@ -99,16 +101,17 @@ def test_a_channels_last_call_is_answered_in_its_layout(dispatcher):
 
 @pytest.mark.parametrize("left", [0.0, -1.0])
 def test_a_call_past_its_deadline_is_not_computed(dispatcher, left):
-    """A call whose time is up in its turn ends with its deadline."""
+    """A call whose time is up before it is computed fails with DEADLINE_EXCEEDED."""
     with pytest.raises(DeadlineExceededError, match="before the call was computed"):
-        pool(dispatcher, (MaxPool2d(2),), caller=Caller(lambda: left, lambda: True))
+        pool(dispatcher, (MaxPool2d(2),), call=Context(remaining=left))
 
 
-def test_a_call_whose_caller_left_is_not_computed(dispatcher):
-    """A caller that went away before the call's turn is not computed for."""
-    caller = Caller(lambda: None, lambda: False)
-    with pytest.raises(CancelledError, match="before the call was computed"):
-        pool(dispatcher, (MaxPool2d(2),), caller=caller)
+def test_a_cancelled_call_is_not_computed(dispatcher):
+    """A call that was cancelled before it is computed fails with CANCELLED."""
+    call = Context()
+    call.cancel()
+    with pytest.raises(CancelledError, match="before it was computed"):
+        pool(dispatcher, (MaxPool2d(2),), call=call)
 
 
 @pytest.mark.parametrize(
@@ -117,12 +120,12 @@ def test_a_call_whose_caller_left_is_not_computed(dispatcher):
         (MaxPool2d(5), {}, InvalidArgumentError),
         (MaxPool2d(2), {"payload": b""}, InvalidArgumentError),
         (AvgPool2d(2), {"spec": TensorSpec("int8", (1, 2, 4, 4))}, UnsupportedError),
-        (MaxPool2d(2), {"caller": Caller(lambda: 0.0, lambda: True)}, DeadlineExceededError),
+        (MaxPool2d(2), {"call": LATE}, DeadlineExceededError),
     ],
     ids=["layer", "payload", "dtype", "deadline"],
 )
-def test_what_fails_holds_no_bytes(dispatcher, admission, layer, bad, error):
-    """A call that was refused or not computed leaves room for the next."""
+def test_a_failed_call_holds_no_bytes(dispatcher, admission, layer, bad, error):
+    """A call that was rejected or not computed leaves its bytes to the next."""
     with pytest.raises(error):
         pool(dispatcher, (layer,), **bad)
     with admission.hold(1000), pytest.raises(UnavailableError), admission.hold(1):
@@ -131,7 +134,7 @@ def test_what_fails_holds_no_bytes(dispatcher, admission, layer, bad, error):
 
 @pytest.mark.parametrize(("held", "room"), [(872, False), (841, False), (840, True)])
 def test_inputs_and_outputs_count_beside_other_calls(dispatcher, admission, held, room):
-    """A call of 128 bytes with 32 bytes of output needs 160 beside what is under way; without, it may come again."""
+    """A call of 128 bytes with 32 bytes of output needs 160 beside those in flight; otherwise it may be tried again."""
     with admission.hold(held):
         if room:
             pool(dispatcher, (MaxPool2d(2),))
@@ -143,7 +146,7 @@ def test_inputs_and_outputs_count_beside_other_calls(dispatcher, admission, held
 
 
 def test_bytes_count_until_the_answer_is_written(dispatcher, admission):
-    """What a call holds is let go of when its outputs are no longer read, not when they are computed."""
+    """A call's bytes are released when its outputs are no longer read, not when they are computed."""
 
     def read(_):
         with pytest.raises(UnavailableError), admission.hold(841):
@@ -151,44 +154,44 @@ def test_bytes_count_until_the_answer_is_written(dispatcher, admission):
         with admission.hold(840):
             pass
 
-    dispatcher.pool(dispatcher.check(Request(INPUT, ((MaxPool2d(2),),))), PAYLOAD, WAITING, read)
+    dispatcher.pool(dispatcher.check(Request(INPUT, ((MaxPool2d(2),),))), PAYLOAD, CALL, read)
     with admission.hold(1000):
         pass
 
 
 @pytest.mark.parametrize("limit", [1, 100, 128, 159])
-def test_alone_a_call_of_any_size_is_served(engine, limit):
-    """A call that is over the limit by itself, or with its output, is served where nothing else is under way."""
+def test_a_call_of_any_size_is_served_alone(engine, limit):
+    """A call over the limit, by itself or with its output, is served when no other call is in flight."""
     dispatcher = Dispatcher(LIMITS, AdmissionControl(limit), engine, INFO)
     assert pool(dispatcher, (MaxPool2d(2),))[0].results == (HALVED,)
 
 
 def test_shapes_are_answered_without_a_payload(dispatcher):
-    """A question about shapes is answered by the same rules, and computes nothing."""
+    """Shapes follow the same rules as a call, and nothing is computed."""
     assert dispatcher.shapes((1, 2, 4, 4), [(MaxPool2d(2), AvgPool2d(2))], "NCHW") == [((1, 2, 2, 2), (1, 2, 1, 1))]
     with pytest.raises(InvalidArgumentError, match=r"^branches\[0\]\.layers\[0\]\.max_pool\.kernel_size: "):
         dispatcher.shapes((1, 2, 4, 4), [(MaxPool2d(5),)], "NCHW")
 
 
 def test_a_stream_gives_what_a_call_gives_block_by_block(dispatcher):
-    """A tensor in blocks has the outputs of the whole one, and the stream says its shapes before any block came."""
+    """A tensor in blocks has the outputs of the whole one, and its shapes are known before the first block."""
     request = Request(INPUT, ((MaxPool2d(2, return_indices=True),),))
     _, whole = pool(dispatcher, *request.branches)
     values, places = [], []
-    with dispatcher.stream(request, WAITING) as stream:
+    with dispatcher.stream(request, CALL) as stream:
         assert stream.results == request.results()
         for start in (0, 64):
-            value, place = dispatcher.pool_block(stream, PAYLOAD[start : start + 64], WAITING, copied)
+            value, place = dispatcher.pool_block(stream, PAYLOAD[start : start + 64], CALL, copied)
             values.append(value)
             places.append(place)
         stream.finish()
     assert [b"".join(values), b"".join(places)] == whole
 
 
-def test_a_stream_holds_its_blocks_for_as_long_as_it_lasts(dispatcher, admission):
-    """The blocks that a stream has in memory at a time are counted at its begin: 128 bytes each, with 32 of output."""
+def test_a_stream_reserves_its_blocks_until_its_end(dispatcher, admission):
+    """The blocks that a stream has in memory are reserved when it begins: 128 bytes each, with 32 of output."""
     size = BLOCKS_HELD * 128 + 32
-    with dispatcher.stream(Request(INPUT, ((MaxPool2d(2),),)), WAITING):
+    with dispatcher.stream(Request(INPUT, ((MaxPool2d(2),),)), CALL):
         with pytest.raises(UnavailableError), admission.hold(1001 - size):
             pytest.fail("more bytes than the limit were admitted")
         with admission.hold(1000 - size):
@@ -197,30 +200,29 @@ def test_a_stream_holds_its_blocks_for_as_long_as_it_lasts(dispatcher, admission
         pass
 
 
-def test_a_stream_finds_no_room_at_its_begin_or_not_at_all(dispatcher, admission):
-    """A stream for which there is no room is refused before a block has come."""
+def test_a_stream_is_rejected_at_its_beginning_or_never(dispatcher, admission):
+    """A stream whose blocks do not fit is rejected before the first block."""
     with (
         admission.hold(1000),
         pytest.raises(UnavailableError),
-        dispatcher.stream(Request(INPUT, ((MaxPool2d(2),),)), WAITING),
+        dispatcher.stream(Request(INPUT, ((MaxPool2d(2),),)), CALL),
     ):
         pytest.fail("a stream was begun")
 
 
 def test_a_stream_past_its_deadline_computes_nothing_more(dispatcher):
-    """Time is looked at when a stream begins and before each of its blocks."""
+    """The deadline is checked when a stream begins and before each of its blocks."""
     request = Request(INPUT, ((MaxPool2d(2),),))
-    late = Caller(lambda: 0.0, lambda: True)
-    with pytest.raises(DeadlineExceededError), dispatcher.stream(request, late):
+    with pytest.raises(DeadlineExceededError), dispatcher.stream(request, LATE):
         pytest.fail("a stream was begun")
-    with dispatcher.stream(request, WAITING) as stream:
-        dispatcher.pool_block(stream, PAYLOAD[:64], WAITING, copied)
+    with dispatcher.stream(request, CALL) as stream:
+        dispatcher.pool_block(stream, PAYLOAD[:64], CALL, copied)
         with pytest.raises(DeadlineExceededError):
-            dispatcher.pool_block(stream, PAYLOAD[64:], late, copied)
+            dispatcher.pool_block(stream, PAYLOAD[64:], LATE, copied)
 
 
-def test_a_stream_is_held_to_the_limits_of_a_block(engine):
-    """A tensor over every limit of a call passes in blocks; one plane that is over a limit doesn't."""
+def test_the_limits_of_a_stream_are_those_of_a_block(engine):
+    """A tensor over every limit of a call passes in blocks; a plane over a limit does not."""
     # 64 planes of 64 bytes of input and 16 of output.
     limits = Limits(64, 64, 64, 10**6)
     request = Request(TensorSpec("float32", (1, 64, 4, 4)), ((AdaptiveAvgPool2d(2),),))
@@ -229,14 +231,14 @@ def test_a_stream_is_held_to_the_limits_of_a_block(engine):
         dispatcher.check(request)
     with (
         pytest.raises(LimitExceededError) as raised,
-        dispatcher.stream(Request(TensorSpec("float32", (1, 64, 4, 5)), request.branches), WAITING),
+        dispatcher.stream(Request(TensorSpec("float32", (1, 64, 4, 5)), request.branches), CALL),
     ):
         pytest.fail("a plane over the limit was taken")
     assert raised.value.metadata == {"limit": "64", "actual": "80"}
 
 
 class InArena:
-    """A request whose tensors lie in an arena of four pages, outputs behind them, and who runs it there."""
+    """A request whose tensors lie in an arena of four pages, with its outputs behind them, and its dispatcher."""
 
     def __init__(self, engine, request, *inputs):
         self.mapping = mmap.mmap(-1, 4 * mmap.PAGESIZE)
@@ -255,9 +257,9 @@ class InArena:
         self.input, self.output = (0, end), (mmap.PAGESIZE, mmap.PAGESIZE)
 
     def run(self, **other):
-        """Run the request, the ranges those that fit or others; give the arena's bytes from the output range on."""
+        """Run the request with its own or other ranges; return the arena's bytes from the output range on."""
         ranges = ArenaRanges(b"it", other.get("input", self.input), other.get("output", self.output))
-        self.dispatcher.pool_in_arena(self.checked, ranges, other.get("caller", WAITING))
+        self.dispatcher.pool_in_arena(self.checked, ranges, other.get("call", CALL))
         return bytes(self.memory[ranges.output[0] :])
 
 
@@ -266,12 +268,12 @@ BRANCHES = ((MaxPool2d(2, return_indices=True),), (AvgPool2d(2),))
 
 @pytest.fixture
 def shared(engine):
-    """X in an arena, with its max, the indices of that and its mean asked for: 32, 64 and 32 bytes."""
+    """A request for the max of X, its indices and its mean in an arena: 32, 64 and 32 bytes."""
     return InArena(engine, Request(INPUT, BRANCHES), X)
 
 
-def test_a_call_in_an_arena_gives_what_any_call_gives(shared, dispatcher):
-    """Outputs and indices come to lie at the range for outputs, each at a multiple of 64; inputs stay as they are."""
+def test_a_call_in_an_arena_has_the_outputs_of_any_call(shared, dispatcher):
+    """Outputs and indices are written to the output range, each at a multiple of 64; inputs are left alone."""
     _, (values, places, means) = pool(dispatcher, *BRANCHES)
     left = shared.run()
     assert (left[:32], left[64:128], left[128:160]) == (values, places, means)
@@ -279,7 +281,7 @@ def test_a_call_in_an_arena_gives_what_any_call_gives(shared, dispatcher):
     assert shared.asked == [b"it"]
 
 
-def test_a_range_of_just_the_size_needed_is_enough(shared, dispatcher):
+def test_a_range_of_exactly_the_needed_size_is_enough(shared, dispatcher):
     """The last output may end where the range does, and where the arena does."""
     _, (values, _, means) = pool(dispatcher, *BRANCHES)
     left = shared.run(output=(4 * mmap.PAGESIZE - 192, 160))
@@ -302,8 +304,8 @@ def test_a_range_of_just_the_size_needed_is_enough(shared, dispatcher):
     ],
     ids=repr,
 )
-def test_a_range_that_is_not_aligned_or_not_in_the_arena_is_refused(shared, ranges, field):
-    """Ranges begin at a multiple of 64 and end inside the arena; the numbers that a caller sends can't wrap."""
+def test_a_range_that_is_not_aligned_or_not_in_the_arena_is_rejected(shared, ranges, field):
+    """Ranges begin at a multiple of 64 and end inside the arena; no number that a caller sends wraps around."""
     before = bytes(shared.memory)
     with pytest.raises(InvalidArgumentError) as raised:
         shared.run(**ranges)
@@ -323,8 +325,8 @@ def test_a_range_that_is_not_aligned_or_not_in_the_arena_is_refused(shared, rang
     ],
     ids=repr,
 )
-def test_a_range_that_is_too_small_or_overlaps_is_refused(shared, ranges, field, expected):
-    """What is needed is said; nothing is written where a tensor could be read."""
+def test_a_range_that_is_too_small_or_overlaps_is_rejected(shared, ranges, field, expected):
+    """The error says what is needed, and nothing is written."""
     before = bytes(shared.memory)
     with pytest.raises(InvalidArgumentError, match=rf"^{field}: expected .*{expected}") as raised:
         shared.run(**ranges)
@@ -332,20 +334,20 @@ def test_a_range_that_is_too_small_or_overlaps_is_refused(shared, ranges, field,
     assert bytes(shared.memory) == before
 
 
-def test_a_larger_range_for_inputs_is_taken(shared, dispatcher):
-    """What lies behind a tensor in its range is not looked at."""
+def test_a_larger_range_for_inputs_is_accepted(shared, dispatcher):
+    """The bytes behind the tensors in their range are ignored."""
     assert shared.run(input=(0, 1000))[:32] == pool(dispatcher, *BRANCHES)[1][0]
 
 
 def unpool(engine, indices):
-    """Give a call in an arena that unpools four ones."""
+    """Return a call in an arena that unpools four ones."""
     spec = TensorSpec("float32", (1, 1, 2, 2))
     request = Request(spec, ((MaxUnpool2d(2),),), TensorSpec("int64", spec.shape))
     return InArena(engine, request, np.ones(spec.shape, np.float32), np.array(indices))
 
 
-def test_indices_that_change_after_they_were_checked_change_nothing(engine, monkeypatch):
-    """A client that writes to its arena during a call can't have other indices used than were checked."""
+def test_indices_that_change_after_the_check_change_nothing(engine, monkeypatch):
+    """A client that writes to its arena during a call cannot have other indices used than those that were checked."""
     call = unpool(engine, [0, 5, 10, 15])
 
     def check_then_change(*arguments):
@@ -359,26 +361,26 @@ def test_indices_that_change_after_they_were_checked_change_nothing(engine, monk
 
 
 @pytest.mark.parametrize("bad", [-1, 16, 2**40])
-def test_an_index_out_of_its_plane_is_refused_in_an_arena_too(engine, bad):
-    """An index that no output plane has is the indices' fault, and nothing is written."""
+def test_an_index_out_of_its_plane_is_rejected_in_an_arena(engine, bad):
+    """The error names the indices and their range, and nothing is written."""
     call = unpool(engine, [0, 5, 10, bad])
     with pytest.raises(InvalidArgumentError, match=r"^indices: expected indices in 0\.\.15"):
         call.run()
     assert not call.memory[mmap.PAGESIZE :].any()
 
 
-def test_a_call_in_an_arena_that_nobody_waits_for_is_not_computed(shared):
-    """Time is looked at in its turn, as for any call."""
+def test_a_call_in_an_arena_past_its_deadline_is_not_computed(shared):
+    """The deadline is checked as for any call, and nothing is written."""
     with pytest.raises(DeadlineExceededError):
-        shared.run(caller=Caller(lambda: 0.0, lambda: True))
+        shared.run(call=LATE)
     assert not shared.memory[mmap.PAGESIZE :].any()
 
 
-def test_without_arenas_none_is_found(dispatcher):
-    """A server that has none answers as for one that it doesn't know, and the client sends its bytes."""
+def test_a_server_without_arenas_finds_none(dispatcher):
+    """The error is that of an unknown arena, after which a client sends its bytes."""
     checked = dispatcher.check(Request(INPUT, BRANCHES))
     with pytest.raises(NotFoundError) as raised:
-        dispatcher.pool_in_arena(checked, ArenaRanges(b"", (0, 128), (128, 160)), WAITING)
+        dispatcher.pool_in_arena(checked, ArenaRanges(b"", (0, 128), (128, 160)), CALL)
     assert raised.value.reason == "ARENA"
 
 
@@ -392,22 +394,22 @@ def test_one_bad_call_of_a_batch_fails_alone(engine, culprit):
         begun.set()
         assert let_go.wait(60)
 
-    def wait(_):
-        waits.release()
-        return True
+    class Queued(Context):
+        def add_done_callback(self, _):
+            waits.release()
+            return True
 
     spec = TensorSpec("float32", (1, 1, 2, 2))
     checked = dispatcher.check(Request(spec, ((MaxUnpool2d(2),),), TensorSpec("int64", spec.shape)))
     busy = dispatcher.check(Request(INPUT, ((MaxPool2d(2),),)))
-    caller = Caller(lambda: None, lambda: True, wait)
     with ThreadPoolExecutor(9) as threads:
-        first = threads.submit(dispatcher.pool, busy, PAYLOAD, WAITING, hold)
+        first = threads.submit(dispatcher.pool, busy, PAYLOAD, CALL, hold)
         assert begun.wait(60)
         futures = []
         for number in range(8):
             indices = np.array([0, 5, 10, 16 if number == culprit else 15])
             payload = np.full(4, number, np.float32).tobytes() + indices.tobytes()
-            futures.append(threads.submit(dispatcher.pool, checked, payload, caller, copied))
+            futures.append(threads.submit(dispatcher.pool, checked, payload, Queued(), copied))
             assert waits.acquire(timeout=60)
         let_go.set()
         assert first.result(60) is None
@@ -419,18 +421,18 @@ def test_one_bad_call_of_a_batch_fails_alone(engine, culprit):
             assert np.frombuffer(output, np.float32)[[0, 5, 10, 15]].tolist() == [number] * 4
 
 
-def test_a_full_queue_is_a_call_that_may_come_again(engine):
-    """What there is too much of is said with its limit, and the time to wait is at least a moment."""
-    dispatcher = Dispatcher(LIMITS, AdmissionControl(10**6), engine, INFO, bounds=QueueLimits(max_queue=0))
+def test_a_full_queue_rejects_for_now(engine):
+    """The error has the limit, the count, and the time to wait before the next try."""
+    dispatcher = Dispatcher(LIMITS, AdmissionControl(10**6), engine, INFO, queue_limits=QueueLimits(max_queue=0))
     for priority in range(3):
         with pytest.raises(UnavailableError, match="at most 0 calls that wait, got 1; try again") as raised:
-            dispatcher.check_room(priority)
+            dispatcher.admit(priority)
         assert (raised.value.reason, raised.value.metadata) == ("QUEUE", {"limit": "0", "actual": "1"})
         assert raised.value.retry_delay > 0
 
 
-def test_after_a_stop_a_call_is_told_to_go_elsewhere(engine):
-    """The server stops: what comes may be tried again, and nothing is held for it."""
+def test_a_stopped_dispatcher_rejects_for_now(engine):
+    """A call that comes after the stop may be tried again, and holds no bytes."""
     admission = AdmissionControl(1000)
     dispatcher = Dispatcher(LIMITS, admission, engine, INFO)
     dispatcher.stop()
@@ -438,12 +440,27 @@ def test_after_a_stop_a_call_is_told_to_go_elsewhere(engine):
         pool(dispatcher, (MaxPool2d(2),))
     assert raised.value.reason == "STOPPING"
     assert raised.value.retry_delay > 0
-    assert admission.held == 0
+    assert admission.bytes_in_flight == 0
 
 
-def test_without_room_for_bytes_nothing_is_read(admission, dispatcher):
-    """Where the bytes under way are all there may be, it is known before a call's message is."""
-    dispatcher.check_room(1)
+def test_a_call_is_rejected_unread_when_the_bytes_are_used_up(admission, dispatcher):
+    """When every byte is in flight, a call is rejected before its message is read."""
+    dispatcher.admit(1).release()
     with admission.hold(1000), pytest.raises(UnavailableError) as raised:
-        dispatcher.check_room(1)
+        dispatcher.admit(1)
     assert raised.value.reason == "IN_FLIGHT_BYTES"
+
+
+def test_an_executed_call_has_its_stage_times(dispatcher):
+    """A call's record has the planes, the batch and the durations of its execution, and the error if it failed."""
+    call = Context()
+    pool(dispatcher, (MaxPool2d(2),), call=call)
+    (times,) = call.record.executions
+    stages = [times.queued, times.started, times.computed, times.encoded, times.ended]
+    assert stages == sorted(stages)
+    assert (times.planes, times.batch_requests, times.batch_planes, times.error) == (2, 1, 2, "")
+    assert call.record.compute_ns == times.computed - times.started
+    late = Context(remaining=0.0)
+    with pytest.raises(DeadlineExceededError):
+        pool(dispatcher, (MaxPool2d(2),), call=late)
+    assert (late.record.latest.error, late.record.compute_ns) == ("DeadlineExceededError", 0)

@@ -1,4 +1,4 @@
-"""Reading ahead: order, the end and what it came by, how far ahead, that the reader ends; who is told of leaving."""
+"""Open streams: reading ahead, the end of the reader, the one done callback of a stream."""
 
 import threading
 import weakref
@@ -7,15 +7,16 @@ from queue import Queue
 
 import pytest
 
-from poolrpc import DeadlineExceededError
-from poolrpc_server.calls.streams import Leaving, ReadAhead
+from poolrpc import DeadlineExceededError, UnavailableError
+from poolrpc_server.calls.streams import OpenStreams, ReadAhead, StreamContext
+from tests.unit.server.context import Context
 
 PATIENCE = 30  # seconds that nothing here takes unless it hangs
 
 
 @pytest.fixture(autouse=True)
 def ended():
-    """Give what waits for the readers' threads to end, and see that each test leaves none."""
+    """Return a function that waits for the readers' threads to end; no test leaves one behind."""
 
     def join():
         for thread in threading.enumerate():
@@ -30,15 +31,15 @@ def ended():
 @pytest.mark.parametrize("ahead", [1, 2, 100])
 @pytest.mark.parametrize("items", [0, 1, 2, 50])
 def test_items_come_in_order_to_their_end(ahead, items):
-    """Every item comes once, in order, and then the end, to whoever asks again too."""
+    """Every item comes once, in order, and then the end, however often it is asked for."""
     with ReadAhead(iter(range(items)), ahead, PATIENCE) as reader:
         assert list(reader) == list(range(items))
         assert list(reader) == []
         assert next(reader, "none") == "none"
 
 
-def test_an_error_of_the_source_is_raised_where_it_is_waited_for():
-    """The items before it come first; who asks again has the error again."""
+def test_an_error_of_the_source_is_raised_by_next():
+    """The items before it come first, and every further call raises it again."""
 
     def source():
         yield 1
@@ -52,7 +53,7 @@ def test_an_error_of_the_source_is_raised_where_it_is_waited_for():
                 next(reader)
 
 
-def test_reading_goes_so_far_ahead_and_no_farther():
+def test_reading_goes_only_so_far_ahead():
     """With room for one item, the second is read before the first is asked for, and the third is not."""
     asked = Queue()
 
@@ -69,8 +70,8 @@ def test_reading_goes_so_far_ahead_and_no_farther():
         assert asked.empty()
 
 
-def test_a_source_that_sends_nothing_is_waited_for_so_long():
-    """An item that doesn't come in time is an error with the time in it; one that comes after all is given."""
+def test_an_item_has_to_come_in_time():
+    """An item that is late is an error that names the time."""
     going_on = threading.Event()
 
     def source():
@@ -88,7 +89,7 @@ def test_a_source_that_sends_nothing_is_waited_for_so_long():
 
 @pytest.mark.parametrize("taken", [0, 1, 5])
 def test_a_reader_that_waits_for_room_ends_with_the_context(ended, taken):
-    """A reader that holds items which nobody wants any more ends, although its source has more of them."""
+    """A reader that waits for room ends although its source has more items."""
     held, given = threading.Semaphore(0), []
 
     def source():
@@ -107,7 +108,7 @@ def test_a_reader_that_waits_for_room_ends_with_the_context(ended, taken):
 
 
 def test_a_reader_that_waits_for_its_source_ends_when_that_does(ended):
-    """A source that ends, as gRPC's do once nobody wants them, ends the reader, by whatever it ends."""
+    """A source that ends, as gRPC's do when the call ends, ends the reader, with an error or without."""
     for error in (None, KeyError):
         going_on, asked = threading.Event(), threading.Event()
 
@@ -125,7 +126,7 @@ def test_a_reader_that_waits_for_its_source_ends_when_that_does(ended):
 
 
 def test_a_reader_ends_with_a_context_that_fails(ended):
-    """Whatever ends the context ends the reader."""
+    """An exception that leaves the context ends the reader."""
 
     def fail():
         with ReadAhead(count(), 1, PATIENCE) as reader:
@@ -137,37 +138,56 @@ def test_a_reader_ends_with_a_context_that_fails(ended):
     ended()
 
 
-class Held:
+class Block:
     """What a callback may hold."""
 
-    def called(self):
-        """Be called."""
+    def done(self):
+        """Be called at the end."""
 
 
-def test_of_leaving_only_the_last_is_told_and_held():
-    """A stream of any number of blocks has one callback with gRPC, and what it held for a block goes with the block."""
-    kept, told = [], []
-
-    def keep(callback):
-        kept.append(callback)
-        return True
-
-    leaving, first = Leaving(keep), Held()
-    gone = weakref.ref(first)
-    assert leaving.tell(first.called)
+def test_a_stream_keeps_only_its_latest_callback():
+    """A stream of any number of blocks has one callback with its transport, and holds that of one block."""
+    call, called = Context(), []
+    stream, block = StreamContext(call), Block()
+    reference = weakref.ref(block)
+    assert stream.add_done_callback(block.done)
     for number in range(100):
-        assert leaving.tell(lambda number=number: told.append(number))
-    del first
-    assert gone() is None
-    (callback,) = kept
-    callback()
-    assert told == [99]
-    assert not leaving.tell(lambda: told.append("late"))
-    assert told == [99]
+        assert stream.add_done_callback(lambda number=number: called.append(number))
+    del block
+    assert reference() is None
+    assert len(call.callbacks) == 1
+    call.cancel()
+    assert called == [99]
+    assert not stream.add_done_callback(lambda: called.append("late"))
+    assert called == [99]
 
 
-def test_one_that_left_before_anybody_asked_is_seen():
-    """Where there is nobody left to tell of, the first who asks learns it."""
-    leaving = Leaving(lambda _: False)
-    assert not leaving.tell(lambda: None)
-    assert not leaving.tell(lambda: None)
+def test_a_stream_that_has_ended_takes_no_callback():
+    """A call that ended before the first callback says so at once."""
+    call = Context()
+    call.cancel()
+    stream = StreamContext(call)
+    assert not stream.add_done_callback(list)
+    assert not stream.add_done_callback(list)
+
+
+def test_only_so_many_streams_are_open():
+    """One stream too many is rejected for now, and the place of one that ended is free."""
+    streams = OpenStreams(1, PATIENCE)
+    with streams.open(iter([b"a"]), 1, Context()) as (reader, _, context):
+        assert (streams.count, list(reader), context.priority) == (1, [b"a"], 1)
+        with pytest.raises(UnavailableError) as raised, streams.open(iter(()), 1, Context()):
+            pytest.fail("a second stream was let in")
+        assert raised.value.reason == "STREAMS"
+    with streams.open(iter(()), 1, Context()):
+        pass
+    assert streams.count == 0
+
+
+def test_a_stream_in_which_nothing_moves_is_cancelled():
+    """A call whose answers nobody reads is ended after twice the idle time."""
+    call, cancelled = Context(), threading.Event()
+    call.add_done_callback(cancelled.set)
+    with OpenStreams(1, 0.01).open(iter(()), 1, call):
+        assert cancelled.wait(PATIENCE)
+    assert not call.is_active()

@@ -46,10 +46,10 @@ def test_the_limit_holds_over_many_schedules(engine):
     schedules = [schedule(engine, width) for width in range(2, 200)]
     for scheduled in schedules:
         execute(engine, scheduled)
-        assert engine.resident_bytes <= LIMIT
-    assert engine.resident_bytes > LIMIT / 2
+        assert engine.idle_bytes <= LIMIT
+    assert engine.idle_bytes > LIMIT / 2
     idle = sum(workspace.nbytes for scheduled in schedules for workspace in scheduled.workspaces)
-    assert idle == engine.resident_bytes
+    assert idle == engine.idle_bytes
 
 
 def test_the_least_recently_used_workspace_is_dropped_first(engine):
@@ -76,9 +76,9 @@ def test_a_dropped_workspace_is_created_again(engine):
 
 def test_a_workspace_counts_its_bytes_and_the_objects_for_them(engine):
     """The engine's resident bytes are those of inputs, outputs and overhead."""
-    assert engine.resident_bytes == 0
+    assert engine.idle_bytes == 0
     execute(engine, schedule(engine, 8))
-    assert engine.resident_bytes == 4 * 8 * 4 + 2 * 4 * 4 + OVERHEAD_BYTES
+    assert engine.idle_bytes == 4 * 8 * 4 + 2 * 4 * 4 + OVERHEAD_BYTES
 
 
 def test_a_failed_execution_drops_its_workspace(engine):
@@ -91,7 +91,7 @@ def test_a_failed_execution_drops_its_workspace(engine):
     with pytest.raises(KeyError):
         execute(engine, scheduled, fail)
     assert scheduled.workspaces == []
-    assert engine.resident_bytes == 0
+    assert engine.idle_bytes == 0
 
 
 def test_a_schedule_keeps_a_workspace_for_each_thread(engine):
@@ -103,7 +103,7 @@ def test_a_schedule_keeps_a_workspace_for_each_thread(engine):
 
     nest(THREADS - 1)
     assert len(scheduled.workspaces) == THREADS
-    assert engine.resident_bytes == THREADS * scheduled.workspaces[0].nbytes
+    assert engine.idle_bytes == THREADS * scheduled.workspaces[0].nbytes
 
 
 def test_a_limit_of_0_keeps_nothing():
@@ -111,7 +111,7 @@ def test_a_limit_of_0_keeps_nothing():
     engine = Engine("cpu", 1, workspace_limit=0)
     scheduled = schedule(engine, 8)
     assert execute(engine, scheduled) == bytes(2 * 4 * 4)
-    assert engine.resident_bytes == 0
+    assert engine.idle_bytes == 0
     engine.close()
 
 
@@ -126,7 +126,7 @@ def test_threads_share_the_cache(engine):
     with ThreadPoolExecutor(THREADS) as callers:
         assert all(callers.map(repeat, range(20)))
     idle = sum(workspace.nbytes for scheduled in schedules for workspace in scheduled.workspaces)
-    assert idle == engine.resident_bytes <= LIMIT
+    assert idle == engine.idle_bytes <= LIMIT
 
 
 def test_another_thread_may_take_the_last_idle_workspace(engine):

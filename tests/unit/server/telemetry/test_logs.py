@@ -1,4 +1,4 @@
-"""The log: lines of calls, written behind their backs, in order, with the time that each call ended."""
+"""The log: call lines, written by their own thread, in order, with the time at which each call ended."""
 
 import io
 import json
@@ -19,7 +19,7 @@ MINUTE = 60.0
 
 
 class Records(logging.Handler):
-    """A handler that keeps what it is given."""
+    """A handler that keeps its records."""
 
     def __init__(self):
         super().__init__()
@@ -32,7 +32,7 @@ class Records(logging.Handler):
 
 @pytest.fixture
 def records(monkeypatch):
-    """Give what the logger writes at INFO; a line of a call would wait a minute for others."""
+    """Return the records that the logger writes at INFO; a call line would wait a minute for others."""
     monkeypatch.setattr(logs, "FLUSH_SECONDS", MINUTE)
     handler = Records()
     LOGGER.handlers[:], LOGGER.propagate = [handler], False
@@ -41,7 +41,7 @@ def records(monkeypatch):
 
 
 def test_lines_are_written_in_order_when_the_log_closes(records):
-    """Closing writes every line, in the order in which the calls ended, and waits for no others."""
+    """Closing writes every line at once, in the order in which the calls ended."""
     with closing(CallLog()) as calls:
         for i in range(200):
             calls.add(logging.INFO, {"number": i})
@@ -50,7 +50,7 @@ def test_lines_are_written_in_order_when_the_log_closes(records):
 
 
 def test_a_line_has_the_time_at_which_the_call_ended(records):
-    """The time is when the line was added, and not when it was written."""
+    """The time is when the line was added, not when it was written."""
     between = []
     with closing(CallLog()) as calls:
         for i in range(3):
@@ -62,7 +62,7 @@ def test_a_line_has_the_time_at_which_the_call_ended(records):
 
 
 def test_lines_of_any_thread_are_written(records):
-    """Calls that end at the same time each have their line, and each thread's come in order."""
+    """Calls that end at the same time have a line each, and the lines of a thread come in order."""
     with closing(CallLog()) as calls:
         threads = [
             Thread(target=lambda who=who: [calls.add(logging.INFO, {"who": who, "number": i}) for i in range(50)])
@@ -77,7 +77,7 @@ def test_lines_of_any_thread_are_written(records):
 
 
 def test_a_line_is_written_without_a_close(records, monkeypatch):
-    """A line waits for others so long and is then written."""
+    """A line is written after the flush interval, also without a close."""
     monkeypatch.setattr(logs, "FLUSH_SECONDS", 0)
     written = Event()
     LOGGER.handlers[0].addFilter(lambda _: written.set() or True)
@@ -87,29 +87,28 @@ def test_a_line_is_written_without_a_close(records, monkeypatch):
     assert [each.number for each in records] == [1]
 
 
-def test_a_line_below_the_level_is_none(records):
-    """What the log's level leaves out isn't kept."""
+def test_a_line_below_the_level_is_dropped(records):
+    """A line below the log's level is not kept."""
     with closing(CallLog()) as calls:
         calls.add(logging.DEBUG, {"number": 1})
         calls.add(logging.INFO, {"number": 2})
     assert [each.number for each in records] == [2]
 
 
-def test_lines_over_the_most_that_may_wait_are_counted(records, monkeypatch):
-    """While lines come faster than they are written some are dropped, and a warning says how many."""
-    monkeypatch.setattr(logs, "MOST_LINES", 5)
-    with closing(CallLog()) as calls:
+def test_lines_over_the_limit_are_dropped(records):
+    """Lines that come faster than they are written are dropped, and a warning says how many."""
+    with closing(CallLog(max_lines=5)) as calls:
         for i in range(50):
             calls.add(logging.INFO, {"number": i})
     *written, warning = records
-    assert (warning.levelno, warning.getMessage()) == (logging.WARNING, "lines of calls were dropped")
+    assert (warning.levelno, warning.getMessage()) == (logging.WARNING, "call lines dropped")
     assert 5 <= len(written) <= 6  # one may have been taken to be written
     assert [each.number for each in written][:5] == list(range(5))
     assert warning.lines == 50 - len(written)
 
 
 def shown(log_format, monkeypatch, **options):
-    """Give what a call and an event are on stderr, line by line."""
+    """Return the lines of a call and an event on stderr."""
     stderr = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stderr)
     configure(log_format, "info", **options)
@@ -120,8 +119,8 @@ def shown(log_format, monkeypatch, **options):
     return stderr.getvalue().splitlines()
 
 
-def test_json_has_a_line_an_event(monkeypatch):
-    """Each event is an object with its time in UTC, its level, its name and its facts."""
+def test_json_has_one_line_per_event(monkeypatch):
+    """Each event is a JSON object with its time in UTC, its level, its name and its facts."""
     call, event = map(json.loads, shown("json", monkeypatch))
     assert {"event": "call", "level": "info", "method": "/x/Y", "status": "OK", "ms": 1.5}.items() <= call.items()
     assert {"event": "something", "level": "warning", "about": "it"}.items() <= event.items()
@@ -130,7 +129,7 @@ def test_json_has_a_line_an_event(monkeypatch):
 
 
 def test_a_worker_is_named_in_every_line(monkeypatch):
-    """What configure is told of the worker is in the lines of calls and of events, of any thread, in both formats."""
+    """The worker's number is in the lines of calls and of events, of any thread, in both formats."""
     for log_format, words in (("json", '"worker": 3'), ("text", "worker=3")):
         lines = shown(log_format, monkeypatch, worker=3)
         assert len(lines) == 2
@@ -139,14 +138,14 @@ def test_a_worker_is_named_in_every_line(monkeypatch):
 
 
 def test_lines_are_written_in_pieces_that_a_pipe_takes_whole():
-    """Lines stay whole and in order; a piece is as large as may be, one line where that alone is larger."""
+    """Lines stay whole and in order; a piece is as large as allowed, or one line that is larger by itself."""
     lines = ["a\n", "bb\n", "ä\n", "c" * 9 + "\n", "d\n"]
     assert list(pieces(lines, 5)) == ["a\nbb\n", "ä\n", "c" * 9 + "\n", "d\n"]
     assert list(pieces([], 5)) == []
 
 
-def test_text_has_a_line_an_event(monkeypatch):
-    """The same is text with name=value pairs, without colours where there is no terminal."""
+def test_text_has_one_line_per_event(monkeypatch):
+    """In text, the same is name=value pairs, without colours unless stderr is a terminal."""
     call, event = shown("text", monkeypatch)
     assert "call method=/x/Y status=OK ms=1.5" in call
     assert "something about=it" in event

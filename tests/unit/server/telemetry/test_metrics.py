@@ -1,4 +1,4 @@
-"""What is counted, how it is called, and where it is read; over processes too."""
+"""The metrics: their names, their values, their HTTP server, and their sums over processes."""
 
 import re
 import socket
@@ -44,17 +44,17 @@ sys.stdin.read()
 
 
 def families(registry):
-    """Give what a registry shows, as Prometheus reads it, by name."""
+    """Return what a registry shows, as Prometheus reads it, by name."""
     return {each.name: each for each in text_string_to_metric_families(generate_latest(registry).decode())}
 
 
 def value(registry, name, **labels):
-    """Give one sample."""
+    """Return one sample."""
     return registry.get_sample_value(name, labels)
 
 
 def busy():
-    """Give metrics in which everything was counted once."""
+    """Return metrics in which everything was counted once."""
     metrics = Metrics()
     metrics.watch(lambda: LOAD)
     metrics.started(*CALL)
@@ -69,14 +69,14 @@ def busy():
 
 @pytest.fixture
 def server():
-    """Give an HTTP server of busy metrics, which is ready."""
+    """Return an HTTP server of busy metrics, which is ready."""
     made = MetricsServer("127.0.0.1:0", busy().collect, lambda: True)
     yield made
     made.close()
 
 
-def test_names_are_as_prometheus_has_them():
-    """Names are lower-case with a prefix; counters end in _total, times in _seconds, sizes in _bytes; all have a help.
+def test_names_follow_prometheus_conventions():
+    """Names are lower-case with a prefix and a help text; counters end in _total, times in _seconds, sizes in _bytes.
 
     What Prometheus parses is what was counted.
     """
@@ -96,7 +96,7 @@ def test_names_are_as_prometheus_has_them():
 
 
 def test_calls_are_counted_by_method_and_status():
-    """Begun, ended by status and timed, with the labels and the codes of grpc-ecosystem."""
+    """Calls are counted at their start and end and timed, with the labels and codes of grpc-ecosystem."""
     metrics = Metrics()
     for code in ("OK", "OK", "INVALID_ARGUMENT", "CANCELLED"):
         metrics.started(*CALL)
@@ -111,8 +111,8 @@ def test_calls_are_counted_by_method_and_status():
     assert value(shown, "grpc_server_handling_seconds_bucket", **LABELS, le="0.25") == 4
 
 
-def test_an_execution_is_counted_with_what_is_in_it():
-    """Executions against requests, and the batches' sizes and times."""
+def test_an_execution_is_counted_with_its_contents():
+    """Executions, their requests, and the sizes and durations of batches are counted."""
     metrics = busy()
     metrics.executed(1, 8, 1000, 0.25)
     shown = metrics.collect()
@@ -126,15 +126,15 @@ def test_an_execution_is_counted_with_what_is_in_it():
 
 
 def test_calls_that_fail_are_counted_by_their_reason():
-    """Rejects have their reason, cancelled calls their stage, escapes none."""
+    """Rejections are counted by reason, cancelled calls by stage, validator escapes without a label."""
     shown = busy().collect()
     assert value(shown, "poolrpc_rejects_total", reason="STREAMS") == 1
     assert value(shown, "poolrpc_cancelled_total", stage="queue") == 1
     assert value(shown, "poolrpc_validator_escapes_total") == 1
 
 
-def test_what_may_be_counted_is_shown_from_0_on():
-    """Every reason, every stage, and each method of a service has its samples before the first call."""
+def test_every_sample_is_shown_from_0_on():
+    """Every reason, stage and method of a service has its samples before the first call."""
     metrics = Metrics()
     metrics.expect(*CALL)
     shown = metrics.collect()
@@ -145,15 +145,15 @@ def test_what_may_be_counted_is_shown_from_0_on():
     assert value(shown, "grpc_server_handling_seconds_bucket", **LABELS, le="30.0") == 0
 
 
-def test_the_reasons_are_those_that_the_server_gives():
-    """REASONS has each reason of an UnavailableError that the server's code makes, and no other."""
+def test_every_reason_of_a_rejection_is_listed():
+    """REASONS has each reason of an UnavailableError in the server's code, and no other."""
     sources = [each.read_text() for each in Path(poolrpc_server.__file__).parent.rglob("*.py")]
-    made = [re.findall(r'(?:refused\(|UnavailableError\([^)]*reason=)"([A-Z_]+)"', each) for each in sources]
+    made = [re.findall(r'(?:rejection\(|UnavailableError\([^)]*reason=)"([A-Z_]+)"', each) for each in sources]
     assert {reason for each in made for reason in each} == set(REASONS)
 
 
-def test_gauges_are_what_is_under_way_at_the_time_of_looking():
-    """What is watched is asked when somebody looks, and not when calls end."""
+def test_gauges_are_read_when_they_are_collected():
+    """The load is read at each collection, and not when calls end."""
     metrics, asked = Metrics(), [Load(7), LOAD, LOAD]
     metrics.watch(lambda: asked.pop(0))
     assert value(metrics.collect(), "poolrpc_inflight_bytes") == 7
@@ -170,7 +170,7 @@ def test_gauges_are_what_is_under_way_at_the_time_of_looking():
 
 
 def test_metrics_that_are_off_count_nothing():
-    """They take everything, ask nobody and show nothing."""
+    """Disabled metrics accept every count, read no load and show nothing."""
     metrics = Metrics(enabled=False)
     metrics.watch(lambda: pytest.fail("asked"))
     metrics.started(*CALL)
@@ -183,8 +183,8 @@ def test_metrics_that_are_off_count_nothing():
     assert families(metrics.collect()) == {}
 
 
-def test_no_count_is_lost_among_threads():
-    """Threads that count at once count all."""
+def test_threads_lose_no_count():
+    """Counts of several threads add up."""
     metrics = Metrics()
 
     def count(_):
@@ -197,7 +197,7 @@ def test_no_count_is_lost_among_threads():
 
 
 def test_pages_of_the_server(server):
-    """/metrics is what is counted; /healthz and /readyz are for probes; another page is a 404 that names those."""
+    """/metrics shows the registry, /healthz and /readyz are probes, and any other page is a 404 that names these."""
     status, text = get(server.address, "metrics")
     assert status == 200
     assert "poolrpc_validator_escapes_total 1.0\n" in text
@@ -207,8 +207,8 @@ def test_pages_of_the_server(server):
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
-def test_it_listens_where_it_says(host):
-    """A free port is filled in, of either family of addresses; a server that isn't ready says so with a 503."""
+def test_the_address_is_where_it_listens(host):
+    """A free port is filled in, for IPv4 and IPv6; a server that is not ready answers 503."""
     made = MetricsServer(f"{host}:0", busy().collect, lambda: False)
     try:
         assert made.address.startswith(f"{host}:")
@@ -221,13 +221,13 @@ def test_it_listens_where_it_says(host):
 
 
 def test_an_address_has_one_server(server):
-    """A second one on the same address fails at once."""
+    """A second server on the same address fails at once."""
     with pytest.raises(OSError, match="in use"):
         MetricsServer(server.address, busy().collect, lambda: True)
 
 
-def test_a_peer_that_leaves_is_no_news(server, capfd):
-    """A connection that breaks off leaves nothing on stderr, and others are answered."""
+def test_a_client_that_leaves_is_not_logged(server, capfd):
+    """A connection that breaks leaves nothing on stderr, and others are answered."""
     host, port = server.address.split(":")
     connection = socket.create_connection((host, int(port)))
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # a reset instead of an end
@@ -239,7 +239,7 @@ def test_a_peer_that_leaves_is_no_news(server, capfd):
 
 @pytest.fixture
 def counting(tmp_path, monkeypatch):
-    """Give two processes that have counted into a folder, whose oldest requests have waited for 1.5 and 2.5 seconds."""
+    """Return two processes that counted into a folder, with oldest requests of 1.5 and 2.5 seconds."""
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     made = [
         subprocess.Popen([sys.executable, "-c", COUNTING, age], stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: S603 - ours
@@ -255,7 +255,7 @@ def counting(tmp_path, monkeypatch):
 
 
 def test_processes_are_summed(counting, tmp_path):
-    """Counters, histograms and gauges of several processes are shown as sums, the age as the greatest."""
+    """Counters, histograms and gauges of several processes are summed; of the ages, the largest is shown."""
     assert all(each.poll() is None for each in counting)
     shown = summed(str(tmp_path), lambda: 7)
     assert value(shown, "grpc_server_started_total", **LABELS) == 2
@@ -271,7 +271,7 @@ def test_processes_are_summed(counting, tmp_path):
 
 
 def test_a_process_that_died_leaves_its_counts(counting, tmp_path):
-    """What a dead process had under way is no longer shown, what it counted still is."""
+    """The gauges of a dead process are no longer shown; its counters are."""
     counting[1].kill()
     counting[1].wait()
     forget(str(tmp_path), counting[1].pid)
@@ -282,7 +282,7 @@ def test_a_process_that_died_leaves_its_counts(counting, tmp_path):
 
 
 def test_a_supervisor_needs_neither_torch_nor_grpc():
-    """Importing the metrics imports none of what computes or serves calls."""
+    """Importing the metrics imports neither torch nor grpc."""
     program = (
         "import poolrpc_server.telemetry.metrics, sys; sys.exit(bool({'torch', 'grpc', 'numpy'} & sys.modules.keys()))"
     )

@@ -1,4 +1,4 @@
-"""What the OTEL_ variables ask for, and what is told of a call's stages."""
+"""Traces: what the OTEL_ variables ask for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import sys
 import pytest
 
 from poolrpc_server.telemetry import traces
-from poolrpc_server.telemetry.timeline import MOST_TURNS, Timeline
 
 OTLP = {"OTEL_TRACES_EXPORTER": "otlp"}
 ENDPOINT, TRACES_ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
@@ -46,53 +45,21 @@ def test_traces_are_on_where_an_exporter_or_an_endpoint_is_named(environment, na
     ],
 )
 def test_a_destination_has_no_secrets(environment, said):
-    """Of an endpoint its scheme, host, port and path are said; neither a user, a password nor a query."""
+    """An endpoint is shown as its scheme, host, port and path, without user, password and query."""
     assert traces.destination("otlp", environment) == said
 
 
-def test_other_exporters_are_said_by_their_name():
-    """The console, for example."""
+def test_other_exporters_are_shown_by_name():
+    """An exporter without an endpoint, such as the console, is its own destination."""
     assert traces.destination("console", {}) == "console"
 
 
 def test_without_the_extra_there_is_a_warning(monkeypatch, caplog):
-    """A server that is asked for traces but lacks the extra says what to install, and has none."""
+    """A server that is to trace but lacks the extra warns what to install, and does not trace."""
     monkeypatch.setenv("OTEL_TRACES_EXPORTER", "console")
-    monkeypatch.setitem(sys.modules, "poolrpc_server.telemetry.spans", None)  # as where OpenTelemetry can't be imported
+    monkeypatch.setitem(sys.modules, "opentelemetry", None)  # as if it were not installed
     with caplog.at_level(logging.WARNING, "poolrpc_server"):
-        assert traces.begin() is None
+        assert traces.start_tracing() is None
     assert [each.getMessage() for each in caplog.records] == [
-        "no traces: the server needs its extra, pip install 'poolrpc[otel]'"
+        "no traces: expected the extra, pip install 'poolrpc[otel]'"
     ]
-
-
-def test_a_turn_is_told_stage_by_stage():
-    """Times follow each other, and a batch that is computed anew, one by one, is told anew."""
-    timeline = Timeline()
-    with timeline.turn(6, 1) as turn:
-        turn.begin(3, 18)
-        turn.compute_ended()
-        turn.begin(1, 6)
-        assert turn.computed == 0
-        assert turn.timed(lambda outputs: [*outputs, "made"])([]) == ["made"]
-    times = [timeline.started, turn.queued, turn.begun, turn.computed, turn.encoded, turn.ended]
-    assert times == sorted(times)
-    assert (turn.batch_requests, turn.batch_planes, turn.error) == (1, 6, "")
-
-
-def test_a_turn_keeps_what_it_failed_with():
-    """The error's name is kept, and the error goes on."""
-    timeline = Timeline()
-    with pytest.raises(ValueError, match="no"), timeline.turn(1, 1) as turn:
-        raise ValueError("no")
-    assert (turn.error, turn.begun) == ("ValueError", 0)
-    assert turn.ended >= turn.queued
-
-
-def test_only_the_first_turns_are_kept():
-    """Any number is counted; a stream without end takes no more memory."""
-    timeline = Timeline()
-    for _ in range(MOST_TURNS + 5):
-        with timeline.turn(1, 1):
-            pass
-    assert (timeline.count, len(timeline.turns)) == (MOST_TURNS + 5, MOST_TURNS)

@@ -1,0 +1,211 @@
+"""A server without its transports: the engine, the dispatcher, the protocols and the pipeline, built from a Config."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from poolrpc import __version__
+from poolrpc._shapes.limits import MAX_BRANCHES, MAX_CHAIN, MAX_FRACTIONAL_AXIS, MAX_NUMEL, MAX_PARAMETER
+from poolrpc._wire.codec import Limit, ServerInfo
+from poolrpc.errors import UnavailableError
+from poolrpc.layers import LAYERS
+from poolrpc.tensors import keep_freed_memory
+from poolrpc_server.calls.admission import AdmissionControl
+from poolrpc_server.calls.dispatch import Dispatcher, no_arena
+from poolrpc_server.calls.pipeline import CallPipeline, Observers
+from poolrpc_server.calls.queue import QueueLimits
+from poolrpc_server.calls.streams import OpenStreams
+from poolrpc_server.calls.tokens import TokenFile
+from poolrpc_server.calls.validate import Limits
+from poolrpc_server.compute.device import is_device_lost
+from poolrpc_server.compute.engine import IDLE_LIMIT, WORKSPACE_LIMIT, Engine
+from poolrpc_server.config import Config, ConfigError
+from poolrpc_server.presets import read_presets
+from poolrpc_server.protocols import health, native
+from poolrpc_server.protocols.triton import servicer as triton
+from poolrpc_server.protocols.triton.shared_memory import SharedMemoryRegistry
+from poolrpc_server.telemetry.logs import CallLog, log
+from poolrpc_server.telemetry.metrics import Load, Metrics
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from poolrpc.errors import PoolError
+    from poolrpc_server.calls.dispatch import SharedMemory
+    from poolrpc_server.telemetry.traces import Spans
+
+CONFIGURED_LIMITS = (
+    "max_message_bytes",
+    "max_output_bytes",
+    "max_output_growth",
+    "max_work",
+    "max_inflight_bytes",
+    "max_queue",
+    "max_batch_bytes",
+    "max_arena_bytes",
+    "max_arenas",
+    "max_streams",
+)
+
+
+class Arenas(Protocol):
+    """Memory that is shared with clients, for the metrics."""
+
+    @property
+    def live(self) -> int: ...  # noqa: D102 - number of arenas with a client
+    @property
+    def nbytes(self) -> int: ...  # noqa: D102 - bytes of all arenas
+
+
+class Service:
+    """Everything of a server but its transports: engine, dispatcher, protocols, pipeline, health and metrics.
+
+    Attributes:
+        info: What the server says of itself.
+        pipeline: Answers calls.
+        health: Whether the server takes calls.
+        metrics: What is counted.
+        models: Names of the models of the Open Inference Protocol.
+        failure: Why the process cannot go on; empty if it can.
+        on_failure: Called when it cannot go on.
+
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        spans: Spans | None = None,
+        arenas: Sequence[Arenas] = (),
+        find_arena: Callable[[bytes], SharedMemory] = no_arena,
+    ) -> None:
+        """Make a service.
+
+        Args:
+            config: The settings.
+            spans: Makes the spans of its calls, and is closed with it. None: calls are not traced.
+            arenas: Where clients attach shared memory, for the metrics; the transport may add to it later.
+            find_arena: Returns the arena of an id, or raises NotFoundError.
+
+        Raises:
+            ConfigError: There is no such device, or the tokens or presets cannot be read.
+
+        """
+        keep_freed_memory()
+        try:
+            tokens = TokenFile(config.token_file) if config.token_file else None
+        except ValueError as error:
+            raise ConfigError(f"token_file: {error}") from None
+        try:
+            # What is kept between calls is a fraction of what calls may take.
+            self._engine = Engine(
+                config.device,
+                config.threads,
+                workspace_limit=min(WORKSPACE_LIMIT, config.max_inflight_bytes // 4),
+                idle_limit=min(IDLE_LIMIT, config.max_inflight_bytes // 4),
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        self.info = _describe(config, self._engine, spans)
+        self.failure = ""
+        self.on_failure: Callable[[], object] = lambda: None
+        self._arenas = arenas
+        self.metrics = Metrics(enabled=bool(config.metrics))
+        self._admission = AdmissionControl(config.max_inflight_bytes, config.call_threads, self._engine)
+        self._dispatcher = Dispatcher(
+            Limits(config.max_message_bytes, config.max_output_bytes, config.max_output_growth, config.max_work),
+            self._admission,
+            self._engine,
+            self.info,
+            find_arena,
+            QueueLimits(
+                config.max_queue, config.max_queue_seconds, config.max_batch_bytes, config.max_queue_delay / 1000
+            ),
+            self.metrics if config.metrics else None,
+        )
+        self._spans = spans
+        self._call_log = CallLog()
+        observers = Observers(self._call_log, self.metrics, spans, self._translate)
+        self.pipeline = CallPipeline(self._dispatcher.admit, observers, tokens)
+        # A stream has a call thread for as long as it lasts: at least one is left for other calls.
+        self._streams = OpenStreams(
+            max(1, min(config.max_streams, config.call_threads - 1)), config.stream_idle_seconds
+        )
+        models = read_presets(config.model, config.models)
+        self.models = tuple(models)
+        self.health = health.Health(
+            (native.SERVICE, triton.SERVICE, health.SERVICE), public=not config.health_requires_token
+        )
+        regions = SharedMemoryRegistry(allowed=config.allow_client_shm)
+        for protocol in (
+            native.PoolServicer(self._dispatcher, self._streams),
+            triton.TritonServicer(self._dispatcher, models, regions, self._streams, lambda: self.health.serving),
+            self.health,
+        ):
+            self.pipeline.add(protocol.methods())
+        self.metrics.watch(self._load)
+
+    def fail(self, reason: str) -> None:
+        """Record that this process cannot go on, because its device is lost, for example; for any thread.
+
+        Health becomes NOT_SERVING, and `serve` ends with FAILED, so that the supervisor, or whatever runs the process,
+        starts it again.
+        """
+        if not self.failure:
+            self.failure = reason
+            log.critical("failed", reason=reason)
+            self.health.set_serving(False)
+            self.on_failure()
+
+    def stop_queue(self) -> None:
+        """Fail the calls that are queued; those that are being computed are finished."""
+        self._dispatcher.stop()
+
+    def close(self, grace: float = 0.0) -> None:
+        """End what is left once no call is being answered; the last spans have `grace` seconds to be sent."""
+        self._engine.close()
+        if self._spans is not None:
+            self._spans.close(grace)
+        self._call_log.close()
+
+    def _translate(self, error: Exception) -> PoolError | None:
+        if not is_device_lost(error):
+            return None
+        self.fail(str(error).partition("\n")[0])
+        return UnavailableError("the device failed; the server starts again", reason="DEVICE_FAILED")
+
+    def _load(self) -> Load:
+        lengths, oldest = self._dispatcher.waiting()
+        return Load(
+            inflight_bytes=self._admission.bytes_in_flight,
+            queue_lengths=lengths,
+            queue_oldest_seconds=oldest,
+            arenas=sum(listener.live for listener in self._arenas),
+            arena_bytes=sum(listener.nbytes for listener in self._arenas),
+            streams=self._streams.count,
+        )
+
+
+def _describe(config: Config, engine: Engine, spans: Spans | None) -> ServerInfo:
+    return ServerInfo(
+        version=__version__,
+        torch_version=torch.__version__,
+        device=str(engine.device),
+        threads=engine.threads,
+        layers={name: layer.dtypes for name, layer in LAYERS.items()},
+        limits={
+            **{name: Limit(getattr(config, name), config.unit(name)) for name in CONFIGURED_LIMITS},
+            "max_tensor_cells": Limit(MAX_NUMEL, "cells"),
+            "max_parameter": Limit(MAX_PARAMETER, "cells"),
+            "max_fractional_axis": Limit(MAX_FRACTIONAL_AXIS, "cells"),
+            "max_branches": Limit(MAX_BRANCHES, "branches"),
+            "max_chain": Limit(MAX_CHAIN, "layers"),
+        },
+        features={
+            "tls": "mutual" if config.tls_client_ca else "on" if config.tls_cert else "off",
+            "tokens": "on" if config.token_file else "off",
+            "metrics": "on" if config.metrics else "off",
+            "traces": "off" if spans is None else spans.destination,
+        },
+    )

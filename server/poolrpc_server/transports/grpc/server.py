@@ -1,0 +1,192 @@
+"""The gRPC transport: a grpcio server on its addresses, with health, reflection and the threads of calls."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+from poolrpc.access import unix_path
+from poolrpc_server.calls.pipeline import Method
+from poolrpc_server.protocols.messages import parse
+from poolrpc_server.sockets import prepare_path
+from poolrpc_server.transports.grpc.interceptor import PipelineInterceptor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from threading import Event
+
+    from poolrpc_server.calls.call import CallContext
+    from poolrpc_server.calls.pipeline import CallPipeline
+    from poolrpc_server.protocols.health import Health
+    from poolrpc_server.transports.grpc.tls import Certificates
+
+CONTROL_THREADS = 4
+"""Threads of calls that do not compute, so that monitoring is answered while every other thread is taken."""
+
+REFLECTION_THREADS = 4
+"""Threads of reflection, whose streams may stay open for as long as their clients like."""
+
+WATCH = f"/{health.SERVICE_NAME}/"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrpcSettings:
+    """Settings of a gRPC server and of its connections; seconds of 0 leave gRPC's own default.
+
+    Attributes:
+        call_threads: Threads of calls that compute.
+        max_message_bytes: Size of the largest message, each way.
+        max_metadata_bytes: Size of a call's metadata.
+        max_connection_calls: Calls at a time on a connection.
+        keepalive_seconds: Idle time before the server sends a keepalive ping.
+        keepalive_timeout_seconds: Seconds to wait for the ping's acknowledgement.
+        min_ping_seconds: Least time between a client's pings; a client that sends more is disconnected.
+        max_connection_age_seconds: Age at which clients are asked to reconnect.
+        max_connection_age_grace_seconds: Seconds that calls may still take after that.
+        max_connection_idle_seconds: Time without calls after which a connection is closed.
+        share_ports: Whether other processes may listen on the same ports.
+
+    """
+
+    call_threads: int
+    max_message_bytes: int
+    max_metadata_bytes: int
+    max_connection_calls: int
+    keepalive_seconds: float
+    keepalive_timeout_seconds: float
+    min_ping_seconds: float
+    max_connection_age_seconds: float
+    max_connection_age_grace_seconds: float
+    max_connection_idle_seconds: float
+    share_ports: bool = False
+
+    def options(self) -> list[tuple[str, int]]:
+        """Return the settings as gRPC channel arguments."""
+        seconds = {
+            "grpc.keepalive_time_ms": self.keepalive_seconds,
+            "grpc.keepalive_timeout_ms": self.keepalive_timeout_seconds,
+            "grpc.http2.min_ping_interval_without_data_ms": self.min_ping_seconds,
+            "grpc.max_connection_age_ms": self.max_connection_age_seconds,
+            "grpc.max_connection_idle_ms": self.max_connection_idle_seconds,
+        }
+        return [
+            *((name, round(value * 1000)) for name, value in seconds.items() if value),
+            ("grpc.max_connection_age_grace_ms", round(self.max_connection_age_grace_seconds * 1000)),
+            # The peer of a connection without calls may be gone too.
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.max_concurrent_streams", self.max_connection_calls),
+            # Between the two, gRPC rejects calls at random.
+            ("grpc.max_metadata_size", self.max_metadata_bytes),
+            ("grpc.absolute_max_metadata_size", self.max_metadata_bytes),
+            ("grpc.max_receive_message_length", self.max_message_bytes),
+            ("grpc.max_send_message_length", self.max_message_bytes),
+            # Two servers on one port would take turns unnoticed.
+            ("grpc.so_reuseport", int(self.share_ports)),
+            # A compressed message may inflate to any size.
+            ("grpc.compression_enabled_algorithms_bitset", 1),
+        ]
+
+
+class GrpcServer:
+    """A grpcio server whose calls the pipeline answers.
+
+    Attributes:
+        addresses: Where it listens, with free ports filled in.
+
+    """
+
+    def __init__(
+        self,
+        pipeline: CallPipeline,
+        probes: Health,
+        listen: tuple[str, ...],
+        settings: GrpcSettings,
+        certificates: Certificates | None = None,
+    ) -> None:
+        """Make a server and take its addresses.
+
+        Args:
+            pipeline: Answers its calls.
+            probes: Health of the server; its services are those that reflection names.
+            listen: Addresses, "host:port" (port 0: a free one) or "unix:PATH".
+            settings: Settings of the server.
+            certificates: TLS on every address but unix sockets. None: plaintext.
+
+        Raises:
+            ValueError: An address is in use, or not one of this machine; says which.
+
+        """
+        self._certificates = certificates
+        self._executor = ThreadPoolExecutor(settings.call_threads, "poolrpc-call")
+        self._control = ThreadPoolExecutor(CONTROL_THREADS, "poolrpc-control")
+        self._reflection = ThreadPoolExecutor(REFLECTION_THREADS, "poolrpc-reflection")
+        names = (*filter(None, probes.services), reflection.SERVICE_NAME)
+        pipeline.add([_reflection_method(names)])
+        interceptor = PipelineInterceptor(pipeline, self._executor_of, (WATCH,) if probes.public else ())
+        self._server = grpc.server(self._executor, interceptors=[interceptor], options=settings.options())
+        # Watch alone: the pipeline has Check.
+        watch = health.HealthServicer(experimental_thread_pool=self._control)
+        health_pb2_grpc.add_HealthServicer_to_server(watch, self._server)
+
+        def show(serving: bool) -> None:  # noqa: FBT001 - an observer of Health
+            states = health_pb2.HealthCheckResponse
+            for service in probes.services:
+                watch.set(service, states.SERVING if serving else states.NOT_SERVING)
+
+        probes.add_observer(show)
+        try:
+            self.addresses = tuple(map(self._listen, listen))
+        except BaseException:
+            self.stop(0).wait()
+            self.close()
+            raise
+
+    def start(self) -> None:
+        """Accept calls."""
+        self._server.start()
+
+    def stop(self, grace: float) -> Event:
+        """Reject new calls, and cancel those that take longer than `grace` seconds; the event is set at the end."""
+        return self._server.stop(grace)
+
+    def close(self) -> None:
+        """End the threads, once the server has stopped."""
+        for executor in (self._executor, self._control, self._reflection):
+            executor.shutdown()
+
+    def _executor_of(self, method: Method) -> ThreadPoolExecutor:
+        if method.computes:
+            return self._executor
+        return self._reflection if method.stream is not None else self._control
+
+    def _listen(self, address: str) -> str:
+        try:
+            if path := unix_path(address):
+                prepare_path(Path(path))
+            # A unix socket is this machine's alone, and its clients share memory with the server.
+            if path or self._certificates is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, self._certificates.credentials())
+        except (RuntimeError, BlockingIOError):
+            raise ValueError(
+                f"expected a free address, got {address!r}: it is in use, or does not belong to this machine"
+            ) from None
+        return address if path else f"{address.rpartition(':')[0]}:{port}"
+
+
+def _reflection_method(names: tuple[str, ...]) -> Method:
+    servicer = reflection.ReflectionServicer(names)
+
+    def reflect(messages: Iterator[bytes], call: CallContext) -> Iterator[bytes]:
+        requests = (parse(reflection_pb2.ServerReflectionRequest, message) for message in messages)
+        for response in servicer.ServerReflectionInfo(requests, call):
+            yield response.SerializeToString()
+
+    return Method(f"/{reflection.SERVICE_NAME}/ServerReflectionInfo", stream=reflect, probe=True)

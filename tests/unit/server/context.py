@@ -1,0 +1,37 @@
+"""The context of a call without a transport."""
+
+from poolrpc._wire.status import DETAILS_KEY, decode_error
+from poolrpc_server.calls.call import CallContext
+
+
+class Context(CallContext):
+    """A call whose end and deadline the test decides."""
+
+    def __init__(self, method="/poolrpc.v1.PoolService/Pool", metadata=(), peer="", remaining=None):
+        super().__init__(method, metadata, peer)
+        self.remaining, self.ended, self.callbacks = remaining, False, []
+
+    def time_remaining(self):
+        """Return what the test set."""
+        return self.remaining
+
+    def is_active(self):
+        """Return whether the test has not ended the call."""
+        return not self.ended
+
+    def add_done_callback(self, callback):
+        """Keep the callback for `cancel`."""
+        if not self.ended:
+            self.callbacks.append(callback)
+        return not self.ended
+
+    def cancel(self):
+        """End the call."""
+        self.ended = True
+        for callback in self.callbacks:
+            callback()
+
+
+def error_of(status):
+    """Return the error that a client makes of a StatusError."""
+    return decode_error(status.code, status.message, dict(status.trailing).get(DETAILS_KEY))
