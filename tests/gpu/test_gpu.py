@@ -167,7 +167,7 @@ def test_a_lost_device_ends_the_process() -> None:
         "try:\n"
         "    poolrpc.PoolClient(server.addresses[0]).pool(np.ones((1, 1, 4, 4), np.float32), poolrpc.MaxPool2d(2))\n"
         "except poolrpc.UnavailableError as error:\n"
-        "    print(error.reason, bool(server.failure), flush=True)\n"
+        "    print(error.reason, bool(server.service.failure), flush=True)\n"
         "import os; os._exit(FAILED)\n"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)  # noqa: S603 - ours
