@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
 from contextlib import aclosing, closing
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
@@ -218,10 +218,10 @@ class AsyncPoolClient(BaseClient):
                 return await asyncio.to_thread(step.function)
 
     @cached_property
-    def _stream_resources(self) -> tuple[grpc.Channel, ThreadPoolExecutor]:
+    def _stream_resources(self) -> tuple[grpc.Channel, futures.ThreadPoolExecutor]:
         # Streams run on a blocking channel, in threads: if a stream ends while it is being written to, grpc.aio reports
         # an internal error instead of the status that the server ended it with (seen in 1.85: set_internal_error).
-        return self._open_blocking_channel(self.address), ThreadPoolExecutor(MAX_STREAMS, "poolrpc-stream")
+        return self._open_blocking_channel(self.address), futures.ThreadPoolExecutor(MAX_STREAMS, "poolrpc-stream")
 
     async def _stream(self, step: SendStream) -> list[PoolResult]:
         channel, threads = self._stream_resources

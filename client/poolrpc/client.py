@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
 from contextlib import closing
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
@@ -283,7 +283,7 @@ class PoolClient(BaseClient):
                 return step.function()
 
     def _run_map(self, steps: MapSteps, groups: Iterator[Group], in_flight: int) -> Iterator[Any]:
-        with ThreadPoolExecutor(in_flight, "poolrpc-map") as executor, closing(steps):
+        with futures.ThreadPoolExecutor(in_flight, "poolrpc-map") as executor, closing(steps):
             result: Any = None
             while True:
                 try:
