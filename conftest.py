@@ -1,4 +1,4 @@
-"""Makes the blocks of code in README.md and docs/ tests."""
+"""Makes tests of the code blocks in README.md and docs/."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ pytest_collect_file = DOCUMENTS.pytest()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the blocks that need more than is here."""
-    for each in items:
-        if isinstance(each, SybilItem) and (mark := MARKS.get(each.example.parsed.rule)):
-            each.add_marker(mark)
-            each.add_marker(pytest.mark.timeout(600))
+    """Mark the blocks that need something to be installed."""
+    for item in items:
+        if isinstance(item, SybilItem) and (mark := MARKS.get(item.example.parsed.rule)):
+            item.add_marker(mark)
+            item.add_marker(pytest.mark.timeout(600))

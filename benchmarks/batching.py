@@ -1,4 +1,4 @@
-"""Gathering: requests computed together against one by one, and the batcher's own cost to a caller that is alone."""
+"""Batching: requests computed together or one by one, and the batcher's overhead for a single caller."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ LAYERS = (
     MaxPool2d(2, return_indices=True),
 )
 SHAPES = ((1, 1, 4, 4), (1, 3, 16, 16), (1, 3, 32, 32), (1, 8, 48, 48), (1, 16, 48, 48))
-"""The last is the largest that is gathered on a CPU, for most of the layers."""
+"""The last is the largest that is batched on a CPU, for most of the layers."""
 TOGETHER = (2, 8, 32)
 LIMITS = Limits(2**31, 2**31, 64, 2**40)
 
 
 def runs(engine: Engine, layer: Layer, shape: Sequence[int], count: int) -> list[Run]:
-    """Give so many requests like each other."""
+    """Return so many equal requests."""
     x = np.random.default_rng(0).standard_normal(shape, np.float32)
     request = Request(TensorSpec("float32", tuple(shape)), ((layer,),))
     schedule, payload = check_request(request, LIMITS, engine.schedule).schedule, x.tobytes()
@@ -47,7 +47,7 @@ def runs(engine: Engine, layer: Layer, shape: Sequence[int], count: int) -> list
 
 
 def run(rounds: int) -> Iterator[dict[str, Any]]:
-    """Give the rows: for each layer, shape and number of requests, together against one by one; and a lone caller's."""
+    """Yield the rows: for each layer and shape, requests together and one by one, and a single caller."""
     engine = Engine("cpu", 1)
     batcher = engine.slots = Batcher(1, engine.execute, QueueLimits())
     context = DirectCall()
@@ -67,6 +67,6 @@ def run(rounds: int) -> Iterator[dict[str, Any]]:
 
 
 def one_by_one(engine: Engine, some: Sequence[Run]) -> None:
-    """Execute each alone."""
+    """Execute each request alone."""
     for each in some:
         engine.execute([each])

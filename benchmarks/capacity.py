@@ -1,14 +1,14 @@
-"""How many replicas a load needs, by a simulation of them whose every time was measured.
+"""The number of replicas for a load, by a simulation whose times were measured.
 
     python -m benchmarks capacity --rate 500 --bytes 1000000 --p99 0.05
     python -m benchmarks capacity --json benchmarks/results/capacity.json
 
-The first says how many replicas answer 99 of 100 calls within 50 ms; the second holds the simulation against the curve
-that `python -m benchmarks load` measured, call by call of the same draw.
+The first prints how many replicas answer 99 of 100 calls within 50 ms. The second compares the simulation with the
+curve that `python -m benchmarks load` measured, for the same calls.
 
-Calls come at random, whether others are answered or not. A call takes its seat for as long as a client that was alone
-waited for its answer over the loopback, which holds the client's own part too: a real server does somewhat better. The
-network takes no time: what it takes is to be added.
+Calls arrive at random, independently of each other. A call uses its slot for as long as a single client waited for its
+result over the loopback. That includes the client's own work, so that a real server does somewhat better. The time of
+the network is not included.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).parent / "results"
 CALLS = 20_000
-"""Of one simulation: two hundred of them are slower than the 99 % that are asked about."""
+"""Calls of one simulation: 200 of them are slower than the p99."""
 ATTEMPTS = 5
-"""Of our client: the first, and four more."""
+"""Attempts of our client: the first one and four retries."""
 
 LIKE = Call(0.0, 1.0, 0, None)
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked.
+    """A load, and the latency that is required.
 
     Attributes:
-        rate: Calls a second.
-        bytes: Of a call's input; of several, each is as likely.
-        p99: Seconds within which 99 of 100 calls are to be answered.
-        path: How tensors travel; None leaves it to their size, as the client does over TCP.
-        layer_ms: What the layer takes more than MaxPool2d(2) does.
-        client_side: Whether many clients choose, each in turn, and no balancer that knows who is busy.
-        retry: Whether a refused call comes again.
+        rate: Calls per second.
+        bytes: The sizes of a call's input, all equally likely.
+        p99: Seconds within which 99 of 100 calls must be answered.
+        path: The transport of the tensors; None selects it by their size, like the client over TCP.
+        layer_ms: Milliseconds that the layer takes more than MaxPool2d(2).
+        client_side: Whether many clients choose the replicas round-robin, instead of a balancer that knows their load.
+        retry: Whether a rejected call is tried again.
 
     """
 
@@ -67,10 +67,10 @@ class Question:
 
 
 def seconds_of(path: str) -> tuple[float, float, float]:
-    """Give what a call by a path takes: for itself, for each byte, and the part by which the worst point is off.
+    """Return the seconds of a call by a transport, the seconds per byte, and the largest relative error.
 
-    It is the line with the least relative deviations from the times of benchmarks/results/transport.json, over the
-    sizes that the client sends so.
+    They are the line with the smallest relative errors for the times of benchmarks/results/transport.json, over the
+    sizes that the client sends by this transport.
     """
     points = {
         row["bytes"]: row["ms"] / 1000
@@ -84,38 +84,38 @@ def seconds_of(path: str) -> tuple[float, float, float]:
 
 
 def read(name: str) -> list[dict[str, Any]]:
-    """Give the rows of a benchmark."""
+    """Return the rows of a benchmark."""
     rows: list[dict[str, Any]] = json.loads((RESULTS / f"{name}.json").read_text())
     return rows
 
 
 def call_of(nbytes: int, question: Question) -> Call:
-    """Give a call with an input of so many bytes."""
+    """Return a call with an input of so many bytes."""
     path = question.path or ("unary" if nbytes < STREAM_MIN_BYTES else "stream")
     fixed, each, _ = seconds_of(path)
-    both = nbytes * 5 // 4  # with MaxPool2d(2)'s output
-    gathered = path == "unary" and both <= CPU_BATCHED_BYTES
-    return Call(0.0, fixed + each * nbytes + question.layer_ms / 1000, both, nbytes if gathered else None)
+    total = nbytes * 5 // 4  # with MaxPool2d(2)'s output
+    batched = path == "unary" and total <= CPU_BATCHED_BYTES
+    return Call(0.0, fixed + each * nbytes + question.layer_ms / 1000, total, nbytes if batched else None)
 
 
 def drawn(rate: float, kinds: Sequence[Call]) -> list[Call]:
-    """Draw calls that come at random, of each kind as often."""
+    """Draw calls at random times, each kind equally often."""
     draw = np.random.default_rng(0)
     times, chosen = np.cumsum(draw.exponential(1 / rate, CALLS)), draw.integers(len(kinds), size=CALLS)
     return [replace(kinds[kind], at=float(at)) for at, kind in zip(times, chosen, strict=True)]
 
 
 def waiting(replicas: int, busy: float, *, least_request: bool) -> float:
-    """Give the p99 of calls that are all alike, in times of what one takes, where nothing is refused."""
-    bounds = QueueLimits(max_queue=CALLS, max_queue_seconds=float(CALLS))
-    return Fleet(replicas, bounds, least_request=least_request).serve(drawn(busy * replicas, [LIKE])).within(0.99)
+    """Return the p99 of equal calls in units of a call's time, if nothing is rejected."""
+    limits = QueueLimits(max_queue=CALLS, max_queue_seconds=float(CALLS))
+    return Fleet(replicas, limits, least_request=least_request).serve(drawn(busy * replicas, [LIKE])).within(0.99)
 
 
 def answer(question: Question) -> Iterator[dict[str, Any]]:
-    """Give a row for each number of replicas that was tried, the fewest that do last.
+    """Yield a row for each number of replicas that was tried, with the smallest sufficient one last.
 
     Raises:
-        SystemExit: No number does.
+        SystemExit: No number of replicas is sufficient.
 
     """
     rate = question.rate
@@ -124,7 +124,7 @@ def answer(question: Question) -> Iterator[dict[str, Any]]:
     kinds = [call_of(nbytes, question) for nbytes in question.bytes]
     alone = max(call.seconds for call in kinds)
     if alone >= question.p99:
-        sys.exit(f"expected --p99 of more than {alone:.4g} s, which a call takes alone, got {question.p99:g}")
+        sys.exit(f"expected --p99 of more than {alone:.4g} s, the time of a call alone, got {question.p99:g}")
     calls = drawn(rate, kinds)
     tried: dict[int, Outcome] = {}
 
@@ -142,27 +142,27 @@ def answer(question: Question) -> Iterator[dict[str, Any]]:
     for replicas in sorted(tried, key=lambda each: (each == fewest, each)):
         outcome = tried[replicas]
         yield {
-            "case": f"{rate:g} calls a second of {', '.join(f'{each:,}' for each in question.bytes)} bytes",
+            "case": f"{rate:g} calls per second of {', '.join(f'{each:,}' for each in question.bytes)} bytes",
             "replicas": replicas,
             "enough": enough(replicas),
-            "baseline": "the p99 that is asked for",
+            "baseline": "the required p99",
             "ratio": round(question.p99 / outcome.within(0.99), 3),
             **{f"p{part}_ms": milliseconds(outcome.within(part / 100)) for part in (50, 99)},
-            "refusals_a_call": round(outcome.refusals / CALLS, 4),
+            "rejections_per_call": round(outcome.rejections / CALLS, 4),
             "busy": round(outcome.busy / outcome.seconds / replicas, 3),
-            "gbit_a_second_each": round(
+            "gbit_per_second_each": round(
                 outcome.goodput * sum(question.bytes) / len(question.bytes) * 8e-9 / replicas, 3
             ),
         }
 
 
 def milliseconds(seconds: float) -> float | None:
-    """Give milliseconds; None of for ever."""
+    """Return milliseconds; None for infinity."""
     return round(seconds * 1000, 2) if seconds < math.inf else None
 
 
 def replay(row: dict[str, Any]) -> Outcome:
-    """Simulate the very calls that a row of `python -m benchmarks load` offered."""
+    """Simulate the same calls that a row of `python -m benchmarks load` sent."""
     kinds = []
     for number, (shape, layer) in enumerate(load.MIX):
         nbytes = 4 * (math.prod(shape) + math.prod(layer.output_shape(shape)))
@@ -176,7 +176,7 @@ def replay(row: dict[str, Any]) -> Outcome:
 
 
 def compared(row: dict[str, Any]) -> dict[str, Any]:
-    """Give what the simulation has instead of what was measured at a load."""
+    """Return the simulated values beside those that were measured at a load."""
     outcome = replay(row)
     p50, p99 = (outcome.answered[int(len(outcome.answered) * part)] for part in (0.5, 0.99))
     return {
@@ -192,8 +192,8 @@ def compared(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run(given: Namespace) -> Iterator[dict[str, Any]]:
-    """Give the rows: the answer to what the command asks, or the simulation against what was measured."""
-    if given.rate is None:
+def run(options: Namespace) -> Iterator[dict[str, Any]]:
+    """Return the rows: the answer to the command's question, or the simulation beside the measurement."""
+    if options.rate is None:
         return map(compared, read("load"))
-    return answer(Question(**{each.name: getattr(given, each.name) for each in fields(Question)}))
+    return answer(Question(**{each.name: getattr(options, each.name) for each in fields(Question)}))

@@ -1,7 +1,7 @@
-"""Replicas behind a balancer, and calls that come to them: simulated by events, where time is a number.
+"""Replicas behind a balancer, and the calls that they receive, in a simulation by events.
 
-A replica is what `--threads 1` is: one seat, and before it the batcher's queue, with the server's own bounds. Requests
-that are computed together save no time here: they only take their turn together.
+A replica is a server with `--threads 1`: one slot behind the batcher's queue, with the server's own limits. Batching
+saves no time here: the requests of a batch only begin and end together.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Call:
     """A call that a client sends.
 
     Attributes:
-        at: When, in seconds.
-        seconds: How long it needs a seat.
-        nbytes: Of input and output.
-        key: What it shares with calls that it may be computed with; None: alone.
+        at: The time of arrival in seconds.
+        seconds: The time for which it uses a slot.
+        nbytes: The size of input and output.
+        key: Calls with the same key may share a batch; None for a call that is computed alone.
 
     """
 
@@ -44,19 +44,19 @@ class Call:
 
 @dataclass(slots=True)
 class Replica:
-    """A server with one seat: the essence of poolrpc_server.calls.batcher, where time is a number.
+    """A server with one slot: poolrpc_server.calls.batcher in simulated time.
 
     Attributes:
-        bounds: What may wait.
-        keys: The calls that wait, with the time since when they do; keys take turns.
-        waiting: How many they are.
-        work: Their seconds.
-        held: Calls that wait or are computed.
-        busy: Seconds for which the seat was taken.
+        limits: The limits of the queue.
+        keys: The calls that wait, with their times of arrival, by batch key; keys take turns.
+        waiting: The number of calls that wait.
+        work: The seconds of the calls that wait.
+        held: The number of calls that wait or are computed.
+        busy: Seconds for which the slot was used.
 
     """
 
-    bounds: QueueLimits
+    limits: QueueLimits
     keys: dict[Hashable, deque[tuple[float, Call]]] = field(default_factory=dict)
     waiting: int = 0
     work: float = 0.0
@@ -64,21 +64,21 @@ class Replica:
     busy: float = 0.0
 
     def enter(self, now: float, call: Call) -> bool:
-        """Take a call in, if there is room for it."""
-        full = self.waiting >= self.bounds.max_queue or (self.waiting and self.work >= self.bounds.max_queue_seconds)
+        """Accept a call if there is room for it."""
+        full = self.waiting >= self.limits.max_queue or (self.waiting and self.work >= self.limits.max_queue_seconds)
         if self.held and full:
             return False
         self.keys.setdefault(id(call) if call.key is None else call.key, deque()).append((now, call))
         self.held, self.waiting, self.work = self.held + 1, self.waiting + 1, self.work + call.seconds
         return True
 
-    def take(self, now: float) -> list[Call]:
-        """Give those whose turn it is a seat."""
+    def next_batch(self, now: float) -> list[Call]:
+        """Return the calls that are computed next."""
         if not self.waiting:
             return []
         key = next(iter(self.keys))
         oldest, entries = min(self.keys.items(), key=lambda each: each[1][0][0])
-        if now - entries[0][0] > self.bounds.max_queue_seconds / 2:
+        if now - entries[0][0] > self.limits.max_queue_seconds / 2:
             key = oldest
         entries = self.keys.pop(key)
         batch: list[Call] = []
@@ -86,7 +86,7 @@ class Replica:
         while entries:
             call = entries[0][1]
             nbytes, seconds = nbytes + call.nbytes, seconds + call.seconds
-            if batch and (nbytes > self.bounds.max_batch_bytes or seconds > self.bounds.max_batch_seconds):
+            if batch and (nbytes > self.limits.max_batch_bytes or seconds > self.limits.max_batch_seconds):
                 break
             batch.append(entries.popleft()[1])
         if entries:
@@ -98,69 +98,69 @@ class Replica:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a load.
+    """The results of a load.
 
     Attributes:
-        latencies: Seconds from when a call was first sent to its answer; infinite where it was refused for good.
-        refusals: How often a replica was full.
-        seconds: From the start to the last answer.
-        busy: Seconds for which seats were taken, of all replicas.
+        latencies: Seconds from the first attempt of a call to its answer; infinite if every attempt was rejected.
+        rejections: How often a replica was full.
+        seconds: The time from the start to the last answer.
+        busy: Seconds for which slots were used, of all replicas.
 
     """
 
     latencies: list[float]
-    refusals: int
+    rejections: int
     seconds: float
     busy: float
 
     @cached_property
     def answered(self) -> list[float]:
-        """The seconds of the calls that were answered, in order."""
+        """The latencies of the calls that were answered, in order."""
         return sorted(each for each in self.latencies if each < math.inf)
 
     @property
     def goodput(self) -> float:
-        """Answers a second."""
+        """Answered calls per second."""
         return len(self.answered) / self.seconds
 
     def within(self, part: float) -> float:
-        """Give the seconds within which this part of all calls was answered; infinite where more were refused."""
-        place = math.ceil(len(self.latencies) * part) - 1
-        return self.answered[place] if place < len(self.answered) else math.inf
+        """Return the seconds within which a part of all calls was answered; infinite if more were rejected."""
+        index = math.ceil(len(self.latencies) * part) - 1
+        return self.answered[index] if index < len(self.answered) else math.inf
 
 
 class Fleet:
     """Replicas, their balancer, and the clients."""
 
-    def __init__(self, replicas: int, bounds: QueueLimits, *, least_request: bool = True, attempts: int = 1) -> None:
-        """Make one that has nothing to do.
+    def __init__(self, replicas: int, limits: QueueLimits, *, least_request: bool = True, attempts: int = 1) -> None:
+        """Create idle replicas.
 
         Args:
-            replicas: How many there are.
-            bounds: What may wait at each.
-            least_request: Whether two replicas are drawn and the one with fewer calls is taken, as Envoy has it. Else
-                one is drawn: what gRPC's round_robin comes to where clients are many, each with turns of its own.
-            attempts: How often a call is sent, at most.
+            replicas: Their number.
+            limits: The limits of each queue.
+            least_request: Whether two replicas are drawn and the one with fewer calls is used, like Envoy's least
+                request. Otherwise one is drawn, which is what gRPC's round_robin of many clients amounts to.
+            attempts: The maximum number of attempts of a call.
 
         """
-        self._replicas = [Replica(bounds) for _ in range(replicas)]
+        self._replicas = [Replica(limits) for _ in range(replicas)]
         self._choices = min(replicas, 1 + least_request)
         self._attempts = attempts
-        self._drawn = random.Random(0)  # noqa: S311 - the same draw each time
+        self._drawn = random.Random(0)  # noqa: S311 - reproducible
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = count()
         self._now = 0.0
         self._latencies: list[float] = []
-        self._refusals = 0
+        self._rejections = 0
 
     def serve(self, calls: Iterable[Call]) -> Outcome:
-        """Send calls, and see what comes of them, once."""
+        """Send calls, and return the outcome; once."""
         for call in calls:
             self._later(call.at, lambda call=call: self._send(call, self._attempts))
         while self._events:
             self._now, _, event = heappop(self._events)
             event()
-        return Outcome(self._latencies, self._refusals, self._now, sum(each.busy for each in self._replicas))
+        return Outcome(self._latencies, self._rejections, self._now, sum(each.busy for each in self._replicas))
 
     def _later(self, at: float, event: Callable[[], None]) -> None:
         heappush(self._events, (at, next(self._order), event))
@@ -171,7 +171,7 @@ class Fleet:
             if replica.held == 1:
                 self._begin(replica)
             return
-        self._refusals += 1
+        self._rejections += 1
         if left > 1:
             delay = min(max(replica.work, RETRY_DELAY / 2), MAX_RETRY_DELAY)
             self._later(self._now + delay, lambda: self._send(call, left - 1))
@@ -179,7 +179,7 @@ class Fleet:
             self._latencies.append(math.inf)
 
     def _begin(self, replica: Replica) -> None:
-        if batch := replica.take(self._now):
+        if batch := replica.next_batch(self._now):
             seconds = sum(call.seconds for call in batch)
             replica.busy += seconds
             self._later(self._now + seconds, lambda: self._end(replica, batch))

@@ -1,8 +1,9 @@
-"""Offered load from a tenth of capacity to ten times it: what is answered, how soon, and how soon the rest is refused.
+"""Loads from a tenth of the capacity to ten times it: what is answered, how soon, and how soon the rest is rejected.
 
-Open loop: several client processes send at random times that were drawn before, whether answers come or not, and try
-nothing again. Every answer is compared, byte by byte, with torch's. The mix is heavy for its size, since clients and
-server share the machine's cores: of large tensors the clients couldn't offer ten times what the server takes.
+Open loop: several client processes send at random times that were drawn before, whether responses arrive or not, and
+without retries. Every response is compared with torch's, byte by byte. The layers of the mix take long for their size,
+because clients and server share the machine's cores: with large tensors the clients could not send ten times the
+capacity.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ MIX: tuple[tuple[tuple[int, ...], Layer], ...] = (
     ((1, 24, 64, 64), LPPool2d(3.0, 41, 1)),
     ((1, 3, 32, 32), MaxPool2d(2)),
 )
-"""Up to some eighty milliseconds of one thread, on up to 400 KB."""
+"""Up to about 80 ms of one thread, for up to 400 KB."""
 
 TIMES = (0.1, 0.5, 0.8, 1, 2, 5, 10)
 CLIENTS, CALLERS = 2, 4
-"""Processes that offer load, and threads that measure capacity."""
+"""Processes that send a load, and threads that measure the capacity."""
 QUEUE_SECONDS = 0.25
 SECONDS, TIMEOUT = 20, 30
 METHOD = "/poolrpc.v1.PoolService/Pool"
@@ -52,17 +53,17 @@ OPTIONS = [("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)]
 
 
 @dataclass
-class Seen:
-    """What a client saw.
+class Observed:
+    """The results of a client.
 
     Attributes:
-        accepted: Seconds of each right answer.
-        kinds: How many of these there were of each of the mix, by its number.
-        rejected: Seconds of each refusal.
-        statuses: How the calls ended.
-        wrong: Answers that weren't torch's.
-        late: Seconds by which a call was sent too late, at most.
-        seconds: From the first call to the last answer.
+        accepted: Seconds of each correct response.
+        kinds: The number of correct responses for each request of the mix.
+        rejected: Seconds of each rejection.
+        statuses: The number of calls by status.
+        wrong: The number of responses that differ from torch's.
+        late: The largest delay in seconds with which a call was sent.
+        seconds: The time from the first call to the last response.
 
     """
 
@@ -76,10 +77,10 @@ class Seen:
 
 
 def exchange(shape: tuple[int, ...], layer: Layer) -> tuple[bytes, bytes]:
-    """Give a request and the answer that torch has to it."""
+    """Return a request, and torch's response to it."""
     x = np.random.default_rng(0).standard_normal(shape, np.float32)
     request = Request(TensorSpec("float32", shape), ((layer,),))
-    names = {"kernel_size": layer.kernel_size, "stride": layer.stride}  # type: ignore[attr-defined]  # they slide
+    names = {"kernel_size": layer.kernel_size, "stride": layer.stride}  # type: ignore[attr-defined]  # layers with windows
     names |= {"padding": layer.padding} if hasattr(layer, "padding") else {"norm_type": layer.norm_type}
     output = getattr(torch.nn, layer.name)(**names)(torch.from_numpy(x)).numpy()
     answer = pool_pb2.PoolResponse(results=encode_results(request.results())).SerializeToString()
@@ -90,7 +91,7 @@ def exchange(shape: tuple[int, ...], layer: Layer) -> tuple[bytes, bytes]:
 
 
 def arrivals(rate: float, seed: int) -> list[tuple[float, int]]:
-    """Draw when a client sends, and which of the mix."""
+    """Draw the times at which a client sends, and which request of the mix."""
     drawn, times = np.random.default_rng(seed), []
     at = drawn.exponential(1 / rate)
     while at < SECONDS:
@@ -99,10 +100,10 @@ def arrivals(rate: float, seed: int) -> list[tuple[float, int]]:
     return times
 
 
-def offer(address: str, rate: float, seed: int, begin: Barrier, told: Queue[Seen]) -> None:
-    """Offer so many calls a second, and tell what came of them."""
+def send_load(address: str, rate: float, seed: int, begin: Barrier, results: Queue[Observed]) -> None:
+    """Send so many calls per second, and report the results."""
     torch.set_num_threads(1)
-    times, mix, seen = arrivals(rate, seed), [exchange(*each) for each in MIX], Seen()
+    times, mix, seen = arrivals(rate, seed), [exchange(*each) for each in MIX], Observed()
     with grpc.insecure_channel(address, options=OPTIONS) as channel:
         call = channel.unary_unary(METHOD)
         call(mix[-1][0], timeout=TIMEOUT)
@@ -132,22 +133,22 @@ def offer(address: str, rate: float, seed: int, begin: Barrier, told: Queue[Seen
         for future in futures:
             future.exception()
         seen.seconds = time.perf_counter() - started
-    told.put(seen)
+    results.put(seen)
 
 
-def measure(address: str, rate: float) -> Seen:
-    """Offer a load from several processes, and give what they saw together."""
+def measure(address: str, rate: float) -> Observed:
+    """Send a load from several processes, and return their results together."""
     spawn = multiprocessing.get_context("spawn")
-    begin, told = spawn.Barrier(CLIENTS), spawn.Queue()
+    begin, results = spawn.Barrier(CLIENTS), spawn.Queue()
     clients = [
-        spawn.Process(target=offer, args=(address, rate / CLIENTS, seed, begin, told)) for seed in range(CLIENTS)
+        spawn.Process(target=send_load, args=(address, rate / CLIENTS, seed, begin, results)) for seed in range(CLIENTS)
     ]
     for client in clients:
         client.start()
-    parts = [told.get(timeout=SECONDS + 2 * TIMEOUT + 60) for _ in clients]
+    parts = [results.get(timeout=SECONDS + 2 * TIMEOUT + 60) for _ in clients]
     for client in clients:
         client.join()
-    return Seen(
+    return Observed(
         [each for part in parts for each in part.accepted],
         sum((part.kinds for part in parts), Counter()),
         [each for part in parts for each in part.rejected],
@@ -159,7 +160,7 @@ def measure(address: str, rate: float) -> Seen:
 
 
 def capacity(call: Callable[[bytes], bytes], mix: list[tuple[bytes, bytes]]) -> float:
-    """Give the calls a second that a few callers get, each sending its next call when it has its answer."""
+    """Return the calls per second of a few callers, each of which sends its next call when it has a response."""
     until, counts = time.perf_counter() + SECONDS, [0] * CALLERS
 
     def send(caller: int) -> None:
@@ -174,7 +175,7 @@ def capacity(call: Callable[[bytes], bytes], mix: list[tuple[bytes, bytes]]) -> 
 
 
 def alone(call: Callable[[bytes], bytes], mix: list[tuple[bytes, bytes]], count: int = 300) -> list[float]:
-    """Give the seconds of calls one after the other."""
+    """Return the seconds of calls in a row."""
     seconds = []
     for number in range(count):
         request, expected = mix[number % len(mix)]
@@ -182,17 +183,17 @@ def alone(call: Callable[[bytes], bytes], mix: list[tuple[bytes, bytes]], count:
         answer = call(request)
         seconds.append(time.perf_counter() - started)
         if answer != expected:
-            raise ValueError(f"expected torch's answer, got another, to {MIX[number % len(mix)]}")
+            raise ValueError(f"expected torch's response, got another one, for {MIX[number % len(mix)]}")
     return seconds
 
 
 def quantile(values: list[float], part: float) -> float | None:
-    """Give a quantile in milliseconds; None of nothing."""
+    """Return a quantile in milliseconds; None without values."""
     return round(sorted(values)[min(len(values) - 1, int(len(values) * part))] * 1000, 2) if values else None
 
 
 def run(_: int) -> Iterator[dict[str, Any]]:
-    """Give the rows: one for each load."""
+    """Yield the rows, one for each load."""
     mix = [exchange(*each) for each in MIX]
     with serving("--threads", "1", "--max-queue-seconds", str(QUEUE_SECONDS)) as server:
         process = psutil.Process(server.process.pid)
@@ -201,7 +202,7 @@ def run(_: int) -> Iterator[dict[str, Any]]:
             alone(call, mix, 50)
             unloaded = alone(call, mix)
             most = capacity(call, mix)
-        # What disturbs a call only adds to it.
+        # A disturbance only makes a call longer.
         mix_ms = [quantile(unloaded[number :: len(mix)], 0.25) or 0.0 for number in range(len(mix))]
         rows = []
         for times in TIMES:
@@ -212,7 +213,7 @@ def run(_: int) -> Iterator[dict[str, Any]]:
                     "case": f"{times:g} times capacity",
                     "offered": round(times * most, 1),
                     "goodput": round(len(seen.accepted) / seen.seconds, 1),
-                    # The draw decides which calls are let in, of which some take a hundred times as long as others.
+                    # Which calls are accepted is random, and some take a hundred times as long as others.
                     "work": round(sum(mix_ms[kind] * n for kind, n in seen.kinds.items()) / 1000 / seen.seconds, 3),
                     **{f"accepted_p{p:g}_ms": quantile(seen.accepted, p / 100) for p in (50, 99, 99.9)},
                     **{f"rejected_p{p:g}_ms": quantile(seen.rejected, p / 100) for p in (50, 99)},

@@ -1,7 +1,7 @@
-"""A tensor that is larger than memory should be asked to hold: 4 GiB from one file to another, by a stream.
+"""A tensor of 4 GiB, pooled from one file to another by a stream.
 
-Rows give how much the resident memory of client and server grew at its peak, without the pages of the mapped files, and
-the speed against local eager torch, which pools the same file in pieces of a hundredth.
+The row has the peak growth of the resident memory of client and server, without the pages of the mapped files, and the
+speed compared with local eager torch, which pools the same file in 64 pieces.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SAMPLE_SECONDS = 0.02
 
 
 class Peak:
-    """Watches how much memory of its own a process has."""
+    """Samples the memory of a process."""
 
     def __init__(self, pid: int) -> None:
         self._process = psutil.Process(pid)
@@ -38,7 +38,7 @@ class Peak:
         self._thread.start()
 
     def now(self) -> int:
-        """Give what it has now: resident, but for the pages of files."""
+        """Return the resident memory without the pages of files."""
         memory = self._process.memory_info()
         return int(memory.rss - memory.shared)
 
@@ -47,14 +47,14 @@ class Peak:
             self.peak = max(self.peak, self.now())
 
     def growth(self) -> int:
-        """End the watch and give by how many bytes it grew, at most."""
+        """End sampling, and return the largest growth in bytes."""
         self._done.set()
         self._thread.join()
         return self.peak - self.before
 
 
 def run(rounds: int) -> Iterator[dict[str, Any]]:
-    """Give one row; `rounds` is not looked at."""
+    """Yield one row; `rounds` is ignored."""
     del rounds
     torch.set_num_threads(1)
     layer, module = MaxPool2d(3, 2, 1), torch.nn.MaxPool2d(3, 2, 1)

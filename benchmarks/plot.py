@@ -33,7 +33,7 @@ PATHS = ("unary", "stream", "unix unary", "unix stream", "arena", "arena, no cop
 
 
 def main() -> None:
-    """Draw what there are results of."""
+    """Write every figure and table."""
     kernels()
     transport()
     load()
@@ -42,20 +42,20 @@ def main() -> None:
 
 
 def read(name: str) -> list[dict[str, Any]]:
-    """Give the rows of a benchmark."""
+    """Return the rows of a benchmark."""
     rows: list[dict[str, Any]] = json.loads((RESULTS / f"{name}.json").read_text())
     return rows
 
 
 def write(name: str, *parts: list[str]) -> None:
-    """Put tables in place of those of a page."""
+    """Replace the tables of a page."""
     page = DOCS / f"{name}.md"
     head, mark, _ = page.read_text().partition(MARK)
     page.write_text("\n".join([head + mark, *("\n".join([*part, ""]) for part in parts)]))
 
 
 def load() -> None:
-    """Draw what is answered, and how soon, against what is offered; write the table."""
+    """Draw the goodput and the latencies over the load; write the table."""
     rows = read("load")
     offered = [row["offered"] for row in rows]
     figure, (answered, latency) = plt.subplots(2, figsize=(9, 7), sharex=True, layout="constrained")

@@ -1,4 +1,4 @@
-"""The same calls to our own server and to a replica behind Ray's gRPC proxy, one at a time and several at once.
+"""The same calls to our own server and to a replica behind Ray's gRPC proxy, one at a time and concurrently.
 
 Run it as `python scripts/network_namespace.py python -m benchmarks ray`: from outside, connections are forwarded.
 """
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 SHAPES = ((1, 1, 4, 4), (1, 3, 224, 224), (1, 64, 112, 112), (8, 64, 112, 112))
 CALLERS, CALLS = 4, 16
-"""How many call at once, and how often they do in all."""
+"""Concurrent callers, and their calls in total."""
 
 
 def run(rounds: int) -> Iterator[dict[str, Any]]:
-    """Give the rows."""
+    """Yield the rows."""
     layer = MaxPool2d(2)
     with (
         ray_cluster() as cluster,

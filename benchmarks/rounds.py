@@ -1,4 +1,4 @@
-"""Interleaved rounds: contenders take turns within each round, so that what slows the machine slows them all."""
+"""Interleaved rounds: contenders alternate within each round, so that a disturbance slows all of them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 def interleave(
     contenders: Mapping[str, Callable[[], object]], rounds: int, least: float = 0.01
 ) -> dict[str, list[float]]:
-    """Time contenders in turns.
+    """Time contenders alternately.
 
     Args:
-        contenders: What to run, by name.
-        rounds: How many rounds; each starts with another contender.
-        least: Seconds that one timing should take: a quick contender runs several times in it.
+        contenders: The functions to run, by name.
+        rounds: The number of rounds; each starts with another contender.
+        least: Seconds that one timing should take at least; a fast contender runs several times in it.
 
     Returns:
-        Seconds a run, one for each round.
+        Seconds per run, one value for each round.
 
     """
     repeats = {}
@@ -42,8 +42,8 @@ def interleave(
     return times
 
 
-def row(case: str, baseline: str, contender: str, times: Mapping[str, list[float]], **more: Any) -> dict[str, Any]:  # noqa: ANN401 - whatever JSON takes
-    """Give a row: how many times the baseline's speed the contender has, by the median of the rounds' ratios."""
+def row(case: str, baseline: str, contender: str, times: Mapping[str, list[float]], **more: Any) -> dict[str, Any]:  # noqa: ANN401 - any value of JSON
+    """Return a row: how many times the baseline's speed the contender has, as the median of the rounds' ratios."""
     ratios = [base / ours for base, ours in zip(times[baseline], times[contender], strict=True)]
     return {
         "case": case,

@@ -1,9 +1,8 @@
-"""Traffic for minutes, every answer checked bit by bit against torch's, while everything around it is broken.
+"""Traffic for minutes, with every result compared with torch's, while clients, workers and connections are killed.
 
-Clients are killed amid their calls; calls are cancelled, have deadlines that are too short, or are wrong; connections
-are cut; a worker is killed, again and again. Each call is to end in one right answer, or one error of the kind that was
-asked for, within its deadline and a second. A call that nothing was done to may fail as UNAVAILABLE alone, once its
-retries are used up.
+Clients are killed during their calls; calls are cancelled, have short deadlines, or are wrong; connections are cut;
+workers are killed. Each call must end with one correct result, or with an error that is expected for its kind, within
+its deadline and a second. An undisturbed call may only fail with UNAVAILABLE, after its retries.
 """
 
 from __future__ import annotations
@@ -44,32 +43,32 @@ LAYERS = (
 DTYPES = ("float32", "float64", "float16")
 CLIENTS = 2
 KILLED = 0.06
-"""Of the calls: those whose client is killed amid them."""
+"""The part of the calls during which the client is killed."""
 WORKER_SECONDS, CUT_SECONDS = 7.0, 4.0
-"""How long, on average, a worker lives, and a connection."""
+"""The average life of a worker, and of a connection."""
 GROWTH_MIB, GROWTH_MINUTES = 50, 10
-"""What the memory may grow by, after a fifth of the time, in a soak of so many minutes or more: before, it fills what
-it keeps for later."""
+"""The growth of the memory that is allowed in a soak of so many minutes or more, after caches have filled in the first
+fifth of the time."""
 
 
 def make_cases(path: Path) -> None:
-    """Write tensors, and torch's answers, under the names that soak_client reads."""
+    """Write tensors, and torch's results, under the names that soak_client reads."""
     arrays, drawn = {}, np.random.default_rng(0)
     for shape in SHAPES:
         for number, layer in enumerate(LAYERS):
             name, dtype = f"{len(arrays)} {layer}", DTYPES[(number + shape[1]) % len(DTYPES)]
             x = drawn.standard_normal(shape).astype(dtype)
-            # The expression is torch's own, which is the point of it.
+            # The expression is also one of torch.nn.
             made = eval(f"torch.nn.{layer}")(torch.from_numpy(x))  # noqa: S307 - from the table above
             output, indices = made if isinstance(made, tuple) else (made, None)
             arrays[f"{name}:x"], arrays[f"{name}:output"] = x, output.numpy()
             if indices is not None:
                 arrays[f"{name}:indices"] = indices.numpy()
-    np.savez(path, **arrays)  # type: ignore[arg-type]  # arrays, all of them
+    np.savez(path, **arrays)  # type: ignore[arg-type]  # arrays
 
 
 class Cutter:
-    """A way to a TCP address through which connections don't last."""
+    """A TCP proxy whose connections do not last."""
 
     def __init__(self, target: str) -> None:
         self._host, _, port = target.rpartition(":")
@@ -84,21 +83,21 @@ class Cutter:
         self._drawn = np.random.default_rng(1)
 
     def close(self) -> None:
-        """Serve no more."""
+        """Stop."""
         self._loop.call_soon_threadsafe(self._loop.stop)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            there, back = await asyncio.open_connection(self._host, self._port)
+            server_reader, server_writer = await asyncio.open_connection(self._host, self._port)
         except OSError:
             writer.transport.abort()
             return
-        ways = [asyncio.create_task(self._copy(*way)) for way in ((reader, back), (there, writer))]
-        await asyncio.wait(ways, timeout=self._drawn.exponential(CUT_SECONDS), return_when=asyncio.FIRST_COMPLETED)
+        copies = [asyncio.create_task(self._copy(*pair)) for pair in ((reader, server_writer), (server_reader, writer))]
+        await asyncio.wait(copies, timeout=self._drawn.exponential(CUT_SECONDS), return_when=asyncio.FIRST_COMPLETED)
         self.cut += 1
-        for way in ways:
-            way.cancel()
-        for each in (writer, back):
+        for copy in copies:
+            copy.cancel()
+        for each in (writer, server_writer):
             each.transport.abort()
 
     @staticmethod
@@ -110,7 +109,7 @@ class Cutter:
 
 
 class Client:
-    """A client process, killed after so many calls, and another in its place."""
+    """A client process, which is killed after so many calls and replaced by another."""
 
     def __init__(self, number: int, arguments: list[str], until: float) -> None:
         self._arguments, self._until = arguments, until
@@ -134,23 +133,23 @@ class Client:
             stdout=subprocess.PIPE,
         ) as process:
             assert process.stdout is not None  # noqa: S101 - it is a pipe
-            under_way: dict[str, float] = {}
-            # A call that hangs would hold up this loop alone if all of them did.
+            in_flight: dict[str, float] = {}
+            # This loop waits for a line: it would not end if all calls hung.
             watch = threading.Timer(max(0.0, self._until - time.monotonic()) + 2 * TIMEOUT, process.kill)
             watch.start()
             for data in process.stdout:
                 line = json.loads(data)
                 if "begin" in line:
-                    under_way[line["begin"]] = time.monotonic()
+                    in_flight[line["begin"]] = time.monotonic()
                 else:
-                    del under_way[line["end"]]
+                    del in_flight[line["end"]]
                     self._ended(line)
                     calls -= 1
                 if calls <= 0 or time.monotonic() >= self._until:
                     break
             now = time.monotonic()
-            # One call that a client makes may be several to the server.
-            self.lost += sum(now - begun > 3 * TIMEOUT for begun in under_way.values())
+            # One call of a client may be several calls for the server.
+            self.lost += sum(now - started > 3 * TIMEOUT for started in in_flight.values())
             watch.cancel()
             process.kill()
 
@@ -163,14 +162,14 @@ class Client:
 
 @contextmanager
 def server(folder: str, workers: int) -> Iterator[tuple[psutil.Process, str, str]]:
-    """Start a server on a TCP and a unix address; give its process and both."""
+    """Start a server on a TCP and a unix address; return its process and both addresses."""
     unix = f"unix:{folder}/pool.sock"
     with serving("--workers", str(workers), "--threads", "1", "--listen", unix) as started:
         yield psutil.Process(started.process.pid), started.address, unix
 
 
 def kill_workers(process: psutil.Process, until: float, killed: list[int]) -> None:
-    """Kill the youngest worker, again and again: the oldest is to live, so that its memory can be looked at."""
+    """Kill the youngest worker again and again; the oldest one lives, so that its memory can be measured."""
     drawn, ended = np.random.default_rng(3), threading.Event()
     while (left := until - time.monotonic()) > 0:
         ended.wait(min(left, float(drawn.exponential(WORKER_SECONDS))))
@@ -181,14 +180,14 @@ def kill_workers(process: psutil.Process, until: float, killed: list[int]) -> No
 
 
 def memory(process: psutil.Process) -> float:
-    """Give the MiB of the process that has lived longest of those that serve, without what it shares with clients."""
+    """Return the MiB of the oldest process that serves, without the memory that it shares with clients."""
     workers = sorted(process.children(), key=lambda each: each.create_time())
     info = (workers[0] if workers else process).memory_info()
     return float((info.rss - info.shared) / 2**20)
 
 
 def run(minutes: float) -> Iterator[dict[str, Any]]:
-    """Give the one row."""
+    """Yield the row."""
     torch.set_num_threads(1)
     workers = 2 if "workers" in Config.__slots__ else 1
     with ExitStack() as stack:
@@ -209,11 +208,11 @@ def run(minutes: float) -> Iterator[dict[str, Any]]:
 
 
 def summary(minutes: float, clients: list[Client], samples: list[tuple[float, float]], **more: int) -> dict[str, Any]:
-    """Give the row: what was seen, and what of it should not have been."""
+    """Return the row: the counts, and the faults."""
     came = sum((client.came for client in clients), Counter())
     wrong = [each for client in clients for each in client.wrong]
     late, lost = sum(client.late for client in clients), sum(client.lost for client in clients)
-    # Warm after a fifth of the time: every kind of call has been made, by many clients.
+    # After a fifth of the time every kind of call has been made, by many clients.
     warm = [mib for at, mib in samples if minutes * 12 <= at <= minutes * 18]
     last = [mib for at, mib in samples if minutes * 54 <= at]
     growth = median(last) - median(warm) if warm and last else 0.0
@@ -223,7 +222,7 @@ def summary(minutes: float, clients: list[Client], samples: list[tuple[float, fl
     )
     return {
         "case": f"soak of {minutes:g} minutes",
-        "baseline": "calls to which nothing was done",
+        "baseline": "undisturbed calls",
         "ratio": round(came["good: right"] / max(good, 1), 4),
         "calls": sum(came.values()),
         "came": dict(sorted(came.items())),

@@ -1,6 +1,6 @@
-"""A client process of the soak: calls of every kind, each checked, and a line on stdout as each begins and ends.
+"""A client process of the soak: calls of every kind, each checked, and a line on stdout when each begins and ends.
 
-python -m benchmarks.soak_client CASES TCP UNIX SEED. It needs no torch: answers are compared with those in the file
+python -m benchmarks.soak_client CASES TCP UNIX SEED. It needs no torch: results are compared with those in the file
 CASES. It runs until it is killed, or its stdin ends.
 """
 
@@ -27,31 +27,31 @@ if TYPE_CHECKING:
 THREADS = 8
 TIMEOUT = 10.0
 SHORT, CANCELLED, BAD = 0.06, 0.20, 0.10
-"""Of the calls: those with a deadline that is too short, that are cancelled, that are wrong."""
+"""The parts of the calls that have a short deadline, are cancelled, and are wrong."""
 
 
-class Failure(Exception):  # noqa: N818 - what a soak looks for
-    """An answer that isn't the right one."""
+class WrongResultError(Exception):
+    """A result that is not the expected one."""
 
 
 class Case:
-    """A tensor, a layer, and the answer."""
+    """A tensor, a layer, and the expected result."""
 
     def __init__(self, name: str, arrays: dict[str, Any]) -> None:
         self.layer = parse_layer(name.partition(" ")[2])
         self.x, self.output, self.indices = (arrays.get(f"{name}:{part}") for part in ("x", "output", "indices"))
 
     def check(self, result: PoolResult) -> None:
-        """Compare an answer, bit by bit."""
+        """Compare a result, bit by bit."""
         pairs = [(result.output, self.output), (result.indices, self.indices)]
         for got, expected in pairs:
             if expected is not None and (
                 got is None or got.shape != expected.shape or got.tobytes() != expected.tobytes()
             ):
-                raise Failure(f"{self.layer!r} of {self.x.shape}: another answer by {result.transport}")
+                raise WrongResultError(f"{self.layer!r} of {self.x.shape}: another result through {result.transport}")
 
 
-class Caller:
+class Worker:
     """Makes calls from several threads."""
 
     def __init__(self, cases: str, tcp: str, unix: str, seed: int) -> None:
@@ -90,9 +90,11 @@ class Caller:
                 what, call, allowed = "bad", self._bad, ()
             else:
                 what, call, allowed = "good", self._good, ()
-            say({"begin": name, "what": what})
+            report({"begin": name, "what": what})
             started = time.monotonic()
-            say({"end": name, "what": what, "came": came_of(call, drawn, allowed), "s": time.monotonic() - started})
+            report(
+                {"end": name, "what": what, "came": outcome_of(call, drawn, allowed), "s": time.monotonic() - started}
+            )
 
     def _case(self, drawn: np.random.Generator) -> Case:
         return self._cases[drawn.integers(len(self._cases))]
@@ -129,13 +131,13 @@ class Caller:
         transport = "stream" if drawn.integers(5) == 0 else None
         wait = self._async_client.pool(case.x, case.layer, transport=transport)
         future = asyncio.run_coroutine_threadsafe(wait, self._loop)
-        # What is waited for is the moment, not the other side.
+        # Cancels the call at a random moment.
         threading.Event().wait(float(drawn.exponential(0.005)))
         future.cancel()
         case.check(future.result())
 
     def _bad(self, drawn: np.random.Generator) -> None:
-        """Make a call that is wrong, whose error is the right answer."""
+        """Make a wrong call, whose error is the expected outcome."""
         x = np.zeros((1, 2, 4, 4), np.float32)
         client = self._client(drawn)
         wrong: list[tuple[Callable[[], object], type[BaseException]]] = [
@@ -159,13 +161,13 @@ class Caller:
             call()
         except expected:
             return
-        raise Failure("what was wrong was answered")
+        raise WrongResultError("expected an error for a wrong call, got a result")
 
 
-def came_of(
+def outcome_of(
     call: Callable[[np.random.Generator], None], drawn: np.random.Generator, allowed: tuple[type[BaseException], ...]
 ) -> str:
-    """Make a call, and say what came of it: "right", "allowed" (an error that was asked for), "unavailable" or more."""
+    """Make a call, and return its outcome: "right", "allowed" (an expected error), "unavailable" or something else."""
     try:
         call(drawn)
     except allowed:
@@ -173,16 +175,16 @@ def came_of(
     except poolrpc.UnavailableError as error:
         return f"unavailable {error.reason}"
     except grpc.RpcError as error:
-        return f"unavailable {error.code().name}"  # type: ignore[attr-defined]  # it is a grpc.Call too
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the soak is to know
+        return f"unavailable {error.code().name}"  # type: ignore[attr-defined]  # also a grpc.Call
+    except BaseException as error:  # noqa: BLE001 - every exception is reported
         return f"wrong {type(error).__name__}: {error}"[:300]
     return "right"
 
 
-def say(line: dict[str, object]) -> None:
-    """Write a line, in one piece: it is shorter than what a pipe takes at once."""
+def report(line: dict[str, object]) -> None:
+    """Write a line at once: it is shorter than a pipe's atomic write."""
     os.write(1, (json.dumps(line) + "\n").encode())
 
 
 if __name__ == "__main__":
-    Caller(*sys.argv[1:4], int(sys.argv[4])).run()  # type: ignore[misc, arg-type]  # three strings
+    Worker(*sys.argv[1:4], int(sys.argv[4])).run()  # type: ignore[misc, arg-type]  # three strings

@@ -1,6 +1,6 @@
-"""An engine of two threads against one of one, on a single large call; and two processes that do half each.
+"""An engine of two threads compared with one of one, for a single large call; and two processes that do half each.
 
-What two processes gain is what the machine gives: its two cores may share caches, memory and power.
+The gain of two processes is what the machine allows: its cores may share caches, memory and power.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
 IMAGES, IMAGE = (2, 8, 16), (64, 112, 112)
-"""Of 3 MB: the least aren't shared, and the most are in no cache."""
+"""Images of 3 MB: the smallest call is not split, and the largest one fits into no cache."""
 LAYERS = (MaxPool2d(2), MaxPool2d(3, 2, 1), MaxPool2d(3, 1, 1), AvgPool2d(2), AvgPool2d(3, 1, 1))
 LIMITS = Limits(2**31, 2**31, 64, 2**40)
 
 
 def call(layer: Layer, images: int, threads: int) -> tuple[Engine, Callable[[], object]]:
-    """Give an engine and a call of it on that many images."""
+    """Return an engine and a call of it with that many images."""
     engine = Engine("cpu", threads)
     x = np.random.default_rng(0).standard_normal((images, *IMAGE), np.float32)
     request = Request(TensorSpec("float32", x.shape), ((layer,),))
@@ -40,7 +40,7 @@ def call(layer: Layer, images: int, threads: int) -> tuple[Engine, Callable[[], 
 
     batcher = engine.slots = Batcher(threads, engine.execute, QueueLimits())
     context = DirectCall()
-    # What comes is there, and its memory is used again.
+    # The memory of the results is reused.
     return engine, lambda: batcher.run(engine.run(schedule, payload, len), context)
 
 
@@ -55,7 +55,7 @@ def half(layer: Layer, images: int, pipe: Connection) -> None:
 
 
 def run(rounds: int) -> Iterator[dict[str, Any]]:
-    """Give the rows: for each layer two threads, and two processes, against one thread."""
+    """Yield the rows: for each layer two threads, and two processes, compared with one thread."""
     spawn = multiprocessing.get_context("spawn")
     for layer, images in product(LAYERS, IMAGES):
         one, alone = call(layer, images, 1)

@@ -1,8 +1,8 @@
-"""Every path of a call, from 64 bytes to 256 MB: against local eager torch, a bare gRPC echo, and a plain server.
+"""Every transport of a call, from 64 bytes to 256 MB, compared with eager torch, a bare gRPC echo, and a plain server.
 
-One compute thread on each side, MaxPool2d(2), float32. The echo is grpc.server with identity serialisers in a process
-of its own: what gRPC in Python costs without protobuf, checks or computing. The plain server is what a tutorial has:
-one message with a bytes field, and eager torch. A last part is `map`, against one call a tensor.
+One compute thread on each side, MaxPool2d(2), float32. The echo is grpc.server with identity serializers in a process
+of its own: the cost of gRPC in Python without protobuf, validation and computation. The plain server is that of a
+tutorial: one message with a bytes field, and eager torch. The last part is `map`, compared with one call per tensor.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ ECHO, PLAIN = "/bare/Echo", "/bare/Pool"
 
 
 def bare(port: Connection) -> None:
-    """Serve an echo that gives back a quarter of what it got, as MaxPool2d(2) does, and a plain pooling method."""
+    """Serve an echo that returns a quarter of its request, as MaxPool2d(2) does, and a plain pooling method."""
     torch.set_num_threads(1)
     module = torch.nn.MaxPool2d(2)
 
@@ -72,7 +72,7 @@ def bare(port: Connection) -> None:
 
 @contextmanager
 def peers() -> Iterator[grpc.Channel]:
-    """Run the bare server in a process of its own; give a channel to it."""
+    """Run the bare server in a process of its own, and return a channel to it."""
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
     process = spawn.Process(target=bare, args=(theirs,))
@@ -86,7 +86,7 @@ def peers() -> Iterator[grpc.Channel]:
 def contenders(
     x: np.ndarray[Any, Any], tcp: PoolClient, unix: PoolClient, peer: grpc.Channel
 ) -> dict[str, Callable[[], Any]]:
-    """Give every way to pool an array, and what they are measured against."""
+    """Return every way to pool an array, and the baselines."""
     layer, module, tensor, payload = MaxPool2d(2), torch.nn.MaxPool2d(2), torch.from_numpy(x), x.tobytes()
     echo = peer.unary_unary(ECHO)
     plain = peer.unary_unary(PLAIN, pool_pb2.PoolRequest.SerializeToString, pool_pb2.PoolResponse.FromString)
@@ -108,14 +108,14 @@ def contenders(
         "unix stream": lambda: unix.pool(x, layer, transport="stream").output,
         "arena": lambda: unix.pool(x, layer, transport="arena").output,
     }
-    there = unix.empty(x.shape)
-    there[...] = x
-    runs["arena, no copies"] = lambda: unix.pool(there, layer, transport="arena", copy=False).output
+    shared = unix.empty(x.shape)
+    shared[...] = x
+    runs["arena, no copies"] = lambda: unix.pool(shared, layer, transport="arena", copy=False).output
     return runs
 
 
 def run(rounds: int) -> Iterator[dict[str, Any]]:
-    """Give the rows."""
+    """Yield the rows."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         path = f"unix:{Path(folder) / 'pool.sock'}"
@@ -140,7 +140,7 @@ def run(rounds: int) -> Iterator[dict[str, Any]]:
 
 
 def mapped(name: str, client: PoolClient, rounds: int) -> dict[str, Any]:
-    """Give the row of a map over many small tensors, against one call each (of a tenth of them, times ten)."""
+    """Return the row of a map over many small tensors, compared with one call each (of a tenth of them, times ten)."""
     shape, count = MAPPED
     tensors = list(np.random.default_rng(0).standard_normal((count, *shape), np.float32))
     layer = MaxPool2d(2)

@@ -1,4 +1,4 @@
-"""What every test has: the server's log as it was before."""
+"""A fixture of every test: the server's log is restored after the test."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(autouse=True)
-def _log_as_it_was() -> Iterator[None]:
-    """Undo what a command that a test runs in this process does to the log: its stream is closed with the test."""
+def _restore_log() -> Iterator[None]:
+    """Remove the handlers of commands that ran in this process: their stream is closed with the test."""
     log = logging.getLogger("poolrpc_server")
     handlers, level, propagate = log.handlers[:], log.level, log.propagate
     yield

@@ -1,4 +1,4 @@
-"""What tests want that is no dependency of ours, and is installed by a script when a test asks for it."""
+"""Programs of other projects, which a script installs when a test needs them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ ROOT = Path(__file__).parents[1]
 
 
 def install(script: str, what: str) -> None:
-    """Run an installer. Where it can't have what it is to install the test is skipped; in CI, which must, it fails."""
+    """Run an installer. If it cannot download what it installs, the test is skipped; in CI it fails."""
     done = subprocess.run([ROOT / script], capture_output=True, text=True, check=False)  # noqa: S603 - ours
     if done.returncode and "CI" not in os.environ and unreachable(done.stderr):
-        pytest.skip(f"{what} can't be had here: {done.stderr.strip().splitlines()[-1]}")
+        pytest.skip(f"{what} cannot be installed: {done.stderr.strip().splitlines()[-1]}")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def unreachable(said: str) -> bool:
-    """Tell whether an installer failed for want of a network, or on a machine that it isn't for."""
+    """Return whether an installer failed because of the network, or because the machine is not supported."""
     words = ("Connection", "Temporary failure", "Could not", "ENOTFOUND", "EAI_AGAIN", "ECONNREFUSED", "ETIMEDOUT")
     words += ("ENETUNREACH", "can't be fetched")
     return any(word in said for word in words)

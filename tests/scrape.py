@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 
 def get(address: str, page: str) -> tuple[int, str]:
-    """Give the status and the text of a page."""
+    """Return the status and the text of a page."""
     try:
         with urllib.request.urlopen(f"http://{address}/{page}", timeout=30) as answer:
             return answer.status, answer.read().decode()
@@ -19,12 +19,12 @@ def get(address: str, page: str) -> tuple[int, str]:
 
 
 class Scrape:
-    """What /metrics says now."""
+    """The samples of /metrics at the time of the call."""
 
     def __init__(self, address: str) -> None:
         families = text_string_to_metric_families(get(address, "metrics")[1])
         self.samples = [sample for family in families for sample in family.samples]
 
     def __call__(self, name: str, **labels: str) -> float:
-        """Give one sample; 0 where there is none yet."""
+        """Return the value of a sample; 0 if there is none yet."""
         return sum(each.value for each in self.samples if each.name == name and each.labels == labels)

@@ -1,8 +1,8 @@
-"""The blocks of code in README.md and docs/, and how each is run: by its language and by what it calls.
+"""Code blocks of README.md and docs/, and how each is run: by its language and by what it calls.
 
-Sybil finds the blocks and makes tests of them, one each, which the root's conftest.py collects. Those of a page run in
-order and share names, files and a server. What needs a Docker engine, Helm or Ray is run by the tests that have these,
-in tests/docker, tests/deploy and tests/ray. A block that no rule covers fails.
+Sybil finds the blocks and makes a test of each, which the root conftest.py collects. The blocks of a page run in order
+and share names, files and a server. Blocks that need a Docker engine, Helm or Ray are run by the tests in tests/docker,
+tests/deploy and tests/ray. A block without a rule fails.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ PAGES = (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
 FENCES = RawFencedCodeBlockLexer(re.compile(r"(?P<language>[^\n]*)$\n", re.MULTILINE))
 
 ADDRESS, METRICS, SOCKETS = "127.0.0.1:50051", "127.0.0.1:9464", "/run/poolrpc"
-"""Where servers are in the docs. In a test they are elsewhere, since these places may be taken."""
+"""The addresses of servers in the docs. Tests use others, because these may be in use."""
 
 ENVIRONMENT = {
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    "MAKEFLAGS": "n",  # make says what it would do: some of its targets are these very tests
-    "PIP_DRY_RUN": "1",  # what is to be installed is here already, or the block fails
+    "MAKEFLAGS": "n",  # make prints what it would do: some of its targets run these tests
+    "PIP_DRY_RUN": "1",  # what is to be installed is installed already, or the block fails
     "PIP_NO_INDEX": "1",
     "PIP_DISABLE_PIP_VERSION_CHECK": "1",
 }
-"""What commands have beside this process's own."""
+"""Environment variables of commands, besides this process's own."""
 
 DATA: dict[str, Callable[[str], object]] = {
     "yaml": lambda text: list(yaml.safe_load_all(text)),
     "toml": tomllib.loads,
     "json": json.loads,
 }
-"""Languages that are read and no more."""
+"""Languages whose blocks are only parsed."""
 
 SHELL = "sh|bash"
 
@@ -68,18 +68,18 @@ RULES = {
     "server": (SHELL, r"^(\w+=\S+ )*poolrpc-server\b(?!.*--help)"),
     "shell": (SHELL, ""),
     "triton": ("python", r"^import tritonclient\b"),
-    "apart": ("python", r"^from opentelemetry\b"),  # it sets up its whole process
+    "process": ("python", r"^from opentelemetry\b"),  # sets up its whole process
     "python": ("python", ""),
     "data": ("|".join(DATA), ""),
     "figure": ("text", ""),
 }
-"""How blocks are run: by the first whose language it is, of which a line is so."""
+"""The rules: a block has the first one whose language it has, and whose pattern one of its lines matches."""
 
 ELSEWHERE = ("docker", "helm", "ray", "figure")
-"""What isn't run from here: by the tests that have what it needs, or not at all."""
+"""Rules of blocks that are run by other tests, or not at all."""
 
 MARKS = {"triton": "conformance"}
-"""pytest's marks of what is run from here and needs more than is here."""
+"""pytest's marks of blocks that need something to be installed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +87,12 @@ class Block:
     """A block of code.
 
     Attributes:
-        page: Its page, from the root.
-        line: Where it begins.
-        rule: How it is run; empty where no rule says.
+        page: Its page, relative to the root.
+        line: Its first line.
+        rule: The rule by which it is run; empty if there is none.
         language: Its language.
         source: Its text.
-        expected: What it prints, as the text block right below it has it; None where there is none.
+        expected: Its output, from the text block right below it; None if there is none.
 
     """
 
@@ -107,13 +107,13 @@ class Block:
         return f"{self.page}:{self.line}"
 
     def check(self, printed: str) -> None:
-        """See that what was printed is what the page says, where it does."""
+        """Check that the output is what the page says, if it says something."""
         if self.expected not in {None, printed}:
             raise AssertionError(f"{self}: expected to print\n{self.expected}\ngot\n{printed}")
 
 
 def read(document: Document) -> list[tuple[Region, Block]]:
-    """Give the blocks of a page; a text block right below another one is what that prints."""
+    """Return the blocks of a page; a text block right below another one is its output."""
     found: list[tuple[Region, Block]] = []
     taken: Region | None = None
     last = Region(len(document.text), len(document.text), lexemes={"language": "", "source": ""})
@@ -131,7 +131,7 @@ def read(document: Document) -> list[tuple[Region, Block]]:
 
 
 def rule_of(language: str, source: str) -> str:
-    """Give the name of the rule for a block."""
+    """Return the name of the rule for a block."""
     for name, (languages, line) in RULES.items():
         if re.fullmatch(languages, language) and re.search(line, source, re.MULTILINE):
             return name
@@ -139,13 +139,13 @@ def rule_of(language: str, source: str) -> str:
 
 
 def blocks(rule: str) -> list[Block]:
-    """Give all blocks of a rule."""
+    """Return all blocks of a rule."""
     documents = (Document(path.read_text(), str(path)) for path in PAGES)
     return [block for document in documents for _, block in read(document) if block.rule == rule]
 
 
 class Page:
-    """What the blocks of a page share: a folder, which has what a clone has, and a photograph; and a server.
+    """What the blocks of a page share: a folder with the files of a clone, a photograph, and a server.
 
     Attributes:
         folder: The folder.
@@ -153,25 +153,25 @@ class Page:
     """
 
     def __init__(self) -> None:
-        from matplotlib import get_data_path  # noqa: PLC0415 - which collecting tests need not wait for
+        from matplotlib import get_data_path  # noqa: PLC0415 - keeps collection fast
 
-        self._open = ExitStack()
-        # A short name: a socket's path has 108 characters at most.
-        self.folder = Path(self._open.enter_context(tempfile.TemporaryDirectory(prefix="poolrpc-")))
+        self._stack = ExitStack()
+        # A short name, because a socket's path has at most 108 characters.
+        self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="poolrpc-")))
         for each in ROOT.iterdir():
             if not each.name.startswith("."):
                 (self.folder / each.name).symlink_to(each)
         shutil.copy(Path(get_data_path()) / "sample_data/grace_hopper.jpg", self.folder / "photo.jpg")
-        self._places = {SOCKETS: str(self.folder)}
-        self._server = self._open.enter_context(ExitStack())
+        self._actual = {SOCKETS: str(self.folder)}
+        self._server = self._stack.enter_context(ExitStack())
 
     def close(self) -> None:
         """End the server and remove the folder."""
-        self._open.close()
+        self._stack.close()
 
     def run(self, block: Block, names: dict[str, Any]) -> None:
-        """Run a block, and see that it prints what it says."""
-        source = self._placed(block.source)
+        """Run a block, and check its output."""
+        source = self._with_actual(block.source)
         if block.rule == "server":
             self._serve(source)
             return
@@ -181,7 +181,7 @@ class Page:
         if block.rule == "triton":
             install("scripts/install_clients.sh", "the clients")
             printed = self._command(ROOT / ".venv-triton/bin/python", "-c", source, PYTHONPATH=str(ROOT / "client"))
-        elif block.rule == "apart":
+        elif block.rule == "process":
             printed = self._command(sys.executable, "-c", source)
         elif block.language != "python":
             printed = self._command("bash", "-euo", "pipefail", "-c", source)
@@ -190,32 +190,32 @@ class Page:
             with chdir(self.folder), redirect_stdout(io.StringIO()) as output:
                 exec(code, names)  # noqa: S102 - our own docs
             printed = output.getvalue()
-        for written, place in self._places.items():
-            printed = printed.replace(place, written)
+        for written, actual in self._actual.items():
+            printed = printed.replace(actual, written)
         block.check(printed)
 
-    def _placed(self, source: str) -> str:
-        for written, place in self._places.items():
-            source = source.replace(written, place)
+    def _with_actual(self, source: str) -> str:
+        for written, actual in self._actual.items():
+            source = source.replace(written, actual)
         return source
 
     def _command(self, *command: str | Path, **environment: str) -> str:
-        own = {**ENVIRONMENT, "POOLRPC_ADDRESS": self._places.get(ADDRESS, ADDRESS), **environment}
+        own = {**ENVIRONMENT, "POOLRPC_ADDRESS": self._actual.get(ADDRESS, ADDRESS), **environment}
         done = subprocess.run(  # noqa: S603 - our own docs
             command, cwd=self.folder, capture_output=True, text=True, check=False, env={**os.environ, **own}
         )
-        # pip warns of an extra that there isn't.
+        # pip only warns of an extra that does not exist.
         if done.returncode or "WARNING" in done.stderr:
             raise AssertionError(f"expected a command that succeeds, got {done.returncode}\n{done.stdout}{done.stderr}")
         return done.stdout
 
     def _serve(self, source: str) -> None:
-        """Run commands that end with a server, and wait until it serves; the one before it on the page ends."""
+        """Run commands that end with a server, and wait until it serves; the page's previous server ends."""
         self._server.close()
         command = re.sub(r"(--(?:listen|metrics) )[\w.]+:\d+", r"\g<1>127.0.0.1:0", source)
         own = {"POOLRPC_LISTEN": "127.0.0.1:0", "POOLRPC_LOG_FORMAT": "json"}
         process = subprocess.Popen(  # noqa: S603 - our own docs
-            ["bash", "-euc", command],  # noqa: S607 - wherever it is
+            ["bash", "-euc", command],  # noqa: S607 - found by PATH
             cwd=self.folder,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -229,13 +229,13 @@ class Page:
         self._server.callback(os.killpg, process.pid, signal.SIGKILL)
         made.started.wait(120)
         if not made.start_line:
-            raise AssertionError(f"expected a server that serves, got {made.log}")
-        told = (each for each in made.start_line["addresses"].split() if not each.startswith("unix:"))
-        self._places |= {ADDRESS: next(told, ADDRESS), METRICS: made.start_line["metrics"] or METRICS}
+            raise AssertionError(f"expected a server that starts, got {made.log}")
+        tcp = (each for each in made.start_line["addresses"].split() if not each.startswith("unix:"))
+        self._actual |= {ADDRESS: next(tcp, ADDRESS), METRICS: made.start_line["metrics"] or METRICS}
 
 
 def parse(document: Document) -> Iterator[Region]:
-    """Give Sybil what it is to run here."""
+    """Yield the blocks for Sybil that run here."""
     for region, block in read(document):
         if block.rule not in ELSEWHERE:
             region.parsed, region.evaluator = block, evaluate
@@ -243,7 +243,7 @@ def parse(document: Document) -> Iterator[Region]:
 
 
 def evaluate(example: Example) -> str | None:
-    """Run a block, or say why not."""
+    """Run a block, or return what is wrong with it."""
     block: Block = example.parsed
     if not block.rule:
         return f"expected a block of a language that a rule covers, got {block.language!r}: tests/docs/blocks.py"
@@ -251,14 +251,14 @@ def evaluate(example: Example) -> str | None:
     return None
 
 
-def begin(namespace: dict[str, Any]) -> None:
-    """Make what the blocks of a page share."""
+def setup_page(namespace: dict[str, Any]) -> None:
+    """Create what the blocks of a page share."""
     namespace["_page"] = Page()
 
 
-def end(namespace: dict[str, Any]) -> None:
-    """Undo it."""
+def close_page(namespace: dict[str, Any]) -> None:
+    """Release it."""
     namespace["_page"].close()
 
 
-DOCUMENTS = Sybil([parse], patterns=["README.md", "docs/*.md"], path=str(ROOT), setup=begin, teardown=end)
+DOCUMENTS = Sybil([parse], patterns=["README.md", "docs/*.md"], path=str(ROOT), setup=setup_page, teardown=close_page)

@@ -1,4 +1,4 @@
-"""The pages of docs/ say what the code and the results say."""
+"""The pages of docs/ agree with the code and the results."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ ERRORS = ROOT / "docs/errors.md"
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
-def test_tables_are_as_the_code_writes_them(page: Path) -> None:
-    """Layers, flags, metrics, alerts and figures are those of the code and of the results: run scripts.tables."""
+def test_tables_are_up_to_date(page: Path) -> None:
+    """Tables of layers, flags, metrics, alerts and figures are what scripts.tables writes."""
     assert page.read_text() == written(page)
 
 
 def test_every_table_is_on_a_page() -> None:
-    """What can be written is somewhere."""
+    """Every table that can be written is on a page."""
     text = "".join(page.read_text() for page in pages())
     assert all(f"<!-- {name}: written by" in text for name in TABLES)
 
 
 @pytest.mark.parametrize("error", BY_CODE.values(), ids=lambda error: error.__name__)
-def test_the_page_of_errors_has_each(error: type[PoolError]) -> None:
-    """Every error has a line, with its gRPC status."""
+def test_the_page_of_errors_has_every_error(error: type[PoolError]) -> None:
+    """Every error has a line with its gRPC status."""
     assert f"| `{error.__name__}` | {error.code} |" in ERRORS.read_text()
 
 
-def test_a_block_of_an_unknown_language_is_found_out() -> None:
-    """A block without a language, or of one that no rule covers, has no rule, and so fails; one with a rule has one."""
+def test_a_block_of_an_unknown_language_has_no_rule() -> None:
+    """A block without a language, or of an unknown one, has no rule and so fails."""
     text = "```\nx\n```\n\n```cobol\nx\n```\n\n```python\nprint(1)\n```\n\n```text\n1\n```\n"
     found = [block for _, block in read(Document(text, str(ROOT / "docs/none.md")))]
     assert [(each.rule, each.expected) for each in found] == [("", None), ("", None), ("python", "1\n")]
 
 
 def test_every_rule_but_rays_is_used() -> None:
-    """No rule lies idle, so that none rots; Ray's is for pages that may not be there."""
+    """Every rule has a block, except for Ray's, whose pages are optional."""
     used = {block.rule for path in PAGES for _, block in read(Document(path.read_text(), str(path)))}
     assert set(RULES) - used <= {"ray"}

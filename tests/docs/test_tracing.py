@@ -1,4 +1,4 @@
-"""The program of docs/tracing.md runs, and what it prints is of one trace with what the server does."""
+"""The program of docs/tracing.md prints spans of one trace with the server's log line."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from scripts.server_process import serving
 PAGE = Path(__file__).parents[2] / "docs" / "tracing.md"
 
 
-def test_the_pages_program_shows_its_spans() -> None:
-    """The client's span and the program's own are printed, and the server's log line has the same trace."""
+def test_the_program_prints_its_spans() -> None:
+    """It prints the client's span and its own, and the server's log line has the same trace."""
     (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     with serving(env={"OTEL_TRACES_EXPORTER": "console"}) as server:
         assert server.start_line["traces"] == "console"

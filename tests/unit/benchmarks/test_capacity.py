@@ -1,4 +1,4 @@
-"""The simulation that says how many replicas a load needs: against queueing theory, and against what was measured."""
+"""The simulation of replicas, compared with queueing theory and with measurements."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[3]
 GOODPUT, MEDIAN, TAIL = 0.15, 1.5, 2.0
-"""How far the simulation may be from the measured curve, at each load: the part of the goodput, and factors of the
-median and the 99 % of the answers' times; the last is the slowest of some forty calls at the lowest load."""
-UNBOUNDED = QueueLimits(max_queue=10**9, max_queue_seconds=10**9)
+"""Tolerances for the measured curve, at each load: the relative goodput, and factors of the median and of the p99,
+which at the lowest load is the slowest of about forty calls."""
+UNLIMITED = QueueLimits(max_queue=10**9, max_queue_seconds=10**9)
 
 
 def load(rate: float, seconds: Iterable[float], count: int = 20_000) -> list[Call]:
-    """Draw calls that come at random, each of a kind of its own."""
+    """Draw calls at random times, each of a kind of its own."""
     drawn, kinds = np.random.default_rng(1), list(seconds)
     times = np.cumsum(drawn.exponential(1 / rate, count))
     return [Call(float(at), kinds[drawn.integers(len(kinds))], 0, None) for at in times]
 
 
 def needed(question: Question) -> int:
-    """Give the fewest replicas that are enough."""
+    """Return the smallest sufficient number of replicas."""
     *_, last = capacity.answer(question)
     assert last["enough"]
     assert last["p99_ms"] <= question.p99 * 1000
@@ -43,8 +43,8 @@ def needed(question: Question) -> int:
 
 
 @pytest.mark.parametrize("row", capacity.read("load"), ids=lambda row: row["case"])
-def test_it_foretells_the_measured_curve(row: dict[str, Any]) -> None:
-    """Offered the calls of the measured run, it answers as many a second and as soon, within the tolerances above."""
+def test_the_simulation_matches_the_measured_curve(row: dict[str, Any]) -> None:
+    """For the calls of the measured run, goodput and latencies are within the tolerances above."""
     ours = capacity.compared(row)
     assert ours["goodput"] == pytest.approx(row["goodput"], rel=GOODPUT)
     assert 1 / MEDIAN <= ours["p50_ms"] / row["accepted_p50_ms"] <= MEDIAN
@@ -53,26 +53,26 @@ def test_it_foretells_the_measured_curve(row: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("busy", [0.3, 0.8])
 @pytest.mark.parametrize("seconds", [(0.01,), (0.001, 0.019)])
-def test_one_replica_waits_as_theory_has_it(busy: float, seconds: tuple[float, ...]) -> None:
-    """Without bounds the mean wait is that of Pollaczek and Khinchine, within a tenth, alike and unlike times both."""
+def test_waiting_times_match_theory(busy: float, seconds: tuple[float, ...]) -> None:
+    """Without limits the mean wait is Pollaczek and Khinchine's, within a tenth, for equal and unequal calls."""
     average = mean(seconds)
-    outcome = Fleet(1, UNBOUNDED).serve(load(busy / average, seconds, 50_000))
+    outcome = Fleet(1, UNLIMITED).serve(load(busy / average, seconds, 50_000))
     expected = busy / average * mean(each**2 for each in seconds) / (2 * (1 - busy))
     assert mean(outcome.latencies) - average == pytest.approx(expected, rel=0.1)
     assert outcome.busy / outcome.seconds == pytest.approx(busy, rel=0.03)
 
 
-def test_what_does_not_fit_is_refused() -> None:
-    """At twice what a replica can do half is refused, and no answer takes longer than the queue and a call."""
+def test_calls_over_the_capacity_are_rejected() -> None:
+    """At twice the capacity half of the calls are rejected, and the queue limits the latency of the others."""
     outcome = Fleet(1, QueueLimits(max_queue_seconds=0.25)).serve(load(200, [0.01]))
     assert outcome.goodput == pytest.approx(100, rel=0.02)
-    assert outcome.refusals == sum(each == float("inf") for each in outcome.latencies)
+    assert outcome.rejections == sum(each == float("inf") for each in outcome.latencies)
     assert max(outcome.answered) <= 0.25 + 2 * 0.01 + 1e-9
     assert outcome.within(0.99) == float("inf")
 
 
-def test_calls_of_a_kind_share_a_turn() -> None:
-    """Small calls of one kind that wait are computed together, and end together; others take turns with them."""
+def test_calls_with_the_same_key_share_a_batch() -> None:
+    """Small calls of one kind that wait are computed together; others take turns with them."""
     small = [Call(0.001, 0.001, 1000, "small") for _ in range(4)]
     calls = [Call(0.0, 0.01, 0, None), small[0], Call(0.001, 0.01, 0, None), *small[1:]]
     outcome = Fleet(1, QueueLimits()).serve(calls)
@@ -80,23 +80,23 @@ def test_calls_of_a_kind_share_a_turn() -> None:
 
 
 def test_retries_are_answered_later() -> None:
-    """A burst that is too much for one replica is answered in the end where clients try again."""
+    """A burst over the capacity of a replica is answered in the end if clients retry."""
     burst = [Call(0.0, 0.01, 0, None) for _ in range(40)]
     once, again = (Fleet(1, QueueLimits(max_queue_seconds=0.25), attempts=each).serve(burst) for each in (1, 5))
     assert len(once.answered) < len(again.answered) == len(burst)
-    assert once.refusals == len(burst) - len(once.answered)
+    assert once.rejections == len(burst) - len(once.answered)
 
 
-def test_the_less_busy_replica_is_the_better_one() -> None:
-    """Of unlike calls, 99 % are answered sooner by least request than where many clients take turns."""
+def test_least_request_is_better_than_round_robin() -> None:
+    """For different calls the p99 is lower with least request than with many clients' round-robin."""
     calls = load(200, [0.001, 0.039])
-    least, turns = (Fleet(8, UNBOUNDED, least_request=each).serve(calls) for each in (True, False))
+    least, turns = (Fleet(8, UNLIMITED, least_request=each).serve(calls) for each in (True, False))
     assert least.within(0.99) < turns.within(0.99)
 
 
 @pytest.mark.slow
-def test_the_fewest_replicas_are_found() -> None:
-    """One less than what it answers isn't enough; more load or a heavier layer needs more, the arena needs fewer."""
+def test_the_smallest_number_of_replicas_is_found() -> None:
+    """One less is not enough; more load or a heavier layer needs more, the arena needs fewer."""
     question = Question(5000, [10**6], 0.005)
     found = needed(question)
     assert not {row["replicas"]: row["enough"] for row in capacity.answer(question)}.get(found - 1)
@@ -106,8 +106,8 @@ def test_the_fewest_replicas_are_found() -> None:
     assert needed(replace(question, path="arena")) < found
 
 
-def test_times_are_fitted_to_what_was_measured() -> None:
-    """Each path's line is within a half of every time that it is fitted to; a call and a byte both cost something."""
+def test_times_are_fitted_to_the_measurements() -> None:
+    """Each transport's line is within a half of every measured time; a call and a byte both have a cost."""
     for path in ("unary", "stream", "arena"):
         fixed, each, off = capacity.seconds_of(path)
         assert fixed > 0
@@ -115,8 +115,8 @@ def test_times_are_fitted_to_what_was_measured() -> None:
         assert off < 0.5
 
 
-def test_the_command_answers_and_refuses() -> None:
-    """The command prints the replicas; of a p99 that a lone call can't keep it says what that takes."""
+def test_the_command() -> None:
+    """The command prints the replicas; for a p99 below the time of a single call it says what a call takes."""
     command = [sys.executable, "-m", "benchmarks", "capacity", "--rate", "500", "--bytes", "1000000", "--p99"]
     done = subprocess.run([*command, "0.05"], capture_output=True, text=True, check=True, cwd=ROOT)  # noqa: S603 - our own command
     assert "replicas=1 enough=True" in done.stdout
