@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import tempfile
 import threading
 from contextlib import contextmanager
@@ -193,7 +194,7 @@ def serve(
         started: Called with the facts of the start line, once the server serves.
 
     Returns:
-        The exit status: 0, or FAILED if the server cannot go on.
+        The exit status, 0. A server that cannot go on ends the process with FAILED.
 
     Raises:
         ConfigError: The server cannot be made with these settings.
@@ -222,7 +223,9 @@ def serve(
         last.daemon = True
         last.start()
         server.stop(grace=min(1.0, config.shutdown_grace))
-        return FAILED
+        # Not by returning: at the interpreter's end, freeing memory of a lost device would abort the process.
+        sys.stderr.flush()
+        os._exit(FAILED)
     server.drain()
     # Load balancers need this time to see that the health has changed; only a second signal ends it early.
     threading.Event().wait(config.drain_seconds)

@@ -111,6 +111,7 @@ class Service:
         self.failure = ""
         self.on_failure: Callable[[], object] = lambda: None
         self._arenas = arenas
+        self._device_error: Exception | None = None
         self.metrics = Metrics(enabled=bool(config.metrics))
         self._admission = AdmissionControl(config.max_inflight_bytes, config.call_threads, self._engine)
         self._dispatcher = Dispatcher(
@@ -172,6 +173,9 @@ class Service:
     def _translate(self, error: Exception) -> PoolError | None:
         if not is_device_lost(error):
             return None
+        # Its traceback keeps the call's tensors alive: freeing memory of a lost device aborts the process, before the
+        # callers have their answers.
+        self._device_error = error
         self.fail(str(error).partition("\n")[0])
         return UnavailableError("the device failed; the server starts again", reason="DEVICE_FAILED")
 

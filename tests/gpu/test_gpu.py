@@ -7,12 +7,14 @@ import sys
 from itertools import islice
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
 
 import poolrpc as p
 from poolrpc._wire.codec import Request
 from poolrpc.tensors import TensorSpec
+from poolrpc_server.app import FAILED
 from poolrpc_server.calls.validate import Limits, check_request
 from poolrpc_server.compute.device import DeviceStreams, synchronize
 from poolrpc_server.compute.engine import Engine, Run
@@ -21,6 +23,7 @@ from tests.parity.reference import assert_same, reference, values
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
 WIDE = Limits(2**40, 2**40, 2**40, 2**50)
 MAX_CASES = 200
@@ -153,23 +156,27 @@ def test_out_of_memory_is_a_limit_and_the_engine_still_works(engine: Engine, cud
         torch.cuda.set_per_process_memory_fraction(1.0, cuda)
 
 
-def test_a_lost_device_ends_the_process() -> None:
-    """A permanent CUDA error ends a server with the exit status for a restart."""
+def test_a_lost_device_ends_the_process(tmp_path: Path) -> None:
+    """A permanent CUDA error is UNAVAILABLE to its caller, and ends the server with the exit status for a restart."""
+    address = f"unix:{tmp_path / 'pool.sock'}"
     program = (
-        "import torch, poolrpc, poolrpc_server\n"
-        "from poolrpc_server.app import FAILED\n"
+        "import torch\n"
+        "from poolrpc_server import Config, serve\n"
         "from poolrpc_server.compute.kernels import eager\n"
         "bad = lambda *_: lambda x, _: torch.zeros(4, device='cuda')[torch.tensor([9], device='cuda')].cpu()\n"
         "eager.FAMILIES['max_pool'] = bad\n"
-        "server = poolrpc_server.Server(poolrpc_server.Config(listen=('127.0.0.1:0',), device='cuda'))\n"
-        "server.start()\n"
-        "import numpy as np\n"
-        "try:\n"
-        "    poolrpc.PoolClient(server.addresses[0]).pool(np.ones((1, 1, 4, 4), np.float32), poolrpc.MaxPool2d(2))\n"
-        "except poolrpc.UnavailableError as error:\n"
-        "    print(error.reason, bool(server.service.failure), flush=True)\n"
-        "import os; os._exit(FAILED)\n"
+        f"serve(Config(listen=({address!r},), device='cuda', max_arena_bytes=0))\n"
     )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)  # noqa: S603 - ours
-    assert ended.returncode == 70
-    assert ended.stdout.split() == ["DEVICE_FAILED", "True"]
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)  # noqa: S603 - ours
+    with p.PoolClient(address, options={"grpc.enable_retries": 0}) as client:
+        while True:
+            try:
+                client.health()
+                break
+            except p.UnavailableError:
+                assert process.poll() is None
+        with pytest.raises(p.UnavailableError) as raised:
+            client.pool(np.ones((1, 1, 4, 4), np.float32), p.MaxPool2d(2))
+    assert raised.value.reason == "DEVICE_FAILED"
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == FAILED, log

@@ -12,6 +12,7 @@ import torch
 from poolrpc._wire.codec import payload_specs
 from poolrpc.chains import Planes
 from poolrpc_server.compute import kernels
+from poolrpc_server.compute.kernels.eager import SIZE_DEPENDENT
 from poolrpc_server.compute.planes import block_of, steps
 
 if TYPE_CHECKING:
@@ -105,7 +106,10 @@ class Schedule:
         independent = all(
             layer.splittable and layer.at_plane(1) is layer for chain in request.branches for layer in chain
         )
-        limit = CPU_BATCHED_BYTES if self.device.type == "cpu" else DEVICE_BATCHED_BYTES
+        on_cpu = self.device.type == "cpu"
+        if not on_cpu:
+            independent &= all(layer.family not in SIZE_DEPENDENT for chain in request.branches for layer in chain)
+        limit = CPU_BATCHED_BYTES if on_cpu else DEVICE_BATCHED_BYTES
         if not (self.plans and independent and self.nbytes <= limit):
             return None
         plane = block_of(request, Planes(request.input, self.spatial_dims), 1, 0)

@@ -172,6 +172,10 @@ def _global_max_pool(_: Any, __: torch.dtype, plane: tuple[int, ...]) -> Operato
     return lambda x, _: (x.amax(axes, keepdim=True), None)
 
 
+SIZE_DEPENDENT = ("adaptive_avg_pool", "global_avg_pool")
+"""Families whose sums torch computes, on a GPU, in an order that depends on the number of planes (seen on an H200 with
+torch 2.11). There, a request with such a layer is computed alone."""
+
 FAMILIES: dict[str, Callable[[Any, torch.dtype, tuple[int, ...]], Operator]] = {
     "max_pool": _max_pool,
     "avg_pool": _avg_pool,
