@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-import torch
-
 from poolrpc import __version__
 from poolrpc._shapes.limits import MAX_BRANCHES, MAX_CHAIN, MAX_FRACTIONAL_AXIS, MAX_NUMEL, MAX_PARAMETER
 from poolrpc._wire.codec import Limit, ServerInfo
@@ -19,7 +17,7 @@ from poolrpc_server.calls.queue import QueueLimits
 from poolrpc_server.calls.streams import OpenStreams
 from poolrpc_server.calls.tokens import TokenFile
 from poolrpc_server.calls.validate import Limits
-from poolrpc_server.compute.device import is_device_lost
+from poolrpc_server.compute.device import TORCH_VERSION, is_device_lost
 from poolrpc_server.compute.engine import IDLE_LIMIT, WORKSPACE_LIMIT, Engine
 from poolrpc_server.config import Config, ConfigError
 from poolrpc_server.presets import read_presets
@@ -194,7 +192,7 @@ class Service:
 def _describe(config: Config, engine: Engine, spans: Spans | None) -> ServerInfo:
     return ServerInfo(
         version=__version__,
-        torch_version=torch.__version__,
+        torch_version=TORCH_VERSION,
         device=str(engine.device),
         threads=engine.threads,
         layers={name: layer.dtypes for name, layer in LAYERS.items()},

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 PINNED_BLOCK_BYTES = 512
 """Pinned memory is allocated in multiples of this, the block size of torch's own cache."""
 
+TORCH_VERSION = str(torch.__version__)
+"""The version of torch that the kernels run with."""
+
 _LOST_DEVICE: type[Exception] | tuple[()] = getattr(torch, "AcceleratorError", ())
 
 

@@ -75,10 +75,22 @@ def test_a_dropped_workspace_is_created_again(engine):
 
 
 def test_a_workspace_counts_its_bytes_and_the_objects_for_them(engine):
-    """The engine's resident bytes are those of inputs, outputs and overhead."""
+    """The engine's idle bytes are those of inputs, outputs and overhead."""
     assert engine.idle_bytes == 0
     execute(engine, schedule(engine, 8))
     assert engine.idle_bytes == 4 * 8 * 4 + 2 * 4 * 4 + OVERHEAD_BYTES
+
+
+def test_idle_memory_can_be_dropped(engine):
+    """drop_idle drops cached workspaces and idle buffers, and later requests are computed as before."""
+    small, large = schedule(engine, 8), schedule(engine, 32_768)
+    for scheduled in (small, large):
+        execute(engine, scheduled)
+    assert engine.idle_bytes > large.outputs[0].nbytes
+    engine.drop_idle()
+    assert engine.idle_bytes == 0
+    for scheduled in (small, large):
+        assert execute(engine, scheduled) == bytes(scheduled.outputs[0].nbytes)
 
 
 def test_a_failed_execution_drops_its_workspace(engine):
