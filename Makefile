@@ -37,7 +37,7 @@ test-all: setup  ## Run every test, with coverage: the quick ones in parallel, t
 	$(MAKE) test-slow ARGS="--cov --cov-append --cov-report=term" || failed=1; \
 	exit $$failed
 
-check: setup  ## Run the linters, the type checker and the checks of protos, generated code and docs.
+check: setup  ## Run the linters, the type checker and the checks of protos, generated code, vocabulary and docs.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -47,6 +47,7 @@ check: setup  ## Run the linters, the type checker and the checks of protos, gen
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/zizmor --offline --quiet .github/workflows
 	scripts/generate.sh --check
+	$(BIN)/python -m scripts.words
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 docs: setup  ## Build the documentation into site/.

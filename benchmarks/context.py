@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class DirectCall(CallContext):
-    """A call without a deadline that nobody cancels."""
+    """A call without a deadline that is not cancelled."""
 
     def __init__(self) -> None:
         super().__init__("/benchmarks/Call")

@@ -58,7 +58,11 @@ WORDS = (
     Word(r'"(?:See|Ask) (?:that|whether) ', "Check that, Check whether", any_case=False),
     Word(r"\bseat(?:s|ed)?\b", "slot"),
     _name(r"(?i:(?<![A-Za-z])seats?(?![a-z]))", "slot"),
-    Word(r"\b(?:its|a|each|another|whose) level(?:'s)?\b(?! of)", "priority"),
+    Word(
+        r"\b(?:its|a|each|another|whose) level(?:'s)?\b(?! of)",
+        "priority",
+        folders=("server/poolrpc_server/calls/", "tests/unit/server/calls/"),
+    ),
     _name(r"\b_?Level\b|\b_?levels\b|\blevel = priority\b", "priority"),
     _name(r"\bclass _?Bounds\b", "QueueLimits"),
     _name(r"\bclass _Entry\b", "Pending (a queued request)"),

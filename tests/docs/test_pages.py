@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -48,3 +49,11 @@ def test_every_rule_but_rays_is_used() -> None:
     """Every rule has a block, except for Ray's, whose pages are optional."""
     used = {block.rule for path in PAGES for _, block in read(Document(path.read_text(), str(path)))}
     assert set(RULES) - used <= {"ray"}
+
+
+@pytest.mark.parametrize("page", [ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *PAGES], ids=lambda page: page.name)
+def test_paths_on_a_page_exist(page: Path) -> None:
+    """Every path of the repository that a page names in code exists."""
+    folders = "benchmarks|client|deploy|docs|examples|fuzz|protos|scripts|server|tests"
+    named = set(re.findall(rf"`((?:{folders})/[\w./-]*)`", page.read_text()))
+    assert {path for path in named if not (ROOT / path).exists()} == set()

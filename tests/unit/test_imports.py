@@ -1,4 +1,4 @@
-"""Imports run one way, the client is thin, and what is public is said to be."""
+"""Imports run in one direction, the client is thin, and __all__ has every public name."""
 
 import ast
 import graphlib
@@ -16,7 +16,7 @@ import poolrpc_server
 FOLDERS = {package.__name__: Path(package.__file__).parent for package in (poolrpc, poolrpc_server)}
 GENERATED = ("poolrpc.v1", "poolrpc_server.protocols.triton.generated")
 
-# The folders and modules of the server, from the command inwards: a module imports only what stands further in.
+# The folders and modules of the server, from the command inwards: a module imports only modules of later rows.
 ROOMS = (
     {"__main__"},
     {"cli"},
@@ -35,18 +35,18 @@ ROOMS = (
 DEPTH = {module: depth for depth, room in enumerate(ROOMS) for module in room}
 KNOW_GRPC = {"cli", "workers", "app", "transports"}
 KNOW_CONFIG = {"cli", "workers", "app", "service", "transports.ray"}
-# What the client's modules may import beside Python's own library when they are themselves imported.
+# What importing a module of the client may import in addition to Python's standard library.
 THIN = {"grpc", "google", "numpy", "poolrpc"}
 
 
 def name_of(path, package):
-    """Give the full name of a module from its file."""
+    """Return the full name of a module from its file."""
     parts = path.relative_to(FOLDERS[package]).with_suffix("").parts
     return ".".join((package, *parts)).removesuffix(".__init__")
 
 
 def sources():
-    """Give every module of both packages that is written by hand, by its full name, with its file."""
+    """Return the file of every module of both packages, without generated ones, by the module's full name."""
     return {
         name_of(path, package): path
         for package, folder in FOLDERS.items()
@@ -59,22 +59,22 @@ SOURCES = sources()
 
 
 def imported(node, module, path):
-    """Give the modules that an import statement names, in full."""
+    """Return the full names of the modules that an import statement names."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     base = importlib.util.resolve_name("." * node.level + (node.module or ""), package) if node.level else node.module
-    # `from poolrpc import codec` imports a module, `from poolrpc import MaxPool2d` a name of one.
+    # `from poolrpc import chains` imports a module, `from poolrpc import MaxPool2d` a name of one.
     return [f"{base}.{alias.name}" if is_module(f"{base}.{alias.name}") else base for alias in node.names]
 
 
 def is_module(name):
-    """Tell whether a name is that of a module of ours."""
+    """Return whether a name is that of a module of these packages."""
     return name in SOURCES or name in GENERATED or name.startswith(tuple(f"{package}." for package in GENERATED))
 
 
 def imports(module, *, when_imported=False):
-    """Give the full names of all that a module imports, anywhere in it; or only of what importing it imports."""
+    """Return the full names of what a module imports: anywhere in it, or only when it is imported."""
     path = SOURCES[module]
     tree = ast.parse(path.read_text())
     skipped = set()
@@ -92,7 +92,7 @@ def imports(module, *, when_imported=False):
 
 
 def room(module):
-    """Give the room of one of the server's modules; empty for the package itself."""
+    """Return the folder or top-level module that a server module belongs to; empty for the package itself."""
     return module.removeprefix("poolrpc_server").removeprefix(".").partition(".")[0]
 
 
@@ -101,7 +101,7 @@ SERVER = [name for name in SOURCES if name.partition(".")[0] == "poolrpc_server"
 
 
 def test_the_walk_sees_imports():
-    """What this file finds are the imports that there are: of a module, of a name, relative, lazy, and for types."""
+    """Every kind of import is found: of a module, of a name, relative, in a function, and for types."""
     assert {"poolrpc._wire.codec", "poolrpc.v1.pool_pb2", "poolrpc_server.calls.dispatch"} <= imports(
         "poolrpc_server.protocols.native"
     )
@@ -116,20 +116,20 @@ def test_the_walk_sees_imports():
 
 @pytest.mark.parametrize("module", CLIENT)
 def test_the_client_imports_neither_torch_nor_the_server(module):
-    """No module of the client names torch or the server, not even in a function."""
+    """No module of the client imports torch or the server, not even in a function."""
     assert not {name for name in imports(module) if name.partition(".")[0] in ("torch", "poolrpc_server")}
 
 
 @pytest.mark.parametrize("module", CLIENT)
 def test_the_client_needs_what_it_says_it_needs(module):
-    """Importing the client imports grpcio, protobuf, NumPy and Python's own library; the rest is optional."""
+    """Importing the client imports only grpcio, protobuf, NumPy and Python's standard library."""
     roots = {name.partition(".")[0] for name in imports(module, when_imported=True)}
     assert roots - THIN - set(sys.stdlib_module_names) == set()
 
 
 @pytest.mark.parametrize("module", SERVER)
 def test_the_servers_imports_run_inwards(module):
-    """A module of the server imports only modules of the server that stand further in."""
+    """A module of the server imports only server modules of later rows of ROOMS."""
     own = room(module)
     if not own:  # the package names what it offers, to be imported on first use
         return
@@ -142,7 +142,7 @@ def test_the_servers_imports_run_inwards(module):
 
 @pytest.mark.parametrize("module", [name for name in SERVER if room(name) and room(name) not in KNOW_GRPC])
 def test_nothing_below_the_transports_imports_grpc(module):
-    """Protocols and what is further in import neither grpc nor its health and reflection, protocols alone protobuf."""
+    """Nothing below the transports imports grpc, its health or its reflection; only protocols import protobuf."""
     names = imports(module)
     assert not {name for name in names if name.partition(".")[0] in ("grpc", "grpc_health", "grpc_reflection")}
     protobuf = {name for name in names if name.partition(".")[0] == "google" or name.startswith(GENERATED)}
@@ -151,15 +151,15 @@ def test_nothing_below_the_transports_imports_grpc(module):
 
 @pytest.mark.parametrize("module", [name for name in SERVER if room(name) and room(name) not in KNOW_CONFIG])
 def test_only_what_builds_a_server_sees_the_config(module):
-    """The command, the workers, the app, the service and Ray's transport see Config; all else gets single settings."""
+    """Only the command, the workers, the app, the service and the Ray transport import Config."""
     short = module.removeprefix("poolrpc_server.")
     assert short in {"config", *KNOW_CONFIG} or "poolrpc_server.config" not in imports(module)
 
 
 def test_no_imports_go_in_a_circle():
-    """Both packages' modules can be put in an order in which each imports only those before it."""
+    """The modules of both packages have no import cycle."""
     graph = {module: {name for name in imports(module, when_imported=True) if name in SOURCES} for module in SOURCES}
-    # Importing any module imports its package first, which says nothing about who needs whom.
+    # Importing a module imports its package first, which is not a dependency of the module.
     packages = set(FOLDERS)
     order = graphlib.TopologicalSorter({module: names - packages for module, names in graph.items()}).static_order()
     assert set(order) >= set(SOURCES) - packages
@@ -178,7 +178,7 @@ def test_no_imports_go_in_a_circle():
     ],
 )
 def test_an_import_leaves_out_what_it_does_not_need(program, left_out):
-    """In a fresh interpreter the client imports no torch, nor what only images, bfloat16 or the command need."""
+    """In a new interpreter the client imports neither torch nor what only images, bfloat16 or the command need."""
     check = f"{program}\nimport sys\nprint(*({left_out!r} & sys.modules.keys()))".replace(
         repr(left_out), repr(set(left_out))
     )
@@ -187,12 +187,12 @@ def test_an_import_leaves_out_what_it_does_not_need(program, left_out):
 
 
 def order(name):
-    """Give a name's place in __all__ as ruff sorts it: constants, then classes, then the rest."""
+    """Return the sort key of a name in __all__ by ruff's rule: constants, then classes, then the rest."""
     return (0 if name.isupper() else 1 if name[0].isupper() else 2, name)
 
 
 def test_all_is_what_is_public():
-    """The client's __all__ has every name without an underscore that is no module, and the version; in ruff's order."""
+    """The client's __all__ has every public name that is not a module, and __version__, in ruff's order."""
     public = {
         name for name, value in vars(poolrpc).items() if not name.startswith("_") and not isinstance(value, ModuleType)
     }
@@ -201,7 +201,7 @@ def test_all_is_what_is_public():
 
 
 def test_the_server_offers_what_it_says():
-    """Every name of the server's __all__ can be had, in order, and no other."""
+    """Every name of the server's __all__ can be imported, is in order, and no other name can."""
     assert poolrpc_server.__all__ == sorted(set(poolrpc_server.__all__), key=order)
     assert [getattr(poolrpc_server, name).__name__ for name in poolrpc_server.__all__] == poolrpc_server.__all__
     with pytest.raises(AttributeError, match="nothing"):

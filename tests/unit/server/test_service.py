@@ -119,7 +119,7 @@ def test_a_method_that_does_not_exist_is_not_admitted(service):
 
 
 def test_a_failed_service_says_so_once(service):
-    """Health becomes NOT_SERVING, and whoever runs the process is called with the first reason."""
+    """Health becomes NOT_SERVING, and on_failure is called with the first reason."""
     calls = []
     service.on_failure = lambda: calls.append(service.failure)
     service.fail("the device is lost")

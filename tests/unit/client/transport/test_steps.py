@@ -123,7 +123,7 @@ def test_any_other_error_is_raised_unchanged(error):
 
 
 def test_a_failed_call_leaves_no_cycle(run):
-    """What the steps held is freed with the error, without the garbage collector: memory of an arena, perhaps."""
+    """What the steps held, such as memory of an arena, is freed with the error, without the garbage collector."""
 
     class Held:
         pass

@@ -185,7 +185,7 @@ def test_only_so_many_streams_are_open():
 
 
 def test_a_stream_in_which_nothing_moves_is_cancelled():
-    """A call whose answers nobody reads is ended after twice the idle time."""
+    """A call whose answers are not read is ended after twice the idle time."""
     call, cancelled = Context(), threading.Event()
     call.add_done_callback(cancelled.set)
     with OpenStreams(1, 0.01).open(iter(()), 1, call):

@@ -29,7 +29,7 @@ CALL = ("unary", "poolrpc.v1.PoolService", "Pool")
 LABELS = dict(zip(("grpc_type", "grpc_service", "grpc_method"), CALL, strict=True))
 LOAD = Load(1000, (2, 0, 1), 1.5, 3, 4096, 5)
 
-# Counts one of each, says so, and ends when it is told to.
+# Counts one of each, prints a line, and exits at the end of its standard input.
 COUNTING = """
 import sys
 from poolrpc_server.telemetry.metrics import Load, Metrics
