@@ -22,7 +22,7 @@ from tests.parity.reference import assert_same, reference, values
 quick = settings(
     deadline=None, max_examples=int(os.environ.get("POOLRPC_EXAMPLES", "300")), derandomize="CI" in os.environ
 )
-at_length = settings(quick, max_examples=2000)
+at_length = settings(quick, max_examples=1000)
 BLOCKS = st.sampled_from((1, 300, 1 << 20))
 RANKS = (1, 2, 3)
 LONGEST = {1: 24, 2: 9, 3: 4}
