@@ -24,8 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line. None: that of the process.
 
     Returns:
-        0 after a clean stop, 1 if the workers do not start or had to be killed, 2 if a setting is wrong, app.FAILED if
-        the server failed and should be started again.
+        0 after a clean stop, 1 if the workers do not start or had to be killed, 2 if a setting is wrong. A server that
+        fails and should be started again ends the process itself, with the status app.FAILED.
 
     """
     try:

@@ -40,8 +40,9 @@ RETRYABLE = (grpc.StatusCode.INTERNAL, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
 def add_services(_: object, server: Any) -> None:  # noqa: ANN401 - a class of Ray's that is not public
     """Add this project's services to Ray's proxy, for `grpc_servicer_functions`."""
-    names = [method.name for method in POOL.methods]
-    server.add_generic_rpc_handlers((_Forwarding(POOL.full_name, names), _Forwarding(HEALTH, ["Check"])))
+    # In a call each: Ray replaces the functions of the first handler of a call only.
+    server.add_generic_rpc_handlers((_Forwarding(POOL.full_name, [method.name for method in POOL.methods]),))
+    server.add_generic_rpc_handlers((_Forwarding(HEALTH, ["Check"]),))
 
 
 class _Forwarding(grpc.GenericRpcHandler):
