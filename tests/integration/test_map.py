@@ -324,12 +324,12 @@ def test_a_timeout_is_for_each_request(mapped: Callable[..., list[Any]]) -> None
 
 
 def map_threads() -> list[str]:
-    """Return the names of map's map_threads."""
+    """Return the names of map's threads."""
     return [each.name for each in threading.enumerate() if each.name.startswith(THREADS)]
 
 
 def test_leaving_a_map_ends_its_threads(client: PoolClient) -> None:
-    """Closing the generator, or dropping it, ends its map_threads; the client can still be used."""
+    """Closing the generator, or dropping it, ends its threads; the client can still be used."""
     results = client.map(CountedTensors(), MaxPool2d(2))
     next(results)
     assert map_threads()
