@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from poolrpc.chains import Chain
 
-POOL = "pool"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", re.ASCII)
+POOL_PRESET = "pool"
+PRESET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", re.ASCII)
 
 IMAGE_DIMS = 2
 """Number of spatial axes that the metadata reports for layers that take any number, and for `pool`."""
@@ -98,12 +98,12 @@ def read_presets(definitions: Iterable[str], path: str = "") -> dict[str, Preset
             pairs += tomllib.loads(Path(path).read_text(encoding="utf-8")).items()
         except (OSError, ValueError) as error:
             raise ValueError(f"models: expected a TOML file of NAME = 'LAYER', got {clip(path)}: {error}") from None
-    presets = {POOL: Preset(POOL)}
+    presets = {POOL_PRESET: Preset(POOL_PRESET)}
     for name, layer in pairs:
-        if not NAME.fullmatch(name):
+        if not PRESET_NAME.fullmatch(name):
             raise ValueError(f"model: expected a name of letters, digits, '_', '.' and '-', got {clip(name)}")
         if name in presets:
-            raise ValueError(f"model: expected names that differ, and from {POOL!r}, got {name!r} again")
+            raise ValueError(f"model: expected names that differ, and from {POOL_PRESET!r}, got {name!r} again")
         if not isinstance(layer, str):
             raise ValueError(f"model {name}: expected a layer in quotes, got {clip(layer)}")  # noqa: TRY004 - invalid content of a file
         try:

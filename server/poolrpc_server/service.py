@@ -134,7 +134,7 @@ class Service:
         models = read_presets(config.model, config.models)
         self.models = tuple(models)
         self.health = health.Health(
-            (native.SERVICE, triton.SERVICE, health.SERVICE), public=not config.health_requires_token
+            (native.POOL_SERVICE, triton.TRITON_SERVICE, health.HEALTH_SERVICE), public=not config.health_requires_token
         )
         regions = SharedMemoryRegistry(allowed=config.allow_client_shm)
         for protocol in (

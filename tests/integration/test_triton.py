@@ -25,7 +25,7 @@ from poolrpc._wire.status import DETAILS_KEY, decode_error
 from poolrpc.tensors import numpy_dtype
 from poolrpc_server.protocols.triton.datatypes import CONTENTS_FIELDS, DATATYPE_OF, DATATYPES
 from poolrpc_server.protocols.triton.generated import open_inference_pb2 as pb
-from poolrpc_server.protocols.triton.servicer import CONTROL_METHODS, SERVICE
+from poolrpc_server.protocols.triton.servicer import CONTROL_METHODS, TRITON_SERVICE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -51,18 +51,18 @@ class TritonClient:
         """Call a method with one message each way."""
         descriptor = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods_by_name[method]
         request, response = getattr(pb, descriptor.input_type.name), getattr(pb, descriptor.output_type.name)
-        call = self.channel.unary_unary(f"/{SERVICE}/{method}", request.SerializeToString, response.FromString)
+        call = self.channel.unary_unary(f"/{TRITON_SERVICE}/{method}", request.SerializeToString, response.FromString)
         return call(request(**fields), timeout=60)
 
     def infer(self, request: pb.ModelInferRequest, timeout: float = 60) -> pb.ModelInferResponse:
         """Run a model."""
         kinds = pb.ModelInferRequest.SerializeToString, pb.ModelInferResponse.FromString
-        return self.channel.unary_unary(f"/{SERVICE}/ModelInfer", *kinds)(request, timeout=timeout)
+        return self.channel.unary_unary(f"/{TRITON_SERVICE}/ModelInfer", *kinds)(request, timeout=timeout)
 
     def stream(self, requests: Iterator[pb.ModelInferRequest]) -> Any:
         """Run a model for each request of a stream."""
         kinds = pb.ModelInferRequest.SerializeToString, pb.ModelStreamInferResponse.FromString
-        return self.channel.stream_stream(f"/{SERVICE}/ModelStreamInfer", *kinds)(requests, timeout=60)
+        return self.channel.stream_stream(f"/{TRITON_SERVICE}/ModelStreamInfer", *kinds)(requests, timeout=60)
 
     def fail(self, request: pb.ModelInferRequest, timeout: float = 60) -> poolrpc.PoolError:
         """Return the error of a request, as our client would raise it."""
@@ -248,7 +248,7 @@ def test_errors_are_those_of_the_native_api(
 def test_bytes_that_are_not_a_message(caller: TritonClient) -> None:
     """They have the status that gRPC itself has for them."""
     with pytest.raises(grpc.RpcError) as raised:
-        caller.channel.unary_unary(f"/{SERVICE}/ModelInfer")(b"\xff\xff", timeout=60)
+        caller.channel.unary_unary(f"/{TRITON_SERVICE}/ModelInfer")(b"\xff\xff", timeout=60)
     assert error_of(raised.value).code == "INTERNAL"
 
 
@@ -376,7 +376,7 @@ def test_the_priority_parameter(gate: Gate) -> None:
         rejected = errors.get(timeout=60)
         assert rejected is not None
         assert (rejected.code, rejected.reason) == ("UNAVAILABLE", "QUEUE")
-        urgent = caller.channel.unary_unary(f"/{SERVICE}/ModelInfer").future(
+        urgent = caller.channel.unary_unary(f"/{TRITON_SERVICE}/ModelInfer").future(
             request(X, layer="MaxPool2d(2)", priority=1).SerializeToString(),
             timeout=60,
             metadata=[("priority", "0")],
@@ -488,7 +488,7 @@ def test_a_draining_server_is_live_and_not_ready() -> None:
     server.start()
     caller = TritonClient(server.addresses[0])
     health = health_pb2_grpc.HealthStub(caller.channel)
-    message = health_pb2.HealthCheckRequest(service=SERVICE)
+    message = health_pb2.HealthCheckRequest(service=TRITON_SERVICE)
     assert health.Check(message).status == health_pb2.HealthCheckResponse.SERVING
     assert caller.call("ServerReady").ready
     server.drain()
@@ -521,12 +521,12 @@ def test_inexpensive_methods_need_no_call_thread(gate: Gate) -> None:
 def test_reflection_is_enough_to_call(caller: TritonClient, client: poolrpc.PoolClient) -> None:
     """From the address alone a client finds the services, their methods and messages, and makes a call."""
     database = ProtoReflectionDescriptorDatabase(caller.channel)
-    assert SERVICE in database.get_services()
+    assert TRITON_SERVICE in database.get_services()
     descriptors = DescriptorPool(database)  # type: ignore[arg-type]  # it has the methods that a pool calls
-    (infer,) = [each for each in descriptors.FindServiceByName(SERVICE).methods if each.name == "ModelInfer"]
+    (infer,) = [each for each in descriptors.FindServiceByName(TRITON_SERVICE).methods if each.name == "ModelInfer"]
     message = GetMessageClass(infer.input_type)(model_name="stem", raw_input_contents=[X.tobytes()])
     message.inputs.add(name="input", datatype="FP32", shape=X.shape)
     answer_of = GetMessageClass(infer.output_type)
-    call = caller.channel.unary_unary(f"/{SERVICE}/{infer.name}", None, answer_of.FromString)
+    call = caller.channel.unary_unary(f"/{TRITON_SERVICE}/{infer.name}", None, answer_of.FromString)
     answer = call(message.SerializeToString(), timeout=60)
     assert_same(arrays_of(answer)["output"], client.pool(X, MaxPool2d(3, stride=2, padding=1)).output)

@@ -1,4 +1,4 @@
-"""Imports run in one direction, the client is thin, and __all__ has every public name."""
+"""Imports run in one direction, the client is thin, names are unique, and __all__ has every public name."""
 
 import ast
 import graphlib
@@ -17,7 +17,7 @@ FOLDERS = {package.__name__: Path(package.__file__).parent for package in (poolr
 GENERATED = ("poolrpc.v1", "poolrpc_server.protocols.triton.generated")
 
 # The folders and modules of the server, from the command inwards: a module imports only modules of later rows.
-ROOMS = (
+TIERS = (
     {"__main__"},
     {"cli"},
     {"workers"},
@@ -32,9 +32,9 @@ ROOMS = (
     {"config", "sockets"},
     {"presets", "resources", "signals"},
 )
-DEPTH = {module: depth for depth, room in enumerate(ROOMS) for module in room}
-KNOW_GRPC = {"cli", "workers", "app", "transports"}
-KNOW_CONFIG = {"cli", "workers", "app", "service", "transports.ray"}
+DEPTH = {module: depth for depth, tier in enumerate(TIERS) for module in tier}
+MAY_IMPORT_GRPC = {"cli", "workers", "app", "transports"}
+MAY_IMPORT_CONFIG = {"cli", "workers", "app", "service", "transports.ray"}
 # What importing a module of the client may import in addition to Python's standard library.
 THIN = {"grpc", "google", "numpy", "poolrpc"}
 
@@ -91,7 +91,7 @@ def imports(module, *, when_imported=False):
     }
 
 
-def room(module):
+def part_of(module):
     """Return the folder or top-level module that a server module belongs to; empty for the package itself."""
     return module.removeprefix("poolrpc_server").removeprefix(".").partition(".")[0]
 
@@ -129,31 +129,76 @@ def test_the_client_needs_what_it_says_it_needs(module):
 
 @pytest.mark.parametrize("module", SERVER)
 def test_the_servers_imports_run_inwards(module):
-    """A module of the server imports only server modules of later rows of ROOMS."""
-    own = room(module)
+    """A module of the server imports only server modules of later rows of TIERS."""
+    own = part_of(module)
     if not own:  # the package names what it offers, to be imported on first use
         return
-    assert own in DEPTH, f"{module} has no place in ROOMS"
+    assert own in DEPTH, f"{module} is missing from TIERS"
     for name in imports(module):
-        other = room(name) if name.startswith("poolrpc_server.") else own
+        other = part_of(name) if name.startswith("poolrpc_server.") else own
         if other != own:
             assert DEPTH[other] > DEPTH[own], f"{module} imports {name}"
 
 
-@pytest.mark.parametrize("module", [name for name in SERVER if room(name) and room(name) not in KNOW_GRPC])
+@pytest.mark.parametrize("module", [name for name in SERVER if part_of(name) and part_of(name) not in MAY_IMPORT_GRPC])
 def test_nothing_below_the_transports_imports_grpc(module):
     """Nothing below the transports imports grpc, its health or its reflection; only protocols import protobuf."""
     names = imports(module)
     assert not {name for name in names if name.partition(".")[0] in ("grpc", "grpc_health", "grpc_reflection")}
     protobuf = {name for name in names if name.partition(".")[0] == "google" or name.startswith(GENERATED)}
-    assert room(module) == "protocols" or not protobuf
+    assert part_of(module) == "protocols" or not protobuf
 
 
-@pytest.mark.parametrize("module", [name for name in SERVER if room(name) and room(name) not in KNOW_CONFIG])
+@pytest.mark.parametrize("module", [name for name in SERVER if part_of(name) != "compute"])
+def test_only_compute_imports_torch(module):
+    """No module of the server outside compute/ imports torch, not even in a function."""
+    assert not {name for name in imports(module) if name.partition(".")[0] == "torch"}
+
+
+@pytest.mark.parametrize(
+    "module", [name for name in SERVER if part_of(name) and part_of(name) not in MAY_IMPORT_CONFIG]
+)
 def test_only_what_builds_a_server_sees_the_config(module):
     """Only the command, the workers, the app, the service and the Ray transport import Config."""
     short = module.removeprefix("poolrpc_server.")
-    assert short in {"config", *KNOW_CONFIG} or "poolrpc_server.config" not in imports(module)
+    assert short in {"config", *MAY_IMPORT_CONFIG} or "poolrpc_server.config" not in imports(module)
+
+
+def constants(module):
+    """Return the source of the value of each upper-case name that a module assigns, without type variables."""
+    assigned = {}
+    for node in ast.parse(SOURCES[module].read_text()).body:
+        if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+            continue
+        for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+            pairs = (
+                zip(target.elts, node.value.elts, strict=True)
+                if isinstance(target, ast.Tuple)
+                else [(target, node.value)]
+            )
+            for name, value in pairs:
+                source = ast.unparse(value)
+                if isinstance(name, ast.Name) and name.id.isupper() and not source.startswith("TypeVar("):
+                    assigned[name.id.lstrip("_")] = source
+    return assigned
+
+
+def test_the_scan_sees_constants():
+    """Annotated constants, private ones and those assigned in pairs are found; type variables are not."""
+    assert constants("poolrpc.layers")["LAYERS"].startswith("{")
+    assert constants("poolrpc._transport.stream")["MAX_BACKOFF"] == "2.0"
+    assert constants("poolrpc._transport.arena_socket")["RESPONSE_BYTES"] == "8192"
+    assert "T" not in constants("poolrpc.client")
+
+
+@pytest.mark.parametrize("modules", [CLIENT, SERVER], ids=["client", "server"])
+def test_a_constant_has_one_value_in_a_package(modules):
+    """Two modules of a package do not have constants of the same name with different values."""
+    found = {}
+    for module in modules:
+        for name, value in constants(module).items():
+            found.setdefault(name, {}).setdefault(value, module)
+    assert {name: values for name, values in found.items() if len(values) > 1} == {}
 
 
 def test_no_imports_go_in_a_circle():

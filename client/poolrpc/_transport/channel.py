@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
     import grpc
 
-SERVICE = "poolrpc.v1.PoolService"
-POOL = f"{SERVICE}/Pool"
-POOL_STREAM = f"{SERVICE}/PoolStream"
-INFER_SHAPE = f"{SERVICE}/InferShape"
-GET_SERVER_INFO = f"{SERVICE}/GetServerInfo"
+POOL_SERVICE = "poolrpc.v1.PoolService"
+POOL = f"{POOL_SERVICE}/Pool"
+POOL_STREAM = f"{POOL_SERVICE}/PoolStream"
+INFER_SHAPE = f"{POOL_SERVICE}/InferShape"
+GET_SERVER_INFO = f"{POOL_SERVICE}/GetServerInfo"
 HEALTH_CHECK = "grpc.health.v1.Health/Check"
 
 SERVICE_CONFIG = {
@@ -26,7 +26,7 @@ SERVICE_CONFIG = {
     # this client cancels is not retried. Streams have retries of their own, in poolrpc._transport.stream.
     "methodConfig": [
         {
-            "name": [{"service": SERVICE, "method": method} for method in ("Pool", "InferShape", "GetServerInfo")],
+            "name": [{"service": POOL_SERVICE, "method": method} for method in ("Pool", "InferShape", "GetServerInfo")],
             "retryPolicy": {
                 "maxAttempts": 5,
                 "initialBackoff": "0.1s",

@@ -27,7 +27,7 @@ from poolrpc_server.reloading_file import ReloadingFile
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-NAME = re.compile(r"[\w.@-]{1,64}", re.ASCII)
+TOKEN_NAME = re.compile(r"[\w.@-]{1,64}", re.ASCII)
 DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 ALLOWED = re.compile(r"\w+(\.\w+)+(/\w+)?", re.ASCII)
 
@@ -77,7 +77,7 @@ def parse_tokens(text: str) -> tuple[Token, ...]:
         if not words or words[0].startswith("#"):
             continue
         name, digest, allowed = words[0], "".join(words[1:2]), words[2:]
-        if not NAME.fullmatch(name):
+        if not TOKEN_NAME.fullmatch(name):
             raise ValueError(f"line {number}: expected a name of at most 64 letters, digits or ._@- first")
         if not DIGEST.fullmatch(digest):
             raise ValueError(

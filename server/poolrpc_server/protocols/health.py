@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from poolrpc_server.calls.call import CallContext
 
-SERVICE = "grpc.health.v1.Health"
+HEALTH_SERVICE = "grpc.health.v1.Health"
 
 _Status = standard_pb2.HealthCheckResponse
 
@@ -46,7 +46,7 @@ class Health:
 
     def methods(self) -> tuple[Method, ...]:
         """Return the methods of the service."""
-        return (Method(f"/{SERVICE}/Check", unary=self.check, probe=True, public=self.public),)
+        return (Method(f"/{HEALTH_SERVICE}/Check", unary=self.check, probe=True, public=self.public),)
 
     def check(self, message: bytes, _: CallContext) -> bytes:
         """Answer a HealthCheckRequest.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from poolrpc_server.calls.streams import OpenStreams
     from poolrpc_server.calls.validate import CheckedRequest
 
-SERVICE = pool_pb2.DESCRIPTOR.services_by_name["PoolService"].full_name
+POOL_SERVICE = pool_pb2.DESCRIPTOR.services_by_name["PoolService"].full_name
 
 REMEMBERED_HEADERS = 4096
 """Number of request headers that are remembered with what was found of them."""
@@ -74,10 +74,10 @@ class PoolServicer:
     def methods(self) -> tuple[Method, ...]:
         """Return the methods of the service."""
         return (
-            Method(f"/{SERVICE}/Pool", unary=self.pool, computes=True),
-            Method(f"/{SERVICE}/PoolStream", stream=self.pool_stream, computes=True),
-            Method(f"/{SERVICE}/InferShape", unary=self.infer_shape),
-            Method(f"/{SERVICE}/GetServerInfo", unary=self.get_server_info),
+            Method(f"/{POOL_SERVICE}/Pool", unary=self.pool, computes=True),
+            Method(f"/{POOL_SERVICE}/PoolStream", stream=self.pool_stream, computes=True),
+            Method(f"/{POOL_SERVICE}/InferShape", unary=self.infer_shape),
+            Method(f"/{POOL_SERVICE}/GetServerInfo", unary=self.get_server_info),
         )
 
     def pool(self, message: bytes, call: CallContext) -> bytes:

@@ -37,7 +37,7 @@ Line = tuple[int, float, dict[str, object]]
 BATCH = 32
 """Lines that are written in one go; calls wait for the interpreter meanwhile."""
 
-FLUSH_SECONDS = 0.05
+LINE_DELAY_SECONDS = 0.05
 """How long a line may wait for others, in seconds, so that the writing thread wakes once for many calls."""
 
 
@@ -81,7 +81,7 @@ class CallLog:
     def _write(self) -> None:
         while (line := self._lines.get()) is not None:
             # Each wake-up takes the interpreter from a call.
-            self._closing.wait(FLUSH_SECONDS)
+            self._closing.wait(LINE_DELAY_SECONDS)
             while line is not None:
                 batch = [line]
                 while not self._lines.empty() and len(batch) < BATCH and (line := self._lines.get()) is not None:

@@ -37,7 +37,7 @@ PLANES = tuple(4**power for power in range(9))
 REASONS = ("CALLS", "DEVICE_FAILED", "IN_FLIGHT_BYTES", "QUEUE", "STOPPING", "STREAMS")
 """Why calls are rejected for now."""
 
-STAGES = ("arrival", "queue", "compute", "send")
+CANCELLATION_STAGES = ("arrival", "queue", "compute", "send")
 """How far calls are when they are cancelled."""
 
 REQUEST_SECONDS = 10
@@ -111,7 +111,7 @@ class Metrics:
         # Prometheus does not see the rise of a counter that first appears with 1: all are shown from 0 on.
         for reason in REASONS:
             self._rejects.labels(reason)
-        for stage in STAGES:
+        for stage in CANCELLATION_STAGES:
             self._cancelled.labels(stage)
 
     def expect(self, kind: str, service: str, method: str) -> None:
@@ -143,7 +143,7 @@ class Metrics:
         self._escapes.inc()
 
     def cancelled(self, stage: str) -> None:
-        """Count a call that was cancelled in one of STAGES."""
+        """Count a call that was cancelled in one of CANCELLATION_STAGES."""
         self._cancelled.labels(stage).inc()
 
     def executed(self, requests: int, planes: int, nbytes: int, seconds: float) -> None:

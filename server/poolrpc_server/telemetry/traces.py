@@ -34,7 +34,7 @@ OTLP = {
 EXPORTERS = "opentelemetry_traces_exporter"
 """The group of entry points under which packages offer exporters."""
 
-FLUSH_SECONDS = 2.0
+SPAN_FLUSH_SECONDS = 2.0
 """How long sending the last spans may delay the end of the server: a collector may be down."""
 
 SERVER_FAULTS = ("UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS")
@@ -214,10 +214,10 @@ class Spans:
             span.end(min(end or times.ended, times.ended) + offset)
 
     def close(self, seconds: float) -> None:
-        """Send what is left, for so many seconds and FLUSH_SECONDS at most, and end."""
+        """Send what is left, for so many seconds and SPAN_FLUSH_SECONDS at most, and end."""
         flushing = Thread(target=self._provider.shutdown, name="poolrpc-flush", daemon=True)
         flushing.start()
-        flushing.join(min(seconds, FLUSH_SECONDS))
+        flushing.join(min(seconds, SPAN_FLUSH_SECONDS))
         if flushing.is_alive():
             for exporter in self._exporters:
                 exporter.shutdown()

@@ -16,7 +16,7 @@ from poolrpc._wire.status import DETAILS_KEY
 from poolrpc.v1 import pool_pb2
 from poolrpc_server.calls.call import CallContext, StatusError
 from poolrpc_server.config import Config, ConfigError
-from poolrpc_server.protocols.health import SERVICE as HEALTH
+from poolrpc_server.protocols.health import HEALTH_SERVICE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from poolrpc_server.calls.pipeline import AdmittedCall
 
-POOL = pool_pb2.DESCRIPTOR.services_by_name["PoolService"]
-STREAMS = tuple(method.name for method in POOL.methods if method.server_streaming)
+POOL_DESCRIPTOR = pool_pb2.DESCRIPTOR.services_by_name["PoolService"]
+STREAM_METHODS = tuple(method.name for method in POOL_DESCRIPTOR.methods if method.server_streaming)
 
 RAY_SETTINGS = ("listen", "tls_cert", "tls_key", "tls_client_ca", "workers", "metrics", "allow_client_shm")
 """Settings of Config whose subject is Ray's, or that a replica does not have."""
@@ -34,15 +34,17 @@ RAY_SETTINGS = ("listen", "tls_cert", "tls_key", "tls_client_ca", "workers", "me
 CONTROL_THREADS = 4
 """Threads of calls that do not compute, so that they are answered while every other thread is taken."""
 
-RETRYABLE = (grpc.StatusCode.INTERNAL, grpc.StatusCode.RESOURCE_EXHAUSTED)
+RETRYABLE_RAY_CODES = (grpc.StatusCode.INTERNAL, grpc.StatusCode.RESOURCE_EXHAUSTED)
 """What Ray answers for a replica that died during a call, and for a full queue: such calls may be tried again."""
 
 
 def add_services(_: object, server: Any) -> None:  # noqa: ANN401 - a class of Ray's that is not public
     """Add this project's services to Ray's proxy, for `grpc_servicer_functions`."""
     # In a call each: Ray replaces the functions of the first handler of a call only.
-    server.add_generic_rpc_handlers((_Forwarding(POOL.full_name, [method.name for method in POOL.methods]),))
-    server.add_generic_rpc_handlers((_Forwarding(HEALTH, ["Check"]),))
+    server.add_generic_rpc_handlers(
+        (_Forwarding(POOL_DESCRIPTOR.full_name, [method.name for method in POOL_DESCRIPTOR.methods]),)
+    )
+    server.add_generic_rpc_handlers((_Forwarding(HEALTH_SERVICE, ["Check"]),))
 
 
 class _Forwarding(grpc.GenericRpcHandler):
@@ -56,7 +58,7 @@ class _Forwarding(grpc.GenericRpcHandler):
         # Ray looks for this attribute, and replaces these functions by its own.
         self._method_handlers: dict[str, Any] = {
             f"/{service}/{name}": grpc.stream_stream_rpc_method_handler(_unused)
-            if name in STREAMS
+            if name in STREAM_METHODS
             else grpc.unary_unary_rpc_method_handler(_unused)
             for name in names
         }
@@ -97,7 +99,7 @@ def _forward_stream(forward: Callable[..., Any]) -> Any:  # noqa: ANN401 - as ab
 def _mark_retryable(context: Any) -> None:  # noqa: ANN401 - as above
     # Every error of the replica's own has details.
     ours = any(key == DETAILS_KEY for key, _ in context.trailing_metadata() or ())
-    if not ours and context.code() in RETRYABLE:
+    if not ours and context.code() in RETRYABLE_RAY_CODES:
         context.set_code(grpc.StatusCode.UNAVAILABLE)
 
 
@@ -160,25 +162,25 @@ class PoolReplica:
 
     async def Pool(self, message: bytes, grpc_context: RayServegRPCContext) -> _Message:
         """Answer the method of that name, as the methods below do."""
-        return await self._unary(f"/{POOL.full_name}/Pool", message, grpc_context)
+        return await self._unary(f"/{POOL_DESCRIPTOR.full_name}/Pool", message, grpc_context)
 
     async def InferShape(self, message: bytes, grpc_context: RayServegRPCContext) -> _Message:
         """See Pool."""
-        return await self._unary(f"/{POOL.full_name}/InferShape", message, grpc_context)
+        return await self._unary(f"/{POOL_DESCRIPTOR.full_name}/InferShape", message, grpc_context)
 
     async def GetServerInfo(self, message: bytes, grpc_context: RayServegRPCContext) -> _Message:
         """See Pool."""
-        return await self._unary(f"/{POOL.full_name}/GetServerInfo", message, grpc_context)
+        return await self._unary(f"/{POOL_DESCRIPTOR.full_name}/GetServerInfo", message, grpc_context)
 
     async def Check(self, message: bytes, grpc_context: RayServegRPCContext) -> _Message:
         """See Pool; of grpc.health.v1."""
-        return await self._unary(f"/{HEALTH}/Check", message, grpc_context)
+        return await self._unary(f"/{HEALTH_SERVICE}/Check", message, grpc_context)
 
     async def PoolStream(
         self, messages: gRPCInputStream[bytes], grpc_context: RayServegRPCContext
     ) -> AsyncIterator[_Message]:
         """See Pool."""
-        context = RayContext(f"/{POOL.full_name}/PoolStream", grpc_context)
+        context = RayContext(f"/{POOL_DESCRIPTOR.full_name}/PoolStream", grpc_context)
         call = self._admit(context)
         loop = asyncio.get_running_loop()
         executor, answers = self._executor_of(call), _answers(call, _blocking(messages))

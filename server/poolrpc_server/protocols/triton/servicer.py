@@ -13,7 +13,7 @@ from poolrpc.expression import parse_branches
 from poolrpc_server.calls.call import MAX_FACT_CHARS, DerivedContext, request_facts, result_facts
 from poolrpc_server.calls.pipeline import Method
 from poolrpc_server.compute.buffers import aligned
-from poolrpc_server.presets import POOL, output_names
+from poolrpc_server.presets import POOL_PRESET, output_names
 from poolrpc_server.protocols.messages import parse
 from poolrpc_server.protocols.triton import requests, responses
 from poolrpc_server.protocols.triton.generated import open_inference_pb2 as pb
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from poolrpc_server.protocols.triton.shared_memory import SharedMemoryRegistry
 
 _DESCRIPTOR = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
-SERVICE = _DESCRIPTOR.full_name
+TRITON_SERVICE = _DESCRIPTOR.full_name
 
 CONTROL_METHODS = tuple(name for name in _DESCRIPTOR.methods_by_name if name not in ("ModelInfer", "ModelStreamInfer"))
 """The methods that compute nothing."""
@@ -121,10 +121,10 @@ class TritonServicer:
             "SystemSharedMemoryUnregister": self._unregister,
         }
         return (
-            Method(f"/{SERVICE}/ModelInfer", unary=self.model_infer, computes=True),
-            Method(f"/{SERVICE}/ModelStreamInfer", stream=self.model_stream_infer, computes=True),
+            Method(f"/{TRITON_SERVICE}/ModelInfer", unary=self.model_infer, computes=True),
+            Method(f"/{TRITON_SERVICE}/ModelStreamInfer", stream=self.model_stream_infer, computes=True),
             *(
-                Method(f"/{SERVICE}/{name}", unary=_with_messages(name, handler), probe=name in PROBES)
+                Method(f"/{TRITON_SERVICE}/{name}", unary=_with_messages(name, handler), probe=name in PROBES)
                 for name, handler in handlers.items()
             ),
         )
@@ -285,9 +285,9 @@ class TritonServicer:
 
     def _branches(self, signature: requests.InferSignature) -> tuple[Chain, ...]:
         model = self._models[signature.model]
-        if signature.model != POOL:
+        if signature.model != POOL_PRESET:
             if signature.layer is not None:
-                msg = f"expected none: {model.name} is {clip(model.layer)}, and {POOL} takes any layer"
+                msg = f"expected none: {model.name} is {clip(model.layer)}, and {POOL_PRESET} takes any layer"
                 raise InvalidArgumentError(msg, field="parameters.layer")
             return model.branches
         if signature.layer is None:

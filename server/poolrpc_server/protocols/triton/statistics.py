@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from poolrpc_server.telemetry.stage_times import StageTimes
 
-STAGES = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output")
+STATISTICS = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output")
+"""The statistics of a model: the names of the fields of Triton's InferStatistics."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,7 @@ class Totals:
 
     Attributes:
         last_ms: When the last request ended, in milliseconds since 1970; 0 if there was none.
-        durations: For each of STAGES, how often it occurred, and its nanoseconds in all.
+        durations: For each of STATISTICS, how often it occurred, and its nanoseconds in all.
 
     """
 
@@ -32,8 +33,8 @@ class ModelStatistics:
 
     def __init__(self) -> None:
         self._last_ms = 0
-        self._counts = dict.fromkeys(STAGES, 0)
-        self._nanoseconds = dict.fromkeys(STAGES, 0)
+        self._counts = dict.fromkeys(STATISTICS, 0)
+        self._nanoseconds = dict.fromkeys(STATISTICS, 0)
         self._lock = threading.Lock()
 
     def succeeded(self, received: int, times: StageTimes) -> None:
@@ -60,7 +61,7 @@ class ModelStatistics:
     def totals(self) -> Totals:
         """Return the counts so far."""
         with self._lock:
-            durations = {stage: (self._counts[stage], self._nanoseconds[stage]) for stage in STAGES}
+            durations = {stage: (self._counts[stage], self._nanoseconds[stage]) for stage in STATISTICS}
             return Totals(self._last_ms, durations)
 
     def _add(self, **stages: int) -> None:

@@ -2,7 +2,7 @@
 
 import time
 
-from poolrpc_server.protocols.triton.statistics import STAGES, ModelStatistics
+from poolrpc_server.protocols.triton.statistics import STATISTICS, ModelStatistics
 from poolrpc_server.telemetry.stage_times import StageTimes
 
 
@@ -17,8 +17,8 @@ def test_requests_are_counted_by_their_outcome():
     statistics.failed(received)
     totals = statistics.totals()
     counts = {stage: count for stage, (count, _) in totals.durations.items()}
-    assert counts == dict.fromkeys(STAGES, 2) | {"fail": 1}
+    assert counts == dict.fromkeys(STATISTICS, 2) | {"fail": 1}
     sums = {stage: nanoseconds for stage, (_, nanoseconds) in totals.durations.items()}
     assert (sums["compute_input"], sums["queue"], sums["compute_infer"]) == (20, 40, 60)
-    assert sum(sums[stage] for stage in STAGES[2:]) == sums["success"]
+    assert sum(sums[stage] for stage in STATISTICS[2:]) == sums["success"]
     assert totals.last_ms >= before

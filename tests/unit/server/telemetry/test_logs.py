@@ -33,7 +33,7 @@ class Records(logging.Handler):
 @pytest.fixture
 def records(monkeypatch):
     """Return the records that the logger writes at INFO; a call line would wait a minute for others."""
-    monkeypatch.setattr(logs, "FLUSH_SECONDS", MINUTE)
+    monkeypatch.setattr(logs, "LINE_DELAY_SECONDS", MINUTE)
     handler = Records()
     LOGGER.handlers[:], LOGGER.propagate = [handler], False
     LOGGER.setLevel(logging.INFO)
@@ -78,7 +78,7 @@ def test_lines_of_any_thread_are_written(records):
 
 def test_a_line_is_written_without_a_close(records, monkeypatch):
     """A line is written after the flush interval, also without a close."""
-    monkeypatch.setattr(logs, "FLUSH_SECONDS", 0)
+    monkeypatch.setattr(logs, "LINE_DELAY_SECONDS", 0)
     written = Event()
     LOGGER.handlers[0].addFilter(lambda _: written.set() or True)
     with closing(CallLog()) as calls:

@@ -14,9 +14,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import poolrpc_server
 from poolrpc_server.telemetry.metrics import (
+    CANCELLATION_STAGES,
     FOLDER_VARIABLE,
     REASONS,
-    STAGES,
     Load,
     Metrics,
     MetricsServer,
@@ -139,7 +139,7 @@ def test_every_sample_is_shown_from_0_on():
     metrics.expect(*CALL)
     shown = metrics.collect()
     assert {value(shown, "poolrpc_rejects_total", reason=each) for each in REASONS} == {0}
-    assert {value(shown, "poolrpc_cancelled_total", stage=each) for each in STAGES} == {0}
+    assert {value(shown, "poolrpc_cancelled_total", stage=each) for each in CANCELLATION_STAGES} == {0}
     assert value(shown, "grpc_server_started_total", **LABELS) == 0
     assert {value(shown, "grpc_server_handled_total", **LABELS, grpc_code=each) for each in ("OK", "Internal")} == {0}
     assert value(shown, "grpc_server_handling_seconds_bucket", **LABELS, le="30.0") == 0
