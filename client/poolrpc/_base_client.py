@@ -1,4 +1,4 @@
-"""What both clients share: their settings, and every call as the steps of its I/O."""
+"""The base class of both clients: their settings, and every call as the steps of its I/O."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ Out: TypeAlias = Array | tuple[Array, Array]
 """An array for an output, or a pair of arrays for an output and its indices."""
 
 IN_FLIGHT = 4
-"""The default number of requests that a map has in flight: while one is computed, others are on their way."""
+"""The default number of requests that a map has in flight: while one is computed, others are being sent."""
 
 MAX_IN_FLIGHT = 64
 """The largest number of requests that a map has in flight; each has a thread."""
@@ -254,7 +254,7 @@ class BaseClient:
         try:
             return group.outcomes((yield from self._pool_steps(group.transfer(), timeout))[0])
         except PoolError as error:
-            if not group.may_blame_one(error):
+            if not group.may_be_one_tensors_fault(error):
                 return group.failed(error)
             outcomes: list[Outcome] = []
             for single in group.split():

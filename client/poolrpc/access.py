@@ -55,7 +55,8 @@ def credentials_for(address: str, credentials: grpc.ChannelCredentials | None) -
         credentials: The credentials that the user passed; None: those of the environment.
 
     Raises:
-        InvalidArgumentError: A file that the environment names cannot be read, or another one must be named too.
+        InvalidArgumentError: A file that the environment names cannot be read, or a second one that it requires
+                is not named.
 
     """
     if credentials is not None or is_unix(address):
@@ -95,7 +96,7 @@ def metadata_for(address: str, metadata: Iterable[tuple[str, str]], token: str |
         encrypted: Whether the connection uses TLS.
 
     Raises:
-        InvalidArgumentError: The token is not valid, would be sent through a network in plaintext, or is one of two.
+        InvalidArgumentError: The token is not valid, would be sent over a network in plaintext, or is given twice.
 
     """
     pairs = tuple(metadata)

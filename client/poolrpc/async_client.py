@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAX_STREAMS = 16
-"""The number of streams at a time; further ones wait for these."""
+"""Maximum number of concurrent streams; further streams wait until one of these ends."""
 
 
 class AsyncPoolClient(BaseClient):
-    """A connection to a pool server, for asyncio: the methods of PoolClient, awaited.
+    """A connection to a pool server, for asyncio: it has the methods of PoolClient as coroutines.
 
     A client belongs to the event loop in which it is created.
 
@@ -126,7 +126,7 @@ class AsyncPoolClient(BaseClient):
     ) -> AsyncIterator[PoolResult | PoolError]:
         """Run a layer, or a chain of layers, on each of many tensors, and yield the results in order.
 
-        It is read by `async for`, and `tensors` may be an async iterable; see PoolClient.map for the rest.
+        The results are an async iterator, and `tensors` may be an async iterable; see PoolClient.map for the arguments.
         """
         steps = self._map_steps(
             tensors, in_flight=in_flight, progress=progress, return_exceptions=return_exceptions, timeout=timeout
@@ -219,8 +219,8 @@ class AsyncPoolClient(BaseClient):
 
     @cached_property
     def _stream_resources(self) -> tuple[grpc.Channel, futures.ThreadPoolExecutor]:
-        # Streams run on a blocking channel, in threads: if a stream ends while it is being written to, grpc.aio reports
-        # an internal error instead of the status that the server ended it with (seen in 1.85: set_internal_error).
+        # Streams run on a blocking channel, in threads: if a stream ends while it is written to, grpc.aio reports an
+        # internal error instead of the status that the server ended it with (seen in 1.85: set_internal_error).
         return self._open_blocking_channel(self.address), futures.ThreadPoolExecutor(MAX_STREAMS, "poolrpc-stream")
 
     async def _stream(self, step: SendStream) -> list[PoolResult]:

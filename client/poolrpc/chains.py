@@ -59,7 +59,7 @@ def spatial_dims(branches: Sequence[Chain]) -> int | None:
     """Return the number of spatial axes that all layers of a call share, or None if every layer takes any number.
 
     Raises:
-        InvalidArgumentError: Two layers disagree.
+        InvalidArgumentError: Two layers have different numbers of spatial axes.
 
     """
     dims: int | None = None

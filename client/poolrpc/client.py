@@ -108,7 +108,7 @@ class PoolClient(BaseClient):
             branches: The layers or chains.
             indices: As in pool.
             layout: As in pool.
-            out: For each branch, what pool takes as `out`. None: new arrays for all.
+            out: For each branch, an `out` as in pool. None: new arrays for all branches.
             timeout: As in pool.
             transport: As in pool.
             copy: As in pool.
@@ -174,7 +174,7 @@ class PoolClient(BaseClient):
             in_flight: The number of requests in flight, 1 to 64.
             progress: Whether to show a progress bar, if tqdm is installed.
             return_exceptions: Whether the error of a tensor that fails is yielded in place of its result. If not, it is
-                raised in its turn, and its `tensor` is the number of the tensor, counted from 0.
+                raised after the results before it, and its `tensor` is the number of the tensor, counted from 0.
             timeout: As in pool, for each request.
 
         Yields:

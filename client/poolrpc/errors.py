@@ -55,7 +55,7 @@ class PoolError(Exception):
 
     Attributes:
         code: The name of the gRPC status code.
-        message: What happened, for people.
+        message: What happened, for people to read.
         reason: The cause, in UPPER_SNAKE_CASE, for programs; stable between versions.
         metadata: Details of the cause, such as a limit and the actual value.
         tensor: The index of the tensor that failed in a `map`, counted from 0; None for other calls.

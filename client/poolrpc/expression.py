@@ -20,7 +20,7 @@ from poolrpc.layers import LAYERS, Layer
 INVALID = re.compile(
     r"[^\w\s,.=()\[\]+*-]|[^\x00-\x7f]|(?:[0-9]\.?[jJ]?|0[xX][0-9a-fA-F_]+)(?:and|else|for|if|in|is|not|or)"
 )
-"""What no layer expression contains: other characters, and a number directly followed by a keyword."""
+"""Text that no layer expression contains: an invalid character, or a number directly followed by a keyword."""
 
 
 def parse_layer(text: str) -> Layer:
@@ -148,7 +148,7 @@ class _Parser:
             raise self.error(
                 f"expected at most {len(names)} arguments for {name}, got {len(node.args)}", node.args[len(names)]
             )
-        # The name, the value and the node to blame of every argument.
+        # The name and the value of every argument, and the node that an error points to.
         arguments = [
             *zip(names, node.args, node.args, strict=False),
             *((keyword.arg or "**", keyword.value, keyword) for keyword in node.keywords),

@@ -95,7 +95,7 @@ def as_array(x: object) -> Array:
             a torch tensor, or a nested list of numbers.
 
     Raises:
-        InvalidArgumentError: x is none of these.
+        InvalidArgumentError: x is not one of these.
         UnsupportedError: x is a bfloat16 tensor and ml_dtypes is not installed.
 
     """

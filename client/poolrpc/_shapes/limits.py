@@ -1,13 +1,14 @@
 """Limits that the client and the server share; those that an operator may set are in the server's Config."""
 
 MAX_PAYLOAD_BYTES = 512 * 2**20
-"""Default limit of the tensor bytes in one message, in each direction."""
+"""Default maximum size of the tensors in one message, in bytes, in each direction."""
 
 MAX_MESSAGE_BYTES = MAX_PAYLOAD_BYTES + 2**20
 """Default of gRPC's message limit on both sides, in bytes: the payload, and 1 MiB for the header."""
 
 MAX_NUMEL = 2**31 - 1
-"""Elements of a tensor: torch's pooling kernels count in 32 bits on CUDA (PyTorch issues 68418, 84018, 165297)."""
+"""Maximum number of elements of a tensor: torch's pooling kernels count in 32 bits on CUDA (PyTorch issues
+68418, 84018, 165297)."""
 
 MAX_PARAMETER = 65535
 """Largest kernel size, stride, padding and dilation. Much larger values overflow in torch (PyTorch issue 142454)."""
@@ -19,13 +20,13 @@ MAX_NORM = 32768
 """Largest norm of an LPPool, and the inverse of the smallest: torch raises for norms that float16 can't represent."""
 
 MAX_RANK = 5
-"""Axes of a tensor: N, C and three spatial axes."""
+"""Maximum number of axes of a tensor: N, C and three spatial axes."""
 
 MAX_EXPRESSION_CHARS = 4096
-"""Length of a layer expression, in characters."""
+"""Maximum length of a layer expression, in characters."""
 
 MAX_BRANCHES = 64
-"""Branches of a request."""
+"""Maximum number of branches of a request."""
 
 MAX_CHAIN = 64
-"""Layers of a branch."""
+"""Maximum number of layers of a branch."""

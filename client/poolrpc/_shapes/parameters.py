@@ -13,7 +13,7 @@ from poolrpc.errors import InvalidArgumentError
 Axes: TypeAlias = int | tuple[int, ...]
 """A parameter with one value for all spatial axes, or one for each axis."""
 OptionalAxes: TypeAlias = int | tuple[int | None, ...]
-"""The same for a parameter that may be None on an axis."""
+"""A parameter like Axes, whose value may be None on any axis."""
 
 
 def integer(name: str, value: object, low: int, high: int) -> int:
@@ -45,7 +45,7 @@ def boolean(name: str, value: object) -> bool:
 
 def real(name: str, value: object) -> float:
     """Return `value` as a float above 0, which may be infinite; bools are rejected."""
-    # What has a length is a string, an array or another container.
+    # A value with a length is a string, an array or another container.
     rejected = type(value).__name__ in ("bool", "bool_") or hasattr(value, "__len__")
     try:
         number = None if rejected else float(value)  # type: ignore[arg-type]  # TypeError is caught below

@@ -1,1 +1,1 @@
-"""How a call's tensors travel, one file a path."""
+"""The transports, one file each: how a call's tensors are sent and its results received."""

@@ -1,4 +1,4 @@
-"""Calls whose tensors lie in memory shared with the server: only their places in it are sent."""
+"""Calls whose tensors are in memory shared with the server: the message holds only their position in it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def arena_steps(  # noqa: PLR0913 - the call, and what its caller chose
     """
     call = None
     if arenas is not None:
-        # Only attaching another arena may block: the server is asked for it.
+        # Attaching another arena is the only step that may block, because the server has to answer.
         call = ArenaCall.prepare(transfer, arenas, attach=False)
         call = call or (yield RunBlocking(partial(ArenaCall.prepare, transfer, arenas)))
     if call is None:
@@ -68,16 +68,16 @@ def arena_steps(  # noqa: PLR0913 - the call, and what its caller chose
 
 
 class ArenaCall:
-    """A call whose input and output tensors lie in an arena.
+    """A call whose input and output tensors are in an arena.
 
     Args:
         transfer: The tensors of the call.
         arenas: The arenas of the client.
-        inputs: The span that the input tensors lie in, their offset in the arena, and their length in bytes.
+        inputs: The span that contains the input tensors, their offset in the arena, and their length in bytes.
         output: The span for the output tensors.
 
     Attributes:
-        message: The message of the unary call, which says where the tensors lie.
+        message: The message of the unary call, which says where the tensors are.
         socket: The name of the socket of the process that has the arena, in the directory of the client's own address;
             empty if it is that address.
 
@@ -95,7 +95,7 @@ class ArenaCall:
 
     @classmethod
     def prepare(cls, transfer: Transfer, arenas: Arenas, *, attach: bool = True) -> ArenaCall | None:
-        """Copy the input tensors to an arena, unless they lie in one, and reserve memory for the outputs.
+        """Copy the input tensors to an arena, unless they are in one already, and reserve memory for the outputs.
 
         Args:
             transfer: The tensors of the call.
@@ -116,7 +116,7 @@ class ArenaCall:
         found = arenas.find(transfer.arrays[0]) if len(transfer.arrays) == 1 else None
         if found is not None:
             span, start = found
-            output = _span_of_out(transfer.out, span, arenas) or arenas.allocate(output_size, beside=span)
+            output = _span_of_out(transfer.out, span, arenas) or arenas.allocate(output_size, same_arena_as=span)
             if output is not None:
                 return cls(transfer, arenas, (span, start, size), output)
         both = arenas.allocate(align(size) + output_size, attach=attach)
@@ -164,7 +164,8 @@ class ArenaCall:
         """Return whether an error means that the process that had the arena is gone, or was replaced by another."""
         if isinstance(error, NotFoundError):
             return True
-        # If there are several processes, the others still serve. One that is full says when to retry.
+        # A call that names its process (one of several) may be sent to the others. A process that is only full gives a
+        # retry delay.
         return bool(self.socket) and isinstance(error, UnavailableError) and error.retry_delay is None
 
     def release(self, error: BaseException) -> None:

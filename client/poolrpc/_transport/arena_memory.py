@@ -36,7 +36,7 @@ ATTACH_TIMEOUT = 2.0
 """Seconds that the server may take for each step of attaching an arena."""
 
 RETRY_SECONDS = 5.0
-"""Seconds after a rejection in which no arena is requested, so that calls which send bytes instead lose no time."""
+"""Seconds after a rejection during which no arena is requested, so that calls send bytes instead without a delay."""
 
 
 class AttachedArena:
@@ -154,7 +154,7 @@ class Arenas:
         path: The path of the server's unix socket.
         arena_bytes: The size of an arena, in bytes, at least.
         attach_timeout: Seconds that the server may take to attach an arena.
-        retry_seconds: Seconds after a rejection in which no arena is requested.
+        retry_seconds: Seconds after a rejection during which no arena is requested.
 
     Attributes:
         rejection: Why the last request for an arena failed; None if it did not.
@@ -186,19 +186,19 @@ class Arenas:
         """The size of all attached arenas, in bytes."""
         return sum(len(arena.memory) for arena in self._connections.copy())
 
-    def allocate(self, nbytes: int, *, attach: bool = True, beside: Span | None = None) -> Span | None:
+    def allocate(self, nbytes: int, *, attach: bool = True, same_arena_as: Span | None = None) -> Span | None:
         """Reserve memory in an arena; return None if there is no room and no further arena is attached.
 
         Args:
             nbytes: The length, in bytes.
             attach: Whether to request a further arena if no other has room. That takes a fraction of a millisecond, or
                 the whole timeout if the server does not answer.
-            beside: A span in whose arena the memory must be; no arena is attached for it.
+            same_arena_as: A span whose arena must hold the memory; no arena is attached for it.
 
         """
         with self._lock:
-            span = self._reserve(nbytes, None if beside is None else beside.arena)
-        if span or not attach or beside is not None:
+            span = self._reserve(nbytes, None if same_arena_as is None else same_arena_as.arena)
+        if span or not attach or same_arena_as is not None:
             return span
         with self._attach_lock:
             with self._lock:
@@ -206,10 +206,10 @@ class Arenas:
             return span or self._grow(nbytes)
 
     def find(self, array: Array) -> tuple[Span, int] | None:
-        """Return the span in which an array lies, and the offset of the array in the arena.
+        """Return the span that contains an array, and the offset of the array in the arena.
 
-        None if the server could not read it there: the array is not within one span of an attached arena, is not
-        C-contiguous, does not start at a multiple of ALIGNMENT, or is empty.
+        The result is None if the server could not read the array there: it is not within one span of an attached arena,
+        is not C-contiguous, does not start at a multiple of ALIGNMENT, or is empty.
         """
         base: object = array
         while isinstance(base, np.ndarray):

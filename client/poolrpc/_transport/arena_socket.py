@@ -33,10 +33,10 @@ _RESPONSE_BYTES = 8192  # a response takes 30 bytes, an error less than 5 KB
 
 
 class Attachment(NamedTuple):
-    """An arena as the server hands it over.
+    """An arena that the server has shared with this client.
 
     Attributes:
-        connection: The connection to the arena socket. For the server, the arena lasts as long as it does.
+        connection: The connection to the arena socket. The server keeps the arena while it is open.
         arena_id: The server's id of the arena.
         mapping: The memory.
         socket: The name of the socket, in the directory of the server's, for calls that use the arena; empty: the
@@ -59,11 +59,11 @@ def attach(server_path: str, size: int, timeout: float) -> Attachment:
         timeout: Seconds that the server may take for each step.
 
     Raises:
-        PoolError: The server rejects the request, cannot be reached, or sends something else than an arena.
+        PoolError: The server rejects the request, cannot be reached, or sends something other than an arena.
 
     """
     if sys.platform != "linux":
-        raise UnavailableError("arenas need Linux, which alone has memfd", reason="ARENA")
+        raise UnavailableError("arenas need Linux: other systems have no memfd", reason="ARENA")
     path = server_path + SUFFIX
     try:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -102,9 +102,9 @@ def _receive(connection: socket.socket, size: int, path: Path) -> tuple[bytes, m
         available = os.fstat(descriptors[0]).st_size
         if not size <= arena_bytes <= available:
             raise unexpected(f"{size} bytes", f"{arena_bytes}, of which {available} exist")
-        # Checked here once, rather than by each call that uses the socket.
+        # Checked once here, instead of in each call that uses the socket.
         if call_socket and ("/" in call_socket or not path.with_name(call_socket).exists()):
-            raise unexpected(f"the name of a socket beside {path}", repr(call_socket))
+            raise unexpected(f"the name of a socket in the folder of {path}", repr(call_socket))
         return arena_id, mmap.mmap(descriptors[0], arena_bytes), call_socket
     finally:
         for descriptor in descriptors:

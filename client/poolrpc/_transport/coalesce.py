@@ -74,7 +74,7 @@ class Group:
         """Return a copy of the error for each tensor."""
         return [copy(error) for _ in self.tensors] or [error]
 
-    def may_blame_one(self, error: PoolError) -> bool:
+    def may_be_one_tensors_fault(self, error: PoolError) -> bool:
         """Return whether one tensor may be the cause of an error, so that the others are worth another attempt."""
         return len(self.tensors) > 1 and isinstance(error, InvalidArgumentError | LimitExceededError | InternalError)
 
@@ -102,7 +102,7 @@ class Group:
 
 
 class Grouping:
-    """Groups tensors in order. A tensor that cannot be sent is a group of its own.
+    """A division of tensors, in order, into groups. A tensor that cannot be sent is a group of its own.
 
     Args:
         chain: The layers.
@@ -175,7 +175,7 @@ def _plane_axes(spec: TensorSpec, chain: Chain) -> int:
 
 
 class Order:
-    """Delivers the outcomes of tensors in order, and numbers them.
+    """The order of a map's outcomes: it delivers them in the order of the tensors, and numbers the tensors.
 
     Args:
         return_exceptions: Whether an error is delivered in place of the result, rather than raised.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from poolrpc._transport.request import Transfer
 
 Transport: TypeAlias = Literal["unary", "stream", "arena"]
-"""How tensors travel: in one message each way, as a stream of blocks, or through memory shared with the server."""
+"""How tensors are sent: in one message each way, as a stream of blocks, or through memory shared with the server."""
 
 TRANSPORTS: tuple[Transport, ...] = get_args(Transport)
 
@@ -66,7 +66,7 @@ def check_transport(transport: str | None) -> None:
 
 
 def default_transport(transfer: Transfer, arenas: Arenas | None, max_message_bytes: int) -> Transport:
-    """Return the transport of a call that names none.
+    """Return the transport of a call that does not specify one.
 
     Args:
         transfer: The tensors of the call.
@@ -77,7 +77,7 @@ def default_transport(transfer: Transfer, arenas: Arenas | None, max_message_byt
     nbytes = transfer.prepared.nbytes
     if arenas is None or nbytes < ARENA_MIN_BYTES:
         return transport_by_size(transfer, max_message_bytes)
-    # A tensor that already lies in an arena needs no copy, however large it is.
+    # A tensor that is already in an arena needs no copy, however large it is.
     fits = nbytes <= ARENA_MAX_BYTES or arenas.find(transfer.arrays[0]) is not None
     return "arena" if fits else transport_by_size(transfer, max_message_bytes)
 

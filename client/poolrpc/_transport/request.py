@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 
 class PreparedRequest:
-    """A request and all that follows from it without the contents of its tensors; calls repeat, so it is cached.
+    """A request and the values that depend only on it, not on the contents of its tensors.
+
+    It is cached, because clients repeat calls with the same layers and shapes.
 
     Attributes:
         request: The request.
@@ -51,18 +53,18 @@ class PreparedRequest:
 
     @cached_property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        """The specs of the output tensors of all branches, in order; it raises as `results` does."""
+        """The specs of the output tensors of all branches, in order. Raises the same errors as `results`."""
         return codec.payload_specs(self.results)
 
     @cached_property
     def response_prefix(self) -> bytes:
-        """The bytes that precede the payload in the response of a poolrpc server; it raises as `results` does."""
+        """The bytes before the payload in the response of a poolrpc server. Raises the same errors as `results`."""
         header = pool_pb2.PoolResponse(results=codec.encode_results(self.results)).SerializeToString()
         return framing.message_prefix(header, self.output_nbytes)
 
     @cached_property
     def output_nbytes(self) -> int:
-        """The size of the outputs, in bytes; it raises as `results` does."""
+        """The size of the outputs, in bytes. Raises the same errors as `results`."""
         return sum(spec.nbytes for spec in self.outputs)
 
     @cached_property
@@ -79,7 +81,7 @@ class PreparedRequest:
         """Check that the results a server describes are those of this request.
 
         Raises:
-            InternalError: They are not.
+            InternalError: The results differ.
 
         """
         try:

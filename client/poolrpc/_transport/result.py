@@ -22,7 +22,7 @@ class PoolResult:
         shapes: The shape after every layer of the chain.
         indices: The indices of the maxima (int64, the output's shape) if the last layer has return_indices, as torch
             counts them: in the flattened channels-first input plane. Otherwise None.
-        transport: How the tensors travelled: "unary", "stream" or "arena".
+        transport: How the tensors were sent: "unary", "stream" or "arena".
 
     """
 

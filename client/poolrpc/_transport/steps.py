@@ -1,4 +1,4 @@
-"""The I/O of calls as generators of steps, which a blocking and an async client drive alike.
+"""The I/O of calls as generators of steps, which the blocking and the asyncio client both drive.
 
 A call is written once, as a generator (Steps) that yields each step of its I/O, receives the step's result or has its
 error raised at the `yield`, and returns the result of the call. A client drives it: it performs each step, blocking or
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class Send(NamedTuple):
-    """Send the message of a unary call; the result is the response.
+    """A step that sends the message of a unary call; its result is the response.
 
     Attributes:
         method: The method, "package.Service/Method".
@@ -43,7 +43,7 @@ class Send(NamedTuple):
 
 
 class SendStream(NamedTuple):
-    """Stream the tensors of a call; the result is the call's results.
+    """A step that streams the tensors of a call; its result is the call's results.
 
     Attributes:
         transfer: The tensors.
@@ -58,7 +58,7 @@ class SendStream(NamedTuple):
 
 
 class RunBlocking(NamedTuple):
-    """Call a function that may block for long; the result is what it returns."""
+    """A step that calls a function which may block for long; its result is what the function returns."""
 
     function: Callable[[], Any]
 
@@ -68,23 +68,23 @@ Steps: TypeAlias = Generator[Send | SendStream | RunBlocking, Any, T]
 
 
 class NextGroup(NamedTuple):
-    """Read the tensors of a map up to the next complete group; the result is the group, or None after the last."""
+    """A step that reads the tensors of the next group of a map; its result is the group, or None after the last."""
 
 
 class Start(NamedTuple):
-    """Start a call in the background; the result is its future, which may be cancelled."""
+    """A step that starts a call in the background; its result is the call's future, which may be cancelled."""
 
     steps: Steps[Any]
 
 
 class Wait(NamedTuple):
-    """Wait for a call that was started; the result is what it returned."""
+    """A step that waits for a call that was started; its result is what the call returned."""
 
     future: Any
 
 
 class Deliver(NamedTuple):
-    """Deliver results to the caller of the map, in order."""
+    """A step that delivers results to the caller of the map, in order."""
 
     results: Iterable[PoolResult]
 

@@ -1,7 +1,7 @@
 """Calls that stream their tensors in blocks of whole planes, and receive blocks of results meanwhile.
 
 gRPC's own retries were seen to lose a message of a stream (1.85.1, after two rejections, with messages of 4 MB and
-nothing but grpcio on both sides). So streams have no retry policy in gRPC's service config, but the one here.
+nothing but grpcio on both sides). So streams have no retry policy in gRPC's service config; this module retries them.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from poolrpc._transport.result import PoolResult, Progress
 
 STREAM_BLOCK_BYTES = 2 * 2**20
-"""About how many bytes a block of a stream has: whole planes, at least one."""
+"""Approximate size of a block of a stream, in bytes: whole planes, at least one."""
 
 MAX_ATTEMPTS = 5
-"""How often a stream is started, at most: as often as a unary call by gRPC's service config."""
+"""Maximum number of attempts of a stream: the same as that of a unary call in gRPC's service config."""
 
 INITIAL_BACKOFF, MAX_BACKOFF = 0.1, 2.0
-"""The longest pause after the first attempt, and after any, in seconds; each pause is a random part of it."""
+"""The longest pause after the first attempt, and after any, in seconds; each pause is a random fraction of it."""
 
 RETRYABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 """The status codes of a server that is full or stopping; CANCELLED is for calls that it has not started."""
@@ -73,7 +73,7 @@ class StreamCall:
 
         Raises:
             grpc.RpcError: The call failed.
-            InternalError: What was received is not an answer to the request.
+            InternalError: The messages received are not an answer to the request.
 
         """
         keep_freed_memory()  # one block after the other is freed

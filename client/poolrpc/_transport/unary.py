@@ -32,13 +32,13 @@ ANNOUNCED_BYTES = 2**20
 message is sent."""
 
 BROKEN_CONNECTION = ("Stream removed", "Socket closed", "Connection reset", "recvmsg")
-"""How gRPC's message begins if a connection broke in the middle of an answer. gRPC does not retry such a call."""
+"""The possible beginnings of gRPC's message if a connection broke during an answer. gRPC does not retry such a call."""
 
 
 def unary_steps(
     transfer: Transfer, options: CallOptions, progress: Progress | None, *, max_message_bytes: int, retry: bool
 ) -> Steps[list[PoolResult]]:
-    """Pool tensors that travel in messages.
+    """Pool tensors that are sent in messages.
 
     Args:
         transfer: The tensors.
@@ -96,7 +96,7 @@ def decode_response(prepared: PreparedRequest, message: bytes) -> memoryview:
         InternalError: The message is not an answer to the request.
 
     """
-    # Parsing takes a tenth of the client's CPU time in a small call. So the usual encoding is compared as bytes.
+    # Parsing takes a tenth of the client's CPU time in a small call, so the usual encoding is recognised by its bytes.
     prefix = prepared.response_prefix
     if message.startswith(prefix) and len(message) == len(prefix) + prepared.output_nbytes:
         return memoryview(message)[len(prefix) :]

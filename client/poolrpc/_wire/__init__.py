@@ -1,1 +1,1 @@
-"""Values to and from bytes; shared with the server."""
+"""Conversion of values to and from bytes; shared with the server."""

@@ -1,4 +1,4 @@
-"""The packets by which a client attaches an arena, and what both sides of the arena socket share."""
+"""The packets with which a client attaches an arena, and definitions that both sides of the arena socket share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from poolrpc.errors import InvalidArgumentError, PoolError, UnavailableError
 from poolrpc.v1 import pool_pb2
 
 SUFFIX = ".arena"
-"""What is added to the path of the server's own socket to get the path of its arena socket."""
+"""The suffix of an arena socket's path, after the path of the server's own socket."""
 
 ID_BYTES = 16
 """The length of an arena id, in bytes."""

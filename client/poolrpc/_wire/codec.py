@@ -1,4 +1,4 @@
-"""Protobuf messages to and from values. Beside this module, only layer_codec, status and the protocols use protobuf."""
+"""Protobuf messages to and from values. Only this module, layer_codec, status and the protocols use protobuf."""
 
 from __future__ import annotations
 

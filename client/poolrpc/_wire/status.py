@@ -124,7 +124,7 @@ def decode_error(code: str, message: str, details: bytes | None) -> PoolError:
             elif kind == "RetryInfo":
                 delay = standard_pb2.RetryInfo.FromString(detail.value).retry_delay.ToMilliseconds() / 1000
     except DecodeError:
-        pass  # Without valid details, an error has its code and its message.
+        pass  # Without valid details, an error has only its code and its message.
     metadata = dict(info.metadata)
     if issubclass(cls, InvalidArgumentError):
         return cls(message, violations=violations)

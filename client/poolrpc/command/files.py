@@ -42,7 +42,7 @@ def load(path: Path, branches: Sequence[Chain]) -> Source:
         branches: The layers for the tensor. An image becomes uint8, or float32 (0 to 255) if a layer takes no integers.
 
     Raises:
-        InvalidArgumentError: The file is none of these.
+        InvalidArgumentError: The file has none of these formats.
         OSError: The file can't be read.
 
     """

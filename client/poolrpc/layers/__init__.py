@@ -1,7 +1,7 @@
 """The pooling layers: frozen values with torch.nn's names, parameters, order and defaults, that compute their shapes.
 
-A layer holds parameters; the server computes its output. What a layer knows without torch is the dtypes it takes
-(`dtypes`), the shape of its output (`output_shape`), and the work of a call (`work`).
+A layer holds parameters; the server computes its output. Without torch, a layer knows the dtypes that it
+supports (`dtypes`), the shape of its output (`output_shape`), and the work of a call (`work`).
 """
 
 from poolrpc.layers.adaptive_pool import (

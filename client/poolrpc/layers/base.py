@@ -9,9 +9,9 @@ from poolrpc._shapes.parameters import Axes, axes, integer, per_axis
 from poolrpc._shapes.rules import check_shape, pooled_size
 from poolrpc.errors import InvalidArgumentError
 
-# A layer's dtypes are those that torch has on the CPU, the same for every device. torch pools integers on the CPU
-# alone, so a server with a GPU computes them on its CPU. Two are left out: averages of integers (torch has int64 alone,
-# on the CPU, truncated), and half precision for 3d averages (torch has it on CUDA alone).
+# A layer's dtypes are those that torch has on the CPU, the same for every device. torch pools integers only on the CPU,
+# so a server with a GPU computes them on its CPU. Two kinds are left out: averages of integers (torch has only int64,
+# only on the CPU, and truncates), and half precision for 3d averages (torch has it only on CUDA).
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 WIDE_FLOATS = ("float32", "float64")
 INTEGERS = ("uint8", "int8", "int16", "int32", "int64")
@@ -26,7 +26,7 @@ class Layer:
         family: Name of the layer's field in the proto's `oneof layer`, shared by its 1d, 2d and 3d classes.
         dtypes: Names of the dtypes that the layer takes, the same on every device. The output has the input's.
         spatial_dims: Number of spatial axes: 1, 2 or 3; None if the layer takes any of these.
-        takes_indices: Whether the layer needs the indices of a MaxPool beside its input.
+        takes_indices: Whether the layer needs the indices of a MaxPool in addition to its input.
 
     Examples:
         >>> from poolrpc import MaxPool2d
@@ -51,7 +51,7 @@ class Layer:
 
     @property
     def splittable(self) -> bool:
-        """Whether planes sent in several parts, or beside those of other tensors, get the bits of the whole tensor."""
+        """Whether a plane has the same output, bit for bit, whichever planes are sent and computed together with it."""
         return True
 
     @property
@@ -98,7 +98,7 @@ class Layer:
         return prod(self.output_plane(plane)) * prod(self.window(plane))
 
     def at_plane(self, first: int) -> Self:  # noqa: ARG002 - for layers that depend on the plane's index
-        """Return the layer for a tensor's planes from index `first` on, which pools them as this one in the whole."""
+        """Return the layer that pools the planes from index `first` on as this layer pools them in the whole tensor."""
         return self
 
     def __repr__(self) -> str:
@@ -138,7 +138,7 @@ class SlidingWindowLayer(Layer):
     def output_plane(self, plane: tuple[int, ...]) -> tuple[int, ...]:
         """Return the spatial shape of the output, by torch's rule for sliding windows."""
         out = []
-        ceil_mode = self.ceil_mode  # type: ignore[attr-defined]  # MaxUnpool alone lacks it, and overrides this method
+        ceil_mode = self.ceil_mode  # type: ignore[attr-defined]  # only MaxUnpool lacks it, and it overrides this method
         for size, (kernel, stride, padding, dilation) in zip(plane, self.geometry(), strict=True):
             if dilation > size + 2 * padding:
                 msg = f"expected at most input + 2*padding = {size + 2 * padding}, got {dilation}"
@@ -174,7 +174,7 @@ class SlidingWindowLayer(Layer):
                 raise InvalidArgumentError(msg, field="padding")
 
     def _check_fits_unpadded(self, plane: tuple[int, ...]) -> None:
-        # torch's avg_pool3d alone requires this: pool3d_shape_check with check_input_size, in aten's Pool.h.
+        # Only torch's avg_pool3d requires this: pool3d_shape_check with check_input_size, in aten's Pool.h.
         kernel = per_axis(self.kernel_size, self.spatial_dims)
         if any(k > size for k, size in zip(kernel, plane, strict=True)):
             msg = f"expected at most the input {plane}, without padding, for a 3d average, got {kernel}"

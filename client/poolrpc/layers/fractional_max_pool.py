@@ -10,7 +10,7 @@ from poolrpc.errors import InvalidArgumentError
 from poolrpc.layers.base import Layer
 
 SEED_STEP = 0x9E3779B97F4A7C15
-"""What SplitMix64 adds to its state for each sample (Steele, Lea and Flood, OOPSLA 2014)."""
+"""The constant that SplitMix64 adds to its state for each sample (Steele, Lea and Flood, OOPSLA 2014)."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -121,7 +121,7 @@ class ArenaListener:
         pause_seconds: float = PAUSE_SECONDS,
     ) -> None:
         if sys.platform != "linux":
-            raise ValueError("arenas need Linux, which alone has memfd")
+            raise ValueError("arenas need Linux: other systems have no memfd")
         self._call_socket = call_socket
         self._max_bytes = max_bytes
         self._max_arenas = max_arenas

@@ -46,9 +46,9 @@ class LocalArenas:
     def find(self, array):
         """Find no array."""
 
-    def allocate(self, nbytes, *, attach=True, beside=None):
+    def allocate(self, nbytes, *, attach=True, same_arena_as=None):
         """Reserve memory, if an arena may be attached."""
-        assert beside is None
+        assert same_arena_as is None
         if not attach and not self._attached:
             return None
         self._attached = True

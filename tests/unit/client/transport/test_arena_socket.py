@@ -35,8 +35,8 @@ HOSTILE = {
     "many descriptors": (sends(count=200), "2 descriptors"),
     "no descriptor": (sends(count=0), "0 descriptors"),
     "no id": (sends(arena_id=b""), "1 descriptors"),
-    "a socket elsewhere": (sends(call_socket="../x.sock"), "expected the name of a socket beside"),
-    "a missing socket": (sends(call_socket="x.sock"), "expected the name of a socket beside"),
+    "a socket elsewhere": (sends(call_socket="../x.sock"), "expected the name of a socket in the folder of"),
+    "a missing socket": (sends(call_socket="x.sock"), "expected the name of a socket in the folder of"),
     "a device": (sends(file="/dev/zero"), "Invalid argument"),
     "a file": (sends(file=sys.executable), "Invalid argument"),
     "garbage": (lambda connection: connection.send(b"\xff" * 50), "expected an AttachResponse, got another packet"),
@@ -132,5 +132,5 @@ arenas = Arenas("/nowhere")
 print(arenas.allocate(1), arenas.rejection)
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)  # noqa: S603 - a program of the test
-    assert ended.stdout == "None arenas need Linux, which alone has memfd\n"
+    assert ended.stdout == "None arenas need Linux: other systems have no memfd\n"
     assert ended.stderr == ""

@@ -204,7 +204,7 @@ def test_an_invalid_tensor_is_a_group_with_its_error(invalid, chain, error):
     with pytest.raises(error) as raised:
         group.transfer()
     assert [str(each) for each in group.failed(raised.value)] == [str(raised.value)]
-    assert not group.may_blame_one(raised.value)
+    assert not group.may_be_one_tensors_fault(raised.value)
 
 
 def test_each_tensor_of_a_group_has_its_own_error():
@@ -237,8 +237,8 @@ def test_each_tensor_of_a_group_has_its_own_error():
 )
 def test_an_error_that_one_tensor_may_cause_splits_the_group(error, blamed):
     """Other errors, and those of a single tensor, are final."""
-    assert Group([A, B], CHAIN, "NCHW").may_blame_one(error) == blamed
-    assert not Group([A], CHAIN, "NCHW").may_blame_one(error)
+    assert Group([A, B], CHAIN, "NCHW").may_be_one_tensors_fault(error) == blamed
+    assert not Group([A], CHAIN, "NCHW").may_be_one_tensors_fault(error)
     assert [list(each.tensors) for each in Group([A, B], CHAIN, "NCHW").split()] == [[A], [B]]
 
 
