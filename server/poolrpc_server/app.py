@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from poolrpc_server.telemetry.traces import Spans
 
 FAILED = 70
-"""Exit status of a process that cannot go on and should be started again."""
+"""Exit status of a process that cannot continue and should be started again."""
 
 FAILED_SECONDS = 5.0
-"""How long such a process may take to end, although something in it may hang."""
+"""Seconds after which such a process is ended in any case, since something in it may hang."""
 
 STOPPING_SECONDS = 1.0
-"""How long calls may take, after the grace, to hear that they are not answered."""
+"""Seconds after the grace in which calls that are still queued receive their rejection."""
 
 
 class Server:
@@ -45,8 +45,8 @@ class Server:
 
     Attributes:
         service: The service.
-        addresses: Where it listens, with free ports filled in.
-        metrics_address: Where its metrics are read, "host:port"; empty if nowhere.
+        addresses: The addresses on which it listens, with the actual number in place of port 0.
+        metrics_address: The address of its metrics, "host:port"; empty if they are not served.
 
     """
 
@@ -78,7 +78,7 @@ class Server:
             self.service.close()
             raise ConfigError(f"listen: {error}") from None
         self.addresses = self._grpc.addresses
-        # With several workers the supervisor has the address, and sums what they count in a folder.
+        # With several workers, the supervisor serves the metrics, which it sums from the workers' files.
         if config.metrics and not IN_FOLDER:
             self._metrics_server = self._serve_metrics(config.metrics)
         self.metrics_address = self._metrics_server.address if self._metrics_server else ""
@@ -87,7 +87,7 @@ class Server:
 
     @property
     def info(self) -> ServerInfo:
-        """What the server says of itself."""
+        """The description of the server, as GetServerInfo returns it."""
         return self.service.info
 
     def start(self) -> None:
@@ -102,7 +102,7 @@ class Server:
     def stop(self, grace: float) -> None:
         """Reject new calls, finish the accepted ones within `grace` seconds, and end."""
         self.drain()
-        # Calls that are still queued when the time is up get UNAVAILABLE, and a moment to receive it.
+        # Calls that are still queued after the grace get UNAVAILABLE, and STOPPING_SECONDS to receive it.
         stopped = self._grpc.stop(grace + STOPPING_SECONDS if grace else 0)
         if not stopped.wait(grace):
             self.service.stop_queue()
@@ -194,7 +194,7 @@ def serve(
         started: Called with the facts of the start line, once the server serves.
 
     Returns:
-        The exit status, 0. A server that cannot go on ends the process with FAILED.
+        The exit status, 0. A server that cannot continue ends the process with FAILED.
 
     Raises:
         ConfigError: The server cannot be made with these settings.

@@ -1,4 +1,4 @@
-"""Presets: layers that the operator gave a name, and `pool`, whose layers each request specifies.
+"""Presets: layers that the operator has named, and `pool`, whose layers each request specifies.
 
 The Open Inference Protocol serves each of them as a model.
 """
@@ -50,13 +50,13 @@ class Preset:
 
     @property
     def inputs(self) -> dict[str, str]:
-        """The names of the inputs, each with one dtype of those that it may have."""
+        """The names of the inputs, each with one of its possible dtypes."""
         takes_indices = any(chain[0].takes_indices for chain in self.branches)
         return {"input": "float32"} | ({"indices": "int64"} if takes_indices else {})
 
     @property
     def outputs(self) -> dict[str, str]:
-        """The names of the outputs, each with one dtype of those that it may have."""
+        """The names of the outputs, each with one of its possible dtypes."""
         if not self.branches:
             return {"output": "float32"}
         return {name: "int64" if name.startswith("indices") else "float32" for name in output_names(self.branches)}
@@ -103,7 +103,7 @@ def read_presets(definitions: Iterable[str], path: str = "") -> dict[str, Preset
         if not PRESET_NAME.fullmatch(name):
             raise ValueError(f"model: expected a name of letters, digits, '_', '.' and '-', got {clip(name)}")
         if name in presets:
-            raise ValueError(f"model: expected names that differ, and from {POOL_PRESET!r}, got {name!r} again")
+            raise ValueError(f"model: expected a name that is neither {POOL_PRESET!r} nor in use, got {name!r}")
         if not isinstance(layer, str):
             raise ValueError(f"model {name}: expected a layer in quotes, got {clip(layer)}")  # noqa: TRY004 - invalid content of a file
         try:

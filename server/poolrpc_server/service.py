@@ -61,13 +61,13 @@ class Service:
     """Everything of a server but its transports: engine, dispatcher, protocols, pipeline, health and metrics.
 
     Attributes:
-        info: What the server says of itself.
+        info: The description of the server, as GetServerInfo returns it.
         pipeline: Answers calls.
         health: Whether the server takes calls.
-        metrics: What is counted.
+        metrics: The metrics.
         models: Names of the models of the Open Inference Protocol.
-        failure: Why the process cannot go on; empty if it can.
-        on_failure: Called when it cannot go on.
+        failure: Why the process cannot continue; empty if it can.
+        on_failure: Called when it cannot continue.
 
     """
 
@@ -83,7 +83,7 @@ class Service:
         Args:
             config: The settings.
             spans: Makes the spans of its calls, and is closed with it. None: calls are not traced.
-            arenas: Where clients attach shared memory, for the metrics; the transport may add to it later.
+            arenas: The listeners on which clients attach arenas, for the metrics; the transport may add more later.
             find_arena: Returns the arena of an id, or raises NotFoundError.
 
         Raises:
@@ -96,7 +96,7 @@ class Service:
         except ValueError as error:
             raise ConfigError(f"token_file: {error}") from None
         try:
-            # What is kept between calls is a fraction of what calls may take.
+            # The memory kept between calls is a fraction of the memory that calls may use.
             self._engine = Engine(
                 config.device,
                 config.threads,
@@ -146,7 +146,7 @@ class Service:
         self.metrics.watch(self._load)
 
     def fail(self, reason: str) -> None:
-        """Record that this process cannot go on, because its device is lost, for example; for any thread.
+        """Record that this process cannot continue, because its device is lost, for example; for any thread.
 
         Health becomes NOT_SERVING, and `serve` ends with FAILED, so that the supervisor, or whatever runs the process,
         starts it again.
@@ -162,7 +162,7 @@ class Service:
         self._dispatcher.stop()
 
     def close(self, grace: float = 0.0) -> None:
-        """End what is left once no call is being answered; the last spans have `grace` seconds to be sent."""
+        """Release everything, once no call is in progress; the last spans have `grace` seconds to be sent."""
         self._engine.close()
         if self._spans is not None:
             self._spans.close(grace)

@@ -1,1 +1,1 @@
-"""How the bytes of calls arrive."""
+"""The transports: how the bytes of calls arrive."""

@@ -29,18 +29,18 @@ POOL_DESCRIPTOR = pool_pb2.DESCRIPTOR.services_by_name["PoolService"]
 STREAM_METHODS = tuple(method.name for method in POOL_DESCRIPTOR.methods if method.server_streaming)
 
 RAY_SETTINGS = ("listen", "tls_cert", "tls_key", "tls_client_ca", "workers", "metrics", "allow_client_shm")
-"""Settings of Config whose subject is Ray's, or that a replica does not have."""
+"""Settings of Config that Ray controls, or that do not apply to a replica."""
 
 CONTROL_THREADS = 4
 """Threads of calls that do not compute, so that they are answered while every other thread is taken."""
 
 RETRYABLE_RAY_CODES = (grpc.StatusCode.INTERNAL, grpc.StatusCode.RESOURCE_EXHAUSTED)
-"""What Ray answers for a replica that died during a call, and for a full queue: such calls may be tried again."""
+"""Ray's statuses for a call whose replica died, and for a call that finds the queue full: both may be tried again."""
 
 
 def add_services(_: object, server: Any) -> None:  # noqa: ANN401 - a class of Ray's that is not public
     """Add this project's services to Ray's proxy, for `grpc_servicer_functions`."""
-    # In a call each: Ray replaces the functions of the first handler of a call only.
+    # One handler in each call, because Ray replaces only the functions of a call's first handler.
     server.add_generic_rpc_handlers(
         (_Forwarding(POOL_DESCRIPTOR.full_name, [method.name for method in POOL_DESCRIPTOR.methods]),)
     )
@@ -104,10 +104,10 @@ def _mark_retryable(context: Any) -> None:  # noqa: ANN401 - as above
 
 
 class RayContext(CallContext):
-    """One call of Ray's. Ray's proxy has the deadline, and cancels the call when it has passed."""
+    """A call that Ray's proxy forwarded. The proxy has the deadline, and cancels the call when it has passed."""
 
     def __init__(self, method: str, context: RayServegRPCContext) -> None:
-        """Take what Ray says of a call."""
+        """Create the context of a call from Ray's own."""
         super().__init__(method, tuple(context.invocation_metadata() or ()), context.peer() or "")
         self._lock = threading.Lock()
         self._callbacks: list[Callable[[], None]] | None = []
@@ -120,7 +120,7 @@ class RayContext(CallContext):
         return self._callbacks is not None
 
     def add_done_callback(self, callback: Callable[[], None]) -> bool:
-        """Have `callback` called when the call ends; return False if it has ended already."""
+        """Register a callback for the end of the call; return False if the call has ended already."""
         with self._lock:
             if self._callbacks is None:
                 return False
@@ -173,7 +173,7 @@ class PoolReplica:
         return await self._unary(f"/{POOL_DESCRIPTOR.full_name}/GetServerInfo", message, grpc_context)
 
     async def Check(self, message: bytes, grpc_context: RayServegRPCContext) -> _Message:
-        """See Pool; of grpc.health.v1."""
+        """Answer Check of grpc.health.v1."""
         return await self._unary(f"/{HEALTH_SERVICE}/Check", message, grpc_context)
 
     async def PoolStream(
@@ -239,14 +239,14 @@ class PoolReplica:
         """Tell Ray whether this replica is to be replaced.
 
         Raises:
-            RuntimeError: It cannot go on.
+            RuntimeError: The replica cannot continue.
 
         """
         if self._service.failure:
             raise RuntimeError(self._service.failure)
 
     def __del__(self) -> None:
-        """Stop, once Ray has drained the replica; Ray calls this, and then Python does."""
+        """Stop the service, once Ray has drained the replica; Ray calls this, and then Python calls it again."""
         service = self.__dict__.pop("_service", None)
         if service is None:
             return
@@ -297,7 +297,8 @@ def app(settings: dict[str, Any]) -> serve.Application:
     if not settings.get("insecure"):
         raise ConfigError(
             "insecure: expected true, got none: Ray's proxy listens on every interface without TLS, so that anyone who "
-            "reaches it may call or listen. Keep its port inside a private network, and confirm it with this setting"
+            "reaches it may call it and read its traffic. Keep its port inside a private network, and confirm it with "
+            "this setting"
         )
     Config(**settings)  # each replica makes its own: the defaults follow the machine
     return serve.deployment(PoolReplica, name="pool").bind(settings)

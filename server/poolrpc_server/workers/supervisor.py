@@ -40,7 +40,7 @@ class WorkersError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestartPolicy:
-    """When a worker that has ended is started again.
+    """The rule for when a worker that has ended is started again.
 
     Attributes:
         first_delay: Seconds before the second restart in a row; the first restart is immediate.
@@ -177,7 +177,7 @@ class _Worker:
 
 
 class Supervisor:
-    """Starts workers, restarts those that end, and passes the request to stop on to them.
+    """The parent of the workers: it starts them, restarts those that end, and stops them.
 
     Args:
         config: The settings of the whole server.

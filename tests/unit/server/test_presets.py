@@ -32,7 +32,7 @@ def test_presets_are_read_from_flags_and_a_file():
     ("definitions", "words"),
     [
         (["stem"], "model: expected NAME=LAYER, got 'stem'"),
-        ([f"pool={STEM}"], "names that differ, and from 'pool', got 'pool' again"),
+        ([f"pool={STEM}"], "expected a name that is neither 'pool' nor in use, got 'pool'"),
         ([f"a={STEM}", f"a={STEM}"], "got 'a' again"),
         ([f"={STEM}"], "expected a name of letters"),
         ([f"a/b={STEM}"], "expected a name of letters"),

@@ -23,12 +23,12 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
 class GrpcContext(CallContext):
-    """One call of grpcio's; until `bind` only its method and its metadata are known."""
+    """A call that grpcio received; until `bind`, only its method and its metadata are known."""
 
     _context: grpc.ServicerContext | None = None
 
     def bind(self, context: grpc.ServicerContext) -> None:
-        """Add what grpcio knows of the call once its message has arrived."""
+        """Add grpcio's own context, which exists once the call's message has arrived."""
         self._context = context
         self.peer = context.peer()
 
@@ -41,8 +41,8 @@ class GrpcContext(CallContext):
         return self._context is None or self._context.is_active()
 
     def add_done_callback(self, callback: Callable[[], None]) -> bool:
-        """Have `callback` called when the call ends; return False if it has ended already."""
-        assert self._context is not None  # noqa: S101 - nothing asks before the message is there
+        """Register a callback for the end of the call; return False if the call has ended already."""
+        assert self._context is not None  # noqa: S101 - not called before the message has arrived
         return bool(self._context.add_callback(callback))
 
     def cancel(self) -> None:
@@ -52,14 +52,14 @@ class GrpcContext(CallContext):
 
 
 class PipelineInterceptor(grpc.ServerInterceptor):
-    """Admits each call before grpcio reads its message, and answers it by the pipeline.
+    """An interceptor that admits each call before grpcio reads its message, and passes it to the pipeline.
 
     Methods that the pipeline does not have are left to the handlers that were added to the server.
 
     Args:
         pipeline: Answers the calls.
         executor_of: Returns the executor whose threads answer a method.
-        public: Methods without the pipeline that need no token, by the start of their names.
+        public: Prefixes of the names of methods outside of the pipeline that need no token.
 
     """
 
@@ -103,7 +103,7 @@ class CallExecutor(ThreadPoolExecutor):
         self._call = call
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:  # noqa: ANN401 - fn's
-        """Have `fn` called by a thread, and the call released afterwards."""
+        """Call `fn` in a thread, and release the call afterwards."""
         try:
             return self._executor.submit(self._run, fn, *args, **kwargs)
         except BaseException:
@@ -118,7 +118,7 @@ class CallExecutor(ThreadPoolExecutor):
 
 
 class _Inline(ThreadPoolExecutor):
-    """Runs what it is given at once, in the calling thread: grpcio's own, which must not wait for anything."""
+    """An executor that calls functions at once, in the calling thread: grpcio's own, which must not wait."""
 
     def submit(self, fn: Callable[..., T], /, *args: object, **kwargs: object) -> Future[T]:
         future: Future[T] = Future()
@@ -130,7 +130,7 @@ class _Inline(ThreadPoolExecutor):
 
 
 INLINE = _Inline(1)
-"""Answers rejected calls: that takes less time than waking a thread, of which there are none left when it matters."""
+"""The executor of rejected calls: a rejection takes less time than waking a thread, and under overload none is idle."""
 
 
 def _handler(call: AdmittedCall, context: GrpcContext, executor: ThreadPoolExecutor) -> Handler:
@@ -166,7 +166,7 @@ def _rejection(call: AdmittedCall, context: GrpcContext) -> Handler:
             _abort(servicer_context, status)
 
     reject.experimental_thread_pool = INLINE  # type: ignore[attr-defined]  # as above
-    # grpcio does not read the first message of a stream before it is asked for it.
+    # grpcio reads the first message of a stream only when the handler asks for it.
     return grpc.stream_stream_rpc_method_handler(reject)
 
 
@@ -178,14 +178,14 @@ def _abort(context: grpc.ServicerContext, status: StatusError) -> NoReturn:
 def _with_parsing(inner: Handler) -> Handler:
     """Return a handler of another package whose request is parsed here.
 
-    grpcio itself would keep everything of a call whose message it cannot parse: memory, and a place among the
-    connection's calls.
+    grpcio itself never releases a call whose message it cannot parse: the call's memory, and its place among the calls
+    of its connection.
     """
     behavior, parse = inner.unary_stream, inner.request_deserializer
     if behavior is None or parse is None:
         return inner
 
-    @wraps(behavior)  # with the attributes by which it says how it is to be called
+    @wraps(behavior)  # keeps the attributes that tell grpcio how to call it
     def answer(message: bytes, context: grpc.ServicerContext, *rest: object) -> Iterator[Any]:
         try:
             request = parse(message)

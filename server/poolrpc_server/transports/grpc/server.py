@@ -41,12 +41,12 @@ class GrpcSettings:
 
     Attributes:
         call_threads: Threads of calls that compute.
-        max_message_bytes: Size of the largest message, each way.
-        max_metadata_bytes: Size of a call's metadata.
-        max_connection_calls: Calls at a time on a connection.
+        max_message_bytes: Maximum size of a message, in each direction.
+        max_metadata_bytes: Maximum size of a call's metadata.
+        max_connection_calls: Maximum number of concurrent calls on a connection.
         keepalive_seconds: Idle time before the server sends a keepalive ping.
         keepalive_timeout_seconds: Seconds to wait for the ping's acknowledgement.
-        min_ping_seconds: Least time between a client's pings; a client that sends more is disconnected.
+        min_ping_seconds: Minimum time between a client's pings; a client that sends them more often is disconnected.
         max_connection_age_seconds: Age at which clients are asked to reconnect.
         max_connection_age_grace_seconds: Seconds that calls may still take after that.
         max_connection_idle_seconds: Time without calls after which a connection is closed.
@@ -81,12 +81,12 @@ class GrpcSettings:
             # The peer of a connection without calls may be gone too.
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.max_concurrent_streams", self.max_connection_calls),
-            # Between the two, gRPC rejects calls at random.
+            # If the two differed, gRPC would reject calls between them at random.
             ("grpc.max_metadata_size", self.max_metadata_bytes),
             ("grpc.absolute_max_metadata_size", self.max_metadata_bytes),
             ("grpc.max_receive_message_length", self.max_message_bytes),
             ("grpc.max_send_message_length", self.max_message_bytes),
-            # Two servers on one port would take turns unnoticed.
+            # Otherwise two servers could listen on one port, and each would get some of the calls.
             ("grpc.so_reuseport", int(self.share_ports)),
             # A compressed message may inflate to any size.
             ("grpc.compression_enabled_algorithms_bitset", 1),
@@ -97,7 +97,7 @@ class GrpcServer:
     """A grpcio server whose calls the pipeline answers.
 
     Attributes:
-        addresses: Where it listens, with free ports filled in.
+        addresses: The addresses on which it listens, with the actual number in place of port 0.
 
     """
 
@@ -119,7 +119,7 @@ class GrpcServer:
             certificates: TLS on every address but unix sockets. None: plaintext.
 
         Raises:
-            ValueError: An address is in use, or not one of this machine; says which.
+            ValueError: An address is in use, or not one of this machine; the message says which.
 
         """
         self._certificates = certificates
@@ -130,7 +130,7 @@ class GrpcServer:
         pipeline.add([_reflection_method(names)])
         interceptor = PipelineInterceptor(pipeline, self._executor_of, (WATCH,) if probes.public else ())
         self._server = grpc.server(self._executor, interceptors=[interceptor], options=settings.options())
-        # Watch alone: the pipeline has Check.
+        # Only Watch is added here: the pipeline answers Check.
         watch = health.HealthServicer(experimental_thread_pool=self._control)
         health_pb2_grpc.add_HealthServicer_to_server(watch, self._server)
 
@@ -169,7 +169,7 @@ class GrpcServer:
         try:
             if path := unix_path(address):
                 prepare_path(Path(path))
-            # A unix socket is this machine's alone, and its clients share memory with the server.
+            # Only this machine can reach a unix socket, and its clients share memory with the server.
             if path or self._certificates is None:
                 port = self._server.add_insecure_port(address)
             else:
