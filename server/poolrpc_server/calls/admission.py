@@ -16,11 +16,11 @@ RETRY_DELAY = 0.1
 
 
 def rejection(reason: str, what: str, limit: float, actual: float, delay: float = RETRY_DELAY) -> UnavailableError:
-    """Return the error of a call that is rejected for now because a limit of the server is reached.
+    """Return the error of a call that is rejected temporarily because a limit of the server is reached.
 
     Args:
         reason: Reason of the error, for programs.
-        what: What the limit counts, for people.
+        what: What the limit counts, for the message.
         limit: The limit.
         actual: The count with this call included.
         delay: Seconds that the caller is asked to wait before it tries again.
@@ -119,7 +119,7 @@ class AdmissionControl:
         return Ticket(self, announced)
 
     def end_call(self) -> None:
-        """Count an admitted call no more."""
+        """Stop counting an admitted call."""
         with self._lock:
             self._calls -= 1
 
@@ -136,7 +136,7 @@ class AdmissionControl:
         """Count bytes until they are released.
 
         Raises:
-            UnavailableError: They do not fit beside those of other calls; a call of any size fits alone.
+            UnavailableError: They do not fit together with those of other calls; a single call of any size fits.
 
         """
         with self._lock:
@@ -144,7 +144,7 @@ class AdmissionControl:
         self._make_room()
 
     def release(self, nbytes: int) -> None:
-        """Count bytes no more."""
+        """Stop counting bytes."""
         with self._lock:
             self._bytes -= nbytes
 

@@ -104,7 +104,7 @@ class Batcher(Generic[J]):
         return pending.result
 
     def borrow(self, count: int) -> int:
-        """Take up to `count` free slots, for a large job to use beside its own, and return how many were taken."""
+        """Take up to `count` free slots, for a large job that has one already, and return how many were taken."""
         with self._lock:
             taken = min(self._free_slots, count)
             self._free_slots -= taken

@@ -41,14 +41,14 @@ class StatusError(Exception):
 
 
 class CallRecord:
-    """What is recorded of one call; the log line, the metrics, the spans and Triton's statistics are read from it.
+    """The record of one call, from which the log line, the metrics, the spans and Triton's statistics are made.
 
     Attributes:
         method: "/package.Service/Method".
         streaming: Whether the call is a stream.
         started: When the call's message had arrived, in nanoseconds of the monotonic clock.
         status: Name of the status code; "OK" until the call fails.
-        facts: What the log line says of the call, in order.
+        facts: The call's fields of the log line, in order.
         executions: Stage times of the first MAX_EXECUTIONS executions.
         latest: Stage times of the latest execution; None before the first.
         count: Number of executions.
@@ -100,7 +100,7 @@ class CallRecord:
 
 
 class CallContext(ABC):
-    """One call as its transport received it: who calls, how long the caller waits, and whether it still does.
+    """One call as its transport received it: its caller, its deadline, and whether the caller still waits.
 
     Attributes:
         method: "/package.Service/Method".
@@ -128,7 +128,7 @@ class CallContext(ABC):
 
     @abstractmethod
     def add_done_callback(self, callback: Callable[[], None]) -> bool:
-        """Have `callback` called, by any thread, when the call ends; return False if it has ended already."""
+        """Register a callback for the end of the call, in any thread; return False if the call has ended already."""
 
     @abstractmethod
     def cancel(self) -> None:
@@ -179,7 +179,7 @@ class DerivedContext(CallContext):
         return self._call.is_active()
 
     def add_done_callback(self, callback: Callable[[], None]) -> bool:
-        """Have `callback` called when the call ends; return False if it has ended already."""
+        """Register a callback for the end of the call; return False if the call has ended already."""
         return self._call.add_done_callback(callback)
 
     def cancel(self) -> None:
@@ -188,7 +188,7 @@ class DerivedContext(CallContext):
 
 
 def request_facts(request: Request) -> dict[str, str]:
-    """Return what the log line says of a request."""
+    """Return a request's fields of the log line."""
     spec = request.input
     return {
         "layers": clip(request.branches, MAX_FACT_CHARS),
@@ -198,5 +198,5 @@ def request_facts(request: Request) -> dict[str, str]:
 
 
 def result_facts(results: Sequence[BranchResult]) -> dict[str, str]:
-    """Return what the log line says of a request's results."""
+    """Return the fields of the log line for a request's results."""
     return {"output": clip([each.output.shape for each in results], MAX_FACT_CHARS)}

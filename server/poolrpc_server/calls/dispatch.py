@@ -34,10 +34,10 @@ BLOCKS_HELD = 3
 """Blocks of a stream in memory at a time: one that arrives, one that waits, one that is computed."""
 
 MESSAGE_COPIES = 2
-"""Copies of a message that gRPC has in memory while it hands it over: as it came, and in one piece."""
+"""Copies of a message that gRPC has in memory while it passes the message on: as received, and in one piece."""
 
 MAX_RETRY_DELAY = 5.0
-"""Seconds that a rejected caller is asked to wait, at most."""
+"""Maximum delay, in seconds, that a rejected caller is asked to wait."""
 
 
 class SharedMemory(Protocol):
@@ -48,15 +48,15 @@ class SharedMemory(Protocol):
 
 
 def no_arena(_: bytes) -> SharedMemory:
-    """Raise NotFoundError, as a server does that shares no memory."""
+    """Raise NotFoundError, since this server shares no memory."""
     raise NotFoundError("expected a call with its payload: this server has no arenas", reason="ARENA")
 
 
 class Dispatcher:
-    """What every call goes through, whatever its transport and its protocol.
+    """The steps of every call, whatever its transport and protocol: validation, admission, the queue and the engine.
 
     Attributes:
-        info: What the server says of itself.
+        info: The description of the server, as GetServerInfo returns it.
 
     """
 
@@ -76,10 +76,10 @@ class Dispatcher:
             limits: Limits of a request.
             admission: Counts calls and bytes in flight.
             engine: Computes.
-            info: What the server says of itself.
+            info: The description of the server, as GetServerInfo returns it.
             find_arena: Returns the arena of an id, or raises NotFoundError.
-            queue_limits: Limits of what waits for the engine and of a batch. None: the defaults of QueueLimits.
-            metrics: Counts executions and what waits. None: nothing is counted.
+            queue_limits: Limits of the queue and of a batch. None: the defaults of QueueLimits.
+            metrics: Counts executions and queued requests. None: nothing is counted.
 
         """
         self._limits = limits
@@ -114,7 +114,7 @@ class Dispatcher:
         """Check a request, apart from its payload; the result may be run any number of times.
 
         Raises:
-            PoolError: Of the class that says what is wrong.
+            PoolError: The request is rejected; the class of the error says why.
 
         """
         return check_request(request, self._limits, self._engine.schedule)
@@ -123,7 +123,7 @@ class Dispatcher:
         """Check that an answer of so many bytes fits into one message.
 
         Raises:
-            LimitExceededError: It does not.
+            LimitExceededError: It does not fit.
 
         """
         check_message(nbytes, self._limits, "answer")
@@ -140,7 +140,7 @@ class Dispatcher:
             finish: Called with the bytes of `checked.outputs`, whose memory is used again afterwards.
 
         Raises:
-            PoolError: Of the class that says what went wrong.
+            PoolError: The request failed; the class of the error says why.
 
         """
         nbytes = len(payload) + checked.output_bytes
@@ -171,11 +171,11 @@ class Dispatcher:
         return answer
 
     def pool_in_arena(self, checked: CheckedRequest, ranges: ArenaRanges, call: CallContext) -> None:
-        """Run a request whose tensors lie in an arena, and leave its outputs there.
+        """Run a request whose tensors are in an arena, and leave its outputs there.
 
         Raises:
             NotFoundError: There is no such arena.
-            PoolError: Of the class that says what else went wrong.
+            PoolError: The request failed for another reason; the class of the error says why.
 
         """
         arena = self._find_arena(ranges.arena_id)
@@ -193,7 +193,7 @@ class Dispatcher:
         """Admit a request whose tensors come in blocks, for as long as the context lasts.
 
         Raises:
-            PoolError: Of the class that says what is wrong.
+            PoolError: The request is rejected; the class of the error says why.
 
         """
         call.raise_if_cancelled()
@@ -225,7 +225,7 @@ class Dispatcher:
         return tuple(self._batcher.queue_lengths()), self._batcher.oldest_wait()
 
     def stop(self) -> None:
-        """Fail what is queued; what is being computed is finished."""
+        """Fail the queued requests; those that are being computed are finished."""
         self._batcher.stop()
 
     def _execute(self, runs: Sequence[Run]) -> list[Any]:
@@ -256,9 +256,9 @@ class Dispatcher:
 
 
 def _rejected(error: QueueFullError) -> UnavailableError:
-    # Rounded, so that a full server says the same to many callers: what it says is encoded once.
+    # Rounded, so that a full server sends the same error to many callers and encodes it once.
     delay = round(min(max(error.wait, RETRY_DELAY / 2), MAX_RETRY_DELAY), 2)
-    return rejection("QUEUE", f"{error.quantity} that wait", error.limit, round(error.actual, 2), delay)
+    return rejection("QUEUE", f"{error.quantity} in the queue", error.limit, round(error.actual, 2), delay)
 
 
 def _cut(memory: memoryview, specs: Sequence[TensorSpec], field: str) -> list[memoryview]:

@@ -51,8 +51,8 @@ PUSHBACK_KEY = "grpc-retry-pushback-ms"
 """Trailing metadata from which gRPC's own retries take their delay."""
 
 RESET_SECONDS = 0.1
-"""How long a stream whose messages end early is given to turn out as reset by its client: gRPC reports the end of the
-messages before it reports the reset."""
+"""Seconds to wait for the reset of a stream whose messages ended early: if the client resets a stream, gRPC reports the
+end of the messages before it reports the reset."""
 
 MAX_ERROR_CHARS = 300
 """Length at which the log line cuts an error's message, in characters."""
@@ -67,7 +67,7 @@ class Method:
         unary: Answers a call of one message each way. None for a stream.
         stream: Answers a call of any number of messages each way. None for a unary method.
         computes: Whether a call needs the engine: it is admitted, or rejected, before its message is read.
-        probe: Whether monitoring calls it all the time: logged at DEBUG, and not traced.
+        probe: Whether monitoring calls it frequently: its calls are logged at DEBUG, and not traced.
         public: Whether a call needs no token.
         labels: Its kind ("unary" or "bidi_stream"), service and short name, as the metrics have them.
 
@@ -87,7 +87,7 @@ class Method:
 
 
 UNKNOWN_METHOD = Method("/unknown/Unknown")
-"""What calls of methods that do not exist are counted as, so that callers cannot fill logs and metrics with names."""
+"""The method as which calls of unknown methods are counted, so that callers cannot fill the metrics with names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ class Observers:
 
 
 class CallPipeline:
-    """The methods of all protocols, and what surrounds each call of one."""
+    """The methods of all protocols, and the steps that are the same for each of their calls."""
 
     def __init__(
         self, admit: Callable[[int, int], Ticket], observers: Observers, tokens: TokenFile | None = None

@@ -1,4 +1,4 @@
-"""Open streams: a bounded number of them, each read ahead of the computation and ended when nothing moves."""
+"""Open streams: a limited number of them, each read ahead of the computation, and ended if it makes no progress."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ T = TypeVar("T")
 
 
 class ReadAhead(Generic[T]):
-    """An iterator over another one, which a thread reads; the thread ends with the context, or with the source."""
+    """An iterator that reads another one ahead, in a thread, which ends with the context or with the source."""
 
     def __init__(self, source: Iterator[T], ahead: int, idle: float) -> None:
         """Make a reader; it begins to read when its context is entered.
 
         Args:
             source: What is read. It must end or raise once the call has ended, as gRPC's iterators do.
-            ahead: Items to hold at most, beside the one that is being read.
+            ahead: Maximum number of items to hold, in addition to the one that is being read.
             idle: Seconds to wait for an item.
 
         """
@@ -45,7 +45,7 @@ class ReadAhead(Generic[T]):
     def __exit__(self, *_: object) -> None:
         """Stop reading."""
         self._closed.set()
-        # A reader that waits for room finds it, and then finds that it is closed.
+        # A reader that waits for room gets it, and then finds that the context has ended.
         try:
             while True:
                 self._items.get_nowait()
@@ -88,10 +88,10 @@ class ReadAhead(Generic[T]):
 
 
 class IdleTimer:
-    """Calls a function once nothing has moved for some time, from a thread that ends with the context."""
+    """A timer that calls a function unless it is restarted in time, from a thread that ends with the context."""
 
     def __init__(self, idle: float, stalled: Callable[[], object]) -> None:
-        """Make a timer that calls `stalled` when `moved` has not been called for `idle` seconds."""
+        """Create a timer that calls `stalled` if `restart` is not called for `idle` seconds."""
         self._idle = idle
         self._stalled = stalled
         self._last = time.monotonic()
@@ -106,8 +106,8 @@ class IdleTimer:
         """Stop the timer."""
         self._ended.set()
 
-    def moved(self) -> None:
-        """Start the time again: something moved."""
+    def restart(self) -> None:
+        """Restart the timer, since the stream has made progress."""
         self._last = time.monotonic()
 
     def _run(self) -> None:
@@ -146,11 +146,11 @@ class StreamContext(DerivedContext):
 
 
 class OpenStream(NamedTuple, Generic[T]):
-    """A stream that was let in.
+    """A stream that was admitted.
 
     Attributes:
-        messages: Its messages, read ahead.
-        timer: Ends the stream unless `moved` is called now and then.
+        messages: The client's messages, read ahead.
+        timer: Ends the stream unless it is restarted in time.
         call: Its context.
 
     """
@@ -161,7 +161,7 @@ class OpenStream(NamedTuple, Generic[T]):
 
 
 class OpenStreams:
-    """The streams of all protocols: a bounded number at a time, each of which must move.
+    """The streams of all protocols: a bounded number at a time, each of which must make progress.
 
     Attributes:
         count: Number of open streams.
@@ -177,12 +177,12 @@ class OpenStreams:
 
     @contextmanager
     def open(self, messages: Iterator[T], ahead: int, call: CallContext) -> Iterator[OpenStream[T]]:
-        """Let a stream in for as long as the context lasts.
+        """Admit a stream for as long as the context lasts.
 
         Args:
-            messages: What it sends.
-            ahead: Messages that are read before they are asked for.
-            call: Context of the call, which is cancelled when nothing moves.
+            messages: The client's messages.
+            ahead: Number of messages to read ahead.
+            call: Context of the call, which is cancelled if the stream makes no progress.
 
         Raises:
             UnavailableError: Too many streams are open.

@@ -1,1 +1,1 @@
-"""What the bytes of a call mean: message to request to message."""
+"""The protocols: what the bytes of a call mean, as a request and as its response."""

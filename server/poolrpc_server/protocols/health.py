@@ -24,7 +24,7 @@ class Health:
     """The health of the server and of each of its services, which is the same for all of them.
 
     Attributes:
-        services: Full names of the services that may be asked for; the empty name stands for the server.
+        services: Full names of the services that may be checked; the empty name stands for the server.
         public: Whether a check needs no token.
         serving: Whether the server takes calls.
 
@@ -34,7 +34,7 @@ class Health:
         """Make the health of a server that does not serve yet.
 
         Args:
-            services: Full names of the services beside the server itself.
+            services: Full names of the services, in addition to the server itself.
             public: Whether a check needs no token.
 
         """
@@ -62,7 +62,7 @@ class Health:
         return _Status(status=status).SerializeToString()
 
     def add_observer(self, observer: Callable[[bool], object]) -> None:
-        """Have `observer` called with every change, and with the present state at once."""
+        """Call `observer` with the present state now, and with the new state after each change."""
         with self._lock:
             self._observers.append(observer)
             observer(self.serving)

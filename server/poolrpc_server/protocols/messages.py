@@ -1,4 +1,4 @@
-"""Protobuf messages of a call: parsed, with the status that gRPC has for bytes that are not one."""
+"""Protobuf messages of a call: parsing, and the error for bytes that are not a message."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def parse(cls: type[M], data: bytes) -> M:
     """Return the message that the bytes encode.
 
     Raises:
-        InternalError: They encode none. INTERNAL is the status that gRPC itself has for this.
+        InternalError: The bytes are not such a message. INTERNAL is the status that gRPC itself uses for this.
 
     """
     try:

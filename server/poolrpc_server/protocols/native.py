@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 POOL_SERVICE = pool_pb2.DESCRIPTOR.services_by_name["PoolService"].full_name
 
 REMEMBERED_HEADERS = 4096
-"""Number of request headers that are remembered with what was found of them."""
+"""Maximum number of request headers whose decoded and validated form is cached."""
 
 REMEMBERED_HEADER_BYTES = 1024
-"""Size of the largest header that is remembered."""
+"""Maximum size of a header that is cached, in bytes."""
 
 BLOCKS_AHEAD = 1
 """Blocks of a stream that are read while one is computed."""
@@ -40,12 +40,12 @@ M = TypeVar("M", pool_pb2.PoolRequest, pool_pb2.PoolStreamRequest)
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """What was found of a request's header; callers repeat themselves.
+    """A decoded and validated request header, cached because clients repeat requests.
 
     Attributes:
         checked: The request.
-        ranges: Where its tensors lie in an arena; None if they come in the payload.
-        facts: What the log line says of it.
+        ranges: The ranges of an arena that hold its tensors; None if they are in the payload.
+        facts: Its fields of the log line.
         answer: The answer without its payload.
         head: The answer up to its payload.
 
@@ -63,10 +63,10 @@ class _Prepared:
 
 
 class PoolServicer:
-    """The methods of PoolService. Messages with payloads are framed by hand, the others are protobuf's."""
+    """The methods of PoolService. Messages with payloads are framed without protobuf, all others with it."""
 
     def __init__(self, dispatcher: Dispatcher, streams: OpenStreams) -> None:
-        """Make a servicer that hands requests to `dispatcher` and lets streams in by `streams`."""
+        """Create a servicer that passes requests to `dispatcher` and opens streams with `streams`."""
         self._dispatcher = dispatcher
         self._streams = streams
         self._prepared: dict[bytes, _Prepared] = {}
@@ -91,7 +91,7 @@ class PoolServicer:
         return prepared.answer  # the outputs are in the arena
 
     def pool_stream(self, messages: Iterator[bytes], call: CallContext) -> Iterator[bytes]:
-        """Run every branch on the input's blocks, as they come."""
+        """Run every branch on the input's blocks, as they arrive."""
         record = call.record
         with self._streams.open(messages, BLOCKS_AHEAD, call) as (reader, timer, context):
             header, _ = _cut(next(reader, b""), pool_pb2.PoolStreamRequest)
@@ -105,9 +105,9 @@ class PoolServicer:
                 yield pool_pb2.PoolStreamResponse(results=codec.encode_results(stream.results)).SerializeToString()
                 for block in _blocks(reader, stream.max_planes * stream.plane_bytes):
                     for answer in self._dispatcher.pool_block(stream, block, context, _pieces):
-                        timer.moved()
+                        timer.restart()
                         yield answer
-                    timer.moved()
+                    timer.restart()
                 stream.finish()
 
     def infer_shape(self, message: bytes, call: CallContext) -> bytes:
@@ -118,7 +118,7 @@ class PoolServicer:
         return codec.encode_shape_response(self._dispatcher.shapes(shape, branches, layout)).SerializeToString()
 
     def get_server_info(self, message: bytes, _: CallContext) -> bytes:
-        """Return what the server says of itself."""
+        """Return the description of the server."""
         parse(pool_pb2.GetServerInfoRequest, message)
         return codec.encode_info(self._dispatcher.info).SerializeToString()
 

@@ -33,7 +33,7 @@ def test_presets_are_read_from_flags_and_a_file():
     [
         (["stem"], "model: expected NAME=LAYER, got 'stem'"),
         ([f"pool={STEM}"], "expected a name that is neither 'pool' nor in use, got 'pool'"),
-        ([f"a={STEM}", f"a={STEM}"], "got 'a' again"),
+        ([f"a={STEM}", f"a={STEM}"], "nor in use, got 'a'"),
         ([f"={STEM}"], "expected a name of letters"),
         ([f"a/b={STEM}"], "expected a name of letters"),
         ([f"{'a' * 65}={STEM}"], "expected a name of letters"),

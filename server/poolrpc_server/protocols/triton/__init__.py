@@ -1,1 +1,1 @@
-"""The Open Inference Protocol v2, as Triton's clients speak it."""
+"""The Open Inference Protocol v2, which Triton's clients use."""

@@ -93,14 +93,14 @@ def parse_infer(data: bytes) -> tuple[pb.ModelInferRequest, list[memoryview]]:
     parts = framing.split_payloads(data, RAW_INPUT_FIELD)
     header, tensors = (data, []) if parts is None else parts
     if len(header) > MAX_HEADER_BYTES:
-        msg = f"expected at most {MAX_HEADER_BYTES} bytes beside raw_input_contents, got {len(header)}"
+        msg = f"expected at most {MAX_HEADER_BYTES} bytes without raw_input_contents, got {len(header)}"
         limits = {"limit": str(MAX_HEADER_BYTES), "actual": str(len(header))}
         raise LimitExceededError(msg, reason="HEADER_TOO_LARGE", metadata=limits)
     try:
         message = pb.ModelInferRequest.FromString(header)
     except DecodeError:
         # gRPC itself reports INTERNAL for messages that it cannot parse.
-        msg = f"expected a {pb.ModelInferRequest.DESCRIPTOR.full_name}, got bytes that are none"
+        msg = f"expected a {pb.ModelInferRequest.DESCRIPTOR.full_name}, got bytes that are not one"
         raise InternalError(msg, reason="NO_MESSAGE") from None
     return message, tensors or [memoryview(tensor) for tensor in message.raw_input_contents]
 
@@ -167,7 +167,7 @@ def _decode_source(
     source = _decode_range(message.parameters, f"{path}.parameters")
     if has_contents and (raw_tensors or source is not None):
         other = "raw_input_contents" if raw_tensors else "shared memory"
-        raise InvalidArgumentError(f"expected none beside {other}, got some", field=f"{path}.contents")
+        raise InvalidArgumentError(f"expected none together with {other}, got some", field=f"{path}.contents")
     if source is not None:
         _check_length(spec, source.nbytes, f"{path}.parameters.{BYTE_SIZE}")
         return source

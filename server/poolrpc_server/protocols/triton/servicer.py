@@ -1,4 +1,4 @@
-"""inference.GRPCInferenceService: the Open Inference Protocol v2, as Triton's clients and others speak it."""
+"""inference.GRPCInferenceService: the Open Inference Protocol v2, which Triton's clients and others use."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ CONTROL_METHODS = tuple(name for name in _DESCRIPTOR.methods_by_name if name not
 PROBES = ("ServerLive", "ServerReady", "ModelReady")
 
 REMEMBERED_REQUESTS = 4096
-"""Number of requests that are remembered, without their tensors, with what was found of them."""
+"""Maximum number of requests whose decoded and validated form, without tensors, is cached."""
 
 REQUESTS_AHEAD = 1
 """Requests of a stream that are read while one is computed."""
@@ -60,12 +60,12 @@ SHM_EXTENSION = "system_shared_memory"
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """What was found of a request apart from its tensors; callers repeat themselves.
+    """A decoded and validated request without its tensors, cached because clients repeat requests.
 
     Attributes:
         checked: The request.
         outputs: The requested outputs: for each its position among all outputs, its name, and its spec.
-        facts: What the log line says of it.
+        facts: Its fields of the log line.
         head: The start of an answer without shared memory.
 
     """
@@ -77,7 +77,7 @@ class _Prepared:
 
 
 class TritonServicer:
-    """The methods of GRPCInferenceService. Messages with tensors are framed by hand, the others are protobuf's."""
+    """The methods of GRPCInferenceService. Messages with tensors are framed without protobuf, all others with it."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class TritonServicer:
             dispatcher: Runs requests.
             models: The models, by name.
             regions: Clients' shared memory.
-            streams: Lets streams in.
+            streams: Opens streams.
             is_ready: Returns whether the server takes requests.
 
         """
@@ -139,7 +139,7 @@ class TritonServicer:
         count = failed = 0
         with self._streams.open(messages, REQUESTS_AHEAD, call) as (reader, timer, context):
             for data in reader:
-                timer.moved()
+                timer.restart()
                 count += 1
                 received, request_id = monotonic_ns(), ""
                 try:
@@ -155,7 +155,7 @@ class TritonServicer:
                     )
                 call.record.note({"requests": str(count), "failed": str(failed)})
                 yield answer
-                timer.moved()
+                timer.restart()
 
     def _model_ready(self, request: pb.ModelReadyRequest) -> pb.ModelReadyResponse:
         exists = request.name in self._models and request.version in ("", responses.VERSION)

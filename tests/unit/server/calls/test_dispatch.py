@@ -425,7 +425,7 @@ def test_a_full_queue_rejects_for_now(engine):
     """The error has the limit, the count, and the time to wait before the next try."""
     dispatcher = Dispatcher(LIMITS, AdmissionControl(10**6), engine, INFO, queue_limits=QueueLimits(max_queue=0))
     for priority in range(3):
-        with pytest.raises(UnavailableError, match="at most 0 calls that wait, got 1; try again") as raised:
+        with pytest.raises(UnavailableError, match="at most 0 calls in the queue, got 1; try again") as raised:
             dispatcher.admit(priority)
         assert (raised.value.reason, raised.value.metadata) == ("QUEUE", {"limit": "0", "actual": "1"})
         assert raised.value.retry_delay > 0

@@ -186,7 +186,7 @@ INVALID = {
     "no data": (request("input"), [], "inputs[0]: expected the bytes of input in raw_input_contents, or its contents"),
     "raw and contents": (
         request("input"), [bytes(16)],
-        "inputs[0].contents: expected none beside raw_input_contents", with_contents(fp32_contents=[0] * 4),
+        "inputs[0].contents: expected none together with raw_input_contents", with_contents(fp32_contents=[0] * 4),
     ),
     "another field": (
         request("input"), [], "inputs[0].contents: expected FP32 in fp32_contents, got fp64_contents",
@@ -228,7 +228,7 @@ INVALID = {
         shared(region="it", byte_size=16),
     ),
     "contents and shared": (
-        request("input"), [], "inputs[0].contents: expected none beside shared memory",
+        request("input"), [], "inputs[0].contents: expected none together with shared memory",
         lambda message: (shared(region="it", byte_size=16)(message), with_contents(fp32_contents=[0])(message)),
     ),
     "shared with another size": (
@@ -285,7 +285,7 @@ def test_size_of_a_message_without_raw_tensors_is_limited():
     contents = pb.InferTensorContents(bool_contents=bytes(MAX_HEADER_BYTES))
     message = request("input", dtype="BOOL", shape=[MAX_HEADER_BYTES])
     message.inputs[0].contents.CopyFrom(contents)
-    with pytest.raises(LimitExceededError, match=f"at most {MAX_HEADER_BYTES} bytes beside raw_input_contents"):
+    with pytest.raises(LimitExceededError, match=f"at most {MAX_HEADER_BYTES} bytes without raw_input_contents"):
         parse_infer(message.SerializeToString())
     message = request("input", shape=[1, 1, 1, 2 * MAX_HEADER_BYTES], dtype="UINT8")
     message.raw_input_contents.append(array_bytes(np.zeros(2 * MAX_HEADER_BYTES, np.uint8)).tobytes())
