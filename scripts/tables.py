@@ -91,7 +91,9 @@ def _flag(setting: Any) -> tuple[str, str, str]:  # noqa: ANN401 - a dataclass's
     default, unit = setting.default, setting.metadata["unit"]
     repeatable = isinstance(default, tuple)
     shown = (
-        "" if isinstance(default, bool) or default in ("", ()) else f"`{default[0] if repeatable else default}` {unit}"
+        ""
+        if isinstance(default, bool) or default in ("", ())
+        else f"`{default[0] if repeatable else default}` {Config.unit(setting.name, default)}"
     )
     value = "" if isinstance(default, bool) else f" {(unit or setting.name.rpartition('_')[2]).upper()}"
     return f"`--{setting.name.replace('_', '-')}{value}`", shown.strip(), setting.metadata["help"]

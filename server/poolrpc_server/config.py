@@ -247,7 +247,7 @@ class Config:
             name, value, unit = setting.name, getattr(self, setting.name), setting.metadata["unit"]
             minimum, maximum = setting.metadata["minimum"], setting.metadata["maximum"]
             if unit and not value >= minimum:  # so that NaN is rejected too
-                raise ConfigError(f"{name}: expected at least {minimum} {unit}, got {value}")
+                raise ConfigError(f"{name}: expected at least {minimum} {self.unit(name, minimum)}, got {value}")
             if unit and value > maximum:
                 raise ConfigError(f"{name}: expected at most {maximum} {unit}, got {value}")
         for name, choices in CHOICES.items():
@@ -270,9 +270,10 @@ class Config:
             _check_address("metrics", self.metrics, (), insecure=self.insecure)
 
     @staticmethod
-    def unit(name: str) -> str:
-        """Return the unit of a setting; empty if it is not a number."""
-        return next(str(each.metadata["unit"]) for each in fields(Config) if each.name == name)
+    def unit(name: str, count: object = None) -> str:
+        """Return the unit of a setting, in the singular for a count of 1; empty if the setting is not a number."""
+        unit = next(str(each.metadata["unit"]) for each in fields(Config) if each.name == name)
+        return unit.removesuffix("es" if unit == "processes" else "s") if str(count) == "1" else unit
 
 
 def _automatic_values() -> dict[str, tuple[int, int]]:
@@ -322,13 +323,14 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     parser = configargparse.ArgumentParser(
         prog="poolrpc-server",
         description="Serve PyTorch's pooling layers over gRPC.",
-        epilog="Every flag can also be set by its environment variable; a repeatable one as [a, b]. CPUs and memory "
-        "are those that the machine, or the limits of its container, leave to this process.",
+        epilog="Every flag can also be set by its environment variable; a repeatable flag as a list: [a, b]. CPUs and "
+        "memory are those that the machine, or the limits of its container, leave to this process.",
         add_config_file_help=False,
         add_env_var_help=False,
     )
     for setting in fields(Config):
-        unit, default = setting.metadata["unit"], setting.default
+        default = setting.default
+        unit = Config.unit(setting.name, default)
         shown = (
             ", ".join(default) or "none"
             if isinstance(default, tuple)
@@ -349,7 +351,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
             options["action"] = "store_true"
         else:
             options["type"] = str if isinstance(default, tuple) else type(default)
-            options["metavar"] = (unit or setting.name.rpartition("_")[2]).upper()
+            options["metavar"] = (setting.metadata["unit"] or setting.name.rpartition("_")[2]).upper()
             if isinstance(default, tuple):
                 options["action"] = "append"
         parser.add_argument(f"--{setting.name.replace('_', '-')}", **options)

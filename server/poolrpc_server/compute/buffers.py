@@ -1,4 +1,4 @@
-"""Buffers for tensors, reused: the system takes longer to map fresh pages than most pooling takes."""
+"""Reuse of buffers for tensors: the system takes longer to map new pages than most pooling takes."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ class DeviceStreams:
             # The failed call's memory is free again, but torch's cache may hold it in blocks of the wrong size.
             if self._cuda:
                 torch.cuda.empty_cache()
-            msg = f"expected a request that fits into the memory of {self.device} beside the others, got a larger one"
+            msg = f"expected a request that fits into the memory of {self.device} with the others, got a larger one"
             raise LimitExceededError(msg, reason="DEVICE_MEMORY") from None
         finally:
             self._idle.put(stream)

@@ -1,4 +1,4 @@
-"""Schedules: how a request is computed, determined once and used for every request that is equal but for its bytes."""
+"""Schedules: how a request is computed, determined once for all requests that differ only in their tensors' bytes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CALL_SECONDS, CELL_SECONDS = 50e-6, 1e-9
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BatchKey:
-    """What requests of one batch have in common: all but the number of planes. Equal keys are the same object."""
+    """The properties that requests of a batch share: all but the number of planes. Equal keys are the same object."""
 
     plane: Request
     spatial_dims: int

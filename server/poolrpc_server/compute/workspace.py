@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from poolrpc_server.compute.schedule import Schedule
 
 OVERHEAD_BYTES = 4096
-"""Memory that a workspace takes beside its tensors' bytes: Python's, NumPy's and torch's objects for them."""
+"""Memory that a workspace takes in addition to its tensors' bytes: Python's, NumPy's and torch's objects for them."""
 
 KEPT_SHARE = 0.75
 """The share of its limit that the cache keeps when it drops workspaces, so that it doesn't sort them on every miss."""

@@ -35,14 +35,14 @@ Line = tuple[int, float, dict[str, object]]
 """The line of a call: the log level, when it ended in seconds since 1970, and its facts."""
 
 BATCH = 32
-"""Lines that are written in one go; calls wait for the interpreter meanwhile."""
+"""Maximum number of lines that are written together; calls wait for the interpreter meanwhile."""
 
 LINE_DELAY_SECONDS = 0.05
-"""How long a line may wait for others, in seconds, so that the writing thread wakes once for many calls."""
+"""Seconds that a line waits for others, so that the writing thread wakes once for many calls."""
 
 
 class CallLog:
-    """The lines of calls, written by a thread of its own: rendering one takes as long as pooling a small tensor.
+    """The log lines of calls, written by a separate thread: rendering one takes as long as pooling a small tensor.
 
     This is what logging's QueueHandler and QueueListener do, at a fifth of the cost: they make a record in the call's
     thread and wake the listener for each line, which was measured at 60 to 70 microseconds of CPU time a call, 20 to 40

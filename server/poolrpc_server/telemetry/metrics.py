@@ -35,10 +35,10 @@ REQUESTS = tuple(2**power for power in range(9))
 PLANES = tuple(4**power for power in range(9))
 
 REASONS = ("CALLS", "DEVICE_FAILED", "IN_FLIGHT_BYTES", "QUEUE", "STOPPING", "STREAMS")
-"""Why calls are rejected for now."""
+"""The reasons for which calls are rejected temporarily."""
 
 CANCELLATION_STAGES = ("arrival", "queue", "compute", "send")
-"""How far calls are when they are cancelled."""
+"""The stages in which calls are cancelled."""
 
 REQUEST_SECONDS = 10
 """Seconds that an HTTP connection may take to send its request."""
@@ -70,7 +70,7 @@ class Metrics:
     """The metrics of one server.
 
     Args:
-        enabled: Whether anything is counted; if not, it costs nothing.
+        enabled: Whether anything is counted. If not, counting costs nothing.
 
     """
 
@@ -86,7 +86,7 @@ class Metrics:
         self._seconds = _children(
             self._histogram("grpc_server_handling_seconds", "Duration of calls in seconds.", SECONDS, *method)
         )
-        self._rejects = self._counter("poolrpc_rejects", "Calls rejected for now, by limit.", "reason")
+        self._rejects = self._counter("poolrpc_rejects", "Calls rejected temporarily, by limit.", "reason")
         self._escapes = self._counter("poolrpc_validator_escapes", "Valid calls that failed unexpectedly.")
         self._cancelled = self._counter("poolrpc_cancelled", "Cancelled calls, by their stage.", "stage")
         self._executions = self._counter("poolrpc_executions", "Batches that the engine executed.")
@@ -135,7 +135,7 @@ class Metrics:
             self.refresh()
 
     def rejected(self, reason: str) -> None:
-        """Count a call that was rejected for now, for one of REASONS."""
+        """Count a call that was rejected temporarily, for one of REASONS."""
         self._rejects.labels(reason).inc()
 
     def escaped(self) -> None:
@@ -265,7 +265,7 @@ class MetricsServer:
     """An HTTP server of /metrics, /healthz (the process answers) and /readyz (it should get calls).
 
     Attributes:
-        address: Where it listens, "host:port".
+        address: The address on which it listens, "host:port".
 
     """
 

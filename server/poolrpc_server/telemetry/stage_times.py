@@ -23,7 +23,7 @@ class StageTimes:
         queued: When it was ready to be computed.
         started: When its computation began.
         computed: When its outputs were complete.
-        encoded: When its answer was.
+        encoded: When its answer was encoded.
         ended: When the caller got the answer or the error.
         batch_requests: Number of requests computed in the same batch, this one included.
         batch_planes: Number of their planes.

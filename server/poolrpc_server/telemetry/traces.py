@@ -1,6 +1,6 @@
-"""Traces: whether OpenTelemetry's OTEL_ variables ask for them, and the spans of each call, made from its record.
+"""Traces: whether OpenTelemetry's OTEL_ variables enable them, and the spans of each call, made from its record.
 
-OpenTelemetry is imported when traces are first asked for: most servers run without, and may not have it installed.
+OpenTelemetry is imported only if traces are enabled: most servers run without them, and may not have it installed.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ EXPORTERS = "opentelemetry_traces_exporter"
 """The group of entry points under which packages offer exporters."""
 
 SPAN_FLUSH_SECONDS = 2.0
-"""How long sending the last spans may delay the end of the server: a collector may be down."""
+"""Maximum seconds for which sending the last spans delays the end of the server, since a collector may be down."""
 
 SERVER_FAULTS = ("UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS")
 """Status codes that make a server's span an error by OpenTelemetry's conventions; the others are the caller's fault."""
 
 
 def wanted(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """Return the names of the exporters that the environment asks for.
+    """Return the names of the exporters that the environment enables.
 
     Without variables there are none, although OpenTelemetry's own default is to send to this machine.
     """
@@ -66,7 +66,7 @@ def destination(name: str, environment: Mapping[str, str] = os.environ) -> str:
 
 
 def start_tracing() -> Spans | None:
-    """Return the maker of spans, or None if the environment asks for none; a warning says why if it fails."""
+    """Return the Spans, or None if the environment enables none or they cannot be set up; a warning then says why."""
     names = wanted()
     if not names:
         return None
@@ -115,7 +115,7 @@ class RecordedCall(Protocol):
 
 
 class CallTimes(Protocol):
-    """What spans are made of: see CallRecord."""
+    """The values from which spans are made; see CallRecord."""
 
     started: int
     status: str
@@ -126,10 +126,10 @@ class CallTimes(Protocol):
 
 
 class Spans:
-    """Makes the spans of calls that have ended, and sends them in the background.
+    """The spans of calls that have ended, which are sent in the background.
 
     Attributes:
-        destination: Where they are sent to, for people to read.
+        destination: The address to which they are sent, for the log.
 
     """
 
@@ -214,7 +214,7 @@ class Spans:
             span.end(min(end or times.ended, times.ended) + offset)
 
     def close(self, seconds: float) -> None:
-        """Send what is left, for so many seconds and SPAN_FLUSH_SECONDS at most, and end."""
+        """Send the remaining spans, for at most `seconds` and SPAN_FLUSH_SECONDS, and end."""
         flushing = Thread(target=self._provider.shutdown, name="poolrpc-flush", daemon=True)
         flushing.start()
         flushing.join(min(seconds, SPAN_FLUSH_SECONDS))

@@ -183,7 +183,7 @@ def test_help_has_every_default_and_unit(setting, capsys):
     default = ", ".join(setting.default) if isinstance(setting.default, tuple) else setting.default
     default = "none" if default == "" else default
     default = str(default).lower() if isinstance(default, bool) else default
-    unit = f" {setting.metadata['unit']}" if setting.metadata["unit"] else ""
+    unit = " process" if setting.name == "workers" else f" {setting.metadata['unit']}".rstrip()
     variable = f"POOLRPC_{setting.name.upper()}"
     output = " ".join(capsys.readouterr().out.split())
     text = re.escape(f"{setting.metadata['help']} [default: {default}{unit}; {variable}]")
@@ -199,7 +199,7 @@ def test_a_number_has_a_minimum(name):
     value = getattr(Config(**{name: minimum}), name)
     assert value == (getattr(Config(), name) if name in AUTOMATIC else minimum)
     with pytest.raises(
-        ConfigError, match=f"^{name}: expected at least {minimum} {Config.unit(name)}, got {minimum - 1}$"
+        ConfigError, match=f"^{name}: expected at least {minimum} {Config.unit(name, minimum)}, got {minimum - 1}$"
     ):
         Config(**{name: minimum - 1})
     with pytest.raises(ConfigError, match=f"^{name}: expected "):

@@ -1,8 +1,8 @@
 """The cost model that decides which kernel is used: estimates in nanoseconds of one thread, fitted to measurements.
 
-Each kernel's own estimate is in its file; here is what they share. The numbers were measured on one x86-64 machine
-(`python -m benchmarks kernels` measures another). They affect only the speed, since every kernel gives the same result.
-A kernel is used only if it is estimated to be somewhat faster than torch.
+Each kernel's own estimate is in its file; this file has what they share. The numbers were measured on one x86-64
+machine (`python -m benchmarks kernels` measures another). They affect only the speed, since every kernel gives the same
+result. A kernel is used only if it is estimated to be somewhat faster than torch.
 """
 
 from dataclasses import dataclass

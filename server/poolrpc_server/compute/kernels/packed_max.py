@@ -62,7 +62,7 @@ def max_pool_indices(x: Tensor, windows: Windows, out: Tensor, indices: Tensor) 
         value = values.at()
         ordered = Cells(program, values.tensor.view(number), reused=True).at()
         program.calls += [
-            # Any NaN makes the sum NaN. So may infinities: then the block is computed twice, to no harm.
+            # Any NaN makes the sum NaN. So may infinities: then the block is computed twice, which does no harm.
             lambda i: skipped.append(_range(program, i)) if read[i].sum().isnan() else None,
             # -0.0 becomes 0.0, since they are equal.
             lambda i: torch.add(read[i], 0.0, out=value[i]),

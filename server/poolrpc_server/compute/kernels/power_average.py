@@ -15,8 +15,8 @@ from poolrpc_server.compute.kernels.separable_max import add_max
 from poolrpc_server.compute.kernels.windows import Windows
 
 NORMS = (1.0, 2.0, inf)
-"""The norms whose powers torch computes alike for every cell. For most others its vectorised code differs in the last
-bit from the code for the remaining cells at a tensor's end, so that the ends of blocks would be visible."""
+"""The norms whose powers torch computes in the same way for every cell. For most others its vectorised code differs in
+the last bit from the code for the remaining cells at a tensor's end, so that the ends of blocks would be visible."""
 
 
 def power_average(x: Tensor, norm: float, windows: Windows, out: Tensor) -> None:
