@@ -24,6 +24,7 @@ import poolrpc
 import poolrpc_server
 from poolrpc import AvgPool2d, GlobalMaxPool, LPPool2d, MaxPool2d, PoolClient
 from poolrpc.v1 import pool_pb2, pool_pb2_grpc
+from poolrpc_server.cli import main
 from scripts.server_process import serving
 
 if TYPE_CHECKING:
@@ -133,13 +134,14 @@ def test_the_log_is_text_by_default() -> None:
         (["--log-format", "xml"], "expected one of text, json"),
     ],
 )
-def test_a_wrong_setting_is_one_line_and_status_2(flags: list[str], words: str) -> None:
+def test_a_wrong_setting_is_one_line_and_status_2(
+    flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A wrong setting ends the command with one line that says what was expected."""
-    command = [sys.executable, "-c", "import sys; from poolrpc_server.cli import main; sys.exit(main())"]
-    done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)  # noqa: S603 - our own command
-    assert done.returncode == 2
-    assert words in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert main(flags) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
 
 
 def test_an_address_in_use_is_rejected(address: str) -> None:
@@ -295,7 +297,7 @@ def test_bytes_in_flight_are_bounded(gate: Gate) -> None:
 
 
 def test_rejected_calls_leave_no_memory() -> None:
-    """A thousand rejected calls of a megabyte leave the server's memory where it was."""
+    """Hundreds of rejected calls of a megabyte leave the server's memory where it was."""
     with serving() as server, PoolClient(server.address) as client:
         process = psutil.Process(server.process.pid)
         x = np.zeros((1, 1, 512, 512), np.float32)
@@ -307,4 +309,4 @@ def test_rejected_calls_leave_no_memory() -> None:
             return process.memory_info().rss
 
         before = rejected(100)
-        assert rejected(1000) < before * 1.1
+        assert rejected(500) < before * 1.1

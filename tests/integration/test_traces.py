@@ -354,6 +354,7 @@ asyncio.run(main())
     assert len({each.span.trace_id for each in (*theirs, *ours)}) == 1
 
 
+@pytest.mark.slow
 def test_every_worker_sends_its_own_spans(collector: Collector) -> None:
     """Workers are instances of one service; a server that stops sends its spans before it ends."""
     slow = sending(collector.endpoint, OTEL_BSP_SCHEDULE_DELAY="600000", OTEL_SERVICE_NAME="pooling")
@@ -460,6 +461,7 @@ def test_a_collector_that_is_down_delays_nothing(place: Callable[[], Any]) -> No
         assert median(endpoint) < 3 * median(up.endpoint)
 
 
+@pytest.mark.slow
 def test_wrong_variables_are_a_warning() -> None:
     """An exporter or a protocol that does not exist is reported at the start, and the server serves."""
     for env, said in (

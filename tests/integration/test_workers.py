@@ -166,6 +166,7 @@ def test_clients_do_not_notice_a_killed_worker(tmp_path: Path) -> None:
         assert {each["worker"] for each in server.lines("call")} == {0, 1}
 
 
+@pytest.mark.slow
 def test_clients_do_not_notice_a_server_that_stops() -> None:
     """SIGTERM of one of two servers behind one name, under load: no call fails.
 
@@ -271,7 +272,7 @@ def test_a_second_signal_ends_all_at_once(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_sigint_stops_a_server_that_was_started_with_it_ignored(workers: str) -> None:
     """A shell ignores SIGINT for a script's background jobs; the server is stopped by it like any other."""
     with sigint_handled_by(signal.SIG_IGN), serving("--workers", workers, *AT_ONCE) as server:
@@ -358,7 +359,7 @@ POISON = """
 """
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_a_process_with_a_failed_device_ends(tmp_path: Path, workers: str) -> None:
     """A lost CUDA context ends the process with a status of its own, and a supervisor starts another."""
     with (
@@ -376,9 +377,22 @@ def test_a_process_with_a_failed_device_ends(tmp_path: Path, workers: str) -> No
             assert len(server.wait_for("worker serving", 3)) == 3
 
 
-def test_every_line_of_a_worker_has_its_number() -> None:
-    """So have the supervisor's lines about it."""
-    with serving("--workers", "2", *AT_ONCE) as server, PoolClient(server.address) as client:
+def test_the_log_of_workers() -> None:
+    """The start line follows when all workers listen; every line of a worker, or about one, has its number.
+
+    A free port is chosen once for all workers, and each has its share of the threads.
+    """
+    with serving("--workers", "2", "--threads", "6", *AT_ONCE) as server, PoolClient(server.address) as client:
+        assert len(server.lines("worker serving")) == 2
+        assert server.start_line["threads"] == 3
+        port = int(server.address.rpartition(":")[2])
+        listening = [
+            each.laddr.port
+            for pid in pids(server).values()
+            for each in psutil.Process(pid).net_connections("inet")
+            if each.status == psutil.CONN_LISTEN
+        ]
+        assert listening == [port, port]
         client.pool(SMALL, MaxPool2d(2))
         with pytest.raises(poolrpc.InvalidArgumentError):
             client.pool(SMALL, MaxPool2d(99))
@@ -387,21 +401,6 @@ def test_every_line_of_a_worker_has_its_number() -> None:
     without = [each["event"] for each in server.log if "worker" not in each]
     assert without == ["serving", "stopping", "stopped"]
     assert len(server.lines("call")) == 2
-
-
-def test_the_start_line_has_the_address_of_all_workers() -> None:
-    """A free port is chosen once for all workers, which listen when it is logged; each has its share of the threads."""
-    with serving("--workers", "2", "--threads", "6", *AT_ONCE) as server:
-        assert len(server.lines("worker serving")) == 2
-        assert server.start_line["threads"] == 3
-        port = int(server.address.rpartition(":")[2])
-        held = [
-            each.laddr.port
-            for pid in pids(server).values()
-            for each in psutil.Process(pid).net_connections("inet")
-            if each.status == psutil.CONN_LISTEN
-        ]
-        assert held == [port, port]
 
 
 class Events(logging.Handler):
@@ -451,7 +450,13 @@ def sigint_handled_by(handler: Any) -> Iterator[None]:  # signal's own types are
         signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.default_int_handler], ids=["ignored", "default"])
+@pytest.mark.parametrize(
+    "handler",
+    [
+        pytest.param(signal.SIG_IGN, id="ignored"),
+        pytest.param(signal.default_int_handler, id="default", marks=pytest.mark.slow),
+    ],
+)
 def test_a_supervisor_in_this_process(tmp_path: Path, events: Events, handler: Any) -> None:
     """supervise() restarts a worker that dies, returns 0 after SIGTERM, and restores the signals' handlers."""
     config = Config(workers=2, listen=("127.0.0.1:0", f"unix:{tmp_path / 'pool.sock'}"), drain_seconds=0)

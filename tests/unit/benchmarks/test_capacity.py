@@ -51,7 +51,8 @@ def test_the_simulation_matches_the_measured_curve(row: dict[str, Any]) -> None:
     assert 1 / TAIL <= ours["p99_ms"] / row["accepted_p99_ms"] <= TAIL
 
 
-@pytest.mark.parametrize("busy", [0.3, 0.8])
+@pytest.mark.slow
+@pytest.mark.parametrize("busy", [0.3, 0.6, 0.8])
 @pytest.mark.parametrize("seconds", [(0.01,), (0.001, 0.019)])
 def test_waiting_times_match_theory(busy: float, seconds: tuple[float, ...]) -> None:
     """Without limits the mean wait is Pollaczek and Khinchine's, within a tenth, for equal and unequal calls."""
@@ -115,6 +116,7 @@ def test_times_are_fitted_to_the_measurements() -> None:
         assert off < 0.5
 
 
+@pytest.mark.slow
 def test_the_command() -> None:
     """The command prints the replicas; for a p99 below the time of a single call it says what a call takes."""
     command = [sys.executable, "-m", "benchmarks", "capacity", "--rate", "500", "--bytes", "1000000", "--p99"]
