@@ -1,1 +1,1 @@
-"""Benchmarks: ratios of interleaved runs in one process tree, each with its baseline beside it."""
+"""Benchmarks: ratios of interleaved runs in one process tree, each with its baseline."""

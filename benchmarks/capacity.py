@@ -176,7 +176,7 @@ def replay(row: dict[str, Any]) -> Outcome:
 
 
 def compared(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the simulated values beside those that were measured at a load."""
+    """Return the simulated values at a load, each with the measured one."""
     outcome = replay(row)
     p50, p99 = (outcome.answered[int(len(outcome.answered) * part)] for part in (0.5, 0.99))
     return {
@@ -193,7 +193,7 @@ def compared(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(options: Namespace) -> Iterator[dict[str, Any]]:
-    """Return the rows: the answer to the command's question, or the simulation beside the measurement."""
+    """Return the rows: the answer to the command's question, or the simulation compared with the measurement."""
     if options.rate is None:
         return map(compared, read("load"))
     return answer(Question(**{each.name: getattr(options, each.name) for each in fields(Question)}))

@@ -99,6 +99,8 @@ WORDS = (
     _name(r"(?<!\.)\bmachine\b(?!\()", "resources"),
     # Phrases.
     Word(r"\bunder way\b|\bunderway\b", "in flight, in progress"),
+    Word(r"\bbeside\b", "in addition to, together with, next to"),
+    _name(r"(?i:(?:\b|_)beside(?:_|\b))", "a name that says what it holds"),
     Word(r"\banew\b", "again"),
     Word(r"\b(?:can't|cannot|can not|could not|couldn't|can|could|to) be had\b", "fails, is available"),
     Word(r"\b(?:un)?told\b", "configured, set, given, informed"),

@@ -273,7 +273,7 @@ def outcome(method: Callable[[Peer], object], caller: Peer) -> str:
     ids=[" ".join(filter(None, (row[0], "by", row[1], row[2] and f"with {row[2]}"))) for row in MATRIX],
 )
 def test_access(secured: Callable[[str], Secured], row: tuple[str, ...]) -> None:
-    """P12: each method answers or has the one right status; a caller that fails the handshake has called nothing."""
+    """Each method answers or has the one right status; a caller that fails the handshake has called nothing."""
     kind, client, token, *columns = row
     expected = {method: columns[COLUMNS.index(service)] for method, service in METHODS.items()}
     if set(columns) == {DOWN}:

@@ -92,7 +92,7 @@ def test_arrays_of_objects_do_not_lie_in_an_arena(client: PoolClient) -> None:
 
 
 def test_the_server_reads_an_array_in_place(gate: Gate) -> None:
-    """S05: the server computes on what is in client.empty's array when it computes, because nothing is copied."""
+    """The server computes on what is in client.empty's array when it computes, because nothing is copied."""
     with poolrpc_server.embedded(threads=2) as client, ThreadPoolExecutor(2) as threads:
         x, y = client.empty((1, 1, 64, 64), np.float32), np.zeros((1, 1, 64, 64), np.float32)
         x[...] = 0

@@ -177,7 +177,7 @@ for name, each in ids.items():
 
 @pytest.mark.usefixtures("undisturbed")
 def test_ids_of_other_arenas_are_not_found(server: ServerProcess) -> None:
-    """S03: an id that was freed, guessed, cut or made up is NOT_FOUND."""
+    """An id that was freed, guessed, cut or made up is NOT_FOUND."""
     codes = dict(run(server, IDS))
     assert codes.pop("its own") == "OK"
     assert set(codes.values()) == {"NOT_FOUND"}
@@ -218,7 +218,7 @@ REJECTED = {
 
 @pytest.mark.usefixtures("undisturbed")
 def test_invalid_ranges_are_rejected(server: ServerProcess) -> None:
-    """S02, S06: ranges past the end, wrapping, misaligned, overlapping or too small are INVALID_ARGUMENT."""
+    """Ranges past the end, wrapping, misaligned, overlapping or too small are INVALID_ARGUMENT."""
     good = (0, INPUT, MIB - OUTPUT, OUTPUT), (0, INPUT, INPUT, OUTPUT), (OUTPUT, MIB - OUTPUT, 0, OUTPUT)
     ranges = [*(each for each, _ in REJECTED.values()), *good]
     with hostile(server, RANGES) as process:
@@ -254,7 +254,7 @@ report("call", call(calls, request(arena_id, (0, 2**18), (2**18, 2**16)))[0])
 
 @pytest.mark.usefixtures("undisturbed")
 def test_an_arena_cannot_be_resized(server: ServerProcess) -> None:
-    """S04: shrinking, growing or sealing the memory is EPERM, and a hole reads as zeros."""
+    """Shrinking, growing or sealing the memory is EPERM, and a hole reads as zeros."""
     outcomes = dict(run(server, SHRINK))
     assert outcomes.pop("hole") in ("0", "-1")
     assert outcomes.pop("call") == "OK"
@@ -298,7 +298,7 @@ thread.join()
 
 @pytest.mark.usefixtures("undisturbed")
 def test_tensors_may_change_while_the_server_reads_them(server: ServerProcess) -> None:
-    """S05: indices and inputs that a client keeps rewriting are answered or rejected, and the server goes on."""
+    """Indices and inputs that a client keeps rewriting are answered or rejected, and the server goes on."""
     outcomes = run(server, REWRITE)
     assert len(outcomes) == 300
     assert {code for _, code in outcomes} <= {"OK", "INVALID_ARGUMENT"}
@@ -321,7 +321,7 @@ future.result()
 
 @pytest.mark.usefixtures("undisturbed")
 def test_the_arena_of_a_client_killed_during_a_call_is_freed(server: ServerProcess) -> None:
-    """S07: the arena of a client that is killed while the server computes in it is freed when that has ended."""
+    """The arena of a client that is killed while the server computes in it is freed when that has ended."""
     with hostile(server, KILLED) as process:
         assert process.stdout.readline() == "OK\tFalse\n"
         assert mapped_by(server) == 2
@@ -380,7 +380,7 @@ report(outcomes.get(0, 0), outcomes.get(signal.SIGKILL, 0))
 @pytest.mark.slow
 @pytest.mark.usefixtures("undisturbed")
 def test_a_thousand_short_lived_clients_leave_nothing(server: ServerProcess) -> None:
-    """S08: a thousand clients that attach an arena and end, one in ten by SIGKILL, leave the server as it was."""
+    """A thousand clients that attach an arena and end, one in ten by SIGKILL, leave the server as it was."""
     process = psutil.Process(server.process.pid)
     assert run(server, SHORT_LIVED, "50") == [["45", "5"]]
     before = process.memory_info().rss, process.num_threads()

@@ -1,7 +1,8 @@
 """Invalid input of tensor servers: each case has its status in bounded time, and the server goes on.
 
 The cases are from the issues and advisories of PyTorch, TensorFlow and Triton. Each is sent as a message, without the
-client's own checks, to one server. A case that hangs ends with its deadline and is DEADLINE_EXCEEDED.
+client's own checks, to one server. A case that hangs ends with its deadline and is DEADLINE_EXCEEDED. A case's number,
+such as B01, only serves to name it.
 """
 
 from __future__ import annotations
@@ -368,7 +369,7 @@ def test_over_a_limit(stub: pool_pb2_grpc.PoolServiceStub, case: str) -> None:
 def test_a_dtype_that_the_layer_does_not_support(
     stub: pool_pb2_grpc.PoolServiceStub, layer: dict[str, Any], dtype: int
 ) -> None:
-    """B70: a known dtype that the layer does not support is UNIMPLEMENTED, with the dtypes that it supports."""
+    """A known dtype that the layer does not support is UNIMPLEMENTED, with the dtypes that it supports."""
     error = rejection(stub, message(layer, dtype=dtype))
     assert isinstance(error, poolrpc.UnsupportedError), error
     assert error.reason == "DTYPE"
@@ -385,7 +386,7 @@ def unpool(indices: np.ndarray, shape: tuple[int, ...] = (1, 1, 2, 2), **paramet
 
 @pytest.mark.parametrize("index", [-1, 16, -(2**63), 2**32 + 3, 2**63 - 1])
 def test_unpool_indices_out_of_range(stub: pool_pb2_grpc.PoolServiceStub, index: int) -> None:
-    """B60, B61: an index outside of its output plane is INVALID_ARGUMENT, whatever it would wrap to."""
+    """An index outside of its output plane is INVALID_ARGUMENT, whatever it would wrap to."""
     error = rejection(stub, unpool(np.array([[[[0, 1], [2, index]]]])))
     assert isinstance(error, poolrpc.InvalidArgumentError)
     assert error.violations[0].field == "indices"
@@ -405,7 +406,7 @@ def test_unpool_indices_out_of_range(stub: pool_pb2_grpc.PoolServiceStub, index:
     ids=["int32", "other shape", "rank 2", "none", "output size", "padding"],
 )
 def test_unpool_mismatch(stub: pool_pb2_grpc.PoolServiceStub, request_: pool_pb2.PoolRequest, field: str) -> None:
-    """B62: missing indices, and indices of another dtype, shape or rank, are INVALID_ARGUMENT."""
+    """Missing indices, and indices of another dtype, shape or rank, are INVALID_ARGUMENT."""
     error = rejection(stub, request_)
     assert isinstance(error, poolrpc.InvalidArgumentError)
     assert error.violations[0].field.endswith(field)
@@ -427,7 +428,7 @@ def test_unpool_after_another_layer(stub: pool_pb2_grpc.PoolServiceStub) -> None
 
 
 def test_unusual_requests_that_are_valid(server: ServerProcess) -> None:
-    """B30, B32, B64, B66, B72: odd windows, an empty batch, NaN, infinities and large halves are answered."""
+    """Odd windows, an empty batch, NaN, infinities and large halves are answered."""
     with poolrpc.PoolClient(server.address) as client:
         result = client.pool(
             np.ones((1, 16, 4, 4), np.float32), poolrpc.AvgPool2d((1, 2), stride=2, padding=(0, 1), ceil_mode=True)
@@ -448,7 +449,7 @@ def test_unusual_requests_that_are_valid(server: ServerProcess) -> None:
 
 
 def test_a_message_over_the_servers_limit() -> None:
-    """P01: a message over the server's limit is RESOURCE_EXHAUSTED, and the error says how to raise the limit."""
+    """A message over the server's limit is RESOURCE_EXHAUSTED, and the error says how to raise the limit."""
     with serving("--max-message-bytes", "100000") as server, poolrpc.PoolClient(server.address) as client:
         with pytest.raises(poolrpc.LimitExceededError, match="--max-message-bytes") as caught:
             client.pool(np.zeros((1, 1, 256, 256), np.float32), poolrpc.MaxPool2d(2))
@@ -457,7 +458,7 @@ def test_a_message_over_the_servers_limit() -> None:
 
 
 def test_a_response_over_the_servers_limit() -> None:
-    """P01: it is rejected before it is computed, like any limit; the arena has room for it."""
+    """It is rejected before it is computed, like any limit; the arena has room for it."""
     layer = poolrpc.AdaptiveMaxPool2d(200)
     x = np.ones((1, 1, 8, 8), np.float32)
     with poolrpc_server.embedded(max_message_bytes=100_000) as client:
@@ -470,7 +471,7 @@ def test_a_response_over_the_servers_limit() -> None:
 
 
 def test_a_compressed_message_is_not_decompressed(server: ServerProcess) -> None:
-    """P02: compressed requests are rejected, so that none needs the server's memory."""
+    """Compressed requests are rejected, so that none needs the server's memory."""
     process = psutil.Process(server.process.pid)
     before = process.memory_info().rss
     request = message(max2d(), (1, 32, 1024, 1024))
@@ -486,7 +487,7 @@ def test_a_compressed_message_is_not_decompressed(server: ServerProcess) -> None
 
 
 def test_bytes_that_are_not_a_message(server: ServerProcess) -> None:
-    """P03: bytes that do not parse are INTERNAL."""
+    """Bytes that do not parse are INTERNAL."""
     with grpc.insecure_channel(server.address) as channel:
         call = channel.unary_unary("/poolrpc.v1.PoolService/Pool")
         with pytest.raises(grpc.RpcError) as caught:
@@ -495,21 +496,21 @@ def test_bytes_that_are_not_a_message(server: ServerProcess) -> None:
 
 
 def test_an_unknown_method(server: ServerProcess) -> None:
-    """P04: an unknown method is UNIMPLEMENTED."""
+    """An unknown method is UNIMPLEMENTED."""
     with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError) as caught:
         channel.unary_unary("/poolrpc.v1.PoolService/Nothing")(b"", timeout=60)
     assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
 
 def test_a_short_deadline(server: ServerProcess) -> None:
-    """P07: a deadline that cannot be met is DEADLINE_EXCEEDED."""
+    """A deadline that cannot be met is DEADLINE_EXCEEDED."""
     with poolrpc.PoolClient(server.address) as client, pytest.raises(poolrpc.DeadlineExceededError):
         client.pool(np.zeros((1, 64, 512, 512), np.float32), poolrpc.MaxPool2d(2), timeout=0.001)
 
 
 @pytest.mark.parametrize("nbytes", [20_000, 200_000])
 def test_too_much_metadata(server: ServerProcess, nbytes: int) -> None:
-    """P10: 20 KB of metadata, and far more, is RESOURCE_EXHAUSTED."""
+    """20 KB of metadata, and far more, is RESOURCE_EXHAUSTED."""
     metadata = [("padding", "x" * nbytes)]
     with (
         poolrpc.PoolClient(server.address, metadata=metadata) as client,
@@ -536,7 +537,7 @@ def details_of(call: Callable[[], object]) -> tuple[poolrpc.PoolError, int]:
     ids=["kernel size", "all", "output size"],
 )
 def test_ten_thousand_mistakes(stub: pool_pb2_grpc.PoolServiceStub, layer: dict[str, Any]) -> None:
-    """P10: the details of a request with 10,000 mistakes stay under 4 KB."""
+    """The details of a request with 10,000 mistakes stay under 4 KB."""
     request = message(layer, (1, 1, 8, 8))
     request.branches.extend([request.branches[0]] * 63)
     error, nbytes = details_of(lambda: stub.Pool(request, timeout=60))
@@ -546,7 +547,7 @@ def test_ten_thousand_mistakes(stub: pool_pb2_grpc.PoolServiceStub, layer: dict[
 
 
 def test_an_error_of_ten_thousand_violations(patch_family: Callable[..., None]) -> None:
-    """P10: the details of an error with 10,000 long violations stay under 4 KB."""
+    """The details of an error with 10,000 long violations stay under 4 KB."""
     violations = [poolrpc.FieldViolation(f"branches[{i}]" * 100, "expected 1, got 2" * 100) for i in range(10_000)]
 
     def fail(_: Any) -> Any:

@@ -127,7 +127,7 @@ def cancel_half_of_many_calls(address: str, seed: int) -> dict[str, int]:
 
 
 def test_calls_cancelled_at_every_moment(server: ServerProcess) -> None:
-    """P08: half of many calls at once are cancelled; the others have the right results, and no byte or thread stays."""
+    """Half of many calls at once are cancelled; the others have the right results, and no byte or thread stays."""
     process = psutil.Process(server.process.pid)
     for seed in range(10):
         cancel_half_of_many_calls(server.address, seed)
@@ -145,8 +145,8 @@ class LeftError(Exception):
     """Raised by a caller's own code in the middle of a stream."""
 
 
-async def test_tasks_and_streams_cancelled_beside_others(server: ServerProcess) -> None:
-    """P08: tasks of the asyncio client, unary and streams, are cancelled; the others have the right results."""
+async def test_tasks_and_streams_cancelled_among_others(server: ServerProcess) -> None:
+    """Tasks of the asyncio client, unary and streams, are cancelled; the others have the right results."""
     random = np.random.default_rng(3)
     async with AsyncPoolClient(server.address) as client:
 
@@ -175,7 +175,7 @@ async def test_tasks_and_streams_cancelled_beside_others(server: ServerProcess) 
 
 
 def test_calls_cancelled_in_the_queue(gate: Gate) -> None:
-    """P08: while the engine is busy, calls are cancelled in the queue; the others of their batch are computed."""
+    """While the engine is busy, calls are cancelled in the queue; the others of their batch are computed."""
     with poolrpc_server.embedded(threads=1, max_inflight_bytes=LIMIT) as client:
         with grpc.insecure_channel(client.address, NO_RETRIES) as channel:
             pool = pool_pb2_grpc.PoolServiceStub(channel).Pool

@@ -201,7 +201,7 @@ def bomb() -> bytes:
 
 @pytest.mark.parametrize("method", ["Pool", "PoolStream", "InferShape"])
 def test_a_gzip_bomb(server: ServerProcess, bomb: bytes, method: str) -> None:
-    """P02: 4 MB that would decompress to 4 GiB are rejected as they are, without any memory."""
+    """4 MB that would decompress to 4 GiB are rejected as they are, without any memory."""
     with memory_is_bounded(server), RawPeer(server.address) as peer:
         stream = peer.open(SERVICE + method, ("grpc-encoding", "gzip"))
         peer.send(stream, framed(bomb, compressed=True))
@@ -210,7 +210,7 @@ def test_a_gzip_bomb(server: ServerProcess, bomb: bytes, method: str) -> None:
 
 @pytest.mark.parametrize("encoding", ["identity", "deflate", "br", None])
 def test_a_bomb_of_another_encoding(server: ServerProcess, bomb: bytes, encoding: str | None) -> None:
-    """P02: a message flagged as compressed, with no encoding or an unknown one, is rejected the same way."""
+    """A message flagged as compressed, with no encoding or an unknown one, is rejected the same way."""
     with memory_is_bounded(server), RawPeer(server.address) as peer:
         stream = peer.open(SERVICE + "Pool", *([("grpc-encoding", encoding)] if encoding else []))
         peer.send(stream, framed(bomb, compressed=True))
@@ -224,7 +224,7 @@ def test_a_bomb_of_another_encoding(server: ServerProcess, bomb: bytes, encoding
     ids=["ones", "length", "cut", "zeros"],
 )
 def test_bytes_that_are_not_a_message(server: ServerProcess, method: str, data: bytes) -> None:
-    """P03: bytes that do not parse are INTERNAL for every method."""
+    """Bytes that do not parse are INTERNAL for every method."""
     with memory_is_bounded(server), RawPeer(server.address) as peer:
         stream = peer.open(SERVICE + method)
         peer.send(stream, data)
@@ -247,7 +247,7 @@ def test_bytes_that_are_not_a_message(server: ServerProcess, method: str, data: 
     ],
 )
 def test_many_messages_that_do_not_parse(server: ServerProcess, method: str) -> None:
-    """P03: such a call leaves no memory, and does not count among the calls of its connection."""
+    """Such a call leaves no memory, and does not count among the calls of its connection."""
     with memory_is_bounded(server, 8 * MIB), RawPeer(server.address) as peer:
         for _ in range(1500):  # gRPC's own rejection keeps 20 KB of each, and this connection has 1024 calls at most
             stream = peer.open(method)
@@ -271,7 +271,7 @@ def test_many_messages_that_do_not_parse(server: ServerProcess, method: str) -> 
     ids=["cut", "no length", "flags", "4 GiB promised"],
 )
 def test_invalid_frames(server: ServerProcess, method: str, data: bytes, statuses: set[str]) -> None:
-    """P03: a frame that ends early, has unknown flags or promises 4 GiB ends its call and takes no memory."""
+    """A frame that ends early, has unknown flags or promises 4 GiB ends its call and takes no memory."""
     with memory_is_bounded(server), RawPeer(server.address) as peer:
         stream = peer.open(SERVICE + method)
         peer.send(stream, data)
@@ -282,7 +282,7 @@ def test_invalid_frames(server: ServerProcess, method: str, data: bytes, statuse
     "data", [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", bytes(MIB)]
 )
 def test_other_protocols(server: ServerProcess, data: bytes) -> None:
-    """P03: the server closes the connection of a peer that speaks HTTP/1, TLS or nothing known."""
+    """The server closes the connection of a peer that speaks HTTP/1, TLS or nothing known."""
     host, _, port = server.address.rpartition(":")
     with memory_is_bounded(server), socket.create_connection((host, int(port)), timeout=30) as peer:
         try:
@@ -308,7 +308,7 @@ def test_other_protocols(server: ServerProcess, data: bytes) -> None:
     ids=["method", "case", "empty method", "no method", "version", "slash", "long", "odd"],
 )
 def test_unknown_methods(server: ServerProcess, method: str) -> None:
-    """P04: an unknown method is UNIMPLEMENTED."""
+    """An unknown method is UNIMPLEMENTED."""
     with RawPeer(server.address) as peer:
         stream = peer.open(method)
         peer.send(stream, framed(b""))
@@ -346,7 +346,7 @@ def whole_call(peer: RawPeer) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("begin", [open_alone, with_header, inside_a_block, whole_call], ids=lambda each: each.__name__)
 def test_a_thousand_resets(server: ServerProcess, begin: Callable[[RawPeer], int]) -> None:
-    """P09, P08: a thousand calls that are opened and reset leave no memory, threads or descriptors."""
+    """A thousand calls that are opened and reset leave no memory, threads or descriptors."""
 
     def reset(times: int) -> None:
         count = 0
@@ -373,7 +373,7 @@ def test_a_thousand_resets(server: ServerProcess, begin: Callable[[RawPeer], int
 
 
 def test_responses_that_are_not_read(server: ServerProcess) -> None:
-    """P08: callers that leave while their response is sent leave nothing; others are answered meanwhile."""
+    """Callers that leave while their response is sent leave nothing; others are answered meanwhile."""
     request = pool_request(1, 4, 512, 512)
     request.payload = bytes(4 * 4 * 512 * 512)
     message = framed(request.SerializeToString())

@@ -122,8 +122,8 @@ def test_progress_counts_planes(
 
 @pytest.mark.parametrize("source", ["inside", "outside"])
 @pytest.mark.parametrize("goal", ["inside", "outside", "same buffer", "input itself", "pair"])
-def test_out_and_input_in_and_beside_the_arena(unix_address: str, source: str, goal: str) -> None:
-    """An `out` is filled in the arena, beside it, next to the input, or on the input itself."""
+def test_out_and_input_inside_and_outside_the_arena(unix_address: str, source: str, goal: str) -> None:
+    """An `out` is filled inside the arena, outside of it, next to the input, or on the input itself."""
     with PoolClient(unix_address) as client:
         buffer = client.empty((2, 2, 3, 64, 64))
         x = buffer[0] if source == "inside" else np.empty((2, 3, 64, 64), np.float32)

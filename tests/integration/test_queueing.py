@@ -360,7 +360,7 @@ def test_a_cancelled_call_leaves_the_queue_at_once(serve: Any, load: Load, calle
 
 
 def test_a_cancelled_call_of_a_batch_frees_its_bytes(serve: Any, load: Load, callers: Any) -> None:
-    """P08: they are free while the batch is still computed; the other calls of the batch are answered."""
+    """They are free while the batch is still computed; the other calls of the batch are answered."""
     sizes = {width: 4 * 4 * width + 4 * 2 * (width // 2) for width in (64, 4)}
     # When the first has been answered there is room for the batch of three, but not for a fourth of twice the size.
     server = serve(max_inflight_bytes=sizes[64] + 3 * sizes[4])
@@ -376,16 +376,16 @@ def test_a_cancelled_call_of_a_batch_frees_its_bytes(serve: Any, load: Load, cal
     with p.PoolClient(server.addresses[0]) as client, ThreadPoolExecutor(1) as threads:
         # Everything but the bytes of the two calls that are left in the batch.
         room = np.ones((1, 1, 4, 64 + 4), np.float32)
-        beside = threads.submit(client.pool, room, p.MaxPool2d(2))
+        other = threads.submit(client.pool, room, p.MaxPool2d(2))
         load.await_events(load.waits)
         load.release(1)
-        assert beside.result(PATIENCE).shape == (1, 1, 2, 34)
+        assert other.result(PATIENCE).shape == (1, 1, 2, 34)
     assert (value_of(one), value_of(other)) == ({1}, {3})
     assert [len(shapes) for shapes in load.executions] == [1, 3, 1]
 
 
 def test_a_batch_outlives_its_first_call(serve: Any, load: Load, callers: Any) -> None:
-    """P08: the thread that computes the batch goes on if its own call is cancelled."""
+    """The thread that computes the batch goes on if its own call is cancelled."""
     asked = callers(serve())
     asked.occupy()
     gone, *others = asked.wait(4, 4, 4)
@@ -400,7 +400,7 @@ def test_a_batch_outlives_its_first_call(serve: Any, load: Load, callers: Any) -
 
 
 def test_a_deadline_that_passes_in_the_queue(serve: Any, load: Load, callers: Any) -> None:
-    """P07: the call is DEADLINE_EXCEEDED while the slot is still in use, is not computed, and its place is free."""
+    """The call is DEADLINE_EXCEEDED while the slot is still in use, is not computed, and its place is free."""
     server = serve(max_queue=1)
     asked = callers(server)
     asked.occupy()

@@ -57,7 +57,7 @@ def streams_in(caplog: pytest.LogCaptureFixture) -> list[Any]:
 
 
 def test_an_idle_stream_ends() -> None:
-    """P13: after --stream-idle-seconds a stream is DEADLINE_EXCEEDED; its bytes are free and no thread stays."""
+    """After --stream-idle-seconds a stream is DEADLINE_EXCEEDED; its bytes are free and no thread stays."""
     shape = (1, 1, 64, 64)
     x = np.ones(shape, np.float32)
     with (
@@ -100,7 +100,7 @@ def test_an_open_stream_holds_its_bytes() -> None:
 
 
 def test_a_stream_without_a_header_ends_too() -> None:
-    """P13: a stream on which nothing is ever sent ends with the idle limit."""
+    """A stream on which nothing is ever sent ends with the idle limit."""
     with poolrpc_server.embedded(stream_idle_seconds=1) as client, grpc.insecure_channel(client.address) as channel:
         messages = OpenStream()
         error = error_of(channel.stream_stream(METHOD)(messages, timeout=60))
@@ -111,7 +111,7 @@ def test_a_stream_without_a_header_ends_too() -> None:
 
 
 def test_a_caller_that_does_not_read_is_ended() -> None:
-    """P13: a caller that sends blocks and reads no results is ended by the idle limit, and others are served."""
+    """A caller that sends blocks and reads no results is ended by the idle limit, and others are served."""
     shape = (4096, 1, 64, 64)
     with (
         poolrpc_server.embedded(stream_idle_seconds=1, max_streams=1) as client,
@@ -128,7 +128,7 @@ def test_a_caller_that_does_not_read_is_ended() -> None:
 
 
 def test_a_stream_ends_at_its_deadline(caplog: pytest.LogCaptureFixture) -> None:
-    """P13: at the caller's deadline the stream's bytes are free, no thread stays, and the log has no server error."""
+    """At the caller's deadline the stream's bytes are free, no thread stays, and the log has no server error."""
     shape = (1, 1, 64, 64)
     with (
         caplog.at_level(logging.INFO, "poolrpc_server"),
@@ -158,7 +158,7 @@ def test_a_deadline_during_a_stream(gate: Gate, connect: Connect) -> None:
     assert_no_reader_stays()
 
 
-async def test_a_deadline_beside_many_other_streams(gate: Gate) -> None:
+async def test_a_deadline_among_many_other_streams(gate: Gate) -> None:
     """A stream of an asyncio client ends at its own timeout, however many other streams the client has."""
     with poolrpc_server.embedded(threads=1, max_streams=64, call_threads=96) as embedded:
         async with AsyncPoolClient(embedded.address) as client:
@@ -248,7 +248,7 @@ def leaving(caplog: pytest.LogCaptureFixture) -> Iterator[str]:
 
 @pytest.mark.usefixtures("many_blocks")
 def test_an_exception_of_progress_ends_the_stream(connect: Connect, leaving: str) -> None:
-    """P08: an exception of the progress callback is raised to the caller and ends the stream."""
+    """An exception of the progress callback is raised to the caller and ends the stream."""
 
     def progress(*_: int) -> None:
         raise LeftError
@@ -261,7 +261,7 @@ def test_an_exception_of_progress_ends_the_stream(connect: Connect, leaving: str
 
 @pytest.mark.usefixtures("many_blocks")
 def test_closing_the_client_ends_its_streams(leaving: str) -> None:
-    """P08: a stream whose client is closed raises CancelledError."""
+    """A stream whose client is closed raises CancelledError."""
     with PoolClient(leaving) as client, pytest.raises(poolrpc.CancelledError):
         client.pool(LARGE, MaxPool2d(2), transport="stream", progress=lambda *_: client.close())
 
@@ -269,7 +269,7 @@ def test_closing_the_client_ends_its_streams(leaving: str) -> None:
 @pytest.mark.usefixtures("many_blocks")
 @pytest.mark.parametrize("how", ["cancel", "close"])
 async def test_a_cancelled_task_ends_its_stream(leaving: str, how: str) -> None:
-    """P08: a stream ends with its task, and with its asyncio client."""
+    """A stream ends with its task, and with its asyncio client."""
     client = AsyncPoolClient(leaving)
     closing: list[asyncio.Task[None]] = []
 
@@ -289,7 +289,7 @@ async def test_a_cancelled_task_ends_its_stream(leaving: str, how: str) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("many_blocks")
 def test_a_thousand_streams_that_are_reset_leave_nothing() -> None:
-    """P09: the server's memory and threads return to what they were after 1000 streams that were left."""
+    """The server's memory and threads return to what they were after 1000 streams that were left."""
 
     def streamed(line: dict[str, Any]) -> bool:
         return line["event"] == "call" and line["method"] == METHOD

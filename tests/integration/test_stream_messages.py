@@ -105,7 +105,7 @@ INVALID = {
 @pytest.mark.usefixtures("still_serving")
 @pytest.mark.parametrize("case", INVALID)
 def test_blocks_must_match_the_header(channel: grpc.Channel, case: str) -> None:
-    """P16: a wrong number of planes, blocks that are cut wrongly and misplaced headers are INVALID_ARGUMENT."""
+    """A wrong number of planes, blocks that are cut wrongly and misplaced headers are INVALID_ARGUMENT."""
     messages, field, words = INVALID[case]
     error = rejection(channel, *messages)
     assert isinstance(error, poolrpc.InvalidArgumentError), error
@@ -120,7 +120,7 @@ def test_blocks_must_match_the_header(channel: grpc.Channel, case: str) -> None:
     ids=["first", "second", "third"],
 )
 def test_bytes_that_are_not_a_message(channel: grpc.Channel, messages: list[bytes]) -> None:
-    """P03: bytes that do not parse are INTERNAL at any position, and the server goes on."""
+    """Bytes that do not parse are INTERNAL at any position, and the server goes on."""
     error = rejection(channel, *messages)
     assert isinstance(error, poolrpc.InternalError)
     assert error.reason == "NO_MESSAGE"
@@ -140,7 +140,7 @@ def test_a_bad_header_is_rejected_before_any_block(channel: grpc.Channel, layer:
 
 @pytest.mark.usefixtures("still_serving")
 def test_a_compressed_stream_is_not_decompressed(address: str) -> None:
-    """P02: compressed blocks are rejected, like compressed messages."""
+    """Compressed blocks are rejected, like compressed messages."""
     with grpc.insecure_channel(address, compression=grpc.Compression.Gzip) as channel:
         error = rejection(channel, header(), block(6 * PLANE))
     assert isinstance(error, poolrpc.UnsupportedError | poolrpc.LimitExceededError)
@@ -161,7 +161,7 @@ def test_indices_are_checked_block_by_block(connect: Connect, address: str, stre
 
 
 def test_blocks_over_the_message_limit_say_how_to_raise_it() -> None:
-    """P01: a server whose message limit is below a block's size answers RESOURCE_EXHAUSTED with the flag's name."""
+    """A server whose message limit is below a block's size answers RESOURCE_EXHAUSTED with the flag's name."""
     with poolrpc_server.embedded(max_message_bytes=500_000) as client:
         with pytest.raises(poolrpc.LimitExceededError, match="--max-message-bytes") as caught:
             client.pool(LARGE, MaxPool2d(2), transport="stream")

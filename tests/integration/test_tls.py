@@ -79,7 +79,7 @@ def assert_served(address: str, credentials: grpc.ChannelCredentials | None) -> 
 
 
 def test_failed_handshakes_do_not_disturb_other_clients(ours: Authority, others: Authority) -> None:
-    """P12: while clients of another authority, or in plaintext, fail at the handshake, others are served."""
+    """While clients of another authority, or in plaintext, fail at the handshake, others are served."""
     with (
         server(**tls_settings(ours.issue("localhost"))) as address,
         PoolClient(address, credentials=ours.credentials()) as other,

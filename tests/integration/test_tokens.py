@@ -89,7 +89,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]
     ids=lambda values: " and ".join(each[:30] for each in values) or "none",
 )
 def test_without_a_valid_token_a_call_is_unauthenticated(guarded: ServerProcess, values: list[str]) -> None:
-    """P05: a missing, wrong or malformed token is rejected with the same words on every transport."""
+    """A missing, wrong or malformed token is rejected with the same words on every transport."""
     metadata = [("authorization", value) for value in values]
     with PoolClient(guarded.address, metadata=metadata) as client:
         for x, transport in ((X, "unary"), (LARGE[:4], "unary"), (LARGE, "stream")):

@@ -167,7 +167,7 @@ def test_map_results_have_the_same_bits(connect: Connect, address: str, client: 
 def test_unpool_takes_indices(
     pool_each: Callable[..., list[poolrpc.PoolResult]], client: PoolClient, layout: str
 ) -> None:
-    """The indices of a MaxUnpool are sent beside the input by every transport."""
+    """The indices of a MaxUnpool are sent together with the input by every transport."""
     options: dict[str, Any] = {"layout": layout}
     (pooled,) = pool_each(in_layout(FINITE, layout), [MaxPool2d(2, return_indices=True)], **options)
     branches = [MaxUnpool2d(2), [MaxUnpool2d(2, output_size=(11, 14)), AvgPool2d(2)]]

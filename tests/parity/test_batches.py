@@ -1,4 +1,4 @@
-"""Batches: every request of a batch has the result that it has when it is computed alone, whatever is beside it."""
+"""Batches: every request of a batch has the result that it has when it is computed alone, whatever the others are."""
 
 from __future__ import annotations
 

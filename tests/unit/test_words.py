@@ -13,6 +13,7 @@ from scripts.words import find, main
         ("server/a.py", "x = 1  # a call that is under\n# way\n", "in flight"),
         ("server/a.py", '"""Give the shape."""\n', "Return"),
         ("server/a.py", 'def f():\n    """Tell whether it fits."""\n', "Return whether"),
+        ("server/a.py", 'raise ValueError("no bytes beside it")\n', "in addition to"),
         ("server/a.py", "free_seats = 1\n", "slot"),
         ("server/a.py", "class NativeDoor:\n    pass\n", "transport"),
         ("server/a.py", "class _Tally:\n    pass\n", "ModelStatistics"),

@@ -78,7 +78,7 @@ def test_a_token_is_sent_to_other_machines_with_tls_only(address, monkeypatch):
 
 
 def test_an_authorization_in_the_metadata_is_sent_as_it_is(monkeypatch):
-    """It replaces the token of the environment; a token argument beside it is rejected."""
+    """It replaces the token of the environment; a token argument in addition to it is rejected."""
     own = (("x", "y"), ("Authorization", "Basic abc"))
     monkeypatch.setenv("POOLRPC_TOKEN", SECRET)
     assert metadata_for(PUBLIC, own, None, encrypted=False) == own

@@ -115,7 +115,7 @@ def test_channels_last_shapes_stay_channels_last(shape):
 
 
 def test_global_layers_take_the_rank_of_other_layers_or_of_the_shape():
-    """Three dims are unbatched beside a 2d layer, and batched if every layer is global."""
+    """Three dims are unbatched together with a 2d layer, and batched if every layer is global."""
     assert branch_shapes((3, 8, 8), [[MaxPool2d(2), GlobalAvgPool()]]) == [((3, 4, 4), (3, 1, 1))]
     assert branch_shapes((3, 8, 8), [[GlobalAvgPool()]]) == [((3, 8, 1),)]
     assert spatial_dims([[GlobalAvgPool()], [GlobalMaxPool()]]) is None

@@ -23,7 +23,7 @@ from poolrpc.tensors import ITEM_BYTES
 from tests.unit.strategies import CLASSES, layers, shapes
 
 IN_TORCH = [cls for cls in CLASSES if not cls.family.startswith("global")]
-# Arguments that a class requires beside the parameter under test.
+# Arguments that a class requires in addition to the parameter under test.
 REQUIRED = {"lp_pool": {"norm_type": 2}, "fractional_max_pool": {"output_size": 2}}
 
 

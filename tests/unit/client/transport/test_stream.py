@@ -137,7 +137,7 @@ def test_bytes_that_are_not_an_answer_are_an_internal_error():
 
 @pytest.mark.parametrize("lengths", [[63], [65], [64, 1], [7 * 64], [64, 6 * 64], [64] * 7], ids=repr)
 def test_partial_or_additional_planes_are_an_internal_error(lengths):
-    """A partial plane and planes beyond the last end the call, and nothing beside the output is written."""
+    """A partial plane and planes beyond the last end the call, and nothing but the output is written."""
     around = np.zeros(3 * 96, np.float32)
     reader = reader_after_first([around[96:192].reshape(2, 3, 4, 4)])
 

@@ -132,7 +132,7 @@ def test_bytes_that_are_not_an_answer_are_an_internal_error():
 
 @pytest.mark.parametrize("length", [0, 1, 383, 385])
 def test_a_payload_of_another_length_is_an_internal_error(length):
-    """A payload that does not fit the shapes beside it is an error of the server, also after a correct answer."""
+    """A payload that does not fit the shapes in its header is an error of the server, also after a correct answer."""
     transfer = make_transfer(X, MaxPool2d(2))
     for _ in range(2):
         with pytest.raises(InternalError) as raised:

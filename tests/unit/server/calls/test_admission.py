@@ -37,12 +37,12 @@ def test_bytes_are_released_however_a_request_ends():
 
 
 def test_a_request_of_any_size_fits_alone():
-    """A request over the limit is admitted when it is alone, and nothing is admitted beside it."""
+    """A request over the limit is admitted when it is alone, and nothing is admitted with it."""
     admission = AdmissionControl(10)
     with admission.hold(1000), pytest.raises(UnavailableError), admission.hold(1):
         pytest.fail("a second request was admitted")
     with admission.hold(9), pytest.raises(UnavailableError), admission.hold(1000):
-        pytest.fail("a large request was admitted beside another")
+        pytest.fail("a large request was admitted together with another")
 
 
 @given(st.integers(1, 50), st.lists(st.integers(0, 60) | st.just(-1), max_size=30))
@@ -114,7 +114,7 @@ def test_calls_are_counted_until_their_tickets_are_released():
 
 
 def test_announced_bytes_are_rejected_like_any_others():
-    """A message that does not fit beside what is in flight is rejected, and takes no place among the calls."""
+    """A message that does not fit together with what is in flight is rejected, and takes no place among the calls."""
     admission = AdmissionControl(10, 1)
     with admission.hold(6), pytest.raises(UnavailableError):
         admission.admit(5)
@@ -135,7 +135,7 @@ class Idle:
 
 
 def test_idle_memory_gives_way_to_calls():
-    """Memory kept between calls is dropped as soon as it does not fit beside what is in flight, and rejects nothing."""
+    """Memory kept between calls is dropped as soon as it does not fit with what is in flight, and rejects nothing."""
     idle = Idle(4)
     admission = AdmissionControl(10, idle=idle)
     with admission.hold(6):

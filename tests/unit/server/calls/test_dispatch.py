@@ -133,8 +133,8 @@ def test_a_failed_call_holds_no_bytes(dispatcher, admission, layer, bad, error):
 
 
 @pytest.mark.parametrize(("held", "room"), [(872, False), (841, False), (840, True)])
-def test_inputs_and_outputs_count_beside_other_calls(dispatcher, admission, held, room):
-    """A call of 128 bytes with 32 bytes of output needs 160 beside those in flight; otherwise it may be tried again."""
+def test_inputs_and_outputs_count_with_those_of_other_calls(dispatcher, admission, held, room):
+    """A call of 128 bytes with 32 bytes of output needs 160 free bytes; otherwise it may be tried again."""
     with admission.hold(held):
         if room:
             pool(dispatcher, (MaxPool2d(2),))
@@ -386,7 +386,7 @@ def test_a_server_without_arenas_finds_none(dispatcher):
 
 @pytest.mark.parametrize("culprit", range(8))
 def test_one_bad_call_of_a_batch_fails_alone(engine, culprit):
-    """P14: of eight unpoolings that are computed together one has an index out of its plane, which fails alone."""
+    """Of eight unpoolings that are computed together one has an index out of its plane, which fails alone."""
     dispatcher = Dispatcher(LIMITS, AdmissionControl(10**6), engine, INFO)
     begun, let_go, waits = threading.Event(), threading.Event(), threading.Semaphore(0)
 

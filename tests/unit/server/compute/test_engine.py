@@ -167,11 +167,11 @@ def test_results_read_at_the_same_time_do_not_overlap(engine, spec):
     ones, twos = (np.full(spec.shape, value, np.float32).tobytes() for value in (1, 2))
     for _ in range(3):
 
-        def read_beside(first):
+        def read_meanwhile(first):
             ((second,), (first,)) = run(engine, checked, twos), copied(first)
             return first, second
 
-        first, second = run(engine, checked, ones, read_beside)
+        first, second = run(engine, checked, ones, read_meanwhile)
         assert set(np.frombuffer(first, np.float32)) == {1}
         assert set(np.frombuffer(second, np.float32)) == {2}
 
