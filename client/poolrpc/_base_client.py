@@ -27,8 +27,8 @@ from poolrpc._transport.request import Transfer, prepare, prepare_single
 from poolrpc._transport.steps import Deliver, NextGroup, Send, SendStream, Start, Wait
 from poolrpc._transport.unary import unary_steps
 from poolrpc._wire import codec
-from poolrpc.access import credentials_for, metadata_for, unix_path
 from poolrpc.chains import Chain, as_chain, check_layout
+from poolrpc.credentials import credentials_for, metadata_for, unix_path
 from poolrpc.errors import InvalidArgumentError, PoolError
 from poolrpc.tensors import Array, as_array, dtype_name, spec_of
 from poolrpc.tracing import traced

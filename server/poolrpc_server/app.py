@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from poolrpc import PoolClient
-from poolrpc.access import unix_path
+from poolrpc.credentials import unix_path
 from poolrpc_server.compute.buffers import use_one_heap
 from poolrpc_server.config import Config, ConfigError
 from poolrpc_server.service import Service

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import configargparse
 
 from poolrpc._shapes.limits import MAX_MESSAGE_BYTES, MAX_PAYLOAD_BYTES
-from poolrpc.access import is_loopback
+from poolrpc.credentials import is_loopback
 from poolrpc_server.presets import read_presets
 from poolrpc_server.resources import cpu_count, memory_bytes
 

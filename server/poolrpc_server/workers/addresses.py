@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from poolrpc._wire.arena_packets import SUFFIX
-from poolrpc.access import unix_path
+from poolrpc.credentials import unix_path
 from poolrpc_server.sockets import is_listening
 
 

@@ -11,7 +11,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from poolrpc.access import unix_path
+from poolrpc.credentials import unix_path
 from poolrpc_server.calls.pipeline import Method
 from poolrpc_server.protocols.messages import parse
 from poolrpc_server.sockets import prepare_path

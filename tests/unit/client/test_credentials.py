@@ -4,7 +4,7 @@ import grpc
 import pytest
 
 from poolrpc import AsyncPoolClient, InvalidArgumentError, PoolClient
-from poolrpc.access import credentials_for, is_loopback, metadata_for
+from poolrpc.credentials import credentials_for, is_loopback, metadata_for
 
 SECRET = "s3cret-t0ken"  # noqa: S105 - only of these tests
 PUBLIC = "example.com:50051"
