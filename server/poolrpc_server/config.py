@@ -132,7 +132,7 @@ class Config:
     )
     max_work: int = _setting(
         4_000_000_000,
-        "Limit on the work of a request: the number of cells that its layers read, as the chosen kernels read them.",
+        "Limit on the work of a request: the number of cells that its kernels read, over all planes and layers.",
         "cells",
     )
     max_inflight_bytes: int = _setting(
@@ -323,8 +323,8 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     parser = configargparse.ArgumentParser(
         prog="poolrpc-server",
         description="Serve PyTorch's pooling layers over gRPC.",
-        epilog="Every flag can also be set by its environment variable; a repeatable flag as a list: [a, b]. CPUs and "
-        "memory are those that the machine, or the limits of its container, leave to this process.",
+        epilog="Every flag can also be set by its environment variable; a repeatable flag as a list: [a, b]. The CPUs "
+        "and the memory are those that this process may use, on the machine or within its container's limits.",
         add_config_file_help=False,
         add_env_var_help=False,
     )

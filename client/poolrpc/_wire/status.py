@@ -58,18 +58,20 @@ RAISE_HINT = "raise it with --max-message-bytes on the server and max_message_by
 TYPE_URL = "type.googleapis.com/google.rpc."
 
 
-def _cut(text: str, limit: int = TEXT_CHARS) -> str:
+def _truncate(text: str, limit: int = TEXT_CHARS) -> str:
     data = text.encode(errors="replace")
     return text if len(data) <= limit else data[: limit - 3].decode(errors="ignore") + "..."
 
 
 def encode_error(error: PoolError) -> tuple[str, bytes]:
     """Return an error's status message and its encoded google.rpc.Status, both bounded in size."""
-    text = _cut(error.message, MESSAGE_CHARS)
-    metadata = tuple((_cut(key, 40), _cut(value)) for key, value in list(error.metadata.items())[:4])
+    text = _truncate(error.message, MESSAGE_CHARS)
+    metadata = tuple((_truncate(key, 40), _truncate(value)) for key, value in list(error.metadata.items())[:4])
     violations: tuple[tuple[str, str], ...] = ()
     if isinstance(error, InvalidArgumentError):
-        violations = tuple((_cut(each.field), _cut(each.description)) for each in error.violations[:VIOLATIONS])
+        violations = tuple(
+            (_truncate(each.field), _truncate(each.description)) for each in error.violations[:VIOLATIONS]
+        )
     delay = error.retry_delay if isinstance(error, UnavailableError) else None
     return text, _details(STATUS_NUMBERS[error.code], text, error.reason, metadata, violations, delay)
 

@@ -184,8 +184,8 @@ class Dispatcher:
         if start < output_start + output_length and output_start < start + length:
             msg = f"expected a range apart from the input's {ranges.input}, got {ranges.output} (offset, length)"
             raise InvalidArgumentError(msg, field="arena.output")
-        inputs = _cut(source, checked.request.specs, "arena.input")
-        outputs = _cut(target, checked.outputs, "arena.output")
+        inputs = _slice_tensors(source, checked.request.specs, "arena.input")
+        outputs = _slice_tensors(target, checked.outputs, "arena.output")
         self._run(self._engine.run_in_place(checked.schedule, inputs, outputs), call)
 
     @contextmanager
@@ -261,7 +261,7 @@ def _rejected(error: QueueFullError) -> UnavailableError:
     return rejection("QUEUE", f"{error.quantity} in the queue", error.limit, round(error.actual, 2), delay)
 
 
-def _cut(memory: memoryview, specs: Sequence[TensorSpec], field: str) -> list[memoryview]:
+def _slice_tensors(memory: memoryview, specs: Sequence[TensorSpec], field: str) -> list[memoryview]:
     ranges, size = aligned_ranges(specs)
     if size > len(memory):
         msg = f"expected a range of at least {size} bytes, each tensor at a multiple of {ALIGNMENT}, got {len(memory)}"

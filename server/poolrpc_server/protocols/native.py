@@ -82,7 +82,7 @@ class PoolServicer:
 
     def pool(self, message: bytes, call: CallContext) -> bytes:
         """Run every branch of the request on its input."""
-        header, payload = _cut(message, pool_pb2.PoolRequest)
+        header, payload = _split(message, pool_pb2.PoolRequest)
         prepared = self._prepared.get(header) or self._prepare(header, call)
         call.record.note(prepared.facts)
         if prepared.ranges is None:
@@ -94,7 +94,7 @@ class PoolServicer:
         """Run every branch on the input's blocks, as they arrive."""
         record = call.record
         with self._streams.open(messages, BLOCKS_AHEAD, call) as (reader, timer, context):
-            header, _ = _cut(next(reader, b""), pool_pb2.PoolStreamRequest)
+            header, _ = _split(next(reader, b""), pool_pb2.PoolStreamRequest)
             message = parse(pool_pb2.PoolStreamRequest, header)
             if not message.HasField("request"):
                 raise InvalidArgumentError("expected the request in the first message, got none", field="request")
@@ -141,7 +141,7 @@ class PoolServicer:
         return prepared
 
 
-def _cut(data: bytes, cls: type[M]) -> tuple[bytes, memoryview]:
+def _split(data: bytes, cls: type[M]) -> tuple[bytes, memoryview]:
     try:
         return framing.split_payload(data, cls)
     except DecodeError:
@@ -152,7 +152,7 @@ def _blocks(messages: Iterator[bytes], limit: int) -> Iterator[Bytes]:
     """Yield the blocks of a stream's messages, each in one piece of at most `limit` bytes."""
     parts: list[memoryview] = []
     for data in messages:
-        header, payload = _cut(data, pool_pb2.PoolStreamRequest)
+        header, payload = _split(data, pool_pb2.PoolStreamRequest)
         # Without padding, a block in one message has no header to parse.
         message = parse(pool_pb2.PoolStreamRequest, header) if header else None
         if message is not None and message.HasField("request"):

@@ -41,7 +41,7 @@ SERVER_FAULTS = ("UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "U
 """Status codes that make a server's span an error by OpenTelemetry's conventions; the others are the caller's fault."""
 
 
-def wanted(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+def enabled_exporters(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     """Return the names of the exporters that the environment enables.
 
     Without variables there are none, although OpenTelemetry's own default is to send to this machine.
@@ -67,7 +67,7 @@ def destination(name: str, environment: Mapping[str, str] = os.environ) -> str:
 
 def start_tracing() -> Spans | None:
     """Return the Spans, or None if the environment enables none or they cannot be set up; a warning then says why."""
-    names = wanted()
+    names = enabled_exporters()
     if not names:
         return None
     adopt("opentelemetry")

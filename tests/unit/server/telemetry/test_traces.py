@@ -30,7 +30,7 @@ ENDPOINT, TRACES_ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_T
 )
 def test_traces_are_on_where_an_exporter_or_an_endpoint_is_named(environment, names):
     """OTEL_TRACES_EXPORTER names exporters, an OTLP endpoint means otlp, and anything else leaves traces off."""
-    assert traces.wanted(environment) == names
+    assert traces.enabled_exporters(environment) == names
 
 
 @pytest.mark.parametrize(
