@@ -48,7 +48,7 @@ CONFIGURED_LIMITS = (
 )
 
 
-class Arenas(Protocol):
+class ArenaCounts(Protocol):
     """Memory that is shared with clients, for the metrics."""
 
     @property
@@ -75,7 +75,7 @@ class Service:
         self,
         config: Config,
         spans: Spans | None = None,
-        arenas: Sequence[Arenas] = (),
+        arenas: Sequence[ArenaCounts] = (),
         find_arena: Callable[[bytes], SharedMemory] = no_arena,
     ) -> None:
         """Make a service.

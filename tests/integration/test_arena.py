@@ -53,7 +53,7 @@ def mappings(process: int | str = "self") -> int:
 
 
 def in_arena(array: np.ndarray) -> bool:
-    """Return whether an array lies in an arena that this process has mapped."""
+    """Return whether an array is in an arena that this process has mapped."""
     start = array.ctypes.data
     for line in Path("/proc/self/maps").read_text().splitlines():
         if "memfd:poolrpc-arena" in line:
@@ -66,8 +66,8 @@ def in_arena(array: np.ndarray) -> bool:
 # Shared memory
 
 
-def test_empty_and_results_without_copy_lie_in_the_arena(client: PoolClient) -> None:
-    """client.empty's arrays and results with copy=False lie in memory that the server shares; other results do not."""
+def test_empty_and_results_without_copy_are_in_the_arena(client: PoolClient) -> None:
+    """client.empty's arrays and results with copy=False are in memory that the server shares; other results do not."""
     x = client.empty((2, 3, 64, 64), np.float32)
     x[...] = RNG.standard_normal(x.shape, np.float32)
     assert in_arena(x)
@@ -82,8 +82,8 @@ def test_empty_and_results_without_copy_lie_in_the_arena(client: PoolClient) -> 
     np.testing.assert_array_equal(view.output, halved(x))
 
 
-def test_arrays_of_objects_do_not_lie_in_an_arena(client: PoolClient) -> None:
-    """An array of references is rejected, or lies in ordinary memory: another process must not read or change them."""
+def test_arrays_of_objects_are_not_in_an_arena(client: PoolClient) -> None:
+    """An array of references is rejected, or is in ordinary memory: another process must not read or change them."""
     try:
         array = client.empty(3, object)
     except (poolrpc.PoolError, TypeError, ValueError):

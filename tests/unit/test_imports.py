@@ -201,6 +201,17 @@ def test_a_constant_has_one_value_in_a_package(modules):
     assert {name: values for name, values in found.items() if len(values) > 1} == {}
 
 
+@pytest.mark.parametrize("modules", [CLIENT, SERVER], ids=["client", "server"])
+def test_a_class_name_has_one_class_in_a_package(modules):
+    """Two modules of a package do not define classes of the same name, not even private ones."""
+    found = {}
+    for module in modules:
+        for node in ast.parse(SOURCES[module].read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name.lstrip("_"), []).append(module)
+    assert {name: places for name, places in found.items() if len(places) > 1} == {}
+
+
 def test_no_imports_go_in_a_circle():
     """The modules of both packages have no import cycle."""
     graph = {module: {name for name in imports(module, when_imported=True) if name in SOURCES} for module in SOURCES}

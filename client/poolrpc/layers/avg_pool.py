@@ -40,8 +40,8 @@ class _AvgPoolWithDivisor(_AvgPool):
 class AvgPool1d(_AvgPool):
     """The mean of each window of a 1d input, as torch.nn.AvgPool1d computes it.
 
-    The parameters, dtypes and errors are those of AvgPool2d, with one value for the single axis, but for
-    divisor_override, which torch lacks here.
+    The parameters, dtypes and errors are those of AvgPool2d, with one value for the single axis,
+    except that there is no divisor_override, as in torch.
 
     Shape:
         Input: (N, C, L) or (C, L). Output: (N, C, L_out) or (C, L_out), where

@@ -39,7 +39,7 @@ M = TypeVar("M", pool_pb2.PoolRequest, pool_pb2.PoolStreamRequest)
 
 
 @dataclass(frozen=True, slots=True)
-class _Prepared:
+class _PreparedPool:
     """A decoded and validated request header, cached because clients repeat requests.
 
     Attributes:
@@ -69,7 +69,7 @@ class PoolServicer:
         """Create a servicer that passes requests to `dispatcher` and opens streams with `streams`."""
         self._dispatcher = dispatcher
         self._streams = streams
-        self._prepared: dict[bytes, _Prepared] = {}
+        self._prepared: dict[bytes, _PreparedPool] = {}
 
     def methods(self) -> tuple[Method, ...]:
         """Return the methods of the service."""
@@ -122,7 +122,7 @@ class PoolServicer:
         parse(pool_pb2.GetServerInfoRequest, message)
         return codec.encode_info(self._dispatcher.info).SerializeToString()
 
-    def _prepare(self, header: bytes, call: CallContext) -> _Prepared:
+    def _prepare(self, header: bytes, call: CallContext) -> _PreparedPool:
         message = parse(pool_pb2.PoolRequest, header)
         request = codec.decode_request(message)
         facts = request_facts(request)
@@ -133,7 +133,7 @@ class PoolServicer:
         ranges = codec.decode_ranges(message)
         if ranges is None:
             self._dispatcher.check_answer(len(head) + checked.output_bytes)
-        prepared = _Prepared(checked, ranges, facts | result_facts(checked.results), answer, head)
+        prepared = _PreparedPool(checked, ranges, facts | result_facts(checked.results), answer, head)
         if len(header) <= REMEMBERED_HEADER_BYTES:
             if len(self._prepared) >= REMEMBERED_HEADERS:
                 self._prepared.clear()

@@ -284,7 +284,7 @@ class MetricsServer:
         self._collect = collect
         self._ready = ready
         host, _, port = address.rpartition(":")
-        self._server = (_Server6 if ":" in host else _Server)((host.strip("[]"), int(port)), _Connection)
+        self._server = (_HttpServer6 if ":" in host else _HttpServer)((host.strip("[]"), int(port)), _Connection)
         self._server.set_app(self._answer)
         self.address = f"{host}:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, name="poolrpc-metrics", daemon=True)
@@ -323,7 +323,7 @@ class _Connection(WSGIRequestHandler):
         """Log nothing: monitoring asks every few seconds."""
 
 
-class _Server(ThreadingWSGIServer):
+class _HttpServer(ThreadingWSGIServer):
     address_family = AF_INET
 
     def handle_error(self, request: object, client_address: object) -> None:
@@ -332,5 +332,5 @@ class _Server(ThreadingWSGIServer):
             super().handle_error(request, client_address)  # type: ignore[arg-type]  # socketserver's own type is not public
 
 
-class _Server6(_Server):
+class _HttpServer6(_HttpServer):
     address_family = AF_INET6

@@ -15,7 +15,7 @@ from poolrpc_server.compute.kernels.windows import Windows
 
 
 def adaptive_average(x: Tensor, windows: Windows, out: Tensor) -> None:
-    """Average the planes of a floating-point x (P, *plane) into out (P, *output_plane), over windows side by side."""
+    """Average the planes of a floating-point x (P, *plane) into out (P, *output_plane), over adjacent windows."""
     plane, result = x.shape[1:], out.shape[1:]
     if plane == result:
         # torch's sum starts from 0.0, so it is never -0.0.

@@ -35,7 +35,7 @@ SHORT_ROW = 16
 """Rows of at most so many cells (times the stride) are pooled on a padded copy, as one run of memory."""
 
 LONG_TILE = 14
-"""Windows that lie side by side and are at least this long are reduced rather than joined cell by cell."""
+"""Adjacent windows (without overlap) that are at least this long are reduced rather than joined cell by cell."""
 
 MAX_STRIDED_TAPS = 64
 """The most cells that a strided pass joins. A kernel with more is doubled first, whatever its stride."""
@@ -61,7 +61,7 @@ class Operation:
 
 
 _AxisPass = tuple[Pass | int, int, list[int]]
-"""A pass, its axis, and the shape of its result. A number is the size of windows that lie side by side."""
+"""A pass, its axis, and the shape of its result. A number is the size of adjacent windows."""
 
 
 def lowest(dtype: torch.dtype) -> float | int:
@@ -270,7 +270,7 @@ def _pool_last(source: Cells, windows: Windows, buffers: DoubleBuffer, target: C
 
 
 def _tile_call(kernel: int, axis: int, source: Cells, target: Cells) -> Call:
-    """Return the call that reduces an axis whose windows lie side by side and are long."""
+    """Return the call that reduces an axis whose windows are adjacent and long."""
     length = target.shape[axis]
     whole = source.at((*(slice(None),) * axis, slice(length * kernel)))
     shape = (*target.shape[:axis], length, kernel, *target.shape[axis + 1 :])

@@ -29,8 +29,8 @@ TABLE = (
 )
 """Every kernel, in the order in which they are tried: the first that fits and pays is used, or else torch's operators.
 
-Every kernel gives torch's result bit for bit (but for the sign of a zero among maxima), so the choice affects only the
-speed.
+Every kernel gives torch's result bit for bit (except for the sign of a zero among maxima), so the choice affects only
+the speed.
 """
 
 

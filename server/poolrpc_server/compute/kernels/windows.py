@@ -9,7 +9,7 @@ Sizes = tuple[int, ...]
 
 
 def reading_windows(offset: int, stride: int, size: int, count: int) -> tuple[int, int]:
-    """Return the range [first, last) of windows whose cell at an offset lies inside an axis.
+    """Return the range [first, last) of windows whose cell at an offset is inside an axis.
 
     Args:
         offset: The cell of window i is at i * stride + offset.
@@ -45,7 +45,7 @@ class Windows:
 
     @classmethod
     def tiling(cls, kernel: Sizes) -> Self:
-        """Return windows that lie side by side."""
+        """Return adjacent windows, which share no cell."""
         return cls(kernel, kernel, (0,) * len(kernel), (1,) * len(kernel))
 
     @classmethod

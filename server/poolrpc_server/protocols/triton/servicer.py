@@ -59,7 +59,7 @@ SHM_EXTENSION = "system_shared_memory"
 
 
 @dataclass(frozen=True, slots=True)
-class _Prepared:
+class _PreparedInfer:
     """A decoded and validated request without its tensors, cached because clients repeat requests.
 
     Attributes:
@@ -103,7 +103,7 @@ class TritonServicer:
         self._regions = regions
         self._streams = streams
         self._is_ready = is_ready
-        self._prepared: dict[requests.InferSignature, _Prepared] = {}
+        self._prepared: dict[requests.InferSignature, _PreparedInfer] = {}
 
     def methods(self) -> tuple[Method, ...]:
         """Return the methods of the service."""
@@ -246,7 +246,7 @@ class TritonServicer:
                 whole[start:end] = source
         return whole
 
-    def _check_targets(self, prepared: _Prepared, targets: Mapping[str, SharedMemoryRange]) -> None:
+    def _check_targets(self, prepared: _PreparedInfer, targets: Mapping[str, SharedMemoryRange]) -> None:
         for _, name, spec in prepared.outputs:
             target = targets.get(name)
             if target is not None and target.nbytes < spec.nbytes:
@@ -262,7 +262,7 @@ class TritonServicer:
             raise NotFoundError(f"expected version {responses.VERSION} of {name}, got {clip(version)}", reason="MODEL")
         return model
 
-    def _prepare(self, signature: requests.InferSignature, call: CallContext) -> _Prepared:
+    def _prepare(self, signature: requests.InferSignature, call: CallContext) -> _PreparedInfer:
         request = Request(signature.inputs[0], self._branches(signature), *signature.inputs[1:])
         facts = request_facts(request)
         call.record.note(facts)  # before the checks, so that the log shows what was rejected
@@ -277,7 +277,7 @@ class TritonServicer:
                 raise InvalidArgumentError(msg, field=f"outputs[{i}].name")
         outputs = tuple(found[name] for name in signature.outputs or found)
         head = responses.encode_infer_head(signature.model, [(name, spec) for _, name, spec in outputs], {})
-        prepared = _Prepared(checked, outputs, facts | result_facts(checked.results), head)
+        prepared = _PreparedInfer(checked, outputs, facts | result_facts(checked.results), head)
         if len(self._prepared) >= REMEMBERED_REQUESTS:
             self._prepared.clear()
         self._prepared[signature] = prepared

@@ -89,7 +89,7 @@ def finish(steps, response):
     return stop.value.value
 
 
-def test_the_tensors_lie_in_the_arena():
+def test_the_tensors_are_in_the_arena():
     """The message has no payload, the input is in the arena, and the output is copied out of it."""
     arenas = LocalArenas(socket="pool.sock.2")
     steps, transfer = steps_of(arenas)

@@ -38,7 +38,7 @@ def test_a_span_is_shared_with_the_server(arenas, listener):
 
 
 def test_an_array_larger_than_its_span_is_rejected(arenas):
-    """No array extends beyond its span, after which other tensors lie."""
+    """No array extends beyond its span, after which there are other tensors."""
     span = arenas.allocate(16)
     with pytest.raises(TypeError, match="too small"):
         span.array(FLOAT32, (5,))
@@ -54,7 +54,7 @@ def test_a_span_of_no_bytes_holds_an_empty_array(arenas):
     assert span.array(FLOAT32, (0, 3)).shape == (0, 3)
 
 
-def test_bfloat16_arrays_lie_in_arenas(arenas):
+def test_arenas_hold_bfloat16_arrays(arenas):
     """The array has the dtype, although NumPy's array interface has no bfloat16."""
     bfloat16 = np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
     array = arenas.allocate(8).array(bfloat16, (2, 2))

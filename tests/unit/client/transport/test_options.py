@@ -63,7 +63,7 @@ def test_the_transport_is_chosen_by_size():
         (options.ARENA_MAX_BYTES + 4, True, "arena"),
     ],
 )
-def test_an_arena_is_chosen_by_size_unless_the_tensor_lies_in_one(nbytes, found, chosen):
+def test_an_arena_is_chosen_by_size_unless_the_tensor_is_in_one(nbytes, found, chosen):
     """On a unix socket, small tensors are sent, and very large ones are not copied to an arena."""
     x = np.broadcast_to(np.float32(0), (1, 1, 1, nbytes // 4))
     assert (

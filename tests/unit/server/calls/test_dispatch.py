@@ -238,7 +238,7 @@ def test_the_limits_of_a_stream_are_those_of_a_block(engine):
 
 
 class InArena:
-    """A request whose tensors lie in an arena of four pages, with its outputs behind them, and its dispatcher."""
+    """A request whose tensors are in an arena of four pages, with its outputs behind them, and its dispatcher."""
 
     def __init__(self, engine, request, *inputs):
         self.mapping = mmap.mmap(-1, 4 * mmap.PAGESIZE)
@@ -421,7 +421,7 @@ def test_one_bad_call_of_a_batch_fails_alone(engine, culprit):
             assert np.frombuffer(output, np.float32)[[0, 5, 10, 15]].tolist() == [number] * 4
 
 
-def test_a_full_queue_rejects_for_now(engine):
+def test_a_full_queue_rejects_temporarily(engine):
     """The error has the limit, the count, and the time to wait before the next try."""
     dispatcher = Dispatcher(LIMITS, AdmissionControl(10**6), engine, INFO, queue_limits=QueueLimits(max_queue=0))
     for priority in range(3):
@@ -431,7 +431,7 @@ def test_a_full_queue_rejects_for_now(engine):
         assert raised.value.retry_delay > 0
 
 
-def test_a_stopped_dispatcher_rejects_for_now(engine):
+def test_a_stopped_dispatcher_rejects_temporarily(engine):
     """A call that comes after the stop may be tried again, and holds no bytes."""
     admission = AdmissionControl(1000)
     dispatcher = Dispatcher(LIMITS, admission, engine, INFO)

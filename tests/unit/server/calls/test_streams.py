@@ -172,7 +172,7 @@ def test_a_stream_that_has_ended_takes_no_callback():
 
 
 def test_only_so_many_streams_are_open():
-    """One stream too many is rejected for now, and the place of one that ended is free."""
+    """One stream too many is rejected temporarily, and the place of one that ended is free."""
     streams = OpenStreams(1, PATIENCE)
     with streams.open(iter([b"a"]), 1, Context()) as (reader, _, context):
         assert (streams.count, list(reader), context.priority) == (1, [b"a"], 1)

@@ -61,7 +61,7 @@ def test_samples_can_be_drawn_from_any_plane_on(seed, first, cls):
 
 
 def test_samples_spread_over_0_to_1_and_are_exact_in_float32():
-    """The samples of 10,000 planes lie in [0, 1), evenly over its tenths, and are exact in float32."""
+    """The samples of 10,000 planes are in [0, 1), evenly over its tenths, and are exact in float32."""
     samples = draw_samples(7, 100, 100, 2)
     assert samples.min() >= 0
     assert samples.max() < 1

@@ -18,7 +18,7 @@ def test_channels_that_are_last_are_windows_of_their_own():
 
 
 def test_the_windows_that_read_a_cell_inside_of_an_axis():
-    """The range has exactly the windows whose cell at the offset lies inside of the axis."""
+    """The range has exactly the windows whose cell at the offset is inside of the axis."""
     for offset, stride, size, count in product(range(-4, 5), range(1, 4), range(1, 6), range(1, 6)):
         inside = [i for i in range(count) if 0 <= i * stride + offset < size]
         first, last = reading_windows(offset, stride, size, count)
