@@ -376,10 +376,10 @@ def test_a_cancelled_call_of_a_batch_frees_its_bytes(serve: Any, load: Load, cal
     with p.PoolClient(server.addresses[0]) as client, ThreadPoolExecutor(1) as threads:
         # Everything but the bytes of the two calls that are left in the batch.
         room = np.ones((1, 1, 4, 64 + 4), np.float32)
-        other = threads.submit(client.pool, room, p.MaxPool2d(2))
+        fitting = threads.submit(client.pool, room, p.MaxPool2d(2))
         load.await_events(load.waits)
         load.release(1)
-        assert other.result(PATIENCE).shape == (1, 1, 2, 34)
+        assert fitting.result(PATIENCE).shape == (1, 1, 2, 34)
     assert (value_of(one), value_of(other)) == ({1}, {3})
     assert [len(shapes) for shapes in load.executions] == [1, 3, 1]
 
