@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Queue
@@ -23,6 +24,7 @@ import poolrpc_server
 from poolrpc import AvgPool2d, GlobalMaxPool, MaxPool2d, MaxUnpool2d
 from poolrpc._wire.status import DETAILS_KEY, decode_error
 from poolrpc.tensors import numpy_dtype
+from poolrpc_server.protocols.triton import requests
 from poolrpc_server.protocols.triton.datatypes import CONTENTS_FIELDS, DATATYPE_OF, DATATYPES
 from poolrpc_server.protocols.triton.generated import open_inference_pb2 as pb
 from poolrpc_server.protocols.triton.servicer import CONTROL_METHODS, TRITON_SERVICE
@@ -350,6 +352,20 @@ def test_the_timeout_parameter(gate: Gate) -> None:
         assert streamed.error_message.startswith("DEADLINE_EXCEEDED: ")
         gate.opened.set()
         held.join(60)
+        assert caller.infer(request(X, layer="MaxPool2d(2)", timeout=60_000_000)).outputs
+
+
+def test_the_timeout_counts_from_the_arrival_of_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time that it takes to decode a request is a part of its `timeout`."""
+    decode = requests.decode_infer
+
+    def decode_slowly(*arguments: Any) -> Any:
+        time.sleep(0.1)
+        return decode(*arguments)
+
+    monkeypatch.setattr(requests, "decode_infer", decode_slowly)
+    with serving(threads=1) as caller:
+        assert caller.fail(request(X, layer="MaxPool2d(2)", timeout=50_000)).code == "DEADLINE_EXCEEDED"
         assert caller.infer(request(X, layer="MaxPool2d(2)", timeout=60_000_000)).outputs
 
 

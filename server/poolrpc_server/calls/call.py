@@ -44,7 +44,7 @@ class CallRecord:
     """The record of one call, from which the log line, the metrics, the spans and Triton's statistics are made.
 
     Attributes:
-        method: "/package.Service/Method".
+        method: "/package.Service/Method"; that of every method that does not exist is "/unknown/Unknown".
         streaming: Whether the call is a stream.
         started: When the call's message had arrived, in nanoseconds of the monotonic clock.
         status: Name of the status code; "OK" until the call fails.

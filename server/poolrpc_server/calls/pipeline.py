@@ -60,7 +60,7 @@ MAX_ERROR_CHARS = 300
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A method of a protocol.
+    """A method of a protocol, or one that a transport answers itself, which has neither handler.
 
     Attributes:
         name: "/package.Service/Method".
@@ -142,22 +142,23 @@ class CallPipeline:
         """Reject calls from now on."""
         self._stopped = True
 
-    def admit(self, call: CallContext, *, public: bool = False) -> AdmittedCall | None:
+    def admit(self, call: CallContext, other: Method = UNKNOWN_METHOD) -> AdmittedCall | None:
         """Admit a call before anything of its messages is read.
 
         Args:
             call: Context of the call.
-            public: Whether a method that the pipeline does not have needs no token.
+            other: The method, if the transport answers it itself: the pipeline only checks the token.
 
         Returns:
-            The call, admitted or rejected; None if the pipeline has no such method.
+            The call, admitted or rejected; None if the pipeline has no such method, and does not reject the call.
 
         """
-        method = self._methods.get(call.method)
+        method = self._methods.get(call.method, other)
+        call.record.method = method.name
         try:
-            if self._tokens is not None and not (public if method is None else method.public):
+            if self._tokens is not None and not method.public:
                 self._authenticate(call, self._tokens)
-            if method is None:
+            if method is other:
                 return None
             call.record.streaming = method.stream is not None
             if self._stopped:
@@ -167,7 +168,7 @@ class CallPipeline:
                 call.priority, announced = _call_options(call.metadata)
                 ticket = self._admit(call.priority, announced)
         except PoolError as error:
-            return AdmittedCall(method or UNKNOWN_METHOD, call, self._observers, error=error)
+            return AdmittedCall(method, call, self._observers, error=error)
         return AdmittedCall(method, call, self._observers, ticket)
 
     @staticmethod

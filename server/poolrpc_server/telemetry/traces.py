@@ -105,8 +105,6 @@ class RecordedCall(Protocol):
     """A call that has ended: its context and its record."""
 
     @property
-    def method(self) -> str: ...  # noqa: D102 - "/package.Service/Method"
-    @property
     def metadata(self) -> Sequence[tuple[str, str | bytes]]: ...  # noqa: D102 - the caller's
     @property
     def peer(self) -> str: ...  # noqa: D102 - in gRPC's notation
@@ -117,6 +115,7 @@ class RecordedCall(Protocol):
 class CallTimes(Protocol):
     """The values from which spans are made; see CallRecord."""
 
+    method: str
     started: int
     status: str
     streaming: bool
@@ -162,7 +161,7 @@ class Spans:
         """Make the spans of a call that ends now, and return its trace id in hexadecimal."""
         record, trace = call.record, self._trace
         carrier = {key: value for key, value in call.metadata if isinstance(value, str)}
-        name = call.method.removeprefix("/")
+        name = record.method.removeprefix("/")
         service, _, method = name.partition("/")
         attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": method, **_peer(call.peer)}
         # Spans have the time of day, for which what was recorded is shifted by one offset.

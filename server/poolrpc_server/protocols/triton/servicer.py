@@ -201,7 +201,7 @@ class TritonServicer:
         call.record.note({"model": model.name})
         statistics = self._statistics[model.name]
         try:
-            answer = self._run(requests.decode_infer(message, raws), message.id, call, streamed=streamed)
+            answer = self._run(requests.decode_infer(message, raws), message.id, call, received, streamed=streamed)
         except BaseException:
             statistics.failed(received)
             raise
@@ -209,7 +209,9 @@ class TritonServicer:
         statistics.succeeded(received, call.record.latest)
         return answer
 
-    def _run(self, infer: requests.InferRequest, request_id: str, call: CallContext, *, streamed: bool) -> bytes:
+    def _run(
+        self, infer: requests.InferRequest, request_id: str, call: CallContext, received: int, *, streamed: bool
+    ) -> bytes:
         prepared = self._prepared.get(infer.signature) or self._prepare(infer.signature, call)
         call.record.note(prepared.facts)
         head = prepared.head
@@ -229,7 +231,9 @@ class TritonServicer:
                 tensors.append(outputs[number] if target is None else b"")
             return responses.encode_infer(head, request_id, tensors, streamed=streamed)
 
-        context = DerivedContext(call, priority=infer.priority, timeout=infer.timeout)
+        # The timeout counts from the arrival of the request.
+        timeout = None if infer.timeout is None else infer.timeout - (monotonic_ns() - received) / 1e9
+        context = DerivedContext(call, priority=infer.priority, timeout=timeout)
         if len(infer.sources) == 1 and not isinstance(infer.sources[0], SharedMemoryRange):
             return self._dispatcher.pool(prepared.checked, infer.sources[0], context, finish)
         return self._dispatcher.pool_from(prepared.checked, lambda: self._gather(infer), context, finish)

@@ -11,10 +11,11 @@ from google.protobuf.message import DecodeError
 
 from poolrpc.errors import InternalError
 from poolrpc_server.calls.call import CallContext, StatusError
-from poolrpc_server.calls.pipeline import status_of
+from poolrpc_server.calls.pipeline import UNKNOWN_METHOD, status_of
+from poolrpc_server.protocols.messages import NO_MESSAGE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from poolrpc_server.calls.pipeline import AdmittedCall, CallPipeline, Method
 
@@ -59,7 +60,7 @@ class PipelineInterceptor(grpc.ServerInterceptor):
     Args:
         pipeline: Answers the calls.
         executor_of: Returns the executor whose threads answer a method.
-        public: Prefixes of the names of methods outside of the pipeline that need no token.
+        others: Methods that handlers added to the server answer, of which the pipeline only checks the token.
 
     """
 
@@ -67,11 +68,11 @@ class PipelineInterceptor(grpc.ServerInterceptor):
         self,
         pipeline: CallPipeline,
         executor_of: Callable[[Method], ThreadPoolExecutor],
-        public: tuple[str, ...] = (),
+        others: Iterable[Method] = (),
     ) -> None:
         self._pipeline = pipeline
         self._executor_of = executor_of
-        self._public = public
+        self._others = {method.name: method for method in others}
 
     def intercept_service(
         self,
@@ -79,12 +80,12 @@ class PipelineInterceptor(grpc.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
         """Return the handler that answers one call; None if there is no such method."""
-        method = handler_call_details.method
-        context = GrpcContext(method, handler_call_details.invocation_metadata or ())
-        call = self._pipeline.admit(context, public=method.startswith(self._public))
+        context = GrpcContext(handler_call_details.method, handler_call_details.invocation_metadata or ())
+        other = self._others.get(context.method, UNKNOWN_METHOD)
+        call = self._pipeline.admit(context, other)
         if call is None:
             inner = continuation(handler_call_details)
-            return None if inner is None else _with_parsing(inner)
+            return None if inner is None else _with_parsing(inner, self._executor_of(other))
         if call.error is not None:
             return _rejection(call, context)
         return _handler(call, context, CallExecutor(self._executor_of(call.method), call))
@@ -175,7 +176,7 @@ def _abort(context: grpc.ServicerContext, status: StatusError) -> NoReturn:
     context.abort(grpc.StatusCode[status.code], status.message)
 
 
-def _with_parsing(inner: Handler) -> Handler:
+def _with_parsing(inner: Handler, executor: ThreadPoolExecutor) -> Handler:
     """Return a handler of another package whose request is parsed here.
 
     grpcio itself never releases a call whose message it cannot parse: the call's memory, and its place among the calls
@@ -184,13 +185,17 @@ def _with_parsing(inner: Handler) -> Handler:
     behavior, parse = inner.unary_stream, inner.request_deserializer
     if behavior is None or parse is None:
         return inner
+    error = InternalError("expected a message of the method's type, got other bytes", reason=NO_MESSAGE)
 
-    @wraps(behavior)  # keeps the attributes that tell grpcio how to call it
+    @wraps(behavior)  # keeps the attribute that tells grpcio how to call it
     def answer(message: bytes, context: grpc.ServicerContext, *rest: object) -> Iterator[Any]:
         try:
             request = parse(message)
         except DecodeError:
-            _abort(context, status_of(InternalError("expected a message of the method's type, got other bytes")))
+            _abort(context, status_of(error))
         return behavior(request, context, *rest)
 
+    # Health's servicer keeps its own executor in an attribute of its class: it is that of the process's latest server,
+    # which may have ended.
+    answer.experimental_thread_pool = executor  # type: ignore[attr-defined]  # as above
     return grpc.unary_stream_rpc_method_handler(answer, response_serializer=inner.response_serializer)

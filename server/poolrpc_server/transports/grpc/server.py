@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from poolrpc.credentials import unix_path
@@ -32,7 +32,7 @@ CONTROL_THREADS = 4
 REFLECTION_THREADS = 4
 """Threads of reflection, whose streams may stay open for as long as their clients like."""
 
-WATCH = f"/{health.SERVICE_NAME}/"
+HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,11 +128,21 @@ class GrpcServer:
         self._reflection = ThreadPoolExecutor(REFLECTION_THREADS, "poolrpc-reflection")
         names = (*filter(None, probes.services), reflection.SERVICE_NAME)
         pipeline.add([_reflection_method(names)])
-        interceptor = PipelineInterceptor(pipeline, self._executor_of, (WATCH,) if probes.public else ())
+        # The pipeline has Check. Only Watch is left to grpcio's own servicer, which has no thread for each watcher.
+        others = [
+            Method(f"/{HEALTH.full_name}/{method.name}", probe=True, public=probes.public) for method in HEALTH.methods
+        ]
+        interceptor = PipelineInterceptor(pipeline, self._executor_of, others)
         self._server = grpc.server(self._executor, interceptors=[interceptor], options=settings.options())
-        # Only Watch is added here: the pipeline answers Check.
-        watch = health.HealthServicer(experimental_thread_pool=self._control)
-        health_pb2_grpc.add_HealthServicer_to_server(watch, self._server)
+        watch = health.HealthServicer()
+        handler = grpc.unary_stream_rpc_method_handler(
+            watch.Watch,
+            health_pb2.HealthCheckRequest.FromString,
+            health_pb2.HealthCheckResponse.SerializeToString,
+        )
+        self._server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(HEALTH.full_name, {"Watch": handler}),)
+        )
 
         def show(serving: bool) -> None:  # noqa: FBT001 - an observer of Health
             states = health_pb2.HealthCheckResponse

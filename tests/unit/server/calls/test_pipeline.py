@@ -372,7 +372,8 @@ def test_each_call_needs_a_token(log, tmp_path, name, token, error):
         tokens=tokens(tmp_path),
     )
     metadata = () if token is None else (("authorization", f"Bearer {token}"),)
-    call = made.admit(Context(name, metadata))
+    context = Context(name, metadata)
+    call = made.admit(context)
     assert (None if call.error is None else type(call.error)) is error
     if error is None:
         call.unary(b"")
@@ -381,7 +382,23 @@ def test_each_call_needs_a_token(log, tmp_path, name, token, error):
             call.reject()
     ((_, facts),) = log.lines
     assert facts.get("caller") == ("alice" if error in (None, PermissionDeniedError) and token else None)
-    assert facts["method"] == (name if name != "/no.Such/Method" else "/unknown/Unknown")
+    # Nor is there a span of a name that a caller made up.
+    assert facts["method"] == context.record.method == (name if name != "/no.Such/Method" else "/unknown/Unknown")
+
+
+@pytest.mark.parametrize("public", [True, False])
+def test_a_method_that_the_transport_answers_needs_a_token(log, tmp_path, public):
+    """The pipeline rejects a call without a token under the method's own name, unless the method is public."""
+    made, watch = pipeline(log, tokens=tokens(tmp_path)), Method(METHOD, probe=True, public=public)
+    assert made.admit(Context(watch.name, (("authorization", "Bearer secret"),)), watch) is None
+    call = made.admit(Context(watch.name), watch)
+    if public:
+        assert call is None
+        return
+    with pytest.raises(StatusError):
+        call.reject()
+    ((_, facts),) = log.lines
+    assert facts["method"] == watch.name
 
 
 def test_a_method_that_does_not_exist_is_left_to_the_transport(log):
