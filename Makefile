@@ -28,8 +28,14 @@ demo: setup  ## Start a server and pool a photograph with it; the pictures are w
 test: setup  ## Run the quick tests, in parallel. ARGS="..." is passed to pytest.
 	$(BIN)/pytest $(PARALLEL) -m "$(QUICK)" $(ARGS)
 
-test-slow: setup  ## Run the other tests, one after the other. ARGS="..." is passed to pytest.
-	$(BIN)/pytest -m "not ($(QUICK))" $(ARGS)
+# The large grids are independent of each other; what starts containers, Ray, floods or a soak has the machine to itself.
+GRIDS := tests/parity tests/unit
+
+test-slow: setup  ## Run the other tests: large grids in parallel, then the rest one after the other. ARGS="..." is for the rest.
+	@failed=0; \
+	$(BIN)/pytest -n auto --maxprocesses 8 -m "not ($(QUICK))" $(GRIDS) || failed=1; \
+	$(BIN)/pytest -m "not ($(QUICK))" $(addprefix --ignore=,$(GRIDS)) $(ARGS) || failed=1; \
+	exit $$failed
 
 test-all: setup  ## Run every test, with coverage: the quick ones in parallel, then the others one after the other.
 	@failed=0; \
