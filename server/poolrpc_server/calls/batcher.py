@@ -171,19 +171,22 @@ class Batcher(Generic[J]):
 
     def _wait(self, pending: Pending[J]) -> None:
         """Wait until a job leads a batch or is done; drop it if its deadline passes before."""
+        delayed = self._limits.max_queue_delay > 0
         while True:
             remaining = pending.context.time_remaining()
-            delay = pending.ready_at - time.monotonic() if self._limits.max_queue_delay else 0.0
+            delay = pending.ready_at - time.monotonic() if delayed else 0.0
+            if delayed and delay <= 0:
+                # A slot may be free, and nothing else would notice: the delay may be over before this wait begins.
+                delayed = False
+                with self._lock:
+                    self._start_batches()
             timeouts = [max(0.0, remaining)] if remaining is not None else []
             if delay > 0:
                 timeouts.append(delay)
             # A lock cannot wait longer than TIMEOUT_MAX.
             if pending.wakeup.acquire(timeout=min(*timeouts, threading.TIMEOUT_MAX) if timeouts else -1):
                 return
-            if delay > 0 and (remaining is None or delay < remaining):
-                with self._lock:
-                    self._start_batches()
-            else:
+            if delay <= 0 or (remaining is not None and remaining <= delay):
                 self._drop_if_cancelled(pending)
 
     def _drop_if_cancelled(self, pending: Pending[J]) -> None:

@@ -574,3 +574,20 @@ def test_each_job_ends_exactly_once_under_random_load(seed, delay):
     assert batcher.queue_lengths() == [0] * PRIORITIES
     assert batcher.oldest_wait() == 0.0
     assert batcher.borrow(100) == SLOTS
+
+
+class SlowToWaitCall(FakeCall):
+    """A call whose thread comes to its wait only after the delay is over, as on a busy machine."""
+
+    def time_remaining(self):
+        """Return no deadline, once the delay has passed."""
+        until = time.monotonic() + 0.02
+        while time.monotonic() < until:
+            pass
+
+
+def test_a_delay_that_is_over_before_the_wait_starts_the_batch():
+    """A job whose delay passes before its thread waits takes a free slot at once, and does not wait for another job."""
+    batcher = Batcher(1, execute_all, QueueLimits(12, 1.0, 8, 0.01), RecordingObserver())
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(batcher.run, NamedJob("a"), SlowToWaitCall()).result(PATIENCE)
