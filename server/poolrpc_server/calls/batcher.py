@@ -17,7 +17,8 @@ from poolrpc_server.calls.queue import J, Pending, Queue, State
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from poolrpc_server.calls.queue import JobContext, QueueLimits
+    from poolrpc_server.calls.call import CallContext
+    from poolrpc_server.calls.queue import QueueLimits
 
 
 class Observer(Protocol):
@@ -61,7 +62,7 @@ class Batcher(Generic[J]):
         self._stopped = False
         self._lock = threading.Lock()
 
-    def run(self, job: J, context: JobContext, priority: int = 1, *, admitted: bool = False) -> Any:  # noqa: ANN401 - whatever execute returns
+    def run(self, job: J, context: CallContext, priority: int = 1, *, admitted: bool = False) -> Any:  # noqa: ANN401 - whatever execute returns
         """Execute a job, at once or in a later batch, and return its result.
 
         Args:
@@ -143,7 +144,7 @@ class Batcher(Generic[J]):
                 self._queue.remove(pending)
                 pending.finish(None, StoppedError())
 
-    def _check_arrival(self, context: JobContext) -> None:
+    def _check_arrival(self, context: CallContext) -> None:
         try:
             context.raise_if_cancelled()
         except Exception:
@@ -153,7 +154,7 @@ class Batcher(Generic[J]):
         if self._observer is not None:
             self._observer.queued(0.0)
 
-    def _enqueue(self, job: J, context: JobContext, priority: int, *, admitted: bool) -> Pending[J]:
+    def _enqueue(self, job: J, context: CallContext, priority: int, *, admitted: bool) -> Pending[J]:
         if not admitted:
             self._queue.check(priority)
         pending = self._queue.append(job, context, priority)

@@ -13,7 +13,9 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator
+    from collections.abc import Hashable, Iterator
+
+    from poolrpc_server.calls.call import CallContext
 
 PRIORITIES = 3
 """Number of priorities; 0 is the most urgent."""
@@ -41,19 +43,6 @@ class Job(Protocol):
 
     def record_duration(self, seconds: float) -> None:
         """Record how long the job occupied a slot, if it was executed alone."""
-
-
-class JobContext(Protocol):
-    """The part of a call's context that queueing needs."""
-
-    def time_remaining(self) -> float | None:
-        """Return the seconds until the call's deadline, or None if it has no deadline."""
-
-    def raise_if_cancelled(self) -> None:
-        """Raise if the call was cancelled or its deadline has passed."""
-
-    def add_done_callback(self, callback: Callable[[], None]) -> bool:
-        """Register a callback for the end of the call; return False if the call has ended already."""
 
 
 J = TypeVar("J", bound=Job)
@@ -124,7 +113,7 @@ class Pending(Generic[J]):
 
     """
 
-    def __init__(self, job: J, context: JobContext, priority: int, delay: float) -> None:
+    def __init__(self, job: J, context: CallContext, priority: int, delay: float) -> None:
         self.job, self.context, self.priority = job, context, priority
         self.seconds = job.seconds
         self.queued_at = time.monotonic()
@@ -247,7 +236,7 @@ class Queue(Generic[J]):
             actual = queue.seconds / self._slots
             raise QueueFullError("seconds", limits.max_queue_seconds, actual, self._estimated_wait())
 
-    def append(self, job: J, context: JobContext, priority: int) -> Pending[J]:
+    def append(self, job: J, context: CallContext, priority: int) -> Pending[J]:
         """Add a job at the end of its priority and key."""
         queue = self._priorities[priority]
         if not queue.count:
