@@ -49,7 +49,7 @@ class SharedMemory(Protocol):
 
 def no_arena(_: bytes) -> SharedMemory:
     """Raise NotFoundError, since this server shares no memory."""
-    raise NotFoundError("expected a call with its payload: this server has no arenas", reason="ARENA")
+    raise NotFoundError("expected a call with its payload, got an arena: this server has none", reason="ARENA")
 
 
 class Dispatcher:
@@ -128,9 +128,7 @@ class Dispatcher:
         """
         check_message(nbytes, self._limits, "answer")
 
-    def pool(
-        self, checked: CheckedRequest, payload: Bytes, call: CallContext, finish: Callable[[Sequence[memoryview]], T]
-    ) -> T:
+    def pool(self, checked: CheckedRequest, payload: Bytes, call: CallContext, finish: Finish[T]) -> T:
         """Run a request and return what `finish` makes of its outputs.
 
         Args:
@@ -151,13 +149,7 @@ class Dispatcher:
             self._admission.release(nbytes)
         return answer
 
-    def pool_from(
-        self,
-        checked: CheckedRequest,
-        read: Callable[[], Bytes],
-        call: CallContext,
-        finish: Callable[[Sequence[memoryview]], T],
-    ) -> T:
+    def pool_from(self, checked: CheckedRequest, read: Callable[[], Bytes], call: CallContext, finish: Finish[T]) -> T:
         """Run a request whose payload `read` returns once its bytes are admitted; everything else is as in `pool`.
 
         Raises:

@@ -32,6 +32,7 @@ from poolrpc._wire.arena_packets import (
 )
 from poolrpc.errors import InvalidArgumentError, LimitExceededError, NotFoundError, PermissionDeniedError, PoolError
 from poolrpc.tensors import ALIGNMENT
+from poolrpc_server.calls.dispatch import no_arena
 from poolrpc_server.telemetry.logs import log
 
 if sys.platform == "linux":
@@ -39,6 +40,8 @@ if sys.platform == "linux":
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from poolrpc_server.calls.dispatch import SharedMemory
 
 MAX_PENDING = 64
 """Maximum number of connections without an arena; further connections are closed at once."""
@@ -309,16 +312,14 @@ class ArenaListener:
             self._changed.notify_all()
 
 
-def arena_finder(listeners: Sequence[ArenaListener]) -> Callable[[bytes], Arena]:
+def arena_finder(listeners: Sequence[ArenaListener]) -> Callable[[bytes], SharedMemory]:
     """Return a function that finds an arena of any of the listeners, including those added to the sequence later."""
 
-    def find(arena_id: bytes) -> Arena:
+    def find(arena_id: bytes) -> SharedMemory:
         for listener in listeners[:-1]:
             with suppress(NotFoundError):
                 return listener.find(arena_id)
-        if not listeners:
-            raise NotFoundError("expected a call with its payload, got an arena: this server has none", reason="ARENA")
-        return listeners[-1].find(arena_id)
+        return listeners[-1].find(arena_id) if listeners else no_arena(arena_id)
 
     return find
 
