@@ -134,10 +134,6 @@ class CallPipeline:
             self._methods[method.name] = method
             self._observers.metrics.expect(*method.labels)
 
-    def method(self, name: str) -> Method | None:
-        """Return the method of that name, or None if there is none."""
-        return self._methods.get(name)
-
     def stop(self) -> None:
         """Reject calls from now on."""
         self._stopped = True
