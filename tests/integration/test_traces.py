@@ -296,8 +296,8 @@ with tracer.start_as_current_span("all"), PoolClient(address) as client:
 
 def test_a_long_stream_has_the_stages_of_its_first_blocks(collector: Collector) -> None:
     """The number of a stream's spans is bounded; its own span has the number of all blocks."""
-    from poolrpc_server.calls.call import MAX_EXECUTIONS  # noqa: PLC0415 - this test's alone
     from poolrpc_server.calls.stream_blocks import BLOCK_BYTES  # noqa: PLC0415 - this test's alone
+    from poolrpc_server.telemetry.record import MAX_EXECUTIONS  # noqa: PLC0415 - this test's alone
 
     planes = MAX_EXECUTIONS + 2
     x = np.zeros((1, planes, BLOCK_BYTES // 4096, 1024), np.float32)

@@ -1,25 +1,22 @@
-"""One call: the context in which a transport hands it in, the record of it, and the status that it fails with."""
+"""One call: the context in which a transport hands it in, the status that it fails with, and its facts for the log."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from time import monotonic, monotonic_ns
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from poolrpc._shapes.rules import clip
 from poolrpc.errors import CancelledError, DeadlineExceededError
-from poolrpc_server.telemetry.stage_times import StageTimes
+from poolrpc_server.telemetry.record import CallRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from poolrpc._wire.codec import BranchResult, Request
 
 DEFAULT_PRIORITY = 1
 """The priority of a call that names none; 0 goes first, 2 last."""
-
-MAX_EXECUTIONS = 32
-"""Executions whose stage times are kept with a call; a stream has one for each block, and all of them are counted."""
 
 MAX_FACT_CHARS = 300
 """Length at which a fact of the log line is cut, in characters."""
@@ -40,83 +37,27 @@ class StatusError(Exception):
         self.code, self.message, self.trailing = code, message, trailing
 
 
-class CallRecord:
-    """The record of one call, from which the log line, the metrics, the spans and Triton's statistics are made.
-
-    Attributes:
-        method: "/package.Service/Method"; that of every method that does not exist is "/unknown/Unknown".
-        streaming: Whether the call is a stream.
-        started: When the call's message had arrived, in nanoseconds of the monotonic clock.
-        status: Name of the status code; "OK" until the call fails.
-        facts: The call's fields of the log line, in order.
-        executions: Stage times of the first MAX_EXECUTIONS executions.
-        latest: Stage times of the latest execution; None before the first.
-        count: Number of executions.
-        queue_ns: Nanoseconds in the queue, summed over the executions.
-        compute_ns: Nanoseconds of computation, summed over the executions.
-
-    """
-
-    __slots__ = (
-        "compute_ns",
-        "count",
-        "executions",
-        "facts",
-        "latest",
-        "method",
-        "queue_ns",
-        "started",
-        "status",
-        "streaming",
-    )
-
-    def __init__(self, method: str, *, streaming: bool = False) -> None:
-        self.method = method
-        self.streaming = streaming
-        self.started = monotonic_ns()
-        self.status = "OK"
-        self.facts: dict[str, str] = {}
-        self.executions: list[StageTimes] = []
-        self.latest: StageTimes | None = None
-        self.count = self.queue_ns = self.compute_ns = 0
-
-    def note(self, facts: Mapping[str, str]) -> None:
-        """Add facts to the call's log line."""
-        self.facts.update(facts)
-
-    def begin_execution(self, planes: int, priority: int) -> StageTimes:
-        """Return the stage times of a further execution, which is queued now."""
-        times = self.latest = StageTimes(planes, priority)
-        self.count += 1
-        if len(self.executions) < MAX_EXECUTIONS:
-            self.executions.append(times)
-        return times
-
-    def end_execution(self, times: StageTimes) -> None:
-        """Record that an execution has ended, with an answer or without."""
-        times.ended = monotonic_ns()
-        self.queue_ns += times.queue_ns
-        self.compute_ns += times.compute_ns
-
-
 class CallContext(ABC):
     """One call as its transport received it: its caller, its deadline, and whether the caller still waits.
 
     Attributes:
         method: "/package.Service/Method".
         metadata: The caller's metadata, as pairs.
-        peer: Address of the caller in gRPC's notation ("ipv4:127.0.0.1:50051"); empty if unknown.
         priority: 0, 1 or 2; 0 goes first.
         record: Record of the call.
 
     """
 
-    def __init__(self, method: str, metadata: Sequence[tuple[str, str | bytes]] = (), peer: str = "") -> None:
+    def __init__(self, method: str, metadata: Sequence[tuple[str, str | bytes]] = ()) -> None:
         self.method = method
         self.metadata = metadata
-        self.peer = peer
         self.priority = DEFAULT_PRIORITY
         self.record = CallRecord(method)
+
+    @property
+    def peer(self) -> str:
+        """Address of the caller in gRPC's notation ("ipv4:127.0.0.1:50051"); empty if unknown."""
+        return ""
 
     @abstractmethod
     def time_remaining(self) -> float | None:
@@ -161,10 +102,15 @@ class DerivedContext(CallContext):
             timeout: Seconds that this part may take from now on. None: until the call's deadline.
 
         """
-        self.method, self.metadata, self.peer, self.record = call.method, call.metadata, call.peer, call.record
+        self.method, self.metadata, self.record = call.method, call.metadata, call.record
         self.priority = call.priority if priority is None else priority
         self._call = call
         self._deadline = None if timeout is None else monotonic() + timeout
+
+    @property
+    def peer(self) -> str:
+        """Address of the caller of the whole call."""
+        return self._call.peer
 
     def time_remaining(self) -> float | None:
         """Return the seconds until the earlier of the two deadlines; None for no deadline."""

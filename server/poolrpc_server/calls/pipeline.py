@@ -281,7 +281,7 @@ class AdmittedCall:
             line |= {"queue_ms": _milliseconds(record.queue_ns), "compute_ms": _milliseconds(record.compute_ns)}
         line |= record.facts
         if observers.spans is not None and not self.method.probe:
-            line["trace_id"] = observers.spans.record(self._call)
+            line["trace_id"] = observers.spans.add(record, self._call.metadata, self._call.peer)
         observers.call_log.add(self._level, line)
         observers.metrics.handled(*self.method.labels, record.status, nanoseconds / 1e9)
 

@@ -9,7 +9,7 @@ import os
 from importlib.metadata import entry_points
 from threading import Thread
 from time import monotonic_ns, time_ns
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from uuid import uuid4
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.sdk.trace.export import SpanExporter
 
+    from poolrpc_server.telemetry.record import CallRecord
     from poolrpc_server.telemetry.stage_times import StageTimes
 
 OTLP = {
@@ -101,29 +102,6 @@ def _exporter(name: str) -> Any:  # noqa: ANN401 - whatever a package offers
     raise ValueError(f"OTEL_TRACES_EXPORTER: expected one that is installed ({installed}), got {name!r}")
 
 
-class RecordedCall(Protocol):
-    """A call that has ended: its context and its record."""
-
-    @property
-    def metadata(self) -> Sequence[tuple[str, str | bytes]]: ...  # noqa: D102 - the caller's
-    @property
-    def peer(self) -> str: ...  # noqa: D102 - in gRPC's notation
-    @property
-    def record(self) -> CallTimes: ...  # noqa: D102 - what was recorded
-
-
-class CallTimes(Protocol):
-    """The values from which spans are made; see CallRecord."""
-
-    method: str
-    started: int
-    status: str
-    streaming: bool
-    facts: dict[str, str]
-    executions: list[StageTimes]
-    count: int
-
-
 class Spans:
     """The spans of calls that have ended, which are sent in the background.
 
@@ -157,13 +135,23 @@ class Spans:
             self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("poolrpc_server", __version__)
 
-    def record(self, call: RecordedCall) -> str:
-        """Make the spans of a call that ends now, and return its trace id in hexadecimal."""
-        record, trace = call.record, self._trace
-        carrier = {key: value for key, value in call.metadata if isinstance(value, str)}
+    def add(self, record: CallRecord, metadata: Sequence[tuple[str, str | bytes]], peer: str) -> str:
+        """Make the spans of a call that ends now.
+
+        Args:
+            record: Record of the call.
+            metadata: The caller's metadata, which may have the context of a trace.
+            peer: Address of the caller in gRPC's notation.
+
+        Returns:
+            The trace id in hexadecimal.
+
+        """
+        trace = self._trace
+        carrier = {key: value for key, value in metadata if isinstance(value, str)}
         name = record.method.removeprefix("/")
         service, _, method = name.partition("/")
-        attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": method, **_peer(call.peer)}
+        attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": method, **_peer(peer)}
         # Spans have the time of day, for which what was recorded is shifted by one offset.
         now, epoch = monotonic_ns(), time_ns()
         offset = epoch - now

@@ -7,8 +7,8 @@ from poolrpc_server.calls.call import CallContext
 class Context(CallContext):
     """A call whose end and deadline the test decides."""
 
-    def __init__(self, method="/poolrpc.v1.PoolService/Pool", metadata=(), peer="", remaining=None):
-        super().__init__(method, metadata, peer)
+    def __init__(self, method="/poolrpc.v1.PoolService/Pool", metadata=(), remaining=None):
+        super().__init__(method, metadata)
         self.remaining, self.ended, self.callbacks = remaining, False, []
 
     def time_remaining(self):

@@ -31,7 +31,11 @@ class GrpcContext(CallContext):
     def bind(self, context: grpc.ServicerContext) -> None:
         """Add grpcio's own context, which exists once the call's message has arrived."""
         self._context = context
-        self.peer = context.peer()
+
+    @property
+    def peer(self) -> str:
+        """Address of the caller in gRPC's notation; empty until the message has arrived."""
+        return "" if self._context is None else self._context.peer()
 
     def time_remaining(self) -> float | None:
         """Return the seconds until the deadline; None for no deadline."""

@@ -1,9 +1,9 @@
-"""The context and the record of one call."""
+"""The context of one call."""
 
 import pytest
 
 from poolrpc import CancelledError, DeadlineExceededError
-from poolrpc_server.calls.call import MAX_EXECUTIONS, CallRecord, DerivedContext
+from poolrpc_server.calls.call import DerivedContext
 from tests.unit.server.context import Context
 
 
@@ -47,15 +47,3 @@ def test_a_derived_context_shares_everything_else():
     derived.cancel()
     assert (derived.is_active(), call.is_active(), called) == (False, False, [True])
     assert not derived.add_done_callback(list)
-
-
-def test_only_the_first_executions_are_kept():
-    """A stream without end takes no more memory, but every execution is counted and summed."""
-    record = CallRecord("/a.B/C", streaming=True)
-    for _ in range(MAX_EXECUTIONS + 5):
-        times = record.begin_execution(1, 1)
-        times.compute_started(1, 1)
-        record.end_execution(times)
-    assert (record.count, len(record.executions)) == (MAX_EXECUTIONS + 5, MAX_EXECUTIONS)
-    assert record.latest is times
-    assert record.queue_ns >= sum(each.queue_ns for each in record.executions)
