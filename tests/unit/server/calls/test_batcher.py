@@ -4,7 +4,7 @@ import random
 import threading
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 
@@ -580,14 +580,24 @@ class SlowToWaitCall(FakeCall):
     """A call whose thread comes to its wait only after the delay is over, as on a busy machine."""
 
     def time_remaining(self):
-        """Return no deadline, once the delay has passed."""
+        """Return the seconds until the deadline, once the delay has passed."""
         until = time.monotonic() + 0.02
         while time.monotonic() < until:
             pass
+        return super().time_remaining()
 
 
-def test_a_delay_that_is_over_before_the_wait_starts_the_batch():
-    """A job whose delay passes before its thread waits takes a free slot at once, and does not wait for another job."""
+@pytest.mark.parametrize("remaining", [None, PATIENCE * 2])
+@pytest.mark.parametrize("callers", [1, 3])
+def test_a_delay_that_is_over_before_the_wait_starts_the_batch(remaining, callers):
+    """A job whose delay passes before its thread waits takes a free slot at once, and does not wait for another job.
+
+    With a deadline it does not wait until that either.
+    """
     batcher = Batcher(1, execute_all, QueueLimits(12, 1.0, 8, 0.01), RecordingObserver())
-    with ThreadPoolExecutor(1) as threads:
-        threads.submit(batcher.run, NamedJob("a"), SlowToWaitCall()).result(PATIENCE)
+    with ThreadPoolExecutor(callers) as threads:
+        futures = [threads.submit(batcher.run, NamedJob(str(i)), SlowToWaitCall(remaining)) for i in range(callers)]
+        _, waiting = wait(futures, PATIENCE)
+        batcher.stop()
+    assert not waiting
+    assert outcomes(futures) == [str(i) for i in range(callers)]
