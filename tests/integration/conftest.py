@@ -70,6 +70,13 @@ class BlockingAsyncClient:
         self._runner.close()
 
 
+@pytest.fixture
+def without_client_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remove this process's own variables for clients."""
+    for name in ("POOLRPC_TOKEN", "POOLRPC_CA", "POOLRPC_CLIENT_CERT", "POOLRPC_CLIENT_KEY"):
+        monkeypatch.delenv(name, raising=False)
+
+
 CLIENTS = ("blocking", "async")
 
 

@@ -1,4 +1,4 @@
-"""Messages of PoolStream, written by hand for tests of what no client of ours sends."""
+"""Messages of PoolStream, written by hand for tests of what no client of ours sends, and a tensor for a stream."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Self
 
 import grpc
+import numpy as np
 import pytest
 
 from poolrpc import MaxPool2d
@@ -19,6 +20,10 @@ from poolrpc.v1 import pool_pb2
 if TYPE_CHECKING:
     import poolrpc
     from poolrpc.chains import Chain
+
+MIB = 2**20
+LARGE = np.random.default_rng(7).standard_normal((64, 4, 128, 128), np.float32)
+"""16 MiB, in planes of 64 KiB: more than a connection takes while nothing is read from it."""
 
 METHOD = "/poolrpc.v1.PoolService/PoolStream"
 NO_RETRIES = {"grpc.enable_retries": 0}

@@ -20,6 +20,7 @@ import poolrpc_server
 from poolrpc import MaxPool2d, PoolClient
 from poolrpc_server.protocols.triton.generated import open_inference_pb2 as pb
 from tests.integration.certificates import Authority, tls_settings
+from tests.integration.connections import OWN_CONNECTION
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
 X = np.random.default_rng(3).standard_normal((2, 3, 8, 10), np.float32)
 POOLED = X.reshape(2, 3, 4, 2, 5, 2).max((3, 5))
-# gRPC lets channels with the same arguments share a connection; these do not, and they try once.
-OWN_CONNECTION = {"grpc.use_local_subchannel_pool": 1, "grpc.enable_retries": 0}
 
 TOKENS = {
     "any": "a-token-for-everything",

@@ -3,33 +3,14 @@
 from __future__ import annotations
 
 import threading
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import poolrpc
-import poolrpc_server
 from poolrpc import PoolClient
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-# gRPC lets channels with the same arguments share a connection; these do not.
-OWN_CONNECTION = {"grpc.use_local_subchannel_pool": 1, "grpc.enable_retries": 0}
-
-
-@contextmanager
-def server(**settings: object) -> Iterator[str]:
-    """Run a server in this process, and return its address."""
-    made = poolrpc_server.Server(poolrpc_server.Config(**{"listen": ("127.0.0.1:0",), **settings}))
-    made.start()
-    try:
-        yield made.addresses[0].replace("127.0.0.1", "localhost")
-    finally:
-        made.stop(grace=0)
+from tests.integration.connections import OWN_CONNECTION, server
 
 
 def test_metadata_is_bounded() -> None:

@@ -19,7 +19,9 @@ import poolrpc_server
 from poolrpc import AsyncPoolClient, FractionalMaxPool2d, MaxPool2d, PoolClient
 from scripts.server_process import serving
 from tests.integration.stream_messages import (
+    LARGE,
     METHOD,
+    MIB,
     NO_RETRIES,
     OpenStream,
     assert_no_reader_stays,
@@ -35,11 +37,8 @@ if TYPE_CHECKING:
 
     from tests.integration.conftest import Connect, Gate
 
-MIB = 2**20
 RNG = np.random.default_rng(7)
 X = RNG.standard_normal((3, 5, 10, 14), np.float32)
-LARGE = RNG.standard_normal((64, 4, 128, 128), np.float32)
-"""16 MiB, in planes of 64 KiB: more than a connection takes while nothing is read from it."""
 
 
 def halved(x: np.ndarray) -> np.ndarray:

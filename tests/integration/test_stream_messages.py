@@ -12,7 +12,9 @@ import poolrpc
 import poolrpc_server
 from poolrpc import AvgPool2d, FractionalMaxPool2d, LPPool2d, MaxPool2d, MaxUnpool2d, PoolClient
 from tests.integration.stream_messages import (
+    LARGE,
     METHOD,
+    MIB,
     NO_RETRIES,
     OpenStream,
     assert_no_reader_stays,
@@ -26,11 +28,8 @@ if TYPE_CHECKING:
 
     from tests.integration.conftest import Connect
 
-MIB = 2**20
 RNG = np.random.default_rng(7)
 X = RNG.standard_normal((3, 5, 11, 14), np.float32)
-LARGE = RNG.standard_normal((64, 4, 128, 128), np.float32)
-"""16 MiB, in planes of 64 KiB: more than a connection takes while nothing is read from it."""
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import grpc
@@ -19,36 +18,18 @@ from poolrpc import AsyncPoolClient, MaxPool2d, PoolClient
 from poolrpc.cli import main
 from scripts.server_process import serving
 from tests.integration.certificates import Authority, tls_settings
+from tests.integration.connections import OWN_CONNECTION, server
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
+
+pytestmark = pytest.mark.usefixtures("without_client_variables")
 
 X = np.random.default_rng(3).standard_normal((2, 3, 8, 10), np.float32)
 LARGE = np.zeros((16, 16, 256, 256), np.float32)
 """Large enough for a stream, or the arena."""
 
 TOKEN = "alices-token-0123456789"  # noqa: S105 - created for the tests
-# gRPC lets channels with the same arguments share a connection; these do not, and they try once.
-OWN_CONNECTION = {"grpc.use_local_subchannel_pool": 1, "grpc.enable_retries": 0}
-
-
-@pytest.fixture(autouse=True)
-def _without_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Remove this process's own variables for clients."""
-    for name in ("POOLRPC_TOKEN", "POOLRPC_CA", "POOLRPC_CLIENT_CERT", "POOLRPC_CLIENT_KEY"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@contextmanager
-def server(**settings: object) -> Iterator[str]:
-    """Run a server in this process, and return its address."""
-    made = poolrpc_server.Server(poolrpc_server.Config(**{"listen": ("127.0.0.1:0",), **settings}))
-    made.start()
-    try:
-        yield made.addresses[0].replace("127.0.0.1", "localhost")
-    finally:
-        made.stop(grace=0)
 
 
 @pytest.fixture

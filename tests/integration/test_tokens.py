@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import grpc
@@ -15,13 +14,15 @@ from google.protobuf import descriptor_pool
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 import poolrpc
-import poolrpc_server
 from poolrpc import AsyncPoolClient, MaxPool2d, PoolClient
 from scripts.server_process import ServerProcess, serving
+from tests.integration.connections import server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+pytestmark = pytest.mark.usefixtures("without_client_variables")
 
 X = np.random.default_rng(3).standard_normal((2, 3, 8, 10), np.float32)
 LARGE = np.zeros((16, 16, 256, 256), np.float32)
@@ -31,30 +32,12 @@ TOKEN, INFO_ONLY = "alices-token-0123456789", "the-token-of-a-dashboard"
 REJECTED = "expected a valid token, as the metadata authorization: Bearer TOKEN"
 
 
-@pytest.fixture(autouse=True)
-def _without_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Remove this process's own variables for clients."""
-    for name in ("POOLRPC_TOKEN", "POOLRPC_CA", "POOLRPC_CLIENT_CERT", "POOLRPC_CLIENT_KEY"):
-        monkeypatch.delenv(name, raising=False)
-
-
 def line(name: str, token: str, *allowed: str) -> str:
     """Return a token's line."""
     return " ".join([name, hashlib.sha256(token.encode()).hexdigest(), *allowed]) + "\n"
 
 
 LINES = line("alice", TOKEN) + line("dashboard", INFO_ONLY, "poolrpc.v1.PoolService/GetServerInfo")
-
-
-@contextmanager
-def server(**settings: object) -> Iterator[str]:
-    """Run a server in this process, and return its address."""
-    made = poolrpc_server.Server(poolrpc_server.Config(**{"listen": ("127.0.0.1:0",), **settings}))
-    made.start()
-    try:
-        yield made.addresses[0].replace("127.0.0.1", "localhost")
-    finally:
-        made.stop(grace=0)
 
 
 @pytest.fixture(scope="module")

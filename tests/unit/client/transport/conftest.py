@@ -1,16 +1,16 @@
 """Fixtures of the tests of the client's transports."""
 
-import shutil
 import sys
-import tempfile
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 
 from poolrpc._transport.arena_memory import Arenas
 from tests.unit.client.transport.peer import Peer
-from tests.unit.server.transports.local.raw_client import MIB, listening
+from tests.unit.server.transports.local.fixtures import folder, listener, path
+from tests.unit.server.transports.local.raw_client import MIB
+
+__all__ = ["arenas", "folder", "listener", "path", "peer"]
 
 if sys.platform != "linux":
     collect_ignore_glob = ["test_arena_*.py"]
@@ -22,28 +22,6 @@ def peer():
     made = Peer()
     yield made
     made.close()
-
-
-@pytest.fixture
-def folder():
-    """Return a new folder that other users may enter, unlike those of pytest."""
-    made = Path(tempfile.mkdtemp(prefix="arena-"))
-    made.chmod(0o755)
-    yield made
-    shutil.rmtree(made)
-
-
-@pytest.fixture
-def path(folder):
-    """Return the path of the server's own socket, which these tests do not need to exist."""
-    return str(folder / "pool.sock")
-
-
-@pytest.fixture
-def listener(path):
-    """Return a running listener with room for 8 arenas and 64 MiB."""
-    with listening(path) as made:
-        yield made
 
 
 @pytest.fixture

@@ -1,40 +1,18 @@
 """Fixtures for tests of arenas."""
 
 import logging
-import shutil
 import sys
-import tempfile
 import threading
-from pathlib import Path
 
 import pytest
 
 if sys.platform != "linux":
     collect_ignore_glob = ["test_*.py"]
 else:
-    from tests.unit.server.transports.local.raw_client import PATIENCE, listening
+    from tests.unit.server.transports.local.fixtures import folder, listener, path
+    from tests.unit.server.transports.local.raw_client import PATIENCE
 
-
-@pytest.fixture
-def folder():
-    """Return a new folder that other users may enter, unlike those of pytest."""
-    made = Path(tempfile.mkdtemp(prefix="arena-"))
-    made.chmod(0o755)
-    yield made
-    shutil.rmtree(made)
-
-
-@pytest.fixture
-def path(folder):
-    """Return the path of the server's own socket, which these tests do not need to exist."""
-    return str(folder / "pool.sock")
-
-
-@pytest.fixture
-def listener(path):
-    """Return a running listener with room for 8 arenas and 64 MiB."""
-    with listening(path) as made:
-        yield made
+    __all__ = ["folder", "listener", "log", "path"]
 
 
 class LogLines(logging.Handler):
