@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from contextlib import nullcontext
 from datetime import UTC, datetime
+from io import UnsupportedOperation
+from pathlib import Path
 from queue import SimpleQueue
 from select import PIPE_BUF
-from threading import Event, Thread
-from typing import TYPE_CHECKING, Any, TextIO
+from threading import Event, Lock, Thread
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -41,6 +44,26 @@ LINE_DELAY_SECONDS = 0.05
 """Seconds that a line waits for others, so that the writing thread wakes once for many calls."""
 
 
+class _Dropped:
+    """The number of lines that were dropped, for any thread."""
+
+    def __init__(self) -> None:
+        self.lines = 0
+        self._lock = Lock()
+
+    def add(self, lines: int) -> None:
+        with self._lock:
+            self.lines += lines
+
+
+_DROPPED = _Dropped()
+
+
+def dropped_lines() -> int:
+    """Return how many lines of this process's log were dropped so far."""
+    return _DROPPED.lines
+
+
 class CallLog:
     """The log lines of calls, written by a separate thread: rendering one takes as long as pooling a small tensor.
 
@@ -59,7 +82,7 @@ class CallLog:
         self._max_lines = max_lines
         self._lines: SimpleQueue[Line | None] = SimpleQueue()
         self._closing = Event()
-        self._dropped = 0
+        self._reported = dropped_lines()
         self._writer = Thread(target=self._write, name="poolrpc-log", daemon=True)
         self._writer.start()
 
@@ -70,7 +93,7 @@ class CallLog:
         if self._lines.qsize() < self._max_lines:
             self._lines.put((level, time.time(), facts))
         else:
-            self._dropped += 1
+            _DROPPED.add(1)
 
     def close(self) -> None:
         """Write the lines that wait, and end the thread."""
@@ -86,16 +109,23 @@ class CallLog:
                 batch = [line]
                 while not self._lines.empty() and len(batch) < BATCH and (line := self._lines.get()) is not None:
                     batch.append(line)
-                self._emit(batch)
+                self._emit_guarded(batch)
                 time.sleep(0)  # lets threads that answer calls go first
                 if line is None or self._lines.empty():
                     break
                 line = self._lines.get()
-            if self._dropped:
-                log.warning("call lines dropped", lines=self._dropped)
-                self._dropped = 0
+            if (dropped := dropped_lines()) != self._reported:
+                # If this line fails too, it is counted, and the next batch has another one.
+                log.warning("log lines dropped", lines=dropped - self._reported)
+                self._reported = dropped
             if line is None:
                 return
+
+    def _emit_guarded(self, batch: list[Line]) -> None:
+        try:
+            self._emit(batch)
+        except Exception:  # noqa: BLE001 - whatever the log of another program raises, later lines must be written
+            _DROPPED.add(len(batch))
 
     @staticmethod
     def _emit(batch: list[Line]) -> None:
@@ -109,12 +139,24 @@ class CallLog:
             _LOGGER.handle(record)
 
 
-class _Stderr(logging.StreamHandler[TextIO]):
-    """The handler of the server's own log, which writes call lines without making records of them."""
+class _Stderr(logging.Handler):
+    """The handler of the server's own log, which writes call lines without making records of them.
+
+    What cannot be written is dropped and counted: the disk is full, the reader of the pipe has ended or is slow.
+    """
 
     def __init__(self, final: structlog.typing.Processor) -> None:
-        super().__init__(sys.stderr)
+        super().__init__()
+        self._stream = sys.stderr
         self._final = final
+        self._torn = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the line of an event."""
+        try:
+            self._write(self.format(record) + "\n", 1)
+        except Exception:  # noqa: BLE001 - logging's own way with a record that cannot be formatted
+            self.handleError(record)
 
     def write_calls(self, batch: list[Line]) -> None:
         """Write lines in pieces that a pipe takes as a whole: several processes may write to the same one."""
@@ -129,8 +171,30 @@ class _Stderr(logging.StreamHandler[TextIO]):
             texts.append(str(self._final(None, "", event)) + "\n")
         with self.lock or nullcontext():
             for piece in pieces(texts, PIPE_BUF):
-                self.stream.write(piece)
-                self.flush()
+                self._write(piece, piece.count("\n"))
+
+    def _write(self, text: str, lines: int) -> None:
+        try:
+            self._write_all(text)
+        except OSError:
+            _DROPPED.add(lines)
+
+    def _write_all(self, text: str) -> None:
+        try:
+            descriptor = self._stream.fileno()
+        except UnsupportedOperation:  # a stream in memory
+            self._stream.write(text)
+            return
+        # Not through the stream: its buffer would keep a line that failed, and fail again.
+        data = text.encode(errors="backslashreplace")
+        if self._torn:
+            data = b"\n" + data
+        left = data
+        try:
+            while left:
+                left = left[os.write(descriptor, left) :]
+        finally:
+            self._torn = 0 < len(left) < len(data) or (self._torn and bool(left))
 
 
 def pieces(lines: Iterable[str], limit: int) -> Iterator[str]:
@@ -169,6 +233,8 @@ def configure(log_format: str, level: str, *, worker: int | None = None) -> None
         worker: Number of this process among several, added to every line. None: there is only one.
 
     """
+    if sys.stderr is None:  # the process was started with a closed stderr, whose number another file may get
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - for as long as the process lives
     render: structlog.typing.Processor = (
         structlog.processors.JSONRenderer()
         if log_format == "json"

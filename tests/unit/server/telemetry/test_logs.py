@@ -1,11 +1,14 @@
 """The log: call lines, written by their own thread, in order, with the time at which each call ended."""
 
+import fcntl
 import io
 import json
 import logging
+import os
+import subprocess
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, contextmanager
 from datetime import datetime
 from threading import Event, Thread
 
@@ -101,7 +104,7 @@ def test_lines_over_the_limit_are_dropped(records):
         for i in range(50):
             calls.add(logging.INFO, {"number": i})
     *written, warning = records
-    assert (warning.levelno, warning.getMessage()) == (logging.WARNING, "call lines dropped")
+    assert (warning.levelno, warning.getMessage()) == (logging.WARNING, "log lines dropped")
     assert 5 <= len(written) <= 6  # one may have been taken to be written
     assert [each.number for each in written][:5] == list(range(5))
     assert warning.lines == 50 - len(written)
@@ -150,3 +153,140 @@ def test_text_has_one_line_per_event(monkeypatch):
     assert "call method=/x/Y status=OK ms=1.5" in call
     assert "something about=it" in event
     assert "\x1b" not in call + event
+
+
+# Logs 100 calls and an event, reads a line, and logs as many again; it prints how many lines were dropped each time.
+WRITING = """
+import logging
+from poolrpc_server.telemetry import logs
+from poolrpc_server.telemetry.metrics import Metrics
+logs.configure("json", "info")
+for again in range(2):
+    calls = logs.CallLog()
+    for number in range(100):
+        calls.add(logging.INFO, {"number": number, "again": again})
+    if not again:
+        logs.log.info("event")
+    calls.close()
+    print(int(Metrics().collect().get_sample_value("poolrpc_log_lines_dropped_total")), flush=True)
+    again or input()
+"""
+
+
+@contextmanager
+def writing(stderr):
+    """Run the program of WRITING with a stderr, which is closed here."""
+    process = subprocess.Popen(  # noqa: S603 - ours
+        [sys.executable, "-c", WRITING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
+    )
+    os.close(stderr)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def lines_of(text):
+    """Return the lines of a log that are complete, and the number of others."""
+    lines = text.splitlines()
+    whole = [json.loads(each) for each in lines if each.startswith("{") and each.endswith("}")]
+    return whole, len(lines) - len(whole)
+
+
+def test_lines_that_a_full_disk_does_not_take_are_dropped():
+    """Each is counted, and the process goes on."""
+    with writing(os.open("/dev/full", os.O_WRONLY)) as process:
+        assert int(process.stdout.readline()) >= 101
+        print(file=process.stdin, flush=True)
+        assert int(process.stdout.readline()) >= 201
+        assert process.wait(60) == 0
+
+
+def test_lines_for_a_closed_pipe_are_dropped():
+    """The reader of the log has ended: lines are counted, and the process goes on."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with writing(writer) as process:
+        assert int(process.stdout.readline()) >= 101
+        print(file=process.stdin, flush=True)
+        assert int(process.stdout.readline()) >= 201
+        assert process.wait(60) == 0
+
+
+def test_lines_for_a_full_pipe_that_does_not_block_are_dropped():
+    """What is written is whole lines, and when the pipe is read again, the next ones are written."""
+    reader, writer = os.pipe()
+    with os.fdopen(reader) as log:
+        os.set_blocking(writer, False)
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+        with writing(writer) as process:
+            dropped = int(process.stdout.readline())
+            assert 50 < dropped < 101
+            os.set_blocking(reader, False)
+            first, torn = lines_of(log.read())
+            assert (len(first), torn) == (102 - dropped, 0)  # with the warning that lines were dropped
+            fcntl.fcntl(log.fileno(), fcntl.F_SETPIPE_SZ, 2**20)
+            print(file=process.stdin, flush=True)
+            assert int(process.stdout.readline()) == dropped
+            assert process.wait(60) == 0
+            second, torn = lines_of(log.read())
+    assert [each["number"] for each in second if each["event"] == "call"] == list(range(100))
+    assert torn == 0
+
+
+def test_a_torn_line_does_not_reach_into_the_next(tmp_path):
+    """If only a part of a line is written, the next line begins on its own line."""
+    program = """
+import resource, signal
+from poolrpc_server.telemetry import logs
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+logs.configure("json", "info")
+resource.setrlimit(resource.RLIMIT_FSIZE, (20, resource.RLIM_INFINITY))
+logs.log.info("torn")
+logs.log.info("lost")
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+logs.log.info("whole")
+print(logs.dropped_lines())
+"""
+    with (tmp_path / "log").open("w") as file:
+        done = subprocess.run(  # noqa: S603 - ours
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=file, text=True, check=True
+        )
+    assert done.stdout == "2\n"
+    (whole,), torn = lines_of((tmp_path / "log").read_text())
+    assert (whole["event"], torn) == ("whole", 1)
+
+
+def test_a_process_without_stderr_logs_nothing():
+    """A closed stderr is no error, and no other file of its number gets the lines."""
+    program = WRITING.replace("again or input()", "")
+    done = subprocess.run(  # noqa: S603 - ours
+        ["/bin/sh", "-c", 'exec "$0" -c "$1" 2>&-', sys.executable, program],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "0\n0\n"
+
+
+def test_a_handler_that_fails_does_not_end_the_thread(records, monkeypatch):
+    """The log of another program may raise: the batch is counted as dropped, and later lines are written."""
+    monkeypatch.setattr(logs, "LINE_DELAY_SECONDS", 0)
+    before, failed, written = logs.dropped_lines(), Event(), Event()
+
+    def filtered(record):
+        if getattr(record, "number", 0) == 1:
+            failed.set()
+            raise KeyError
+        written.set()
+        return True
+
+    LOGGER.handlers[0].addFilter(filtered)
+    with closing(CallLog()) as calls:
+        calls.add(logging.INFO, {"number": 1})
+        assert failed.wait(MINUTE)
+        calls.add(logging.INFO, {"number": 2})
+        assert written.wait(MINUTE)
+    assert logs.dropped_lines() - before == 1
+    assert 2 in [getattr(each, "number", 0) for each in records]
