@@ -6,38 +6,46 @@ import os
 import signal
 import sys
 import tempfile
-import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from poolrpc import PoolClient
 from poolrpc.credentials import unix_path
+from poolrpc_server.calls.pipeline import Method
 from poolrpc_server.compute.buffers import use_one_heap
 from poolrpc_server.config import Config, ConfigError
+from poolrpc_server.process import (
+    FAILED,
+    FAILED_SECONDS,
+    ProcessControl,
+    exit_later,
+    exit_now,
+    private_folder,
+    raise_descriptor_limit,
+)
+from poolrpc_server.protocols.health import HEALTH_SERVICE
 from poolrpc_server.service import Service
-from poolrpc_server.signals import STOP_SIGNALS, SignalEvent, preserved_handlers
+from poolrpc_server.signals import STOP_SIGNALS, preserved_handlers
 from poolrpc_server.telemetry.logs import log
-from poolrpc_server.telemetry.metrics import IN_FOLDER, MetricsServer
+from poolrpc_server.telemetry.metrics_server import MetricsServer
 from poolrpc_server.telemetry.traces import start_tracing
 from poolrpc_server.transports.grpc.server import GrpcServer, GrpcSettings
 from poolrpc_server.transports.grpc.tls import Certificates
+from poolrpc_server.transports.grpc.watchdog import Watchdog
 from poolrpc_server.transports.local.arenas import ArenaListener, arena_finder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from poolrpc._wire.codec import ServerInfo
     from poolrpc_server.telemetry.traces import Spans
 
-FAILED = 70
-"""Exit status of a process that cannot continue and should be started again."""
-
-FAILED_SECONDS = 5.0
-"""Seconds after which such a process is ended in any case, since something in it may hang."""
-
 STOPPING_SECONDS = 1.0
 """Seconds after the grace in which calls that are still queued receive their rejection."""
+
+WATCHDOG = Method("/poolrpc.v1.Watchdog/Check", unary=lambda *_: b"", probe=True, public=True)
+"""The method that the watchdog calls if health checks require a token."""
 
 
 class Server:
@@ -47,15 +55,17 @@ class Server:
         service: The service.
         addresses: The addresses on which it listens, with the actual number in place of port 0.
         metrics_address: The address of its metrics, "host:port"; empty if they are not served.
+        watchdog_method: The method that its watchdog calls.
 
     """
 
-    def __init__(self, config: Config, spans: Spans | None = None) -> None:
+    def __init__(self, config: Config, spans: Spans | None = None, private: tuple[str, ...] = ()) -> None:
         """Make a server and take its addresses.
 
         Args:
             config: The settings.
             spans: Makes the spans of its calls, and is closed with it. None: calls are not traced.
+            private: Addresses for gRPC calls of this process, in addition to the configured ones.
 
         Raises:
             ConfigError: An address is in use or not one of this machine, there is no such device, or the files of TLS,
@@ -70,20 +80,24 @@ class Server:
             self._grpc = GrpcServer(
                 self.service.pipeline,
                 self.service.health,
-                config.listen,
+                (*config.listen, *private),
                 _grpc_settings(config),
                 certificates,
             )
         except ValueError as error:
             self.service.close()
             raise ConfigError(f"listen: {error}") from None
-        self.addresses = self._grpc.addresses
-        # With several workers, the supervisor serves the metrics, which it sums from the workers' files.
-        if config.metrics and not IN_FOLDER:
+        self.addresses = self._grpc.addresses[: len(config.listen)]
+        # With several workers, the supervisor serves the sums of their metrics.
+        if config.metrics and config.workers == 1:
             self._metrics_server = self._serve_metrics(config.metrics)
         self.metrics_address = self._metrics_server.address if self._metrics_server else ""
         if config.max_arena_bytes:
             self._share_memory(config)
+        self.watchdog_method = f"/{HEALTH_SERVICE}/Check"
+        if config.health_requires_token:  # which the watchdog does not have: each of its calls would be logged
+            self.watchdog_method = WATCHDOG.name
+            self.service.pipeline.add([WATCHDOG])
 
     @property
     def info(self) -> ServerInfo:
@@ -99,6 +113,11 @@ class Server:
         """Report NOT_SERVING to health checks; calls are still served."""
         self.service.health.set_serving(False)
 
+    def close_arenas(self) -> None:
+        """End all arenas and their listeners; calls in flight keep the memory that they use."""
+        for listener in self._arenas:
+            listener.close()
+
     def stop(self, grace: float) -> None:
         """Reject new calls, finish the accepted ones within `grace` seconds, and end."""
         self.drain()
@@ -107,8 +126,7 @@ class Server:
         if not stopped.wait(grace):
             self.service.stop_queue()
             stopped.wait()
-        for listener in self._arenas:
-            listener.close()
+        self.close_arenas()
         self._grpc.close()
         self.service.close(grace)
         if self._metrics_server:
@@ -180,58 +198,79 @@ def _start_facts(server: Server) -> dict[str, Any]:
 
 
 @preserved_handlers()
-def serve(
-    config: Config,
-    *,
-    stopping: SignalEvent | None = None,
-    started: Callable[[dict[str, Any]], object] = lambda facts: log.info("serving", **facts),
-) -> int:
+def serve(config: Config, *, control: ProcessControl | None = None) -> int:
     """Run a server until SIGTERM or SIGINT, then drain and stop it; a second signal ends the process at once.
 
     Args:
         config: The settings.
-        stopping: Stops the server as a first signal does, when another thread sets it.
-        started: Called with the facts of the start line, once the server serves.
+        control: Stops the server from other threads, and receives what it does. None: the log has it.
 
     Returns:
-        The exit status, 0. A server that cannot continue ends the process with FAILED.
+        The exit status, 0. A server that cannot continue, or does not answer its watchdog, ends the process with
+        FAILED.
 
     Raises:
         ConfigError: The server cannot be made with these settings.
 
     """
     use_one_heap()  # before threads have heaps of their own
-    server = Server(config, start_tracing())
-    stopping = stopping or SignalEvent()
-    server.service.on_failure = stopping.set
+    raise_descriptor_limit()
+    with ExitStack() as serving:
+        private = _private_addresses(serving) if config.watchdog_seconds else ()
+        server = Server(config, start_tracing(), private)
+        control = control or ProcessControl()
+        server.service.on_failure = control.stopping.set
 
-    def on_signal(number: int, _: object) -> None:
-        # A second signal ends the process at once, by the default action.
-        for each in STOP_SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
-        log.info("stopping", signal=signal.Signals(number).name)
-        stopping.set()
+        def on_signal(number: int, _: object) -> None:
+            # A second signal ends the process at once, by the default action.
+            for each in STOP_SIGNALS:
+                signal.signal(each, signal.SIG_DFL)
+            log.info("stopping", signal=signal.Signals(number).name)
+            control.stopping.set()
 
-    with stopping.wake_on_signals():
-        for number in STOP_SIGNALS:
-            signal.signal(number, on_signal)
-        server.start()
-        started(_start_facts(server))
-        stopping.wait()
+        with control.stopping.wake_on_signals():
+            for number in STOP_SIGNALS:
+                signal.signal(number, on_signal)
+            server.start()
+            for address in private:
+                watchdog = Watchdog(
+                    address, server.watchdog_method, config.watchdog_seconds, control.answered, exit_now
+                )
+                serving.callback(watchdog.close)
+            facts = _start_facts(server) | {"watchdog": "on" if private else "off"}
+            control.serving(facts, server.service.metrics.collect)
+            control.stopping.wait()
+        control.draining()
+        if not server.service.failure:
+            server.drain()
+            # Load balancers need this time to see that the health has changed; only a second signal ends it early.
+            control.abandoned.wait(config.drain_seconds)
     if server.service.failure:
-        last = threading.Timer(FAILED_SECONDS, os._exit, [FAILED])
-        last.daemon = True
-        last.start()
+        exit_later(FAILED_SECONDS)
         server.stop(grace=min(1.0, config.shutdown_grace))
         # Not by returning: at the interpreter's end, freeing memory of a lost device would abort the process.
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stderr.flush()
         os._exit(FAILED)
-    server.drain()
-    # Load balancers need this time to see that the health has changed; only a second signal ends it early.
-    threading.Event().wait(config.drain_seconds)
-    server.stop(config.shutdown_grace)
+    if control.abandoned.is_set():
+        server.close_arenas()  # so that another server can listen there while the last calls are finished
+    if config.watchdog_seconds:
+        # Calls and then spans have the grace.
+        allowed = 2 * config.shutdown_grace + STOPPING_SECONDS + config.watchdog_seconds
+        serving.callback(exit_later(allowed, f"the server did not stop within {allowed:g} seconds").cancel)
+    with serving:
+        server.stop(config.shutdown_grace)
     log.info("stopped")
     return 0
+
+
+def _private_addresses(resources: ExitStack) -> tuple[str, ...]:
+    """Return the address on which only this process calls its server; none if there is no place for it."""
+    try:
+        return (f"unix:{resources.enter_context(private_folder()) / 'grpc.sock'}",)
+    except OSError as error:
+        log.warning("no watchdog: expected a temporary folder for its socket", error=str(error))
+        return ()
 
 
 @contextmanager

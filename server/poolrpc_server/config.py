@@ -229,6 +229,13 @@ class Config:
     shutdown_grace: float = _setting(
         30.0, "Time after the drain in which accepted calls may finish, in seconds.", "seconds", minimum=0
     )
+    watchdog_seconds: float = _setting(
+        30.0,
+        "Time without an answer to the server's own calls after which the process is ended with status 70, or a worker "
+        "is killed and replaced, in seconds. 0: never.",
+        "seconds",
+        minimum=0,
+    )
     log_format: str = _setting("text", f"Format of the log: {' or '.join(CHOICES['log_format'])}.")
     log_level: str = _setting("info", f"Lowest level of the log lines: {', '.join(CHOICES['log_level'])}.")
 

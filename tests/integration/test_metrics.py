@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
+import subprocess
 import urllib.error
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -17,12 +20,13 @@ import poolrpc
 import poolrpc_server
 from poolrpc import InternalError, InvalidArgumentError, MaxPool2d, PoolClient
 from poolrpc_server.cli import main
-from poolrpc_server.telemetry.metrics import FOLDER_VARIABLE, MetricsServer, forget, summed
+from poolrpc_server.telemetry.metrics_server import MetricsServer
 from scripts.server_process import serving
+from tests.integration.injection import injected
 from tests.scrape import Scrape, get
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 X = np.random.default_rng(3).standard_normal((2, 3, 8, 10), np.float32)
@@ -105,26 +109,67 @@ def test_arenas_are_counted(tmp_path: Path) -> None:
         assert shown("poolrpc_arena_bytes") >= x.nbytes
 
 
-def test_servers_are_summed(tmp_path: Path) -> None:
-    """Servers that count into one folder have no address of their own; the sum of the folder has the calls of all."""
-    folder = str(tmp_path)
-    with ExitStack() as stack:
-        servers = [
-            stack.enter_context(serving("--metrics", "127.0.0.1:0", env={FOLDER_VARIABLE: folder})) for _ in range(2)
-        ]
-        for calls, server in enumerate(servers, 1):
-            assert server.start_line["metrics"] == ""
-            with PoolClient(server.address) as client:
-                for _ in range(calls):
-                    client.pool(X, MaxPool2d(2))
-        registry = summed(folder, lambda: 0)
-        shown = MetricsServer("127.0.0.1:0", lambda: registry, lambda: True)
-        stack.callback(shown.close)
-        assert Scrape(shown.address)("grpc_server_handled_total", **POOL, grpc_code="OK") == 3
-        servers[1].process.kill()
-        servers[1].wait()
-        forget(folder, servers[1].process.pid)
-        assert Scrape(shown.address)("grpc_server_handled_total", **POOL, grpc_code="OK") == 3
+@pytest.fixture
+def full_folder(tmp_path: Path) -> Iterator[Path]:
+    """Return a folder in which no file can have any contents."""
+    folder = tmp_path / "full"
+    folder.mkdir()
+    mounted = subprocess.run(  # noqa: S603 - our own folder
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)],  # noqa: S607 - the machine's
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip(f"needs a file system of its own: {mounted.stderr}")
+    try:
+        with suppress(OSError), (folder / "filling").open("wb", buffering=0) as filling:
+            while True:
+                filling.write(bytes(4096))
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)  # noqa: S603, S607 - as above
+
+
+def test_workers_are_summed(full_folder: Path) -> None:
+    """A scrape has the calls of all workers so far; a killed worker leaves its counts, though TMPDIR is full.
+
+    Every worker is restarted without a file.
+    """
+    with (
+        serving("--workers", "2", "--metrics", "127.0.0.1:0", env={"TMPDIR": str(full_folder)}) as server,
+        ExitStack() as stack,
+    ):
+        address = server.start_line["metrics"]
+        assert server.start_line["watchdog"] == "on"
+        calls = 0
+        while len({each["worker"] for each in server.lines("call")}) < 2:
+            client = stack.enter_context(PoolClient(server.address, options={"grpc.use_local_subchannel_pool": 1}))
+            client.pool(X, MaxPool2d(2))
+            calls += 1
+            assert Scrape(address)("grpc_server_handled_total", **POOL, grpc_code="OK") == calls
+            server.wait_for("call", calls)
+        for restarts, line in enumerate(server.lines("worker serving"), 1):
+            os.kill(line["pid"], signal.SIGKILL)
+            assert len(server.wait_for("worker serving", 2 + restarts)) == 2 + restarts
+            shown = Scrape(address)
+            assert shown("grpc_server_handled_total", **POOL, grpc_code="OK") == calls
+            assert shown("poolrpc_worker_restarts_total") == restarts
+        assert {each["signal"] for each in server.lines("worker ended")} == {"SIGKILL"}
+
+
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_a_server_without_descriptors_answers_probes(tmp_path: Path, workers: str) -> None:
+    """Silent connections that take every descriptor do not keep a probe from its answer."""
+    program = "    import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))\n"
+    flags = ("--workers", workers, "--metrics", "127.0.0.1:0")
+    with serving(*flags, env=injected(tmp_path, program)) as server, ExitStack() as silent:
+        for address in (server.address, server.start_line["metrics"]):
+            host, port = address.split(":")
+            for _ in range(300):
+                silent.enter_context(socket.create_connection((host, int(port)), timeout=60))
+        for page in ("healthz", "readyz", "metrics"):
+            assert get(server.start_line["metrics"], page)[0] == 200
 
 
 def test_an_address_in_use_ends_the_command(capsys: pytest.CaptureFixture[str]) -> None:

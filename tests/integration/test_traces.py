@@ -380,18 +380,18 @@ def test_there_are_no_traces_by_default() -> None:
     program = """
 import sys, threading
 from poolrpc_server.app import serve
-from poolrpc_server.signals import SignalEvent
 from poolrpc_server.config import Config
+from poolrpc_server.process import ProcessControl
 import numpy as np, poolrpc
-stopping = SignalEvent()
-def call(facts):
-    def go():
+class Calling(ProcessControl):
+    def serving(self, facts, collect):
+        threading.Thread(target=self.call, args=[facts]).start()
+    def call(self, facts):
         with poolrpc.PoolClient(facts["addresses"]) as client:
             client.pool(np.ones((1, 1, 4, 4), np.float32), poolrpc.MaxPool2d(2))
             print(facts["traces"], client.server_info().features["traces"])
-        stopping.set()
-    threading.Thread(target=go).start()
-serve(Config(listen=("127.0.0.1:0",), drain_seconds=0.01), stopping=stopping, started=call)
+        self.stopping.set()
+serve(Config(listen=("127.0.0.1:0",), drain_seconds=0.01), control=Calling())
 print([name for name in sys.modules if name.startswith("opentelemetry")])
 """
     clean = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}

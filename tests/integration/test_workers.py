@@ -23,6 +23,7 @@ from poolrpc_server.app import FAILED
 from poolrpc_server.config import Config, ConfigError
 from poolrpc_server.workers.supervisor import supervise
 from scripts.server_process import serving
+from tests.integration.injection import injected
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -128,14 +129,6 @@ def command(*flags: str) -> subprocess.CompletedProcess[str]:
     """Run poolrpc-server to its end."""
     program = [sys.executable, "-m", "poolrpc_server", *flags]
     return subprocess.run(program, capture_output=True, text=True, check=False, timeout=120)  # noqa: S603 - ours
-
-
-def injected(folder: Path, program: str) -> dict[str, str]:
-    """Return an environment in which each worker runs a program of the test when it starts."""
-    (folder / "sitecustomize.py").write_text(
-        f"import sys\nif any('poolrpc_server' in each for each in sys.orig_argv):\n{program}"
-    )
-    return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 def test_clients_do_not_notice_a_killed_worker(tmp_path: Path) -> None:
@@ -281,17 +274,22 @@ def test_sigint_stops_a_server_that_was_started_with_it_ignored(workers: str) ->
 
 
 def test_workers_end_if_the_supervisor_is_killed(tmp_path: Path) -> None:
-    """The workers drain and end; what is left of the sockets does not prevent another server."""
-    listen = f"unix:{tmp_path / 'pool.sock'}"
-    with serving("--workers", "2", *AT_ONCE, listen=listen) as server:
-        processes = [psutil.Process(pid) for pid in pids(server).values()]
-        server.process.kill()
-        wait_gone(processes)
-        server.wait()
-    assert len(server.lines("stopped")) == 2
-    assert tmp_path.joinpath("pool.sock").is_symlink()
-    with serving("--workers", "2", *AT_ONCE, listen=listen), PoolClient(listen) as client:
-        assert client.pool(LARGE, MaxPool2d(2)).transport == "arena"
+    """The workers finish their calls and end, without a drain; another server has their addresses at once."""
+    flags = ("--workers", "2", "--drain-seconds", "3600", "--metrics", "127.0.0.1:0")
+    path = f"unix:{tmp_path / 'pool.sock'}"
+    with serving(*flags, "--listen", path) as first:
+        processes = [psutil.Process(pid) for pid in pids(first).values()]
+        listen = first.address
+        first.process.kill()
+        with serving(*flags, "--listen", path, listen=listen) as second:
+            wait_gone(processes)
+            first.wait()
+            for address in (listen, path):
+                with PoolClient(address) as client:
+                    assert client.pool(LARGE, MaxPool2d(2)).shape == (2, 8, 64, 64)
+            assert len(second.lines("worker serving")) == 2
+    assert len(first.lines("stopped")) == 2
+    assert {each["reason"] for each in first.lines("stopping at once")} == {"the supervisor has ended"}
 
 
 def test_a_worker_that_receives_sigterm_is_replaced() -> None:

@@ -27,7 +27,7 @@ TIERS = (
     {"protocols"},
     {"calls"},
     {"compute"},
-    {"reloading_file"},
+    {"process", "reloading_file"},
     {"telemetry"},
     {"config", "sockets"},
     {"presets", "resources", "signals"},

@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import stat
+import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +19,9 @@ from typing import Protocol
 from poolrpc._wire.arena_packets import SUFFIX
 from poolrpc.credentials import unix_path
 from poolrpc_server.sockets import is_listening
+
+WAIT_SECONDS = 3.0
+"""Seconds to wait for an address that is in use: workers whose supervisor was killed are about to leave theirs."""
 
 
 class SharedAddress(Protocol):
@@ -43,18 +47,26 @@ class SharedAddress(Protocol):
         ...
 
 
-def reserve(address: str) -> SharedAddress:
+def reserve(address: str, wait_seconds: float = WAIT_SECONDS) -> SharedAddress:
     """Reserve an address for several workers.
+
+    Args:
+        address: The address.
+        wait_seconds: Seconds to wait for another server to leave the address.
 
     Raises:
         ValueError: The address is in use, or does not belong to this machine.
 
     """
     path = unix_path(address)
-    try:
-        return SharedPath(path) if path else SharedPort(address)
-    except OSError as error:
-        raise ValueError(f"expected a free address, got {address!r}: {error.strerror or error}") from None
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        try:
+            return SharedPath(path) if path else SharedPort(address)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() >= deadline:
+                raise ValueError(f"expected a free address, got {address!r}: {error.strerror or error}") from None
+        time.sleep(0.05)  # the kernel reports to no process that an address becomes free
 
 
 class SharedPort:
@@ -197,6 +209,6 @@ def _remove_stale(path: Path, ours: re.Pattern[str]) -> None:
         elif not stat.S_ISSOCK(mode):
             raise ValueError(f"expected no file or the socket of a server that has ended, got {path}: another file")
         elif is_listening(path):
-            raise ValueError(f"expected a free address, got {path}: another server listens on it")
+            raise OSError(errno.EADDRINUSE, f"another server listens on {path}")
         else:
             path.unlink()

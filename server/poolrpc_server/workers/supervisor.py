@@ -1,37 +1,42 @@
 """The supervisor: starts the worker processes, restarts those that end, and stops them.
 
 A worker is an interpreter of its own (worker.py), connected to the supervisor by a socket. The supervisor stops a
-worker by closing that socket. So workers also end if the supervisor is killed, and a worker that a service manager has
-stopped with a signal is not stopped a second time, which would end it without draining.
+worker through that socket, so a worker that a service manager has stopped with a signal is not stopped a second time,
+which would end it without draining. Workers also end if the supervisor is killed, which closes the socket. A worker
+says through it that it answers calls; one that no longer does is killed and replaced.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import pickle
 import signal
-import socket
-import sys
-import tempfile
+from concurrent.futures import CancelledError
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from poolrpc_server.config import Config, ConfigError
+from poolrpc_server.process import raise_descriptor_limit
 from poolrpc_server.signals import STOP_SIGNALS, preserved_handlers
 from poolrpc_server.telemetry.logs import log
 from poolrpc_server.workers.addresses import reserve
+from poolrpc_server.workers.worker_process import WorkerProcess, describe_status
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
+    from prometheus_client import CollectorRegistry
+
+    from poolrpc_server.telemetry.summed_metrics import SummedMetrics
     from poolrpc_server.workers.addresses import SharedAddress
 
 WORKERS_FAILED = 1
 """The exit status if the workers do not start, or if one had to be killed at the end."""
+
+
+SCRAPE_SECONDS = 0.5
+"""Seconds in which workers may send their metrics before the latest known ones are shown."""
 
 
 class WorkersError(RuntimeError):
@@ -60,16 +65,6 @@ class RestartPolicy:
         return 0.0 if failures <= 1 else float(min(self.first_delay * 2 ** (failures - 2), self.max_delay))
 
 
-def describe_status(status: int) -> dict[str, str | int]:
-    """Return an exit status as fields of a log line: the signal that ended the process, or its exit code."""
-    if status >= 0:
-        return {"code": status}
-    name = str(-status)
-    with suppress(ValueError):  # a real-time signal, which has no name
-        name = signal.Signals(-status).name
-    return {"signal": name}
-
-
 def worker_config(config: Config, index: int, addresses: Iterable[SharedAddress]) -> Config:
     """Return the Config of worker `index`: its own addresses, and its share of the limits that apply to all workers."""
     return replace(
@@ -96,84 +91,29 @@ def supervise(config: Config) -> int:
         WorkersError: The workers do not start.
 
     """
+    raise_descriptor_limit()
     with ExitStack() as resources:
         try:
             addresses = [resources.enter_context(closing(reserve(address))) for address in config.listen]
         except ValueError as error:
             raise ConfigError(f"listen: {error}") from None
         supervisor = Supervisor(config, addresses)
-        metrics = None
         if config.metrics:
-            folder = resources.enter_context(tempfile.TemporaryDirectory(prefix="poolrpc-metrics-"))
+            from poolrpc_server.telemetry.metrics_server import MetricsServer  # noqa: PLC0415 - not needed without
+            from poolrpc_server.telemetry.summed_metrics import SummedMetrics  # noqa: PLC0415 - the same
+
+            supervisor.metrics = SummedMetrics(lambda: supervisor.restarts)
             try:
-                metrics = _SharedMetrics(folder, config.metrics, supervisor)
+                server = MetricsServer(config.metrics, supervisor.collect, supervisor.is_ready)
             except (OSError, UnicodeError) as error:
                 raise ConfigError(f"metrics: expected a free address, got {config.metrics!r}: {error}") from None
-            resources.enter_context(closing(metrics))
-        status = asyncio.run(supervisor.run(metrics))
+            resources.enter_context(closing(server))
+            supervisor.metrics_address = server.address
+        status = asyncio.run(supervisor.run())
     if supervisor.ended_by:
         signal.signal(supervisor.ended_by, signal.SIG_DFL)
         os.kill(os.getpid(), supervisor.ended_by)
     return status
-
-
-class _SharedMetrics:
-    """The metrics of all workers: the folder into which they count, and the address that serves the sums."""
-
-    def __init__(self, folder: str, address: str, supervisor: Supervisor) -> None:
-        from poolrpc_server.telemetry import metrics  # noqa: PLC0415 - not needed by a supervisor without metrics
-
-        self.environment = {**os.environ, metrics.FOLDER_VARIABLE: folder}
-        self.forget = partial(metrics.forget, folder)
-        registry = metrics.summed(folder, lambda: supervisor.restarts)
-        self._server = metrics.MetricsServer(address, lambda: registry, supervisor.is_ready)
-        self.address, self.close = self._server.address, self._server.close
-
-
-@dataclass(eq=False)
-class _Worker:
-    """A worker process, and the socket that connects it to the supervisor."""
-
-    index: int
-    process: asyncio.subprocess.Process
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-    serving: bool = False
-
-    @classmethod
-    async def start(cls, index: int, config: Config, environment: Mapping[str, str]) -> _Worker:
-        ours, theirs = socket.socketpair()
-        try:
-            with theirs:
-                process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-P", "-m", "poolrpc_server.workers.worker", str(theirs.fileno())),
-                    stdin=asyncio.subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno()],
-                    process_group=0,  # so that Ctrl-C in a terminal reaches the supervisor alone
-                    env=environment,
-                )
-        except BaseException:
-            ours.close()
-            raise
-        reader, writer = await asyncio.open_connection(sock=ours)
-        writer.write(pickle.dumps((index, config)))
-        return cls(index, process, reader, writer)
-
-    async def report(self) -> dict[str, Any]:
-        """Wait for the worker's report and return it; empty if the worker ended without one."""
-        with suppress(ConnectionError):
-            return dict(json.loads(await self.reader.readline() or b"{}"))
-        return {}
-
-    def stop(self) -> None:
-        self.writer.close()
-        if not self.serving:  # there are no calls to finish
-            with suppress(ProcessLookupError):
-                self.process.terminate()
-
-    def kill(self) -> None:
-        with suppress(ProcessLookupError):
-            self.process.kill()
 
 
 class Supervisor:
@@ -189,6 +129,8 @@ class Supervisor:
     Attributes:
         restarts: The number of times that a worker was started again.
         ended_by: The signal that killed the workers, which is to end this process too; 0 if there was none.
+        metrics: The sums of the workers' metrics; None if no one reads them.
+        metrics_address: Where they are served, for the log.
 
     """
 
@@ -203,30 +145,32 @@ class Supervisor:
     ) -> None:
         self.restarts = 0
         self.ended_by = 0
+        self.metrics: SummedMetrics | None = None
+        self.metrics_address = ""
         self._config = config
         self._addresses = addresses
         self._policy = policy or RestartPolicy()
         self._rotation_seconds = rotation_seconds
         self._kill_seconds = kill_seconds
-        self._workers: dict[int, _Worker] = {}
+        self._workers: dict[int, WorkerProcess] = {}
         self._directed_to = -1
         self._started = False
         self._stopping = asyncio.Event()
         self._failure: Exception | None = None
-        self._metrics: _SharedMetrics | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
-    async def run(self, metrics: _SharedMetrics | None = None) -> int:
+    async def run(self) -> int:
         """Run the workers until they have stopped, and return the exit status."""
-        self._metrics = metrics
-        loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
         keepers = [asyncio.create_task(self._keep_running(index)) for index in range(self._config.workers)]
         for keeper in keepers:
             keeper.add_done_callback(lambda _: self._stopping.set())  # a keeper that ends early has failed
-        rotation = asyncio.create_task(self._rotate_forever())
+        tasks = [asyncio.create_task(self._rotate_forever()), asyncio.create_task(self._watch_silence())]
         await self._stopping.wait()
-        rotation.cancel()
+        for task in tasks:
+            task.cancel()
         for worker in self._workers.values():
             worker.stop()
         allowed = self._config.drain_seconds + self._config.shutdown_grace + self._kill_seconds
@@ -243,7 +187,35 @@ class Supervisor:
 
     def is_ready(self) -> bool:
         """Return whether a worker serves and the server is not stopping; safe in any thread."""
-        return not self._stopping.is_set() and any(worker.serving for worker in list(self._workers.values()))
+        return not self._stopping.is_set() and bool(self._serving())
+
+    def collect(self) -> CollectorRegistry:
+        """Return the sums of the workers' metrics, after asking for them; for another thread than that of `run`."""
+        assert self.metrics is not None  # noqa: S101 - the caller set it
+        if self._loop is not None:
+            with suppress(
+                CancelledError, RuntimeError, TimeoutError
+            ):  # the loop is ending, or a worker does not answer
+                asyncio.run_coroutine_threadsafe(self._refresh_metrics(), self._loop).result(2 * SCRAPE_SECONDS)
+        return self.metrics.registry
+
+    async def _refresh_metrics(self) -> None:
+        asked = self._serving()
+        for worker in asked:
+            worker.ask_metrics()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(SCRAPE_SECONDS):
+                for worker in asked:
+                    await worker.metrics_received.wait()
+
+    def _serving(self) -> list[WorkerProcess]:
+        """Return the workers that should get calls."""
+        silent = self._config.watchdog_seconds / 3
+        return [
+            worker
+            for worker in sorted(self._workers.values(), key=lambda worker: worker.index)
+            if worker.serving and not worker.draining and worker.silent_seconds <= silent
+        ]
 
     def _on_signal(self, number: int) -> None:
         if not self._stopping.is_set():
@@ -269,7 +241,7 @@ class Supervisor:
         config = worker_config(self._config, index, self._addresses)
         while not self._stopping.is_set():
             try:
-                worker = await _Worker.start(index, config, self._metrics.environment if self._metrics else os.environ)
+                worker = await WorkerProcess.start(index, config)
             except OSError as error:  # out of memory or processes, which may pass
                 served, facts = 0.0, {"error": str(error)}
             else:
@@ -289,46 +261,76 @@ class Supervisor:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), delay)
 
-    async def _watch(self, worker: _Worker) -> dict[str, Any]:
+    async def _watch(self, worker: WorkerProcess) -> dict[str, Any]:
         """Wait until a worker has ended, and return why it did."""
         self._workers[worker.index] = worker
         if self._stopping.is_set():  # the stop came while the worker was being started
             worker.stop()
-        report = await worker.report()
-        if "serving" in report:
-            worker.serving = True
-            self._on_serving(worker, report["serving"])
-        elif "rejected" in report and not self._started:
-            self._fail(ConfigError(report["rejected"]))
+        error = {}
+        async for message in worker.messages():
+            match message:
+                case {"serving": facts}:
+                    worker.serving, worker.watched = True, facts["watchdog"] == "on"
+                    self._on_serving(worker, facts)
+                case {"rejected": str(reason)}:
+                    error = {"error": reason}
+                    if not self._started:
+                        self._fail(ConfigError(reason))
+                case {"metrics": values} if self.metrics:
+                    self.metrics.update(worker.index, values)
+                    worker.metrics_received.set()
+                case {"draining": True}:
+                    worker.draining = True
+                    self._rotate()
+                case _:
+                    worker.silent_seconds = 0.0
         status = await worker.process.wait()
         del self._workers[worker.index]
         worker.writer.close()
-        if self._metrics:
-            self._metrics.forget(worker.process.pid)
+        if self.metrics:
+            self.metrics.forget(worker.index)
         if self._directed_to == worker.index:
             self._rotate()
-        error = {"error": report["rejected"]} if "rejected" in report else {}
         return {"pid": worker.process.pid, **describe_status(status), **error}
 
-    def _on_serving(self, worker: _Worker, facts: dict[str, Any]) -> None:
+    def _on_serving(self, worker: WorkerProcess, facts: dict[str, Any]) -> None:
         log.info("worker serving", worker=worker.index, pid=worker.process.pid)
-        serving = sum(each.serving for each in self._workers.values())
+        serving = len(self._serving())
         if serving == 1:
             self._rotate()
         if not self._started and serving == self._config.workers:
             self._started = True
             addresses = " ".join(address.address for address in self._addresses)
-            metrics = self._metrics.address if self._metrics else ""
-            log.info("serving", **facts | {"addresses": addresses, "metrics": metrics, "workers": serving})
+            facts |= {"addresses": addresses, "metrics": self.metrics_address, "workers": serving}
+            log.info("serving", **facts)
 
     async def _rotate_forever(self) -> None:
         while True:
             await asyncio.sleep(self._rotation_seconds)
             self._rotate()
+            if self.metrics:  # so that a worker that is killed takes few counts along
+                for worker in self._serving():
+                    worker.ask_metrics()
+
+    async def _watch_silence(self) -> None:
+        allowed = self._config.watchdog_seconds
+        step = allowed / 10
+        while allowed:
+            # Steps are counted, not the clock's seconds: while the supervisor itself is suspended, it hears no worker.
+            await asyncio.sleep(step)
+            for worker in self._workers.values():
+                if not worker.watched or worker.draining:
+                    continue
+                worker.silent_seconds += step
+                # A worker has the first quarter more: it says itself why it ends, unless all of it hangs.
+                if worker.silent_seconds >= 1.25 * allowed:
+                    seconds = round(worker.silent_seconds, 1)
+                    log.error("worker killed: it does not answer", worker=worker.index, seconds=seconds)
+                    worker.kill()
 
     def _rotate(self) -> None:
         """Direct new connections through a unix socket's path to the next worker that serves."""
-        serving = sorted(worker.index for worker in self._workers.values() if worker.serving)
+        serving = [worker.index for worker in self._serving()]
         following = next((index for index in serving if index > self._directed_to), next(iter(serving), None))
         if following is None or following == self._directed_to:
             return

@@ -26,6 +26,7 @@ MINIMUM = {"max_arena_bytes": -1} | dict.fromkeys(
         "max_connection_idle_seconds",
         "drain_seconds",
         "shutdown_grace",
+        "watchdog_seconds",
     ],
     0,
 )
@@ -96,6 +97,7 @@ OTHER_VALUES = {
     "allow_client_shm": ("true", True),
     "device": ("cuda:1", "cuda:1"),
     "workers": ("2", 2),
+    "watchdog_seconds": ("0", 0.0),
     "threads": ("7", 7),
     "call_threads": ("9", 9),
     "max_message_bytes": ("1000", 1000),

@@ -1,10 +1,8 @@
-"""The metrics: their names, their values, their HTTP server, and their sums over processes."""
+"""The metrics of a server: their names and their values."""
 
 import re
-import socket
 import subprocess
 import sys
-import urllib.error
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,34 +11,11 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 import poolrpc_server
-from poolrpc_server.telemetry.metrics import (
-    CANCELLATION_STAGES,
-    FOLDER_VARIABLE,
-    REASONS,
-    Load,
-    Metrics,
-    MetricsServer,
-    forget,
-    summed,
-)
-from tests.scrape import get
+from poolrpc_server.telemetry.metrics import CANCELLATION_STAGES, REASONS, Load, Metrics
 
 CALL = ("unary", "poolrpc.v1.PoolService", "Pool")
 LABELS = dict(zip(("grpc_type", "grpc_service", "grpc_method"), CALL, strict=True))
 LOAD = Load(1000, (2, 0, 1), 1.5, 3, 4096, 5)
-
-# Counts one of each, prints a line, and exits at the end of its standard input.
-COUNTING = """
-import sys
-from poolrpc_server.telemetry.metrics import Load, Metrics
-metrics = Metrics()
-metrics.watch(lambda: Load(1000, (2, 0, 1), float(sys.argv[1]), 3, 4096, 5))
-metrics.started("unary", "poolrpc.v1.PoolService", "Pool")
-metrics.handled("unary", "poolrpc.v1.PoolService", "Pool", "OK", 0.002)
-metrics.executed(3, 24, 4096, 0.001)
-print("counted", flush=True)
-sys.stdin.read()
-"""
 
 
 def families(registry):
@@ -65,14 +40,6 @@ def busy():
     metrics.executed(3, 24, 4096, 0.001)
     metrics.queued(0.003)
     return metrics
-
-
-@pytest.fixture
-def server():
-    """Return an HTTP server of busy metrics, which is ready."""
-    made = MetricsServer("127.0.0.1:0", busy().collect, lambda: True)
-    yield made
-    made.close()
 
 
 def test_names_follow_prometheus_conventions():
@@ -196,94 +163,10 @@ def test_threads_lose_no_count():
     assert value(metrics.collect(), "grpc_server_started_total", **LABELS) == 2000
 
 
-def test_pages_of_the_server(server):
-    """/metrics shows the registry, /healthz and /readyz are probes, and any other page is a 404 that names these."""
-    status, text = get(server.address, "metrics")
-    assert status == 200
-    assert "poolrpc_validator_escapes_total 1.0\n" in text
-    assert get(server.address, "healthz") == (200, "ok\n")
-    assert get(server.address, "readyz") == (200, "ready\n")
-    assert get(server.address, "x") == (404, "expected /metrics, /healthz or /readyz, got /x\n")
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
-def test_the_address_is_where_it_listens(host):
-    """A free port is filled in, for IPv4 and IPv6; a server that is not ready answers 503."""
-    made = MetricsServer(f"{host}:0", busy().collect, lambda: False)
-    try:
-        assert made.address.startswith(f"{host}:")
-        assert get(made.address, "healthz")[0] == 200
-        assert get(made.address, "readyz") == (503, "not ready\n")
-    finally:
-        made.close()
-    with pytest.raises(urllib.error.URLError):
-        get(made.address, "healthz")
-
-
-def test_an_address_has_one_server(server):
-    """A second server on the same address fails at once."""
-    with pytest.raises(OSError, match="in use"):
-        MetricsServer(server.address, busy().collect, lambda: True)
-
-
-def test_a_client_that_leaves_is_not_logged(server, capfd):
-    """A connection that breaks leaves nothing on stderr, and others are answered."""
-    host, port = server.address.split(":")
-    connection = socket.create_connection((host, int(port)))
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # a reset instead of an end
-    connection.send(b"GET /metr")
-    connection.close()
-    assert get(server.address, "healthz")[0] == 200
-    assert capfd.readouterr().err == ""
-
-
-@pytest.fixture
-def counting(tmp_path, monkeypatch):
-    """Return two processes that counted into a folder, with oldest requests of 1.5 and 2.5 seconds."""
-    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
-    made = [
-        subprocess.Popen([sys.executable, "-c", COUNTING, age], stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: S603 - ours
-        for age in ("1.5", "2.5")
-    ]
-    try:
-        for each in made:
-            assert each.stdout.readline() == b"counted\n"
-        yield made
-    finally:
-        for each in made:
-            each.communicate()
-
-
-def test_processes_are_summed(counting, tmp_path):
-    """Counters, histograms and gauges of several processes are summed; of the ages, the largest is shown."""
-    assert all(each.poll() is None for each in counting)
-    shown = summed(str(tmp_path), lambda: 7)
-    assert value(shown, "grpc_server_started_total", **LABELS) == 2
-    assert value(shown, "grpc_server_handled_total", **LABELS, grpc_code="OK") == 2
-    assert value(shown, "grpc_server_handling_seconds_bucket", **LABELS, le="0.0025") == 2
-    assert value(shown, "poolrpc_requests_total") == 6
-    assert value(shown, "poolrpc_inflight_bytes") == 2000
-    assert value(shown, "poolrpc_queue_length", priority="2") == 2
-    assert value(shown, "poolrpc_queue_oldest_seconds") == 2.5
-    assert value(shown, "poolrpc_worker_restarts_total") == 7
-    names = {name for name in families(busy().collect()) if not name.endswith("_created")}
-    assert set(families(shown)) == names | {"poolrpc_worker_restarts"}
-
-
-def test_a_process_that_died_leaves_its_counts(counting, tmp_path):
-    """The gauges of a dead process are no longer shown; its counters are."""
-    counting[1].kill()
-    counting[1].wait()
-    forget(str(tmp_path), counting[1].pid)
-    shown = summed(str(tmp_path), lambda: 1)
-    assert value(shown, "grpc_server_started_total", **LABELS) == 2
-    assert value(shown, "poolrpc_inflight_bytes") == 1000
-    assert value(shown, "poolrpc_queue_oldest_seconds") == 1.5
-
-
 def test_a_supervisor_needs_neither_torch_nor_grpc():
     """Importing the metrics imports neither torch nor grpc."""
     program = (
-        "import poolrpc_server.telemetry.metrics, sys; sys.exit(bool({'torch', 'grpc', 'numpy'} & sys.modules.keys()))"
+        "import poolrpc_server.telemetry.summed_metrics, poolrpc_server.telemetry.metrics_server, sys; "
+        "sys.exit(bool({'torch', 'grpc', 'numpy'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0  # noqa: S603 - ours

@@ -135,7 +135,7 @@ def test_the_socket_of_another_server_is_rejected(tmp_path, name):
     """If a process listens on one of the names, the path is not free and no file is removed."""
     kind = socket.SOCK_SEQPACKET if name.endswith("arena") else socket.SOCK_STREAM
     with listening(tmp_path / name, kind):
-        with pytest.raises(ValueError, match=r"expected a free address, got .*: another server listens on it"):
+        with pytest.raises(ValueError, match=r"expected a free address, got .*: another server listens on"):
             reserve(f"unix:{tmp_path / 'pool.sock'}")
         assert names(tmp_path) == {name}
 
