@@ -24,10 +24,10 @@ from poolrpc_server.process import (
     private_folder,
     raise_descriptor_limit,
 )
-from poolrpc_server.protocols.health import HEALTH_SERVICE
 from poolrpc_server.service import Service
 from poolrpc_server.signals import STOP_SIGNALS, preserved_handlers
 from poolrpc_server.telemetry.logs import log
+from poolrpc_server.telemetry.metrics import WATCHDOG_SERVICE
 from poolrpc_server.telemetry.metrics_server import MetricsServer
 from poolrpc_server.telemetry.traces import start_tracing
 from poolrpc_server.transports.grpc.server import GrpcServer, GrpcSettings
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 STOPPING_SECONDS = 1.0
 """Seconds after the grace in which calls that are still queued receive their rejection."""
 
-WATCHDOG = Method("/poolrpc.v1.Watchdog/Check", unary=lambda *_: b"", probe=True, public=True)
-"""The method that the watchdog calls if health checks require a token."""
+WATCHDOG = Method(f"/{WATCHDOG_SERVICE}/Check", unary=lambda *_: b"", probe=True, public=True)
+"""The method that the watchdog calls. Not a health check, which may require a token and is counted by the metrics."""
 
 
 class Server:
@@ -55,7 +55,6 @@ class Server:
         service: The service.
         addresses: The addresses on which it listens, with the actual number in place of port 0.
         metrics_address: The address of its metrics, "host:port"; empty if they are not served.
-        watchdog_method: The method that its watchdog calls.
 
     """
 
@@ -94,9 +93,7 @@ class Server:
         self.metrics_address = self._metrics_server.address if self._metrics_server else ""
         if config.max_arena_bytes:
             self._share_memory(config)
-        self.watchdog_method = f"/{HEALTH_SERVICE}/Check"
-        if config.health_requires_token:  # which the watchdog does not have: each of its calls would be logged
-            self.watchdog_method = WATCHDOG.name
+        if private:
             self.service.pipeline.add([WATCHDOG])
 
     @property
@@ -233,9 +230,7 @@ def serve(config: Config, *, control: ProcessControl | None = None) -> int:
                 signal.signal(number, on_signal)
             server.start()
             for address in private:
-                watchdog = Watchdog(
-                    address, server.watchdog_method, config.watchdog_seconds, control.answered, exit_now
-                )
+                watchdog = Watchdog(address, WATCHDOG.name, config.watchdog_seconds, control.answered, exit_now)
                 serving.callback(watchdog.close)
             facts = _start_facts(server) | {"watchdog": "on" if private else "off"}
             control.serving(facts, server.service.metrics.collect)

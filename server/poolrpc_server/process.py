@@ -42,7 +42,7 @@ class ProcessControl:
 
     Attributes:
         stopping: Stops the server as a first signal does.
-        abandoned: Cuts the drain short, because whoever restarts the server needs its addresses at once.
+        abandoned: Cuts the drain short, because another server needs its addresses at once.
 
     """
 
@@ -89,7 +89,7 @@ def exit_now(reason: str) -> NoReturn:
         reason: Why, for an operator.
 
     """
-    exit_later(FAILED_SECONDS)  # a thread that hangs may hold the log's lock, and nobody may read its pipe
+    exit_later(FAILED_SECONDS)  # a thread that hangs may hold the log's lock, and its pipe may be full
     log.critical("failed", reason=reason)
     with open(os.memfd_create("stacks"), "w+") as stacks:  # noqa: PTH123 - a descriptor
         # To memory first: faulthandler holds the interpreter while it writes.

@@ -17,7 +17,7 @@ from poolrpc import MaxPool2d, PoolClient
 from poolrpc_server.process import FAILED
 from scripts.server_process import serving
 from tests.integration.injection import injected
-from tests.scrape import get
+from tests.scrape import Scrape, get
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -145,11 +145,14 @@ def test_a_server_that_answers_goes_on(workers: str) -> None:
     assert not server.lines("worker killed: it does not answer")
 
 
-def test_the_watchdog_needs_no_token(tmp_path: Path) -> None:
-    """If health checks require a token, the watchdog's calls are neither rejected nor logged."""
+def test_the_calls_of_the_watchdog_are_not_seen(tmp_path: Path) -> None:
+    """They need no token, even if health checks do; they are not in the metrics, and in the log only at DEBUG."""
     tokens = tmp_path / "tokens"
     tokens.write_text(f"tester {hashlib.sha256(b'token').hexdigest()}\n")
     flags = ("--token-file", str(tokens), "--health-requires-token", "--log-level", "debug", *WATCHED)
-    with serving(*flags) as server:
-        assert {each["status"] for each in server.wait_for("call", 3)} == {"OK"}
-        assert {each["method"] for each in server.lines("call")} == {"/poolrpc.v1.Watchdog/Check"}
+    with serving(*flags, "--metrics", "127.0.0.1:0") as server:
+        calls = server.wait_for("call", 3)
+        assert {(each["method"], each["status"]) for each in calls} == {("/poolrpc.v1.Watchdog/Check", "OK")}
+        assert {each["level"] for each in calls} == {"debug"}
+        samples = Scrape(server.start_line["metrics"]).samples
+    assert not [each for each in samples if "Watchdog" in str(each.labels)]

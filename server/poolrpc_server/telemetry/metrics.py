@@ -26,6 +26,9 @@ PLANES = tuple(4**power for power in range(9))
 REASONS = ("CALLS", "DEVICE_FAILED", "IN_FLIGHT_BYTES", "QUEUE", "STOPPING", "STREAMS")
 """The reasons for which calls are rejected temporarily."""
 
+WATCHDOG_SERVICE = "poolrpc.v1.Watchdog"
+"""The service that a server itself calls every second, which is not counted."""
+
 OLDEST = "poolrpc_queue_oldest_seconds"
 """The gauge of which several processes show the largest value, not the sum."""
 
@@ -101,6 +104,8 @@ class Metrics:
 
     def expect(self, kind: str, service: str, method: str) -> None:
         """Show a method before its first call, with 0 calls for the codes OK and INTERNAL."""
+        if service == WATCHDOG_SERVICE:
+            return
         self._started(kind, service, method)
         self._seconds(kind, service, method)
         for code in ("OK", "INTERNAL"):
@@ -108,10 +113,13 @@ class Metrics:
 
     def started(self, kind: str, service: str, method: str) -> None:
         """Count a call that starts; `kind` is "unary" or "bidi_stream"."""
-        self._started(kind, service, method).inc()
+        if service != WATCHDOG_SERVICE:
+            self._started(kind, service, method).inc()
 
     def handled(self, kind: str, service: str, method: str, code: str, seconds: float) -> None:
         """Count a call that ended, with the name of its gRPC status code ("INVALID_ARGUMENT") and its duration."""
+        if service == WATCHDOG_SERVICE:
+            return
         self._handled(kind, service, method, _shown_code(code)).inc()
         self._seconds(kind, service, method).observe(seconds)
 

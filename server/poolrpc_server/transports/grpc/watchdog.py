@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from poolrpc._wire.status import DETAILS_KEY
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -23,7 +25,8 @@ CHANNEL_OPTIONS = (
 )
 
 UNANSWERED = {grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE}
-"""Statuses that gRPC itself gives to calls without an answer. Any other one shows that the server serves."""
+"""Statuses that gRPC itself gives to calls without an answer. Any other one shows that the server serves, and so does
+one of these with the server's details."""
 
 
 class Watchdog:
@@ -86,7 +89,8 @@ class Watchdog:
         try:
             self._call(b"", timeout=self._seconds / 2, wait_for_ready=True)
         except grpc.RpcError as error:
-            return error.code() not in UNANSWERED
+            details = [each for each in error.trailing_metadata() or () if each.key == DETAILS_KEY]
+            return error.code() not in UNANSWERED or bool(details)
         except ValueError:  # the channel was closed
             return False
         return True
