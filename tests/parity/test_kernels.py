@@ -125,7 +125,8 @@ def compare_rows(name: str, data: st.DataObject, seed: int, size: int) -> None:
             if ours is not None:
                 moved = ours if channels is None else ours.movedim(-1, 1)
                 assert_same(moved.reshape(theirs.shape), theirs, what)
-    output, chosen = made.compute(x if channels is None else x.movedim(1, -1).contiguous(), None)
+    batched = x if channels is None else x.movedim(1, -1).contiguous()
+    output, chosen = made.compute(made.choose(memory.shape[0]), batched)
     assert_same(output if channels is None else output.movedim(-1, 1), expected, ("as chosen", layer, plane, dtype))
     assert (chosen is None) == (not layer.returns_indices)
 

@@ -39,10 +39,6 @@ WORKSPACE_LIMIT = 32 * 2**20
 IDLE_LIMIT = 128 * 2**20
 """The default limit of the memory of idle buffers, in bytes."""
 
-PARALLEL_BYTES = 20 * 2**20
-"""A layer that reads and writes at least this many bytes is divided among threads: for less, synchronising them costs
-more than it saves."""
-
 BATCH_SCHEDULES, BATCH_WORKSPACE_BYTES = 256, 128 * 2**10
 """The number of batches' schedules to remember, and the size up to which their workspaces are cached."""
 
@@ -67,6 +63,8 @@ class Run:
         finish: Converts the outputs' bytes to the result; their memory is reused as soon as it returns.
         outputs: Where to write the outputs. None: to memory of the engine.
         times: Records when the computation starts and ends. None: nothing is recorded.
+        check: Called regularly during the execution, between layers and blocks of planes, on any of its threads; what
+            it raises ends the execution. None: nothing is called. It isn't called for a run in a batch of several.
 
     """
 
@@ -75,6 +73,7 @@ class Run:
     finish: Callable[[Sequence[memoryview]], Any]
     outputs: Sequence[memoryview] | None = None
     times: StageTimes | None = None
+    check: Callable[[], None] | None = None
 
     @property
     def key(self) -> BatchKey | None:
@@ -149,7 +148,7 @@ class Engine:
     def schedule(self, request: Request, spatial_dims: int, results: Sequence[BranchResult]) -> Schedule:
         """Determine how to compute a request, and so how much work it is."""
         device = self._device_for(request.input.dtype)
-        return Schedule(request, spatial_dims, results, device, self._parallel_for)
+        return Schedule(request, spatial_dims, results, device, self.threads)
 
     def run(self, schedule: Schedule, payload: Bytes, finish: Callable[[Sequence[memoryview]], Any]) -> Run:
         """Return the run of a request.
@@ -200,14 +199,14 @@ class Engine:
     def _execute_alone(self, run: Run) -> Any:  # noqa: ANN401 - what the run's finish returns
         schedule = run.schedule
         if run.outputs is not None:
-            return run.finish(Workspace(schedule, run.inputs, run.outputs).run(in_place=True))
+            return run.finish(Workspace(schedule, run.inputs, run.outputs).run(self._parallel_for, run.check))
         if schedule.cached:
             with self._borrow_workspace(schedule) as workspace:
                 for buffer, data in zip(workspace.inputs, run.inputs, strict=True):
                     buffer[:] = data
-                return run.finish(workspace.run(in_place=False))
+                return run.finish(workspace.run(self._parallel_for, run.check))
         with self._buffers.borrow(schedule.outputs) as outputs:
-            return run.finish(Workspace(schedule, run.inputs, outputs).run(in_place=False))
+            return run.finish(Workspace(schedule, run.inputs, outputs).run(self._parallel_for, run.check))
 
     def _execute_batch(self, runs: Sequence[Run]) -> list[Any]:
         key = runs[0].key
@@ -219,7 +218,7 @@ class Engine:
                 for run in runs:
                     start, end = end, end + len(run.inputs[number])
                     buffer[start:end] = run.inputs[number]
-            outputs = workspace.run(in_place=False)
+            outputs = workspace.run(self._parallel_for, runs[0].check if len(runs) == 1 else None)
             for run in runs:
                 if run.times is not None:
                     run.times.compute_ended()
@@ -250,11 +249,10 @@ class Engine:
     def _create_batch_schedule(self, key: BatchKey, planes: int) -> Schedule:
         dims = key.spatial_dims
         request = block_of(key.plane, Planes(key.plane.input, dims), planes, 0)
-        return Schedule(request, dims, request.results(), key.device, self._parallel_for, BATCH_WORKSPACE_BYTES)
+        return Schedule(request, dims, request.results(), key.device, self.threads, BATCH_WORKSPACE_BYTES)
 
-    def _parallel_for(self, part: Callable[[int, int], None], planes: int, nbytes: int) -> None:
-        count = min(self.threads, planes) - 1
-        borrowed = self.slots.borrow(count) if self.slots is not None and count > 0 and nbytes >= PARALLEL_BYTES else 0
+    def _parallel_for(self, part: Callable[[int, int], None], planes: int, threads: int) -> None:
+        borrowed = self.slots.borrow(threads - 1) if self.slots is not None and threads > 1 else 0
         try:
             ends = [planes * i // (borrowed + 1) for i in range(borrowed + 2)]
             futures = [self._helpers.submit(part, start, stop) for start, stop in pairwise(ends[1:])]

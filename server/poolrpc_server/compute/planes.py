@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from poolrpc._wire.codec import Request
@@ -42,19 +41,12 @@ def steps(
         )
 
 
-def check_indices(
-    indices: np.ndarray[tuple[int, ...], np.dtype[np.int64]],
-    request: Request,
-    dims: int,
-    results: Sequence[BranchResult],
-) -> None:
-    """Check that the indices for MaxUnpool are in the range of each output plane that they are used for.
+def check_indices(indices: np.ndarray[tuple[int, ...], np.dtype[np.int64]], cells: int) -> None:
+    """Check that the indices for MaxUnpool are in the range of an output plane.
 
     Args:
         indices: The indices; the server's own copy, which no client can change after the check.
-        request: The request.
-        dims: The number of its spatial axes.
-        results: The shapes of its results.
+        cells: The number of cells of an output plane.
 
     Raises:
         InvalidArgumentError: An index is out of range.
@@ -63,9 +55,6 @@ def check_indices(
     if not indices.size:
         return
     low, high = int(indices.min()), int(indices.max())
-    for chain, result in zip(request.branches, results, strict=True):
-        if chain[0].takes_indices:
-            cells = math.prod(to_channels_first(result.shapes[0], dims, request.input.layout)[-dims:])
-            if low < 0 or high >= cells:
-                msg = f"expected indices in 0..{cells - 1}, the cells of an output plane, got {low}..{high}"
-                raise InvalidArgumentError(msg, field="indices")
+    if low < 0 or high >= cells:
+        msg = f"expected indices in 0..{cells - 1}, the cells of an output plane, got {low}..{high}"
+        raise InvalidArgumentError(msg, field="indices")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
 from typing import TYPE_CHECKING
 
 import torch
 
 from poolrpc._wire.codec import payload_specs
 from poolrpc.chains import Planes
-from poolrpc_server.compute import kernels
+from poolrpc_server.compute.branch import Branch
+from poolrpc_server.compute.kernels import plan_for
 from poolrpc_server.compute.kernels.eager import SIZE_DEPENDENT
 from poolrpc_server.compute.planes import block_of, steps
 
@@ -29,8 +29,8 @@ CPU_BATCHED_BYTES, DEVICE_BATCHED_BYTES = 256 * 2**10, 8 * 2**20
 """The largest request, outputs included, that shares a batch. On the CPU, copying larger ones together costs more than
 one kernel call saves; on another device they are copied in any case."""
 
-CALL_SECONDS, CELL_SECONDS = 50e-6, 1e-9
-"""The duration estimated before the first execution: for a request itself, and for each cell of its work."""
+CALL_SECONDS, LAYER_SECONDS, WORK_SECONDS = 50e-6, 10e-6, 1e-9
+"""The duration estimated before the first execution: for a request itself, each of its layers, each unit of its work."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,7 +46,7 @@ _batch_key = lru_cache(4096)(BatchKey)
 
 
 class Schedule:
-    """How a request is computed: a plan for each layer of each branch.
+    """How a request is computed.
 
     Attributes:
         inputs: The specs of the tensors in the payload.
@@ -54,7 +54,10 @@ class Schedule:
         outputs: The specs of the output tensors.
         nbytes: The size of inputs and outputs.
         planes: The number of planes; of images, if channels are last.
-        work: The number of cells that the kernels visit.
+        branches: How each branch is computed; empty if the input has no cells.
+        work: The number of cells that the kernels visit, each weighted by what it costs in nanoseconds of one thread.
+        scratch_bytes: An upper bound of the memory that an execution takes, on all of its threads, in addition to inputs
+            and outputs.
         key: The key of the requests that may be computed in one batch with this one. None: it is computed alone.
         seconds: The estimated duration, corrected by each execution.
         cached: Whether its workspaces are kept for reuse.
@@ -62,20 +65,19 @@ class Schedule:
 
     """
 
-    def __init__(  # noqa: PLR0913, PLR0917 - its parts; the engine alone creates schedules, in two places
+    def __init__(
         self,
         request: Request,
         spatial_dims: int,
         results: Sequence[BranchResult],
         device: torch.device,
-        parallel_for: kernels.ParallelFor,
+        threads: int,
         workspace_bytes: int = WORKSPACE_BYTES,
     ) -> None:
         self.request = request
         self.spatial_dims = spatial_dims
         self.results = results
         self.device = device
-        self.parallel_for = parallel_for
         self.inputs = request.specs
         self.input_bytes = sum(spec.nbytes for spec in self.inputs)
         self.outputs = payload_specs(results)
@@ -83,19 +85,20 @@ class Schedule:
         self.planes = Planes(request.input, spatial_dims).count
         self.cached = device.type == "cpu" and self.nbytes <= workspace_bytes
         self.workspaces: list[Workspace] = []
-        self.work = 0
-        self.plans: list[list[kernels.Plan]] = []
+        self.branches: list[Branch] = []
         if request.input.numel:  # An empty tensor has no planes, and may have axes longer than torch allows.
             channels = request.input.shape[-1] if request.input.layout == "NHWC" else None
             dtype: torch.dtype = getattr(torch, request.input.dtype)
             for chain in steps(request, spatial_dims, results):
-                self.plans.append([])
-                for layer, spec, plane in chain:
-                    plan = kernels.plan_for(layer, dtype, plane, channels, device.type)
-                    self.work += plan.work(spec.numel // prod(plan.plane_shape))
-                    self.plans[-1].append(plan)
+                plans = [plan_for(layer, dtype, plane, channels, device.type) for layer, _, plane in chain]
+                self.branches.append(Branch(plans, self.planes, threads))
+        self.work = sum(branch.work for branch in self.branches)
         self.key = self._key()
-        self.seconds = CALL_SECONDS + CELL_SECONDS * self.work
+        self.scratch_bytes = max((branch.scratch_bytes for branch in self.branches), default=0)
+        if self.key is not None or self.cached:  # Inputs and outputs are copied, for a batch or a cached workspace.
+            self.scratch_bytes += self.nbytes
+        layers = sum(len(branch.steps) for branch in self.branches)
+        self.seconds = CALL_SECONDS + LAYER_SECONDS * layers + WORK_SECONDS * self.work
 
     def record_duration(self, seconds: float) -> None:
         """Correct the estimate by the duration of an execution."""
@@ -110,7 +113,7 @@ class Schedule:
         if not on_cpu:
             independent &= all(layer.family not in SIZE_DEPENDENT for chain in request.branches for layer in chain)
         limit = CPU_BATCHED_BYTES if on_cpu else DEVICE_BATCHED_BYTES
-        if not (self.plans and independent and self.nbytes <= limit):
+        if not (self.branches and independent and self.nbytes <= limit):
             return None
         plane = block_of(request, Planes(request.input, self.spatial_dims), 1, 0)
         return _batch_key(plane, self.spatial_dims, self.device)

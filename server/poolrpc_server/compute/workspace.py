@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from math import prod
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -17,7 +19,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from poolrpc.tensors import Bytes, TensorSpec
+    from poolrpc_server.compute.branch import Branch
     from poolrpc_server.compute.schedule import Schedule
+
+ParallelFor: TypeAlias = "Callable[[Callable[[int, int], None], int, int], None]"
+"""Calls a function on ranges (start, stop) that cover a number of planes, on up to a number of threads."""
 
 OVERHEAD_BYTES = 4096
 """Memory that a workspace takes in addition to its tensors' bytes: Python's, NumPy's and torch's objects for them."""
@@ -52,75 +58,106 @@ class Workspace:
         self.schedule, self.inputs, self.outputs = schedule, inputs, outputs
         self.last_used = 0
         self._bound: Callable[[], None] | None = None
-        if schedule.plans:
+        branches = schedule.branches
+        if branches:
             self._x = self._tensor(inputs[0], schedule.inputs[0])
+            self._aligned = self._x.data_ptr() % self._x.element_size() == 0
             targets = iter(self._tensor(*output) for output in zip(outputs, schedule.outputs, strict=True))
             self._targets = [[next(targets) for _ in result.specs] for result in schedule.results]
             # Only a single layer can be bound: a chain's intermediate tensors have no fixed memory.
-            if reused and [len(plans) for plans in schedule.plans] == [1] and schedule.device.type == "cpu":
-                self._bound = schedule.plans[0][0].bind(self._x, self._targets[0][0])
+            if reused and [len(branch.steps) for branch in branches] == [1] and schedule.device.type == "cpu":
+                self._bound = branches[0].steps[0][0].bind(self._x, self._targets[0][0])
 
     @property
     def nbytes(self) -> int:
         """The memory that the workspace takes, in bytes."""
         return self.schedule.nbytes + OVERHEAD_BYTES
 
-    def run(self, *, in_place: bool) -> Sequence[memoryview]:
+    def run(self, parallel_for: ParallelFor, check: Callable[[], None] | None = None) -> Sequence[memoryview]:
         """Compute the outputs.
 
         Args:
-            in_place: Whether every output must be written to `outputs`, rather than left where torch allocated it.
+            parallel_for: Calls a function on ranges of planes, on one thread or several.
+            check: Called between layers and blocks of planes, on any of these threads; what it raises ends the
+                computation. None: nothing is called.
 
         Returns:
             The bytes of each output.
+
+        Raises:
+            InvalidArgumentError: The indices for MaxUnpool are out of range.
 
         """
         if self._bound is not None:
             self._bound()
             return self.outputs
         schedule = self.schedule
-        if not schedule.plans:
+        if not schedule.branches:
             return self.outputs
-        device, x = schedule.device, self._x
-        on_cpu = device.type == "cpu"
-        if not on_cpu:
-            x = x.to(device, non_blocking=True)
-        input_indices = self._indices().to(device) if len(self.inputs) > 1 else None
-        outputs: list[memoryview] = []
-        for plans, targets in zip(schedule.plans, self._targets, strict=True):
-            output, indices = x, input_indices
-            for plan in plans[:-1]:
-                output, indices = plan.compute(output, indices, schedule.parallel_for)
-            results = plans[-1].compute(output, indices, schedule.parallel_for, *(targets if on_cpu else ()))
-            for target, result in zip(targets, results, strict=False):
-                buffer = self.outputs[len(outputs)]
-                if result is target or result is None:
-                    outputs.append(buffer)
-                elif in_place or not on_cpu or result.dtype == torch.bfloat16 or not result.is_contiguous():
-                    target.copy_(result, non_blocking=True)
-                    outputs.append(buffer)
-                else:
-                    outputs.append(result.numpy().reshape(-1).view(np.uint8).data)
+        if schedule.device.type != "cpu":
+            self._run_on_device(check)
+            return self.outputs
+        for branch, targets in zip(schedule.branches, self._targets, strict=True):
+            if branch.block == branch.planes:
+                x = self._x if self._aligned else self._copy(0, 0, branch.planes)
+                branch.compute(x, self._indices(branch, 0, branch.planes), targets, 0, check)
+            else:
+                parallel_for(partial(self._compute_blocks, branch, targets, check), branch.planes, branch.threads)
+        return self.outputs
+
+    def _compute_blocks(
+        self,
+        branch: Branch,
+        targets: Sequence[torch.Tensor],
+        check: Callable[[], None] | None,
+        start: int,
+        stop: int,
+    ) -> None:
+        """Compute a range of planes, block by block."""
+        for first, end in branch.blocks(start, stop):
+            x = self._part(self._x, first, end) if self._aligned else self._copy(0, first, end)
+            parts = [self._part(target, first, end) for target in targets]
+            branch.compute(x, self._indices(branch, first, end), parts, first, check)
+
+    def _run_on_device(self, check: Callable[[], None] | None) -> None:
+        """Compute the outputs on a device that isn't the CPU, all planes at once."""
+        device, planes = self.schedule.device, self.schedule.planes
+        x = (self._x if self._aligned else self._copy(0, 0, planes)).to(device, non_blocking=True)
+        for branch, targets in zip(self.schedule.branches, self._targets, strict=True):
+            indices = self._indices(branch, 0, planes)
+            branch.compute(x, None if indices is None else indices.to(device), targets, 0, check)
         synchronize(device)
-        return outputs
+
+    def _indices(self, branch: Branch, first: int, end: int) -> torch.Tensor | None:
+        """Return the indices for MaxUnpool of some planes, checked; None if the branch takes none."""
+        plan = branch.steps[0][0]
+        if not plan.layer.takes_indices:
+            return None
+        # A client that writes to shared memory can't change the copy after the check.
+        indices = self._copy(1, first, end)
+        check_indices(indices.numpy(), prod(plan.output_plane))
+        return indices
 
     def _tensor(self, data: Bytes, spec: TensorSpec) -> torch.Tensor:
-        dtype: torch.dtype = getattr(torch, spec.dtype)
+        """Return a tensor's memory as planes, without a copy."""
         memory = np.asarray(_WritableView(data))
-        if memory.ctypes.data % dtype.itemsize:  # Vectorised code may fail on an address that is not aligned.
-            memory = memory.copy()
-        return self._batched(torch.frombuffer(memory, dtype=dtype).reshape(spec.shape))
+        return self._as_planes(torch.frombuffer(memory, dtype=getattr(torch, spec.dtype)), spec)
 
-    def _indices(self) -> torch.Tensor:
-        # A copy: a client that writes to shared memory can't change the indices after the check. It is also aligned,
-        # whatever precedes the indices in the payload.
-        schedule = self.schedule
-        indices = np.frombuffer(self.inputs[1], "<i8").copy()
-        check_indices(indices, schedule.request, schedule.spatial_dims, schedule.results)
-        return self._batched(torch.from_numpy(indices).reshape(schedule.request.input.shape))
+    def _copy(self, number: int, first: int, end: int) -> torch.Tensor:
+        """Return a copy of some planes of an input, which is aligned whatever precedes them in the payload."""
+        spec = self.schedule.inputs[number]
+        size = spec.nbytes // self.schedule.planes
+        memory = np.frombuffer(self.inputs[number], np.uint8, (end - first) * size, first * size).copy()
+        return self._as_planes(torch.from_numpy(memory).view(getattr(torch, spec.dtype)), spec)
 
-    def _batched(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unsqueeze(0) if x.ndim == self.schedule.spatial_dims + 1 else x
+    def _as_planes(self, cells: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+        dims = self.schedule.spatial_dims
+        if spec.layout == "NHWC":
+            return cells.view(-1, *spec.shape[-dims - 1 :])
+        return cells.view(1, -1, *spec.shape[-dims:])
+
+    def _part(self, planes: torch.Tensor, first: int, end: int) -> torch.Tensor:
+        return planes[first:end] if self.schedule.inputs[0].layout == "NHWC" else planes[:, first:end]
 
 
 class WorkspaceCache:

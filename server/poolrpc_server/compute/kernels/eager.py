@@ -7,6 +7,7 @@ costs little more than the operator.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf, prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,8 +23,13 @@ if TYPE_CHECKING:
 Pooled = tuple[torch.Tensor, torch.Tensor | None]
 """An output, and the indices of its maxima if the layer returns them."""
 
-Operator = Callable[[torch.Tensor, torch.Tensor | None], Pooled]
-"""Computes a layer on a tensor of (N, C, spatial...), contiguous in either layout, and the indices for MaxUnpool."""
+Operator = Callable[[torch.Tensor, torch.Tensor | None, int, int], Pooled]
+"""Computes a layer on some planes of a tensor: (x, indices, first, count).
+
+x has the axes (N, C, spatial...) and is contiguous in either layout; the indices are MaxUnpool's, or None. x has the
+planes from number `first` on of a tensor of `count` planes, on which the samples of fractional layers and the powers of
+LPPool depend.
+"""
 
 HALVES = (torch.float16, torch.bfloat16)
 NARROW_INTEGERS = (torch.uint8, torch.int8, torch.int16)
@@ -36,6 +42,10 @@ GAMMA = np.uint64(SEED_STEP)
 MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 MIX_2 = np.uint64(0x94D049BB133111EB)
 FLOAT32_BITS = 24
+
+VECTOR_CELLS = 256
+"""A multiple of the cells that any of torch's vectorised loops takes at once; what remains at a tensor's end is computed
+one by one."""
 
 
 def bind(layer: Layer, dtype: torch.dtype, plane: tuple[int, ...], *, channels_last: bool = False) -> Operator:
@@ -62,8 +72,8 @@ def _in_channels_last(layer: Layer, dtype: torch.dtype, run: Operator) -> Operat
         # Through one axis: if an axis has length 1, contiguous() may leave strides that torch takes for channels-last.
         return view if independent else view.reshape(-1).reshape(view.shape)
 
-    def run_channels_last(x: torch.Tensor, indices: torch.Tensor | None) -> Pooled:
-        output, chosen = run(channels_first(x), None if indices is None else channels_first(indices))
+    def run_channels_last(x: torch.Tensor, indices: torch.Tensor | None, first: int, count: int) -> Pooled:
+        output, chosen = run(channels_first(x), None if indices is None else channels_first(indices), first, count)
         return output.movedim(1, -1).contiguous(), None if chosen is None else chosen.movedim(1, -1).contiguous()
 
     return run_channels_last
@@ -77,13 +87,13 @@ def _max_pool(layer: Any, dtype: torch.dtype, plane: tuple[int, ...]) -> Operato
     if layer.return_indices or (len(plane) == 1 and not dtype.is_floating_point):
         function = getattr(functional, name)
 
-        def run(x: torch.Tensor, _: object) -> Pooled:
+        def run(x: torch.Tensor, *_: object) -> Pooled:
             output, indices = function(x, *arguments, return_indices=True)
             return output, indices if layer.return_indices else None
 
         return run
     operator = getattr(torch, name)
-    return lambda x, _: (operator(x, *arguments), None)
+    return lambda x, *_: (operator(x, *arguments), None)
 
 
 def _avg_pool(layer: Any, _: torch.dtype, plane: tuple[int, ...]) -> Operator:  # noqa: ANN401
@@ -91,14 +101,45 @@ def _avg_pool(layer: Any, _: torch.dtype, plane: tuple[int, ...]) -> Operator:  
     ceil, include = layer.ceil_mode, layer.count_include_pad
     operator = getattr(functional, f"avg_pool{len(plane)}d")
     if len(plane) == 1:  # avg_pool1d has no divisor_override
-        return lambda x, _: (operator(x, kernel, stride, padding, ceil, include), None)
+        return lambda x, *_: (operator(x, kernel, stride, padding, ceil, include), None)
     divisor = layer.divisor_override
-    return lambda x, _: (operator(x, kernel, stride, padding, ceil, include, divisor), None)
+    return lambda x, *_: (operator(x, kernel, stride, padding, ceil, include, divisor), None)
 
 
 def _lp_pool(layer: Any, _: torch.dtype, plane: tuple[int, ...]) -> Operator:  # noqa: ANN401
-    function = getattr(functional, f"lp_pool{len(plane)}d")
-    return lambda x, _: (function(x, layer.norm_type, layer.kernel_size, layer.stride, layer.ceil_mode), None)
+    norm, ceil = layer.norm_type, layer.ceil_mode
+    if norm == inf:
+        function = getattr(functional, f"lp_pool{len(plane)}d")
+        return lambda x, *_: (function(x, norm, layer.kernel_size, layer.stride, ceil), None)
+    average = getattr(functional, f"avg_pool{len(plane)}d")
+    kernel, stride, _padding, _dilation = zip(*layer.geometry(), strict=True)
+    cells = prod(kernel)
+
+    # What functional.lp_pool2d computes, with less memory, and on any range of a tensor's planes.
+    def run(x: torch.Tensor, _: object, first: int, count: int) -> Pooled:
+        output = average(_power(x, norm, first, count), kernel, stride, 0, ceil)
+        sizes = output.abs().relu_()
+        return _power(output.sign_().mul_(sizes).mul_(cells), 1.0 / norm, first, count), None
+
+    return run
+
+
+def _power(x: torch.Tensor, exponent: float, first: int, count: int) -> torch.Tensor:
+    """Return the power of each cell of x, which has the planes from number `first` on of a tensor of `count` planes.
+
+    torch's vectorised code differs in the last bit from the code for the remaining cells at a tensor's end. So x is
+    extended on both sides, such that exactly the cells that are at the end of the whole tensor are at the end.
+    """
+    cells = x[0, 0].numel()
+    start, total = first * cells, count * cells
+    before, after = start % VECTOR_CELLS, 0 if start + x.numel() == total else -(start + x.numel()) % VECTOR_CELLS
+    if not before and not after:
+        return x.pow(exponent)
+    extended = x.new_ones(before + x.numel() + after)
+    inside = extended[before : before + x.numel()].view(x.shape)
+    inside.copy_(x)
+    extended.pow_(exponent)
+    return inside
 
 
 def _fractional_max_pool(layer: Any, dtype: torch.dtype, plane: tuple[int, ...]) -> Operator:  # noqa: ANN401
@@ -108,8 +149,8 @@ def _fractional_max_pool(layer: Any, dtype: torch.dtype, plane: tuple[int, ...])
     wide = torch.float32 if dtype in HALVES else dtype
     kernel = per_axis(layer.kernel_size, len(plane))
 
-    def run(x: torch.Tensor, _: object) -> Pooled:
-        samples = draw_samples(layer.seed, x.shape[0], x.shape[1], len(plane)).to(x.device, wide)
+    def run(x: torch.Tensor, _: object, first: int, __: int) -> Pooled:
+        samples = draw_samples(layer.at_plane(first).seed, x.shape[0], x.shape[1], len(plane)).to(x.device, wide)
         output, indices = function(x.to(wide), kernel, output_size=plane, return_indices=True, _random_samples=samples)
         return output.to(dtype), indices if layer.return_indices else None
 
@@ -150,7 +191,7 @@ def _native(name: str) -> Callable[..., Any]:
 def _adaptive_max_pool(layer: Any, _: torch.dtype, plane: tuple[int, ...]) -> Operator:  # noqa: ANN401
     operator = _native(f"adaptive_max_pool{len(plane)}d")
 
-    def run(x: torch.Tensor, _: object) -> Pooled:
+    def run(x: torch.Tensor, *_: object) -> Pooled:
         output, indices = operator(x, plane)
         return output, indices if layer.return_indices else None
 
@@ -159,17 +200,17 @@ def _adaptive_max_pool(layer: Any, _: torch.dtype, plane: tuple[int, ...]) -> Op
 
 def _adaptive_avg_pool(_: Any, __: torch.dtype, plane: tuple[int, ...]) -> Operator:  # noqa: ANN401
     operator = _native(f"adaptive_avg_pool{len(plane)}d")
-    return lambda x, _: (operator(x, plane), None)
+    return lambda x, *_: (operator(x, plane), None)
 
 
 def _max_unpool(layer: Any, _: torch.dtype, plane: tuple[int, ...]) -> Operator:  # noqa: ANN401
     function = getattr(functional, f"max_unpool{len(plane)}d")
-    return lambda x, indices: (function(x, indices, layer.kernel_size, layer.stride, layer.padding, plane), None)
+    return lambda x, indices, *_: (function(x, indices, layer.kernel_size, layer.stride, layer.padding, plane), None)
 
 
 def _global_max_pool(_: Any, __: torch.dtype, plane: tuple[int, ...]) -> Operator:  # noqa: ANN401
     axes = tuple(range(2, 2 + len(plane)))
-    return lambda x, _: (x.amax(axes, keepdim=True), None)
+    return lambda x, *_: (x.amax(axes, keepdim=True), None)
 
 
 SIZE_DEPENDENT = ("adaptive_avg_pool", "global_avg_pool")

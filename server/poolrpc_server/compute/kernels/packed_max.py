@@ -114,7 +114,7 @@ def _range(program: Program, number: int) -> tuple[int, int]:
 def _run(plan: Plan, x: Tensor, out: Tensor, indices: Tensor) -> None:
     for start, stop in max_pool_indices(x, plan.windows, out, indices):
         # Which of several NaNs torch chooses is its own rule.
-        output, chosen = plan.eager(x[start:stop].unsqueeze(0), None)
+        output, chosen = plan.eager(x[start:stop].unsqueeze(0), None, 0, stop - start)
         out[start:stop] = output[0]
         indices[start:stop] = chosen[0]  # type: ignore[index]  # the layer returns them
 

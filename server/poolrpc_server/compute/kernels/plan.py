@@ -14,15 +14,8 @@ from poolrpc_server.compute.kernels.cost import Case
 from poolrpc_server.compute.kernels.eager import Operator, Pooled, bind
 from poolrpc_server.compute.kernels.windows import Sizes, Windows
 
-MAX_CHOICES = 256
-"""The number of plane counts for which a plan remembers its choice."""
-
 EXPLAINED_PLANES = (1, 8, 64, 512, 4096)
 """The plane counts for which explain() names the kernel."""
-
-ParallelFor = Callable[[Callable[[int, int], None], int, int], None]
-"""Calls a function on ranges (start, stop) that cover a number of planes, which have a number of bytes, in and out."""
-
 
 @dataclass(frozen=True)
 class Row:
@@ -114,31 +107,24 @@ class Plan:
         return bind(self.layer, self.dtype, self.output_plane, channels_last=self.channels is not None)
 
     @cached_property
-    def _cells(self) -> int:
+    def cells(self) -> int:
+        """The number of cells of an input plane, with the channels if they are last."""
         return prod(self.plane_shape)
-
-    @cached_property
-    def _chosen(self) -> dict[int, Row | None]:
-        return {}
 
     def choose(self, planes: int) -> Row | None:
         """Return the row to use for a number of planes; None for torch's own operators."""
-        try:
-            return self._chosen[planes]
-        except KeyError:
-            case = Case(self.dtype, planes, self.plane_shape, self.result_shape, self.windows)
-            chosen = next((row for row in self.rows if row.pays(self, case)), None)
-        if len(self._chosen) >= MAX_CHOICES:
-            self._chosen.clear()
-        self._chosen[planes] = chosen
-        return chosen
+        case = Case(self.dtype, planes, self.plane_shape, self.result_shape, self.windows)
+        return next((row for row in self.rows if row.pays(self, case)), None)
 
-    def work(self, planes: int) -> int:
-        """Return the number of cells that computing so many planes visits, which the work budget limits."""
-        row = self.choose(planes)
+    def work(self, row: Row | None, planes: int) -> int:
+        """Return the number of cells that a kernel visits on so many planes, which the work budget limits."""
         if row is None or row.passes is None:
             return planes * (self.channels or 1) * int(self.layer.work(self.plane))
-        return planes * max(self._cells, prod(self.result_shape)) * row.passes(self.windows)
+        return planes * max(self.cells, prod(self.result_shape)) * row.passes(self.windows)
+
+    def scratch(self, row: Row | None, planes: int) -> int:
+        """Return an upper bound of the memory that a kernel takes for so many planes, in addition to its output."""
+        return 0
 
     def explain(self) -> str:
         """Return one line that says what the output is and which kernel is used for how many planes."""
@@ -159,46 +145,41 @@ class Plan:
 
     def compute(
         self,
+        row: Row | None,
         x: torch.Tensor,
-        indices: torch.Tensor | None,
-        parallel_for: ParallelFor | None = None,
-        output: torch.Tensor | None = None,
-        output_indices: torch.Tensor | None = None,
+        indices: torch.Tensor | None = None,
+        *,
+        outputs: Sequence[torch.Tensor] = (),
+        first: int = 0,
+        count: int | None = None,
     ) -> Pooled:
-        """Compute the layer.
+        """Compute the layer on some planes of a tensor.
 
         Args:
-            x: The input, batched and contiguous, with no axis of 0, in the plan's layout: (N, C, *plane), or
+            row: The kernel, one of `rows`; None for torch's own operators.
+            x: The planes, batched and contiguous, with no axis of 0, in the plan's layout: (N, C, *plane), or
                 (N, *plane, C).
             indices: The indices for MaxUnpool, of x's shape and in range.
-            parallel_for: Calls a function on ranges of planes, on one thread or several. None: on all planes, once.
-            output: Contiguous memory that the output may be written to.
-            output_indices: The same for the indices of the maxima.
+            outputs: Contiguous memory that the output, and the indices of the maxima, may be written to.
+            first: The number of the first of the planes; of images, if channels are last.
+            count: The number of the tensor's planes or images. None: x has all of them.
 
         Returns:
             The output, batched and contiguous in the same layout, and the indices if the layer returns them: either the
             given tensors, or others, which the caller then copies.
 
         """
-        planes = x.numel() // self._cells
-        row = self.choose(planes)
+        planes = x.numel() // self.cells
         if row is None:
-            return self.eager(x, indices)
-        if output is None:
-            output = x.new_empty((*x.shape[: x.ndim - len(self.plane_shape)], *self.result_shape))
-        if output_indices is None and row.indices:
-            output_indices = x.new_empty(output.shape, dtype=torch.int64)
-        read, write = x.view(planes, *self.plane_shape), output.view(planes, *self.result_shape)
-        write_indices = None if output_indices is None else output_indices.view(planes, *self.result_shape)
-
-        def part(start: int, stop: int) -> None:
-            chosen = None if write_indices is None else write_indices[start:stop]
-            row.run(self, read[start:stop], write[start:stop], chosen)
-
-        if parallel_for is None:
-            part(0, planes)
+            channels = self.channels or 1
+            return self.eager(x, indices, first * channels, (planes if count is None else count) * channels)
+        if outputs:
+            output, output_indices = outputs[0], outputs[1] if row.indices else None
         else:
-            parallel_for(part, planes, x.nbytes + output.nbytes)
+            output = x.new_empty((*x.shape[: x.ndim - len(self.plane_shape)], *self.result_shape))
+            output_indices = x.new_empty(output.shape, dtype=torch.int64) if row.indices else None
+        chosen = None if output_indices is None else output_indices.view(planes, *self.result_shape)
+        row.run(self, x.view(planes, *self.plane_shape), output.view(planes, *self.result_shape), chosen)
         return output, output_indices
 
     def bind(self, x: torch.Tensor, output: torch.Tensor) -> Callable[[], None] | None:
@@ -206,7 +187,7 @@ class Plan:
 
         The tensors are as for compute.
         """
-        planes = x.numel() // self._cells
+        planes = x.numel() // self.cells
         row = self.choose(planes)
         if row is None or row.bind is None:
             return None

@@ -41,14 +41,12 @@ def test_the_steps_of_a_branch(shape, layout):
     assert found == [(MaxPool2d(2), shape, (8, 6)), (AvgPool2d(2), halved, (4, 3))]
 
 
-def test_indices_must_be_in_the_range_of_every_output_plane():
-    """The error names the range and what was received; the branch with the smallest output decides."""
-    request = Request(SPEC, ((MaxUnpool2d(1),), (MaxUnpool2d(2),)), TensorSpec("int64", SPEC.shape))
-    results = request.results()
-    check_indices(np.array([0, 47]), request, 2, results)
-    check_indices(np.array([], np.int64), request, 2, results)
+def test_indices_must_be_in_the_range_of_an_output_plane():
+    """The error names the range and what was received."""
+    check_indices(np.array([0, 47]), 48)
+    check_indices(np.array([], np.int64), 48)
     for bad in (-1, 48):
         with pytest.raises(
             InvalidArgumentError, match=rf"expected indices in 0..47, .*got {min(bad, 3)}..{max(bad, 3)}$"
         ):
-            check_indices(np.array([3, bad]), request, 2, results)
+            check_indices(np.array([3, bad]), 48)

@@ -1,0 +1,172 @@
+"""Blocks of planes: a branch that is computed block by block has the result of torch on the whole tensor."""
+
+from __future__ import annotations
+
+from math import inf, prod
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+import poolrpc as p
+from poolrpc._wire.codec import Request
+from poolrpc.tensors import TensorSpec, split_tensors
+from poolrpc_server.calls.validate import Limits, check_request
+from poolrpc_server.compute import branch
+from poolrpc_server.compute.engine import Engine
+from tests.parity.reference import assert_same, reference, values
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from poolrpc.chains import Chain
+
+LIMITS = Limits(2**30, 2**30, 2**10, 10**12)
+SHAPES = {1: (3, 5, 333), 2: (3, 5, 23, 29), 3: (3, 5, 7, 11, 9)}
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    """An engine of two threads, which may always use both."""
+    made = Engine("cpu", 2)
+    made.slots = Slots()
+    yield made
+    made.close()
+
+
+class Slots:
+    """Slots that are always free."""
+
+    def borrow(self, count: int) -> int:
+        """Lend as many as are wanted."""
+        return count
+
+    def release(self, slots: int) -> None:
+        """Take them back."""
+
+
+def small_blocks(patch: pytest.MonkeyPatch, plane_bytes: int) -> None:
+    """Let blocks have few planes, and all branches be divided among threads."""
+    patch.setattr(branch, "BLOCK_BYTES", 8 * plane_bytes)
+    patch.setattr(branch, "KERNEL_BLOCK_BYTES", 8 * plane_bytes)
+    patch.setattr(branch, "PARALLEL_WORK", 1)
+
+
+def compute(
+    engine: Engine,
+    x: torch.Tensor,
+    branches: Sequence[Chain],
+    layout: str = "NCHW",
+    indices: torch.Tensor | None = None,
+    shift: int = 0,
+) -> list[torch.Tensor]:
+    """Return the outputs of an execution in blocks, whose input's address is `shift` bytes after an aligned one."""
+    tensors = [each.movedim(1, -1).contiguous() if layout == "NHWC" else each for each in (x, indices) if each is not None]
+    specs = [TensorSpec(str(each.dtype).removeprefix("torch."), tuple(each.shape), layout) for each in tensors]
+    request = Request(specs[0], tuple(branches), specs[1] if indices is not None else None)
+    checked = check_request(request, LIMITS, engine.schedule)
+    assert all(made.block < made.planes for made in checked.schedule.branches)
+    data = b"".join(each.view(torch.uint8).numpy().tobytes() for each in tensors)
+    payload = memoryview(bytes(shift) + data)[shift:]
+    assert len(split_tensors(payload, specs)) == len(specs)
+
+    def finish(outputs: Sequence[memoryview]) -> list[torch.Tensor]:
+        made = [
+            torch.frombuffer(bytearray(output), dtype=getattr(torch, spec.dtype)).view(spec.shape)
+            for output, spec in zip(outputs, checked.outputs, strict=True)
+        ]
+        return [each.movedim(-1, 1) if layout == "NHWC" else each for each in made]
+
+    result: list[torch.Tensor] = engine.execute([engine.run(checked.schedule, payload, finish)])[0]
+    return result
+
+
+def layers(dims: int) -> list[p.Layer]:
+    """Return layers of every family, computed by each kernel and by torch's operators."""
+    made: dict[str, Any] = {
+        "MaxPool": [{"kernel_size": 2}, {"kernel_size": 3, "stride": 2, "padding": 1, "return_indices": True}],
+        "AvgPool": [{"kernel_size": 2}, {"kernel_size": 3, "stride": 2, "padding": 1}],
+        "LPPool": [{"norm_type": norm, "kernel_size": 2} for norm in (1.0, 2.0, inf, 3.0, 1.7, 0.5, 3.5)],
+        "AdaptiveMaxPool": [{"output_size": 3}, {"output_size": 4, "return_indices": True}],
+        "AdaptiveAvgPool": [{"output_size": 3}, {"output_size": 1}],
+    }
+    if dims > 1:
+        made["FractionalMaxPool"] = [
+            {"kernel_size": 2, "output_size": 3, "seed": 7},
+            {"kernel_size": 2, "output_ratio": 0.6, "seed": 2**64 - 1, "return_indices": True},
+        ]
+    named = [p.LAYERS[f"{family}{dims}d"](**each) for family, each_one in made.items() for each in each_one]
+    return [*named, p.GlobalMaxPool(), p.GlobalAvgPool()]
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_every_layer_in_blocks(engine: Engine, monkeypatch: pytest.MonkeyPatch, dims: int, layout: str) -> None:
+    """Values and indices are torch's on the whole tensor, whatever the dtype, and wherever the input's memory starts."""
+    shape = SHAPES[dims]
+    for turn, layer in enumerate(layers(dims)):
+        for dtype in layer.dtypes:
+            x = values(shape, dtype, turn)
+            small_blocks(monkeypatch, prod(shape[2:]) * x.element_size())
+            expected = [each for each in reference(layer, x) if each is not None]
+            for shift in (0, 1):
+                got = compute(engine, x, [(layer,)], layout, shift=shift)
+                for one, other in zip(got, expected, strict=True):
+                    assert_same(one, other, (layer, dtype, layout, shift))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("norm", [1.7, 0.5, 3.0, 11.25])
+def test_a_general_norm_in_blocks(engine: Engine, monkeypatch: pytest.MonkeyPatch, norm: float, dtype: str) -> None:
+    """Which cells torch's scalar code computes depends on the tensor's size and not on the blocks', also in chains."""
+    for shape in ((1, 17, 31, 33), (2, 13, 16, 16), (1, 400, 3, 3), (1, 37, 8, 9)):
+        x = values(shape, dtype, 0).abs()
+        small_blocks(monkeypatch, prod(shape[2:]) * x.element_size())
+        chain = p.LPPool2d(norm, 2, stride=1), p.LPPool2d(norm, (2, 1))
+        first, _ = reference(chain[0], x)
+        outputs = compute(engine, x, [chain[:1], chain])
+        assert_same(outputs[0], first, (norm, shape))
+        assert_same(outputs[1], reference(chain[1], first)[0], (norm, shape))
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_chains_and_branches_in_blocks(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, dtype: str, layout: str
+) -> None:
+    """Every layer of a chain, of several branches, is computed on blocks with torch's results, seeds and norms too."""
+    x = values((7, 6, 38, 41), dtype, 2)
+    small_blocks(monkeypatch, 38 * 41 * x.element_size())
+    branches: list[Chain] = [
+        (p.MaxPool2d(3, 2, 1), p.AvgPool2d(2), p.LPPool2d(1.7, 2), p.GlobalAvgPool()),
+        (p.FractionalMaxPool2d(2, 19, seed=3), p.MaxPool2d(2, return_indices=True)),
+        (p.AvgPool2d(3, 1, 1), p.FractionalMaxPool2d(2, 9, seed=5, return_indices=True)),
+        (p.AdaptiveMaxPool2d((7, 5), return_indices=True),),
+        (p.AdaptiveAvgPool2d((19, 4)), p.LPPool2d(3.5, 2, 1)),
+    ]
+    expected = []
+    for chain in branches:
+        output, indices = x, None
+        for layer in chain:
+            output, indices = reference(layer, output)
+        expected += [output] if indices is None else [output, indices]
+    for one, other in zip(compute(engine, x, branches, layout), expected, strict=True):
+        assert_same(one, other, (dtype, layout))
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_unpooling_in_blocks(engine: Engine, monkeypatch: pytest.MonkeyPatch, dims: int, layout: str) -> None:
+    """Each block has its planes of the indices; one that is out of range, in any block, is rejected."""
+    full = values(SHAPES[dims], "float32", 0)
+    y, indices = torch.nn.__dict__[f"MaxPool{dims}d"](2, return_indices=True)(full)
+    small_blocks(monkeypatch, prod(y.shape[2:]) * 12)
+    layer = p.LAYERS[f"MaxUnpool{dims}d"](2, output_size=full.shape[2:])
+    for shift in (0, 1):
+        (got,) = compute(engine, y, [(layer,)], layout, indices, shift)
+        assert_same(got, reference(layer, y, indices)[0], (dims, layout))
+    for bad in (-1, prod(full.shape[2:])):
+        wrong = indices.clone()
+        wrong[-1, -1] = bad
+        with pytest.raises(p.InvalidArgumentError, match=rf"^indices: expected indices in 0\.\..* got .*{bad}"):
+            compute(engine, y, [(layer,)], layout, wrong)
