@@ -14,6 +14,7 @@ from poolrpc.tensors import TensorSpec, split_tensors
 from poolrpc_server.calls.validate import Limits, check_request
 from poolrpc_server.compute import branch
 from poolrpc_server.compute.engine import Engine
+from poolrpc_server.compute.kernels import blocks
 from tests.parity.reference import assert_same, reference, values
 
 if TYPE_CHECKING:
@@ -47,8 +48,8 @@ class Slots:
 
 def small_blocks(patch: pytest.MonkeyPatch, plane_bytes: int) -> None:
     """Let blocks have few planes, and all branches be divided among threads."""
-    patch.setattr(branch, "BLOCK_BYTES", 8 * plane_bytes)
-    patch.setattr(branch, "KERNEL_BLOCK_BYTES", 8 * plane_bytes)
+    patch.setattr(blocks, "TARGET_BYTES", 5 * plane_bytes)
+    patch.setattr(branch, "PROGRAM_BLOCKS", 2)
     patch.setattr(branch, "PARALLEL_WORK", 1)
 
 
@@ -160,7 +161,7 @@ def test_unpooling_in_blocks(engine: Engine, monkeypatch: pytest.MonkeyPatch, di
     """Each block has its planes of the indices; one that is out of range, in any block, is rejected."""
     full = values(SHAPES[dims], "float32", 0)
     y, indices = torch.nn.__dict__[f"MaxPool{dims}d"](2, return_indices=True)(full)
-    small_blocks(monkeypatch, prod(y.shape[2:]) * 12)
+    small_blocks(monkeypatch, prod(y.shape[2:]) * 4)
     layer = p.LAYERS[f"MaxUnpool{dims}d"](2, output_size=full.shape[2:])
     for shift in (0, 1):
         (got,) = compute(engine, y, [(layer,)], layout, indices, shift)

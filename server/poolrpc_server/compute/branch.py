@@ -1,4 +1,4 @@
-"""Branches: a chain of layers, computed in blocks of planes whose intermediate tensors are bounded."""
+"""Branches: a chain of layers, computed in blocks of planes that stay in the CPU's cache through all of its layers."""
 
 from __future__ import annotations
 
@@ -6,24 +6,28 @@ from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING
 
+import torch
+
+from poolrpc_server.compute.kernels import blocks
+from poolrpc_server.compute.kernels.blocks import KEPT_BYTES, Cells, DoubleBuffer, Program, scratch
+from poolrpc_server.compute.planes import check_indices
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
-    import torch
-
-    from poolrpc_server.compute.kernels import Plan, Row
-
-BLOCK_BYTES = 4 * 2**20
-"""The memory that a block of planes may take, with all that is computed of it, if a plane doesn't take more."""
-
-KERNEL_BLOCK_BYTES = 16 * 2**20
-"""The same for a single layer that a kernel computes, which walks the planes in smaller blocks itself."""
+    from poolrpc_server.compute.kernels import Plan
 
 BLOCK_WORK = 20_000_000
-"""The work of a block, if a plane isn't more: about 20 ms, after which the caller is looked at."""
+"""The work of a block, if one plane isn't more: about 20 ms, after which the caller is looked at."""
+
+PROGRAM_BLOCKS = 16
+"""The number of blocks of a program: its views of them take memory, and it is made again for the next ones."""
 
 PARALLEL_WORK = 4_000_000
 """A branch of at least this work is divided among threads: for less, synchronising them costs more than it saves."""
+
+ALIGNMENT_BYTES = 4096
+"""More than the memory that is lost to the alignment of what a layer allocates."""
 
 
 class Branch:
@@ -32,9 +36,9 @@ class Branch:
     Attributes:
         steps: The plan of each layer, and the kernel that computes it; None for torch's own operators.
         planes: The number of planes of the input; of images, if channels are last.
-        block: The number of planes to compute at a time.
+        block: The most planes to compute at a time.
         work: The work of all planes.
-        threads: The number of threads to divide the planes among, if so many are free.
+        threads: The most threads to divide the planes among.
         scratch_bytes: An upper bound of the memory that all threads take, in addition to inputs and outputs.
 
     """
@@ -45,57 +49,45 @@ class Branch:
         Args:
             plans: The plan of each layer.
             planes: The number of planes of the input; of images, if channels are last.
-            threads: The number of threads that may compute the branch.
+            threads: The most threads that may compute the branch.
 
         """
         self.planes = self.block = planes
-        self._choose(plans)
-        if plans[0].device == "cpu":
-            walks = len(plans) == 1 and self.steps[0][1] is not None
-            limit = KERNEL_BLOCK_BYTES if walks else BLOCK_BYTES
-            plane_bytes = max(_plane_bytes(plan) + (0 if row else plan.scratch(row, 1)) for plan, row in self.steps)
-            self.block = max(1, min(planes, limit // plane_bytes, BLOCK_WORK * planes // max(1, self.work)))
-            if not walks and self.block < planes:
-                self._choose(plans)
-        self.threads = min(threads, -(-planes // self.block)) if self.work >= PARALLEL_WORK else 1
-        self.scratch_bytes = self.threads * self._block_scratch()
-
-    def _choose(self, plans: Sequence[Plan]) -> None:
-        self.steps = [(plan, plan.choose(self.block)) for plan in plans]
-        self.work = sum(plan.work(row, self.planes) for plan, row in self.steps)
-
-    def _block_scratch(self) -> int:
-        """Return the memory that one block takes."""
-        count, plans = self.block, [plan for plan, _ in self.steps]
+        self.steps = [(plan, plan.choose(planes)) for plan in plans]
+        self.work = sum(plan.work(row, planes) for plan, row in self.steps)
+        self.threads, self.scratch_bytes = 1, 0
+        if plans[0].device != "cpu":
+            return
+        plane_bytes = max(plan.plane_bytes(row) for plan, row in self.steps)
+        self._plane_bytes = max(plane_bytes, -(-self.work * blocks.TARGET_BYTES // (BLOCK_WORK * planes)))
+        self.block = max(1, min(planes, blocks.TARGET_BYTES // self._plane_bytes))
+        self._between = max((prod(plan.result_shape) for plan in plans[:-1]), default=0)
+        kernels = [(self.block + 1) * row.scratch(plan) for plan, row in self.steps if row is not None]
+        self._shared_bytes = 0
+        if len(plans) > 1:
+            between = 2 * (self.block + 1) * self._between * plans[0].dtype.itemsize
+            self._shared_bytes = between + max(kernels, default=0) + ALIGNMENT_BYTES
+        if self.work >= PARALLEL_WORK:
+            self.threads = min(threads, planes)
+        eager = max((plan.eager_scratch(self.block) for plan, row in self.steps if row is None), default=0)
+        own = self._shared_bytes + min(KEPT_BYTES, sum(kernels)) if self._shared_bytes else sum(kernels)
         # The input and, for MaxUnpool, the indices are copied if they are not aligned.
-        copied = count * plans[0].cells * (plans[0].dtype.itemsize + 8 * plans[0].layer.takes_indices)
-        made = [count * prod(plan.result_shape) * plan.dtype.itemsize for plan in plans[:-1]]
-        held = [sum(pair) for pair in pairwise([0, *made, 0])]
-        return copied + max(
-            before_and_after + plan.scratch(row, count)
-            for before_and_after, (plan, row) in zip(held, self.steps, strict=True)
-        )
-
-    def blocks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Yield the ranges of planes to compute at a time, all of about the same size."""
-        number = -(-(stop - start) // self.block)
-        return pairwise(start + (stop - start) * i // number for i in range(number + 1)) if number else iter(())
+        copied = (self.block + 1) * plans[0].cells * (plans[0].dtype.itemsize + 8 * plans[0].layer.takes_indices)
+        self.scratch_bytes = self.threads * (copied + own + eager)
 
     def compute(
         self,
         x: torch.Tensor,
         indices: torch.Tensor | None,
         targets: Sequence[torch.Tensor],
-        first: int,
         check: Callable[[], None] | None,
     ) -> None:
-        """Compute a block of planes.
+        """Compute all planes at once.
 
         Args:
-            x: The planes, batched.
-            indices: Their indices for MaxUnpool.
+            x: The input, batched.
+            indices: The indices for MaxUnpool.
             targets: Memory for the output and the indices of the maxima, if the last layer returns them.
-            first: The number of the first plane.
             check: Called before each layer; what it raises ends the computation.
 
         """
@@ -103,15 +95,96 @@ class Branch:
         for number, (plan, row) in enumerate(self.steps):
             if check is not None:
                 check()
-            outputs = targets if number == last else ()
-            x, indices = plan.compute(row, x, indices, outputs=outputs, first=first, count=self.planes)
+            x, indices = plan.compute(row, x, indices, outputs=targets if number == last else ())
         for target, result in zip(targets, (x, indices), strict=False):
             if result is not target and result is not None:
                 target.copy_(result, non_blocking=True)
 
+    def compute_range(  # noqa: PLR0913, PLR0917 - the last two are added by whoever divides the planes
+        self,
+        x: torch.Tensor,
+        indices: torch.Tensor | None,
+        targets: Sequence[torch.Tensor],
+        check: Callable[[], None] | None,
+        start: int,
+        stop: int,
+    ) -> None:
+        """Compute a range of planes on the CPU, block by block.
 
-def _plane_bytes(plan: Plan) -> int:
-    """Return the bytes of an input plane and of an output plane, with indices."""
-    outputs = prod(plan.result_shape)
-    indices = 8 * outputs * plan.layer.returns_indices + 8 * plan.cells * plan.layer.takes_indices
-    return (plan.cells + outputs) * plan.dtype.itemsize + indices
+        Args:
+            x: All planes of the input, (planes, *plane); or their bytes, (planes, bytes), if they are not aligned.
+            indices: The bytes of their indices for MaxUnpool.
+            targets: Memory for all planes of the output, and of the indices of the maxima.
+            check: Called before each layer of each block; what it raises ends the computation.
+            start: The number of the first plane of the range.
+            stop: The number of the plane after the last.
+
+        """
+        count = -(-(stop - start) // (PROGRAM_BLOCKS * self.block))
+        for first, end in pairwise(start + (stop - start) * i // count for i in range(count + 1)):
+            program = Program(end - first, self._plane_bytes, self._shared_bytes)
+            source, written = Cells(program, x[first:end]), [Cells(program, target[first:end]) for target in targets]
+            given = None if indices is None else Cells(program, indices[first:end])
+            self._append(program, source, given, written, check, first)
+            program.run()
+
+    def _append(  # noqa: PLR0913, PLR0917 - what a program reads and writes
+        self,
+        program: Program,
+        source: Cells,
+        indices: Cells | None,
+        targets: Sequence[Cells],
+        check: Callable[[], None] | None,
+        first: int,
+    ) -> None:
+        """Append the calls of every layer to a program for the planes from number `first` on."""
+        plan = self.steps[0][0]
+        if source.tensor.dtype != plan.dtype:  # Vectorised code may fail on an address that is not aligned.
+            source = _aligned(source, plan)
+        buffers = DoubleBuffer(program, plan.dtype, (program.step + 1) * self._between) if len(self.steps) > 1 else None
+        program.begin_layers()
+        for number, (plan, row) in enumerate(self.steps):
+            if check is not None:
+                program.calls.append(lambda _: check())
+            last = number == len(self.steps) - 1
+            target = targets[0] if last or buffers is None else buffers.swap(plan.result_shape)
+            if row is None:
+                read = None if indices is None or number else _read_indices(indices, plan)
+                plan.add_eager(source, target, targets[1] if last and len(targets) > 1 else None, read, first, self.planes)
+            else:
+                row.add(plan, source, target, targets[1] if row.indices else None)
+            program.end_layer()
+            source = target
+
+
+def _aligned(source: Cells, plan: Plan) -> Cells:
+    """Append the call that copies planes, given as bytes, to aligned memory."""
+    made = scratch(source.program, plan.plane_shape, plan.dtype)
+    copied = made.tensor.view(source.program.step, -1).view(torch.uint8)
+    source.program.calls.append(blocks.copy(source.at(), Cells(source.program, copied, reused=True).at()))
+    return made
+
+
+def _read_indices(indices: Cells, plan: Plan) -> Callable[[int], torch.Tensor]:
+    """Return a function that reads the indices of a block for MaxUnpool, and checks them."""
+    read = indices.at()
+    return lambda number: checked_indices(read[number], plan)
+
+
+def checked_indices(data: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """Return a copy of the indices for MaxUnpool of some planes, checked and batched.
+
+    A client that writes to shared memory can't change the copy after the check. It is also aligned, whatever precedes
+    the indices in the payload.
+
+    Args:
+        data: Their bytes, (planes, bytes).
+        plan: The plan of the layer.
+
+    Raises:
+        InvalidArgumentError: An index is out of range.
+
+    """
+    indices = data.clone().view(torch.int64)
+    check_indices(indices.numpy(), prod(plan.output_plane))
+    return plan.batched(indices.view(-1, *plan.plane_shape))

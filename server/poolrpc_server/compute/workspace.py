@@ -5,15 +5,14 @@ from __future__ import annotations
 import threading
 from functools import partial
 from itertools import count
-from math import prod
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 
+from poolrpc_server.compute.branch import checked_indices
 from poolrpc_server.compute.buffers import aligned
 from poolrpc_server.compute.device import synchronize
-from poolrpc_server.compute.planes import check_indices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -62,6 +61,8 @@ class Workspace:
         if branches:
             self._x = self._tensor(inputs[0], schedule.inputs[0])
             self._aligned = self._x.data_ptr() % self._x.element_size() == 0
+            if not self._aligned:  # Vectorised code may fail on such an address: planes are copied first.
+                self._x = self._bytes(0)
             targets = iter(self._tensor(*output) for output in zip(outputs, schedule.outputs, strict=True))
             self._targets = [[next(targets) for _ in result.specs] for result in schedule.results]
             # Only a single layer can be bound: a chain's intermediate tensors have no fixed memory.
@@ -99,65 +100,52 @@ class Workspace:
             return self.outputs
         for branch, targets in zip(schedule.branches, self._targets, strict=True):
             if branch.block == branch.planes:
-                x = self._x if self._aligned else self._copy(0, 0, branch.planes)
-                branch.compute(x, self._indices(branch, 0, branch.planes), targets, 0, check)
+                branch.compute(self._input(), self._checked_indices(branch), targets, check)
             else:
-                parallel_for(partial(self._compute_blocks, branch, targets, check), branch.planes, branch.threads)
+                first = branch.steps[0][0]
+                x = self._x.view(-1, *first.plane_shape) if self._aligned else self._x
+                indices = self._bytes(1) if first.layer.takes_indices else None
+                written = [target.view(-1, *branch.steps[-1][0].result_shape) for target in targets]
+                part = partial(branch.compute_range, x, indices, written, check)
+                parallel_for(part, branch.planes, branch.threads)
         return self.outputs
-
-    def _compute_blocks(
-        self,
-        branch: Branch,
-        targets: Sequence[torch.Tensor],
-        check: Callable[[], None] | None,
-        start: int,
-        stop: int,
-    ) -> None:
-        """Compute a range of planes, block by block."""
-        for first, end in branch.blocks(start, stop):
-            x = self._part(self._x, first, end) if self._aligned else self._copy(0, first, end)
-            parts = [self._part(target, first, end) for target in targets]
-            branch.compute(x, self._indices(branch, first, end), parts, first, check)
 
     def _run_on_device(self, check: Callable[[], None] | None) -> None:
         """Compute the outputs on a device that isn't the CPU, all planes at once."""
-        device, planes = self.schedule.device, self.schedule.planes
-        x = (self._x if self._aligned else self._copy(0, 0, planes)).to(device, non_blocking=True)
+        device = self.schedule.device
+        x = self._input().to(device, non_blocking=True)
         for branch, targets in zip(self.schedule.branches, self._targets, strict=True):
-            indices = self._indices(branch, 0, planes)
-            branch.compute(x, None if indices is None else indices.to(device), targets, 0, check)
+            indices = self._checked_indices(branch)
+            branch.compute(x, None if indices is None else indices.to(device), targets, check)
         synchronize(device)
 
-    def _indices(self, branch: Branch, first: int, end: int) -> torch.Tensor | None:
-        """Return the indices for MaxUnpool of some planes, checked; None if the branch takes none."""
+    def _input(self) -> torch.Tensor:
+        """Return the input as the first layers take it: batched and aligned."""
+        if self._aligned:
+            return self._x
+        dtype: torch.dtype = getattr(torch, self.schedule.inputs[0].dtype)
+        return self._batched(self._x.clone().view(dtype), self.schedule.inputs[0])
+
+    def _checked_indices(self, branch: Branch) -> torch.Tensor | None:
+        """Return the indices for MaxUnpool of all planes, checked; None if the branch takes none."""
         plan = branch.steps[0][0]
-        if not plan.layer.takes_indices:
-            return None
-        # A client that writes to shared memory can't change the copy after the check.
-        indices = self._copy(1, first, end)
-        check_indices(indices.numpy(), prod(plan.output_plane))
-        return indices
+        return checked_indices(self._bytes(1), plan) if plan.layer.takes_indices else None
 
     def _tensor(self, data: Bytes, spec: TensorSpec) -> torch.Tensor:
-        """Return a tensor's memory as planes, without a copy."""
+        """Return a tensor's memory, batched, without a copy."""
         memory = np.asarray(_WritableView(data))
-        return self._as_planes(torch.frombuffer(memory, dtype=getattr(torch, spec.dtype)), spec)
+        return self._batched(torch.frombuffer(memory, dtype=getattr(torch, spec.dtype)), spec)
 
-    def _copy(self, number: int, first: int, end: int) -> torch.Tensor:
-        """Return a copy of some planes of an input, which is aligned whatever precedes them in the payload."""
-        spec = self.schedule.inputs[number]
-        size = spec.nbytes // self.schedule.planes
-        memory = np.frombuffer(self.inputs[number], np.uint8, (end - first) * size, first * size).copy()
-        return self._as_planes(torch.from_numpy(memory).view(getattr(torch, spec.dtype)), spec)
+    def _bytes(self, number: int) -> torch.Tensor:
+        """Return the bytes of each plane of an input, without a copy."""
+        memory = np.asarray(_WritableView(self.inputs[number]))
+        return torch.frombuffer(memory, dtype=torch.uint8).view(self.schedule.planes, -1)
 
-    def _as_planes(self, cells: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    def _batched(self, cells: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
         dims = self.schedule.spatial_dims
         if spec.layout == "NHWC":
             return cells.view(-1, *spec.shape[-dims - 1 :])
         return cells.view(1, -1, *spec.shape[-dims:])
-
-    def _part(self, planes: torch.Tensor, first: int, end: int) -> torch.Tensor:
-        return planes[first:end] if self.schedule.inputs[0].layout == "NHWC" else planes[:, first:end]
 
 
 class WorkspaceCache:

@@ -3,10 +3,9 @@
 from math import prod
 
 import torch
-from torch import Tensor
 
 from poolrpc_server.compute.kernels import raster_average
-from poolrpc_server.compute.kernels.blocks import Cells, Program
+from poolrpc_server.compute.kernels.blocks import Cells
 from poolrpc_server.compute.kernels.cost import Case
 from poolrpc_server.compute.kernels.eager import HALVES
 from poolrpc_server.compute.kernels.plan import Plan, Row
@@ -14,20 +13,17 @@ from poolrpc_server.compute.kernels.raster_average import MAX_TAPS, add_average,
 from poolrpc_server.compute.kernels.windows import Windows
 
 
-def adaptive_average(x: Tensor, windows: Windows, out: Tensor) -> None:
-    """Average the planes of a floating-point x (P, *plane) into out (P, *output_plane), over adjacent windows."""
-    plane, result = x.shape[1:], out.shape[1:]
-    if plane == result:
+def add_adaptive_average(plan: Plan, source: Cells, target: Cells, _: object) -> None:
+    """Append the calls that average the source's floating-point cells into the target, over adjacent windows."""
+    if plan.plane == plan.output_plane:
         # torch's sum starts from 0.0, so it is never -0.0.
-        torch.add(x, 0.0, out=out)
+        read, write = source.at(), target.at()
+        source.program.calls.append(lambda i: torch.add(read[i], 0.0, out=write[i]))
         return
     # In three dimensions torch adds and divides in the dtype of the cells, and rounds after each.
-    sums = x.dtype if len(result) == 3 else sum_dtype(x.dtype)
-    program = Program(x.shape[0], prod(plane) * sums.itemsize)
-    source, target = Cells(program, x, reused=False), Cells(program, out, reused=False)
+    sums = plan.dtype if len(plan.plane) == 3 else sum_dtype(plan.dtype)
     # torch divides once for each axis, which rounds differently from dividing by the product.
-    add_average(source, windows, [float(k) for k in windows.kernel], sums, target)
-    program.run()
+    add_average(source, plan.windows, [float(k) for k in plan.windows.kernel], sums, target)
 
 
 def _fits(plan: Plan) -> bool:
@@ -44,7 +40,9 @@ def _pays(_: Plan, case: Case) -> bool:
 ADAPTIVE_AVERAGE = Row(
     "adaptive average",
     ("adaptive_avg_pool",),
-    run=lambda plan, x, out, _: adaptive_average(x, plan.windows, out),
+    add=add_adaptive_average,
+    scratch=raster_average.scratch_bytes,
+    plane_bytes=lambda plan: plan.cells * sum_dtype(plan.dtype).itemsize,
     pays=_pays,
     fits=_fits,
 )

@@ -6,53 +6,55 @@ from math import prod
 import torch
 from torch import Tensor
 
-from poolrpc_server.compute.kernels.blocks import TARGET_BYTES, Call, Cells, Program, maximum, scratch
+from poolrpc_server.compute.kernels.blocks import TARGET_BYTES, Call, Cells, copy, maximum, scratch
 from poolrpc_server.compute.kernels.cost import CALL, PREDICTED, UNPREDICTED, Case
 from poolrpc_server.compute.kernels.eager import HALVES
 from poolrpc_server.compute.kernels.plan import Plan, Row
-from poolrpc_server.compute.kernels.separable_max import add_max
+from poolrpc_server.compute.kernels.separable_max import add_max, scratch_cells
 from poolrpc_server.compute.kernels.windows import Windows
 
 MAX_WINDOWS = 4096
 """Axes with more windows than this are left to torch, since each window's start is computed in Python."""
 
 
-def global_max(x: Tensor, out: Tensor) -> None:
-    """Write the maximum of each plane of x (P, *spatial) to out (P, 1, ...): NaN if the plane has one."""
-    rows, result = x.view(x.shape[0], -1), out.view(-1, 1)
-    if x.dtype not in HALVES:
-        torch.amax(rows, dim=1, keepdim=True, out=result)
+def add_global_max(plan: Plan, source: Cells, target: Cells, _: object) -> None:
+    """Append the calls that write the maximum of each plane to the target: NaN if the plane has one."""
+    program = source.program
+    read, write = ([block.view(block.shape[0], -1) for block in cells.at()] for cells in (source, target))
+    if plan.dtype not in HALVES:
+        program.calls.append(lambda i: torch.amax(read[i], dim=1, keepdim=True, out=write[i]))
         return
     # torch's amax of 16-bit floats takes three times as long as converting them first.
-    program = Program(rows.shape[0], rows.shape[1] * 4)
-    read, write = Cells(program, rows, reused=False).at(), Cells(program, result, reused=False).at()
-    single = scratch(program, x, rows.shape[1:], torch.float32).at()
-    best = scratch(program, x, (1,), torch.float32).at()
+    single = scratch(program, (plan.cells,), torch.float32).at()
+    best = scratch(program, (1,), torch.float32).at()
     program.calls += [
         lambda i: single[i].copy_(read[i]),
         lambda i: torch.amax(single[i], dim=1, keepdim=True, out=best[i]),
         lambda i: write[i].copy_(best[i]),
     ]
-    program.run()
 
 
-def adaptive_max(x: Tensor, out: Tensor) -> None:
-    """Pool the planes of x (P, *plane) into out (P, *output_plane), whose shape determines the windows."""
-    plane, result = x.shape[1:], out.shape[1:]
-    if plane == result:
-        out.copy_(x)
-        return
-    program = Program(x.shape[0], prod(plane) * x.element_size())
-    source, target = Cells(program, x, reused=False), Cells(program, out, reused=False)
-    windows = Windows.dividing(tuple(plane), tuple(result))
-    if windows is None:
+def add_adaptive_max(plan: Plan, source: Cells, target: Cells, _: object) -> None:
+    """Append the calls that pool the source into the target, whose shape determines the windows."""
+    windows = Windows.dividing(plan.plane, plan.output_plane)
+    if plan.plane == plan.output_plane:
+        source.program.calls.append(copy(source.at(), target.at()))
+    elif windows is None:
         _join_windows(source, target)
     else:
         add_max(source, windows, target)
-    program.run()
 
 
-@lru_cache(maxsize=256)
+def _scratch(plan: Plan) -> int:
+    windows = Windows.dividing(plan.plane, plan.output_plane)
+    if windows is not None:
+        return scratch_cells(plan.plane, windows, plan.output_plane) * plan.dtype.itemsize
+    # The tiles; for each axis its runs, what was joined and what was selected; and for each of these, add_max's.
+    axes = sum(size != length for size, length in zip(plan.plane, plan.output_plane, strict=True))
+    return (4 + 6 * axes) * prod(map(max, plan.plane, plan.output_plane)) * plan.dtype.itemsize
+
+
+@lru_cache(maxsize=64)
 def axis_runs(size: int, length: int) -> tuple[int, tuple[Tensor, ...]]:
     """Return the width of an axis's smallest window, and the starts of runs of that width that cover each window."""
     windows = [(i * size // length, -(-(i + 1) * size // length)) for i in range(length)]
@@ -69,7 +71,7 @@ def _join_windows(source: Cells, target: Cells) -> None:
     even = tuple(size // n if size % n == 0 else 1 for size, n in zip(source.shape, target.shape, strict=True))
     if max(even) > 1:
         shape = [size // k for size, k in zip(source.shape, even, strict=True)]
-        tiles = scratch(program, source.tensor, shape)
+        tiles = scratch(program, shape, source.tensor.dtype)
         add_max(source, Windows.tiling(even), tiles)
         source = tiles
     axes = [axis for axis in range(rank) if source.shape[axis] != target.shape[axis]]
@@ -78,15 +80,15 @@ def _join_windows(source: Cells, target: Cells) -> None:
         if width > 1:
             shape = list(source.shape)
             shape[axis] -= width - 1
-            runs = scratch(program, source.tensor, shape)
+            runs = scratch(program, shape, source.tensor.dtype)
             add_max(source, Windows.running(tuple(width if other == axis else 1 for other in range(rank))), runs)
             source = runs
         shape = list(source.shape)
         shape[axis] = target.shape[axis]
-        joined = target if axis == axes[-1] else scratch(program, source.tensor, shape)
+        joined = target if axis == axes[-1] else scratch(program, shape, source.tensor.dtype)
         program.calls.append(_select(source.at(), axis + 1, first, joined.at()))
         if others:
-            selected = scratch(program, source.tensor, shape).at()
+            selected = scratch(program, shape, source.tensor.dtype).at()
             for index in others:
                 program.calls.append(_select(source.at(), axis + 1, index, selected))
                 program.calls.append(maximum(joined.at(), selected, joined.at()))
@@ -118,7 +120,9 @@ def _pays(_: Plan, case: Case) -> bool:
 GLOBAL_MAX = Row(
     "global max",
     ("global_max_pool", "adaptive_max_pool"),
-    run=lambda _, x, out, __: global_max(x, out),
+    add=add_global_max,
+    scratch=lambda plan: 4 * (plan.cells + 1) if plan.dtype in HALVES else 0,
+    plane_bytes=lambda plan: plan.cells * max(4, plan.dtype.itemsize),
     pays=lambda _, case: case.cells >= PREDICTED,
     fits=lambda plan: prod(plan.output_plane) == 1,
 )
@@ -126,7 +130,8 @@ GLOBAL_MAX = Row(
 ADAPTIVE_MAX = Row(
     "adaptive max",
     ("adaptive_max_pool",),
-    run=lambda _, x, out, __: adaptive_max(x, out),
+    add=add_adaptive_max,
+    scratch=_scratch,
     pays=_pays,
     fits=lambda plan: prod(plan.output_plane) > 1 and max(plan.output_plane) <= MAX_WINDOWS,
 )

@@ -7,6 +7,12 @@ from math import prod
 import torch
 from torch import Tensor
 
+from poolrpc.tensors import ALIGNMENT
+from poolrpc_server.compute.kernels.windows import Windows
+
+KEPT_BYTES = 1 << 24
+"""The most memory of a chain's program that layers don't share, since its padding is filled once for all blocks."""
+
 TARGET_BYTES = 1 << 21
 """The size of a block's input: its intermediate results fit the CPU's cache, and threads rarely wait for the GIL."""
 
@@ -27,7 +33,7 @@ _NARROWING: dict[tuple[int, int], tuple[torch.dtype, torch.dtype]] = {
 
 
 class Program:
-    """The torch calls that compute a kernel's output, the same for every block.
+    """The torch calls that compute the output of a layer or of a chain, the same for every block.
 
     Attributes:
         step: The number of planes of a full block.
@@ -37,10 +43,52 @@ class Program:
 
     """
 
-    def __init__(self, planes: int, bytes_per_plane: int) -> None:
-        self.step = max(1, min(planes, TARGET_BYTES // max(1, bytes_per_plane)))
+    def __init__(self, planes: int, bytes_per_plane: int, shared_bytes: int = 0) -> None:
+        """Divide planes into blocks.
+
+        Args:
+            planes: The number of planes.
+            bytes_per_plane: The size of a plane, which determines how many are in a block.
+            shared_bytes: The scratch memory that the layers of a chain share. 0: a single layer has memory of its own.
+
+        """
+        most = max(1, min(planes, TARGET_BYTES // max(1, bytes_per_plane)))
+        # Blocks of about the same size: a last block of a few planes would cost almost as much as a full one.
+        self.step = -(-planes // -(-planes // most))
         self.full, self.tail = divmod(planes, self.step)
         self.calls: list[Call] = []
+        self._shared = torch.empty(shared_bytes, dtype=torch.uint8) if shared_bytes else None
+        self._begin = self._used = self._kept = 0
+
+    def begin_layers(self) -> None:
+        """Keep the memory that has been allocated so far for all layers."""
+        self._begin = self._used
+
+    def end_layer(self) -> None:
+        """Let the next layer use the scratch memory of this one."""
+        self._used = self._begin
+
+    def allocate(self, cells: int, dtype: torch.dtype, fill: float | None = None) -> Tensor:
+        """Return scratch memory, for the layer whose calls are being appended.
+
+        Args:
+            cells: The number of cells.
+            dtype: Their dtype.
+            fill: The value that each cell has before the layer's first call. None: any.
+
+        """
+        nbytes = cells * dtype.itemsize
+        start = -(-self._used // ALIGNMENT) * ALIGNMENT
+        fits = self._shared is not None and start + nbytes <= len(self._shared)
+        if self._shared is None or not fits or (fill is not None and self._kept + nbytes <= KEPT_BYTES):
+            self._kept += nbytes
+            made = torch.empty(cells, dtype=dtype)
+            return made if fill is None else made.fill_(fill)
+        self._used = start + nbytes
+        made = self._shared[start : self._used].view(dtype)
+        if fill is not None:
+            self.calls.append(lambda _: made.fill_(fill))
+        return made
 
     def run(self) -> None:
         """Make every call on every block."""
@@ -53,7 +101,9 @@ class Program:
 class Cells:
     """The cells of a program's planes: a whole tensor, or scratch memory of one block that every block reuses."""
 
-    def __init__(self, program: Program, tensor: Tensor, *, reused: bool, memory: Tensor | None = None) -> None:
+    def __init__(
+        self, program: Program, tensor: Tensor, *, reused: bool = False, memory: Tensor | None = None
+    ) -> None:
         self.program, self.tensor, self.reused, self.memory = program, tensor, reused, memory
         self.shape: Sequence[int] = tensor.shape[1:]
 
@@ -86,19 +136,19 @@ class Cells:
         return Cells(program, view, reused=self.reused).at()
 
 
-def scratch(program: Program, like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Cells:
-    """Return uninitialised memory for one block, with room for runs that end up to one plane after it."""
+def scratch(program: Program, shape: Sequence[int], dtype: torch.dtype, fill: float | None = None) -> Cells:
+    """Return memory for one block, with room for runs that end up to one plane after it; filled, or uninitialised."""
     cells = prod(shape)
-    memory = like.new_empty((program.step + 1) * cells, dtype=dtype)
+    memory = program.allocate((program.step + 1) * cells, dtype, fill)
     return Cells(program, memory[: program.step * cells].view(program.step, *shape), reused=True, memory=memory)
 
 
 class DoubleBuffer:
     """Scratch memory for two blocks: one is read while the other is written."""
 
-    def __init__(self, like: Cells, cells: int) -> None:
-        self.program = like.program
-        self.memories = [like.tensor.new_empty(cells) for _ in range(2)]
+    def __init__(self, program: Program, dtype: torch.dtype, cells: int) -> None:
+        self.program = program
+        self.memories = [program.allocate(cells, dtype) for _ in range(2)]
 
     def swap(self, shape: Sequence[int]) -> Cells:
         """Return the block that was not returned last, as cells of a shape."""
@@ -111,9 +161,7 @@ class DoubleBuffer:
 def padded(source: Cells, padding: Sequence[int], shape: Sequence[int], value: float, dtype: torch.dtype) -> Cells:
     """Return a copy of the source, padded with a value before each axis; the padding of the next cells follows them."""
     program = source.program
-    copied = scratch(program, source.tensor, shape, dtype)
-    if list(source.shape) != list(shape) and copied.memory is not None:
-        copied.memory.fill_(value)
+    copied = scratch(program, shape, dtype, None if list(source.shape) == list(shape) else value)
     inside = tuple(slice(p, p + size) for p, size in zip(padding, source.shape, strict=True))
     program.calls.append(copy(source.at(), copied.at(inside)))
     return copied
@@ -126,6 +174,13 @@ def padded_shape(
 ) -> list[int]:
     """Return the shortest axes for which windows that extend past the end read only padding; they span `span` cells."""
     return [size + max(pad, cells - pad - size) for size, pad, cells in zip(spatial, padding, span, strict=True)]
+
+
+def padded_axes(plane: Sequence[int], windows: Windows, result: Sequence[int]) -> list[int]:
+    """Return an upper bound of the axes of a plane's padded copy, made for windows that start in whole strides."""
+    span = windows.span(tuple(result))
+    axes = zip(plane, windows.padding, span, windows.stride, strict=True)
+    return [max(size + pad, cells) + min(stride - 1, 8) for size, pad, cells, stride in axes]
 
 
 def narrowing(item_size: int, stride: int) -> tuple[torch.dtype, torch.dtype] | None:

@@ -213,6 +213,20 @@ def _global_max_pool(_: Any, __: torch.dtype, plane: tuple[int, ...]) -> Operato
     return lambda x, *_: (x.amax(axes, keepdim=True), None)
 
 
+def eager_bytes(layer: Layer, dtype: torch.dtype, cells: int, outputs: int, channels: int | None) -> int:
+    """Return an upper bound of the memory that a layer's operator takes for a plane, with its output, in bytes.
+
+    Args:
+        layer: The layer.
+        dtype: The dtype of the cells.
+        cells: The number of cells of a plane, with its channels if they are last.
+        outputs: The same for an output plane.
+        channels: The number of channels if they are last in memory, None if they are first.
+
+    """
+    return 0
+
+
 SIZE_DEPENDENT = ("adaptive_avg_pool", "global_avg_pool")
 """Families whose sums torch computes, on a GPU, in an order that depends on the number of planes (seen on an H200 with
 torch 2.11). There, a request with such a layer is computed alone."""

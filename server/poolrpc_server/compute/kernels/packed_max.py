@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from math import prod
 
 import torch
-from torch import Tensor
 
-from poolrpc_server.compute.kernels.blocks import Cells, Program, scratch
+from poolrpc_server.compute.kernels.blocks import Cells, scratch
 from poolrpc_server.compute.kernels.cost import CALL, STEP, Case, eager_max
 from poolrpc_server.compute.kernels.plan import Plan, Row
-from poolrpc_server.compute.kernels.separable_max import add_max, count_passes
+from poolrpc_server.compute.kernels.separable_max import add_max, count_passes, scratch_cells
 from poolrpc_server.compute.kernels.windows import Windows
 
 PACKED_DTYPES = (
@@ -35,35 +34,26 @@ def empty_windows(plane: Sequence[int], windows: Windows, result: Sequence[int])
     return False
 
 
-def max_pool_indices(x: Tensor, windows: Windows, out: Tensor, indices: Tensor) -> list[tuple[int, int]]:
-    """Pool the planes of x into out, and the maxima's int64 indices into indices.
-
-    Returns:
-        The ranges of planes that may contain NaN, whose results are not valid.
-
-    """
-    spatial, result = x.shape[1:], out.shape[1:]
-    cells = prod(spatial)
-    floating = x.dtype.is_floating_point
-    short = x.element_size() <= 2 and cells <= 1 << 16
-    packed = torch.int32 if short else torch.int64
-    shift = 16 if short else 32
-    program = Program(x.shape[0], cells * packed.itemsize)
-    skipped: list[tuple[int, int]] = []
-
-    source = Cells(program, x, reused=False)
+def add_max_indices(plan: Plan, source: Cells, target: Cells, indices: Cells | None) -> None:
+    """Append the calls that pool the source's cells into the target, and write the maxima's int64 indices."""
+    assert indices is not None  # noqa: S101 - the row says that it returns them
+    program, dtype = source.program, plan.dtype
+    spatial, result, cells = plan.plane, plan.output_plane, plan.cells
+    floating, packed = dtype.is_floating_point, _packed(plan)
+    shift = packed.itemsize * 4
+    skipped: set[int] = set()
     read = source.at()
     if floating:
-        number = torch.int16 if x.element_size() == 2 else torch.int32
+        number = torch.int16 if dtype.itemsize == 2 else torch.int32
         rest = torch.iinfo(number).max
-        bits = x.element_size() * 8 - 1
-        values = scratch(program, x, spatial)
-        signs = scratch(program, x, spatial, number).at()
+        bits = dtype.itemsize * 8 - 1
+        values = scratch(program, spatial, dtype)
+        signs = scratch(program, spatial, number).at()
         value = values.at()
         ordered = Cells(program, values.tensor.view(number), reused=True).at()
         program.calls += [
             # Any NaN makes the sum NaN. So may infinities: then the block is computed twice, which does no harm.
-            lambda i: skipped.append(_range(program, i)) if read[i].sum().isnan() else None,
+            lambda i: skipped.add(i) if read[i].sum().isnan() else None,
             # -0.0 becomes 0.0, since they are equal.
             lambda i: torch.add(read[i], 0.0, out=value[i]),
             # The other bits of negative floats are inverted, so that they have the same order as integers.
@@ -73,7 +63,7 @@ def max_pool_indices(x: Tensor, windows: Windows, out: Tensor, indices: Tensor) 
         ]
     else:
         ordered = read
-    keys = scratch(program, x, spatial, packed)
+    keys = scratch(program, spatial, packed)
     key = keys.at()
     # The first of equal cells has the largest key.
     countdown = torch.arange(cells - 1, -1, -1, dtype=packed).view(spatial)
@@ -81,12 +71,13 @@ def max_pool_indices(x: Tensor, windows: Windows, out: Tensor, indices: Tensor) 
         lambda i: key[i].copy_(ordered[i]),
         lambda i: torch.add(countdown, key[i], alpha=1 << shift, out=key[i]),
     ]
-    best = scratch(program, x, result, packed)
-    add_max(keys, windows, best)
+    best = scratch(program, result, packed)
+    add_max(keys, plan.windows, best)
 
-    chosen, index = best.at(), Cells(program, indices, reused=False).at()
-    low = scratch(program, x, result, packed).at()
-    write = Cells(program, out.view(number) if floating else out, reused=False).at()
+    chosen, index = best.at(), indices.at()
+    low = scratch(program, result, packed).at()
+    output = target.at()
+    write = Cells(program, target.tensor.view(number), reused=target.reused).at() if floating else output
     program.calls += [
         lambda i: torch.bitwise_and(chosen[i], (1 << shift) - 1, out=low[i]),
         lambda i: torch.sub(cells - 1, low[i], out=index[i]) if low[i].dtype == torch.int64 else index[i].copy_(low[i]),
@@ -96,27 +87,33 @@ def max_pool_indices(x: Tensor, windows: Windows, out: Tensor, indices: Tensor) 
     if low[0].dtype != torch.int64:
         program.calls.append(lambda i: index[i].neg_().add_(cells - 1))
     if floating:
-        sign = scratch(program, x, result, number).at()
+        sign = scratch(program, result, number).at()
         program.calls += [
             lambda i: torch.bitwise_right_shift(write[i], bits, out=sign[i]),
             lambda i: sign[i].bitwise_and_(rest),
             lambda i: write[i].bitwise_xor_(sign[i]),
         ]
-    program.run()
-    return skipped
+
+        def compute_eagerly(i: int) -> None:
+            # Which of several NaNs torch chooses is its own rule.
+            maxima, places = plan.eager(read[i].unsqueeze(0), None, 0, read[i].shape[0])
+            output[i].copy_(maxima[0])
+            index[i].copy_(places[0])  # type: ignore[index]  # the layer returns them
+
+        program.calls.append(lambda i: compute_eagerly(i) if i in skipped else None)
 
 
-def _range(program: Program, number: int) -> tuple[int, int]:
-    start = number * program.step
-    return start, start + (program.step if number < program.full else program.tail)
+def _scratch(plan: Plan) -> int:
+    item, packed = plan.dtype.itemsize, _packed(plan).itemsize
+    keys = (scratch_cells(plan.plane, plan.windows, plan.output_plane) + 2 * plan.cells) * packed
+    outputs = prod(plan.output_plane)
+    # The values, their signs and keys; the packed maxima, what is below, and signs; torch's output where NaN is.
+    return 2 * plan.cells * item + keys + outputs * (2 * packed + item) + outputs * (item + 8)
 
 
-def _run(plan: Plan, x: Tensor, out: Tensor, indices: Tensor) -> None:
-    for start, stop in max_pool_indices(x, plan.windows, out, indices):
-        # Which of several NaNs torch chooses is its own rule.
-        output, chosen = plan.eager(x[start:stop].unsqueeze(0), None, 0, stop - start)
-        out[start:stop] = output[0]
-        indices[start:stop] = chosen[0]  # type: ignore[index]  # the layer returns them
+def _packed(plan: Plan) -> torch.dtype:
+    """Return the dtype of a cell with its index."""
+    return torch.int32 if plan.dtype.itemsize <= 2 and plan.cells <= 1 << 16 else torch.int64
 
 
 def _fits(plan: Plan) -> bool:
@@ -134,7 +131,9 @@ def _pays(_: Plan, case: Case) -> bool:
 PACKED_MAX = Row(
     "packed max",
     ("max_pool",),
-    run=_run,
+    add=add_max_indices,
+    scratch=_scratch,
+    plane_bytes=lambda plan: plan.cells * _packed(plan).itemsize,
     pays=_pays,
     fits=_fits,
     passes=lambda windows: count_passes(windows) + 14,

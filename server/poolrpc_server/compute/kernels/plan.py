@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from poolrpc_server.compute.kernels.blocks import Cells, Program
 from poolrpc_server.compute.kernels.cost import Case
-from poolrpc_server.compute.kernels.eager import Operator, Pooled, bind
+from poolrpc_server.compute.kernels.eager import Operator, Pooled, bind, eager_bytes
 from poolrpc_server.compute.kernels.windows import Sizes, Windows
 
 EXPLAINED_PLANES = (1, 8, 64, 512, 4096)
@@ -24,9 +25,11 @@ class Row:
     Attributes:
         name: The kernel's name in explain().
         families: The families of layers that it computes.
-        run: Computes (plan, input, output, indices); each tensor is of (planes, *shape).
+        add: Appends the calls that compute (plan, source, target, indices) to the source's program.
         pays: Returns whether it is estimated to be faster than torch on a case.
         fits: Returns whether it gives a plan's result.
+        scratch: Returns an upper bound of its scratch memory for each plane of a block, in bytes.
+        plane_bytes: Returns the bytes of a plane, which determine how many are in a block.
         passes: Returns how often it visits each cell. None: once for each cell of a window.
         channels_last: Whether it also takes (planes, *plane, C).
         indices: Whether it returns the indices of the maxima.
@@ -36,13 +39,22 @@ class Row:
 
     name: str
     families: tuple[str, ...]
-    run: Callable[[Plan, torch.Tensor, torch.Tensor, Any], object]
+    add: Callable[[Plan, Cells, Cells, Cells | None], None]
     pays: Callable[[Plan, Case], bool]
     fits: Callable[[Plan], bool] = lambda _: True
+    scratch: Callable[[Plan], int] = lambda _: 0
+    plane_bytes: Callable[[Plan], int] = lambda plan: plan.cells * plan.dtype.itemsize
     passes: Callable[[Windows], int] | None = None
     channels_last: bool = False
     indices: bool = False
     bind: Callable[[Plan, torch.Tensor, torch.Tensor], Callable[[], None]] | None = None
+
+    def run(self, plan: Plan, x: torch.Tensor, output: torch.Tensor, indices: torch.Tensor | None) -> None:
+        """Compute planes; each tensor is of (planes, *shape)."""
+        program = Program(x.shape[0], self.plane_bytes(plan))
+        chosen = None if indices is None else Cells(program, indices)
+        self.add(plan, Cells(program, x), Cells(program, output), chosen)
+        program.run()
 
 
 @dataclass(frozen=True)
@@ -122,9 +134,15 @@ class Plan:
             return planes * (self.channels or 1) * int(self.layer.work(self.plane))
         return planes * max(self.cells, prod(self.result_shape)) * row.passes(self.windows)
 
-    def scratch(self, row: Row | None, planes: int) -> int:
-        """Return an upper bound of the memory that a kernel takes for so many planes, in addition to its output."""
-        return 0
+    def plane_bytes(self, row: Row | None) -> int:
+        """Return the bytes of a plane, which determine how many are in a block."""
+        if row is not None:
+            return row.plane_bytes(self)
+        return self.cells * self.dtype.itemsize + self.eager_scratch(1)
+
+    def eager_scratch(self, planes: int) -> int:
+        """Return an upper bound of the memory that torch's operators take for so many planes, with their output."""
+        return planes * eager_bytes(self.layer, self.dtype, self.cells, prod(self.result_shape), self.channels)
 
     def explain(self) -> str:
         """Return one line that says what the output is and which kernel is used for how many planes."""
@@ -150,19 +168,15 @@ class Plan:
         indices: torch.Tensor | None = None,
         *,
         outputs: Sequence[torch.Tensor] = (),
-        first: int = 0,
-        count: int | None = None,
     ) -> Pooled:
-        """Compute the layer on some planes of a tensor.
+        """Compute the layer on all planes of a tensor.
 
         Args:
             row: The kernel, one of `rows`; None for torch's own operators.
-            x: The planes, batched and contiguous, with no axis of 0, in the plan's layout: (N, C, *plane), or
+            x: The input, batched and contiguous, with no axis of 0, in the plan's layout: (N, C, *plane), or
                 (N, *plane, C).
             indices: The indices for MaxUnpool, of x's shape and in range.
             outputs: Contiguous memory that the output, and the indices of the maxima, may be written to.
-            first: The number of the first of the planes; of images, if channels are last.
-            count: The number of the tensor's planes or images. None: x has all of them.
 
         Returns:
             The output, batched and contiguous in the same layout, and the indices if the layer returns them: either the
@@ -171,8 +185,7 @@ class Plan:
         """
         planes = x.numel() // self.cells
         if row is None:
-            channels = self.channels or 1
-            return self.eager(x, indices, first * channels, (planes if count is None else count) * channels)
+            return self.eager(x, indices, 0, planes * (self.channels or 1))
         if outputs:
             output, output_indices = outputs[0], outputs[1] if row.indices else None
         else:
@@ -181,6 +194,41 @@ class Plan:
         chosen = None if output_indices is None else output_indices.view(planes, *self.result_shape)
         row.run(self, x.view(planes, *self.plane_shape), output.view(planes, *self.result_shape), chosen)
         return output, output_indices
+
+    def batched(self, planes: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of (planes, *plane_shape) as torch's operators take it."""
+        return planes if self.channels is not None else planes.unsqueeze(0)
+
+    def add_eager(  # noqa: PLR0913, PLR0917 - as compute
+        self,
+        source: Cells,
+        target: Cells,
+        chosen: Cells | None,
+        indices: Callable[[int], torch.Tensor] | None,
+        first: int,
+        count: int,
+    ) -> None:
+        """Append the call that computes the layer by torch's own operators.
+
+        Args:
+            source: The planes.
+            target: The output.
+            chosen: The indices of the maxima. None: the layer returns none.
+            indices: Returns the batched indices for MaxUnpool of the block of a number.
+            first: The number of the first of the source's planes in the whole tensor.
+            count: The number of planes of the whole tensor.
+
+        """
+        step, channels = source.program.step, self.channels or 1
+        read, writes = source.at(), [each.at() for each in (target, chosen) if each is not None]
+
+        def call(i: int) -> None:
+            given = None if indices is None else indices(i)
+            results = self.eager(self.batched(read[i]), given, (first + i * step) * channels, count * channels)
+            for write, result in zip(writes, results, strict=False):
+                self.batched(write[i]).copy_(result)
+
+        source.program.calls.append(call)
 
     def bind(self, x: torch.Tensor, output: torch.Tensor) -> Callable[[], None] | None:
         """Return a function that computes the layer from and to fixed memory; None if the kernel has no such form.

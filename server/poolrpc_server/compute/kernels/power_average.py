@@ -3,31 +3,26 @@
 from math import inf, prod
 
 import torch
-from torch import Tensor
 
 from poolrpc_server.compute.kernels import raster_average, separable_max
-from poolrpc_server.compute.kernels.blocks import Cells, Program, scratch
+from poolrpc_server.compute.kernels.blocks import Cells, scratch
 from poolrpc_server.compute.kernels.cost import Case
 from poolrpc_server.compute.kernels.eager import HALVES
 from poolrpc_server.compute.kernels.plan import Plan, Row
 from poolrpc_server.compute.kernels.raster_average import add_average, can_divide, divisor, sum_dtype
 from poolrpc_server.compute.kernels.separable_max import add_max
-from poolrpc_server.compute.kernels.windows import Windows
 
 NORMS = (1.0, 2.0, inf)
 """The norms whose powers torch computes in the same way for every cell. For most others its vectorised code differs in
 the last bit from the code for the remaining cells at a tensor's end, so that the ends of blocks would be visible."""
 
 
-def power_average(x: Tensor, norm: float, windows: Windows, out: Tensor) -> None:
-    """Pool the planes of a floating-point x (P, *plane) into out (P, *output_plane), with one of NORMS."""
-    plane, result = x.shape[1:], out.shape[1:]
-    sums = sum_dtype(x.dtype)
-    program = Program(x.shape[0], prod(plane) * sums.itemsize)
-    source, target = Cells(program, x, reused=False), Cells(program, out, reused=False)
+def add_power_average(plan: Plan, source: Cells, target: Cells, _: object) -> None:
+    """Append the calls that pool the source's floating-point cells into the target, with one of NORMS."""
+    program, norm, windows = source.program, plan.layer.norm_type, plan.windows
     write = target.at()
     if norm != 1:
-        powers = scratch(program, x, plane)
+        powers = scratch(program, plan.plane, plan.dtype)
         read, power = source.at(), powers.at()
         if norm == inf:
             program.calls.append(lambda i: torch.abs(read[i], out=power[i]))
@@ -37,13 +32,20 @@ def power_average(x: Tensor, norm: float, windows: Windows, out: Tensor) -> None
     if norm == inf:
         add_max(source, windows, target)
     else:
-        add_average(source, windows, [divisor(tuple(plane), windows, tuple(result), include_pad=True)], sums, target)
+        divided_by = divisor(plan.plane, windows, plan.output_plane, include_pad=True)
+        add_average(source, windows, [divided_by], sum_dtype(plan.dtype), target)
         # torch computes sign(y) * relu(abs(y)), which is y, except that -0.0 becomes 0.0.
         program.calls.append(lambda i: write[i].add_(0.0))
         program.calls.append(lambda i: write[i].mul_(prod(windows.kernel)))
         if norm == 2:
             program.calls.append(lambda i: write[i].sqrt_())
-    program.run()
+
+
+def _scratch(plan: Plan) -> int:
+    powers, item = plan.cells, plan.dtype.itemsize
+    if plan.layer.norm_type == inf:
+        return (powers + separable_max.scratch_cells(plan.plane, plan.windows, plan.output_plane)) * item
+    return powers * item + raster_average.scratch_bytes(plan)
 
 
 def _fits(plan: Plan) -> bool:
@@ -63,7 +65,9 @@ def _pays(plan: Plan, case: Case) -> bool:
 POWER_AVERAGE = Row(
     "power average",
     ("lp_pool",),
-    run=lambda plan, x, out, _: power_average(x, plan.layer.norm_type, plan.windows, out),
+    add=add_power_average,
+    scratch=_scratch,
+    plane_bytes=lambda plan: plan.cells * sum_dtype(plan.dtype).itemsize,
     pays=_pays,
     fits=_fits,
 )

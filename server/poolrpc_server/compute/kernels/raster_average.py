@@ -16,6 +16,7 @@ from poolrpc_server.compute.kernels.blocks import (
     copy,
     narrowing,
     padded,
+    padded_axes,
     padded_shape,
     scratch,
     strided_copy,
@@ -38,7 +39,7 @@ MAX_DIVISORS = 1 << 17
 """Output planes of more cells than this are left to torch if their cells have different divisors."""
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def divisor(plane: Sizes, windows: Windows, result: Sizes, *, include_pad: bool) -> float | Tensor:
     """Return what each sum is divided by: one number, or a float64 tensor of the output plane's shape."""
     counts = _axis_counts(plane, windows, result, include_pad=include_pad)
@@ -76,12 +77,11 @@ def _axis_counts(plane: Sizes, windows: Windows, result: Sizes, *, include_pad: 
     return [_Counts(*axis, include_pad) for axis in axes]
 
 
-def avg_pool(x: Tensor, windows: Windows, divided_by: float | Tensor, out: Tensor) -> None:
-    """Average the planes of x (P, *plane) into out (P, *output_plane); both are contiguous."""
-    program = Program(x.shape[0], prod(x.shape[1:]) * sum_dtype(x.dtype).itemsize)
-    source, target = Cells(program, x, reused=False), Cells(program, out, reused=False)
-    add_average(source, windows, [divided_by], sum_dtype(x.dtype), target)
-    program.run()
+def scratch_bytes(plan: Plan) -> int:
+    """Return an upper bound of the bytes of a plane in the scratch memory of add_average."""
+    # A padded copy, the sums of all its cells, those of the windows, and two copies of the divisors.
+    padded_cells, outputs = prod(padded_axes(plan.plane_shape, plan.windows, plan.result_shape)), prod(plan.result_shape)
+    return (2 * padded_cells + outputs) * sum_dtype(plan.dtype).itemsize + 16 * outputs
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -105,7 +105,7 @@ def add_average(
     if list(source.shape) != shape or source.tensor.dtype != sums:
         source = padded(source, windows.padding, shape, 0.0, sums)
 
-    final = target if target.tensor.dtype == sums else scratch(program, target.tensor, result, sums)
+    final = target if target.tensor.dtype == sums else scratch(program, result, sums)
     (_dense if dense else _sparse)(source, windows, divided_by, final)
     if final is not target:
         program.calls.append(copy(final.at(), target.at()))
@@ -120,7 +120,7 @@ def _dense(source: Cells, windows: Windows, divided_by: Sequence[float | Tensor]
     while split > 0 and prod(shape[split:]) * (shape[split - 1] / result[split - 1] - 1) < SHORT_RUN:
         split -= 1
     sizes = [*result[:split], *shape[split:]]
-    acc = scratch(program, source.tensor, sizes)
+    acc = scratch(program, sizes, source.tensor.dtype)
     pitches = [prod(shape[axis + 1 :]) for axis in range(last + 1)]
     steps = [s * pitch for s, pitch in zip(stride, pitches, strict=True)]
     run = sum((n - 1) * step for n, step in zip(result[split:], steps[split:], strict=True)) + 1
@@ -237,13 +237,13 @@ def is_faster(case: Case) -> bool:
     return ours < 0.9 * eager
 
 
-def _run(plan: Plan, x: Tensor, out: Tensor, _: object) -> None:
+def _add_layer(plan: Plan, source: Cells, target: Cells, _: object) -> None:
     layer = plan.layer
     if getattr(layer, "divisor_override", None) is not None:
         divided_by: float | Tensor = float(layer.divisor_override)
     else:
         divided_by = divisor(plan.plane_shape, plan.windows, plan.result_shape, include_pad=layer.count_include_pad)
-    avg_pool(x, plan.windows, divided_by, out)
+    add_average(source, plan.windows, [divided_by], sum_dtype(plan.dtype), target)
 
 
 def _pays(plan: Plan, case: Case) -> bool:
@@ -255,7 +255,9 @@ def _pays(plan: Plan, case: Case) -> bool:
 RASTER_AVERAGE = Row(
     "raster average",
     ("avg_pool",),
-    run=_run,
+    add=_add_layer,
+    scratch=scratch_bytes,
+    plane_bytes=lambda plan: plan.cells * sum_dtype(plan.dtype).itemsize,
     pays=_pays,
     fits=can_divide,
     channels_last=True,

@@ -17,11 +17,11 @@ from poolrpc_server.compute.kernels.blocks import (
     Cells,
     DoubleBuffer,
     Index,
-    Program,
     copy,
     maximum,
     narrowing,
     padded,
+    padded_axes,
     padded_shape,
     scratch,
     strided_copy,
@@ -140,11 +140,10 @@ def count_passes(windows: Windows) -> int:
     return last + sum(len(each.offsets) - 1 for k, s in leading for each in axis_passes(k, s, 0, 1, 8))
 
 
-def max_pool(x: Tensor, windows: Windows, out: Tensor) -> None:
-    """Pool the planes of x (P, *plane) into out (P, *output_plane); both are contiguous."""
-    program = Program(x.shape[0], prod(x.shape[1:]) * x.element_size())
-    add_max(Cells(program, x, reused=False), windows, Cells(program, out, reused=False))
-    program.run()
+def scratch_cells(plane: Sequence[int], windows: Windows, result: Sequence[int]) -> int:
+    """Return an upper bound of the cells of a plane in the scratch memory of add_max."""
+    # A padded copy, and two buffers.
+    return 3 * prod(padded_axes(plane, windows, result))
 
 
 def add_max(source: Cells, windows: Windows, target: Cells) -> None:
@@ -175,7 +174,7 @@ def _pool_flat(source: Cells, windows: Windows, target: Cells) -> None:
     ]
     extra = sum((n - 1) * s * pitch for n, s, pitch in zip(result, stride, pitches, strict=True)) + 1 - prod(shape)
     extra += sum(shifts)
-    buffers = DoubleBuffer(source, (program.step + 1) * prod(shape))
+    buffers = DoubleBuffer(program, source.tensor.dtype, (program.step + 1) * prod(shape))
     for shift in shifts:
         extra -= shift
         made = buffers.swap(shape)
@@ -196,18 +195,17 @@ def _pool_axes(source: Cells, windows: Windows, target: Cells) -> None:
     passes = _leading_passes(source.shape, windows, result)
     width, stride, padding = source.shape[last], windows.stride[last], windows.padding[last]
     if windows.kernel[last] == stride == 1 and padding == 0:
-        buffers = DoubleBuffer(source, program.step * max((prod(shape) for _, _, shape in passes[:-1]), default=0))
+        buffers = DoubleBuffer(program, source.tensor.dtype, program.step * max((prod(shape) for _, _, shape in passes[:-1]), default=0))
         _run_leading(source, passes, buffers, target)
         return
     pitch = max(padding + width, windows.span(tuple(result))[last])
     if narrowing(source.tensor.element_size(), stride):
         pitch += -pitch % stride
     rows = [*(passes[-1][2] if passes else source.shape)[:last], pitch]
-    buffers = DoubleBuffer(source, program.step * max([prod(rows), *(prod(shape) for _, _, shape in passes[:-1])]))
+    buffers = DoubleBuffer(program, source.tensor.dtype, program.step * max([prod(rows), *(prod(shape) for _, _, shape in passes[:-1])]))
     if pitch != width or passes:
-        pitched = scratch(program, source.tensor, rows)
-        if pitch != width:
-            pitched.tensor.fill_(lowest(source.tensor.dtype))
+        dtype = source.tensor.dtype
+        pitched = scratch(program, rows, dtype, lowest(dtype) if pitch != width else None)
         inner = Cells(program, pitched.tensor[..., padding : padding + width], reused=True)
         _run_leading(source, passes, buffers, inner)
         source = pitched
@@ -330,7 +328,8 @@ def pays(plan: Plan, case: Case) -> bool:
 SEPARABLE_MAX = Row(
     "separable max",
     ("max_pool",),
-    run=lambda plan, x, out, _: max_pool(x, plan.windows, out),
+    add=lambda plan, source, target, _: add_max(source, plan.windows, target),
+    scratch=lambda plan: scratch_cells(plan.plane_shape, plan.windows, plan.result_shape) * plan.dtype.itemsize,
     pays=pays,
     passes=count_passes,
     channels_last=True,

@@ -11,6 +11,7 @@ from math import prod
 import numpy as np
 import torch
 
+from poolrpc_server.compute.kernels.blocks import Cells
 from poolrpc_server.compute.kernels.cost import Case
 from poolrpc_server.compute.kernels.plan import Plan, Row
 from poolrpc_server.compute.kernels.separable_max import lowest
@@ -56,6 +57,12 @@ def bind(plan: Plan, x: torch.Tensor, out: torch.Tensor) -> Callable[[], None]:
     return run
 
 
+def add_tiny_max(plan: Plan, source: Cells, target: Cells, _: object) -> None:
+    """Append the call that pools the source's cells into the target."""
+    runs = [bind(plan, x, out) for x, out in zip(source.at(), target.at(), strict=True)]
+    source.program.calls.append(lambda i: runs[i]())
+
+
 def _pays(_: Plan, case: Case) -> bool:
     # The limits were measured for calls that arrive when neither this code nor torch's is in the CPU's caches.
     taps = prod(case.windows.kernel)
@@ -65,7 +72,7 @@ def _pays(_: Plan, case: Case) -> bool:
 TINY_MAX = Row(
     "tiny max",
     ("max_pool",),
-    run=lambda plan, x, out, _: bind(plan, x, out)(),
+    add=add_tiny_max,
     pays=_pays,
     fits=lambda plan: plan.dtype in TINY_DTYPES,
     channels_last=True,
