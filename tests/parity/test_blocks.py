@@ -18,7 +18,7 @@ from poolrpc_server.compute.kernels import blocks
 from tests.parity.reference import assert_same, reference, values
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from poolrpc.chains import Chain
 
@@ -46,11 +46,14 @@ class Slots:
         """Take them back."""
 
 
-def small_blocks(patch: pytest.MonkeyPatch, plane_bytes: int) -> None:
-    """Let blocks have few planes, and all branches be divided among threads."""
-    patch.setattr(blocks, "TARGET_BYTES", 5 * plane_bytes)
-    patch.setattr(branch, "PROGRAM_BLOCKS", 2)
-    patch.setattr(branch, "PARALLEL_WORK", 1)
+@pytest.fixture(params=[1, 5], ids=["one plane", "some planes"])
+def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Return a function that lets blocks have one plane or a few, given a plane's bytes; threads share every branch."""
+    monkeypatch.setattr(branch, "PROGRAM_BLOCKS", 2)
+    monkeypatch.setattr(branch, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(branch, "PARALLEL_WORK", 1)
+    count = request.param
+    return lambda nbytes: monkeypatch.setattr(blocks, "TARGET_BYTES", 1 if count == 1 else count * nbytes)
 
 
 def compute(
@@ -66,7 +69,8 @@ def compute(
     specs = [TensorSpec(str(each.dtype).removeprefix("torch."), tuple(each.shape), layout) for each in tensors]
     request = Request(specs[0], tuple(branches), specs[1] if indices is not None else None)
     checked = check_request(request, LIMITS, engine.schedule)
-    assert all(made.block < made.planes for made in checked.schedule.branches)
+    if blocks.TARGET_BYTES == 1:
+        assert all(made.block == 1 for made in checked.schedule.branches)
     data = b"".join(each.view(torch.uint8).numpy().tobytes() for each in tensors)
     payload = memoryview(bytes(shift) + data)[shift:]
     assert len(split_tensors(payload, specs)) == len(specs)
@@ -102,13 +106,13 @@ def layers(dims: int) -> list[p.Layer]:
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_every_layer_in_blocks(engine: Engine, monkeypatch: pytest.MonkeyPatch, dims: int, layout: str) -> None:
+def test_every_layer_in_blocks(engine: Engine, small: Callable[[int], None], dims: int, layout: str) -> None:
     """Values and indices are torch's on the whole tensor, whatever the dtype, and wherever the input's memory starts."""
     shape = SHAPES[dims]
     for turn, layer in enumerate(layers(dims)):
         for dtype in layer.dtypes:
             x = values(shape, dtype, turn)
-            small_blocks(monkeypatch, prod(shape[2:]) * x.element_size())
+            small(prod(shape[2:]) * x.element_size())
             expected = [each for each in reference(layer, x) if each is not None]
             for shift in (0, 1):
                 got = compute(engine, x, [(layer,)], layout, shift=shift)
@@ -118,11 +122,11 @@ def test_every_layer_in_blocks(engine: Engine, monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("norm", [1.7, 0.5, 3.0, 11.25])
-def test_a_general_norm_in_blocks(engine: Engine, monkeypatch: pytest.MonkeyPatch, norm: float, dtype: str) -> None:
+def test_a_general_norm_in_blocks(engine: Engine, small: Callable[[int], None], norm: float, dtype: str) -> None:
     """Which cells torch's scalar code computes depends on the tensor's size and not on the blocks', also in chains."""
     for shape in ((1, 17, 31, 33), (2, 13, 16, 16), (1, 400, 3, 3), (1, 37, 8, 9)):
         x = values(shape, dtype, 0).abs()
-        small_blocks(monkeypatch, prod(shape[2:]) * x.element_size())
+        small(prod(shape[2:]) * x.element_size())
         chain = p.LPPool2d(norm, 2, stride=1), p.LPPool2d(norm, (2, 1))
         first, _ = reference(chain[0], x)
         outputs = compute(engine, x, [chain[:1], chain])
@@ -133,11 +137,11 @@ def test_a_general_norm_in_blocks(engine: Engine, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_chains_and_branches_in_blocks(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, dtype: str, layout: str
+    engine: Engine, small: Callable[[int], None], dtype: str, layout: str
 ) -> None:
     """Every layer of a chain, of several branches, is computed on blocks with torch's results, seeds and norms too."""
     x = values((7, 6, 38, 41), dtype, 2)
-    small_blocks(monkeypatch, 38 * 41 * x.element_size())
+    small(38 * 41 * x.element_size())
     branches: list[Chain] = [
         (p.MaxPool2d(3, 2, 1), p.AvgPool2d(2), p.LPPool2d(1.7, 2), p.GlobalAvgPool()),
         (p.FractionalMaxPool2d(2, 19, seed=3), p.MaxPool2d(2, return_indices=True)),
@@ -157,11 +161,11 @@ def test_chains_and_branches_in_blocks(
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_unpooling_in_blocks(engine: Engine, monkeypatch: pytest.MonkeyPatch, dims: int, layout: str) -> None:
+def test_unpooling_in_blocks(engine: Engine, small: Callable[[int], None], dims: int, layout: str) -> None:
     """Each block has its planes of the indices; one that is out of range, in any block, is rejected."""
     full = values(SHAPES[dims], "float32", 0)
     y, indices = torch.nn.__dict__[f"MaxPool{dims}d"](2, return_indices=True)(full)
-    small_blocks(monkeypatch, prod(y.shape[2:]) * 4)
+    small(prod(y.shape[2:]) * 4)
     layer = p.LAYERS[f"MaxUnpool{dims}d"](2, output_size=full.shape[2:])
     for shift in (0, 1):
         (got,) = compute(engine, y, [(layer,)], layout, indices, shift)

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 BLOCK_WORK = 20_000_000
 """The work of a block, if one plane isn't more: about 20 ms, after which the caller is looked at."""
 
+WHOLE_BYTES = 32 * 2**20
+"""A single layer whose operator takes at most this much memory is computed at once: torch's operators allocate their
+outputs, and a block's output has to be copied."""
+
 PROGRAM_BLOCKS = 16
 """The number of blocks of a program: its views of them take memory, and it is made again for the next ones."""
 
@@ -58,15 +62,19 @@ class Branch:
         self.threads, self.scratch_bytes = 1, 0
         if plans[0].device != "cpu":
             return
-        plane_bytes = max(plan.plane_bytes(row) for plan, row in self.steps)
+        between = max((prod(plan.result_shape) for plan in plans[:-1]), default=0)
+        plane_bytes = max(between * plans[0].dtype.itemsize, *(plan.plane_bytes(row) for plan, row in self.steps))
         self._plane_bytes = max(plane_bytes, -(-self.work * blocks.TARGET_BYTES // (BLOCK_WORK * planes)))
         self.block = max(1, min(planes, blocks.TARGET_BYTES // self._plane_bytes))
-        self._between = max((prod(plan.result_shape) for plan in plans[:-1]), default=0)
+        whole = len(plans) == 1 and self.steps[0][1] is None and self.work <= BLOCK_WORK
+        if whole and plans[0].eager_scratch(planes) <= WHOLE_BYTES:
+            self.block = planes
+        self._between = between
         kernels = [(self.block + 1) * row.scratch(plan) for plan, row in self.steps if row is not None]
         self._shared_bytes = 0
         if len(plans) > 1:
-            between = 2 * (self.block + 1) * self._between * plans[0].dtype.itemsize
-            self._shared_bytes = between + max(kernels, default=0) + ALIGNMENT_BYTES
+            buffers = 2 * (self.block + 1) * between * plans[0].dtype.itemsize
+            self._shared_bytes = buffers + max(kernels, default=0) + ALIGNMENT_BYTES
         if self.work >= PARALLEL_WORK:
             self.threads = min(threads, planes)
         eager = max((plan.eager_scratch(self.block) for plan, row in self.steps if row is None), default=0)
@@ -81,7 +89,7 @@ class Branch:
         indices: torch.Tensor | None,
         targets: Sequence[torch.Tensor],
         check: Callable[[], None] | None,
-    ) -> None:
+    ) -> Sequence[torch.Tensor]:
         """Compute all planes at once.
 
         Args:
@@ -90,15 +98,16 @@ class Branch:
             targets: Memory for the output and the indices of the maxima, if the last layer returns them.
             check: Called before each layer; what it raises ends the computation.
 
+        Returns:
+            The output, and the indices if there is a target for them: the targets, or memory that torch allocated.
+
         """
         last = len(self.steps) - 1
         for number, (plan, row) in enumerate(self.steps):
             if check is not None:
                 check()
             x, indices = plan.compute(row, x, indices, outputs=targets if number == last else ())
-        for target, result in zip(targets, (x, indices), strict=False):
-            if result is not target and result is not None:
-                target.copy_(result, non_blocking=True)
+        return (x,) if indices is None else (x, indices)
 
     def compute_range(  # noqa: PLR0913, PLR0917 - the last two are added by whoever divides the planes
         self,

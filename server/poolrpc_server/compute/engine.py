@@ -199,7 +199,8 @@ class Engine:
     def _execute_alone(self, run: Run) -> Any:  # noqa: ANN401 - what the run's finish returns
         schedule = run.schedule
         if run.outputs is not None:
-            return run.finish(Workspace(schedule, run.inputs, run.outputs).run(self._parallel_for, run.check))
+            workspace = Workspace(schedule, run.inputs, run.outputs)
+            return run.finish(workspace.run(self._parallel_for, run.check, in_place=True))
         if schedule.cached:
             with self._borrow_workspace(schedule) as workspace:
                 for buffer, data in zip(workspace.inputs, run.inputs, strict=True):

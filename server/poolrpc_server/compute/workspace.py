@@ -27,6 +27,9 @@ ParallelFor: TypeAlias = "Callable[[Callable[[int, int], None], int, int], None]
 OVERHEAD_BYTES = 4096
 """Memory that a workspace takes in addition to its tensors' bytes: Python's, NumPy's and torch's objects for them."""
 
+LEFT_BYTES = 64 * 2**10
+"""An output of at least this many bytes is left where torch allocated it: for fewer, a copy costs less than a view."""
+
 KEPT_SHARE = 0.75
 """The share of its limit that the cache keeps when it drops workspaces, so that it doesn't sort them on every miss."""
 
@@ -74,13 +77,16 @@ class Workspace:
         """The memory that the workspace takes, in bytes."""
         return self.schedule.nbytes + OVERHEAD_BYTES
 
-    def run(self, parallel_for: ParallelFor, check: Callable[[], None] | None = None) -> Sequence[memoryview]:
+    def run(
+        self, parallel_for: ParallelFor, check: Callable[[], None] | None = None, *, in_place: bool = False
+    ) -> Sequence[memoryview]:
         """Compute the outputs.
 
         Args:
             parallel_for: Calls a function on ranges of planes, on one thread or several.
             check: Called between layers and blocks of planes, on any of these threads; what it raises ends the
                 computation. None: nothing is called.
+            in_place: Whether every output must be written to `outputs`, rather than left where torch allocated it.
 
         Returns:
             The bytes of each output.
@@ -98,9 +104,18 @@ class Workspace:
         if schedule.device.type != "cpu":
             self._run_on_device(check)
             return self.outputs
+        outputs = list(self.outputs)
+        end = 0
         for branch, targets in zip(schedule.branches, self._targets, strict=True):
             if branch.block == branch.planes:
-                branch.compute(self._input(), self._checked_indices(branch), targets, check)
+                results = branch.compute(self._input(), self._checked_indices(branch), targets, check)
+                for number, (target, result) in enumerate(zip(targets, results, strict=True), end):
+                    if result is target:
+                        continue
+                    if not in_place and target.nbytes >= LEFT_BYTES and result.dtype != torch.bfloat16:
+                        outputs[number] = result.contiguous().numpy().reshape(-1).view(np.uint8).data
+                    else:
+                        target.copy_(result)
             else:
                 first = branch.steps[0][0]
                 x = self._x.view(-1, *first.plane_shape) if self._aligned else self._x
@@ -108,7 +123,8 @@ class Workspace:
                 written = [target.view(-1, *branch.steps[-1][0].result_shape) for target in targets]
                 part = partial(branch.compute_range, x, indices, written, check)
                 parallel_for(part, branch.planes, branch.threads)
-        return self.outputs
+            end += len(targets)
+        return outputs
 
     def _run_on_device(self, check: Callable[[], None] | None) -> None:
         """Compute the outputs on a device that isn't the CPU, all planes at once."""
@@ -116,7 +132,9 @@ class Workspace:
         x = self._input().to(device, non_blocking=True)
         for branch, targets in zip(self.schedule.branches, self._targets, strict=True):
             indices = self._checked_indices(branch)
-            branch.compute(x, None if indices is None else indices.to(device), targets, check)
+            results = branch.compute(x, None if indices is None else indices.to(device), (), check)
+            for target, result in zip(targets, results, strict=True):
+                target.copy_(result, non_blocking=True)
         synchronize(device)
 
     def _input(self) -> torch.Tensor:

@@ -51,7 +51,7 @@ def _scratch(plan: Plan) -> int:
         return scratch_cells(plan.plane, windows, plan.output_plane) * plan.dtype.itemsize
     # The tiles; for each axis its runs, what was joined and what was selected; and for each of these, add_max's.
     axes = sum(size != length for size, length in zip(plan.plane, plan.output_plane, strict=True))
-    return (4 + 6 * axes) * prod(map(max, plan.plane, plan.output_plane)) * plan.dtype.itemsize
+    return (4 + 6 * axes) * max(plan.cells, prod(plan.output_plane)) * plan.dtype.itemsize
 
 
 @lru_cache(maxsize=64)
@@ -74,7 +74,9 @@ def _join_windows(source: Cells, target: Cells) -> None:
         tiles = scratch(program, shape, source.tensor.dtype)
         add_max(source, Windows.tiling(even), tiles)
         source = tiles
+    # Axes that become longer come last, so that nothing in between is larger than the input and the output.
     axes = [axis for axis in range(rank) if source.shape[axis] != target.shape[axis]]
+    axes.sort(key=lambda axis: source.shape[axis] < target.shape[axis])
     for axis in axes:
         width, (first, *others) = axis_runs(source.shape[axis], target.shape[axis])
         if width > 1:
@@ -122,7 +124,8 @@ GLOBAL_MAX = Row(
     ("global_max_pool", "adaptive_max_pool"),
     add=add_global_max,
     scratch=lambda plan: 4 * (plan.cells + 1) if plan.dtype in HALVES else 0,
-    plane_bytes=lambda plan: plan.cells * max(4, plan.dtype.itemsize),
+    # Only 16-bit floats are converted in scratch memory: larger blocks of others save calls.
+    plane_bytes=lambda plan: plan.cells * 4 if plan.dtype in HALVES else -(-plan.cells * plan.dtype.itemsize // 8),
     pays=lambda _, case: case.cells >= PREDICTED,
     fits=lambda plan: prod(plan.output_plane) == 1,
 )

@@ -31,6 +31,13 @@ planes from number `first` on of a tensor of `count` planes, on which the sample
 LPPool depend.
 """
 
+INDEX_BYTES = torch.int64.itemsize
+INDEXED = ("max_pool", "adaptive_max_pool", "fractional_max_pool")
+"""The families whose operators compute indices, whether they are returned or not."""
+
+SAMPLE_BYTES = 48
+"""The memory that drawing a sample takes."""
+
 HALVES = (torch.float16, torch.bfloat16)
 NARROW_INTEGERS = (torch.uint8, torch.int8, torch.int16)
 LAYOUT_INDEPENDENT = ("max_pool", "avg_pool", "global_max_pool")
@@ -62,10 +69,14 @@ def bind(layer: Layer, dtype: torch.dtype, plane: tuple[int, ...], *, channels_l
     return _in_channels_last(layer, dtype, run) if channels_last else run
 
 
+def _takes_channels_last(layer: Layer, dtype: torch.dtype) -> bool:
+    return layer.family in LAYOUT_INDEPENDENT and not layer.returns_indices and dtype not in NARROW_INTEGERS
+
+
 def _in_channels_last(layer: Layer, dtype: torch.dtype, run: Operator) -> Operator:
     # torch's channels-last kernels add whole planes in another order, choose differently among NaNs, and reject some
     # planes of narrow integers. In these cases planes are made contiguous first, so that both layouts give one result.
-    independent = layer.family in LAYOUT_INDEPENDENT and not layer.returns_indices and dtype not in NARROW_INTEGERS
+    independent = _takes_channels_last(layer, dtype)
 
     def channels_first(memory: torch.Tensor) -> torch.Tensor:
         view = memory.movedim(-1, 1)
@@ -224,7 +235,22 @@ def eager_bytes(layer: Layer, dtype: torch.dtype, cells: int, outputs: int, chan
         channels: The number of channels if they are last in memory, None if they are first.
 
     """
-    return 0
+    item, family, halves = dtype.itemsize, layer.family, dtype in HALVES
+    nbytes = outputs * item
+    indexed = layer.returns_indices or not (layer.spatial_dims == 1 and dtype.is_floating_point)  # max_pool1d's are not
+    if family in INDEXED and (indexed or family != "max_pool"):
+        nbytes += outputs * INDEX_BYTES
+    if family == "lp_pool":  # the powers; or the sums, their sizes, and the roots; the indices of the norm infinity
+        nbytes += (cells + 2 * outputs) * item + outputs * INDEX_BYTES
+    if family == "fractional_max_pool":
+        nbytes += SAMPLE_BYTES * (layer.spatial_dims or 0) * (channels or 1)
+        nbytes += (cells + outputs) * torch.float32.itemsize * halves
+    if family in SIZE_DEPENDENT:  # torch converts planes that it averages as a whole
+        nbytes += cells * torch.float32.itemsize * halves + outputs * torch.float64.itemsize
+    if channels is not None and not _takes_channels_last(layer, dtype):
+        nbytes += (cells + outputs) * item
+        nbytes += (cells * layer.takes_indices + outputs * layer.returns_indices) * INDEX_BYTES
+    return nbytes
 
 
 SIZE_DEPENDENT = ("adaptive_avg_pool", "global_avg_pool")

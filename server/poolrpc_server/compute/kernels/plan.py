@@ -15,6 +15,9 @@ from poolrpc_server.compute.kernels.cost import Case
 from poolrpc_server.compute.kernels.eager import Operator, Pooled, bind, eager_bytes
 from poolrpc_server.compute.kernels.windows import Sizes, Windows
 
+MAX_GROWTH = 64
+"""The most scratch memory of a kernel, as a multiple of its input and output: long windows on short axes need more."""
+
 EXPLAINED_PLANES = (1, 8, 64, 512, 4096)
 """The plane counts for which explain() names the kernel."""
 
@@ -111,6 +114,7 @@ class Plan:
             and (row.channels_last or self.channels is None)
             and row.indices == self.layer.returns_indices
             and row.fits(self)
+            and row.scratch(self) <= MAX_GROWTH * (self.cells + prod(self.result_shape)) * self.dtype.itemsize
         )
 
     @cached_property
@@ -138,7 +142,7 @@ class Plan:
         """Return the bytes of a plane, which determine how many are in a block."""
         if row is not None:
             return row.plane_bytes(self)
-        return self.cells * self.dtype.itemsize + self.eager_scratch(1)
+        return self.eager_scratch(1)
 
     def eager_scratch(self, planes: int) -> int:
         """Return an upper bound of the memory that torch's operators take for so many planes, with their output."""
