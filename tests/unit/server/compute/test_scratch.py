@@ -1,0 +1,97 @@
+"""Scratch memory: what an execution really takes is at most what its schedule says, for every layer, dtype and layout."""
+
+import json
+import subprocess
+import sys
+from itertools import product
+
+import pytest
+
+from poolrpc.expression import parse_chain
+
+SLACK = 8 * 2**20
+"""Bytes of views of tensors, of Python's objects, and of what the C library rounds up."""
+
+SMALL_PLANES = {1: (1024, 3000), 2: (1024, 61, 50), 3: (1024, 8, 17, 23)}
+LARGE_PLANES = {1: (2, 2**20), 2: (2, 1025, 1030), 3: (2, 50, 140, 150)}
+LAYERS = {
+    "MaxPool": ("2", "3, stride=1, padding=1", "3, stride=2, padding=1, return_indices=True", "2, dilation=3"),
+    "AvgPool": ("2", "3, stride=1, padding=1", "5, stride=2, count_include_pad=False, padding=2"),
+    "LPPool": ("1.7, 2", "2.0, 3, stride=1", "float('inf'), 2, stride=1", "3.5, 3, stride=1"),
+    "AdaptiveMaxPool": ("7", "40", "1, return_indices=True", "13, return_indices=True"),
+    "AdaptiveAvgPool": ("7", "1", "40"),
+    "FractionalMaxPool": ("2, output_ratio=0.7", "2, output_size=3, return_indices=True"),
+    "MaxUnpool": ("1",),
+}
+CHAINS = (
+    "[MaxPool2d(3, stride=1, padding=1), AvgPool2d(3, stride=1, padding=1), LPPool2d(1.7, 2, stride=1)]",
+    "[LPPool2d(2.0, 2, stride=1), MaxPool2d(2, stride=1), MaxPool2d(5, stride=1, padding=2, return_indices=True)]",
+    "[[AvgPool2d(2)], [MaxPool2d(2), AdaptiveMaxPool2d(5)], [FractionalMaxPool2d(2, output_ratio=0.9)]]",
+    repr(list(parse_chain("[MaxPool2d(3, stride=1, padding=1), AvgPool2d(3, stride=1, padding=1)]") * 12)),
+)
+HUGE = (
+    ("FractionalMaxPool2d(1, output_size=1)", "float16", (1, 2**22, 1, 2), "NCHW"),
+    ("LPPool2d(1.7, 2)", "float64", (1, 2**20, 2, 2), "NCHW"),
+    ("MaxPool2d(1, stride=1)", "uint8", (1, 1, 4096, 4096), "NCHW"),
+    ("MaxPool2d(3, stride=1, padding=1)", "uint8", (1, 4096, 4096, 3), "NHWC"),
+    ("MaxPool2d(3, stride=1, return_indices=True)", "uint8", (1, 2, 4096, 2048), "NCHW"),
+    ("AdaptiveMaxPool2d((4096, 1))", "float32", (1, 1, 1, 2**20), "NCHW"),
+    ("MaxPool2d((1, 65535), stride=1, padding=(0, 32767))", "float32", (1, 1, 2**16, 1), "NCHW"),
+    ("AvgPool2d((1001, 1), stride=1, padding=(500, 0))", "float32", (1, 1, 1, 2**14), "NCHW"),
+)
+
+
+def grid(planes, dtypes):
+    """Return the case of every layer with planes of a size, each of some dtypes, and in both layouts."""
+    cases = []
+    for (family, parameters), (dims, shape) in product(LAYERS.items(), planes.items()):
+        if family == "FractionalMaxPool" and dims == 1:
+            continue
+        for text in parameters:
+            layer = f"{family}{dims}d({text})".replace("float('inf')", "inf")
+            for dtype in dtypes if "Pool" in family else ():
+                if dtype not in parse_chain(layer)[0].dtypes:
+                    continue
+                cases += [
+                    (layer, dtype, (1, *shape), "NCHW"),
+                    (layer, dtype, (shape[0] // 16 or 1, *shape[1:], min(16, shape[0])), "NHWC"),
+                ]
+    return cases
+
+
+def assert_bounded(cases):
+    """Measure cases in another process, and compare their peaks with their schedules' bounds."""
+    done = subprocess.run(  # noqa: S603 - ours
+        [sys.executable, "-m", "tests.unit.server.compute.peak_memory"],
+        input=json.dumps(cases),
+        capture_output=True,
+        check=False,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)
+    assert len(measured) == len(cases)
+    assert not [(case, peak, bound) for case, (peak, bound) in zip(cases, measured, strict=True) if peak > bound + SLACK]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are measured by /proc")
+def test_large_planes_take_what_their_schedules_say():
+    """Operators that need far more than their input, on planes that can't be cut and on very many of two cells."""
+    assert_bounded(HUGE)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are measured by /proc")
+def test_chains_and_branches_take_what_their_schedules_say():
+    """The layers of a chain share scratch memory; branches are computed one after the other."""
+    shapes = [((1, 512, 61, 50), "NCHW"), ((1, 1, 1025, 1030), "NCHW"), ((32, 61, 50, 16), "NHWC")]
+    assert_bounded([(chain, dtype, *shape) for chain in CHAINS for dtype in ("float16", "float64") for shape in shapes])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are measured by /proc")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "uint8", "int16", "int32", "int64"])
+@pytest.mark.parametrize("planes", [SMALL_PLANES, LARGE_PLANES], ids=["small planes", "large planes"])
+def test_every_layer_takes_what_its_schedule_says(planes, dtype):
+    """Each layer, dtype, rank and layout, on many planes and on a few large ones."""
+    assert_bounded(grid(planes, [dtype]))
