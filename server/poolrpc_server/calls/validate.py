@@ -38,8 +38,8 @@ class Limits:
             tensor, in bytes.
         output_bytes: Maximum size of all outputs of a request, and of the output of each layer of a chain, in bytes.
         output_growth: Maximum ratio of a request's output bytes to its input bytes.
-        work: Maximum number of cells that the kernels of a request's layers visit. An eager kernel visits all cells of
-            each window; faster kernels visit fewer.
+        work: Maximum work of a request: the number of cells that the kernels of its layers visit, each weighted by
+            what it costs compared with a cell of an ordinary max pooling, which takes a thread about a nanosecond.
 
     """
 
@@ -83,7 +83,7 @@ def check_request(
         request: The request.
         limits: The limits.
         schedule: Returns how to compute a request, given the request, its number of spatial axes and its results. The
-            schedule's `work` is the number of cells that its kernels visit.
+            schedule's `work` is the number of cells that its kernels visit, weighted by their cost.
 
     Raises:
         UnsupportedError: A layer does not support the input's dtype.
@@ -100,7 +100,7 @@ def check_request(
     output_bytes = _check_outputs(request, shapes, limits)
     dims = check_shape(shape, spatial_dims(request.branches))
     scheduled = schedule(request, dims, results)
-    _check_limit("WORK_BUDGET", "cells to visit, over all planes and layers", scheduled.work, limits.work)
+    _check_limit("WORK_BUDGET", "cells to visit, weighted by their cost, over all planes and layers", scheduled.work, limits.work)
     return CheckedRequest(request, dims, results, output_bytes, scheduled)
 
 

@@ -27,7 +27,7 @@ outputs, and a block's output has to be copied."""
 PROGRAM_BLOCKS = 16
 """The number of blocks of a program: its views of them take memory, and it is made again for the next ones."""
 
-PARALLEL_WORK = 4_000_000
+PARALLEL_WORK = 1_500_000
 """A branch of at least this work is divided among threads: for less, synchronising them costs more than it saves."""
 
 ALIGNMENT_BYTES = 4096

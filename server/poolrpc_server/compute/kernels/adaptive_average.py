@@ -41,6 +41,7 @@ ADAPTIVE_AVERAGE = Row(
     "adaptive average",
     ("adaptive_avg_pool",),
     add=add_adaptive_average,
+    work=raster_average.work,
     scratch=raster_average.scratch_bytes,
     plane_bytes=lambda plan: plan.cells * sum_dtype(plan.dtype).itemsize,
     pays=_pays,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from poolrpc_server.compute.kernels.blocks import TARGET_BYTES, Call, Cells, copy, maximum, scratch
-from poolrpc_server.compute.kernels.cost import CALL, PREDICTED, UNPREDICTED, Case
+from poolrpc_server.compute.kernels.cost import CALL, PREDICTED, UNPREDICTED, Case, Cost
 from poolrpc_server.compute.kernels.eager import HALVES
 from poolrpc_server.compute.kernels.plan import Plan, Row
 from poolrpc_server.compute.kernels.separable_max import add_max, scratch_cells
@@ -119,10 +119,20 @@ def _pays(_: Plan, case: Case) -> bool:
     return ours < 0.85 * eager
 
 
+GLOBAL_COST, EVEN_COST, JOINED_COST = Cost(2.0, 0.1, 0.3), Cost(1.5, 0.6, 0.6), Cost(0.0, 2.5, 2.5)
+"""The work for whole planes, for windows of one size, and for windows of different sizes."""
+
+
+def _work(plan: Plan) -> float:
+    even = Windows.dividing(plan.plane, plan.output_plane) is not None
+    return (EVEN_COST if even else JOINED_COST).of(plan.dtype, plan.cells, prod(plan.output_plane))
+
+
 GLOBAL_MAX = Row(
     "global max",
     ("global_max_pool", "adaptive_max_pool"),
     add=add_global_max,
+    work=lambda plan: GLOBAL_COST.of(plan.dtype, plan.cells, 1),
     scratch=lambda plan: 4 * (plan.cells + 1) if plan.dtype in HALVES else 0,
     # Only 16-bit floats are converted in scratch memory: larger blocks of others save calls.
     plane_bytes=lambda plan: plan.cells * 4 if plan.dtype in HALVES else -(-plan.cells * plan.dtype.itemsize // 8),
@@ -134,6 +144,7 @@ ADAPTIVE_MAX = Row(
     "adaptive max",
     ("adaptive_max_pool",),
     add=add_adaptive_max,
+    work=_work,
     scratch=_scratch,
     pays=_pays,
     fits=lambda plan: prod(plan.output_plane) > 1 and max(plan.output_plane) <= MAX_WINDOWS,

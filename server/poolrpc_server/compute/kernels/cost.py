@@ -1,8 +1,9 @@
-"""The cost model that decides which kernel is used: estimates in nanoseconds of one thread, fitted to measurements.
+"""Two cost models, in nanoseconds of one thread: which kernel is used, and how much work a request is.
 
-Each kernel's own estimate is in its file; this file has what they share. The numbers were measured on one x86-64
-machine (`python -m benchmarks kernels` measures another). They affect only the speed, since every kernel gives the same
-result. A kernel is used only if it is estimated to be somewhat faster than torch.
+Each kernel's own estimates are in its file, those of torch's operators are in eager_cost.py; this file has what they
+share. The numbers are fitted to measurements on one x86-64 machine (`python -m benchmarks kernels` measures another).
+Estimates that choose a kernel affect only the speed, since every kernel gives the same result; a kernel is used only if
+it is estimated to be somewhat faster than torch. Estimates of work are coarser and hold for planes of any shape.
 """
 
 from dataclasses import dataclass
@@ -20,6 +21,38 @@ STEP = 9_000
 
 PREDICTED, UNPREDICTED = 8_192, 16_384
 """Output cells of torch's max: up to the first number the CPU predicts its branches, from the second on it doesn't."""
+
+
+WEIGHTS = {
+    torch.float16: 1.3,
+    torch.bfloat16: 1.3,
+    torch.float64: 1.6,
+    torch.int64: 1.6,
+}
+"""How many times a cell of a dtype costs what a cell of float32 costs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """The parts of the work for one plane of float32, in nanoseconds.
+
+    Attributes:
+        plane: For the plane.
+        cell: For each of its cells.
+        output: For each cell of the output.
+        visit: For each cell that is visited; one in several windows is visited several times.
+
+    """
+
+    plane: float
+    cell: float
+    output: float
+    visit: float = 0.0
+
+    def of(self, dtype: torch.dtype, cells: float, outputs: float, visits: float = 0.0) -> float:
+        """Return the work for a plane of so many cells, output cells and visited cells."""
+        weight = WEIGHTS.get(dtype, 1.0)
+        return self.plane + weight * (self.cell * cells + self.output * outputs + self.visit * visits)
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,14 +69,15 @@ def bind(layer: Layer, dtype: torch.dtype, plane: tuple[int, ...], *, channels_l
     return _in_channels_last(layer, dtype, run) if channels_last else run
 
 
-def _takes_channels_last(layer: Layer, dtype: torch.dtype) -> bool:
+def takes_channels_last(layer: Layer, dtype: torch.dtype) -> bool:
+    """Return whether torch's operator is given planes with channels last as they are."""
     return layer.family in LAYOUT_INDEPENDENT and not layer.returns_indices and dtype not in NARROW_INTEGERS
 
 
 def _in_channels_last(layer: Layer, dtype: torch.dtype, run: Operator) -> Operator:
     # torch's channels-last kernels add whole planes in another order, choose differently among NaNs, and reject some
     # planes of narrow integers. In these cases planes are made contiguous first, so that both layouts give one result.
-    independent = _takes_channels_last(layer, dtype)
+    independent = takes_channels_last(layer, dtype)
 
     def channels_first(memory: torch.Tensor) -> torch.Tensor:
         view = memory.movedim(-1, 1)
@@ -247,7 +248,9 @@ def eager_bytes(layer: Layer, dtype: torch.dtype, cells: int, outputs: int, chan
         nbytes += (cells + outputs) * torch.float32.itemsize * halves
     if family in SIZE_DEPENDENT:  # torch converts planes that it averages as a whole
         nbytes += cells * torch.float32.itemsize * halves + outputs * torch.float64.itemsize
-    if channels is not None and not _takes_channels_last(layer, dtype):
+    # avg_pool3d copies them itself, and both 1d operators.
+    native = layer.spatial_dims in (2, None) or (layer.spatial_dims == 3 and family == "max_pool")
+    if channels is not None and not (native and takes_channels_last(layer, dtype)):
         nbytes += (cells + outputs) * item
         nbytes += (cells * layer.takes_indices + outputs * layer.returns_indices) * INDEX_BYTES
     return nbytes

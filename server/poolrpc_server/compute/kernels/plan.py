@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import prod
+from math import ceil, prod
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from poolrpc_server.compute.kernels.blocks import Cells, Program
 from poolrpc_server.compute.kernels.cost import Case
 from poolrpc_server.compute.kernels.eager import Operator, Pooled, bind, eager_bytes
+from poolrpc_server.compute.kernels.eager_cost import eager_work
 from poolrpc_server.compute.kernels.windows import Sizes, Windows
 
 MAX_GROWTH = 64
@@ -31,9 +32,9 @@ class Row:
         add: Appends the calls that compute (plan, source, target, indices) to the source's program.
         pays: Returns whether it is estimated to be faster than torch on a case.
         fits: Returns whether it gives a plan's result.
+        work: Returns its estimated work for a plane, in nanoseconds of one thread.
         scratch: Returns an upper bound of its scratch memory for each plane of a block, in bytes.
         plane_bytes: Returns the bytes of a plane, which determine how many are in a block.
-        passes: Returns how often it visits each cell. None: once for each cell of a window.
         channels_last: Whether it also takes (planes, *plane, C).
         indices: Whether it returns the indices of the maxima.
         bind: Prepares computing (plan, input, output) in fixed memory many times. None: the kernel has no such form.
@@ -44,10 +45,10 @@ class Row:
     families: tuple[str, ...]
     add: Callable[[Plan, Cells, Cells, Cells | None], None]
     pays: Callable[[Plan, Case], bool]
+    work: Callable[[Plan], float]
     fits: Callable[[Plan], bool] = lambda _: True
     scratch: Callable[[Plan], int] = lambda _: 0
     plane_bytes: Callable[[Plan], int] = lambda plan: plan.cells * plan.dtype.itemsize
-    passes: Callable[[Windows], int] | None = None
     channels_last: bool = False
     indices: bool = False
     bind: Callable[[Plan, torch.Tensor, torch.Tensor], Callable[[], None]] | None = None
@@ -133,10 +134,16 @@ class Plan:
         return next((row for row in self.rows if row.pays(self, case)), None)
 
     def work(self, row: Row | None, planes: int) -> int:
-        """Return the number of cells that a kernel visits on so many planes, which the work budget limits."""
-        if row is None or row.passes is None:
+        """Return the work of a kernel for so many planes, which the work budget limits.
+
+        On a CPU the unit is about a nanosecond of one thread, which is what a cell of an ordinary max pooling costs; on
+        another device it is a cell of a window.
+        """
+        if self.device != "cpu":
             return planes * (self.channels or 1) * int(self.layer.work(self.plane))
-        return planes * max(self.cells, prod(self.result_shape)) * row.passes(self.windows)
+        if row is None:
+            return ceil(planes * eager_work(self.layer, self.dtype, self.plane, self.output_plane, self.channels))
+        return ceil(planes * row.work(self))
 
     def plane_bytes(self, row: Row | None) -> int:
         """Return the bytes of a plane, which determine how many are in a block."""

@@ -6,7 +6,7 @@ import torch
 
 from poolrpc_server.compute.kernels import raster_average, separable_max
 from poolrpc_server.compute.kernels.blocks import Cells, scratch
-from poolrpc_server.compute.kernels.cost import Case
+from poolrpc_server.compute.kernels.cost import Case, Cost
 from poolrpc_server.compute.kernels.eager import HALVES
 from poolrpc_server.compute.kernels.plan import Plan, Row
 from poolrpc_server.compute.kernels.raster_average import add_average, can_divide, divisor, sum_dtype
@@ -62,10 +62,20 @@ def _pays(plan: Plan, case: Case) -> bool:
     return ours + (0.15 * case.cells + 0.3 * case.outputs) * wide < 0.9 * eager
 
 
+COST = Cost(6.5, 0.45, 0.1)
+"""The work in addition to that of an average or of a max."""
+
+
+def _work(plan: Plan) -> float:
+    pooled = separable_max.work(plan) if plan.layer.norm_type == inf else raster_average.work(plan)
+    return pooled + COST.of(plan.dtype, plan.cells, prod(plan.output_plane))
+
+
 POWER_AVERAGE = Row(
     "power average",
     ("lp_pool",),
     add=add_power_average,
+    work=_work,
     scratch=_scratch,
     plane_bytes=lambda plan: plan.cells * sum_dtype(plan.dtype).itemsize,
     pays=_pays,

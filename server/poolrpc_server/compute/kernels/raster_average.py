@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
-from math import frexp, prod
+from math import frexp, prod, sqrt
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from poolrpc_server.compute.kernels.blocks import (
     scratch,
     strided_copy,
 )
-from poolrpc_server.compute.kernels.cost import CALL, STEP, UNPREDICTED, Case
+from poolrpc_server.compute.kernels.cost import CALL, STEP, UNPREDICTED, Case, Cost
 from poolrpc_server.compute.kernels.eager import HALVES
 from poolrpc_server.compute.kernels.plan import Plan, Row
 from poolrpc_server.compute.kernels.windows import Sizes, Windows
@@ -252,10 +252,22 @@ def _pays(plan: Plan, case: Case) -> bool:
     return plan.channels < 8 and case.outputs >= UNPREDICTED
 
 
+COST = Cost(2.3, 0.25, 0.1, 0.35)
+"""The visited cells are between those that windows need and those of a padded plane, for each cell of a window."""
+
+
+def work(plan: Plan) -> float:
+    """Return the estimated work for a plane."""
+    outputs = prod(plan.result_shape)
+    cells = max(prod(padded_axes(plan.plane_shape, plan.windows, plan.result_shape)), outputs)
+    return COST.of(plan.dtype, cells, outputs, prod(plan.windows.kernel) * sqrt(outputs * cells))
+
+
 RASTER_AVERAGE = Row(
     "raster average",
     ("avg_pool",),
     add=_add_layer,
+    work=work,
     scratch=scratch_bytes,
     plane_bytes=lambda plan: plan.cells * sum_dtype(plan.dtype).itemsize,
     pays=_pays,

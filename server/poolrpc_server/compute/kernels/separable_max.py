@@ -26,7 +26,7 @@ from poolrpc_server.compute.kernels.blocks import (
     scratch,
     strided_copy,
 )
-from poolrpc_server.compute.kernels.cost import CALL, PREDICTED, STEP, Case, eager_max
+from poolrpc_server.compute.kernels.cost import CALL, PREDICTED, STEP, Case, Cost, eager_max
 from poolrpc_server.compute.kernels.eager import HALVES
 from poolrpc_server.compute.kernels.plan import Plan, Row
 from poolrpc_server.compute.kernels.windows import Windows, reading_windows
@@ -325,12 +325,22 @@ def pays(plan: Plan, case: Case) -> bool:
     return fixed + case.cells * (0.5 * max(case.dtype.itemsize, 2) / 4 + row / width) < 0.95 * eager_max(case)
 
 
+COST = Cost(1.5, 0.35, 0.15, 0.02)
+"""The visited cells are those of a padded plane, in each pass."""
+
+
+def work(plan: Plan) -> float:
+    """Return the estimated work for a plane."""
+    cells = max(prod(padded_axes(plan.plane_shape, plan.windows, plan.result_shape)), prod(plan.result_shape))
+    return COST.of(plan.dtype, cells, prod(plan.result_shape), cells * count_passes(plan.windows))
+
+
 SEPARABLE_MAX = Row(
     "separable max",
     ("max_pool",),
     add=lambda plan, source, target, _: add_max(source, plan.windows, target),
     scratch=lambda plan: scratch_cells(plan.plane_shape, plan.windows, plan.result_shape) * plan.dtype.itemsize,
     pays=pays,
-    passes=count_passes,
+    work=work,
     channels_last=True,
 )

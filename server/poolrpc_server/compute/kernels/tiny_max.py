@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from poolrpc_server.compute.kernels.blocks import Cells
-from poolrpc_server.compute.kernels.cost import Case
+from poolrpc_server.compute.kernels.cost import Case, Cost
 from poolrpc_server.compute.kernels.plan import Plan, Row
 from poolrpc_server.compute.kernels.separable_max import lowest
 from poolrpc_server.compute.kernels.windows import reading_windows
@@ -69,11 +69,15 @@ def _pays(_: Plan, case: Case) -> bool:
     return taps <= MAX_TINY_TAPS and taps * case.outputs <= MAX_READS
 
 
+COST = Cost(0.0, 0.0, 1.0, 0.5)
+"""The work, apart from the calls."""
+
 TINY_MAX = Row(
     "tiny max",
     ("max_pool",),
     add=add_tiny_max,
     pays=_pays,
+    work=lambda plan: COST.of(plan.dtype, plan.cells, prod(plan.result_shape), plan.layer.work(plan.plane)),
     fits=lambda plan: plan.dtype in TINY_DTYPES,
     channels_last=True,
     bind=bind,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-import poolrpc_server.compute.workspace
+import poolrpc_server.compute.branch
 from poolrpc import (
     AdaptiveAvgPool2d,
     AvgPool2d,
@@ -354,7 +354,7 @@ def test_indices_that_change_after_the_check_change_nothing(engine, monkeypatch)
         check_indices(*arguments)
         call.memory[64:96] = 0xFF
 
-    monkeypatch.setattr(poolrpc_server.compute.workspace, "check_indices", check_then_change)
+    monkeypatch.setattr(poolrpc_server.compute.branch, "check_indices", check_then_change)
     output = np.frombuffer(call.run()[:64], np.float32)
     assert np.flatnonzero(output).tolist() == [0, 5, 10, 15]
     assert bytes(call.memory[64:96]) == b"\xff" * 32

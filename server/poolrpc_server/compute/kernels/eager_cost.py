@@ -1,0 +1,87 @@
+"""The work of torch's own operators on a CPU, estimated in nanoseconds of one thread."""
+
+from __future__ import annotations
+
+from math import inf, prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from poolrpc_server.compute.kernels.cost import Cost
+from poolrpc_server.compute.kernels.eager import takes_channels_last
+
+if TYPE_CHECKING:
+    from poolrpc_server.compute.kernels.windows import Sizes
+
+COSTS = {
+    "max_pool": Cost(8.6, 0.7, 4.5, 0.5),
+    "max_pool1d of floats": Cost(3.5, 0.9, 0.3, 0.1),
+    "max_pool, channels last": Cost(0.5, 0.2, 0.2, 0.12),
+    "avg_pool": Cost(1.0, 0.4, 4.0, 0.12),
+    "avg_pool3d": Cost(13.0, 0.15, 4.2, 0.34),
+    "avg_pool, channels last": Cost(0.1, 0.25, 0.1, 0.03),
+    "lp_pool": Cost(2.2, 3.4, 7.6, 0.5),
+    "lp_pool, simple": Cost(1.4, 0.6, 7.7, 0.5),
+    "lp_pool, infinite": Cost(8.6, 1.0, 4.5, 0.5),
+    "fractional_max_pool": Cost(67.0, 0.3, 1.4, 2.6),
+    "adaptive_max_pool": Cost(15.0, 0.3, 8.4, 0.7),
+    "adaptive_avg_pool": Cost(14.0, 0.15, 3.1, 0.56),
+    "adaptive_avg_pool3d": Cost(43.0, 1.1, 4.5, 0.33),
+    "mean": Cost(1.0, 0.22, 4.0),
+    "max_unpool": Cost(1.0, 3.0, 0.2),
+    "global_max_pool": Cost(2.3, 0.7, 0.9),
+    "global_max_pool, channels last": Cost(0.4, 0.2, 0.3, 2.9),
+}
+"""The work of each kind of operator."""
+
+SIMPLE_NORMS = (0.5, 1.0, 2.0, 3.0)
+"""The norms whose powers torch computes without its general pow."""
+
+COPY, FAR_COPY, FAR_BYTES = 0.5, 6.0, 2**20
+"""The work for each cell that is copied to the other layout, in images of up to a number of bytes and in larger ones."""
+
+SLOW_AVERAGES = {torch.float16: 4.5, torch.bfloat16: 2.0}
+"""How many times adaptive_avg_pool3d takes longer for dtypes that torch converts cell by cell."""
+
+
+def eager_work(layer: Any, dtype: torch.dtype, plane: Sizes, result: Sizes, channels: int | None) -> float:  # noqa: ANN401 - a Layer
+    """Return the work of an operator for one plane; for one image, if channels are last.
+
+    Args:
+        layer: The layer.
+        dtype: The dtype of the cells.
+        plane: The spatial shape of the input.
+        result: The spatial shape of the output.
+        channels: The number of channels if they are last in memory, None if they are first.
+
+    """
+    cells, outputs, count = prod(plane), prod(result), channels or 1
+    kind = _kind(layer, dtype, outputs, len(plane), channels)
+    visits = layer.work(plane)
+    if kind == "global_max_pool, channels last":
+        visits = cells / count
+    work = COSTS[kind].of(dtype, cells, outputs, visits)
+    if kind == "adaptive_avg_pool3d":
+        work *= SLOW_AVERAGES.get(dtype, 1.0)
+    if channels is not None and not kind.endswith("channels last"):
+        far = cells * count * dtype.itemsize > FAR_BYTES
+        copied = cells * (1 + layer.takes_indices) + outputs * (1 + layer.returns_indices)
+        work += copied * (FAR_COPY if far else COPY)
+    return work * count
+
+
+def _kind(layer: Any, dtype: torch.dtype, outputs: int, dims: int, channels: int | None) -> str:  # noqa: ANN401 - a Layer
+    family: str = layer.family
+    if family in {"adaptive_avg_pool", "global_avg_pool"}:
+        return "mean" if outputs == 1 else "adaptive_avg_pool3d" if dims == 3 else "adaptive_avg_pool"  # noqa: PLR2004
+    if family == "lp_pool":
+        norm = layer.norm_type
+        return "lp_pool, infinite" if norm == inf else "lp_pool, simple" if norm in SIMPLE_NORMS else "lp_pool"
+    floats_1d = dims == 1 and dtype.is_floating_point and not layer.returns_indices
+    if channels is not None and takes_channels_last(layer, dtype):
+        copies = (family == "max_pool" and floats_1d) or (family == "avg_pool" and dims == 3)  # noqa: PLR2004
+        if not copies:
+            return f"{family}, channels last"
+    if family == "max_pool" and floats_1d:
+        return "max_pool1d of floats"
+    return "avg_pool3d" if family == "avg_pool" and dims == 3 else family  # noqa: PLR2004
