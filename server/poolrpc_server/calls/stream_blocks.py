@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from poolrpc.errors import InvalidArgumentError
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from poolrpc._wire.codec import BranchResult, Request
     from poolrpc.chains import Planes
     from poolrpc_server.calls.validate import CheckedRequest
+
+REMEMBERED_SIZES = 2
+"""Number of sizes of blocks whose validated request a stream remembers: all but its last block have the same size."""
 
 BLOCK_BYTES = 8 * 2**20
 """Maximum size of a block of several planes, in bytes."""
@@ -54,7 +58,7 @@ class StreamBlocks:
         self._received = 0
         # Blocks of equal size are equal requests, unless a layer depends on the number of the plane.
         self._reusable = all(layer.at_plane(1) is layer for chain in request.branches for layer in chain)
-        self._checked: dict[int, CheckedRequest] = {}
+        self._check_count = lru_cache(REMEMBERED_SIZES)(lambda count: check(block_of(request, planes, count, 0)))
 
     def next_block(self, nbytes: int) -> CheckedRequest:
         """Return the validated request of the next block.
@@ -76,9 +80,7 @@ class StreamBlocks:
             raise self._wrong_count()
         if not self._reusable:
             return self._check(block_of(self.request, self.planes, count, first))
-        if count not in self._checked:
-            self._checked[count] = self._check(block_of(self.request, self.planes, count, 0))
-        return self._checked[count]
+        return self._check_count(count)
 
     def finish(self) -> None:
         """Check that all planes have arrived.

@@ -29,6 +29,9 @@ CPU_BATCHED_BYTES, DEVICE_BATCHED_BYTES = 256 * 2**10, 8 * 2**20
 """The largest request, outputs included, that shares a batch. On the CPU, copying larger ones together costs more than
 one kernel call saves; on another device they are copied in any case."""
 
+BATCH_KEYS, BATCHED_LAYERS = 1024, 16
+"""The number of batch keys to remember, and the most layers of a request that has one: a key holds all of them."""
+
 CALL_SECONDS, LAYER_SECONDS, WORK_SECONDS = 50e-6, 10e-6, 1e-9
 """The duration estimated before the first execution: for a request itself, each of its layers, each unit of its work."""
 
@@ -42,7 +45,7 @@ class BatchKey:
     device: torch.device
 
 
-_batch_key = lru_cache(4096)(BatchKey)
+_batch_key = lru_cache(BATCH_KEYS)(BatchKey)
 
 
 class Schedule:
@@ -115,7 +118,8 @@ class Schedule:
         if not on_cpu:
             independent &= all(layer.family not in SIZE_DEPENDENT for chain in request.branches for layer in chain)
         limit = CPU_BATCHED_BYTES if on_cpu else DEVICE_BATCHED_BYTES
-        if not (self.branches and independent and self.nbytes <= limit):
+        layers = sum(len(branch.steps) for branch in self.branches)
+        if not (1 <= layers <= BATCHED_LAYERS and independent and self.nbytes <= limit):
             return None
         plane = block_of(request, Planes(request.input, self.spatial_dims), 1, 0)
         return _batch_key(plane, self.spatial_dims, self.device)

@@ -119,11 +119,14 @@ def _pays(_: Plan, case: Case) -> bool:
     return ours < 0.85 * eager
 
 
-GLOBAL_COST, EVEN_COST, JOINED_COST = Cost(2.0, 0.1, 0.3), Cost(1.5, 0.6, 0.6), Cost(0.0, 2.5, 2.5)
-"""The work for whole planes, for windows of one size, and for windows of different sizes."""
+GLOBAL_COST, COPY_COST, EVEN_COST = Cost(2.0, 0.1, 0.3), Cost(0.5, 0.1, 0.1), Cost(1.5, 0.5, 0.5)
+JOINED_COST = Cost(0.0, 2.0, 2.0)
+"""The work for whole planes, windows of one cell, windows of one size, and windows of different sizes."""
 
 
 def _work(plan: Plan) -> float:
+    if plan.plane == plan.output_plane:
+        return COPY_COST.of(plan.dtype, plan.cells, plan.cells)
     even = Windows.dividing(plan.plane, plan.output_plane) is not None
     return (EVEN_COST if even else JOINED_COST).of(plan.dtype, plan.cells, prod(plan.output_plane))
 

@@ -23,6 +23,7 @@ COSTS = {
     "lp_pool": Cost(2.2, 3.4, 7.6, 0.5),
     "lp_pool, simple": Cost(1.4, 0.6, 7.7, 0.5),
     "lp_pool, infinite": Cost(8.6, 1.0, 4.5, 0.5),
+    "lp_pool1d, infinite": Cost(3.5, 1.2, 0.3, 0.1),
     "fractional_max_pool": Cost(67.0, 0.3, 1.4, 2.6),
     "adaptive_max_pool": Cost(15.0, 0.3, 8.4, 0.7),
     "adaptive_avg_pool": Cost(14.0, 0.15, 3.1, 0.56),
@@ -37,11 +38,17 @@ COSTS = {
 SIMPLE_NORMS = (0.5, 1.0, 2.0, 3.0)
 """The norms whose powers torch computes without its general pow."""
 
-COPY, FAR_COPY, FAR_BYTES = 0.5, 6.0, 2**20
-"""The work for each cell that is copied to the other layout, in images of up to a number of bytes and in larger ones."""
+COPY, FAR_COPY = 0.7, 5.0
+"""The work for each cell that is copied to the other layout: in most images, and in large ones of many channels."""
 
-SLOW_AVERAGES = {torch.float16: 4.5, torch.bfloat16: 2.0}
-"""How many times adaptive_avg_pool3d takes longer for dtypes that torch converts cell by cell."""
+FAR_BYTES, FAR_CHANNELS = 2**23, 16
+"""The size of an image and the number of its channels from which neighbours in one layout are far apart in the other."""
+
+CONVERTED = {
+    "adaptive_avg_pool3d": {torch.float16: 4.5, torch.bfloat16: 2.0},
+    "global_max_pool, channels last": {torch.float16: 2.5},
+}
+"""How many times an operator takes longer for a dtype that it converts cell by cell."""
 
 
 def eager_work(layer: Any, dtype: torch.dtype, plane: Sizes, result: Sizes, channels: int | None) -> float:  # noqa: ANN401 - a Layer
@@ -61,12 +68,11 @@ def eager_work(layer: Any, dtype: torch.dtype, plane: Sizes, result: Sizes, chan
     if kind == "global_max_pool, channels last":
         visits = cells / count
     work = COSTS[kind].of(dtype, cells, outputs, visits)
-    if kind == "adaptive_avg_pool3d":
-        work *= SLOW_AVERAGES.get(dtype, 1.0)
+    work *= CONVERTED.get(kind, {}).get(dtype, 1.0)
     if channels is not None and not kind.endswith("channels last"):
-        far = cells * count * dtype.itemsize > FAR_BYTES
-        copied = cells * (1 + layer.takes_indices) + outputs * (1 + layer.returns_indices)
-        work += copied * (FAR_COPY if far else COPY)
+        for size, tensors in ((cells, 1 + layer.takes_indices), (outputs, 1 + layer.returns_indices)):
+            far = count >= FAR_CHANNELS and size * count * dtype.itemsize > FAR_BYTES
+            work += tensors * size * (FAR_COPY if far else COPY)
     return work * count
 
 
@@ -76,7 +82,9 @@ def _kind(layer: Any, dtype: torch.dtype, outputs: int, dims: int, channels: int
         return "mean" if outputs == 1 else "adaptive_avg_pool3d" if dims == 3 else "adaptive_avg_pool"  # noqa: PLR2004
     if family == "lp_pool":
         norm = layer.norm_type
-        return "lp_pool, infinite" if norm == inf else "lp_pool, simple" if norm in SIMPLE_NORMS else "lp_pool"
+        if norm == inf:
+            return "lp_pool1d, infinite" if dims == 1 else "lp_pool, infinite"
+        return "lp_pool, simple" if norm in SIMPLE_NORMS else "lp_pool"
     floats_1d = dims == 1 and dtype.is_floating_point and not layer.returns_indices
     if channels is not None and takes_channels_last(layer, dtype):
         copies = (family == "max_pool" and floats_1d) or (family == "avg_pool" and dims == 3)  # noqa: PLR2004

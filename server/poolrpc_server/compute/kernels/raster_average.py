@@ -252,7 +252,7 @@ def _pays(plan: Plan, case: Case) -> bool:
     return plan.channels < 8 and case.outputs >= UNPREDICTED
 
 
-COST = Cost(2.3, 0.25, 0.1, 0.35)
+COST = Cost(2.3, 0.3, 0.1, 0.22)
 """The visited cells are between those that windows need and those of a padded plane, for each cell of a window."""
 
 

@@ -69,7 +69,7 @@ def lowest(dtype: torch.dtype) -> float | int:
     return -inf if dtype.is_floating_point else torch.iinfo(dtype).min
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 def axis_passes(kernel: int, stride: int, padding: int, dilation: int, length: int) -> tuple[Pass, ...]:
     """Return the cheapest passes for one axis: some double the windows at stride 1, then a strided one joins these."""
     if kernel == 1:
@@ -89,7 +89,7 @@ def axis_passes(kernel: int, stride: int, padding: int, dilation: int, length: i
     return tuple(passes)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 def run_shifts(kernel: int, dilation: int) -> tuple[int, ...]:
     """Return the shifts that turn cells into maxima of `kernel` cells by doubling."""
     shifts = []
@@ -101,7 +101,7 @@ def run_shifts(kernel: int, dilation: int) -> tuple[int, ...]:
     return tuple(shifts)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 def pass_operations(one_pass: Pass, size: int) -> tuple[Operation, ...]:
     """Return the torch calls of a pass over an axis of `size` cells; no cell outside it is read."""
     reach = {}

@@ -17,6 +17,9 @@ from poolrpc_server.compute.kernels.tiny_max import TINY_MAX
 from poolrpc_server.compute.kernels.windows import Sizes
 from poolrpc_server.telemetry.logs import log
 
+PLANS = 1024
+"""The number of plans to remember; each takes 2 to 4 KiB."""
+
 TABLE = (
     SEPARABLE_MAX,
     TINY_MAX,
@@ -34,7 +37,7 @@ the speed.
 """
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=PLANS)
 def plan_for(layer: Layer, dtype: torch.dtype, plane: Sizes, channels: int | None, device: str) -> Plan:
     """Return the plan of a layer; it is made once.
 

@@ -1,5 +1,8 @@
 """Stream blocks: the size and number of planes of blocks, the request of each block, and the end of a stream."""
 
+import gc
+import weakref
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -91,6 +94,15 @@ def test_blocks_of_equal_size_are_validated_once():
     first, other, again = (stream.next_block(count * PLANE) for count in (2, 1, 2))
     assert first is again is not other
     assert len(checks) == 2
+
+
+def test_only_the_last_sizes_of_blocks_are_remembered():
+    """However many sizes the blocks of a stream have, it holds on to the validated requests of two of them."""
+    spec = TensorSpec("float32", (1000, 4, 4))
+    stream = begin(MaxPool2d(2), spec=spec)
+    seen = [weakref.ref(stream.next_block(count * PLANE).schedule) for count in range(1, 40)]
+    gc.collect()
+    assert len([each for each in seen if each() is not None]) == 2
 
 
 @pytest.mark.parametrize(("layout", "first", "count"), [("NCHW", 1, 4), ("NHWC", 3, 1)])

@@ -7,7 +7,7 @@ from poolrpc._wire.codec import Request
 from poolrpc.tensors import TensorSpec
 from poolrpc_server.calls.validate import Limits, check_request
 from poolrpc_server.compute.engine import Engine
-from poolrpc_server.compute.schedule import CPU_BATCHED_BYTES, WORKSPACE_BYTES, WORK_SECONDS
+from poolrpc_server.compute.schedule import BATCHED_LAYERS, CPU_BATCHED_BYTES, WORKSPACE_BYTES, WORK_SECONDS
 
 LIMITS = Limits(2**24, 2**24, 64, 10**9)
 
@@ -56,12 +56,14 @@ def test_requests_that_differ_only_in_planes_have_one_key(engine):
 
 
 def test_large_dependent_and_empty_requests_have_no_key(engine):
-    """A request has no key if it is large, if its result depends on the planes' numbers, or if it has no planes."""
+    """A request has no key if it is large or has many layers, depends on the planes' numbers, or has no planes."""
     planes = CPU_BATCHED_BYTES // (256 + 64)
     assert schedule(engine, (1, planes, 8, 8)).key is not None
     assert schedule(engine, (1, planes + 1, 8, 8)).key is None
     assert schedule(engine, (1, 3, 8, 8), (FractionalMaxPool2d(2, 3),)).key is None
     assert schedule(engine, (0, 3, 8, 8)).key is None
+    assert schedule(engine, (1, 3, 8, 8), *[(MaxPool2d(1),)] * BATCHED_LAYERS).key is not None
+    assert schedule(engine, (1, 3, 8, 8), *[(MaxPool2d(1),)] * (BATCHED_LAYERS + 1)).key is None
 
 
 def test_only_small_requests_have_cached_workspaces(engine):

@@ -1,0 +1,123 @@
+"""The work of a request: an estimate within a factor of four of the time that it takes, on any machine.
+
+Times are CPU times of this thread, compared with those of a max pooling that is computed alternately, so that neither
+the machine's speed nor what else it does counts.
+"""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from poolrpc._wire.codec import Request
+from poolrpc.expression import parse_chain
+from poolrpc.tensors import TensorSpec
+from poolrpc_server.calls.validate import Limits, check_request
+from poolrpc_server.compute.engine import Engine
+
+LIMITS = Limits(2**30, 2**30, 2**10, 2**40)
+FACTOR = 4
+ROUNDS = 6
+CALL = 50_000
+"""The work of a call itself, which schedules estimate separately."""
+
+REFERENCE = ("MaxPool2d(3, stride=2, padding=1)", "float32", (1, 64, 112, 112), "NCHW")
+SHAPES = {1: [(1, 128, 3000)], 2: [(1, 128, 56, 56), (1, 6000, 7, 7)], 3: [(1, 64, 8, 28, 28)]}
+LAYERS = {
+    "MaxPool": ("2", "3, stride=1, padding=1", "2, return_indices=True", "5, stride=1, return_indices=True"),
+    "AvgPool": ("2", "3, stride=1, padding=1", "3, stride=2, padding=1, count_include_pad=False"),
+    "LPPool": ("1.7, 2", "1.7, 3, stride=1", "2.0, 3, stride=2", "inf, 2", "0.5, 2, stride=1"),
+    "AdaptiveMaxPool": ("7", "3", "5, return_indices=True"),
+    "AdaptiveAvgPool": ("7", "1", "5"),
+    "FractionalMaxPool": ("2, output_ratio=0.5", "2, output_size=2, return_indices=True"),
+    "MaxUnpool": ("2",),
+}
+GLOBAL = ("GlobalMaxPool()", "GlobalAvgPool()")
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """An engine of one thread."""
+    made = Engine("cpu", 1)
+    yield made
+    made.close()
+
+
+def a_run(engine, layer, dtype, shape, layout):
+    """Return a run of a layer on random cells, and the work of it."""
+    plane_cells = np.prod(shape[2:])
+    if layout == "NHWC":
+        shape = (4, *shape[2:], shape[1] // 4)
+    spec = TensorSpec(dtype, shape, layout)
+    chain = parse_chain(layer)
+    indices = TensorSpec("int64", shape, layout) if chain[0].takes_indices else None
+    schedule = check_request(Request(spec, (chain,), indices), LIMITS, engine.schedule).schedule
+    cells = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 40).abs().to(getattr(torch, dtype))
+    payload = cells.view(torch.uint8).numpy().tobytes()
+    if indices is not None:
+        payload += np.random.default_rng(0).integers(0, plane_cells, shape).tobytes()
+    return engine.run(schedule, payload, len), schedule.work
+
+
+def seconds(engine, run):
+    """Return the CPU time of an execution."""
+    started = time.thread_time()
+    engine.execute([run])
+    return time.thread_time() - started
+
+
+def factor(engine, *case):
+    """Return how many times too large the estimate for a case is, compared with that for the reference."""
+    (reference, expected), (run, work) = a_run(engine, *REFERENCE), a_run(engine, *case)
+    times = [(seconds(engine, reference), seconds(engine, run)) for _ in range(ROUNDS)]
+    one, other = (min(each) for each in zip(*times, strict=True))
+    return (work + CALL) / (expected + CALL) * one / other
+
+
+def grid(dtypes, layouts, parameters=slice(None)):
+    """Yield a case for every layer, rank, shape, dtype and layout."""
+    for dims, shapes in SHAPES.items():
+        named = [f"{family}{dims}d({each})" for family in LAYERS for each in LAYERS[family][parameters]]
+        for layer in (*named, *(GLOBAL if dims == 2 else ())):
+            if layer.startswith("FractionalMaxPool1d"):
+                continue
+            supported = parse_chain(layer)[0].dtypes
+            for dtype in dtypes:
+                yield from ((layer, dtype, shape, layout) for shape in shapes for layout in layouts if dtype in supported)
+
+
+def assert_close(engine, cases):
+    """Compare the estimates of cases with measurements; one that is disturbed is measured again."""
+    wrong = []
+    for case in cases:
+        found = [factor(engine, *case)]
+        while len(found) < 3 and not 1 / FACTOR <= found[-1] <= FACTOR:
+            found.append(factor(engine, *case))
+        if not 1 / FACTOR <= found[-1] <= FACTOR:
+            wrong.append((case, [round(each, 2) for each in found]))
+    assert not wrong
+
+
+def test_every_family_is_estimated_within_a_factor_of_four(engine):
+    """Every family and rank, by kernels and by torch's operators, with float32 cells in both layouts."""
+    assert_close(engine, grid(["float32"], ["NCHW", "NHWC"], slice(2)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize(
+    "dtype", ["float16", "bfloat16", "float32", "float64", "uint8", "int8", "int16", "int32", "int64"]
+)
+def test_every_dtype_is_estimated_within_a_factor_of_four(engine, dtype, layout):
+    """The same for every dtype and more parameters."""
+    assert_close(engine, grid([dtype], [layout]))
+
+
+def test_the_worst_chains_are_over_the_default_budget(engine):
+    """General norms in long chains and many branches, which would take 100 s, are more work than the budget allows."""
+    chain = parse_chain("LPPool2d(1.7, 2, stride=1)") * 64
+    request = Request(TensorSpec("float32", (1, 8, 512, 512)), (chain,) * 64)
+    schedule = check_request(request, LIMITS, engine.schedule).schedule
+    assert schedule.work > 10 * 4_000_000_000
