@@ -1,8 +1,9 @@
-"""The server's plans compared with eager torch, layer by layer, on one thread.
+"""The server's engine compared with eager torch, layer by layer and for chains, on one thread.
 
 The grid has the pooling layers of known networks (ResNet, VGG, Inception, DenseNet, YOLO's SPP, 1d audio, 3d video),
 planes from 4x4 to 1024x1024 at one size in bytes, small calls, every dtype, and images with channels last. The arrays
-that are timed are also compared. Each row also has the duration in clones of the input, which is the lower bound.
+that are timed are also compared. Each row also has the duration in clones of the input, which is the lower bound, and
+the duration that the engine estimates, as the request's work: how many times too long it is.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ import torch
 
 import poolrpc as p
 from benchmarks.rounds import interleave, row
-from poolrpc_server.compute.kernels import plan_for
+from poolrpc._wire.codec import Request
+from poolrpc.tensors import TensorSpec, keep_freed_memory
+from poolrpc_server.compute.buffers import use_one_heap
+from poolrpc_server.compute.engine import Engine, Run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,16 +28,17 @@ if TYPE_CHECKING:
 STEM = (8, 64, 112, 112)
 HALVES = ("float16", "bfloat16")
 INTEGERS = ("uint8", "int8", "int16", "int32", "int64")
-Case = tuple[str, p.Layer, tuple[int, ...], str, str]
+Case = tuple[str, p.Layer | list[p.Layer], tuple[int, ...], str, str]
 
 
 def cases() -> Iterator[Case]:
-    """Yield (group, layer, shape, dtype, layout) of every case."""
+    """Yield (group, layer or chain, shape, dtype, layout) of every case."""
     yield from maxima()
     yield from special_maxima()
     yield from averages()
     yield from others()
     yield from planes()
+    yield from chains()
 
 
 def maxima() -> Iterator[Case]:
@@ -131,6 +136,18 @@ def others() -> Iterator[Case]:
     yield "fractional max", p.FractionalMaxPool2d(2, output_ratio=0.7), (2, 64, 112, 112), "float32", "NCHW"
 
 
+def chains() -> Iterator[Case]:
+    """Yield chains, whose intermediate results need not leave the CPU's cache."""
+    for shape in (STEM, (32, 512, 14, 14)):
+        for chain in (
+            [p.MaxPool2d(3, 1, 1)] * 3,
+            [p.MaxPool2d(2), p.AvgPool2d(2), p.MaxPool2d(2)],
+            [p.LPPool2d(2, 3, 1), p.MaxPool2d(3, 2, 1), p.GlobalAvgPool()],
+            [p.LPPool2d(1.7, 2, 1), p.AvgPool2d(2)],
+        ):
+            yield "chains", chain, shape, "float32", "NCHW"
+
+
 def planes() -> Iterator[Case]:
     """Yield 8 MB of planes of each size, and calls so small that the cost of a call itself dominates."""
     for size in (4, 5, 7, 8, 14, 28, 56, 112, 256, 512, 1024):
@@ -145,6 +162,8 @@ def planes() -> Iterator[Case]:
 
 def eager(layer: Any) -> Callable[[torch.Tensor], Any]:  # noqa: ANN401 - a module's result, with or without indices
     """Return torch.nn's module of the same parameters."""
+    if isinstance(layer, list):
+        return torch.nn.Sequential(*map(eager, layer))  # type: ignore[arg-type]  # each is a module
     parameters = {each.name: getattr(layer, each.name) for each in fields(layer)}
     if layer.family.startswith("global"):
         name = "AdaptiveMaxPool2d" if layer.family == "global_max_pool" else "AdaptiveAvgPool2d"
@@ -166,38 +185,65 @@ def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     return bool(((ours == theirs) | (ours.isnan() & theirs.isnan())).all())
 
 
+def prepare(engine: Engine, chain: tuple[p.Layer, ...], memory: torch.Tensor, layout: Any) -> Run:  # noqa: ANN401 - a Layout
+    """Return the engine's run of a chain, whose result is copies of its outputs."""
+    spec = TensorSpec(str(memory.dtype).removeprefix("torch."), tuple(memory.shape), layout)
+    request = Request(spec, (chain,))
+    results = request.results()
+    schedule = engine.schedule(request, memory.ndim - 2, results)
+    return engine.run(schedule, memory.contiguous().view(torch.uint8).numpy().reshape(-1).data, lambda _: None)
+
+
+def outputs_of(engine: Engine, run: Run) -> list[torch.Tensor]:
+    """Execute a run once, and return its outputs."""
+    copies = Run(run.schedule, run.inputs, lambda outputs: [bytearray(each) for each in outputs])
+    return [
+        torch.frombuffer(data, dtype=getattr(torch, spec.dtype)).view(spec.shape)
+        for data, spec in zip(engine.execute([copies])[0], run.schedule.outputs, strict=True)
+    ]
+
+
 def run(rounds: int) -> Iterator[dict[str, Any]]:
     """Yield the rows, then the geometric mean of each group."""
     torch.set_num_threads(1)
+    use_one_heap()  # as the server does
+    keep_freed_memory()
     groups: dict[str, list[float]] = {}
+    engine = Engine("cpu", 1)
     with torch.inference_mode():
-        for group, layer, shape, dtype, layout in cases():
+        for group, layers, shape, dtype, layout in cases():
+            chain = tuple(layers) if isinstance(layers, list) else (layers,)
             x = random(shape, dtype)
             memory = x.movedim(1, -1).contiguous() if layout == "NHWC" else x
             # torch pools only small uint8 images with channels last: for others the planes are made contiguous.
             images = memory.movedim(-1, 1) if layout == "NHWC" and dtype != "uint8" else x
-            module = eager(layer)
-            made = plan_for(layer, x.dtype, shape[2:], shape[1] if layout == "NHWC" else None, "cpu")
-            chosen = made.choose(shape[0] if layout == "NHWC" else shape[0] * shape[1])
-            output, indices = made.compute(memory, None)
+            module = eager(layers)
+            ours = prepare(engine, chain, memory, layout)
+            output, *indices = outputs_of(engine, ours)
             theirs = module(images)
             theirs, their_indices = theirs if isinstance(theirs, tuple) else (theirs, None)
-            ours = output.movedim(-1, 1) if layout == "NHWC" else output
+            output = output.movedim(-1, 1) if layout == "NHWC" else output
             # A fractional layer's samples are random; the parity tests compare it with the same samples.
-            equal = layer.family == "fractional_max_pool" or same(ours, theirs)
-            equal &= indices is None or bool(torch.equal(indices, their_indices))
+            equal = chain[0].family == "fractional_max_pool" or same(output, theirs)
+            if indices:
+                equal &= bool(torch.equal(indices[0].movedim(-1, 1) if layout == "NHWC" else indices[0], their_indices))
             runs: dict[str, Callable[[], object]] = {
                 "eager": lambda module=module, images=images: module(images),
-                "plan": lambda made=made, memory=memory: made.compute(memory, None),
+                "plan": lambda ours=ours: engine.execute([ours]),
                 "clone": memory.clone,
             }
             times = interleave(runs, rounds)
-            name = f"{layer!r} {dtype} {'x'.join(map(str, shape))} {layout}"
+            name = f"{layers!r} {dtype} {'x'.join(map(str, shape))} {layout}"
             result = row(name, "eager", "plan", times, group=group, equal=equal)
             result["clones"] = round(median(times["plan"]) / median(times["clone"]), 2)
-            result["kernel"] = chosen.name if chosen else "eager torch"
+            # Of the schedule itself, which experience doesn't correct.
+            result["estimated_ms"] = round(ours.seconds * 1000, 3)
+            result["estimate"] = round(ours.seconds / median(times["plan"]), 2)
+            kernels = [chosen.name if chosen else "eager torch" for _, chosen in ours.schedule.branches[0].steps]
+            result["kernel"] = ", ".join(kernels)
             groups.setdefault(group, []).append(result["ratio"])
             yield result
+    engine.close()
     for group, ratios in groups.items():
         yield {
             "case": f"geometric mean: {group}",

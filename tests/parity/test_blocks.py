@@ -39,7 +39,7 @@ class Slots:
     """Slots that are always free."""
 
     def borrow(self, count: int) -> int:
-        """Lend as many as are wanted."""
+        """Return as many as are wanted."""
         return count
 
     def release(self, slots: int) -> None:
@@ -56,7 +56,7 @@ def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ca
     return lambda nbytes: monkeypatch.setattr(blocks, "TARGET_BYTES", 1 if count == 1 else count * nbytes)
 
 
-def compute(
+def compute(  # noqa: PLR0913, PLR0917 - what an execution depends on
     engine: Engine,
     x: torch.Tensor,
     branches: Sequence[Chain],
@@ -65,7 +65,9 @@ def compute(
     shift: int = 0,
 ) -> list[torch.Tensor]:
     """Return the outputs of an execution in blocks, whose input's address is `shift` bytes after an aligned one."""
-    tensors = [each.movedim(1, -1).contiguous() if layout == "NHWC" else each for each in (x, indices) if each is not None]
+    tensors = [
+        each.movedim(1, -1).contiguous() if layout == "NHWC" else each for each in (x, indices) if each is not None
+    ]
     specs = [TensorSpec(str(each.dtype).removeprefix("torch."), tuple(each.shape), layout) for each in tensors]
     request = Request(specs[0], tuple(branches), specs[1] if indices is not None else None)
     checked = check_request(request, LIMITS, engine.schedule)
@@ -107,7 +109,7 @@ def layers(dims: int) -> list[p.Layer]:
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_every_layer_in_blocks(engine: Engine, small: Callable[[int], None], dims: int, layout: str) -> None:
-    """Values and indices are torch's on the whole tensor, whatever the dtype, and wherever the input's memory starts."""
+    """Values and indices are torch's on the whole tensor, for every dtype, wherever the input's memory starts."""
     shape = SHAPES[dims]
     for turn, layer in enumerate(layers(dims)):
         for dtype in layer.dtypes:
@@ -136,9 +138,7 @@ def test_a_general_norm_in_blocks(engine: Engine, small: Callable[[int], None], 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_chains_and_branches_in_blocks(
-    engine: Engine, small: Callable[[int], None], dtype: str, layout: str
-) -> None:
+def test_chains_and_branches_in_blocks(engine: Engine, small: Callable[[int], None], dtype: str, layout: str) -> None:
     """Every layer of a chain, of several branches, is computed on blocks with torch's results, seeds and norms too."""
     x = values((7, 6, 38, 41), dtype, 2)
     small(38 * 41 * x.element_size())

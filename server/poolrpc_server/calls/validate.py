@@ -100,7 +100,9 @@ def check_request(
     output_bytes = _check_outputs(request, shapes, limits)
     dims = check_shape(shape, spatial_dims(request.branches))
     scheduled = schedule(request, dims, results)
-    _check_limit("WORK_BUDGET", "cells to visit, weighted by their cost, over all planes and layers", scheduled.work, limits.work)
+    _check_limit(
+        "WORK_BUDGET", "cells to visit, weighted by their cost, over all planes and layers", scheduled.work, limits.work
+    )
     return CheckedRequest(request, dims, results, output_bytes, scheduled)
 
 

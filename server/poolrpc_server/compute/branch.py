@@ -109,7 +109,7 @@ class Branch:
             x, indices = plan.compute(row, x, indices, outputs=targets if number == last else ())
         return (x,) if indices is None else (x, indices)
 
-    def compute_range(  # noqa: PLR0913, PLR0917 - the last two are added by whoever divides the planes
+    def compute_range(  # noqa: PLR0913, PLR0917 - the last two are added by what divides the planes
         self,
         x: torch.Tensor,
         indices: torch.Tensor | None,
@@ -159,7 +159,9 @@ class Branch:
             target = targets[0] if last or buffers is None else buffers.swap(plan.result_shape)
             if row is None:
                 read = None if indices is None or number else _read_indices(indices, plan)
-                plan.add_eager(source, target, targets[1] if last and len(targets) > 1 else None, read, first, self.planes)
+                plan.add_eager(
+                    source, target, targets[1] if last and len(targets) > 1 else None, read, first, self.planes
+                )
             else:
                 row.add(plan, source, target, targets[1] if row.indices else None)
             program.end_layer()

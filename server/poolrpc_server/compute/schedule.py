@@ -33,7 +33,7 @@ BATCH_KEYS, BATCHED_LAYERS = 1024, 16
 """The number of batch keys to remember, and the most layers of a request that has one: a key holds all of them."""
 
 CALL_SECONDS, LAYER_SECONDS, WORK_SECONDS = 50e-6, 10e-6, 1e-9
-"""The duration estimated before the first execution: for a request itself, each of its layers, each unit of its work."""
+"""The duration estimated before the first execution: for a request, each of its layers, and each unit of its work."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,8 +59,8 @@ class Schedule:
         planes: The number of planes; of images, if channels are last.
         branches: How each branch is computed; empty if the input has no cells.
         work: The number of cells that the kernels visit, each weighted by what it costs in nanoseconds of one thread.
-        scratch_bytes: An upper bound of the memory that an execution takes, on all of its threads, in addition to inputs
-            and outputs.
+        scratch_bytes: An upper bound of the memory that an execution takes, on all of its threads, in addition to its
+            inputs and outputs.
         key: The key of the requests that may be computed in one batch with this one. None: it is computed alone.
         seconds: The estimated duration, corrected by each execution.
         cached: Whether its workspaces are kept for reuse.
@@ -68,7 +68,7 @@ class Schedule:
 
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - its parts; the engine alone creates schedules, in two places
         self,
         request: Request,
         spatial_dims: int,

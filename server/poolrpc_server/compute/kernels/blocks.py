@@ -101,9 +101,7 @@ class Program:
 class Cells:
     """The cells of a program's planes: a whole tensor, or scratch memory of one block that every block reuses."""
 
-    def __init__(
-        self, program: Program, tensor: Tensor, *, reused: bool = False, memory: Tensor | None = None
-    ) -> None:
+    def __init__(self, program: Program, tensor: Tensor, *, reused: bool = False, memory: Tensor | None = None) -> None:
         self.program, self.tensor, self.reused, self.memory = program, tensor, reused, memory
         self.shape: Sequence[int] = tensor.shape[1:]
 

@@ -51,8 +51,8 @@ MIX_2 = np.uint64(0x94D049BB133111EB)
 FLOAT32_BITS = 24
 
 VECTOR_CELLS = 256
-"""A multiple of the cells that any of torch's vectorised loops takes at once; what remains at a tensor's end is computed
-one by one."""
+"""A multiple of the cells that any of torch's vectorised loops takes at once; what remains at a tensor's end is
+computed one by one."""
 
 
 def bind(layer: Layer, dtype: torch.dtype, plane: tuple[int, ...], *, channels_last: bool = False) -> Operator:

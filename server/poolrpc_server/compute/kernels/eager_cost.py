@@ -42,7 +42,7 @@ COPY, FAR_COPY = 0.7, 5.0
 """The work for each cell that is copied to the other layout: in most images, and in large ones of many channels."""
 
 FAR_BYTES, FAR_CHANNELS = 2**23, 16
-"""The size of an image and the number of its channels from which neighbours in one layout are far apart in the other."""
+"""The size of an image and the number of its channels from which neighbours in one layout are far in the other."""
 
 CONVERTED = {
     "adaptive_avg_pool3d": {torch.float16: 4.5, torch.bfloat16: 2.0},
@@ -79,7 +79,7 @@ def eager_work(layer: Any, dtype: torch.dtype, plane: Sizes, result: Sizes, chan
 def _kind(layer: Any, dtype: torch.dtype, outputs: int, dims: int, channels: int | None) -> str:  # noqa: ANN401 - a Layer
     family: str = layer.family
     if family in {"adaptive_avg_pool", "global_avg_pool"}:
-        return "mean" if outputs == 1 else "adaptive_avg_pool3d" if dims == 3 else "adaptive_avg_pool"  # noqa: PLR2004
+        return "mean" if outputs == 1 else "adaptive_avg_pool3d" if dims == 3 else "adaptive_avg_pool"
     if family == "lp_pool":
         norm = layer.norm_type
         if norm == inf:
@@ -87,9 +87,9 @@ def _kind(layer: Any, dtype: torch.dtype, outputs: int, dims: int, channels: int
         return "lp_pool, simple" if norm in SIMPLE_NORMS else "lp_pool"
     floats_1d = dims == 1 and dtype.is_floating_point and not layer.returns_indices
     if channels is not None and takes_channels_last(layer, dtype):
-        copies = (family == "max_pool" and floats_1d) or (family == "avg_pool" and dims == 3)  # noqa: PLR2004
+        copies = (family == "max_pool" and floats_1d) or (family == "avg_pool" and dims == 3)
         if not copies:
             return f"{family}, channels last"
     if family == "max_pool" and floats_1d:
         return "max_pool1d of floats"
-    return "avg_pool3d" if family == "avg_pool" and dims == 3 else family  # noqa: PLR2004
+    return "avg_pool3d" if family == "avg_pool" and dims == 3 else family

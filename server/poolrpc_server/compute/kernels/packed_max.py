@@ -96,9 +96,9 @@ def add_max_indices(plan: Plan, source: Cells, target: Cells, indices: Cells | N
 
         def compute_eagerly(i: int) -> None:
             # Which of several NaNs torch chooses is its own rule.
-            maxima, places = plan.eager(read[i].unsqueeze(0), None, 0, read[i].shape[0])
+            maxima, chosen = plan.eager(read[i].unsqueeze(0), None, 0, read[i].shape[0])
             output[i].copy_(maxima[0])
-            index[i].copy_(places[0])  # type: ignore[index]  # the layer returns them
+            index[i].copy_(chosen[0])  # type: ignore[index]  # the layer returns them
 
         program.calls.append(lambda i: compute_eagerly(i) if i in skipped else None)
 
@@ -128,13 +128,13 @@ def _pays(_: Plan, case: Case) -> bool:
     return 3 * CALL + STEP * (passes + 14) + case.cells * cell < 0.95 * eager
 
 
-COST = Cost(5.5, 1.1, 1.2, 0.08)
+PACKED_COST = Cost(5.5, 1.1, 1.2, 0.08)
 """The visited cells are those of a padded plane, in each pass."""
 
 
 def _work(plan: Plan) -> float:
     cells = max(prod(padded_axes(plan.plane, plan.windows, plan.output_plane)), prod(plan.output_plane))
-    return COST.of(plan.dtype, cells, prod(plan.output_plane), cells * count_passes(plan.windows))
+    return PACKED_COST.of(plan.dtype, cells, prod(plan.output_plane), cells * count_passes(plan.windows))
 
 
 PACKED_MAX = Row(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import ceil, prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,11 +15,15 @@ from poolrpc_server.compute.kernels.eager import Operator, Pooled, bind, eager_b
 from poolrpc_server.compute.kernels.eager_cost import eager_work
 from poolrpc_server.compute.kernels.windows import Sizes, Windows
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
 MAX_GROWTH = 64
 """The most scratch memory of a kernel, as a multiple of its input and output: long windows on short axes need more."""
 
 EXPLAINED_PLANES = (1, 8, 64, 512, 4096)
 """The plane counts for which explain() names the kernel."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -237,7 +240,8 @@ class Plan:
             given = None if indices is None else indices(i)
             results = self.eager(self.batched(read[i]), given, (first + i * step) * channels, count * channels)
             for write, result in zip(writes, results, strict=False):
-                self.batched(write[i]).copy_(result)
+                if result is not None:
+                    self.batched(write[i]).copy_(result)
 
         source.program.calls.append(call)
 

@@ -62,13 +62,13 @@ def _pays(plan: Plan, case: Case) -> bool:
     return ours + (0.15 * case.cells + 0.3 * case.outputs) * wide < 0.9 * eager
 
 
-COST = Cost(6.5, 0.45, 0.1)
+POWER_COST = Cost(6.5, 0.45, 0.1)
 """The work in addition to that of an average or of a max."""
 
 
 def _work(plan: Plan) -> float:
     pooled = separable_max.work(plan) if plan.layer.norm_type == inf else raster_average.work(plan)
-    return pooled + COST.of(plan.dtype, plan.cells, prod(plan.output_plane))
+    return pooled + POWER_COST.of(plan.dtype, plan.cells, prod(plan.output_plane))
 
 
 POWER_AVERAGE = Row(

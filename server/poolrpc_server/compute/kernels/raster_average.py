@@ -80,7 +80,10 @@ def _axis_counts(plane: Sizes, windows: Windows, result: Sizes, *, include_pad: 
 def scratch_bytes(plan: Plan) -> int:
     """Return an upper bound of the bytes of a plane in the scratch memory of add_average."""
     # A padded copy, the sums of all its cells, those of the windows, and two copies of the divisors.
-    padded_cells, outputs = prod(padded_axes(plan.plane_shape, plan.windows, plan.result_shape)), prod(plan.result_shape)
+    padded_cells, outputs = (
+        prod(padded_axes(plan.plane_shape, plan.windows, plan.result_shape)),
+        prod(plan.result_shape),
+    )
     return (2 * padded_cells + outputs) * sum_dtype(plan.dtype).itemsize + 16 * outputs
 
 
@@ -252,7 +255,7 @@ def _pays(plan: Plan, case: Case) -> bool:
     return plan.channels < 8 and case.outputs >= UNPREDICTED
 
 
-COST = Cost(2.3, 0.3, 0.1, 0.22)
+AVERAGE_COST = Cost(2.3, 0.3, 0.1, 0.22)
 """The visited cells are between those that windows need and those of a padded plane, for each cell of a window."""
 
 
@@ -260,7 +263,7 @@ def work(plan: Plan) -> float:
     """Return the estimated work for a plane."""
     outputs = prod(plan.result_shape)
     cells = max(prod(padded_axes(plan.plane_shape, plan.windows, plan.result_shape)), outputs)
-    return COST.of(plan.dtype, cells, outputs, prod(plan.windows.kernel) * sqrt(outputs * cells))
+    return AVERAGE_COST.of(plan.dtype, cells, outputs, prod(plan.windows.kernel) * sqrt(outputs * cells))
 
 
 RASTER_AVERAGE = Row(

@@ -195,14 +195,18 @@ def _pool_axes(source: Cells, windows: Windows, target: Cells) -> None:
     passes = _leading_passes(source.shape, windows, result)
     width, stride, padding = source.shape[last], windows.stride[last], windows.padding[last]
     if windows.kernel[last] == stride == 1 and padding == 0:
-        buffers = DoubleBuffer(program, source.tensor.dtype, program.step * max((prod(shape) for _, _, shape in passes[:-1]), default=0))
+        buffers = DoubleBuffer(
+            program, source.tensor.dtype, program.step * max((prod(shape) for _, _, shape in passes[:-1]), default=0)
+        )
         _run_leading(source, passes, buffers, target)
         return
     pitch = max(padding + width, windows.span(tuple(result))[last])
     if narrowing(source.tensor.element_size(), stride):
         pitch += -pitch % stride
     rows = [*(passes[-1][2] if passes else source.shape)[:last], pitch]
-    buffers = DoubleBuffer(program, source.tensor.dtype, program.step * max([prod(rows), *(prod(shape) for _, _, shape in passes[:-1])]))
+    buffers = DoubleBuffer(
+        program, source.tensor.dtype, program.step * max([prod(rows), *(prod(shape) for _, _, shape in passes[:-1])])
+    )
     if pitch != width or passes:
         dtype = source.tensor.dtype
         pitched = scratch(program, rows, dtype, lowest(dtype) if pitch != width else None)
@@ -325,14 +329,14 @@ def pays(plan: Plan, case: Case) -> bool:
     return fixed + case.cells * (0.5 * max(case.dtype.itemsize, 2) / 4 + row / width) < 0.95 * eager_max(case)
 
 
-COST = Cost(1.5, 0.35, 0.15, 0.02)
+MAX_COST = Cost(1.5, 0.35, 0.15, 0.02)
 """The visited cells are those of a padded plane, in each pass."""
 
 
 def work(plan: Plan) -> float:
     """Return the estimated work for a plane."""
     cells = max(prod(padded_axes(plan.plane_shape, plan.windows, plan.result_shape)), prod(plan.result_shape))
-    return COST.of(plan.dtype, cells, prod(plan.result_shape), cells * count_passes(plan.windows))
+    return MAX_COST.of(plan.dtype, cells, prod(plan.result_shape), cells * count_passes(plan.windows))
 
 
 SEPARABLE_MAX = Row(

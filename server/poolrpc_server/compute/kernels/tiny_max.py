@@ -69,7 +69,7 @@ def _pays(_: Plan, case: Case) -> bool:
     return taps <= MAX_TINY_TAPS and taps * case.outputs <= MAX_READS
 
 
-COST = Cost(0.0, 0.0, 1.0, 0.5)
+TINY_COST = Cost(0.0, 0.0, 1.0, 0.5)
 """The work, apart from the calls."""
 
 TINY_MAX = Row(
@@ -77,7 +77,7 @@ TINY_MAX = Row(
     ("max_pool",),
     add=add_tiny_max,
     pays=_pays,
-    work=lambda plan: COST.of(plan.dtype, plan.cells, prod(plan.result_shape), plan.layer.work(plan.plane)),
+    work=lambda plan: TINY_COST.of(plan.dtype, plan.cells, prod(plan.result_shape), plan.layer.work(plan.plane)),
     fits=lambda plan: plan.dtype in TINY_DTYPES,
     channels_last=True,
     bind=bind,

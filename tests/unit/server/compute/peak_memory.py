@@ -29,15 +29,15 @@ class Slots:
     """Slots that are always free."""
 
     def borrow(self, count: int) -> int:
-        """Lend as many as are wanted."""
+        """Return as many as are wanted."""
         return count
 
     def release(self, slots: int) -> None:
         """Take them back."""
 
 
-def measure(engine: Engine, layers: str, dtype: str, shape: list[int], layout: Any) -> tuple[int, int]:  # noqa: ANN401 - JSON
-    """Return what an execution takes in addition to its inputs and outputs, and what its schedule says that it takes."""
+def measure(engine: Engine, layers: str, dtype: str, shape: list[int], layout: Any) -> tuple[int, int]:
+    """Return what an execution takes in addition to inputs and outputs, and what its schedule says that it takes."""
     branches = parse_branches(layers)
     spec = TensorSpec(dtype, tuple(shape), layout)
     takes_indices = any(chain[0].takes_indices for chain in branches)
@@ -46,7 +46,9 @@ def measure(engine: Engine, layers: str, dtype: str, shape: list[int], layout: A
     schedule = engine.schedule(request, next(layer.spatial_dims for chain in branches for layer in chain) or 2, results)
     # Neither NaN nor equal cells, and not aligned.
     cells = np.tile(np.frombuffer(np.arange(1, 101, dtype=np.float16), np.uint8), -(-spec.nbytes // 200))
-    payload = memoryview(b"".join((b"-", cells[: spec.nbytes].tobytes(), bytes(schedule.input_bytes - spec.nbytes))))[1:]
+    payload = memoryview(b"".join((b"-", cells[: spec.nbytes].tobytes(), bytes(schedule.input_bytes - spec.nbytes))))[
+        1:
+    ]
     del cells
     engine.drop_idle()
     ctypes.CDLL(None).malloc_trim(0)

@@ -1,5 +1,6 @@
 """The engine: devices, threads, and the memory of requests."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 
@@ -9,16 +10,19 @@ import torch
 
 from poolrpc import (
     LAYERS,
+    AdaptiveMaxPool2d,
     AvgPool2d,
     FractionalMaxPool2d,
     FractionalMaxPool3d,
     InvalidArgumentError,
+    LPPool2d,
     MaxPool2d,
     MaxUnpool1d,
 )
 from poolrpc._wire.codec import Request
 from poolrpc.tensors import TensorSpec, split_tensors
 from poolrpc_server.calls.validate import Limits, check_request
+from poolrpc_server.compute.branch import BLOCK_WORK
 from poolrpc_server.compute.buffers import aligned
 from poolrpc_server.compute.engine import Engine, resolve_device
 
@@ -214,3 +218,70 @@ def test_a_fractional_layer_can_pool_planes_separately(engine, layer, first):
     expected = pool(engine, x, layer).reshape(6, *[3] * layer.spatial_dims)
     assert np.array_equal(pool(engine, flat[first:], layer.at_plane(first)), expected[first:])
     assert layer.at_plane(1).at_plane(first) == layer.at_plane(first + 1)
+
+
+class LeftError(Exception):
+    """The caller left."""
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        (MaxPool2d(3, 1, 1),),
+        (LPPool2d(1.7, 3, 1),),
+        (AvgPool2d(3, 1, 1), MaxPool2d(3, 1, 1), AdaptiveMaxPool2d(5)),
+        (FractionalMaxPool2d(2, output_ratio=0.7, return_indices=True),),
+    ],
+    ids=repr,
+)
+def test_a_check_is_called_often_and_ends_an_execution(engine, layers):
+    """It is called at least once for each layer and 20 ms of work, and what it raises is raised; then all goes on."""
+    spec = TensorSpec("float32", (1, 512, 128, 100))
+    checked = check_request(Request(spec, (layers, (MaxPool2d(2),))), WIDE, engine.schedule)
+    made = engine.run(checked.schedule, bytes(spec.nbytes), len)
+    expected = engine.execute([made])
+    calls = []
+    made.check = lambda: calls.append(None)
+    assert engine.execute([made]) == expected
+    assert len(calls) >= max(len(layers) + 1, checked.schedule.work / BLOCK_WORK)
+
+    def leave():
+        calls.append(None)
+        if len(calls) == 3:
+            raise LeftError
+
+    calls.clear()
+    made.check = leave
+    if checked.schedule.work > 4 * BLOCK_WORK or len(layers) > 1:
+        with pytest.raises(LeftError):
+            engine.execute([made])
+        assert len(calls) == 3
+    made.check = None
+    assert engine.execute([made]) == expected
+
+
+def test_a_check_ends_an_execution_on_several_threads(engine, monkeypatch):
+    """What it raises on any thread is raised, after the others have ended too, and the slots are released."""
+    slots = Slots()
+    monkeypatch.setattr(engine, "slots", slots)
+    spec = TensorSpec("float32", (1, 512, 128, 100))
+    made = engine.run(scheduled(engine, spec, LPPool2d(1.7, 2), limits=WIDE).schedule, bytes(spec.nbytes), len)
+    main = threading.get_ident()
+
+    def leave():
+        if threading.get_ident() != main:
+            raise LeftError
+
+    made.check = leave
+    with pytest.raises(LeftError):
+        engine.execute([made])
+    assert slots.borrowed == slots.released == 1
+
+
+def test_a_check_is_not_called_for_a_batch_of_several(engine):
+    """A batch is small, and one caller who leaves doesn't end it."""
+    checked = scheduled(engine, SMALL, AvgPool2d(2))
+    runs = [engine.run(checked.schedule, bytes(16), len) for _ in range(2)]
+    for each in runs:
+        each.check = pytest.fail
+    assert engine.execute(runs) == [1, 1]

@@ -7,7 +7,7 @@ from poolrpc._wire.codec import Request
 from poolrpc.tensors import TensorSpec
 from poolrpc_server.calls.validate import Limits, check_request
 from poolrpc_server.compute.engine import Engine
-from poolrpc_server.compute.schedule import BATCHED_LAYERS, CPU_BATCHED_BYTES, WORKSPACE_BYTES, WORK_SECONDS
+from poolrpc_server.compute.schedule import BATCHED_LAYERS, CPU_BATCHED_BYTES, WORK_SECONDS, WORKSPACE_BYTES
 
 LIMITS = Limits(2**24, 2**24, 64, 10**9)
 

@@ -84,7 +84,9 @@ def grid(dtypes, layouts, parameters=slice(None)):
                 continue
             supported = parse_chain(layer)[0].dtypes
             for dtype in dtypes:
-                yield from ((layer, dtype, shape, layout) for shape in shapes for layout in layouts if dtype in supported)
+                yield from (
+                    (layer, dtype, shape, layout) for shape in shapes for layout in layouts if dtype in supported
+                )
 
 
 def assert_close(engine, cases):
