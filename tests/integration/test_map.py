@@ -271,7 +271,7 @@ def test_a_group_over_a_limit_is_sent_again_one_by_one(connect: Connect) -> None
     """Only a tensor that is rejected alone has an error."""
     layer = LPPool2d(2, 3, stride=1)
     given = tensors((1, 2, 16, 16), (1, 3, 16, 16), (1, 40, 16, 16), (1, 1, 16, 16))
-    with poolrpc_server.embedded(max_work=layer.work((16, 16)) * 4) as client:
+    with poolrpc_server.embedded(max_work=layer.work((16, 16)) * 8) as client:
         results: list[Any] = list(connect(client.address).map(given, layer, return_exceptions=True))
         expected = [client.pool(each, layer) for each in (*given[:2], given[3])]
     assert isinstance(results[2], poolrpc.LimitExceededError)

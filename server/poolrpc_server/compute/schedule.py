@@ -32,7 +32,7 @@ one kernel call saves; on another device they are copied in any case."""
 BATCH_KEYS, BATCHED_LAYERS = 1024, 16
 """The number of batch keys to remember, and the most layers of a request that has one: a key holds all of them."""
 
-CALL_SECONDS, LAYER_SECONDS, WORK_SECONDS = 50e-6, 10e-6, 1e-9
+CALL_SECONDS, LAYER_SECONDS, WORK_SECONDS = 30e-6, 25e-6, 1e-9
 """The duration estimated before the first execution: for a request, each of its layers, and each unit of its work."""
 
 

@@ -17,8 +17,8 @@ from poolrpc_server.compute.kernels.tiny_max import TINY_MAX
 from poolrpc_server.compute.kernels.windows import Sizes
 from poolrpc_server.telemetry.logs import log
 
-PLANS = 1024
-"""The number of plans to remember; each takes 2 to 4 KiB."""
+PLANS = 4096
+"""The number of plans to remember; each takes 1 to 2.5 KiB."""
 
 TABLE = (
     SEPARABLE_MAX,
