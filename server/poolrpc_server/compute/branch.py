@@ -30,6 +30,9 @@ PROGRAM_BLOCKS = 16
 PARALLEL_WORK = 1_500_000
 """A branch of at least this work is divided among threads: for less, synchronising them costs more than it saves."""
 
+PROGRAM_BYTES = 2 * 2**20
+"""The memory of a program's views, and of what the C library's allocator keeps for a thread."""
+
 ALIGNMENT_BYTES = 4096
 """More than the memory that is lost to the alignment of what a layer allocates."""
 
@@ -81,7 +84,13 @@ class Branch:
         own = self._shared_bytes + min(KEPT_BYTES, sum(kernels)) if self._shared_bytes else sum(kernels)
         # The input and, for MaxUnpool, the indices are copied if they are not aligned.
         copied = (self.block + 1) * plans[0].cells * (plans[0].dtype.itemsize + 8 * plans[0].layer.takes_indices)
-        self.scratch_bytes = self.threads * (copied + own + eager)
+        program = PROGRAM_BYTES if self.block < planes else 0
+        self.scratch_bytes = self.threads * (copied + own + eager + program)
+
+    @property
+    def leaves_output(self) -> bool:
+        """Whether the output may stay in memory that torch's operator allocated."""
+        return self.block == self.planes and self.steps[-1][1] is None
 
     def compute(
         self,

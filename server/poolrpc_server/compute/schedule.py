@@ -98,8 +98,9 @@ class Schedule:
         self.work = sum(branch.work for branch in self.branches)
         self.key = self._key()
         self.scratch_bytes = max((branch.scratch_bytes for branch in self.branches), default=0)
-        # Torch's operators may leave outputs in memory of their own.
-        self.scratch_bytes += sum(output.nbytes for output in self.outputs)
+        for branch, result in zip(self.branches, results, strict=False):
+            if branch.leaves_output:
+                self.scratch_bytes += sum(spec.nbytes for spec in result.specs)
         if self.key is not None or self.cached:  # Inputs and outputs are copied, for a batch or a cached workspace.
             self.scratch_bytes += self.nbytes
         layers = sum(len(branch.steps) for branch in self.branches)

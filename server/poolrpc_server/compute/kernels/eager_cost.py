@@ -46,7 +46,7 @@ FAR_BYTES, FAR_CHANNELS = 2**23, 16
 
 CONVERTED = {
     "adaptive_avg_pool3d": {torch.float16: 4.5, torch.bfloat16: 2.0},
-    "global_max_pool, channels last": {torch.float16: 2.5},
+    "global_max_pool, channels last": {torch.float16: 2.5, torch.bfloat16: 2.0},
 }
 """How many times an operator takes longer for a dtype that it converts cell by cell."""
 
