@@ -78,14 +78,15 @@ class Branch:
         if len(plans) > 1:
             buffers = 2 * (self.block + 1) * between * plans[0].dtype.itemsize
             self._shared_bytes = buffers + max(kernels, default=0) + ALIGNMENT_BYTES
-        if self.work >= PARALLEL_WORK:
+        if self.block < planes and self.work >= PARALLEL_WORK:
             self.threads = min(threads, planes)
         eager = max((plan.eager_scratch(self.block) for plan, row in self.steps if row is None), default=0)
         own = self._shared_bytes + min(KEPT_BYTES, sum(kernels)) if self._shared_bytes else sum(kernels)
+        # What torch's operators allocate and free, block after block, leaves gaps in the heap, by half of it or so.
         # The input and, for MaxUnpool, the indices are copied if they are not aligned.
         copied = (self.block + 1) * plans[0].cells * (plans[0].dtype.itemsize + 8 * plans[0].layer.takes_indices)
         program = PROGRAM_BYTES if self.block < planes else 0
-        self.scratch_bytes = self.threads * (copied + own + eager + program)
+        self.scratch_bytes = self.threads * (copied + own + eager * 3 // 2 + program)
 
     @property
     def leaves_output(self) -> bool:
