@@ -18,7 +18,6 @@ from poolrpc.expression import parse_branches
 from poolrpc.tensors import TensorSpec
 from poolrpc_server.compute.engine import Engine
 
-
 ATTEMPTS = 3
 """The most times that a case is measured."""
 
