@@ -82,11 +82,10 @@ class Branch:
             self.threads = min(threads, planes)
         eager = max((plan.eager_scratch(self.block) for plan, row in self.steps if row is None), default=0)
         own = self._shared_bytes + min(KEPT_BYTES, sum(kernels)) if self._shared_bytes else sum(kernels)
-        # What torch's operators allocate and free, block after block, leaves gaps in the heap, of about its size.
         # The input and, for MaxUnpool, the indices are copied if they are not aligned.
         copied = (self.block + 1) * plans[0].cells * (plans[0].dtype.itemsize + 8 * plans[0].layer.takes_indices)
         program = PROGRAM_BYTES if self.block < planes else 0
-        self.scratch_bytes = self.threads * (copied + own + 2 * eager + program)
+        self.scratch_bytes = self.threads * (copied + own + eager + program)
 
     @property
     def leaves_output(self) -> bool:

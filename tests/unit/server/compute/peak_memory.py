@@ -18,9 +18,6 @@ from poolrpc.expression import parse_branches
 from poolrpc.tensors import TensorSpec
 from poolrpc_server.compute.engine import Engine
 
-ATTEMPTS = 3
-"""The most times that a case is measured."""
-
 
 def memory(name: str) -> int:
     """Return an amount of memory of this process in bytes, by its name in /proc."""
@@ -53,16 +50,13 @@ def measure(engine: Engine, layers: str, dtype: str, shape: list[int], layout: A
         1:
     ]
     del cells
-    outputs, peaks = sum(output.nbytes for output in schedule.outputs), []
-    # How many gaps the C library leaves between its blocks is a matter of chance: the least of some peaks counts.
-    while len(peaks) < ATTEMPTS and min(peaks, default=1 << 62) > schedule.scratch_bytes:
-        engine.drop_idle()
-        ctypes.CDLL(None).malloc_trim(0)
-        before = memory("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM starts again from here
-        engine.execute([engine.run(schedule, payload, lambda _: None)])
-        peaks.append(memory("VmHWM") - before - outputs)
-    return min(peaks), schedule.scratch_bytes
+    engine.drop_idle()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM starts again from here
+    engine.execute([engine.run(schedule, payload, lambda _: None)])
+    outputs = sum(output.nbytes for output in schedule.outputs)
+    return memory("VmHWM") - before - outputs, schedule.scratch_bytes
 
 
 def main() -> None:
