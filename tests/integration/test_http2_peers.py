@@ -8,119 +8,27 @@ import struct
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
-import h2.config
-import h2.connection
-import h2.events
 import numpy as np
 import psutil
 import pytest
 
 import poolrpc
+from fuzz.attacks.raw_peer import MIB, RawPeer, framed
 from poolrpc.v1 import pool_pb2
 from scripts.server_process import ServerProcess, serving
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-MIB = 2**20
 SERVICE = "/poolrpc.v1.PoolService/"
 OK, INVALID_ARGUMENT, RESOURCE_EXHAUSTED, UNIMPLEMENTED, INTERNAL = "0", "3", "8", "12", "13"
-
-
-class RawPeer:
-    """A connection to a server, whose frames are written by the test.
-
-    Attributes:
-        socket: The connection.
-        ended: Streams that are over, with their headers and trailers.
-        answering: Streams on which data was received.
-
-    """
-
-    def __init__(self, address: str) -> None:
-        host, _, port = address.rpartition(":")
-        self.socket = socket.create_connection((host, int(port)), timeout=30)
-        self.ended: dict[int, dict[str, str]] = {}
-        self.answering: set[int] = set()
-        self._seen: dict[int, dict[str, str]] = {}
-        self._http = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
-        self._http.initiate_connection()
-        self._http.increment_flow_control_window(MIB)  # of the connection; each stream keeps its 64 KiB
-        self.flush()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.socket.close()
-
-    def open(self, method: str, *headers: tuple[str, str]) -> int:
-        """Open a stream, and return its number."""
-        stream = self._http.get_next_available_stream_id()
-        fixed = [
-            (":method", "POST"),
-            (":scheme", "http"),
-            (":path", method),
-            (":authority", "localhost"),
-            ("content-type", "application/grpc"),
-            ("te", "trailers"),
-        ]
-        self._http.send_headers(stream, [*fixed, *headers])
-        return stream
-
-    def send(self, stream: int, data: bytes, *, end: bool = True) -> None:
-        """Send data as flow control allows; stop when the stream is over."""
-        rest = memoryview(data)
-        while stream not in self.ended:
-            room = min(self._http.local_flow_control_window(stream), self._http.max_outbound_frame_size, len(rest))
-            if not room and rest:
-                self.receive()
-                continue
-            self._http.send_data(stream, rest[:room].tobytes(), end_stream=end and room == len(rest))
-            self.flush()
-            rest = rest[room:]
-            if not rest:
-                return
-
-    def reset(self, stream: int) -> None:
-        """Reset a stream; the frame is sent with the next flush."""
-        self._http.reset_stream(stream, 8)
-
-    def flush(self) -> None:
-        """Send what is buffered."""
-        self.socket.sendall(self._http.data_to_send())
-
-    def receive(self) -> None:
-        """Wait for data of the server."""
-        data = self.socket.recv(65536)
-        if not data:
-            raise ConnectionError("the server closed the connection")
-        for event in self._http.receive_data(data):
-            if isinstance(event, h2.events.ResponseReceived | h2.events.TrailersReceived):
-                self._seen.setdefault(event.stream_id, {}).update(event.headers)
-            if isinstance(event, h2.events.DataReceived):
-                self.answering.add(event.stream_id)
-            if isinstance(event, h2.events.StreamEnded | h2.events.StreamReset):
-                self.ended[event.stream_id] = self._seen.get(event.stream_id, {})
-        self.flush()
-
-    def status(self, stream: int) -> str:
-        """Return the gRPC status of a stream, once it is over."""
-        while stream not in self.ended:
-            self.receive()
-        return self.ended[stream]["grpc-status"]
 
 
 CALL_THREADS = 32
 MOST_THREADS = 2 * CALL_THREADS
 """The threads for calls, and about twenty others."""
-
-
-def framed(data: bytes, *, compressed: bool = False) -> bytes:
-    """Return a message with gRPC's prefix."""
-    return struct.pack(">BI", compressed, len(data)) + data
 
 
 def pool_request(*shape: int) -> pool_pb2.PoolRequest:
