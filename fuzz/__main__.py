@@ -1,4 +1,7 @@
-"""Fuzz with `--cases 1000000` under atheris, or with `--seconds 60` against a server process without it."""
+"""Fuzz with `--cases 1000000` under atheris, or with `--seconds 60` against a server process without it.
+
+`attacks` runs attacks on the server's resources instead; it has flags of its own.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,10 @@ def run(target: str, cases: int, seed: int) -> dict[str, Any]:
 
 def main() -> int:
     """Fuzz every target, print and write the rows, and return 1 if there are findings."""
+    if sys.argv[1:2] == ["attacks"]:
+        from fuzz.attacks import command  # noqa: PLC0415 - needs packages that fuzzing does not
+
+        return command.main(sys.argv[2:])
     parser = argparse.ArgumentParser("python -m fuzz", description=__doc__)
     amount = parser.add_mutually_exclusive_group(required=True)
     amount.add_argument(
