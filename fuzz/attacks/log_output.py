@@ -36,13 +36,13 @@ def _call(target: Target) -> None:
 
 def _not_counted(target: Target) -> list[str]:
     """Return what is wrong with the count of dropped lines: a counter of the log's that is not 0."""
-    with urllib.request.urlopen(f"http://{target.metrics}/metrics", timeout=5) as page:  # noqa: S310 - http
+    with urllib.request.urlopen(f"http://{target.metrics}/metrics", timeout=5) as page:
         families = list(text_string_to_metric_families(page.read().decode()))
     counts = {sample.name: sample.value for family in families for sample in family.samples if "log" in sample.name}
     return [] if any(counts.values()) else [f"expected a metric of dropped log lines, got {counts}"]
 
 
-@attack(variants=("insider",), alone=True)
+@attack(variants=("tcp",), alone=True)
 def full_log_disk(target: Target, until: Event) -> list[str]:
     """Let writes of the log fail for a while, as on a full disk (row M1: the log ended for good, and nothing said so).
 
@@ -68,7 +68,7 @@ def full_log_disk(target: Target, until: Event) -> list[str]:
     return faults
 
 
-@attack(variants=("insider",), log="pipe", alone=True)
+@attack(variants=("tcp",), log="pipe", alone=True)
 def ended_log_reader(target: Target, until: Event) -> list[str]:
     """Kill the process that reads the log (row M1: a closed pipe).
 
@@ -83,7 +83,7 @@ def ended_log_reader(target: Target, until: Event) -> list[str]:
     return faults
 
 
-@attack(variants=("insider",), log="pipe", alone=True)
+@attack(variants=("tcp",), log="pipe", alone=True)
 def stopped_log_reader(target: Target, until: Event) -> list[str]:
     """Stop the process that reads the log (of the kind of M1: a pipe that is full).
 

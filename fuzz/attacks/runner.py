@@ -24,6 +24,9 @@ AFTER_SECONDS = 1.0
 REST_SECONDS = 10.0
 """Seconds within which every counter must be back when everybody has left."""
 
+ATTACKER_SECONDS = 100.0
+"""Seconds that a process of attacks may take to end: a little more than it allows its attacks."""
+
 WARM = 0.25
 """The part of a run of all attacks after which memory is measured, to compare it with the end."""
 
@@ -82,7 +85,7 @@ class Attacked:
         time.sleep(seconds)
         attackers, self._attackers = self._attackers, []
         for attacker in attackers:
-            report = attacker.finish(REST_SECONDS)
+            report = attacker.finish(ATTACKER_SECONDS)
             for finding in report.get("findings", []):
                 if SKIPPED in finding:
                     self.verdict.skipped = finding

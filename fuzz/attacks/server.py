@@ -224,7 +224,7 @@ class AttackedServer:
         return {
             f"{each.name} {' '.join(each.labels.values())}".strip(): each.value
             for each in gauges
-            if each.name.startswith("poolrpc_")
+            if each.name.startswith("poolrpc_") and "_created" not in each.name
         }
 
     def _wait_until_serving(self) -> dict[str, Any]:

@@ -53,19 +53,20 @@ def announced_without_token(target: Target, until: Event) -> None:
 def announced_and_unsent(target: Target, until: Event) -> None:
     """Announce large messages and send nothing (row C6: five such calls kept everybody else out).
 
-    Sent: HEADERS with `poolrpc-message-bytes` of 64 to 530 MB to each method that computes, again as soon as one ends.
+    Sent: HEADERS of Pool with `poolrpc-message-bytes` of 256 MiB, 128 MiB and so on down to 4 KiB, which together are
+    all of the 512 MiB, and 530 MB for each other method that computes; again when the server has ended them.
     Aims at: the bytes in flight, which are announced before they arrive.
     """
-
-    sizes = (64_000_000, 120_000_000, 250_000_000, HUGE)
+    sizes = [2**power for power in range(28, 11, -1)]
 
     def hold() -> None:
         with RawPeer(target.address, timeout=0.5) as peer:
-            for nbytes in sizes:
-                for method in COMPUTING:
-                    peer.open(method, (ANNOUNCED, str(nbytes)), *target.headers)
+            for size in sizes:
+                peer.open(POOL, (ANNOUNCED, str(size)), *target.headers)
+            for method in COMPUTING[1:]:
+                peer.open(method, (ANNOUNCED, str(HUGE)), *target.headers)
             peer.flush()
-            _read_until(peer, until, len(sizes) * len(COMPUTING))
+            _read_until(peer, until, len(sizes) + len(COMPUTING) - 1)
 
     in_threads(*[partial(repeat, until, hold)] * target.connections)
 
