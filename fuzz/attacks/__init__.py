@@ -1,1 +1,1 @@
-"""Attacks on a running server, each beside a good client that must not notice it; `python -m fuzz attacks`."""
+"""Attacks on a running server, each next to a good client that must not notice it; `python -m fuzz attacks`."""

@@ -132,7 +132,7 @@ def repeat(until: Event, step: Callable[[], object], pause: float = 0.0) -> None
             step()
             until.wait(pause)
             continue
-        until.wait(max(pause, 0.02))  # a server that refuses everybody is not asked in a busy loop
+        until.wait(max(pause, 0.02))  # a server that rejects everyone is not asked in a busy loop
 
 
 def in_threads(*steps: Callable[[], object]) -> None:

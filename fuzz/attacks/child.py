@@ -1,4 +1,4 @@
-"""A process beside the server: the attacker, the good client or the probes. It reads the phase from standard input."""
+"""A process next to the server: the attacker, the good client or the probes. It reads the phase from standard input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m fuzz attacks`: every attack in turn, or all at once, beside a good client; exits with 1 if it noticed."""
+"""`python -m fuzz attacks`: every attack in turn, or all at once, next to a good client; exits with 1 if it noticed."""
 
 from __future__ import annotations
 

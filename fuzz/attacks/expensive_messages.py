@@ -26,7 +26,7 @@ from poolrpc import MaxPool2d
 from poolrpc.v1 import pool_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from threading import Event
 
     import grpc
@@ -48,7 +48,7 @@ def _unary(target: Target, until: Event, messages: Iterable[tuple[str, bytes]]) 
             call = channel.unary_unary(method).future(message, metadata=target.headers, timeout=3)
             while not call.done() and not until.wait(0.02):
                 pass
-            call.cancel()  # a caller that has left: what it costs from now on is nobody's
+            call.cancel()  # a caller that has left: what it costs from now on is for no caller
 
     with target.channel(*LARGE_MESSAGES) as channel:
         in_threads(
@@ -136,17 +136,11 @@ def typed_numbers(target: Target, until: Event) -> None:
     )
 
 
-def _stream(target: Target, until: Event, method: str, messages: Iterator[bytes]) -> None:
-    """Send a stream of messages, and read its answers, until it fails or the attack ends."""
+def _streams(target: Target, until: Event, *streams: tuple[str, Callable[[], Iterator[bytes]]]) -> None:
+    """Send streams on one connection, each again when it has failed, and read their answers."""
 
-    def sent() -> Iterator[bytes]:
-        for message in messages:
-            if until.is_set():
-                return
-            yield message
-
-    with target.channel(*LARGE_MESSAGES) as channel:
-        call = channel.stream_stream(method)(sent(), metadata=target.headers)
+    def send(channel: grpc.Channel, method: str, messages: Callable[[], Iterator[bytes]]) -> None:
+        call = channel.stream_stream(method)(messages(), metadata=target.headers)
 
         def leave() -> None:
             while call.is_active() and not until.wait(0.05):
@@ -156,6 +150,9 @@ def _stream(target: Target, until: Event, method: str, messages: Iterator[bytes]
         threading.Thread(target=leave, daemon=True).start()
         for _ in call:
             pass
+
+    with target.channel(*LARGE_MESSAGES) as channel:
+        in_threads(*(partial(repeat, until, partial(send, channel, *stream)) for stream in streams))
 
 
 @attack()
@@ -180,10 +177,7 @@ def padded_streams(target: Target, until: Event) -> None:
         while True:
             yield message
 
-    in_threads(
-        *[lambda: repeat(until, lambda: _stream(target, until, POOL_STREAM, native()))] * 2,
-        lambda: repeat(until, lambda: _stream(target, until, MODEL_STREAM, triton())),
-    )
+    _streams(target, until, (POOL_STREAM, native), (POOL_STREAM, native), (MODEL_STREAM, triton))
 
 
 @attack()
@@ -200,14 +194,14 @@ def empty_unfinished_pieces(target: Target, until: Event) -> None:
         while True:
             yield empty
 
-    in_threads(*[lambda: repeat(until, lambda: _stream(target, until, POOL_STREAM, pieces()))] * 2)
+    _streams(target, until, (POOL_STREAM, pieces), (POOL_STREAM, pieces))
 
 
 @attack()
 def stream_block_sizes(target: Target, until: Event) -> None:
     """Send a stream in blocks of thousands of sizes (row L: each size left a cached plan, 137 MiB for 8,000).
 
-    Sent: PoolStream of planes of 4 x 4, in blocks of 1, 2, 3 ... planes, again with another layer.
+    Sent: PoolStream of planes of 4 x 4, in blocks of 1, 2, 3 ... planes, with two layers.
     Aims at: memory of caches.
     """
 
@@ -216,11 +210,7 @@ def stream_block_sizes(target: Target, until: Event) -> None:
         for planes in range(1, 10**4):
             yield stream_block(planes * 64)
 
-    def streams() -> None:
-        for size in (1, 2, 3, 4):
-            _stream(target, until, POOL_STREAM, blocks(size))
-
-    repeat(until, streams)
+    _streams(target, until, *((POOL_STREAM, partial(blocks, size)) for size in (2, 3)))
 
 
 def _varint(value: int) -> bytes:

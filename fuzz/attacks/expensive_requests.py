@@ -9,13 +9,17 @@ from fuzz.attacks.attack import MIB, Target, attack, in_threads, repeat
 from fuzz.attacks.expensive_messages import LARGE_MESSAGES
 from fuzz.attacks.messages import MODEL_INFER, POOL, infer, pool
 from poolrpc import AdaptiveMaxPool2d, FractionalMaxPool2d, LPPool2d, MaxPool2d, PoolClient
+from poolrpc_server.resources import cpu_count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from threading import Event
 
-LEAVE_SECONDS = 1.5
-"""Seconds after which a caller leaves: from then on its request is work for nobody."""
+LEAVE_SECONDS = 1.0
+"""Seconds after which a caller leaves: from then on its request is work for no caller."""
+
+CALLERS = max(2, cpu_count())
+"""As many as the server has slots: if each is freed when its caller leaves, others wait for about a second."""
 
 
 def _calls(target: Target, until: Event, messages: Sequence[tuple[str, bytes]], threads: int) -> None:
@@ -48,14 +52,14 @@ def _powers(branches: int) -> bytes:
 def expensive_chains(target: Target, until: Event) -> None:
     """Send long chains of LPPool with a norm of 1.7, and leave (row H1: two held both slots for 100 s of CPU each).
 
-    Sent: 8 MiB with up to seven branches of eight layers, under the limit on work; four callers, each of which leaves
-    after 1.5 s.
+    Sent: 8 MiB with up to seven branches of eight layers, under the limit on work; as many callers as slots, each of
+    which leaves after a second.
     Aims at: the slots of the engine, and the end of the process, which waited for them.
     """
     expression = "[" + ", ".join(["LPPool2d(1.7, 3, stride=1)"] * 8) + "]"
     messages = [(POOL, _powers(branches)) for branches in (7, 5, 3)]
     messages.append((MODEL_INFER, infer(expression, (8, 4, 256, 256), "FP32", bytes(8 * MIB))))
-    _calls(target, until, messages, 4)
+    _calls(target, until, messages, CALLERS)
 
 
 @attack()
@@ -64,7 +68,7 @@ def large_scratch(target: Target, until: Event) -> None:
 
     Sent: FractionalMaxPool2d of float16 (1, 2^24, 1, 2), general LPPool2d, AdaptiveMaxPool2d with overlapping windows,
     and MaxPool2d of uint8 on large planes, 64 MiB each; two callers.
-    Aims at: memory that a kernel takes beside its input and output.
+    Aims at: memory that a kernel takes in addition to its input and output.
     """
     tall = (1, 2**24, 1, 2)
     messages = [
@@ -98,7 +102,7 @@ def expensive_arena_requests(target: Target, until: Event) -> None:
                 except Exception:  # noqa: BLE001 - rejected, or left
                     until.wait(0.02)
 
-    in_threads(*[run] * 3)
+    in_threads(*[run] * CALLERS)
 
 
 @attack()

@@ -10,9 +10,6 @@ import numpy as np
 import poolrpc
 from fuzz.attacks.child import Recorder, run
 
-TIMEOUT = 10.0
-"""Seconds after which a call counts as lost."""
-
 OWN_CONNECTION = {"grpc.use_local_subchannel_pool": 1}
 LAYER = poolrpc.MaxPool2d(2)
 
@@ -27,11 +24,12 @@ def main(settings: dict[str, Any]) -> None:
     """Call until standard input ends.
 
     Args:
-        settings: The address ("address"), the path of the unix socket ("path") and the token ("token").
+        settings: The address ("address"), the path of the unix socket ("path"), the token ("token"), and the seconds
+            after which a call counts as lost ("timeout").
 
     """
     address, token = settings["address"], settings["token"] or None
-    connect = partial(poolrpc.PoolClient, token=token, timeout=TIMEOUT, options=OWN_CONNECTION)
+    connect = partial(poolrpc.PoolClient, token=token, timeout=settings["timeout"], options=OWN_CONNECTION)
     recorder = Recorder()
     small, middle, large = tensor(3, 16), tensor(16, 128), tensor(64, 256)
 

@@ -48,7 +48,7 @@ def watches_opened_and_cancelled(target: Target, until: Event) -> None:
 
 @attack()
 def watches_of_long_names(target: Target, until: Event) -> None:
-    """Watch services with names of 100 MiB, and cancel (row C7: every name stayed in memory for good).
+    """Watch services with names of 100 MiB, and cancel (row C7: every name stayed in memory permanently).
 
     Sent: Health/Watch and Health/Check for a service whose name has 100 MiB, each another one.
     Aims at: memory, kept by name.

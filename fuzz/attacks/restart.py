@@ -83,9 +83,9 @@ def _free_port() -> int:
 
 @attack(variants=("tcp",), alone=True)
 def killed_supervisor(_target: Target, until: Event) -> list[str]:
-    """Kill a supervisor and start it again (row L: folders stayed, and a restart was refused for 5 s).
+    """Kill a supervisor and start it again (row L: folders stayed, and a restart failed for 5 s).
 
-    Sent: SIGKILL to the supervisor of a server beside the target, then the same command again, on the same addresses.
+    Sent: SIGKILL to the supervisor of a second server, then the same command again, on the same addresses.
     Aims at: the addresses that its workers still have, and its files.
     """
     faults: list[str] = []

@@ -18,6 +18,9 @@ from fuzz.resource_usage import check_growth
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+LOST_SECONDS = 8.0
+"""Seconds beyond the limit after which a call counts as lost, rather than late."""
+
 AFTER_SECONDS = 1.0
 """Seconds for which the good client goes on when the attackers have left."""
 
@@ -39,7 +42,7 @@ SKIPPED = "skipped: "
 
 
 class Attacked:
-    """A server with a good client and probes beside it, and everything that is measured; ends with the context.
+    """A server with a good client and probes next to it, and everything that is measured; ends with the context.
 
     Args:
         stack: What ends with the server.
@@ -61,7 +64,7 @@ class Attacked:
         self._attackers: list[Child] = []
         self._sampler = stack.enter_context(Sampler(self.server, self._kill_attackers))
         settings = self.server.good_settings
-        self._good = Child("good_client", settings)
+        self._good = Child("good_client", {**settings, "timeout": wait + LOST_SECONDS})
         stack.callback(self._good.kill)
         self._probes = Child("probes", {**settings, "timeout": health * (BUSY if busy_machine else 1)})
         stack.callback(self._probes.kill)

@@ -36,7 +36,7 @@ EXIT_SECONDS = 3.0
 START_SECONDS = 120.0
 GOOD_TOKEN, ATTACKER_TOKEN = "the-token-of-the-good-client", "the-token-of-an-attacker"
 AT_REST = ("poolrpc_inflight_bytes", "poolrpc_queue_length", "poolrpc_streams", "poolrpc_arenas", "poolrpc_arena_bytes")
-"""Gauges that must be 0 when nobody calls. Every other gauge must be what it was before the first call."""
+"""Gauges that must be 0 when there are no calls. Every other gauge must be what it was before the first call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +188,7 @@ class AttackedServer:
             self._log_reader.wait()
 
     def counters_at_rest(self, timeout: float) -> dict[str, float]:
-        """Return the gauges that are not what they were before the first call, once nobody calls; empty if all are.
+        """Return the gauges that are not what they were before the first call, once there are no calls; empty if all are.
 
         Args:
             timeout: Seconds within which they must be back.

@@ -30,7 +30,7 @@ def stopped_worker(target: Target, until: Event) -> list[str]:
     """Stop one of two workers with SIGSTOP (row M2: half of new connections hung, /readyz said 200, no restart).
 
     Sent: SIGSTOP. Until the worker is replaced, connections that the kernel gives to it wait: calls may take 15 s.
-    Aims at: whoever is connected to that worker, or is given to it.
+    Aims at: clients whose connection is that worker's.
     """
     pid, stopped = target.pids[0], time.monotonic()
     os.kill(pid, signal.SIGSTOP)

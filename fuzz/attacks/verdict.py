@@ -8,7 +8,7 @@ from typing import Any
 from fuzz.attacks.child import ATTACK, CALM
 
 WAIT_SECONDS, HEALTH_SECONDS = 2.0, 1.0
-"""What a call of the good client, and an answer to a probe, may take beside an attack on an idle machine."""
+"""What a call of the good client, and an answer to a probe, may take during an attack on an idle machine."""
 
 BUSY = 4.0
 """On a busy machine they may take so many times as long as 99 % of the calls just before the attack."""
