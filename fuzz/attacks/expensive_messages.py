@@ -22,6 +22,7 @@ from fuzz.attacks.messages import (
     stream_block,
     stream_header,
 )
+from fuzz.attacks.raw_peer import RawPeer, framed
 from poolrpc import MaxPool2d
 from poolrpc.v1 import pool_pb2
 
@@ -184,17 +185,22 @@ def padded_streams(target: Target, until: Event) -> None:
 def empty_unfinished_pieces(target: Target, until: Event) -> None:
     """Send a block in endless empty pieces (row H3: every piece was counted again, in quadratic time).
 
-    Sent: PoolStream's header, then messages that say `unfinished` and have no payload or a single byte.
+    Sent: two streams' headers, then messages that say `unfinished` and have no payload, a thousand in a write.
     Aims at: CPU, and the list of pieces.
     """
-    empty = pool_pb2.PoolStreamRequest(unfinished=True).SerializeToString()
+    header = framed(stream_header((10**6, 1, 64, 64), [MaxPool2d(2)]))
+    pieces = framed(pool_pb2.PoolStreamRequest(unfinished=True).SerializeToString()) * 1000
 
-    def pieces() -> Iterator[bytes]:
-        yield stream_header((10**6, 1, 64, 64), [MaxPool2d(2)])
-        while True:
-            yield empty
+    def flood() -> None:
+        with RawPeer(target.address, timeout=1) as peer:
+            streams = [peer.open(POOL_STREAM, *target.headers) for _ in range(2)]
+            for stream in streams:
+                peer.send(stream, header, end=False)
+            while not until.is_set() and len(peer.ended) < len(streams):
+                for stream in streams:
+                    peer.send(stream, pieces, end=False)
 
-    _streams(target, until, (POOL_STREAM, pieces), (POOL_STREAM, pieces))
+    repeat(until, flood)
 
 
 @attack()

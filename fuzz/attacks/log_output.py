@@ -44,7 +44,7 @@ def _not_counted(target: Target) -> list[str]:
 
 @attack(variants=("tcp",), alone=True)
 def full_log_disk(target: Target, until: Event) -> list[str]:
-    """Let writes of the log fail for a while, as on a full disk (row M1: the log ended permanently, and nothing said so).
+    """Let writes of the log fail for a while, as on a full disk (row M1: the log ended, and nothing said so).
 
     Sent: the limit RLIMIT_FSIZE at the log's size, calls, and the limit as it was before.
     Aims at: the thread that writes the log.

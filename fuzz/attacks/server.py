@@ -188,7 +188,7 @@ class AttackedServer:
             self._log_reader.wait()
 
     def counters_at_rest(self, timeout: float) -> dict[str, float]:
-        """Return the gauges that are not what they were before the first call, once there are no calls; empty if all are.
+        """Return the gauges that are not what they were before the first call, without calls; empty if all are.
 
         Args:
             timeout: Seconds within which they must be back.

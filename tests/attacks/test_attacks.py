@@ -1,4 +1,4 @@
-"""Each attack in a short form, beside a good client whose calls and probes must not notice it."""
+"""Each attack in a short form, next to a good client whose calls and probes must not notice it."""
 
 from __future__ import annotations
 
