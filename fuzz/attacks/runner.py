@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from fuzz.attacks.catalogue import ATTACKS
 from fuzz.attacks.child import ATTACK, Child
 from fuzz.attacks.server import VARIANTS, AttackedServer
-from fuzz.attacks.usage import GUARD_MIB, Sampler, usage
-from fuzz.attacks.verdict import BUSY, HEALTH_SECONDS, WAIT_SECONDS, Verdict
+from fuzz.attacks.usage import GUARD_MIB, KILL_MIB, Sampler, usage
+from fuzz.attacks.verdict import BUSY, HEALTH_SECONDS, Verdict
 from fuzz.resource_usage import check_growth
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ ALL = "all at once"
 TOGETHER = ("tcp", "unix")
 """The transports of a run of all attacks at once, each attacked by a process of its own."""
 
+TOGETHER_SECONDS = 10.0
+"""Seconds that a call may take while all attacks run at once: they share this machine's processors with the server, so
+what counts is that no call is lost, and that everything is back at the end."""
+
 SKIPPED = "skipped: "
 """The beginning of what an attack reports if it cannot run on this machine."""
 
@@ -57,7 +61,7 @@ class Attacked:
         only = ATTACKS.get(attack)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="poolrpc-attack-")))
         self.server = stack.enter_context(AttackedServer(folder, VARIANTS[variant], only))
-        wait = only.wait_seconds if only else WAIT_SECONDS
+        wait = only.wait_seconds if only else TOGETHER_SECONDS
         health = max(HEALTH_SECONDS, wait - 1)
         self.verdict = Verdict(attack or ALL, variant, wait, health, self.server.max_rss_mib)
         self._busy_machine = busy_machine
@@ -109,6 +113,8 @@ class Attacked:
         verdict.descriptors = (before["descriptors"], after["descriptors"])
         if self._sampler.guarded:
             verdict.reasons.append(f"memory: the attack was ended at {GUARD_MIB} MiB, to protect the machine")
+        if self._sampler.peak_mib > KILL_MIB:
+            verdict.reasons.append(f"memory: the server was killed at {KILL_MIB} MiB, to protect the machine")
         verdict.stop_s, faults = self.server.stop()
         verdict.reasons += faults
         if not verdict.skipped:

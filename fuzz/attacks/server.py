@@ -74,7 +74,7 @@ class AttackedServer:
     Args:
         folder: For the socket, the tokens and the log.
         variant: How it is run.
-        attack: Whose flags, limits and log it has. None: those of any other.
+        attack: Whose flags, limits and log it has. None: several, whose memory is compared in time.
 
     Attributes:
         process: The process: the server, or the supervisor of its workers.
@@ -104,7 +104,9 @@ class AttackedServer:
             if attack and attack.log == "pipe":
                 self._log_reader = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log)  # noqa: S607 - any cat
             output = self._log_reader.stdin if self._log_reader else log
-            self.process = subprocess.Popen(command, stderr=output)  # noqa: S603 - our own command
+            # With several of glibc's heaps the memory of many threads would take long to settle.
+            env = os.environ if attack else {**os.environ, "MALLOC_ARENA_MAX": "1"}
+            self.process = subprocess.Popen(command, stderr=output, env=env)  # noqa: S603 - our own command
         if self._log_reader and self._log_reader.stdin:
             self._log_reader.stdin.close()
         try:

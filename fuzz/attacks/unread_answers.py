@@ -100,17 +100,17 @@ def frame_floods(target: Target, until: Event) -> None:
 
     def pings() -> None:
         with RawPeer(target.address, timeout=0.5) as peer:
-            while not until.wait(0.002):
-                for _ in range(50):
+            while not until.wait(0.01):
+                for _ in range(20):
                     peer.ping()
                 peer.flush()
 
     def unknown() -> None:
         with RawPeer(target.address, timeout=0.5) as peer:
-            for _ in range(1000):
+            for _ in range(100):
                 peer.send(peer.open("/poolrpc.v1.PoolService/Nothing", *target.headers), framed(b""))
 
-    in_threads(partial(repeat, until, pings), partial(repeat, until, unknown, 0.05))
+    in_threads(partial(repeat, until, pings), partial(repeat, until, unknown, 0.2))
 
 
 def _wait(peer: RawPeer, until: Event, count: int) -> None:

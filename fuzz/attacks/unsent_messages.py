@@ -184,7 +184,7 @@ def resets(target: Target, until: Event) -> None:
                         peer.reset(stream)
                 peer.flush()
                 _receive(peer)
-                until.wait(0.02)
+                until.wait(0.05)
 
     in_threads(*[partial(repeat, until, flood)] * 2)
 
