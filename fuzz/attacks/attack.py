@@ -11,8 +11,6 @@ from threading import Event
 import grpc
 import h2.exceptions
 
-from poolrpc.credentials import unix_path
-
 MIB = 2**20
 NETWORK = ("tcp", "unix", "tokens", "insider", "workers")
 """The variants of an attack that any peer may try. VARIANTS in fuzz.attacks.server describes each."""
@@ -58,11 +56,6 @@ class Target:
         """The connections of an attack that holds something: a share is counted by token, or else by connection."""
         return 4 if self.token else 1
 
-    @property
-    def is_local(self) -> bool:
-        """Whether the attack comes through the unix socket."""
-        return bool(unix_path(self.address))
-
     def channel(self, *options: tuple[str, int]) -> grpc.Channel:
         """Return a channel with a connection of its own, which neither retries nor limits messages."""
         return grpc.insecure_channel(self.address, [*OWN_CHANNEL, *options])
@@ -79,7 +72,6 @@ class Attack:
         name: The name, for the command line.
         run: Attacks a target until the event is set, closes everything, and may return what it found.
         variants: The variants of the server to which it applies.
-        flags: Flags that its server needs.
         descriptors: The limit on its server's descriptors (`ulimit -n`); 0 for the limit of this process.
         log: Where its server's log goes: a "file", or a "pipe" to a process that writes the file.
         wait_seconds: Seconds that a call of the good client, or a probe, may take.
@@ -91,7 +83,6 @@ class Attack:
     name: str
     run: Run
     variants: tuple[str, ...] = NETWORK
-    flags: tuple[str, ...] = ()
     descriptors: int = 0
     log: str = "file"
     wait_seconds: float = 2.0

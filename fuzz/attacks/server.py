@@ -74,7 +74,7 @@ class AttackedServer:
     Args:
         folder: For the socket, the tokens and the log.
         variant: How it is run.
-        attack: Whose flags, limits and log it has. None: several, whose memory is compared in time.
+        attack: Whose limits and log it has. None: several, whose memory is compared in time.
 
     Attributes:
         process: The process: the server, or the supervisor of its workers.
@@ -96,7 +96,7 @@ class AttackedServer:
             flags += ["--token-file", str(folder / "tokens")]
         if variant.workers > 1:
             flags += ["--workers", str(variant.workers)]
-        command = [sys.executable, "-m", "poolrpc_server", *flags, *(attack.flags if attack else ())]
+        command = [sys.executable, "-m", "poolrpc_server", *flags]
         if attack and attack.descriptors:
             command = ["sh", "-c", f'ulimit -n {attack.descriptors}; exec "$@"', "sh", *command]
         self._log_reader: subprocess.Popen[bytes] | None = None
