@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +40,8 @@ def main(arguments: Sequence[str]) -> int:
         for attack in ATTACKS.values():
             print(f"{attack.name:32} {','.join(attack.variants):36} {attack.summary}")
         return 0
+    # So that a run that is ended takes its servers along.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     rows = []
     for verdict in _verdicts(options):
         rows.append(verdict.row())
