@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from poolrpc import PoolClient
 from poolrpc.credentials import unix_path
-from poolrpc_server.calls.pipeline import Method
+from poolrpc_server.calls.method import Method
 from poolrpc_server.compute.buffers import use_one_heap
 from poolrpc_server.config import Config, ConfigError
 from poolrpc_server.process import (
@@ -168,6 +168,7 @@ def _grpc_settings(config: Config) -> GrpcSettings:
         call_threads=config.call_threads,
         max_message_bytes=config.max_message_bytes,
         max_metadata_bytes=config.max_metadata_bytes,
+        max_connections=max(1, config.max_connections // len(config.listen)),
         max_connection_calls=config.max_connection_calls,
         keepalive_seconds=config.keepalive_seconds,
         keepalive_timeout_seconds=config.keepalive_timeout_seconds,

@@ -10,10 +10,10 @@ import configargparse
 from poolrpc._shapes.limits import MAX_MESSAGE_BYTES, MAX_PAYLOAD_BYTES
 from poolrpc.credentials import is_loopback
 from poolrpc_server.presets import read_presets
-from poolrpc_server.resources import cpu_count, memory_bytes
+from poolrpc_server.resources import cpu_count, max_descriptors, memory_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 CHOICES = {"log_format": ("text", "json"), "log_level": ("debug", "info", "warning", "error")}
 REQUIRES = {
@@ -26,6 +26,15 @@ REQUIRES = {
 
 C_INT = 2**31 - 1
 """The largest value of gRPC's own options, which are C ints."""
+
+PROCESS_BYTES = 320 * 2**20
+"""Memory of one process without calls, with a margin: torch and the libraries, threads, gRPC's own buffers."""
+
+MIN_FREE_BYTES = 64 * 2**20
+"""Least memory for calls and arenas with which a server starts."""
+
+MIN_MESSAGE_BYTES = 4 * 2**20
+"""gRPC's own default limit of a message, which is the least that is derived."""
 
 DAY = 86400
 MAX_PORT = 65535
@@ -112,33 +121,48 @@ class Config:
         maximum=1024,
     )
     call_threads: int = _setting(
-        256, "Number of calls handled at the same time; each occupies a thread until it ends.", "threads", maximum=65536
+        0,
+        "Number of calls handled at the same time, each by a thread. 0: one for each MiB in flight, at least 16 and at "
+        "most 256.",
+        "threads",
+        minimum=0,
+        maximum=65536,
     )
     max_message_bytes: int = _setting(
         0,
-        "Limit on the size of a gRPC message in either direction, in bytes. 0: 1/32 of the memory, at least 4 MiB and "
-        "at most 513 MiB.",
+        "Limit on the size of a gRPC message in either direction, in bytes. 0: 1/8 of the bytes in flight and 1 MiB, "
+        "at least 16 MiB if a quarter of them is as much, and at most 513 MiB.",
         "bytes",
         minimum=0,
         maximum=C_INT,
     )
     max_output_bytes: int = _setting(
-        MAX_PAYLOAD_BYTES,
-        "Limit on the outputs of a request, and on the output of each step of a chain, in bytes.",
+        0,
+        "Limit on the outputs of a request, and on the output of each step of a chain, in bytes. 0: 1/4 of the bytes "
+        "in flight, at most 512 MiB.",
         "bytes",
+        minimum=0,
     )
     max_output_growth: int = _setting(
         64, "Limit on the ratio of a request's output bytes to its input bytes, for outputs above 4 MiB.", "times"
     )
     max_work: int = _setting(
         4_000_000_000,
-        "Limit on the work of a request: the number of cells that its kernels read, over all planes and layers.",
+        "Limit on the work of a request, over all planes and layers: the number of cells that its kernels read, each "
+        "weighted by its cost. A cell of max pooling counts 1, about a nanosecond of one CPU.",
         "cells",
+    )
+    max_compute_seconds: float = _setting(
+        30.0,
+        "Limit on the time that a request is computed, in seconds; a request that takes longer is ended.",
+        "seconds",
+        minimum=0.001,
     )
     max_inflight_bytes: int = _setting(
         0,
-        "Limit on the inputs and outputs of all requests in flight, in bytes; further requests are rejected with "
-        "UNAVAILABLE. 0: 2/5 of the memory, at most 4 GiB.",
+        "Limit on the memory of all calls in flight, in bytes: messages, answers and what computes them. Further calls "
+        "are rejected with UNAVAILABLE. 0: half of the memory that the processes themselves leave (320 MiB each), at "
+        "most 4 GiB.",
         "bytes",
         minimum=0,
     )
@@ -167,14 +191,25 @@ class Config:
     )
     max_arena_bytes: int = _setting(
         -1,
-        "Limit on the shared memory (arenas) of all clients on unix sockets, in bytes. 0: no shared memory. -1: 1/5 of "
-        "the memory, at most 2 GiB.",
+        "Limit on the shared memory (arenas) of all clients on unix sockets, in bytes. 0: no shared memory. -1: 1/4 of "
+        "the memory that the processes themselves leave, at most 2 GiB.",
         "bytes",
         minimum=-1,
     )
     max_arenas: int = _setting(256, "Limit on the number of arenas of all clients.", "arenas")
     max_streams: int = _setting(
-        16, "Limit on the number of open streams; each occupies a call thread until it ends.", "streams"
+        0,
+        "Limit on the number of open streams; each occupies a call thread until it ends. 0: one for each 64 MiB in "
+        "flight, at least 2 and at most 16.",
+        "streams",
+        minimum=0,
+    )
+    receive_timeout: float = _setting(
+        10.0,
+        "Time that a caller may take to send its message or to read its answer, in seconds, in addition to a second "
+        "for each MiB that it announced or has to read; the call is ended then.",
+        "seconds",
+        minimum=0.001,
     )
     stream_idle_seconds: float = _setting(
         60.0, "Time after which a stream is ended if its client sends nothing, in seconds.", "seconds"
@@ -207,6 +242,14 @@ class Config:
         "seconds",
         minimum=0,
         maximum=7 * DAY,
+    )
+    max_connections: int = _setting(
+        0,
+        "Limit on the number of connections of each process; further connections are closed. 0: half of the open files "
+        "that it may have, one for each 256 KiB of its memory, or 4096, whichever is least.",
+        "connections",
+        minimum=0,
+        maximum=C_INT,
     )
     max_connection_calls: int = _setting(
         1024,
@@ -260,9 +303,9 @@ class Config:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name, (automatic, value) in _automatic_values().items():
+        for name, (automatic, value) in AUTOMATIC.items():
             if getattr(self, name) == automatic:
-                object.__setattr__(self, name, value)
+                object.__setattr__(self, name, value(self))
 
     def _check_addresses(self) -> None:
         if not self.listen:
@@ -283,15 +326,56 @@ class Config:
         return unit.removesuffix("es" if unit == "processes" else "s") if str(count) == "1" else unit
 
 
-def _automatic_values() -> dict[str, tuple[int, int]]:
-    """Return, for each setting that depends on the machine, the value that means "automatic" and its actual value."""
-    memory = memory_bytes()
-    return {
-        "threads": (0, min(cpu_count(), 1024)),
-        "max_message_bytes": (0, min(MAX_MESSAGE_BYTES, max(memory // 32, 4 * 2**20))),
-        "max_inflight_bytes": (0, min(4 * 2**30, memory * 2 // 5)),
-        "max_arena_bytes": (-1, min(2 * 2**30, memory // 5)),
-    }
+def _free_memory(config: Config) -> int:
+    """Return the memory that the processes themselves leave, in bytes.
+
+    Raises:
+        ConfigError: It is too little to serve anything.
+
+    """
+    memory, own = memory_bytes(), config.workers * PROCESS_BYTES
+    if memory < own + MIN_FREE_BYTES:
+        raise ConfigError(
+            f"expected at least {(own + MIN_FREE_BYTES) >> 20} MiB of memory for {config.workers} "
+            f"{Config.unit('workers', config.workers)}, got {memory >> 20} MiB; --max-inflight-bytes and "
+            "--max-arena-bytes set the limits regardless"
+        )
+    return memory - own
+
+
+def _inflight_bytes(config: Config) -> int:
+    """Return the bytes in flight of one process."""
+    return config.max_inflight_bytes // config.workers
+
+
+def _between(low: int, value: int, high: int) -> int:
+    return max(low, min(value, high))
+
+
+AUTOMATIC: dict[str, tuple[int, Callable[[Config], int]]] = {
+    "threads": (0, lambda _: min(cpu_count(), 1024)),
+    "max_inflight_bytes": (0, lambda config: min(4 * 2**30, _free_memory(config) // 2)),
+    "max_arena_bytes": (-1, lambda config: min(2 * 2**30, _free_memory(config) // 4)),
+    "max_message_bytes": (
+        0,
+        lambda config: _between(
+            max(MIN_MESSAGE_BYTES, min(16 * 2**20, _inflight_bytes(config) // 4)),
+            _inflight_bytes(config) // 8 + 2**20,
+            MAX_MESSAGE_BYTES,
+        ),
+    ),
+    "max_output_bytes": (
+        0,
+        lambda config: _between(MIN_MESSAGE_BYTES, _inflight_bytes(config) // 4, MAX_PAYLOAD_BYTES),
+    ),
+    "call_threads": (0, lambda config: _between(16, _inflight_bytes(config) >> 20, 256)),
+    "max_streams": (0, lambda config: _between(2, _inflight_bytes(config) >> 26, 16)),
+    "max_connections": (
+        0,
+        lambda config: _between(16, min(max_descriptors() // 2, memory_bytes() // config.workers >> 18), 4096),
+    ),
+}
+"""For each setting that follows the machine, in order: the value that means "automatic", and the actual value."""
 
 
 def _check_address(name: str, address: str, protections: Sequence[str], *, insecure: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import resource
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,23 @@ def memory_bytes(root: Path = ROOT) -> int:
 
     """
     return min([_installed_memory(root), *_memory_limits(root)])
+
+
+def max_descriptors() -> int:
+    """Return the number of files that this process may have open, if it raises its soft limit."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 2**31 - 1 if hard == resource.RLIM_INFINITY else hard
+
+
+def resident_bytes(root: Path = ROOT) -> int:
+    """Return the bytes of memory that this process has for itself, without files and shared memory; 0 if unknown.
+
+    Args:
+        root: The folder that contains /proc.
+
+    """
+    anonymous = re.search(r"^RssAnon:\s+(\d+) kB$", _read_text(root / "proc/self/status"), re.MULTILINE)
+    return int(anonymous[1]) * 1024 if anonymous else 0
 
 
 def _cpu_quotas(root: Path) -> Iterator[float]:

@@ -12,8 +12,10 @@ from poolrpc.layers import LAYERS
 from poolrpc.tensors import keep_freed_memory
 from poolrpc_server.calls.admission import AdmissionControl
 from poolrpc_server.calls.dispatch import Dispatcher, no_arena
-from poolrpc_server.calls.pipeline import CallPipeline, Observers
+from poolrpc_server.calls.method import Observers
+from poolrpc_server.calls.pipeline import CallPipeline
 from poolrpc_server.calls.queue import QueueLimits
+from poolrpc_server.calls.reaper import Reaper
 from poolrpc_server.calls.streams import OpenStreams
 from poolrpc_server.calls.tokens import TokenFile
 from poolrpc_server.calls.validate import Limits
@@ -24,6 +26,7 @@ from poolrpc_server.presets import read_presets
 from poolrpc_server.protocols import health, native
 from poolrpc_server.protocols.triton import servicer as triton
 from poolrpc_server.protocols.triton.shared_memory import SharedMemoryRegistry
+from poolrpc_server.resources import memory_bytes, resident_bytes
 from poolrpc_server.telemetry.logs import CallLog, log
 from poolrpc_server.telemetry.metrics import Load, Metrics
 
@@ -33,6 +36,9 @@ if TYPE_CHECKING:
     from poolrpc.errors import PoolError
     from poolrpc_server.calls.dispatch import SharedMemory
     from poolrpc_server.telemetry.traces import Spans
+
+UNCOUNTED_BYTES = 160 * 2**20
+"""Memory that the process may take in addition to what is counted, before it ends calls that wait for messages."""
 
 CONFIGURED_LIMITS = (
     "max_message_bytes",
@@ -111,10 +117,17 @@ class Service:
         self._arenas = arenas
         self._device_error: Exception | None = None
         self.metrics = Metrics(enabled=bool(config.metrics))
-        self._admission = AdmissionControl(config.max_inflight_bytes, config.call_threads, self._engine)
+        self._admission = AdmissionControl(config.max_inflight_bytes, self._engine)
+        self._reaper = Reaper(
+            self._admission,
+            resident_bytes,
+            resident_bytes() + config.max_inflight_bytes + min(UNCOUNTED_BYTES, memory_bytes() // 16),
+            self._engine.drop_idle,
+        )
+        self._admission.on_enter = self._reaper.wake
         self._dispatcher = Dispatcher(
             Limits(config.max_message_bytes, config.max_output_bytes, config.max_output_growth, config.max_work),
-            self._admission,
+            config.call_threads,
             self._engine,
             self.info,
             find_arena,
@@ -122,11 +135,19 @@ class Service:
                 config.max_queue, config.max_queue_seconds, config.max_batch_bytes, config.max_queue_delay / 1000
             ),
             self.metrics if config.metrics else None,
+            max_compute_seconds=config.max_compute_seconds,
         )
         self._spans = spans
         self._call_log = CallLog()
         observers = Observers(self._call_log, self.metrics, spans, self._translate)
-        self.pipeline = CallPipeline(self._dispatcher.admit, observers, tokens)
+        self.pipeline = CallPipeline(
+            self._admission,
+            self._dispatcher.admit,
+            observers,
+            tokens,
+            max_message_bytes=config.max_message_bytes,
+            receive_seconds=config.receive_timeout,
+        )
         # A stream has a call thread for as long as it lasts: at least one is left for other calls.
         self._streams = OpenStreams(
             max(1, min(config.max_streams, config.call_threads - 1)), config.stream_idle_seconds
@@ -163,6 +184,7 @@ class Service:
 
     def close(self, grace: float = 0.0) -> None:
         """Release everything, once no call is in progress; the last spans have `grace` seconds to be sent."""
+        self._reaper.close()
         self._engine.close()
         if self._spans is not None:
             self._spans.close(grace)

@@ -12,17 +12,17 @@ import pytest
 
 import poolrpc as p
 import poolrpc_server
-from poolrpc._transport.unary import ANNOUNCED_BYTES
 from poolrpc._wire.codec import Request, encode_request
 from poolrpc._wire.framing import MESSAGE_BYTES_KEY
 from poolrpc._wire.status import translate_rpc_error
 from poolrpc.tensors import TensorSpec
 from poolrpc.v1 import pool_pb2, pool_pb2_grpc
+from poolrpc_server.calls import admission
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from tests.integration.conftest import Connect
+    from tests.integration.conftest import Connect, Gate
 
 PATIENCE = 60
 POOL = "/poolrpc.v1.PoolService/Pool"
@@ -33,9 +33,9 @@ ONCE = {"grpc.enable_retries": 0}
 
 @pytest.fixture
 def address() -> Iterator[str]:
-    """Return the address of a server for 8 MiB in flight, and messages of at most 7 MiB."""
+    """Return the address of a server for 16 MiB in flight, and messages of at most 7 MiB."""
     config = poolrpc_server.Config(
-        listen=("127.0.0.1:0",), threads=1, max_inflight_bytes=8 * MIB, max_message_bytes=7 * MIB
+        listen=("127.0.0.1:0",), threads=2, max_inflight_bytes=16 * MIB, max_message_bytes=7 * MIB
     )
     server = poolrpc_server.Server(config)
     server.start()
@@ -71,16 +71,22 @@ def error_of(call: Any) -> p.PoolError:
     return translate_rpc_error(caught.value)
 
 
-def test_announced_bytes_are_counted_before_they_arrive(announce: Callable[[int], Any], address: str) -> None:
-    """While one message of 3 MiB is awaited there is no room for another, until its caller leaves."""
-    calls = [announce(3 * MIB) for _ in range(2)]
+def test_announced_bytes_are_counted_before_they_arrive(
+    announce: Callable[[int], Any], address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one message of 6 MiB is awaited there is no room for another, until its caller leaves.
+
+    It is counted twice, because gRPC holds two copies of it, and all calls but one may have 3/4 of the bytes.
+    """
+    monkeypatch.setattr(admission, "STALLED_BYTES_PER_SECOND", 1)  # else the second call may end the first
+    calls = [announce(6 * MIB) for _ in range(2)]
     with ThreadPoolExecutor(2) as threads:
         errors = {threads.submit(error_of, call): call for call in calls}
         (rejected,), _ = wait(errors, return_when=FIRST_COMPLETED)
         error = rejected.result()
         assert isinstance(error, p.UnavailableError)
         assert error.reason == "IN_FLIGHT_BYTES"
-        assert int(error.metadata["actual"]) > int(error.metadata["limit"]) == 8 * MIB
+        assert int(error.metadata["actual"]) > int(error.metadata["limit"]) == 12 * MIB
         for call in calls:
             call.cancel()
     with p.PoolClient(address, timeout=PATIENCE) as client:
@@ -88,11 +94,37 @@ def test_announced_bytes_are_counted_before_they_arrive(announce: Callable[[int]
         assert client.pool(x, LAYER, transport="unary").shape == (1, 1, 512, 512)
 
 
-def test_an_arrived_message_is_counted_by_its_own_size(address: str) -> None:
-    """Calls of 4 MiB, each of which fills more than half of the limit with its output, are answered in a row."""
+def test_an_arrived_message_is_counted_by_its_own_size(gate: Gate, channel: grpc.Channel, address: str) -> None:
+    """While a small message is computed that was announced with 6 MiB, there is room for one of 4 MiB."""
+    message = encode_request(Request(TensorSpec("float32", (1, 1, 2, 2)), ((p.GlobalMaxPool(),),)))
+    message.payload = bytes(16)
+    call = channel.unary_unary(POOL).future(
+        message.SerializeToString(), metadata=[(MESSAGE_BYTES_KEY, str(6 * MIB))], timeout=PATIENCE
+    )
+    assert gate.entered.wait(PATIENCE)
     with p.PoolClient(address, timeout=PATIENCE, options=ONCE) as client:
-        for _ in range(5):
-            client.pool(np.ones((1, 1, 1024, 1024), np.float32), LAYER, transport="unary")
+        assert client.pool(np.ones((1, 1, 1024, 1024), np.float32), LAYER, transport="unary").output.all()
+    gate.opened.set()
+    assert call.result(PATIENCE)
+
+
+def test_a_message_larger_than_announced_is_counted_by_its_own_size(channel: grpc.Channel) -> None:
+    """A caller that announces less than it sends is answered all the same."""
+    spec = TensorSpec("float32", (1, 1, 1024, 1024))
+    message = encode_request(Request(spec, ((LAYER,),)))
+    message.payload = bytes(spec.nbytes)
+    assert channel.unary_unary(POOL)(message.SerializeToString(), metadata=[(MESSAGE_BYTES_KEY, "1")], timeout=PATIENCE)
+
+
+def test_a_call_that_can_never_fit_is_rejected_for_good() -> None:
+    """A message, two copies of which exceed the bytes in flight is RESOURCE_EXHAUSTED, with the limit."""
+    config = poolrpc_server.Config(listen=("127.0.0.1:0",), max_inflight_bytes=8 * MIB, max_message_bytes=7 * MIB)
+    server = poolrpc_server.Server(config)
+    server.start()
+    with p.PoolClient(server.addresses[0], timeout=PATIENCE) as client, pytest.raises(p.LimitExceededError) as caught:
+        client.pool(np.ones((1, 5, 512, 512), np.float32), LAYER, transport="unary")
+    server.stop(grace=0)
+    assert (caught.value.reason, caught.value.metadata["limit"]) == ("IN_FLIGHT_BYTES", str(8 * MIB))
 
 
 def test_an_announcement_over_the_message_limit_is_rejected(announce: Callable[[int], Any]) -> None:
@@ -120,17 +152,16 @@ def test_clients_need_not_announce_anything(channel: grpc.Channel) -> None:
     assert channel.unary_unary(POOL)(message.SerializeToString(), timeout=PATIENCE)
 
 
-def test_clients_announce_large_messages(connect: Connect) -> None:
-    """Either client announces the size of a message of 1 MiB or more, and no other."""
-    announced: list[int | None] = []
+def test_clients_announce_every_message(connect: Connect) -> None:
+    """Either client announces the size of each message."""
+    announced: list[int] = []
 
     class Recording(pool_pb2_grpc.PoolServiceServicer):
         def Pool(  # noqa: N802
             self, request: pool_pb2.PoolRequest, context: grpc.ServicerContext
         ) -> pool_pb2.PoolResponse:
-            metadata = dict(context.invocation_metadata())
-            announced.append(int(metadata[MESSAGE_BYTES_KEY]) if MESSAGE_BYTES_KEY in metadata else None)
-            assert announced[-1] in {None, request.ByteSize()}
+            announced.append(int(dict(context.invocation_metadata())[MESSAGE_BYTES_KEY]))
+            assert announced[-1] == request.ByteSize()
             result = pool_pb2.BranchResult(shapes=[pool_pb2.Shape(dims=request.input.shape)], output=request.input)
             return pool_pb2.PoolResponse(results=[result], payload=request.payload)
 
@@ -139,12 +170,9 @@ def test_clients_announce_large_messages(connect: Connect) -> None:
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     small, large = np.ones((1, 1, 8, 8), np.float32), np.ones((1, 1, 512, 512), np.float32)
-    assert large.nbytes == ANNOUNCED_BYTES
     client = connect(f"127.0.0.1:{port}", timeout=PATIENCE)
     for x in (small, large):
         client.pool(x, p.MaxPool2d(1), transport="unary")
     server.stop(0).wait()
     first, second = announced
-    assert first is None
-    assert second is not None
-    assert second > large.nbytes
+    assert small.nbytes < first < large.nbytes < second

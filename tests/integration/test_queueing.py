@@ -15,12 +15,14 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 import poolrpc as p
 import poolrpc_server
 from poolrpc._wire.codec import Request, encode_request
+from poolrpc._wire.framing import MESSAGE_BYTES_KEY
 from poolrpc._wire.status import DETAILS_KEY, decode_error
 from poolrpc.tensors import TensorSpec
 from poolrpc.v1 import pool_pb2
 from poolrpc_server.calls import batcher, dispatch
 from poolrpc_server.calls.call import DerivedContext
 from poolrpc_server.compute import engine
+from tests.integration.connections import until
 from tests.parity.reference import assert_same, reference, values
 from tests.scrape import Scrape
 
@@ -146,7 +148,9 @@ class Callers:
         spec = TensorSpec("float32", (1, 1, 4, width))
         message = encode_request(Request(spec, ((p.MaxPool2d(2),),)))
         message.payload = np.full(spec.shape, len(self._calls), np.float32).tobytes()
-        metadata = [] if priority is None else [("priority", priority)]
+        metadata = [(MESSAGE_BYTES_KEY, str(message.ByteSize()))]
+        if priority is not None:
+            metadata.append(("priority", priority))
         self._calls.append(self._call.future(message.SerializeToString(), metadata=metadata, timeout=PATIENCE))
         return self._calls[-1]
 
@@ -361,27 +365,26 @@ def test_a_cancelled_call_leaves_the_queue_at_once(serve: Any, load: Load, calle
 
 def test_a_cancelled_call_of_a_batch_frees_its_bytes(serve: Any, load: Load, callers: Any) -> None:
     """They are free while the batch is still computed; the other calls of the batch are answered."""
-    sizes = {width: 4 * 4 * width + 4 * 2 * (width // 2) for width in (64, 4)}
-    # When the first has been answered there is room for the batch of three, but not for a fourth of twice the size.
-    server = serve(max_inflight_bytes=sizes[64] + 3 * sizes[4])
+    server = serve(metrics="127.0.0.1:0")
+
+    def in_flight() -> float:
+        return Scrape(server.metrics_address)("poolrpc_inflight_bytes")
+
     asked = callers(server)
     first = asked.occupy()
+    held = in_flight()
     one, gone, other = asked.wait(4, 4, 4)
+    each = (in_flight() - held) / 3
     load.hold(1)
     load.release(0)
     assert first.result(PATIENCE)
     load.wait_until_held(1)
     gone.cancel()
     load.await_events(load.left)
-    with p.PoolClient(server.addresses[0]) as client, ThreadPoolExecutor(1) as threads:
-        # Everything but the bytes of the two calls that are left in the batch.
-        room = np.ones((1, 1, 4, 64 + 4), np.float32)
-        fitting = threads.submit(client.pool, room, p.MaxPool2d(2))
-        load.await_events(load.waits)
-        load.release(1)
-        assert fitting.result(PATIENCE).shape == (1, 1, 2, 34)
+    until(lambda: in_flight() == 2 * each > 0)  # once the server has noticed the end of the first call, too
+    load.release(1)
     assert (value_of(one), value_of(other)) == ({1}, {3})
-    assert [len(shapes) for shapes in load.executions] == [1, 3, 1]
+    assert [len(shapes) for shapes in load.executions] == [1, 3]
 
 
 def test_a_batch_outlives_its_first_call(serve: Any, load: Load, callers: Any) -> None:

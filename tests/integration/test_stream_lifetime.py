@@ -17,7 +17,9 @@ import pytest
 import poolrpc
 import poolrpc_server
 from poolrpc import AsyncPoolClient, FractionalMaxPool2d, MaxPool2d, PoolClient
+from poolrpc_server.calls import streams
 from scripts.server_process import serving
+from tests.integration.connections import until
 from tests.integration.stream_messages import (
     LARGE,
     METHOD,
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 
 RNG = np.random.default_rng(7)
 X = RNG.standard_normal((3, 5, 10, 14), np.float32)
+STREAM_BYTES = 48 * MIB
+"""Bytes in flight for one stream of LARGE, which holds five blocks of 8 MiB and what computes one, and little else."""
 
 
 def halved(x: np.ndarray) -> np.ndarray:
@@ -55,16 +59,22 @@ def streams_in(caplog: pytest.LogCaptureFixture) -> list[Any]:
 # Limits of time and number
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no stream give way to another call, however long a slow test lets it wait."""
+    monkeypatch.setattr(streams, "STALLED_SECONDS", 3600)
+
+
 def test_an_idle_stream_ends() -> None:
     """After --stream-idle-seconds a stream is DEADLINE_EXCEEDED; its bytes are free and no thread stays."""
-    shape = (1, 1, 64, 64)
+    shape = (2, 1, 64, 64)
     x = np.ones(shape, np.float32)
     with (
-        poolrpc_server.embedded(stream_idle_seconds=1, max_inflight_bytes=65536) as client,
-        PoolClient(client.address, options=NO_RETRIES) as once,
+        # Room for one such stream: five blocks, and what computes one.
+        poolrpc_server.embedded(stream_idle_seconds=1, max_inflight_bytes=7 * x.nbytes) as client,
         grpc.insecure_channel(client.address) as channel,
     ):
-        for sent in ([header(shape)], [header((2, *shape[1:])), block(x.nbytes)]):
+        for sent in ([header(shape)], [header(shape), block(x.nbytes // 2)]):
             messages = OpenStream(*sent)
             responses = channel.stream_stream(METHOD)(messages, timeout=60)
             for _ in sent:
@@ -74,16 +84,18 @@ def test_an_idle_stream_ends() -> None:
             assert error.reason == "STREAM_IDLE"
             assert "expected the next message of the stream within 1 seconds" in str(error)
             messages.end()
-            assert once.pool(x, MaxPool2d(2), transport="unary").output.all()
-            assert once.pool(x, MaxPool2d(2), transport="stream").output.all()
+            # A stream's bytes may be in flight for a moment after its client has its result: the call comes second.
+            assert client.pool(x, MaxPool2d(2), transport="stream").output.all()
+            assert client.pool(x, MaxPool2d(2), transport="unary").output.all()
         assert_no_reader_stays()
 
 
+@pytest.mark.usefixtures("patient")
 def test_an_open_stream_holds_its_bytes() -> None:
-    """The bytes of a stream's next block count as in flight until the stream ends."""
+    """The bytes of a stream's blocks count as in flight until the stream ends."""
     shape = (1, 1, 64, 64)
     with (
-        poolrpc_server.embedded(max_inflight_bytes=65536) as client,
+        poolrpc_server.embedded(max_inflight_bytes=7 * 4 * 64 * 64) as client,
         PoolClient(client.address, options=NO_RETRIES) as once,
         grpc.insecure_channel(client.address) as channel,
     ):
@@ -95,7 +107,7 @@ def test_an_open_stream_holds_its_bytes() -> None:
         assert full.value.reason == "IN_FLIGHT_BYTES"
         messages.end()
         assert "got 0" in str(error_of(responses))
-        assert once.pool(np.ones(shape, np.float32), MaxPool2d(2), transport="unary").output.all()
+        assert client.pool(np.ones(shape, np.float32), MaxPool2d(2), transport="unary").output.all()
 
 
 def test_a_stream_without_a_header_ends_too() -> None:
@@ -131,7 +143,7 @@ def test_a_stream_ends_at_its_deadline(caplog: pytest.LogCaptureFixture) -> None
     shape = (1, 1, 64, 64)
     with (
         caplog.at_level(logging.INFO, "poolrpc_server"),
-        poolrpc_server.embedded(max_inflight_bytes=65536) as client,
+        poolrpc_server.embedded(max_inflight_bytes=7 * 4 * 64 * 64) as client,
         grpc.insecure_channel(client.address) as channel,
     ):
         messages = OpenStream(header(shape))
@@ -175,6 +187,30 @@ async def test_a_deadline_among_many_other_streams(gate: Gate) -> None:
             assert {each.shape for each in await asyncio.gather(*held)} == {(1, 4, 8, 8)}
 
 
+def test_an_open_stream_that_waits_gives_way() -> None:
+    """A stream that has waited for its client for a second is ended as soon as another one needs its place."""
+    with (
+        poolrpc_server.embedded(max_streams=1) as client,
+        PoolClient(client.address, options=NO_RETRIES) as once,
+        grpc.insecure_channel(client.address) as channel,
+    ):
+        messages = OpenStream(header())
+        responses = channel.stream_stream(METHOD)(messages, timeout=60)
+        next(responses)
+
+        def answered() -> bool:
+            try:
+                return once.pool(X, MaxPool2d(2), transport="stream").shape == (3, 5, 5, 7)
+            except poolrpc.UnavailableError:
+                return False
+
+        until(answered)
+        assert isinstance(error_of(responses), poolrpc.CancelledError)
+        messages.end()
+    assert_no_reader_stays()
+
+
+@pytest.mark.usefixtures("patient")
 def test_the_number_of_streams_is_bounded() -> None:
     """One stream more than --max-streams is UNAVAILABLE with a retry delay; other calls are served."""
     with (
@@ -198,11 +234,11 @@ def test_the_number_of_streams_is_bounded() -> None:
 
 
 @pytest.mark.usefixtures("many_blocks")
-@pytest.mark.parametrize("setting", ["max_streams", "max_inflight_bytes"])
-def test_a_rejected_stream_is_tried_again(connect: Connect, setting: str) -> None:
+@pytest.mark.parametrize("limit", [{"max_streams": 1}, {"max_inflight_bytes": STREAM_BYTES}])
+def test_a_rejected_stream_is_tried_again(connect: Connect, limit: dict[str, int]) -> None:
     """A stream that finds the server full waits until another one ends; no block is lost between the attempts."""
     for _ in range(2):
-        with poolrpc_server.embedded(**{setting: 1}) as server, grpc.insecure_channel(server.address) as channel:
+        with poolrpc_server.embedded(**limit) as server, grpc.insecure_channel(server.address) as channel:
             messages = OpenStream(header())
             held = channel.stream_stream(METHOD)(messages, timeout=60)
             next(held)
@@ -228,7 +264,7 @@ def leaving(caplog: pytest.LogCaptureFixture) -> Iterator[str]:
     Afterwards another call and stream are served, no thread stays, and the log has one stream that was CANCELLED.
     """
     with caplog.at_level(logging.INFO, "poolrpc_server"):
-        with poolrpc_server.embedded(max_inflight_bytes=2 * MIB) as client:
+        with poolrpc_server.embedded(max_inflight_bytes=STREAM_BYTES) as client:
             yield client.address
             for transport in ("stream", "unary"):
                 output = client.pool(LARGE[:4], MaxPool2d(2), transport=transport).output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import signal
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.usefixtures("without_client_variables")
 
+MIB = 2**20
 X = np.random.default_rng(3).standard_normal((2, 3, 8, 10), np.float32)
 LARGE = np.zeros((16, 16, 256, 256), np.float32)
 """Large enough for a stream, or the arena."""
@@ -156,19 +158,16 @@ def status(channel: grpc.Channel, method: str, token: str = "") -> grpc.StatusCo
 
 
 def test_every_method_but_health_requires_a_token(guarded: ServerProcess) -> None:
-    """Every method that reflection lists, and any other, rejects a call without a token; health answers."""
+    """Every method that reflection lists, and any other, rejects a call without a token; health's own answer."""
     found = methods(guarded.address)
     assert {"/poolrpc.v1.PoolService/Pool", "/poolrpc.v1.PoolService/PoolStream"} < set(found)
     assert any("grpc.reflection" in each for each in found)
-    open_methods = {each for each in found if each.startswith("/grpc.health.v1.Health/")}
-    assert open_methods
+    open_methods = {"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"}
+    assert open_methods < set(found)
     with grpc.insecure_channel(guarded.address) as channel:
         for each in [*found, "/poolrpc.v1.PoolService/None", "/no.Such/Method", "/"]:
-            got = status(channel, each)
-            if each in open_methods:
-                assert got == (grpc.StatusCode.UNIMPLEMENTED if each.endswith("List") else grpc.StatusCode.OK), each
-            else:
-                assert got == grpc.StatusCode.UNAUTHENTICATED, each
+            expected = grpc.StatusCode.OK if each in open_methods else grpc.StatusCode.UNAUTHENTICATED
+            assert status(channel, each) == expected, each
 
 
 def test_every_other_method_rejects_a_restricted_token(guarded: ServerProcess) -> None:
@@ -192,6 +191,40 @@ def test_health_can_require_a_token(tmp_path: Path) -> None:
             assert client.health() == "SERVING"
         with PoolClient(address, token=INFO_ONLY) as client, pytest.raises(poolrpc.PermissionDeniedError):
             client.health()
+
+
+def test_priority_0_requires_the_word_of_the_token(tmp_path: Path) -> None:
+    """A token without priority-0 is PERMISSION_DENIED for it on every transport, and allows the other priorities."""
+    (tmp_path / "tokens").write_text(LINES + line("viewer", "viewers-token", "priority-0"))
+    with server(token_file=str(tmp_path / "tokens")) as address:
+        for token, allowed in ((TOKEN, False), ("viewers-token", True)):
+            with PoolClient(address, token=token) as client:
+                for priority, transport in itertools.product((0, 1, 2), ("unary", "stream")):
+                    metadata = [("authorization", f"Bearer {token}"), ("priority", str(priority))]
+                    with PoolClient(address, metadata=metadata) as urgent:
+                        if allowed or priority:
+                            assert urgent.pool(X, MaxPool2d(2), transport=transport).shape == (2, 3, 4, 5)
+                        else:
+                            with pytest.raises(poolrpc.PermissionDeniedError, match="priority 0"):
+                                urgent.pool(X, MaxPool2d(2), transport=transport)
+                # The priority does not matter to calls that are not queued.
+                assert client.server_info().threads
+
+
+def test_an_announcement_without_a_token_reserves_nothing(tmp_path: Path) -> None:
+    """After a hundred announcements without a valid token a call of more than 3/4 of the bytes has room."""
+    (tmp_path / "tokens").write_text(LINES)
+    limits = {"max_inflight_bytes": 16 * MIB, "max_message_bytes": 8 * MIB}
+    with server(token_file=str(tmp_path / "tokens"), **limits) as address, grpc.insecure_channel(address) as channel:
+        pool = channel.stream_stream("/poolrpc.v1.PoolService/Pool")
+        for i in range(100):
+            metadata = [("poolrpc-message-bytes", str(7 * MIB)), *[("authorization", "Bearer wrong")] * (i % 2)]
+            with pytest.raises(grpc.RpcError) as caught:
+                next(pool(iter([]), metadata=metadata, timeout=60))
+            assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
+        with PoolClient(address, token=TOKEN, options={"grpc.enable_retries": 0}) as client:
+            x = np.ones((1, 7, 512, 512), np.float32)
+            assert client.pool(x, MaxPool2d(2), transport="unary").shape == (1, 7, 256, 256)
 
 
 def test_tokens_change_while_the_server_runs(tmp_path: Path) -> None:

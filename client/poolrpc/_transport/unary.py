@@ -27,10 +27,6 @@ if TYPE_CHECKING:
     from poolrpc._transport.steps import Steps
     from poolrpc.tensors import Array, Bytes, TensorSpec
 
-ANNOUNCED_BYTES = 2**20
-"""The message size, in bytes, from which it is announced, so that a server without room rejects the call before the
-message is sent."""
-
 BROKEN_CONNECTION = ("Stream removed", "Socket closed", "Connection reset", "recvmsg")
 """The possible beginnings of gRPC's message if a connection broke during an answer. gRPC does not retry such a call."""
 
@@ -49,8 +45,8 @@ def unary_steps(
 
     """
     message = encode_message(transfer, max_message_bytes)
-    if len(message) >= ANNOUNCED_BYTES:
-        options.add_metadata({framing.MESSAGE_BYTES_KEY: str(len(message))})
+    # A server without room rejects the call before the message is sent.
+    options.add_metadata({framing.MESSAGE_BYTES_KEY: str(len(message))})
     send = Send(POOL, message, options)
     try:
         response = yield send

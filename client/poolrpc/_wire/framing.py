@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from google.protobuf.message import DecodeError
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
@@ -36,9 +38,23 @@ CHUNK_BYTES = 4 * 2**20
 MESSAGE_BYTES_KEY = "poolrpc-message-bytes"
 """Metadata key with which a client announces the size of a unary message, for admission before it is received."""
 
+MAX_HEADER_BYTES = 2**20
+"""Maximum size of a message without its payload, in bytes."""
+
+MAX_FIELDS = 4096
+"""Maximum number of fields of a message with a payload, without those of the messages in it."""
+
+MAX_UNUSUAL_BYTES = 64 * 2**10
+"""Maximum size of a message that is left to protobuf, in bytes."""
+
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_GROUPS = 3, 4
 _MAX_VARINT_BYTES = 10
 _MAX_PREFIX_BYTES = 6  # of a payload's tag and length in their shortest form; protobuf rejects some longer ones
+
+
+class HeaderError(DecodeError):
+    """A message is too large without its payload, or has too many fields, to be read at a reasonable cost."""
 
 
 def join(header: bytes, payload: Iterable[Bytes]) -> bytes:
@@ -111,16 +127,19 @@ def split_payload(data: bytes, cls: type[Message]) -> tuple[bytes, memoryview]:
         The header, and a view of the payload. Errors inside the header show when the header is parsed.
 
     Raises:
+        HeaderError: The header is too large, or has too many fields.
         google.protobuf.message.DecodeError: The bytes are not a message.
 
     """
     spans = _find_payloads(data, PAYLOAD_TAG)
     view = memoryview(data)
     if spans is None:
+        _check_size(len(data), MAX_UNUSUAL_BYTES)
         message: Any = cls.FromString(data)
         payload = message.payload
         message.ClearField("payload")
         return message.SerializeToString(), memoryview(payload)
+    _check_header(data, spans, MAX_HEADER_BYTES)
     if not spans:
         return data, view[:0]
     # The last of several payloads counts, as with every field that isn't repeated.
@@ -131,22 +150,76 @@ def split_payload(data: bytes, cls: type[Message]) -> tuple[bytes, memoryview]:
     return _without(view, spans), view[start:end]
 
 
-def split_payloads(data: bytes, number: int) -> tuple[bytes, list[memoryview]] | None:
+def split_payloads(data: bytes, number: int, max_header_bytes: int) -> tuple[bytes, list[memoryview]] | None:
     """Split a message into its serialized header and the values of a repeated bytes field.
 
     Args:
         data: The message, from any protobuf encoder.
         number: The number of the repeated field.
+        max_header_bytes: Maximum size of the header, in bytes.
 
     Returns:
         The header, and a view of each value; None if the message has to be left to protobuf.
 
+    Raises:
+        HeaderError: The header is too large, or has too many fields.
+        google.protobuf.message.DecodeError: The bytes are not a message.
+
     """
     spans = _find_payloads(data, number << 3 | _BYTES)
     if spans is None:
+        _check_size(len(data), MAX_UNUSUAL_BYTES)
         return None
+    _check_header(data, spans, max_header_bytes)
     view = memoryview(data)
     return _without(view, spans), [view[start:end] for _, start, end in spans]
+
+
+def count_fields(data: Bytes, descriptor: Any, limit: int) -> int:  # noqa: ANN401 - protobuf has two classes of it
+    """Return the number of fields of a serialized message and of the messages in it; counting ends above the limit.
+
+    Bytes that are not a message end the count, too: they are left to protobuf.
+    """
+    count = 0
+    messages = [(memoryview(data), descriptor)]
+    while messages:
+        view, descriptor = messages.pop()
+        offset, size = 0, len(view)
+        while offset < size:
+            count += 1
+            if count > limit:
+                return count
+            tag, offset = _read_varint(view, offset)
+            if tag & 7 in _GROUPS:
+                continue  # the fields of a group count as the message's own
+            start, offset = _skip(view, offset, tag & 7)
+            if offset > size:
+                break
+            field = descriptor.fields_by_number.get(tag >> 3)
+            if field is not None and field.message_type is not None and tag & 7 == _BYTES:
+                messages.append((view[start:offset], field.message_type))
+    return count
+
+
+def _skip(data: Bytes, offset: int, kind: int) -> tuple[int, int]:
+    """Return where a field's contents begin and end, which is past the end of the data if it is not a valid field."""
+    if kind == _VARINT:
+        return offset, _read_varint(data, offset)[1]
+    if kind == _BYTES:
+        length, offset = _read_varint(data, offset)
+        return offset, offset + length
+    if kind in (_FIXED64, _FIXED32):
+        return offset, offset + (8 if kind == _FIXED64 else 4)
+    return offset, len(data) + 1  # a group, or an unknown wire type
+
+
+def _check_header(data: bytes, spans: list[tuple[int, int, int]], limit: int) -> None:
+    _check_size(len(data) - sum(end - tag for tag, _, end in spans), limit)
+
+
+def _check_size(nbytes: int, limit: int) -> None:
+    if nbytes > limit:
+        raise HeaderError(f"expected at most {limit} bytes without the payload, got {nbytes}")
 
 
 def _without(view: memoryview, spans: list[tuple[int, int, int]]) -> bytes:
@@ -169,34 +242,28 @@ def _varint(number: int) -> bytes:
 def _find_payloads(data: bytes, payload_tag: int) -> list[tuple[int, int, int]] | None:
     """Return the offsets of each payload's tag, contents and end, or None if protobuf has to read the message."""
     found: list[tuple[int, int, int]] = []
-    offset, size = 0, len(data)
+    offset, size, count = 0, len(data), 0
     while offset < size:
+        count += 1
+        if count > MAX_FIELDS:
+            raise HeaderError(f"expected at most {MAX_FIELDS} fields, got more")
         tag_at = offset
         tag, offset = _read_varint(data, offset)
-        kind = tag & 7
-        if tag == payload_tag or kind == _BYTES:
-            length, offset = _read_varint(data, offset)
-            if length > size - offset:
-                return None
-            if tag == payload_tag:
-                if offset - tag_at > _MAX_PREFIX_BYTES:
-                    return None
-                found.append((tag_at, offset, offset + length))
-            offset += length
-        elif tag >> 3 == payload_tag >> 3 or not tag >> 3:
+        if not tag >> 3 and offset <= size:
+            raise DecodeError("expected fields with numbers from 1 on, got 0")
+        start, offset = _skip(data, offset, tag & 7)
+        if offset > size:
             return None
-        elif kind == _VARINT:
-            _, offset = _read_varint(data, offset)
-        elif kind in (_FIXED64, _FIXED32):
-            offset += 8 if kind == _FIXED64 else 4
-        else:
-            return None  # a group, or an unknown wire type
-        if offset < 0 or offset > size:
+        if tag == payload_tag:
+            if start - tag_at > _MAX_PREFIX_BYTES:
+                return None
+            found.append((tag_at, start, offset))
+        elif tag & 7 != _BYTES and tag >> 3 == payload_tag >> 3:
             return None
     return found
 
 
-def _read_varint(data: bytes, offset: int) -> tuple[int, int]:
+def _read_varint(data: Bytes, offset: int) -> tuple[int, int]:
     """Return a varint and the offset after it, which is past the end of the data if there is no valid varint."""
     if offset < len(data) and data[offset] < 0x80:  # noqa: PLR2004 - the top bit says that another byte follows
         return data[offset], offset + 1

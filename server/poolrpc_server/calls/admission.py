@@ -1,18 +1,41 @@
-"""Admission control: calls and bytes in flight, counted before anything is allocated, and their limits."""
+"""Admission control: the calls and the bytes in flight, counted before anything is allocated, and their limits.
+
+Every call has a ticket, and everything that the call holds is on it: its part of the limits on the number of calls, and
+its bytes. The ticket is released once, when the call has ended, so that nothing can stay reserved.
+"""
 
 from __future__ import annotations
 
-import threading
+from collections import Counter
 from contextlib import contextmanager
+from threading import Condition
+from time import monotonic
 from typing import TYPE_CHECKING, Protocol
 
-from poolrpc.errors import UnavailableError
+from poolrpc.errors import CancelledError, LimitExceededError, UnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 RETRY_DELAY = 0.1
 """Seconds that a rejected caller is asked to wait, without a better estimate: about what a large request takes."""
+
+SMALL_BYTES = 2**20
+"""A quarter of the bytes is left for reservations up to this size: large uploads never exclude small calls."""
+
+STALLED_SECONDS = 1.0
+"""Seconds after which a call that waits for its caller may be ended because another one needs what it holds."""
+
+CONTROL_STALLED_SECONDS = 0.02
+"""The same for calls that do not compute: their small messages come with the calls."""
+
+STALLED_BYTES_PER_SECOND = 25 * 2**20
+"""Further time for the bytes that the caller has to send or read: what a network of 200 Mbit/s takes."""
+
+ENDED = "the call was cancelled before it was computed"
+
+ROOM_SECONDS = 5.0
+"""Maximum time that a call waits for room for a message whose size is not announced, in seconds."""
 
 
 def rejection(reason: str, what: str, limit: float, actual: float, delay: float = RETRY_DELAY) -> UnavailableError:
@@ -31,35 +54,136 @@ def rejection(reason: str, what: str, limit: float, actual: float, delay: float 
     return UnavailableError(message, reason=reason, metadata=limits, retry_delay=delay)
 
 
-class Ticket:
-    """The place of one admitted call, and the bytes that its message was announced with.
+def share_of(limit: int) -> int:
+    """Return the part of a limit that one caller may hold: the rest is left for the others."""
+    return limit - limit // 4
 
-    Both are returned once, whatever happens to the call: the bytes when the message has arrived, the place at the end.
 
-    Attributes:
-        announced: Bytes that are reserved until the message has arrived; 0 from then on.
+class CallLimit:
+    """A limit on the number of calls of some kind at a time, and on the part of it that one caller may hold.
+
+    Args:
+        reason: Reason of the error of a call that is rejected.
+        what: What is counted, for the error's message.
+        maximum: The limit.
 
     """
 
-    __slots__ = ("_admission", "_released", "announced")
+    def __init__(self, reason: str, what: str, maximum: int) -> None:
+        self.reason, self.what, self.maximum = reason, what, maximum
+        self.tickets: dict[Ticket, None] = {}
+        self.callers: Counter[str] = Counter()
 
-    def __init__(self, admission: AdmissionControl, announced: int) -> None:
+    @property
+    def count(self) -> int:
+        """Number of calls that are counted now."""
+        return len(self.tickets)
+
+
+class Ticket:
+    """What one call holds until it ends; every method is for any thread.
+
+    Attributes:
+        caller: The caller, among whose calls the limits are divided: a token or a connection. Empty if unknown.
+        nbytes: Bytes that are reserved.
+
+    """
+
+    __slots__ = ("_admission", "_end", "caller", "expires", "limits", "nbytes", "released", "stalls_at")
+
+    def __init__(self, admission: AdmissionControl, end: Callable[[str], object] = lambda _: None) -> None:
+        """Make the ticket of a call that holds nothing yet.
+
+        Args:
+            admission: Counts what is held.
+            end: Ends the call; its argument is the reason.
+
+        """
         self._admission = admission
-        self.announced = announced
-        self._released = False
+        self._end = end
+        self.caller = ""
+        self.nbytes = 0
+        self.limits: tuple[CallLimit, ...] = ()
+        self.released = False
+        self.expires: float | None = None  # when the call is ended, by the monotonic clock
+        self.stalls_at: float | None = None  # when it may be ended in favor of another call
 
-    def message_arrived(self) -> None:
-        """Return the announced bytes: the message is in memory, and counted from now on as what it is."""
-        announced, self.announced = self.announced, 0
-        if announced:
-            self._admission.release(announced)
+    def enter(self, limit: CallLimit) -> None:
+        """Count the call among those of a limit.
+
+        Raises:
+            UnavailableError: The limit, or the caller's share of it, is reached.
+            CancelledError: The call has ended.
+
+        """
+        self._admission.enter(self, limit)
+
+    def leave(self, limit: CallLimit) -> None:
+        """Stop counting the call among those of a limit."""
+        self._admission.leave(self, limit)
+
+    def identify(self, caller: str) -> None:
+        """Set the caller; raises as `enter` does if its share of a limit is reached."""
+        self._admission.identify(self, caller)
+
+    def reserve(self, nbytes: int) -> None:
+        """Reserve further bytes.
+
+        Raises:
+            UnavailableError: They do not fit together with those of other calls.
+            LimitExceededError: They would not fit if there were no other call.
+            CancelledError: The call has ended.
+
+        """
+        self._admission.reserve(self, nbytes)
+
+    def reserve_unknown(self, nbytes: int) -> None:
+        """Reserve bytes for a message that may be of any size up to this, but as soon as there is room.
+
+        Raises as `reserve` does, but a message that is larger than all bytes gets as many as one caller may have.
+        """
+        self._admission.reserve_unknown(self, nbytes)
+
+    def shrink(self, nbytes: int) -> None:
+        """Return all but `nbytes` of the reserved bytes."""
+        if nbytes < self.nbytes:
+            self._admission.shrink(self, nbytes)
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        """Return the bytes that are reserved within the context at its end."""
+        nbytes = self.nbytes
+        try:
+            yield
+        finally:
+            self.shrink(nbytes)
+
+    def wait(self, seconds: float, nbytes: int = 0, patience: float = STALLED_SECONDS) -> None:
+        """Note that the call waits for its caller from now on.
+
+        Args:
+            seconds: Seconds after which the call is ended.
+            nbytes: Bytes that the caller has to send or to read.
+            patience: Seconds after which it may be ended because another call needs what it holds, without the time
+                that the bytes take.
+
+        """
+        now = monotonic()
+        self.expires = now + seconds
+        self.stalls_at = now + patience + nbytes / STALLED_BYTES_PER_SECOND
+
+    def proceed(self) -> None:
+        """Note that the call does not wait for its caller any more."""
+        self.expires = self.stalls_at = None
+
+    def end(self, reason: str) -> None:
+        """Return everything at once, and end the call."""
+        self.release()
+        self._end(reason)
 
     def release(self) -> None:
-        """Return the place, and the announced bytes of a message that never arrived; a second time does nothing."""
-        self.message_arrived()
-        if not self._released:
-            self._released = True
-            self._admission.end_call()
+        """Return everything, because the call has ended; a second time does nothing."""
+        self._admission.release(self)
 
 
 class IdleMemory(Protocol):
@@ -75,84 +199,182 @@ class IdleMemory(Protocol):
 
 
 class AdmissionControl:
-    """Counts of the calls and the bytes in flight, and their limits.
+    """The tickets of all calls, and the limit of their bytes.
 
     Args:
-        max_bytes: Bytes of inputs, outputs and announced messages in flight.
-        max_calls: Calls in flight. None: any number.
+        max_bytes: Bytes in flight.
         idle: Memory that is kept between calls. It counts too, and gives way to calls: it is dropped when the two
             together exceed `max_bytes`.
 
+    Attributes:
+        on_enter: Called for each call that enters.
+
     """
 
-    def __init__(self, max_bytes: int, max_calls: int | None = None, idle: IdleMemory | None = None) -> None:
+    def __init__(self, max_bytes: int, idle: IdleMemory | None = None) -> None:
         self._max_bytes = max_bytes
-        self._max_calls = max_calls
         self._idle = idle
         self._bytes = 0
-        self._calls = 0
-        self._lock = threading.Lock()
+        self._caller_bytes: Counter[str] = Counter()
+        self._tickets: dict[Ticket, None] = {}
+        self._changed = Condition()
+        self.on_enter: Callable[[], object] = lambda: None
 
     @property
     def bytes_in_flight(self) -> int:
-        """Bytes of inputs, outputs and announced messages in flight."""
+        """Bytes that all calls have reserved."""
         return self._bytes
 
-    def admit(self, announced: int = 0) -> Ticket:
-        """Admit a call before its message is read; the ticket is to be released when the call ends.
+    def tickets(self) -> list[Ticket]:
+        """Return the tickets that hold something."""
+        return list(self._tickets)
 
-        Args:
-            announced: Bytes to count until the message has arrived; 0 if its size is not known.
+    def enter(self, ticket: Ticket, limit: CallLimit) -> None:
+        """See Ticket."""
+        with self._ending() as ended, self._changed:
+            if ticket.released:  # nothing would release it again
+                raise CancelledError(ENDED)
+            if limit.count >= limit.maximum:
+                error = rejection(limit.reason, limit.what, limit.maximum, limit.maximum + 1)
+                self._give_way(limit.tickets, ended, error)
+            limit.tickets[ticket] = None
+            ticket.limits += (limit,)
+            self._tickets[ticket] = None
+            if ticket.caller:
+                self._count_caller(ticket, limit, ended)
+        self.on_enter()
 
-        Raises:
-            UnavailableError: Too many calls, or too many bytes, are in flight.
+    def leave(self, ticket: Ticket, limit: CallLimit) -> None:
+        """See Ticket."""
+        with self._changed:
+            if not ticket.released:
+                self._leave(ticket, limit)
+                ticket.limits = tuple(each for each in ticket.limits if each is not limit)
 
-        """
-        with self._lock:
-            if self._max_calls is not None and self._calls >= self._max_calls:
-                raise rejection("CALLS", "calls at a time", self._max_calls, self._calls + 1)
-            if self._bytes >= self._max_bytes:
-                raise self._out_of_bytes(0)
-            self._reserve(announced)
-            self._calls += 1
-        self._make_room()
-        return Ticket(self, announced)
+    @staticmethod
+    def _leave(ticket: Ticket, limit: CallLimit) -> None:
+        limit.tickets.pop(ticket, None)
+        limit.callers[ticket.caller] -= 1
+        if limit.callers[ticket.caller] <= 0:
+            del limit.callers[ticket.caller]
 
-    def end_call(self) -> None:
-        """Stop counting an admitted call."""
-        with self._lock:
-            self._calls -= 1
+    def identify(self, ticket: Ticket, caller: str) -> None:
+        """See Ticket."""
+        with self._ending() as ended, self._changed:
+            if ticket.released or ticket.caller == caller:
+                return
+            ticket.caller = caller
+            for limit in ticket.limits:
+                self._count_caller(ticket, limit, ended)
 
-    @contextmanager
-    def hold(self, nbytes: int) -> Iterator[None]:
-        """Reserve bytes for as long as the context lasts; raises as `reserve` does."""
-        self.reserve(nbytes)
-        try:
-            yield
-        finally:
-            self.release(nbytes)
-
-    def reserve(self, nbytes: int) -> None:
-        """Count bytes until they are released.
-
-        Raises:
-            UnavailableError: They do not fit together with those of other calls; a single call of any size fits.
-
-        """
-        with self._lock:
-            self._reserve(nbytes)
-        self._make_room()
-
-    def release(self, nbytes: int) -> None:
-        """Stop counting bytes."""
-        with self._lock:
-            self._bytes -= nbytes
-
-    def _reserve(self, nbytes: int) -> None:
+    def _count_caller(self, ticket: Ticket, limit: CallLimit, ended: list[Ticket]) -> None:
         # Under the lock.
-        if self._bytes and self._bytes + nbytes > self._max_bytes:
-            raise self._out_of_bytes(nbytes)
-        self._bytes += nbytes
+        limit.callers[ticket.caller] += 1
+        count, share = limit.callers[ticket.caller], share_of(limit.maximum)
+        if count > share:
+            error = rejection(limit.reason, f"{limit.what} of one caller", share, count)
+            self._give_way((each for each in limit.tickets if each.caller == ticket.caller), ended, error)
+
+    def _give_way(self, tickets: Iterable[Ticket], ended: list[Ticket], error: UnavailableError) -> None:
+        """Release the call that has waited longest for the caller with the most calls that wait too long, or raise."""
+        # Under the lock.
+        stalled = _stalled(tickets)
+        if not stalled:
+            raise error
+        counts = Counter(each.caller for each in stalled)
+        first = min(stalled, key=lambda each: (-counts[each.caller], each.stalls_at))
+        self._release(first)
+        ended.append(first)
+
+    @staticmethod
+    @contextmanager
+    def _ending() -> Iterator[list[Ticket]]:
+        """End the calls in a list after the context, in which they are released: not under the lock."""
+        ended: list[Ticket] = []
+        try:
+            yield ended
+        finally:
+            for ticket in ended:
+                ticket.end("STALLED")
+
+    def reserve_unknown(self, ticket: Ticket, nbytes: int) -> None:
+        """See Ticket."""
+        self.reserve(ticket, min(nbytes, share_of(self._max_bytes)), wait=ROOM_SECONDS)
+
+    def reserve(self, ticket: Ticket, nbytes: int, *, wait: float = 0.0) -> None:
+        """See Ticket; `wait` is the maximum time to wait for room, in seconds."""
+        with self._ending() as ended, self._changed:
+            self._reserve(ticket, nbytes, monotonic() + wait, ended)
+        self._make_room()
+
+    def _reserve(self, ticket: Ticket, nbytes: int, until: float, ended: list[Ticket]) -> None:
+        # Under the lock.
+        if nbytes + ticket.nbytes > self._max_bytes:
+            msg = f"expected a call of at most {self._max_bytes} bytes, got {nbytes + ticket.nbytes} (inputs, outputs "
+            msg += "and the memory to compute them)"
+            limits = {"limit": str(self._max_bytes), "actual": str(nbytes + ticket.nbytes)}
+            raise LimitExceededError(msg, reason="IN_FLIGHT_BYTES", metadata=limits)
+        while not ticket.released:
+            missing, error = self._shortage(ticket, nbytes)
+            if error is None:
+                ticket.nbytes += nbytes
+                self._bytes += nbytes
+                self._caller_bytes[ticket.caller] += nbytes
+                self._tickets[ticket] = None
+                return
+            holders = [each for each in self._tickets if each.nbytes and each is not ticket]
+            if sum(each.nbytes for each in _stalled(holders)) >= missing:  # else ending them would not help
+                self._give_way(holders, ended, error)
+            elif monotonic() >= until:
+                raise error
+            else:
+                self._changed.wait(min(until - monotonic(), STALLED_SECONDS / 2))
+        raise CancelledError(ENDED)
+
+    def _shortage(self, ticket: Ticket, nbytes: int) -> tuple[int, UnavailableError | None]:
+        """Return how many bytes are missing, and the error that says so; None if they fit."""
+        # A call alone may have everything, and a caller's only call may exceed the caller's share.
+        held, own = self._bytes, self._caller_bytes[ticket.caller]
+        limit = self._max_bytes if nbytes <= SMALL_BYTES or held == ticket.nbytes else share_of(self._max_bytes)
+        if held + nbytes > limit:
+            return held + nbytes - limit, self._out_of_bytes("", limit, held, nbytes)
+        share = share_of(self._max_bytes)
+        if ticket.caller and own > ticket.nbytes and own + nbytes > share:
+            return own + nbytes - share, self._out_of_bytes(" of one caller", share, own, nbytes)
+        return 0, None
+
+    def shrink(self, ticket: Ticket, nbytes: int) -> None:
+        """See Ticket."""
+        with self._changed:
+            if not ticket.released:
+                self._return_bytes(ticket, nbytes)
+
+    def release(self, ticket: Ticket) -> None:
+        """See Ticket."""
+        with self._changed:
+            self._release(ticket)
+
+    def _release(self, ticket: Ticket) -> None:
+        # Under the lock.
+        if ticket.released:
+            return
+        ticket.released = True
+        self._return_bytes(ticket, 0)
+        self._tickets.pop(ticket, None)
+        for limit in ticket.limits:
+            self._leave(ticket, limit)
+
+    def _return_bytes(self, ticket: Ticket, keep: int) -> None:
+        # Under the lock.
+        nbytes = ticket.nbytes - keep
+        if nbytes <= 0:
+            return
+        ticket.nbytes = keep
+        self._bytes -= nbytes
+        self._caller_bytes[ticket.caller] -= nbytes
+        if self._caller_bytes[ticket.caller] <= 0:
+            del self._caller_bytes[ticket.caller]
+        self._changed.notify_all()
 
     def _make_room(self) -> None:
         # The size of idle memory takes a lock to read, and seldom matters.
@@ -162,7 +384,14 @@ class AdmissionControl:
         if self._bytes + idle.idle_bytes > self._max_bytes:
             idle.drop_idle()
 
-    def _out_of_bytes(self, nbytes: int) -> UnavailableError:
-        message = f"expected at most {self._max_bytes} bytes in flight, got {self._bytes} and {nbytes} more; try again"
-        limits = {"limit": str(self._max_bytes), "actual": str(self._bytes + nbytes)}
+    @staticmethod
+    def _out_of_bytes(whose: str, limit: int, held: int, nbytes: int) -> UnavailableError:
+        message = f"expected at most {limit} bytes in flight{whose}, got {held} and {nbytes} more; try again"
+        limits = {"limit": str(limit), "actual": str(held + nbytes)}
         return UnavailableError(message, reason="IN_FLIGHT_BYTES", metadata=limits, retry_delay=RETRY_DELAY)
+
+
+def _stalled(tickets: Iterable[Ticket]) -> list[Ticket]:
+    """Return the calls that wait for their callers too long."""
+    now = monotonic()
+    return [each for each in tickets if each.stalls_at is not None and each.stalls_at <= now]

@@ -7,13 +7,14 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from poolrpc._shapes.rules import clip
-from poolrpc.errors import CancelledError, DeadlineExceededError
+from poolrpc.errors import CancelledError, DeadlineExceededError, PermissionDeniedError
 from poolrpc_server.telemetry.record import CallRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from poolrpc._wire.codec import BranchResult, Request
+    from poolrpc_server.calls.admission import Ticket
 
 DEFAULT_PRIORITY = 1
 """The priority of a call that names none; 0 goes first, 2 last."""
@@ -45,14 +46,27 @@ class CallContext(ABC):
         metadata: The caller's metadata, as pairs.
         priority: 0, 1 or 2; 0 goes first.
         record: Record of the call.
+        ticket: What the call holds until it ends; set by the pipeline.
+        token: Name of the token that the call presented; empty without tokens.
+        urgent: Whether the call may have priority 0.
 
     """
+
+    ticket: Ticket
 
     def __init__(self, method: str, metadata: Sequence[tuple[str, str | bytes]] = ()) -> None:
         self.method = method
         self.metadata = metadata
         self.priority = DEFAULT_PRIORITY
         self.record = CallRecord(method)
+        self.token = ""
+        self.urgent = True
+
+    @property
+    def caller(self) -> str:
+        """The caller, among whose calls limits are divided: a token, or a connection; empty if they are unknown."""
+        # The peers of unix sockets have no address of their own.
+        return self.token or (peer if (peer := self.peer) != "unix:" else "")
 
     @property
     def peer(self) -> str:
@@ -74,6 +88,17 @@ class CallContext(ABC):
     @abstractmethod
     def cancel(self) -> None:
         """End the call from the server's side."""
+
+    def set_priority(self, priority: int) -> None:
+        """Set the priority.
+
+        Raises:
+            PermissionDeniedError: The call's token does not allow it.
+
+        """
+        if priority == 0 and not self.urgent:
+            raise PermissionDeniedError("the token does not allow priority 0")
+        self.priority = priority
 
     def raise_if_cancelled(self) -> None:
         """Raise if no caller waits for the answer any more.
@@ -101,9 +126,15 @@ class DerivedContext(CallContext):
             priority: Priority of this part. None: the call's.
             timeout: Seconds that this part may take from now on. None: until the call's deadline.
 
+        Raises:
+            PermissionDeniedError: The call's token does not allow the priority.
+
         """
         self.method, self.metadata, self.record = call.method, call.metadata, call.record
-        self.priority = call.priority if priority is None else priority
+        self.ticket, self.token, self.urgent = call.ticket, call.token, call.urgent
+        self.priority = call.priority
+        if priority is not None:
+            self.set_priority(priority)
         self._call = call
         self._deadline = None if timeout is None else monotonic() + timeout
 

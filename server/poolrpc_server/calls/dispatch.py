@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from functools import partial
+from math import inf
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
-from poolrpc.errors import InvalidArgumentError, NotFoundError, UnavailableError
+from poolrpc.errors import InvalidArgumentError, LimitExceededError, NotFoundError, UnavailableError
 from poolrpc.tensors import ALIGNMENT, aligned_ranges
-from poolrpc_server.calls.admission import RETRY_DELAY, rejection
+from poolrpc_server.calls.admission import RETRY_DELAY, CallLimit, rejection
+from poolrpc_server.calls.admitted_call import ANSWER_COPIES
 from poolrpc_server.calls.batcher import Batcher, StoppedError
 from poolrpc_server.calls.queue import QueueFullError, QueueLimits
 from poolrpc_server.calls.stream_blocks import StreamBlocks
@@ -16,25 +18,27 @@ from poolrpc_server.calls.validate import check_message, check_payload, check_re
 from poolrpc_server.compute.planes import block_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from poolrpc._wire.codec import ArenaRanges, Request, ServerInfo
     from poolrpc.chains import Chain, Shape
     from poolrpc.tensors import Bytes, Layout, TensorSpec
-    from poolrpc_server.calls.admission import AdmissionControl, Ticket
     from poolrpc_server.calls.call import CallContext
     from poolrpc_server.calls.validate import CheckedRequest, Limits
     from poolrpc_server.compute.engine import Engine, Run
     from poolrpc_server.telemetry.metrics import Metrics
+    from poolrpc_server.telemetry.stage_times import StageTimes
 
 T = TypeVar("T")
 Finish: TypeAlias = "Callable[[Sequence[memoryview]], T]"
 
-BLOCKS_HELD = 3
-"""Blocks of a stream in memory at a time: one that arrives, one that waits, one that is computed."""
+BLOCKS_HELD = 5
+"""Blocks of a stream in memory at a time: one that arrives (in gRPC's two copies), one that waits, one that is put
+together from several messages, one that is computed."""
 
-MESSAGE_COPIES = 2
-"""Copies of a message that gRPC has in memory while it passes the message on: as received, and in one piece."""
+FREE_SCRATCH_BYTES = 24 * 2**20
+"""Scratch memory of a request that is not counted: the blocks of planes of most requests need no more, only as many of
+them are computed at a time as there are threads, and it is a part of what the process itself takes."""
 
 MAX_RETRY_DELAY = 5.0
 """Maximum delay, in seconds, that a rejected caller is asked to wait."""
@@ -63,52 +67,56 @@ class Dispatcher:
     def __init__(  # noqa: PLR0913, PLR0917 - what a call goes through, in order
         self,
         limits: Limits,
-        admission: AdmissionControl,
+        max_calls: int,
         engine: Engine,
         info: ServerInfo,
         find_arena: Callable[[bytes], SharedMemory] = no_arena,
         queue_limits: QueueLimits | None = None,
         metrics: Metrics | None = None,
+        *,
+        max_compute_seconds: float = inf,
     ) -> None:
         """Make a dispatcher.
 
         Args:
             limits: Limits of a request.
-            admission: Counts calls and bytes in flight.
+            max_calls: Maximum number of calls in flight.
             engine: Computes.
             info: The description of the server, as GetServerInfo returns it.
             find_arena: Returns the arena of an id, or raises NotFoundError.
             queue_limits: Limits of the queue and of a batch. None: the defaults of QueueLimits.
             metrics: Counts executions and queued requests. None: nothing is counted.
+            max_compute_seconds: Seconds that an execution may take.
 
         """
         self._limits = limits
-        self._admission = admission
+        self._calls = CallLimit("CALLS", "calls at a time", max_calls)
         self._batcher = Batcher(engine.threads, self._execute, queue_limits or QueueLimits(), metrics)
         engine.slots = self._batcher
         self._engine = engine
         self._metrics = metrics
         self._find_arena = find_arena
+        self._max_compute_seconds = max_compute_seconds
         self.info = info
 
-    def admit(self, priority: int, announced: int = 0) -> Ticket:
-        """Admit a call before anything of it is read; the ticket is to be released when the call ends.
+    def admit(self, call: CallContext, announced: int = 0) -> None:
+        """Admit a call before anything of it is read.
 
         Args:
-            priority: Priority of the call.
+            call: Context of the call.
             announced: Size of its message in bytes, by its metadata; 0 if they do not say.
 
         Raises:
-            UnavailableError: The queue of that priority is full, or too many calls or bytes are in flight.
+            UnavailableError: The queue of the call's priority is full, or too many calls are in flight.
             LimitExceededError: No message may be as large as announced.
 
         """
         check_message(announced, self._limits, "request")
         try:
-            self._batcher.check_queue(priority)
+            self._batcher.check_queue(call.priority)
         except QueueFullError as error:
             raise _rejected(error) from None
-        return self._admission.admit(MESSAGE_COPIES * announced)
+        call.ticket.enter(self._calls)
 
     def check(self, request: Request) -> CheckedRequest:
         """Check a request, apart from its payload; the result may be run any number of times.
@@ -141,12 +149,8 @@ class Dispatcher:
             PoolError: The request failed; the class of the error says why.
 
         """
-        nbytes = len(payload) + checked.output_bytes
-        self._admission.reserve(nbytes)
-        try:
-            answer: T = self._run(self._engine.run(checked.schedule, payload, finish), call)
-        finally:
-            self._admission.release(nbytes)
+        call.ticket.reserve(_bytes_of(checked))
+        answer: T = self._run(self._engine.run(checked.schedule, payload, finish), call)
         return answer
 
     def pool_from(self, checked: CheckedRequest, read: Callable[[], Bytes], call: CallContext, finish: Finish[T]) -> T:
@@ -158,8 +162,8 @@ class Dispatcher:
         """
         nbytes = sum(spec.nbytes for spec in checked.request.specs)
         check_payload(nbytes, self._limits)
-        with self._admission.hold(nbytes + checked.output_bytes):
-            answer: T = self._run(self._engine.run(checked.schedule, read(), finish), call)
+        call.ticket.reserve(nbytes + _bytes_of(checked))
+        answer: T = self._run(self._engine.run(checked.schedule, read(), finish), call)
         return answer
 
     def pool_in_arena(self, checked: CheckedRequest, ranges: ArenaRanges, call: CallContext) -> None:
@@ -178,11 +182,11 @@ class Dispatcher:
             raise InvalidArgumentError(msg, field="arena.output")
         inputs = _slice_tensors(source, checked.request.specs, "arena.input")
         outputs = _slice_tensors(target, checked.outputs, "arena.output")
+        call.ticket.reserve(_scratch_of(checked))
         self._run(self._engine.run_in_place(checked.schedule, inputs, outputs), call)
 
-    @contextmanager
-    def stream(self, request: Request, call: CallContext) -> Iterator[StreamBlocks]:
-        """Admit a request whose tensors come in blocks, for as long as the context lasts.
+    def stream(self, request: Request, call: CallContext) -> StreamBlocks:
+        """Admit a request whose tensors come in blocks.
 
         Raises:
             PoolError: The request is rejected; the class of the error says why.
@@ -193,8 +197,8 @@ class Dispatcher:
         stream = StreamBlocks(request, planes, results, self.check)
         # Reserved at once, so that a stream that has begun is not rejected in its middle.
         largest = self.check(block_of(request, planes, stream.max_planes, 0))
-        with self._admission.hold(BLOCKS_HELD * stream.max_planes * stream.plane_bytes + largest.output_bytes):
-            yield stream
+        call.ticket.reserve(BLOCKS_HELD * stream.max_planes * stream.plane_bytes + _bytes_of(largest))
+        return stream
 
     def pool_block(self, stream: StreamBlocks, block: Bytes, call: CallContext, finish: Finish[T]) -> T:
         """Run the next block of a stream; everything else is as in `pool`."""
@@ -228,9 +232,20 @@ class Dispatcher:
             self._metrics.executed(len(runs), planes, nbytes, perf_counter() - started)
         return answers
 
+    def _check_running(self, call: CallContext, times: StageTimes) -> None:
+        """Raise if an execution is to end before it is complete."""
+        call.raise_if_cancelled()
+        seconds = times.compute_ns / 1e9
+        if seconds > self._max_compute_seconds:
+            limit = self._max_compute_seconds
+            msg = f"expected a request that is computed within {limit:g} seconds, got one that takes longer"
+            limits = {"limit": f"{limit:g}", "actual": f"{seconds:.3g}"}
+            raise LimitExceededError(msg, reason="COMPUTE_SECONDS", metadata=limits)
+
     def _run(self, run: Run, call: CallContext, *, admitted: bool = False) -> Any:  # noqa: ANN401 - what finish returns
         times = call.record.begin_execution(run.schedule.planes, call.priority)
         run.times, run.finish = times, times.around(run.finish)
+        run.check = partial(self._check_running, call, times)
         try:
             return self._batcher.run(run, call, call.priority, admitted=admitted)
         except QueueFullError as error:
@@ -245,6 +260,16 @@ class Dispatcher:
             raise
         finally:
             call.record.end_execution(times)
+
+
+def _bytes_of(checked: CheckedRequest) -> int:
+    """Return the memory that a request takes in addition to its message: what computes it, and its answer."""
+    # The engine's own outputs live until the answer is made from them, and make room for gRPC's copy of it.
+    return ANSWER_COPIES * checked.output_bytes + _scratch_of(checked)
+
+
+def _scratch_of(checked: CheckedRequest) -> int:
+    return max(0, int(checked.schedule.scratch_bytes) - FREE_SCRATCH_BYTES)
 
 
 def _rejected(error: QueueFullError) -> UnavailableError:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager
 from queue import Empty, Queue
-from threading import Event, Lock, Thread
-from typing import TYPE_CHECKING, Generic, NamedTuple, Self, TypeVar
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from poolrpc.errors import DeadlineExceededError
-from poolrpc_server.calls.admission import rejection
+from poolrpc_server.calls.admission import STALLED_SECONDS, CallLimit
 from poolrpc_server.calls.call import DerivedContext
 
 if TYPE_CHECKING:
@@ -87,47 +87,40 @@ class ReadAhead(Generic[T]):
         self._items.put(end)
 
 
-class IdleTimer:
-    """A timer that calls a function unless it is restarted in time, from a thread that ends with the context."""
-
-    def __init__(self, idle: float, stalled: Callable[[], object]) -> None:
-        """Create a timer that calls `stalled` if `restart` is not called for `idle` seconds."""
-        self._idle = idle
-        self._stalled = stalled
-        self._last = time.monotonic()
-        self._ended = Event()
-
-    def __enter__(self) -> Self:
-        """Start the timer."""
-        Thread(target=self._run, name="poolrpc-idle-timer", daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Stop the timer."""
-        self._ended.set()
-
-    def restart(self) -> None:
-        """Restart the timer, since the stream has made progress."""
-        self._last = time.monotonic()
-
-    def _run(self) -> None:
-        while not self._ended.wait(max(0.0, self._last + self._idle - time.monotonic())):
-            if time.monotonic() - self._last >= self._idle:
-                self._stalled()
-                return
-
-
 class StreamContext(DerivedContext):
-    """The context of a stream, which keeps only the latest done callback.
+    """The context of a stream, which is ended unless it makes progress, and keeps only the latest done callback.
 
     gRPC keeps every callback for as long as the call lasts. A stream has many blocks, and the callback of each would
     keep the block and its answer.
     """
 
-    def __init__(self, call: CallContext) -> None:
+    def __init__(self, call: CallContext, stalled_seconds: float) -> None:
+        """Create the context of a stream that is ended if `progressed` is not called for some seconds."""
         super().__init__(call)
+        self._stalled_seconds = stalled_seconds
+        self.progressed()
         self._callback: Callable[[], None] | None = None
         self._registered, self._active = False, True
+
+    def progressed(self) -> None:
+        """Note that the stream has made progress, and does not wait for its caller now."""
+        self.ticket.expires = time.monotonic() + self._stalled_seconds
+        self.ticket.stalls_at = None
+
+    def sends(self) -> None:
+        """Note that the stream has made progress, and waits for its caller to read an answer."""
+        self.ticket.wait(self._stalled_seconds)
+
+    def received(self, messages: Iterator[T]) -> Iterator[T]:
+        """Yield messages, and note while the stream waits for one."""
+        while True:
+            self.ticket.stalls_at = time.monotonic() + STALLED_SECONDS
+            try:
+                message = next(messages)
+            except StopIteration:
+                return
+            self.progressed()
+            yield message
 
     def add_done_callback(self, callback: Callable[[], None]) -> bool:
         """Have `callback` called when the stream ends, in place of the one before; return False if it has ended."""
@@ -145,61 +138,41 @@ class StreamContext(DerivedContext):
             self._callback()
 
 
-class OpenStream(NamedTuple, Generic[T]):
-    """A stream that was admitted.
-
-    Attributes:
-        messages: The client's messages, read ahead.
-        timer: Ends the stream unless it is restarted in time.
-        call: Its context.
-
-    """
-
-    messages: ReadAhead[T]
-    timer: IdleTimer
-    call: StreamContext
-
-
 class OpenStreams:
-    """The streams of all protocols: a bounded number at a time, each of which must make progress.
-
-    Attributes:
-        count: Number of open streams.
-
-    """
+    """The streams of all protocols: a bounded number at a time, each of which must make progress."""
 
     def __init__(self, limit: int, idle: float) -> None:
         """Allow `limit` streams at a time; one that sends nothing for `idle` seconds fails."""
-        self._limit = limit
+        self._limit = CallLimit("STREAMS", "streams at a time", limit)
         self._idle = idle
-        self._lock = Lock()
-        self.count = 0
+
+    @property
+    def count(self) -> int:
+        """Number of open streams."""
+        return self._limit.count
 
     @contextmanager
-    def open(self, messages: Iterator[T], ahead: int, call: CallContext) -> Iterator[OpenStream[T]]:
-        """Admit a stream for as long as the context lasts.
+    def open(self, messages: Iterator[T], ahead: int, call: CallContext) -> Iterator[tuple[Iterator[T], StreamContext]]:
+        """Admit a stream until its call ends.
 
         Args:
             messages: The client's messages.
             ahead: Number of messages to read ahead.
             call: Context of the call, which is cancelled if the stream makes no progress.
 
+        Returns:
+            A context with the client's messages, read ahead, and with the stream's context.
+
         Raises:
             UnavailableError: Too many streams are open.
 
         """
-        with self._lock:
-            if self.count >= self._limit:
-                raise rejection("STREAMS", "streams at a time", self._limit, self._limit + 1)
-            self.count += 1
-        try:
-            # A client that does not read blocks the sending thread, which only the end of the call frees. Twice the
-            # time, so that a client that does not send gets an error instead.
-            with IdleTimer(2 * self._idle, call.cancel) as timer, ReadAhead(messages, ahead, self._idle) as reader:
-                yield OpenStream(reader, timer, StreamContext(call))
-        finally:
-            with self._lock:
-                self.count -= 1
+        call.ticket.enter(self._limit)
+        # A client that does not read blocks the sending thread, which only the end of the call frees. Twice the
+        # time, so that a client that does not send gets an error instead.
+        context = StreamContext(call, 2 * self._idle)
+        with ReadAhead(messages, ahead, self._idle) as reader:
+            yield context.received(reader), context
 
 
 class _End:

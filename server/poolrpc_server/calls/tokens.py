@@ -7,6 +7,9 @@ start with # are ignored.
     # Create a token with: openssl rand -hex 32; its hash with: echo -n "$TOKEN" | sha256sum
     alice      03ac674216f3e15c761ee1a5e255f067953623c8b388b4459e13f978d7c846f4
     dashboard  88d4266fd4e6338d13b845fcf289579d209c897823b9217da3e161936f031589  poolrpc.v1.PoolService/GetServerInfo
+    viewer     0b14d501a594442a01c6859541bcb3e8164d183d32937b851835442f69d5c94e  priority-0
+
+The word priority-0 allows calls of the most urgent priority, which go before all others; it is not implied.
 
 Several tokens may have the same name, for example the old and the new token during a rotation. A plain SHA-256 is as
 safe as a slow hash only for tokens that cannot be guessed, so tokens should be random.
@@ -31,6 +34,9 @@ TOKEN_NAME = re.compile(r"[\w.@-]{1,64}", re.ASCII)
 DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 ALLOWED = re.compile(r"\w+(\.\w+)+(/\w+)?", re.ASCII)
 
+URGENT = "priority-0"
+"""The word of the tokens file that allows priority 0."""
+
 
 @dataclass(frozen=True, slots=True)
 class Token:
@@ -40,12 +46,14 @@ class Token:
         name: The caller's name.
         digest: The token's SHA-256.
         allowed: Full names of the services and methods that the token allows. Empty: all of them.
+        urgent: Whether the token allows priority 0.
 
     """
 
     name: str
     digest: bytes = field(repr=False)
     allowed: frozenset[str] = frozenset()
+    urgent: bool = False
 
     def allows(self, method: str) -> bool:
         """Return whether the token allows a method, "/package.Service/Method"."""
@@ -76,7 +84,7 @@ def parse_tokens(text: str) -> tuple[Token, ...]:
         words = line.split()
         if not words or words[0].startswith("#"):
             continue
-        name, digest, allowed = words[0], "".join(words[1:2]), words[2:]
+        name, digest, allowed = words[0], "".join(words[1:2]), [word for word in words[2:] if word != URGENT]
         if not TOKEN_NAME.fullmatch(name):
             raise ValueError(f"line {number}: expected a name of at most 64 letters, digits or ._@- first")
         if not DIGEST.fullmatch(digest):
@@ -87,9 +95,9 @@ def parse_tokens(text: str) -> tuple[Token, ...]:
         for position, full_name in enumerate(allowed, 3):
             if not ALLOWED.fullmatch(full_name):
                 raise ValueError(
-                    f"line {number}: expected package.Service or package.Service/Method as word {position}"
+                    f"line {number}: expected package.Service, package.Service/Method or {URGENT} as word {position}"
                 )
-        tokens.append(Token(name, bytes.fromhex(digest), frozenset(allowed)))
+        tokens.append(Token(name, bytes.fromhex(digest), frozenset(allowed), URGENT in words[2:]))
     if not tokens:
         raise ValueError("expected at least one token, got none")
     if len({token.digest for token in tokens}) < len(tokens):

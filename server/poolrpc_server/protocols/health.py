@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from poolrpc.errors import NotFoundError
 from poolrpc.v1 import standard_pb2
-from poolrpc_server.calls.pipeline import Method
+from poolrpc_server.calls.method import Method
 from poolrpc_server.protocols.messages import parse
 
 if TYPE_CHECKING:
@@ -62,14 +62,14 @@ class Health:
         return _Status(status=status).SerializeToString()
 
     def add_observer(self, observer: Callable[[bool], object]) -> None:
-        """Call `observer` with the present state now, and with the new state after each change."""
+        """Call `observer` with the new state after each change."""
         with self._lock:
             self._observers.append(observer)
-            observer(self.serving)
 
     def set_serving(self, serving: bool) -> None:  # noqa: FBT001 - the one thing that it sets
         """Set whether the server takes calls; for any thread."""
         with self._lock:
             self.serving = serving
-            for observer in self._observers:
-                observer(serving)
+            observers = tuple(self._observers)
+        for observer in observers:
+            observer(serving)

@@ -6,15 +6,20 @@ from typing import TYPE_CHECKING, TypeVar
 
 from google.protobuf.message import DecodeError
 
-from poolrpc.errors import InternalError
+from poolrpc._wire.framing import count_fields
+from poolrpc.errors import InternalError, LimitExceededError
+from poolrpc_server.calls.method import NO_MESSAGE
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
 
 M = TypeVar("M", bound="Message")
 
-NO_MESSAGE = "NO_MESSAGE"
-"""Reason of the error of a call whose bytes are not a message of its method's type."""
+MAX_FIELDS = 16_384
+"""Maximum number of fields of a message, without those of its payload: parsing one can take 100 bytes and more."""
+
+UNMEASURED_BYTES = 4096
+"""Size up to which the fields of a message are not counted."""
 
 
 def parse(cls: type[M], data: bytes) -> M:
@@ -22,12 +27,22 @@ def parse(cls: type[M], data: bytes) -> M:
 
     Raises:
         InternalError: The bytes are not such a message. INTERNAL is the status that gRPC itself uses for this.
+        LimitExceededError: The message has too many fields.
 
     """
+    if len(data) > UNMEASURED_BYTES:
+        count = count_fields(data, cls.DESCRIPTOR, MAX_FIELDS)
+        if count > MAX_FIELDS:
+            raise header_too_large(f"expected at most {MAX_FIELDS} fields, got more")
     try:
         return cls.FromString(data)
     except DecodeError:
         raise not_a_message(cls) from None
+
+
+def header_too_large(message: str) -> LimitExceededError:
+    """Return the error of a call whose message is too large without its payload, or has too many fields."""
+    return LimitExceededError(message, reason="HEADER_TOO_LARGE")
 
 
 def not_a_message(cls: type[Message]) -> InternalError:

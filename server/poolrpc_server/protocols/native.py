@@ -12,8 +12,8 @@ from poolrpc._wire import codec, framing
 from poolrpc.errors import InvalidArgumentError
 from poolrpc.v1 import pool_pb2
 from poolrpc_server.calls.call import MAX_FACT_CHARS, request_facts, result_facts
-from poolrpc_server.calls.pipeline import Method
-from poolrpc_server.protocols.messages import not_a_message, parse
+from poolrpc_server.calls.method import Method
+from poolrpc_server.protocols.messages import header_too_large, not_a_message, parse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 POOL_SERVICE = pool_pb2.DESCRIPTOR.services_by_name["PoolService"].full_name
 
-REMEMBERED_HEADERS = 4096
+REMEMBERED_HEADERS = 1024
 """Maximum number of request headers whose decoded and validated form is cached."""
 
 REMEMBERED_HEADER_BYTES = 1024
@@ -93,22 +93,22 @@ class PoolServicer:
     def pool_stream(self, messages: Iterator[bytes], call: CallContext) -> Iterator[bytes]:
         """Run every branch on the input's blocks, as they arrive."""
         record = call.record
-        with self._streams.open(messages, BLOCKS_AHEAD, call) as (reader, timer, context):
+        with self._streams.open(messages, BLOCKS_AHEAD, call) as (reader, context):
             header, _ = _split(next(reader, b""), pool_pb2.PoolStreamRequest)
             message = parse(pool_pb2.PoolStreamRequest, header)
             if not message.HasField("request"):
                 raise InvalidArgumentError("expected the request in the first message, got none", field="request")
             request = codec.decode_request(message.request)
             record.note(request_facts(request))
-            with self._dispatcher.stream(request, context) as stream:
-                record.note(result_facts(stream.results))
-                yield pool_pb2.PoolStreamResponse(results=codec.encode_results(stream.results)).SerializeToString()
-                for block in _blocks(reader, stream.max_planes * stream.plane_bytes):
-                    for answer in self._dispatcher.pool_block(stream, block, context, _pieces):
-                        timer.restart()
-                        yield answer
-                    timer.restart()
-                stream.finish()
+            stream = self._dispatcher.stream(request, context)
+            record.note(result_facts(stream.results))
+            yield pool_pb2.PoolStreamResponse(results=codec.encode_results(stream.results)).SerializeToString()
+            for block in _blocks(reader, stream.max_planes * stream.plane_bytes):
+                for answer in self._dispatcher.pool_block(stream, block, context, _pieces):
+                    context.sends()
+                    yield answer
+                context.progressed()
+            stream.finish()
 
     def infer_shape(self, message: bytes, call: CallContext) -> bytes:
         """Return the shapes that Pool would return."""
@@ -144,27 +144,35 @@ class PoolServicer:
 def _split(data: bytes, cls: type[M]) -> tuple[bytes, memoryview]:
     try:
         return framing.split_payload(data, cls)
+    except framing.HeaderError as error:
+        raise header_too_large(str(error)) from None
     except DecodeError:
         raise not_a_message(cls) from None
 
 
 def _blocks(messages: Iterator[bytes], limit: int) -> Iterator[Bytes]:
     """Yield the blocks of a stream's messages, each in one piece of at most `limit` bytes."""
-    parts: list[memoryview] = []
+    begun = bytearray()
     for data in messages:
         header, payload = _split(data, pool_pb2.PoolStreamRequest)
         # Without padding, a block in one message has no header to parse.
         message = parse(pool_pb2.PoolStreamRequest, header) if header else None
         if message is not None and message.HasField("request"):
             raise InvalidArgumentError("expected the request in the first message alone, got it again", field="request")
-        parts.append(payload)
-        if (size := sum(map(len, parts))) > limit:
+        if (size := len(begun) + len(payload)) > limit:
             raise InvalidArgumentError(f"expected a block of at most {limit} bytes, got {size}", field="payload")
-        if message is None or not message.unfinished:
-            yield parts[0] if len(parts) == 1 else b"".join(parts)
-            parts = []
-    if parts:
-        msg = f"expected the rest of a block, got the end of the stream after {sum(map(len, parts))} bytes of it"
+        if message is not None and message.unfinished:
+            if not payload:
+                raise InvalidArgumentError("expected a part of the block, got no bytes of it", field="payload")
+            begun += payload
+        elif begun:
+            begun += payload
+            yield begun
+            begun = bytearray()
+        else:
+            yield payload
+    if begun:
+        msg = f"expected the rest of a block, got the end of the stream after {len(begun)} bytes of it"
         raise InvalidArgumentError(msg, field="payload")
 
 

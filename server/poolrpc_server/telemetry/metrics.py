@@ -23,8 +23,11 @@ SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2
 REQUESTS = tuple(2**power for power in range(9))
 PLANES = tuple(4**power for power in range(9))
 
-REASONS = ("CALLS", "DEVICE_FAILED", "IN_FLIGHT_BYTES", "QUEUE", "STOPPING", "STREAMS")
+REASONS = ("CALLS", "DEVICE_FAILED", "IN_FLIGHT_BYTES", "QUEUE", "STOPPING", "STREAMS", "WATCHERS")
 """The reasons for which calls are rejected temporarily."""
+
+END_REASONS = ("MEMORY", "STALLED", "TIMEOUT")
+"""The reasons for which calls are ended: too much memory, a stalled caller while others wait, and a timeout."""
 
 WATCHDOG_SERVICE = "poolrpc.v1.Watchdog"
 """The service that a server itself calls every second, which is not counted."""
@@ -32,7 +35,7 @@ WATCHDOG_SERVICE = "poolrpc.v1.Watchdog"
 OLDEST = "poolrpc_queue_oldest_seconds"
 """The gauge of which several processes show the largest value, not the sum."""
 
-CANCELLATION_STAGES = ("arrival", "queue", "compute", "send")
+CANCELLATION_STAGES = ("receive", "arrival", "queue", "compute", "send")
 """The stages in which calls are cancelled."""
 
 
@@ -79,6 +82,9 @@ class Metrics:
         self._rejects = self._counter("poolrpc_rejects", "Calls rejected temporarily, by limit.", "reason")
         self._escapes = self._counter("poolrpc_validator_escapes", "Valid calls that failed unexpectedly.")
         self._cancelled = self._counter("poolrpc_cancelled", "Cancelled calls, by their stage.", "stage")
+        self._ended = self._counter(
+            "poolrpc_ended", "Calls that the server ended because of their caller, by reason.", "reason"
+        )
         self._executions = self._counter("poolrpc_executions", "Batches that the engine executed.")
         self._requests = self._counter("poolrpc_requests", "Requests in executed batches.")
         self._bytes = self._counter("poolrpc_executed_bytes", "Bytes of inputs and outputs in executed batches.")
@@ -99,6 +105,8 @@ class Metrics:
         # Prometheus does not see the rise of a counter that first appears with 1: all are shown from 0 on.
         for reason in REASONS:
             self._rejects.labels(reason)
+        for reason in END_REASONS:
+            self._ended.labels(reason)
         for stage in CANCELLATION_STAGES:
             self._cancelled.labels(stage)
 
@@ -134,6 +142,10 @@ class Metrics:
     def cancelled(self, stage: str) -> None:
         """Count a call that was cancelled in one of CANCELLATION_STAGES."""
         self._cancelled.labels(stage).inc()
+
+    def ended(self, reason: str) -> None:
+        """Count a call that the server ended, for one of END_REASONS."""
+        self._ended.labels(reason).inc()
 
     def executed(self, requests: int, planes: int, nbytes: int, seconds: float) -> None:
         """Count one batch that the engine executed, its contents and its duration."""

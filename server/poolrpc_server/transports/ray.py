@@ -15,6 +15,7 @@ from ray import serve
 from poolrpc._wire.status import DETAILS_KEY
 from poolrpc.v1 import pool_pb2
 from poolrpc_server.calls.call import CallContext, StatusError
+from poolrpc_server.calls.pipeline import CONTROL_CALLS
 from poolrpc_server.config import Config, ConfigError
 from poolrpc_server.protocols.health import HEALTH_SERVICE
 
@@ -23,16 +24,13 @@ if TYPE_CHECKING:
 
     from ray.serve.grpc_util import RayServegRPCContext, gRPCInputStream
 
-    from poolrpc_server.calls.pipeline import AdmittedCall
+    from poolrpc_server.calls.admitted_call import AdmittedCall
 
 POOL_DESCRIPTOR = pool_pb2.DESCRIPTOR.services_by_name["PoolService"]
 STREAM_METHODS = tuple(method.name for method in POOL_DESCRIPTOR.methods if method.server_streaming)
 
 RAY_SETTINGS = ("listen", "tls_cert", "tls_key", "tls_client_ca", "workers", "metrics", "allow_client_shm")
 """Settings of Config that Ray controls, or that do not apply to a replica."""
-
-CONTROL_THREADS = 4
-"""Threads of calls that do not compute, so that they are answered while every other thread is taken."""
 
 RETRYABLE_RAY_CODES = (grpc.StatusCode.INTERNAL, grpc.StatusCode.RESOURCE_EXHAUSTED)
 """Ray's statuses for a call whose replica died, and for a call that finds the queue full: both may be tried again."""
@@ -162,7 +160,7 @@ class PoolReplica:
         cpus = int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))
         config = Config(**{"threads": max(1, cpus), **settings})
         self._executor = ThreadPoolExecutor(config.call_threads, "poolrpc-call")
-        self._control = ThreadPoolExecutor(CONTROL_THREADS, "poolrpc-control")
+        self._control = ThreadPoolExecutor(CONTROL_CALLS, "poolrpc-control")
         self._service = Service(config)
         self._service.health.set_serving(True)
 
@@ -199,7 +197,7 @@ class PoolReplica:
         def close() -> None:
             with stepping:
                 answers.close()
-            call.release()
+            context.ticket.release()
 
         try:
             while (answer := await loop.run_in_executor(executor, step)) is not None:
@@ -219,13 +217,13 @@ class PoolReplica:
             try:
                 if call.error is not None:
                     call.reject()
-                return call.unary(message)
+                return call.unary(iter([message]))
             finally:
-                call.release()
+                context.ticket.release()
 
         try:
             future = self._executor_of(call).submit(answer)
-            future.add_done_callback(lambda _: call.release())  # it may be cancelled before a thread has it
+            future.add_done_callback(lambda _: context.ticket.release())  # it may be cancelled before a thread has it
             return _Message(await asyncio.wrap_future(future))
         except StatusError as status:
             _set_status(grpc_context, status)

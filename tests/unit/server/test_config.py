@@ -11,27 +11,36 @@ import pytest
 
 from poolrpc._shapes.limits import MAX_MESSAGE_BYTES, MAX_PAYLOAD_BYTES
 from poolrpc_server.cli import main
-from poolrpc_server.config import Config, ConfigError, parse
+from poolrpc_server.config import AUTOMATIC, Config, ConfigError, parse
 from poolrpc_server.resources import cpu_count
 
 NUMBERS = [each.name for each in fields(Config) if each.metadata["unit"]]
-MINIMUM = {"max_arena_bytes": -1} | dict.fromkeys(
-    [
-        "threads",
-        "max_message_bytes",
-        "max_inflight_bytes",
-        "max_queue_seconds",
-        "max_queue_delay",
-        "max_connection_age_seconds",
-        "max_connection_idle_seconds",
-        "drain_seconds",
-        "shutdown_grace",
-        "watchdog_seconds",
-    ],
-    0,
+MINIMUM = (
+    {"max_arena_bytes": -1}
+    | dict.fromkeys(
+        [
+            "threads",
+            "call_threads",
+            "max_message_bytes",
+            "max_output_bytes",
+            "max_inflight_bytes",
+            "max_streams",
+            "max_connections",
+            "max_queue_seconds",
+            "max_queue_delay",
+            "max_connection_age_seconds",
+            "max_connection_idle_seconds",
+            "drain_seconds",
+            "shutdown_grace",
+            "watchdog_seconds",
+        ],
+        0,
+    )
+    | dict.fromkeys(["max_compute_seconds", "receive_timeout"], 0.001)
 )
-AUTOMATIC = ["threads", "max_message_bytes", "max_inflight_bytes", "max_arena_bytes"]
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
+OWN = 320 * MIB
+"""Memory of a process without calls."""
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +62,6 @@ def test_without_flags_the_defaults_apply():
     assert config == Config()
     assert config.listen == ("127.0.0.1:50051",)
     assert not config.insecure
-    assert config.max_output_bytes == MAX_PAYLOAD_BYTES
 
 
 def test_the_default_of_threads_is_the_number_of_cpus():
@@ -62,23 +70,108 @@ def test_the_default_of_threads_is_the_number_of_cpus():
     assert Config(threads=3).threads == 3
 
 
+@pytest.fixture
+def resources(monkeypatch):
+    """Return a function that sets the memory and the open files that the server may have."""
+
+    def set_resources(memory, descriptors=2**20):
+        monkeypatch.setattr("poolrpc_server.config.memory_bytes", lambda: memory)
+        monkeypatch.setattr("poolrpc_server.config.max_descriptors", lambda: descriptors)
+
+    return set_resources
+
+
+BYTES = ("max_inflight_bytes", "max_arena_bytes", "max_message_bytes", "max_output_bytes")
+COUNTS = ("call_threads", "max_streams", "max_connections")
+
+
 @pytest.mark.parametrize(
-    ("memory", "message", "inflight", "arenas"),
+    ("memory", "workers", "nbytes", "counts"),
     [
-        (64 * GIB, MAX_MESSAGE_BYTES, 4 * GIB, 2 * GIB),
-        (10 * GIB, 10 * GIB // 32, 4 * GIB, 2 * GIB),
-        (GIB, GIB // 32, GIB * 2 // 5, GIB // 5),
-        (4 * 2**20, 4 * 2**20, 4 * 2**20 * 2 // 5, 4 * 2**20 // 5),
+        # What is left, 192 MiB, is divided: half in flight, a quarter for arenas. A message of 16 MiB would be more
+        # than the eighth of the bytes in flight, but at most a quarter of them.
+        (512 * MIB, 1, (96 * MIB, 48 * MIB, 16 * MIB, 24 * MIB), (96, 2, 2048)),
+        (GIB, 1, (352 * MIB, 176 * MIB, 45 * MIB, 88 * MIB), (256, 5, 4096)),
+        (GIB, 2, (192 * MIB, 96 * MIB, 16 * MIB, 24 * MIB), (96, 2, 2048)),
+        (4 * GIB, 1, (1888 * MIB, 944 * MIB, 237 * MIB, 472 * MIB), (256, 16, 4096)),
+        (4 * GIB, 4, (1408 * MIB, 704 * MIB, 45 * MIB, 88 * MIB), (256, 5, 4096)),
+        (64 * GIB, 1, (4 * GIB, 2 * GIB, 513 * MIB, MAX_PAYLOAD_BYTES), (256, 16, 4096)),
+        (64 * GIB, 8, (4 * GIB, 2 * GIB, 65 * MIB, 128 * MIB), (256, 8, 4096)),
+        # The least with which a server starts.
+        (OWN + 64 * MIB, 1, (32 * MIB, 16 * MIB, 8 * MIB, 8 * MIB), (32, 2, 1536)),
+        (2 * OWN + 64 * MIB, 2, (32 * MIB, 16 * MIB, 4 * MIB, 4 * MIB), (16, 2, 1408)),
     ],
 )
-def test_byte_limits_depend_on_the_memory(monkeypatch, memory, message, inflight, arenas):
-    """The defaults of byte limits are fractions of the memory that the server may use, up to a maximum."""
-    monkeypatch.setattr("poolrpc_server.config.memory_bytes", lambda: memory)
-    config = Config()
-    assert (config.max_message_bytes, config.max_inflight_bytes, config.max_arena_bytes) == (message, inflight, arenas)
-    explicit = Config(max_message_bytes=MAX_MESSAGE_BYTES, max_inflight_bytes=8 * GIB, max_arena_bytes=0)
-    limits = (explicit.max_message_bytes, explicit.max_inflight_bytes, explicit.max_arena_bytes)
-    assert limits == (MAX_MESSAGE_BYTES, 8 * GIB, 0)
+def test_limits_follow_the_memory(resources, memory, workers, nbytes, counts):
+    """What the processes themselves leave of the memory is divided; what each of them has decides the other limits."""
+    resources(memory)
+    config = Config(workers=workers)
+    assert tuple(getattr(config, name) for name in BYTES) == nbytes
+    assert tuple(getattr(config, name) for name in COUNTS) == counts
+
+
+@pytest.mark.parametrize("workers", [1, 2, 16])
+@pytest.mark.parametrize("more", [64 * MIB, 100 * MIB, 192 * MIB, GIB, 100 * GIB])
+def test_limits_leave_the_memory_of_the_processes(resources, workers, more):
+    """Bytes in flight and arenas together leave what the processes need, and some messages fit at a time."""
+    memory = workers * OWN + more
+    resources(memory)
+    config = Config(workers=workers)
+    assert workers * OWN + config.max_inflight_bytes + config.max_arena_bytes <= memory
+    each = config.max_inflight_bytes // workers
+    assert 4 * MIB <= config.max_message_bytes <= max(each // 4, 4 * MIB)
+    assert config.max_message_bytes <= MAX_MESSAGE_BYTES
+    assert config.max_output_bytes <= max(each // 4, 4 * MIB)
+
+
+@pytest.mark.parametrize(
+    ("workers", "memory", "words"),
+    [
+        (1, 384 * MIB - 1, "expected at least 384 MiB of memory for 1 process, got 383 MiB; "),
+        (1, 0, "expected at least 384 MiB of memory for 1 process, got 0 MiB; "),
+        (2, GIB // 2, "expected at least 704 MiB of memory for 2 processes, got 512 MiB; "),
+    ],
+)
+def test_a_server_needs_some_memory(resources, workers, memory, words):
+    """With too little memory the error says how much is needed, and how to start regardless."""
+    resources(memory)
+    with pytest.raises(ConfigError, match=f"^{words}--max-inflight-bytes and --max-arena-bytes set the limits reg"):
+        Config(workers=workers)
+    for incomplete in ({"max_inflight_bytes": MIB}, {"max_arena_bytes": 0}):
+        with pytest.raises(ConfigError, match="of memory"):
+            Config(workers=workers, **incomplete)
+    config = Config(workers=workers, max_inflight_bytes=4 * MIB, max_arena_bytes=0)
+    assert (config.max_inflight_bytes, config.max_arena_bytes) == (4 * MIB, 0)
+    assert (config.call_threads, config.max_streams) == (16, 2)
+
+
+def test_limits_follow_the_bytes_in_flight(resources):
+    """An operator who sets the bytes in flight alone gets threads, streams and messages that go with them."""
+    resources(GIB)
+    config = Config(max_inflight_bytes=64 * MIB)
+    assert (config.max_message_bytes, config.max_output_bytes) == (16 * MIB, 16 * MIB)
+    assert (config.call_threads, config.max_streams) == (64, 2)
+    config = Config(max_inflight_bytes=8 * GIB)
+    assert (config.max_message_bytes, config.max_output_bytes) == (MAX_MESSAGE_BYTES, MAX_PAYLOAD_BYTES)
+    assert (config.call_threads, config.max_streams) == (256, 16)
+
+
+@pytest.mark.parametrize(
+    ("memory", "descriptors", "connections"),
+    [(64 * GIB, 256, 128), (64 * GIB, 2**31 - 1, 4096), (512 * MIB, 2**31 - 1, 2048), (64 * GIB, 4, 16)],
+)
+def test_connections_follow_the_open_files_and_the_memory(resources, memory, descriptors, connections):
+    """Half of the open files are left for everything else."""
+    resources(memory, descriptors)
+    assert Config().max_connections == connections
+
+
+def test_explicit_limits_are_kept(resources):
+    """A limit that is set is not adapted to the memory."""
+    resources(512 * MIB)
+    given = dict(zip((*BYTES, *COUNTS), (8 * GIB, 0, MAX_MESSAGE_BYTES, MAX_PAYLOAD_BYTES, 1, 1, 1), strict=True))
+    config = Config(**given)
+    assert {name: getattr(config, name) for name in given} == given
 
 
 MODELS = str(Path(__file__).with_name("presets.toml"))
@@ -100,6 +193,9 @@ OTHER_VALUES = {
     "watchdog_seconds": ("0", 0.0),
     "threads": ("7", 7),
     "call_threads": ("9", 9),
+    "max_compute_seconds": ("0.5", 0.5),
+    "receive_timeout": ("0.25", 0.25),
+    "max_connections": ("13", 13),
     "max_message_bytes": ("1000", 1000),
     "max_output_bytes": ("2000", 2000),
     "max_output_growth": ("3", 3),
@@ -142,8 +238,11 @@ def test_a_setting_has_a_flag_and_a_variable(name, monkeypatch):
     """Every setting has a flag and a POOLRPC_ variable; the flag takes precedence."""
     text, value = OTHER_VALUES[name]
     required = REQUIRED.get(name, {})
-    expected = replace(Config(), **{name: value, **required})
+    expected = Config(**{name: value, **required})
+    assert getattr(expected, name) == value
     assert expected != Config()
+    if name not in ("max_inflight_bytes", "workers"):  # others follow these
+        assert expected == replace(Config(), **{name: value, **required})
     for other, path in required.items():
         monkeypatch.setenv(f"POOLRPC_{other.upper()}", path)
     arguments = [flag(name)] if isinstance(value, bool) else [flag(name), text]
@@ -200,6 +299,10 @@ def test_a_number_has_a_minimum(name):
     minimum = MINIMUM.get(name, 1)
     value = getattr(Config(**{name: minimum}), name)
     assert value == (getattr(Config(), name) if name in AUTOMATIC else minimum)
+    if isinstance(minimum, float):
+        with pytest.raises(ConfigError, match=f"^{name}: expected at least {minimum} seconds, got 0$"):
+            Config(**{name: 0})
+        return
     with pytest.raises(
         ConfigError, match=f"^{name}: expected at least {minimum} {Config.unit(name, minimum)}, got {minimum - 1}$"
     ):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from poolrpc_server.resources import cpu_count, memory_bytes
+from poolrpc_server.resources import cpu_count, max_descriptors, memory_bytes, resident_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -266,3 +268,42 @@ def test_a_real_cgroup_of_one_cpu():
 def test_the_real_machine_has_memory():
     """The memory found is at most the machine's, and enough for this process."""
     assert 64 * MIB < memory_bytes() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize(("hard", "expected"), [(256, 256), (resource.RLIM_INFINITY, 2**31 - 1)])
+def test_open_files_are_limited_by_the_hard_limit(monkeypatch, hard, expected):
+    """The process can raise its soft limit; without a hard limit, the number is as large as gRPC's options allow."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, hard))
+    assert max_descriptors() == expected
+
+
+def test_the_real_process_may_open_files():
+    """The number is at least the soft limit."""
+    assert max_descriptors() >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        ("VmRSS:\t    9000 kB\nRssAnon:\t    5000 kB\nRssFile:\t    4000 kB\n", 5000 * 1024),
+        ("VmRSS:\t    9000 kB\n", 0),
+        ("", 0),
+    ],
+)
+def test_the_memory_of_the_process_is_its_own(tmp_path, status, expected):
+    """Memory of files and shared memory is not counted; where the system does not report it, the value is 0."""
+    folder = tmp_path / "proc/self"
+    folder.mkdir(parents=True)
+    (folder / "status").write_text(status)
+    assert resident_bytes(tmp_path) == expected
+    assert resident_bytes(tmp_path / "nowhere") == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_the_real_process_uses_memory():
+    """Private memory that is written counts."""
+    before = resident_bytes()
+    with mmap.mmap(-1, 64 * MIB, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as mapping:
+        mapping.write(b"x" * len(mapping))
+        assert resident_bytes() - before > 32 * MIB
+    assert before > 0

@@ -12,8 +12,9 @@ from google.protobuf.message import DecodeError
 from poolrpc._shapes.limits import MAX_BRANCHES, MAX_RANK
 from poolrpc._shapes.rules import clip
 from poolrpc._wire import framing
-from poolrpc.errors import InternalError, InvalidArgumentError, LimitExceededError, UnsupportedError
+from poolrpc.errors import InvalidArgumentError, UnsupportedError
 from poolrpc.tensors import TensorSpec, array_bytes
+from poolrpc_server.protocols.messages import header_too_large, not_a_message, parse
 from poolrpc_server.protocols.triton.datatypes import (
     CONTENTS_FIELDS,
     DATATYPE_OF,
@@ -32,7 +33,7 @@ INPUTS = ("input", "indices")
 RAW_INPUT_FIELD = 7
 """Number of ModelInferRequest's field with raw tensors."""
 
-MAX_HEADER_BYTES = 16 * 2**20
+MAX_HEADER_BYTES = 4 * 2**20
 """Maximum size of a message without raw tensors, in bytes. Parsed numbers take up to eight times the message's size."""
 
 MAX_OUTPUTS = 2 * MAX_BRANCHES
@@ -90,18 +91,14 @@ def parse_infer(data: bytes) -> tuple[pb.ModelInferRequest, list[memoryview]]:
         LimitExceededError: The message without raw tensors is too large.
 
     """
-    parts = framing.split_payloads(data, RAW_INPUT_FIELD)
-    header, tensors = (data, []) if parts is None else parts
-    if len(header) > MAX_HEADER_BYTES:
-        msg = f"expected at most {MAX_HEADER_BYTES} bytes without raw_input_contents, got {len(header)}"
-        limits = {"limit": str(MAX_HEADER_BYTES), "actual": str(len(header))}
-        raise LimitExceededError(msg, reason="HEADER_TOO_LARGE", metadata=limits)
     try:
-        message = pb.ModelInferRequest.FromString(header)
+        parts = framing.split_payloads(data, RAW_INPUT_FIELD, MAX_HEADER_BYTES)
+    except framing.HeaderError as error:
+        raise header_too_large(str(error)) from None
     except DecodeError:
-        # gRPC itself reports INTERNAL for messages that it cannot parse.
-        msg = f"expected a {pb.ModelInferRequest.DESCRIPTOR.full_name}, got bytes that are not one"
-        raise InternalError(msg, reason="NO_MESSAGE") from None
+        raise not_a_message(pb.ModelInferRequest) from None
+    header, tensors = (data, []) if parts is None else parts
+    message = parse(pb.ModelInferRequest, header)
     return message, tensors or [memoryview(tensor) for tensor in message.raw_input_contents]
 
 

@@ -11,7 +11,7 @@ from poolrpc._wire.codec import Request
 from poolrpc.errors import CancelledError, InvalidArgumentError, NotFoundError, PoolError
 from poolrpc.expression import parse_branches
 from poolrpc_server.calls.call import MAX_FACT_CHARS, DerivedContext, request_facts, result_facts
-from poolrpc_server.calls.pipeline import Method
+from poolrpc_server.calls.method import Method
 from poolrpc_server.compute.buffers import aligned
 from poolrpc_server.presets import POOL_PRESET, output_names
 from poolrpc_server.protocols.messages import parse
@@ -42,11 +42,15 @@ CONTROL_METHODS = tuple(name for name in _DESCRIPTOR.methods_by_name if name not
 
 PROBES = ("ServerLive", "ServerReady", "ModelReady")
 
-REMEMBERED_REQUESTS = 4096
+REMEMBERED_REQUESTS = 1024
 """Maximum number of requests whose decoded and validated form, without tensors, is cached."""
 
 REQUESTS_AHEAD = 1
 """Requests of a stream that are read while one is computed."""
+
+MESSAGES_HELD = 4
+"""Messages of a stream in memory at a time: one that arrives (in gRPC's two copies), one that waits, one that is
+computed."""
 
 FRAME_BYTES = 64
 """Upper bound of the bytes that frame an answer, and of those that frame each tensor in it."""
@@ -136,26 +140,31 @@ class TritonServicer:
 
     def model_stream_infer(self, messages: Iterator[bytes], call: CallContext) -> Iterator[bytes]:
         """Run a model for each request of a stream; the error of a request is in its answer."""
-        count = failed = 0
-        with self._streams.open(messages, REQUESTS_AHEAD, call) as (reader, timer, context):
+        count = failed = largest = 0
+        with self._streams.open(messages, REQUESTS_AHEAD, call) as (reader, context):
             for data in reader:
-                timer.restart()
                 count += 1
                 received, request_id = monotonic_ns(), ""
-                try:
-                    message, raws = requests.parse_infer(data)
-                    request_id = message.id
-                    answer = self._infer(message, raws, context, received, streamed=True)
-                except CancelledError:
-                    raise
-                except PoolError as error:
-                    failed += 1
-                    answer = responses.encode_stream_error(
-                        error.code, error.message[:MAX_STREAM_ERROR_CHARS], request_id
-                    )
-                call.record.note({"requests": str(count), "failed": str(failed)})
-                yield answer
-                timer.restart()
+                with call.ticket.scope():
+                    try:
+                        message, raws = requests.parse_infer(data)
+                        request_id = message.id
+                        answer = self._infer(message, raws, context, received, streamed=True)
+                    except CancelledError:
+                        raise
+                    except PoolError as error:
+                        failed += 1
+                        answer = responses.encode_stream_error(
+                            error.code, error.message[:MAX_STREAM_ERROR_CHARS], request_id
+                        )
+                    call.record.note({"requests": str(count), "failed": str(failed)})
+                    context.sends()
+                    yield answer
+                    context.progressed()
+                # The messages of a stream usually have one size: this is for those that arrive meanwhile, too.
+                if len(data) > largest:
+                    call.ticket.reserve(MESSAGES_HELD * (len(data) - largest))
+                    largest = len(data)
 
     def _model_ready(self, request: pb.ModelReadyRequest) -> pb.ModelReadyResponse:
         exists = request.name in self._models and request.version in ("", responses.VERSION)

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
-from grpc_health.v1 import health, health_pb2
+from grpc_health.v1 import health_pb2  # noqa: F401 - its descriptor, for reflection
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from poolrpc.credentials import unix_path
-from poolrpc_server.calls.pipeline import Method
+from poolrpc_server.calls.method import Method
+from poolrpc_server.calls.pipeline import CONTROL_CALLS
 from poolrpc_server.protocols.messages import parse
 from poolrpc_server.sockets import prepare_path
+from poolrpc_server.transports.grpc.health_watch import HealthWatch
 from poolrpc_server.transports.grpc.interceptor import PipelineInterceptor
 
 if TYPE_CHECKING:
@@ -26,13 +28,8 @@ if TYPE_CHECKING:
     from poolrpc_server.protocols.health import Health
     from poolrpc_server.transports.grpc.tls import Certificates
 
-CONTROL_THREADS = 4
-"""Threads of calls that do not compute, so that monitoring is answered while every other thread is taken."""
-
-REFLECTION_THREADS = 4
-"""Threads of reflection, whose streams may stay open for as long as their clients like."""
-
-HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
+HANDSHAKE_MILLISECONDS = 5000
+"""Milliseconds in which a new connection has to send what HTTP/2 and TLS require first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +40,7 @@ class GrpcSettings:
         call_threads: Threads of calls that compute.
         max_message_bytes: Maximum size of a message, in each direction.
         max_metadata_bytes: Maximum size of a call's metadata.
+        max_connections: Maximum number of connections on an address.
         max_connection_calls: Maximum number of concurrent calls on a connection.
         keepalive_seconds: Idle time before the server sends a keepalive ping.
         keepalive_timeout_seconds: Seconds to wait for the ping's acknowledgement.
@@ -57,6 +55,7 @@ class GrpcSettings:
     call_threads: int
     max_message_bytes: int
     max_metadata_bytes: int
+    max_connections: int
     max_connection_calls: int
     keepalive_seconds: float
     keepalive_timeout_seconds: float
@@ -88,6 +87,8 @@ class GrpcSettings:
             ("grpc.max_send_message_length", self.max_message_bytes),
             # Otherwise two servers could listen on one port, and each would get some of the calls.
             ("grpc.so_reuseport", int(self.share_ports)),
+            ("grpc.max_allowed_incoming_connections", self.max_connections),
+            ("grpc.server_handshake_timeout_ms", HANDSHAKE_MILLISECONDS),
             # A compressed message may inflate to any size.
             ("grpc.compression_enabled_algorithms_bitset", 1),
         ]
@@ -124,32 +125,12 @@ class GrpcServer:
         """
         self._certificates = certificates
         self._executor = ThreadPoolExecutor(settings.call_threads, "poolrpc-call")
-        self._control = ThreadPoolExecutor(CONTROL_THREADS, "poolrpc-control")
-        self._reflection = ThreadPoolExecutor(REFLECTION_THREADS, "poolrpc-reflection")
+        self._control = ThreadPoolExecutor(CONTROL_CALLS, "poolrpc-control")
+        self._watch = HealthWatch(probes)
         names = (*filter(None, probes.services), reflection.SERVICE_NAME)
         pipeline.add([_reflection_method(names)])
-        # The pipeline has Check. Only Watch is left to grpcio's own servicer, which has no thread for each watcher.
-        others = [
-            Method(f"/{HEALTH.full_name}/{method.name}", probe=True, public=probes.public) for method in HEALTH.methods
-        ]
-        interceptor = PipelineInterceptor(pipeline, self._executor_of, others)
+        interceptor = PipelineInterceptor(pipeline, self._executor_of, self._watch)
         self._server = grpc.server(self._executor, interceptors=[interceptor], options=settings.options())
-        watch = health.HealthServicer()
-        handler = grpc.unary_stream_rpc_method_handler(
-            watch.Watch,
-            health_pb2.HealthCheckRequest.FromString,
-            health_pb2.HealthCheckResponse.SerializeToString,
-        )
-        self._server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(HEALTH.full_name, {"Watch": handler}),)
-        )
-
-        def show(serving: bool) -> None:  # noqa: FBT001 - an observer of Health
-            states = health_pb2.HealthCheckResponse
-            for service in probes.services:
-                watch.set(service, states.SERVING if serving else states.NOT_SERVING)
-
-        probes.add_observer(show)
         try:
             self.addresses = tuple(map(self._listen, listen))
         except BaseException:
@@ -163,17 +144,17 @@ class GrpcServer:
 
     def stop(self, grace: float) -> Event:
         """Reject new calls, and cancel those that take longer than `grace` seconds; the event is set at the end."""
-        return self._server.stop(grace)
+        stopped = self._server.stop(grace)
+        self._watch.close()
+        return stopped
 
     def close(self) -> None:
         """End the threads, once the server has stopped."""
-        for executor in (self._executor, self._control, self._reflection):
+        for executor in (self._executor, self._control):
             executor.shutdown()
 
     def _executor_of(self, method: Method) -> ThreadPoolExecutor:
-        if method.computes:
-            return self._executor
-        return self._reflection if method.stream is not None else self._control
+        return self._executor if method.computes else self._control
 
     def _listen(self, address: str) -> str:
         try:

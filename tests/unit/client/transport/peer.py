@@ -10,13 +10,11 @@ from poolrpc._wire import framing
 from poolrpc._wire.codec import Request, decode_request, encode_results
 from poolrpc.tensors import spec_of
 from poolrpc.v1 import pool_pb2
-from poolrpc_server.calls.admission import AdmissionControl
 from poolrpc_server.calls.dispatch import Dispatcher
 from poolrpc_server.calls.validate import Limits
 from poolrpc_server.compute.engine import Engine
 from tests.unit.server.context import Context
 
-CALL = Context()
 WIDE = Limits(2**40, 2**40, 2**40, 2**50)
 
 
@@ -32,9 +30,7 @@ class Peer:
     def __init__(self, limits=WIDE):
         self.calls, self.blocks = [], []
         self._engine = Engine("cpu", 1)
-        self._dispatcher = Dispatcher(
-            limits, AdmissionControl(2**40), self._engine, ServerInfo("0", "0", "cpu", 1, {}, {})
-        )
+        self._dispatcher = Dispatcher(limits, 1, self._engine, ServerInfo("0", "0", "cpu", 1, {}, {}))
 
     def close(self):
         """Close the engine."""
@@ -45,26 +41,27 @@ class Peer:
         message = pool_pb2.PoolRequest.FromString(data)
         self.calls.append(message)
         checked = self._dispatcher.check(decode_request(message))
-        payload = self._dispatcher.pool(checked, message.payload, CALL, b"".join)
+        payload = self._dispatcher.pool(checked, message.payload, Context(), b"".join)
         return pool_pb2.PoolResponse(results=encode_results(checked.results), payload=payload).SerializeToString()
 
     def stream(self, messages):
         """Answer a stream, message by message."""
         message = pool_pb2.PoolStreamRequest.FromString(next(messages))
         self.calls.append(message.request)
-        with self._dispatcher.stream(decode_request(message.request), CALL) as stream:
-            yield pool_pb2.PoolStreamResponse(results=encode_results(stream.results)).SerializeToString()
-            block = b""
-            for data in messages:
-                message = pool_pb2.PoolStreamRequest.FromString(data)
-                assert not message.HasField("request")
-                block += message.payload
-                if not message.unfinished:
-                    self.blocks.append(len(block))
-                    yield from self._dispatcher.pool_block(stream, block, CALL, lambda out: list(framing.chunks(out)))
-                    block = b""
-            assert not block
-            stream.finish()
+        call = Context()
+        stream = self._dispatcher.stream(decode_request(message.request), call)
+        yield pool_pb2.PoolStreamResponse(results=encode_results(stream.results)).SerializeToString()
+        block = b""
+        for data in messages:
+            message = pool_pb2.PoolStreamRequest.FromString(data)
+            assert not message.HasField("request")
+            block += message.payload
+            if not message.unfinished:
+                self.blocks.append(len(block))
+                yield from self._dispatcher.pool_block(stream, block, call, lambda out: list(framing.chunks(out)))
+                block = b""
+        assert not block
+        stream.finish()
 
 
 def make_transfer(x, *branches, out=(), indices=None, layout="NCHW"):

@@ -1,7 +1,8 @@
 """Framing of messages, compared with protobuf's own serializer and parser."""
 
 import pytest
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.unknown_fields import UnknownFieldSet
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -39,6 +40,7 @@ CLASSES = st.sampled_from(list(FIELDS))
 PARTS = st.lists(st.binary(max_size=300), max_size=4)
 UINT64 = st.integers(0, 2**64 - 1)
 VARINT, FIXED64, BYTES, GROUP, END, FIXED32 = range(6)
+MIB = 2**20
 UNKNOWN = st.integers(16, 2**29 - 1)
 
 
@@ -279,12 +281,16 @@ def test_unfinished_is_the_proto_field():
 def test_split_payloads_finds_every_payload(drawn):
     """Each payload is a view of the message, in order, and the header has none left."""
     cls, data = drawn
-    split = framing.split_payloads(data, 15)
+    try:
+        split = framing.split_payloads(data, 15, MIB)
+    except DecodeError:
+        assert by_protobuf(cls, data) is None
+        return
     if split is None:
         return  # left to protobuf
     header, payloads = split
     assert all(view.obj is data for view in payloads)
-    assert framing.split_payloads(header, 15) == (header, [])
+    assert framing.split_payloads(header, 15, MIB) == (header, [])
     expected = by_protobuf(cls, data)
     if expected is not None:
         assert by_protobuf(cls, header) == (expected[0], b"")
@@ -295,4 +301,131 @@ def test_split_payloads_finds_every_payload(drawn):
 def test_field_prefix_precedes_the_values_of_a_repeated_field(parts, number):
     """Values joined with their prefixes are split into the same values, whatever the field's number."""
     data = b"".join(framing.field_prefix(number, len(part)) + part for part in parts)
-    assert framing.split_payloads(data, number) == (b"", parts)
+    assert framing.split_payloads(data, number, 0) == (b"", parts)
+
+
+EMPTY = varint(15 << 3 | BYTES) + b"\0"
+SMALL = varint(16 << 3 | VARINT) + b"\1"
+
+
+@pytest.mark.parametrize("field", [EMPTY, SMALL, varint(1 << 3 | BYTES) + b"\0"], ids=["payload", "unknown", "known"])
+def test_a_message_has_a_limited_number_of_fields(field):
+    """The fields of a message are scanned only up to a limit, whatever they are."""
+    at_most = field * framing.MAX_FIELDS
+    framing.split_payload(at_most, pool_pb2.PoolRequest)
+    framing.split_payloads(at_most, 15, MIB)
+    for data in (at_most + b"\x08\x01", at_most * 1000):
+        with pytest.raises(framing.HeaderError, match=f"expected at most {framing.MAX_FIELDS} fields, got more"):
+            framing.split_payload(data, pool_pb2.PoolRequest)
+        with pytest.raises(framing.HeaderError, match=f"expected at most {framing.MAX_FIELDS} fields, got more"):
+            framing.split_payloads(data, 15, MIB)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_header_has_a_limited_size(first, copies):
+    """A message is limited without its payload, of which there may be any amount, before it and after it."""
+    payload = framing.join(b"", [bytes(3 * MIB)]) * copies
+
+    def sent(size):
+        padding = framing.field_prefix(14, size - 4) + bytes(size - 4)
+        assert len(padding) == size
+        return payload + padding if first else padding + payload
+
+    assert framing.MAX_HEADER_BYTES == MIB
+    header, found = framing.split_payload(sent(MIB), pool_pb2.PoolRequest)
+    assert (len(header), len(found)) == (MIB, 3 * MIB)
+    header, payloads = framing.split_payloads(sent(MIB), 15, MIB)
+    assert (len(header), len(payloads)) == (MIB, copies)
+    words = f"expected at most {MIB} bytes without the payload, got {MIB + 1}"
+    with pytest.raises(framing.HeaderError, match=words):
+        framing.split_payload(sent(MIB + 1), pool_pb2.PoolRequest)
+    with pytest.raises(framing.HeaderError, match=words):
+        framing.split_payloads(sent(MIB + 1), 15, MIB)
+
+
+UNUSUAL = {
+    "group": varint(16 << 3 | GROUP) + varint(16 << 3 | END),
+    "overlong": varint(15 << 3 | BYTES, 3) + varint(3, 3) + b"abc",
+    "truncated": varint(15 << 3 | BYTES) + varint(5) + b"abc",
+}
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_a_message_that_is_left_to_protobuf_is_small(kind):
+    """Whatever is not read here, such as a group, is read by protobuf from a small message, and never from another."""
+    largest = framing.MAX_UNUSUAL_BYTES
+
+    def sent(size):
+        length = size - len(UNUSUAL[kind]) - 4
+        padding = varint(14 << 3 | BYTES) + varint(length, 3 - len(varint(length))) + bytes(length)
+        return padding + UNUSUAL[kind]
+
+    at_most = sent(largest)
+    assert len(at_most) == largest
+    assert by_framing(pool_pb2.PoolRequest, at_most) == by_protobuf(pool_pb2.PoolRequest, at_most)
+    assert framing.split_payloads(at_most, 15, MIB) is None
+    words = f"expected at most {largest} bytes without the payload, got {largest + 1}"
+    with pytest.raises(framing.HeaderError, match=words):
+        framing.split_payload(sent(largest + 1), pool_pb2.PoolRequest)
+    with pytest.raises(framing.HeaderError, match=words):
+        framing.split_payloads(sent(largest + 1), 15, MIB)
+
+
+def fields_of(message):
+    """Return the number of fields that protobuf writes for a message, those of the messages in it included."""
+    count = len(UnknownFieldSet(message))
+    for _, value in message.ListFields():
+        values = [value] if isinstance(value, Message | bytes | str | int | float) else value
+        packed = isinstance(values[0], int | float)
+        count += 1 if packed else sum(1 + (fields_of(each) if isinstance(each, Message) else 0) for each in values)
+    return count
+
+
+@st.composite
+def written(draw):
+    """Draw a message as protobuf writes it, with known and unknown fields, but without groups."""
+    cls = draw(CLASSES)
+    known = st.sampled_from(FIELDS[cls]).map(lambda field: field.SerializeToString())
+    data = b"".join(draw(st.lists(known | PAYLOADS | SCALARS, max_size=6)))
+    return cls.FromString(data) if by_protobuf(cls, data) else cls()
+
+
+@given(written())
+@example(REQUEST)
+@example(pool_pb2.PoolResponse(results=RESULTS))
+@example(pool_pb2.PoolRequest())
+def test_count_fields_counts_what_protobuf_writes(message):
+    """Each field counts once, and the messages in it are counted too; packed numbers are one field."""
+    data = message.SerializeToString()
+    assert framing.count_fields(data, message.DESCRIPTOR, MIB) == fields_of(message)
+
+
+@given(messages() | damaged(), st.integers(0, 30))
+def test_counting_ends_above_the_limit(case, limit):
+    """A count above the limit is one more than the limit, for any bytes."""
+    cls, data = case
+    count = framing.count_fields(data, cls.DESCRIPTOR, MIB)
+    assert framing.count_fields(data, cls.DESCRIPTOR, limit) == min(count, limit + 1)
+
+
+@given(messages() | damaged())
+@example((pool_pb2.PoolRequest, UNUSUAL["group"] + IN_ARENA.SerializeToString()))
+def test_protobuf_finds_no_more_fields_than_were_counted(case):
+    """Whatever bytes protobuf accepts, groups and long varints included, the count bounds what it builds of them."""
+    cls, data = case
+    if by_protobuf(cls, data) is None:
+        return
+    message = cls.FromString(data)
+    assert framing.count_fields(data, cls.DESCRIPTOR, MIB) >= fields_of(message)
+
+
+@pytest.mark.parametrize("before", [b"", UNUSUAL["group"]], ids=["fields", "a group before them"])
+def test_nested_fields_are_counted(before):
+    """Fields are counted in the messages of a message, whatever is before them."""
+    branches = pool_pb2.PoolRequest.DESCRIPTOR.fields_by_name["branches"]
+    layers = branches.message_type.fields_by_name["layers"]
+    nested = before + (varint(layers.number << 3 | BYTES) + b"\0") * 1000
+    data = framing.field_prefix(branches.number, len(nested)) + nested
+    assert len(pool_pb2.PoolRequest.FromString(data).branches[0].layers) == 1000
+    assert framing.count_fields(data, pool_pb2.PoolRequest.DESCRIPTOR, MIB) > 1000

@@ -1,70 +1,136 @@
-"""Admission control: which bytes and calls fit, and when they are counted."""
+"""Admission control: which bytes and calls fit, when they are counted, and whose calls give way."""
 
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from threading import Barrier, Lock
+from threading import Barrier, Event, Lock, Thread
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poolrpc import UnavailableError
-from poolrpc_server.calls.admission import AdmissionControl
+from poolrpc import CancelledError, LimitExceededError, PoolError, UnavailableError
+from poolrpc_server.calls.admission import SMALL_BYTES, AdmissionControl, CallLimit, Ticket, share_of
+
+PATIENCE = 60
+FOREVER = 3600.0
+MIB = 2**20
+
+
+class Call:
+    """A call with a ticket, which records why it was ended."""
+
+    def __init__(self, admission, caller=""):
+        self.ended = []
+        self.ticket = Ticket(admission, self.ended.append)
+        self.ticket.identify(caller)
+
+
+def limit_of(maximum):
+    """Return a limit on the number of calls."""
+    return CallLimit("CALLS", "calls at a time", maximum)
 
 
 def test_bytes_fit_up_to_the_limit():
-    """Requests fit up to the limit, the last byte included; one more byte is rejected with both figures and a delay."""
+    """Calls fit up to the limit, the last byte included; one more byte is rejected with both figures and a delay."""
     admission = AdmissionControl(10)
-    with admission.hold(6), admission.hold(4):
-        with pytest.raises(UnavailableError) as raised, admission.hold(1):
-            pytest.fail("one byte too many was admitted")
-        error = raised.value
-        assert (error.reason, error.metadata) == ("IN_FLIGHT_BYTES", {"limit": "10", "actual": "11"})
-        assert error.retry_delay > 0
+    Call(admission).ticket.reserve(6)
+    Call(admission).ticket.reserve(4)
+    with pytest.raises(UnavailableError) as raised:
+        Call(admission).ticket.reserve(1)
+    error = raised.value
+    assert (error.reason, error.metadata) == ("IN_FLIGHT_BYTES", {"limit": "10", "actual": "11"})
+    assert error.retry_delay > 0
 
 
-def test_bytes_are_released_however_a_request_ends():
-    """A request's bytes are released when it ends or fails, and a rejected request holds none."""
+def test_a_call_that_never_fits_is_rejected_for_good():
+    """A call that is larger than the limit, also with what it holds already, gets a final error with both figures."""
+    ticket = Call(AdmissionControl(10)).ticket
+    for held, nbytes in ((0, 11), (5, 6)):
+        ticket.reserve(held)
+        with pytest.raises(LimitExceededError) as raised:
+            ticket.reserve(nbytes)
+        assert (raised.value.reason, raised.value.metadata) == ("IN_FLIGHT_BYTES", {"limit": "10", "actual": "11"})
+    assert ticket.nbytes == 5
+
+
+def test_everything_is_returned_once():
+    """A released ticket holds nothing, however often it is released, and reserves nothing more."""
+    admission, limit = AdmissionControl(10), limit_of(1)
+    call = Call(admission, "alice")
+    call.ticket.enter(limit)
+    call.ticket.reserve(7)
+    for _ in range(3):
+        call.ticket.release()
+    assert (admission.bytes_in_flight, limit.count, admission.tickets()) == (0, 0, [])
+    assert not limit.callers
+    with pytest.raises(CancelledError):
+        call.ticket.reserve(1)
+    with pytest.raises(CancelledError):
+        call.ticket.enter(limit)
+    call.ticket.shrink(0)
+    call.ticket.leave(limit)
+    assert (admission.bytes_in_flight, limit.count) == (0, 0)
+
+
+def test_bytes_of_a_scope_are_returned_at_its_end():
+    """What is reserved within a scope is returned however it ends; what was held before stays."""
     admission = AdmissionControl(10)
-    with pytest.raises(ZeroDivisionError), admission.hold(10):
-        raise ZeroDivisionError
-    with admission.hold(10):
-        for _ in range(3):
-            with pytest.raises(UnavailableError), admission.hold(10):
-                pytest.fail("twice the limit was admitted")
-    with admission.hold(10):
-        pass
+    ticket = Call(admission).ticket
+    ticket.reserve(2)
+
+    def fail():
+        with ticket.scope():
+            ticket.reserve(5)
+            assert admission.bytes_in_flight == 7
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert admission.bytes_in_flight == ticket.nbytes == 2
+    ticket.shrink(1)
+    ticket.shrink(9)
+    assert admission.bytes_in_flight == ticket.nbytes == 1
 
 
-def test_a_request_of_any_size_fits_alone():
-    """A request over the limit is admitted when it is alone, and nothing is admitted with it."""
-    admission = AdmissionControl(10)
-    with admission.hold(1000), pytest.raises(UnavailableError), admission.hold(1):
-        pytest.fail("a second request was admitted")
-    with admission.hold(9), pytest.raises(UnavailableError), admission.hold(1000):
-        pytest.fail("a large request was admitted together with another")
+CALLERS = st.sampled_from(["", "alice", "bob"])
+STEPS = st.one_of(
+    st.tuples(st.just("enter"), CALLERS, st.just(0)),
+    st.tuples(st.sampled_from(["reserve", "unknown", "shrink"]), st.integers(0, 9), st.integers(0, 12)),
+    st.tuples(st.sampled_from(["stall", "end", "leave"]), st.integers(0, 9), st.just(0)),
+)
 
 
-@given(st.integers(1, 50), st.lists(st.integers(0, 60) | st.just(-1), max_size=30))
-def test_the_count_is_that_of_the_bytes_in_flight(limit, steps):
-    """In any order of requests that begin and end (-1), a request is admitted if it is alone or fits."""
-    admission, held = AdmissionControl(limit), []
-    with ExitStack() as stack:
-        for step in steps:
-            if step < 0:
-                if held:
-                    held.pop()[1].close()
+@given(st.integers(1, 10), st.integers(1, 4), st.lists(STEPS, max_size=40))
+def test_nothing_stays_reserved_when_every_call_has_ended(max_bytes, max_calls, steps):  # noqa: C901 - one step each
+    """After any mixture of calls the limits were never exceeded, and with every caller gone every counter is 0."""
+    admission, limit, calls = AdmissionControl(max_bytes), limit_of(max_calls), []
+    for action, which, nbytes in steps:
+        ticket = calls[which % len(calls)].ticket if calls and action != "enter" else None
+        try:
+            if action == "enter":
+                calls.append(Call(admission, which))
+                calls[-1].ticket.enter(limit)
+            elif ticket is None:
                 continue
-            total = sum(nbytes for nbytes, _ in held)
-            own = stack.enter_context(ExitStack())
-            if total and total + step > limit:
-                with pytest.raises(UnavailableError):
-                    own.enter_context(admission.hold(step))
+            elif action == "reserve":
+                ticket.reserve(nbytes)
+            elif action == "unknown":
+                admission.reserve(ticket, min(nbytes, max_bytes))
+            elif action == "shrink":
+                ticket.shrink(nbytes)
+            elif action == "stall":
+                ticket.wait(FOREVER, patience=0)
+            elif action == "leave":
+                ticket.leave(limit)
             else:
-                own.enter_context(admission.hold(step))
-                held.append((step, own))
-    with admission.hold(limit):
-        pass
+                ticket.end("TIMEOUT")
+        except PoolError:
+            continue
+        assert admission.bytes_in_flight == sum(call.ticket.nbytes for call in calls) <= max_bytes
+        assert limit.count <= max_calls
+    for call in calls:
+        call.ticket.release()
+    assert (admission.bytes_in_flight, limit.count, admission.tickets()) == (0, 0, [])
+    assert not limit.callers
 
 
 def test_threads_never_hold_more_than_the_limit():
@@ -75,52 +141,147 @@ def test_threads_never_hold_more_than_the_limit():
         nonlocal held, most
         barrier.wait()
         for _ in range(500):
+            ticket = Call(admission).ticket
             try:
-                with admission.hold(1):
-                    with lock:
-                        held += 1
-                        most = max(most, held)
-                    with lock:
-                        held -= 1
+                ticket.reserve(1)
             except UnavailableError:
                 continue
+            with lock:
+                held += 1
+                most = max(most, held)
+            with lock:
+                held -= 1
+            ticket.release()
 
     with ThreadPoolExecutor(8) as executor:
         list(executor.map(run, range(8)))
     assert 1 <= most <= 3
-    with admission.hold(3), pytest.raises(UnavailableError), admission.hold(1):
-        pytest.fail("bytes of a thread that ended are still counted, or were released twice")
+    assert admission.bytes_in_flight == 0
 
 
-def test_calls_are_counted_until_their_tickets_are_released():
-    """One call too many is rejected; a ticket's place and announced bytes are returned once."""
-    admission = AdmissionControl(10, 2)
-    first, second = admission.admit(6), admission.admit()
+def test_calls_are_counted_until_they_end_or_leave():
+    """One call too many is rejected with the figures, until another one has ended or has left the limit."""
+    admission, limit = AdmissionControl(10), limit_of(2)
+    first, second, third = (Call(admission) for _ in range(3))
+    first.ticket.enter(limit)
+    second.ticket.enter(limit)
     with pytest.raises(UnavailableError) as raised:
-        admission.admit()
+        third.ticket.enter(limit)
     assert (raised.value.reason, raised.value.metadata) == ("CALLS", {"limit": "2", "actual": "3"})
-    first.message_arrived()
-    assert admission.bytes_in_flight == 0
-    for _ in range(3):
-        first.release()
-    assert admission.bytes_in_flight == 0
-    admission.admit(9).release()
-    second.release()
-    tickets = [admission.admit(), admission.admit()]
+    first.ticket.release()
+    third.ticket.enter(limit)
+    second.ticket.leave(limit)
+    Call(admission).ticket.enter(limit)
+
+
+def test_one_caller_leaves_a_quarter_of_the_calls_to_others():
+    """A caller's call over its share is rejected; another caller's, and those of callers that are unknown, are not."""
+    admission, limit = AdmissionControl(10), limit_of(8)
+    for _ in range(share_of(8)):
+        Call(admission, "alice").ticket.enter(limit)
+    excess = Call(admission, "alice")
+    with pytest.raises(UnavailableError, match="of one caller"):
+        excess.ticket.enter(limit)
+    excess.ticket.release()
+    late = Ticket(admission)  # the caller becomes known later, as with gRPC's connections
+    late.enter(limit)
+    with pytest.raises(UnavailableError, match="of one caller"):
+        late.identify("alice")
+    late.release()
+    for caller in ("bob", ""):
+        Call(admission, caller).ticket.enter(limit)
+    assert limit.count == 8
+
+
+def test_one_caller_leaves_a_quarter_of_the_bytes_to_others():
+    """A caller's bytes over its share are rejected unless they are those of its only call."""
+    admission = AdmissionControl(100)
+    Call(admission, "alice").ticket.reserve(70)
+    with pytest.raises(UnavailableError, match="of one caller"):
+        Call(admission, "alice").ticket.reserve(10)
+    Call(admission, "bob").ticket.reserve(30)
+    alone = AdmissionControl(100)
+    Call(alone, "alice").ticket.reserve(100)
+
+
+def test_large_messages_leave_room_for_small_ones():
+    """A quarter of the bytes is left for reservations up to SMALL_BYTES."""
+    admission = AdmissionControl(100 * MIB)
+    Call(admission, "alice").ticket.reserve(70 * MIB)
     with pytest.raises(UnavailableError):
-        admission.admit()
-    for ticket in tickets:
-        ticket.release()
+        Call(admission, "bob").ticket.reserve(10 * MIB)
+    for number in range(30):
+        Call(admission, f"caller {number}").ticket.reserve(SMALL_BYTES)
+    assert admission.bytes_in_flight == 100 * MIB
 
 
-def test_announced_bytes_are_rejected_like_any_others():
-    """A message that does not fit together with what is in flight is rejected, and takes no place among the calls."""
-    admission = AdmissionControl(10, 1)
-    with admission.hold(6), pytest.raises(UnavailableError):
-        admission.admit(5)
-    with admission.hold(10), pytest.raises(UnavailableError):
-        admission.admit()
-    admission.admit(5).release()
+def test_a_stalled_call_gives_way():
+    """A call that waits for its caller too long is ended for another one's sake; one that proceeds is not."""
+    admission, limit = AdmissionControl(10), limit_of(1)
+    stalled = Call(admission)
+    stalled.ticket.enter(limit)
+    stalled.ticket.wait(FOREVER, patience=0)
+    working = Call(admission)
+    working.ticket.enter(limit)
+    assert (stalled.ended, stalled.ticket.released, limit.count) == (["STALLED"], True, 1)
+    working.ticket.wait(FOREVER, patience=0)
+    working.ticket.proceed()
+    with pytest.raises(UnavailableError):
+        Call(admission).ticket.enter(limit)
+    working.ticket.wait(FOREVER, patience=PATIENCE)
+    with pytest.raises(UnavailableError):
+        Call(admission).ticket.enter(limit)
+    assert working.ended == []
+
+
+def test_bytes_of_stalled_calls_give_way():
+    """As many stalled calls are ended as are needed for another one's bytes."""
+    admission = AdmissionControl(10)
+    stalled = [Call(admission) for _ in range(5)]
+    for call in stalled:
+        call.ticket.reserve(2)
+        call.ticket.wait(FOREVER, patience=0)
+    Call(admission).ticket.reserve(3)
+    assert [call.ended for call in stalled] == [["STALLED"]] * 2 + [[]] * 3
+    assert admission.bytes_in_flight == 9
+
+
+def test_the_caller_with_the_most_stalled_calls_gives_way_first():
+    """Among stalled calls, the oldest one of the caller that has the most is ended."""
+    admission, limit = AdmissionControl(10), limit_of(4)
+    calls = [Call(admission, caller) for caller in ("bob", "alice", "alice", "")]
+    for call in calls:
+        call.ticket.enter(limit)
+        call.ticket.wait(FOREVER, patience=0)
+    Call(admission, "carol").ticket.enter(limit)
+    assert [call.ended for call in calls] == [[], ["STALLED"], [], []]
+
+
+def test_a_message_of_unknown_size_waits_for_room():
+    """It reserves as many bytes as it may have, as soon as another call returns them."""
+    admission, begun = AdmissionControl(100), Event()
+    holder = Call(admission, "alice")
+    holder.ticket.reserve(60)
+    waited = Call(admission, "bob")
+
+    def reserve():
+        begun.set()
+        waited.ticket.reserve_unknown(1000)
+
+    thread = Thread(target=reserve)
+    thread.start()
+    assert begun.wait(PATIENCE)
+    holder.ticket.release()
+    thread.join(PATIENCE)
+    assert (waited.ticket.nbytes, admission.bytes_in_flight) == (75, 75)
+
+
+def test_a_message_of_unknown_size_is_rejected_if_no_room_comes():
+    """The wait has a limit, after which the call is UNAVAILABLE."""
+    admission = AdmissionControl(100)
+    Call(admission).ticket.reserve(90)
+    with pytest.raises(UnavailableError):
+        Call(admission).ticket.reserve_unknown(50)
 
 
 class Idle:
@@ -138,7 +299,8 @@ def test_idle_memory_gives_way_to_calls():
     """Memory kept between calls is dropped as soon as it does not fit with what is in flight, and rejects nothing."""
     idle = Idle(4)
     admission = AdmissionControl(10, idle=idle)
-    with admission.hold(6):
-        assert idle.idle_bytes == 4
-        with admission.hold(1):
-            assert idle.idle_bytes == 0
+    ticket = Call(admission).ticket
+    ticket.reserve(6)
+    assert idle.idle_bytes == 4
+    ticket.reserve(1)
+    assert idle.idle_bytes == 0

@@ -2,7 +2,7 @@
 
 import pytest
 
-from poolrpc import CancelledError, DeadlineExceededError
+from poolrpc import CancelledError, DeadlineExceededError, PermissionDeniedError
 from poolrpc_server.calls.call import DerivedContext
 from tests.unit.server.context import Context
 
@@ -42,8 +42,52 @@ def test_a_derived_context_shares_everything_else():
     """Its record, end and callbacks are the call's; its priority may be its own."""
     call, called = Context(), []
     derived = DerivedContext(call, priority=2)
-    assert (derived.priority, DerivedContext(call).priority, derived.record) == (2, 1, call.record)
+    assert (derived.priority, DerivedContext(call).priority) == (2, 1)
+    assert (derived.record, derived.ticket) == (call.record, call.ticket)
     assert derived.add_done_callback(lambda: called.append(True))
     derived.cancel()
     assert (derived.is_active(), call.is_active(), called) == (False, False, [True])
     assert not derived.add_done_callback(list)
+
+
+class FromPeer(Context):
+    """A call from the address that the test sets."""
+
+    peer = ""
+
+
+@pytest.mark.parametrize(
+    ("token", "peer", "caller"),
+    [
+        ("", "", ""),
+        ("", "ipv4:127.0.0.1:50051", "ipv4:127.0.0.1:50051"),
+        ("", "unix:", ""),
+        ("alice", "ipv4:127.0.0.1:50051", "alice"),
+        ("alice", "unix:", "alice"),
+    ],
+)
+def test_a_caller_is_a_token_or_a_connection(token, peer, caller):
+    """Calls with a token are one caller's whatever their connection; connections of unix sockets are all alike."""
+    call = FromPeer()
+    call.token, call.peer = token, peer
+    assert (call.caller, DerivedContext(call).caller, DerivedContext(call).peer) == (caller, caller, peer)
+
+
+@pytest.mark.parametrize("priority", [0, 1, 2])
+@pytest.mark.parametrize("urgent", [True, False])
+def test_priority_0_may_be_forbidden(urgent, priority):
+    """Without the token's word a call has priority 1 or 2, and so has each part of it."""
+    call = Context()
+    call.urgent = urgent
+    if urgent or priority:
+        call.set_priority(priority)
+        derived = DerivedContext(Context(), priority=priority)
+        assert (call.priority, DerivedContext(call).priority, derived.priority) == (priority, priority, priority)
+        return
+    with pytest.raises(PermissionDeniedError, match=r"^the token does not allow priority 0$"):
+        call.set_priority(priority)
+    # Nor may a part of the call, or a part of a part, have it.
+    for whole in (call, DerivedContext(call)):
+        with pytest.raises(PermissionDeniedError):
+            DerivedContext(whole, priority=priority)
+    assert (call.priority, DerivedContext(call).priority) == (1, 1)

@@ -3,6 +3,7 @@
 import mmap
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -26,7 +27,8 @@ from poolrpc import (
 from poolrpc._wire.codec import ArenaRanges, BranchResult, Request
 from poolrpc.tensors import TensorSpec
 from poolrpc_server.calls.admission import AdmissionControl
-from poolrpc_server.calls.dispatch import BLOCKS_HELD, Dispatcher
+from poolrpc_server.calls.admitted_call import ANSWER_COPIES
+from poolrpc_server.calls.dispatch import BLOCKS_HELD, FREE_SCRATCH_BYTES, Dispatcher
 from poolrpc_server.calls.queue import QueueLimits
 from poolrpc_server.calls.validate import Limits
 from poolrpc_server.compute.engine import Engine
@@ -39,6 +41,8 @@ LIMITS = Limits(2**20, 2**20, 64, 10**6)
 X = np.arange(32, dtype=np.float32).reshape(1, 2, 4, 4)
 INPUT, PAYLOAD = TensorSpec("float32", X.shape), X.tobytes()
 HALVED = BranchResult(((1, 2, 2, 2),), TensorSpec("float32", (1, 2, 2, 2)))
+CALLS = 1000
+BYTES = 100_000
 CALL = Context()
 LATE = Context(remaining=0.0)
 
@@ -53,14 +57,14 @@ def engine():
 
 @pytest.fixture
 def admission():
-    """Admission control of 1000 bytes."""
-    return AdmissionControl(1000)
+    """Admission control of BYTES bytes."""
+    return AdmissionControl(BYTES)
 
 
 @pytest.fixture
-def dispatcher(admission, engine):
-    """A dispatcher with both."""
-    return Dispatcher(LIMITS, admission, engine, INFO)
+def dispatcher(engine):
+    """A dispatcher of that engine."""
+    return Dispatcher(LIMITS, CALLS, engine, INFO)
 
 
 def pool(dispatcher, *branches, spec=INPUT, payload=PAYLOAD, call=CALL):
@@ -72,6 +76,31 @@ def pool(dispatcher, *branches, spec=INPUT, payload=PAYLOAD, call=CALL):
 def copied(outputs):
     """Return copies of the outputs' bytes."""
     return [bytes(each) for each in outputs]
+
+
+def needed(checked):
+    """Return the bytes that a request takes in addition to its message: its answer, and the memory to compute it."""
+    return ANSWER_COPIES * checked.output_bytes + max(0, checked.schedule.scratch_bytes - FREE_SCRATCH_BYTES)
+
+
+@contextmanager
+def held(admission, nbytes):
+    """Hold bytes for another call."""
+    other = Context(admission=admission)
+    other.ticket.reserve(nbytes)
+    yield
+    other.ticket.release()
+
+
+@contextmanager
+def rejected(admission):
+    """Check that there are too few bytes in flight for what is run within the context, for now."""
+    before = admission.bytes_in_flight
+    with pytest.raises(UnavailableError) as raised:
+        yield
+    assert (raised.value.reason, raised.value.metadata["limit"]) == ("IN_FLIGHT_BYTES", str(BYTES))
+    assert raised.value.retry_delay > 0
+    assert admission.bytes_in_flight == before
 
 
 def test_a_call_is_answered_with_specs_and_bytes_in_order(dispatcher):
@@ -118,52 +147,136 @@ def test_a_cancelled_call_is_not_computed(dispatcher):
     ("layer", "bad", "error"),
     [
         (MaxPool2d(5), {}, InvalidArgumentError),
-        (MaxPool2d(2), {"payload": b""}, InvalidArgumentError),
         (AvgPool2d(2), {"spec": TensorSpec("int8", (1, 2, 4, 4))}, UnsupportedError),
-        (MaxPool2d(2), {"call": LATE}, DeadlineExceededError),
+        (MaxPool2d(2), {"payload": b""}, InvalidArgumentError),
+        (MaxPool2d(2), {"remaining": 0.0}, DeadlineExceededError),
     ],
-    ids=["layer", "payload", "dtype", "deadline"],
+    ids=["layer", "dtype", "payload", "deadline"],
 )
-def test_a_failed_call_holds_no_bytes(dispatcher, admission, layer, bad, error):
-    """A call that was rejected or not computed leaves its bytes to the next."""
+def test_a_failed_call_holds_nothing_after_its_end(dispatcher, admission, layer, bad, error):
+    """Nothing is reserved for an invalid request; what a call that fails later has reserved is on its ticket."""
+    bad = dict(bad)
+    call = Context(remaining=bad.pop("remaining", None), admission=admission)
     with pytest.raises(error):
-        pool(dispatcher, (layer,), **bad)
-    with admission.hold(1000), pytest.raises(UnavailableError), admission.hold(1):
-        pytest.fail("more bytes than the limit were admitted")
+        pool(dispatcher, (layer,), call=call, **bad)
+    assert (call.ticket.nbytes > 0) == (layer == MaxPool2d(2))
+    assert admission.bytes_in_flight == call.ticket.nbytes
+    call.ticket.release()
+    assert admission.bytes_in_flight == 0
 
 
-@pytest.mark.parametrize(("held", "room"), [(872, False), (841, False), (840, True)])
-def test_inputs_and_outputs_count_with_those_of_other_calls(dispatcher, admission, held, room):
-    """A call of 128 bytes with 32 bytes of output needs 160 free bytes; otherwise it may be tried again."""
-    with admission.hold(held):
-        if room:
-            pool(dispatcher, (MaxPool2d(2),))
-            return
-        with pytest.raises(UnavailableError) as raised:
-            pool(dispatcher, (MaxPool2d(2),))
+@pytest.mark.parametrize("scratch", [None, 0, FREE_SCRATCH_BYTES, FREE_SCRATCH_BYTES + 1000])
+def test_outputs_and_scratch_count_with_those_of_other_calls(dispatcher, admission, monkeypatch, scratch):
+    """A call needs room for its answer and for what computes it, to the byte; otherwise it may be tried again."""
+    checked = dispatcher.check(Request(INPUT, ((MaxPool2d(2),),)))
+    if scratch is not None:
+        monkeypatch.setattr(checked.schedule, "scratch_bytes", scratch)
+    assert checked.output_bytes == 32
+    call = Context(admission=admission)
+    with held(admission, BYTES - needed(checked) + 1), rejected(admission):
+        dispatcher.pool(checked, PAYLOAD, call, copied)
+    with held(admission, BYTES - needed(checked)):
+        dispatcher.pool(checked, PAYLOAD, call, copied)
+        assert call.ticket.nbytes == needed(checked)
+
+
+def test_bytes_of_a_message_that_is_read_later_count_too(dispatcher, admission):
+    """A payload that is not read yet is counted, before it is read, with what the call needs."""
+    checked = dispatcher.check(Request(INPUT, ((MaxPool2d(2),),)))
+    size, call, read = len(PAYLOAD) + needed(checked), Context(admission=admission), []
+
+    def payload():
+        read.append(call.ticket.nbytes)
+        return PAYLOAD
+
+    with held(admission, BYTES - size + 1), rejected(admission):
+        dispatcher.pool_from(checked, payload, call, copied)
+    assert read == []
+    with held(admission, BYTES - size):
+        (output,) = dispatcher.pool_from(checked, payload, call, copied)
+    assert (read, len(output)) == ([size], 32)
+
+
+def test_a_payload_that_is_read_later_is_limited(engine):
+    """It is not in a message, so its size is checked by itself, before anything is reserved or read."""
+    dispatcher, call = Dispatcher(Limits(127, 2**20, 64, 10**6), CALLS, engine, INFO), Context()
+    checked = dispatcher.check(Request(INPUT, ((MaxPool2d(2),),)))
+    with pytest.raises(LimitExceededError) as raised:
+        dispatcher.pool_from(checked, lambda: pytest.fail("it was read"), call, copied)
+    assert (raised.value.reason, raised.value.metadata) == ("TENSOR_TOO_LARGE", {"limit": "127", "actual": "128"})
+    assert call.ticket.nbytes == 0
+
+
+def test_bytes_count_until_the_call_has_ended(dispatcher, admission):
+    """A call's bytes are returned neither when its outputs are computed nor when they are read, but at its end."""
+    call, checked = Context(admission=admission), dispatcher.check(Request(INPUT, ((MaxPool2d(2),),)))
+    during = []
+    dispatcher.pool(checked, PAYLOAD, call, lambda _: during.append(admission.bytes_in_flight))
+    assert during == [needed(checked)] == [admission.bytes_in_flight]
+    call.ticket.release()
+    assert admission.bytes_in_flight == 0
+
+
+def test_a_call_that_never_fits_is_rejected_for_good(dispatcher):
+    """A call that needs more than all bytes in flight gets a final error with both figures."""
+    checked = dispatcher.check(Request(INPUT, ((MaxPool2d(2),),)))
+    size = needed(checked)
+    with pytest.raises(LimitExceededError) as raised:
+        dispatcher.pool(checked, PAYLOAD, Context(admission=AdmissionControl(size - 1)), copied)
     assert raised.value.reason == "IN_FLIGHT_BYTES"
-    assert raised.value.retry_delay > 0
+    assert raised.value.metadata == {"limit": str(size - 1), "actual": str(size)}
+    assert dispatcher.pool(checked, PAYLOAD, Context(admission=AdmissionControl(size)), copied)
 
 
-def test_bytes_count_until_the_answer_is_written(dispatcher, admission):
-    """A call's bytes are released when its outputs are no longer read, not when they are computed."""
+class WatchedEngine(Engine):
+    """An engine whose last run the test sees."""
 
-    def read(_):
-        with pytest.raises(UnavailableError), admission.hold(841):
-            pytest.fail("the outputs were no longer counted")
-        with admission.hold(840):
-            pass
+    last = None
 
-    dispatcher.pool(dispatcher.check(Request(INPUT, ((MaxPool2d(2),),))), PAYLOAD, CALL, read)
-    with admission.hold(1000):
-        pass
+    def run(self, *arguments):
+        """Return a run, and keep it."""
+        self.last = super().run(*arguments)
+        return self.last
 
 
-@pytest.mark.parametrize("limit", [1, 100, 128, 159])
-def test_a_call_of_any_size_is_served_alone(engine, limit):
-    """A call over the limit, by itself or with its output, is served when no other call is in flight."""
-    dispatcher = Dispatcher(LIMITS, AdmissionControl(limit), engine, INFO)
-    assert pool(dispatcher, (MaxPool2d(2),))[0].results == (HALVED,)
+@pytest.fixture
+def watched():
+    """An engine whose last run is kept."""
+    made = WatchedEngine("cpu", 1)
+    yield made
+    made.close()
+
+
+def test_a_request_is_computed_for_a_limited_time(watched):
+    """The check of an execution raises a final error once the time is used up; time in the queue does not count."""
+    dispatcher, call = Dispatcher(LIMITS, CALLS, watched, INFO, max_compute_seconds=0.0), Context()
+    with pytest.raises(LimitExceededError, match="computed within 0 seconds, got one that takes longer") as raised:
+        # Whether the engine has asked before or not, it is asked again when the outputs are complete.
+        pool_checked(dispatcher, call, lambda _: watched.last.check())
+    assert (raised.value.reason, raised.value.metadata["limit"]) == ("COMPUTE_SECONDS", "0")
+    assert float(raised.value.metadata["actual"]) > 0
+    assert call.record.latest.error == "LimitExceededError"
+    # An execution that has not begun has used no time.
+    call.record.latest.started = 0
+    watched.last.check()
+
+
+def test_an_execution_ends_with_its_call(watched):
+    """The check raises nothing within the limit, and the call's own error once no caller waits for the answer."""
+    dispatcher, call = Dispatcher(LIMITS, CALLS, watched, INFO, max_compute_seconds=3600.0), Context()
+    assert pool_checked(dispatcher, call, lambda _: watched.last.check()) is None
+
+    def leave(_):
+        call.cancel()
+        watched.last.check()
+
+    with pytest.raises(CancelledError):
+        pool_checked(dispatcher, call, leave)
+
+
+def pool_checked(dispatcher, call, finish):
+    """Run a request with another `finish`."""
+    return dispatcher.pool(dispatcher.check(Request(INPUT, ((MaxPool2d(2),),))), PAYLOAD, call, finish)
 
 
 def test_shapes_are_answered_without_a_payload(dispatcher):
@@ -178,47 +291,48 @@ def test_a_stream_gives_what_a_call_gives_block_by_block(dispatcher):
     request = Request(INPUT, ((MaxPool2d(2, return_indices=True),),))
     _, whole = pool(dispatcher, *request.branches)
     values, places = [], []
-    with dispatcher.stream(request, CALL) as stream:
-        assert stream.results == request.results()
-        for start in (0, 64):
-            value, place = dispatcher.pool_block(stream, PAYLOAD[start : start + 64], CALL, copied)
-            values.append(value)
-            places.append(place)
-        stream.finish()
+    stream = dispatcher.stream(request, CALL)
+    assert stream.results == request.results()
+    for start in (0, 64):
+        value, place = dispatcher.pool_block(stream, PAYLOAD[start : start + 64], CALL, copied)
+        values.append(value)
+        places.append(place)
+    stream.finish()
     assert [b"".join(values), b"".join(places)] == whole
 
 
-def test_a_stream_reserves_its_blocks_until_its_end(dispatcher, admission):
-    """The blocks that a stream has in memory are reserved when it begins: 128 bytes each, with 32 of output."""
-    size = BLOCKS_HELD * 128 + 32
-    with dispatcher.stream(Request(INPUT, ((MaxPool2d(2),),)), CALL):
-        with pytest.raises(UnavailableError), admission.hold(1001 - size):
-            pytest.fail("more bytes than the limit were admitted")
-        with admission.hold(1000 - size):
-            pass
-    with admission.hold(1000):
-        pass
+def test_a_stream_reserves_its_blocks_until_its_call_has_ended(dispatcher, admission):
+    """The blocks that a stream has in memory, and what computes one, are reserved when it begins, and only then."""
+    request = Request(INPUT, ((MaxPool2d(2),),))
+    size = BLOCKS_HELD * 128 + needed(dispatcher.check(request))
+    call = Context(admission=admission)
+    with held(admission, BYTES - size):
+        stream = dispatcher.stream(request, call)
+        for start in (0, 64):
+            dispatcher.pool_block(stream, PAYLOAD[start : start + 64], call, copied)
+        stream.finish()
+        assert call.ticket.nbytes == size
+    call.ticket.release()
+    assert admission.bytes_in_flight == 0
 
 
 def test_a_stream_is_rejected_at_its_beginning_or_never(dispatcher, admission):
     """A stream whose blocks do not fit is rejected before the first block."""
-    with (
-        admission.hold(1000),
-        pytest.raises(UnavailableError),
-        dispatcher.stream(Request(INPUT, ((MaxPool2d(2),),)), CALL),
-    ):
-        pytest.fail("a stream was begun")
+    request = Request(INPUT, ((MaxPool2d(2),),))
+    size = BLOCKS_HELD * 128 + needed(dispatcher.check(request))
+    with held(admission, BYTES - size + 1), rejected(admission):
+        dispatcher.stream(request, Context(admission=admission))
 
 
 def test_a_stream_past_its_deadline_computes_nothing_more(dispatcher):
     """The deadline is checked when a stream begins and before each of its blocks."""
     request = Request(INPUT, ((MaxPool2d(2),),))
-    with pytest.raises(DeadlineExceededError), dispatcher.stream(request, LATE):
-        pytest.fail("a stream was begun")
-    with dispatcher.stream(request, CALL) as stream:
-        dispatcher.pool_block(stream, PAYLOAD[:64], CALL, copied)
-        with pytest.raises(DeadlineExceededError):
-            dispatcher.pool_block(stream, PAYLOAD[64:], LATE, copied)
+    with pytest.raises(DeadlineExceededError):
+        dispatcher.stream(request, LATE)
+    stream = dispatcher.stream(request, CALL)
+    dispatcher.pool_block(stream, PAYLOAD[:64], CALL, copied)
+    with pytest.raises(DeadlineExceededError):
+        dispatcher.pool_block(stream, PAYLOAD[64:], LATE, copied)
 
 
 def test_the_limits_of_a_stream_are_those_of_a_block(engine):
@@ -226,14 +340,11 @@ def test_the_limits_of_a_stream_are_those_of_a_block(engine):
     # 64 planes of 64 bytes of input and 16 of output.
     limits = Limits(64, 64, 64, 10**6)
     request = Request(TensorSpec("float32", (1, 64, 4, 4)), ((AdaptiveAvgPool2d(2),),))
-    dispatcher = Dispatcher(limits, AdmissionControl(10**6), engine, INFO)
+    dispatcher = Dispatcher(limits, CALLS, engine, INFO)
     with pytest.raises(LimitExceededError):
         dispatcher.check(request)
-    with (
-        pytest.raises(LimitExceededError) as raised,
-        dispatcher.stream(Request(TensorSpec("float32", (1, 64, 4, 5)), request.branches), CALL),
-    ):
-        pytest.fail("a plane over the limit was taken")
+    with pytest.raises(LimitExceededError) as raised:
+        dispatcher.stream(Request(TensorSpec("float32", (1, 64, 4, 5)), request.branches), CALL)
     assert raised.value.metadata == {"limit": "64", "actual": "80"}
 
 
@@ -334,6 +445,18 @@ def test_a_range_that_is_too_small_or_overlaps_is_rejected(shared, ranges, field
     assert bytes(shared.memory) == before
 
 
+def test_a_call_in_an_arena_counts_only_what_computes_it(shared, admission, monkeypatch):
+    """Its inputs and outputs are in the arena, whose bytes are counted elsewhere."""
+    monkeypatch.setattr(shared.checked.schedule, "scratch_bytes", FREE_SCRATCH_BYTES + 1000)
+    call = Context(admission=admission)
+    with held(admission, BYTES - 999), rejected(admission):
+        shared.run(call=call)
+    assert not shared.memory[mmap.PAGESIZE :].any()
+    with held(admission, BYTES - 1000):
+        shared.run(call=call)
+        assert call.ticket.nbytes == 1000
+
+
 def test_a_larger_range_for_inputs_is_accepted(shared, dispatcher):
     """The bytes behind the tensors in their range are ignored."""
     assert shared.run(input=(0, 1000))[:32] == pool(dispatcher, *BRANCHES)[1][0]
@@ -387,7 +510,7 @@ def test_a_server_without_arenas_finds_none(dispatcher):
 @pytest.mark.parametrize("culprit", range(8))
 def test_one_bad_call_of_a_batch_fails_alone(engine, culprit):
     """Of eight unpoolings that are computed together one has an index out of its plane, which fails alone."""
-    dispatcher = Dispatcher(LIMITS, AdmissionControl(10**6), engine, INFO)
+    dispatcher = Dispatcher(LIMITS, CALLS, engine, INFO)
     begun, let_go, waits = threading.Event(), threading.Event(), threading.Semaphore(0)
 
     def hold(_):
@@ -423,32 +546,47 @@ def test_one_bad_call_of_a_batch_fails_alone(engine, culprit):
 
 def test_a_full_queue_rejects_temporarily(engine):
     """The error has the limit, the count, and the time to wait before the next try."""
-    dispatcher = Dispatcher(LIMITS, AdmissionControl(10**6), engine, INFO, queue_limits=QueueLimits(max_queue=0))
+    dispatcher = Dispatcher(LIMITS, CALLS, engine, INFO, queue_limits=QueueLimits(max_queue=0))
     for priority in range(3):
+        call = Context()
+        call.set_priority(priority)
         with pytest.raises(UnavailableError, match="at most 0 calls in the queue, got 1; try again") as raised:
-            dispatcher.admit(priority)
+            dispatcher.admit(call)
         assert (raised.value.reason, raised.value.metadata) == ("QUEUE", {"limit": "0", "actual": "1"})
         assert raised.value.retry_delay > 0
 
 
-def test_a_stopped_dispatcher_rejects_temporarily(engine):
-    """A call that comes after the stop may be tried again, and holds no bytes."""
-    admission = AdmissionControl(1000)
-    dispatcher = Dispatcher(LIMITS, admission, engine, INFO)
+def test_a_stopped_dispatcher_rejects_temporarily(dispatcher):
+    """A call that comes after the stop may be tried again."""
     dispatcher.stop()
     with pytest.raises(UnavailableError) as raised:
         pool(dispatcher, (MaxPool2d(2),))
     assert raised.value.reason == "STOPPING"
     assert raised.value.retry_delay > 0
-    assert admission.bytes_in_flight == 0
 
 
-def test_a_call_is_rejected_unread_when_the_bytes_are_used_up(admission, dispatcher):
-    """When every byte is in flight, a call is rejected before its message is read."""
-    dispatcher.admit(1).release()
-    with admission.hold(1000), pytest.raises(UnavailableError) as raised:
-        dispatcher.admit(1)
-    assert raised.value.reason == "IN_FLIGHT_BYTES"
+def test_only_so_many_calls_are_admitted(engine):
+    """One call too many is rejected temporarily, until one of the others has ended."""
+    dispatcher, admission = Dispatcher(LIMITS, 2, engine, INFO), AdmissionControl(BYTES)
+    calls = [Context(admission=admission) for _ in range(3)]
+    for call in calls[:2]:
+        dispatcher.admit(call)
+    with pytest.raises(UnavailableError, match="at most 2 calls at a time, got 3; try again") as raised:
+        dispatcher.admit(calls[2])
+    assert (raised.value.reason, raised.value.metadata) == ("CALLS", {"limit": "2", "actual": "3"})
+    calls[0].ticket.release()
+    dispatcher.admit(calls[2])
+
+
+def test_a_message_over_the_limit_is_rejected_as_soon_as_it_is_announced(engine):
+    """The error is final and has both sizes, and the call is not counted."""
+    dispatcher = Dispatcher(Limits(1000, 2**20, 64, 10**6), 1, engine, INFO)
+    admission = AdmissionControl(BYTES)
+    with pytest.raises(LimitExceededError) as raised:
+        dispatcher.admit(Context(admission=admission), 1001)
+    assert (raised.value.reason, raised.value.metadata) == ("MESSAGE_TOO_LARGE", {"limit": "1000", "actual": "1001"})
+    assert admission.tickets() == []
+    dispatcher.admit(Context(admission=admission), 1000)
 
 
 def test_an_executed_call_has_its_stage_times(dispatcher):

@@ -1,7 +1,8 @@
-"""The pipeline of a call: admission, the status of each error, the log line, the counts."""
+"""The pipeline of a call: token, admission, the status of each error, the log line, the counts."""
 
 import logging
 from hashlib import sha256
+from itertools import count
 
 import pytest
 
@@ -14,9 +15,10 @@ from poolrpc import (
     UnavailableError,
 )
 from poolrpc._wire.status import DETAILS_KEY
-from poolrpc_server.calls.admission import AdmissionControl
+from poolrpc_server.calls.admission import AdmissionControl, CallLimit
 from poolrpc_server.calls.call import StatusError
-from poolrpc_server.calls.pipeline import CallPipeline, Method, Observers
+from poolrpc_server.calls.method import Method, Observers
+from poolrpc_server.calls.pipeline import CONTROL_CALLS, CallPipeline
 from poolrpc_server.calls.tokens import TokenFile
 from poolrpc_server.telemetry.metrics import Metrics
 from tests.unit.server.context import Context, error_of
@@ -24,6 +26,7 @@ from tests.unit.server.context import Context, error_of
 METHOD = "/poolrpc.v1.PoolService/Pool"
 PROBE = "/grpc.health.v1.Health/Check"
 UNEXPECTED = KeyError("a secret")
+PATIENCE = 3600.0
 
 
 class Log:
@@ -43,12 +46,15 @@ def log():
     return Log()
 
 
-def pipeline(log, *methods, admit=None, tokens=None, metrics=None, **observers):
-    """Return a pipeline of these methods."""
+def pipeline(log, *methods, admission=None, admit=None, tokens=None, metrics=None, **observers):
+    """Return a pipeline of these methods, which admits every call."""
     made = CallPipeline(
-        admit or (lambda *_: AdmissionControl(100).admit()),
+        admission or AdmissionControl(10**6),
+        admit or (lambda *_: None),
         Observers(log, metrics or Metrics(enabled=False), **observers),
         tokens,
+        max_message_bytes=1000,
+        receive_seconds=PATIENCE,
     )
     made.add(methods)
     return made
@@ -59,7 +65,7 @@ def unary(log, handler, *, context=None, name=METHOD, probe=False, **options):
     context = context or Context(name)
     call = pipeline(log, Method(name, unary=handler, probe=probe), **options).admit(context)
     try:
-        return call.unary(b"request")
+        return call.unary(iter([b"request"]))
     except StatusError as status:
         return status
 
@@ -280,7 +286,7 @@ def test_a_rejected_call_is_not_answered(log):
     assert error_of(raised.value).reason == call.error.reason == "QUEUE"
     ((_, facts),) = log.lines
     assert (facts["method"], facts["status"], facts["reason"]) == (METHOD, "UNAVAILABLE", "QUEUE")
-    assert made.admit(Context("/a.B/C")).unary(b"request") == b"request"
+    assert made.admit(Context("/a.B/C")).unary(iter([b"request"])) == b"request"
     assert answered == []
 
 
@@ -297,13 +303,12 @@ def test_admission_gets_what_the_metadata_says(log, metadata, admitted):
     """Priority and announced size come from the metadata; the handler sees the same priority."""
     seen = []
 
-    def admit(*arguments):
-        seen.append(arguments)
-        return AdmissionControl(100).admit()
+    def admit(call, announced):
+        seen.append((call.priority, announced))
 
     made = pipeline(log, Method(METHOD, unary=lambda _, call: bytes([call.priority]), computes=True), admit=admit)
     call = made.admit(Context(metadata=metadata))
-    assert call.unary(b"") == bytes([admitted[0]])
+    assert call.unary(iter([b""])) == bytes([admitted[0]])
     assert seen == [admitted]
 
 
@@ -322,32 +327,119 @@ def test_invalid_metadata_is_the_callers_fault(log, key, value):
     assert [violation.field for violation in call.error.violations] == [f"metadata.{key}"]
 
 
-def test_a_ticket_is_returned_whatever_happens(log):
-    """Announced bytes count until the message has arrived, and the call until it is released, answered or not."""
-    admission = AdmissionControl(100, 1)
+def never(_):
+    """Be a call that is admitted, but whose handler is never entered."""
+
+
+def answered(call):
+    """Read and answer a call."""
+    call.unary(iter([b"request"]))
+
+
+def failed(call):
+    """Fail with a message that is too large for the bytes in flight."""
+    with pytest.raises(StatusError):
+        call.unary(iter([bytes(200)]))
+
+
+def unsent(call):
+    """Fail for want of a message."""
+    with pytest.raises(StatusError):
+        call.unary(iter([]))
+
+
+@pytest.mark.parametrize("path", [never, answered, failed, unsent])
+def test_a_call_holds_nothing_after_its_end(log, path):
+    """Whatever happens to a call, everything that it holds is returned when its transport releases its ticket."""
+    admission, limit = AdmissionControl(100), CallLimit("CALLS", "calls at a time", 1)
+    method = Method(METHOD, unary=lambda message, _: message, computes=True)
+    made = pipeline(log, method, admission=admission, admit=lambda call, _: call.ticket.enter(limit))
+    for _ in range(3):
+        context = Context(metadata=(("poolrpc-message-bytes", "30"),))
+        call = made.admit(context)
+        assert (call.error, limit.count) == (None, 1)
+        rejected = Context()
+        assert made.admit(rejected).error.reason == "CALLS"
+        assert rejected.ticket.released
+        path(call)
+        assert limit.count == 1
+        context.ticket.release()
+        assert (limit.count, admission.bytes_in_flight, admission.tickets()) == (0, 0, [])
+
+
+def test_only_so_many_calls_do_not_compute(log):
+    """One call too many of such methods is rejected, unless another one waits too long for its caller and is ended."""
+    metrics, name = Metrics(), "/a.B/C"
+    made = pipeline(log, Method(name, unary=lambda message, _: message), metrics=metrics)
+    contexts = [Context(name) for _ in range(CONTROL_CALLS)]
+    assert [made.admit(context).error for context in contexts] == [None] * CONTROL_CALLS
+    assert made.admit(Context(name)).error.metadata == {"limit": str(CONTROL_CALLS), "actual": str(CONTROL_CALLS + 1)}
+    contexts[7].ticket.wait(PATIENCE, patience=0.0)
+    assert made.admit(Context(name)).error is None
+    assert [context.is_active() for context in contexts] == [number != 7 for number in range(CONTROL_CALLS)]
+    assert metrics.collect().get_sample_value("poolrpc_ended_total", {"reason": "STALLED"}) == 1
+
+
+@pytest.mark.parametrize("reason", ["TIMEOUT", "STALLED", "MEMORY"])
+def test_a_call_that_the_server_ends_is_counted_and_explained(log, reason):
+    """A call that is ended while its message is awaited returns everything, and its log line says why it was ended."""
+    metrics, admission, context = Metrics(), AdmissionControl(100), Context(metadata=(("poolrpc-message-bytes", "30"),))
+    method = Method(METHOD, unary=lambda *_: pytest.fail("it was answered"), computes=True)
+
+    def messages():
+        assert admission.bytes_in_flight > 0
+        context.ticket.end(reason)
+        assert (admission.bytes_in_flight, context.is_active()) == (0, False)
+        raise KeyError("what a transport raises then")
+        yield
+
+    call = pipeline(log, method, admission=admission, metrics=metrics).admit(context)
+    with pytest.raises(StatusError) as raised:
+        call.unary(messages())
+    assert raised.value.code == "CANCELLED"
+    shown = metrics.collect()
+    assert shown.get_sample_value("poolrpc_ended_total", {"reason": reason}) == 1
+    assert shown.get_sample_value("poolrpc_cancelled_total", {"stage": "receive"}) == 1
+    ((_, facts),) = log.lines
+    assert facts["status"] == "CANCELLED"
+    assert reason in facts.values()
+
+
+def test_a_caller_has_only_a_share_of_the_calls(log):
+    """Of four calls at a time a caller may have three; its next one is rejected before its message is read."""
+    limit, answered = CallLimit("CALLS", "calls at a time", 4), []
     made = pipeline(
         log,
-        Method(METHOD, unary=lambda *_: str(admission.bytes_in_flight).encode(), computes=True),
-        admit=lambda _, announced: admission.admit(announced),
+        Method(METHOD, unary=lambda message, call: answered.append(call.caller) or message, computes=True),
+        admit=lambda call, _: call.ticket.enter(limit),
     )
-    metadata = (("poolrpc-message-bytes", "70"),)
-    call = made.admit(Context(metadata=metadata))
-    assert admission.bytes_in_flight == 70
-    assert made.admit(Context()).error.reason == "CALLS"
-    assert call.unary(b"") == b"0"
-    for _ in range(2):
-        call.release()
-    abandoned = made.admit(Context(metadata=metadata))
-    assert abandoned.error is None
-    abandoned.release()
-    assert admission.bytes_in_flight == 0
-    assert made.admit(Context()).error is None
+
+    def call_of(token):
+        context = Context(metadata=(("poolrpc-message-bytes", "1"),))
+        context.token = token
+        asked = []
+        call = made.admit(context)
+        try:
+            call.unary(asked.append(1) or b"x" for _ in count())
+        except StatusError as status:
+            context.ticket.release()
+            assert asked == []
+            return error_of(status).message
+        return ""
+
+    assert [call_of("alice") for _ in range(3)] == [""] * 3
+    assert call_of("alice") == "expected at most 3 calls at a time of one caller, got 4; try again"
+    assert call_of("bob") == ""
+    assert answered == ["alice"] * 3 + ["bob"]
 
 
 def tokens(folder):
-    """Return the file of one token of alice's, which is good for Pool and Check."""
+    """Return a file of tokens: alice's is good for Pool and Check, and bob's for all methods, with any priority."""
     file = folder / "tokens"
-    file.write_text(f"alice {sha256(b'secret').hexdigest()} {METHOD[1:]} {PROBE[1:]}\n")
+    file.write_text(
+        f"alice {sha256(b'secret').hexdigest()} {METHOD[1:]} {PROBE[1:]}\n"
+        f"bob {sha256(b'urgent').hexdigest()} priority-0\n"
+    )
     return TokenFile(str(file))
 
 
@@ -376,7 +468,7 @@ def test_each_call_needs_a_token(log, tmp_path, name, token, error):
     call = made.admit(context)
     assert (None if call.error is None else type(call.error)) is error
     if error is None:
-        call.unary(b"")
+        call.unary(iter([b""]))
     else:
         with pytest.raises(StatusError):
             call.reject()
@@ -384,6 +476,48 @@ def test_each_call_needs_a_token(log, tmp_path, name, token, error):
     assert facts.get("caller") == ("alice" if error in (None, PermissionDeniedError) and token else None)
     # Nor is there a span of a name that a caller made up.
     assert facts["method"] == context.record.method == (name if name != "/no.Such/Method" else "/unknown/Unknown")
+
+
+@pytest.mark.parametrize("token", ["wrong", None])
+def test_nothing_is_reserved_without_a_token(log, tmp_path, token):
+    """Whatever a call without a valid token announces, it is counted nowhere, whether its rejection is sent or not."""
+    admission, computed = AdmissionControl(100), Method(METHOD, unary=lambda message, _: message, computes=True)
+    made = pipeline(
+        log,
+        computed,
+        Method(PROBE, unary=lambda message, _: message),
+        admission=admission,
+        admit=lambda *_: pytest.fail("it was admitted"),
+        tokens=tokens(tmp_path),
+    )
+    credentials = () if token is None else (("authorization", f"Bearer {token}"),)
+    for name in (METHOD, PROBE, "/no.Such/Method") * 10:
+        context = Context(name, (("poolrpc-message-bytes", "530000000"), ("priority", "0"), *credentials))
+        assert isinstance(made.admit(context).error, UnauthenticatedError)
+        assert (context.ticket.released, context.ticket.nbytes) == (True, 0)
+    assert (admission.tickets(), admission.bytes_in_flight) == ([], 0)
+
+
+@pytest.mark.parametrize("priority", ["0", "1", "2"])
+@pytest.mark.parametrize("token", ["secret", "urgent", None])
+def test_priority_0_needs_the_tokens_word(log, tmp_path, token, priority):
+    """A token without the word is denied priority 0, and nothing is admitted; without tokens, anyone may have it."""
+    seen = []
+    made = pipeline(
+        log,
+        Method(METHOD, unary=lambda message, _: message, computes=True),
+        admit=lambda call, _: seen.append(call.priority),
+        tokens=tokens(tmp_path) if token else None,
+    )
+    credentials = (("authorization", f"Bearer {token}"),) if token else ()
+    context = Context(metadata=(*credentials, ("priority", priority)))
+    call = made.admit(context)
+    if (token, priority) == ("secret", "0"):
+        assert isinstance(call.error, PermissionDeniedError)
+        assert call.error.message == "the token does not allow priority 0"
+        assert (seen, context.ticket.released) == ([], True)
+        return
+    assert (call.error, seen) == (None, [int(priority)])
 
 
 @pytest.mark.parametrize("public", [True, False])

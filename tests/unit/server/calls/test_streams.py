@@ -4,11 +4,19 @@ import threading
 import weakref
 from itertools import count
 from queue import Queue
+from time import monotonic
 
 import pytest
 
 from poolrpc import DeadlineExceededError, UnavailableError
+from poolrpc_server.calls import streams as streams_module
+from poolrpc_server.calls.admission import AdmissionControl, CallLimit
+from poolrpc_server.calls.method import Method, Observers
+from poolrpc_server.calls.pipeline import CallPipeline
+from poolrpc_server.calls.reaper import Reaper
 from poolrpc_server.calls.streams import OpenStreams, ReadAhead, StreamContext
+from poolrpc_server.telemetry.logs import CallLog
+from poolrpc_server.telemetry.metrics import Metrics
 from tests.unit.server.context import Context
 
 PATIENCE = 30  # seconds that nothing here takes unless it hangs
@@ -148,7 +156,7 @@ class Block:
 def test_a_stream_keeps_only_its_latest_callback():
     """A stream of any number of blocks has one callback with its transport, and holds that of one block."""
     call, called = Context(), []
-    stream, block = StreamContext(call), Block()
+    stream, block = StreamContext(call, PATIENCE), Block()
     reference = weakref.ref(block)
     assert stream.add_done_callback(block.done)
     for number in range(100):
@@ -166,28 +174,110 @@ def test_a_stream_that_has_ended_takes_no_callback():
     """A call that ended before the first callback says so at once."""
     call = Context()
     call.cancel()
-    stream = StreamContext(call)
+    stream = StreamContext(call, PATIENCE)
     assert not stream.add_done_callback(list)
     assert not stream.add_done_callback(list)
+
+
+def test_a_stream_expires_unless_it_makes_progress():
+    """Its call is to be ended after some seconds without progress; each progress starts them again."""
+    call = Context()
+    before = monotonic()
+    stream = StreamContext(call, PATIENCE)
+    first = call.ticket.expires
+    assert before + PATIENCE <= first <= monotonic() + PATIENCE
+    while monotonic() + PATIENCE <= first:  # the clock may be coarse
+        pass
+    stream.progressed()
+    assert first < call.ticket.expires <= monotonic() + PATIENCE
 
 
 def test_only_so_many_streams_are_open():
-    """One stream too many is rejected temporarily, and the place of one that ended is free."""
-    streams = OpenStreams(1, PATIENCE)
-    with streams.open(iter([b"a"]), 1, Context()) as (reader, _, context):
+    """One stream too many is rejected temporarily, and the place of one is free when its call has ended."""
+    streams, admission = OpenStreams(1, PATIENCE), AdmissionControl(100)
+    first = Context(admission=admission)
+    with streams.open(iter([b"a"]), 1, first) as (reader, context):
         assert (streams.count, list(reader), context.priority) == (1, [b"a"], 1)
-        with pytest.raises(UnavailableError) as raised, streams.open(iter(()), 1, Context()):
+        with (
+            pytest.raises(UnavailableError, match="at most 1 streams at a time, got 2") as raised,
+            streams.open(iter(()), 1, Context(admission=admission)),
+        ):
             pytest.fail("a second stream was let in")
-        assert raised.value.reason == "STREAMS"
-    with streams.open(iter(()), 1, Context()):
-        pass
+        assert (raised.value.reason, raised.value.metadata) == ("STREAMS", {"limit": "1", "actual": "2"})
+    # The last answers may not have been sent yet.
+    assert streams.count == 1
+    first.ticket.release()
     assert streams.count == 0
+    last = Context(admission=admission)
+    with streams.open(iter(()), 1, last):
+        assert streams.count == 1
+        last.cancel()
+        assert streams.count == 0
 
 
-def test_a_stream_in_which_nothing_moves_is_cancelled():
-    """A call whose answers are not read is ended after twice the idle time."""
-    call, cancelled = Context(), threading.Event()
-    call.add_done_callback(cancelled.set)
-    with OpenStreams(1, 0.01).open(iter(()), 1, call):
-        assert cancelled.wait(PATIENCE)
-    assert not call.is_active()
+def test_an_open_stream_has_twice_the_idle_time_for_its_answers():
+    """A client that sends nothing gets an error after the idle time, one that reads nothing is ended after twice."""
+    call = Context()
+    before = monotonic()
+    with OpenStreams(1, PATIENCE).open(iter(()), 1, call) as (_, context):
+        assert before + 2 * PATIENCE <= call.ticket.expires <= monotonic() + 2 * PATIENCE
+        assert context.ticket is call.ticket
+
+
+def test_a_stream_in_which_nothing_moves_is_ended():
+    """The reaper ends the call of a stream without progress, and its place is free."""
+    admission = AdmissionControl(100)
+    call, ended, streams = Context(admission=admission), threading.Event(), OpenStreams(1, 0.01)
+    call.add_done_callback(ended.set)
+    reaper = Reaper(admission, lambda: 0, 2**63)
+    admission.on_enter = reaper.wake
+    try:
+        with streams.open(iter(()), 1, call):
+            assert ended.wait(PATIENCE)
+        assert (call.is_active(), streams.count) == (False, 0)
+    finally:
+        reaper.close()
+
+
+def test_a_stream_does_not_give_way_while_its_message_is_computed(monkeypatch):
+    """A client that waits for an answer before it sends more is not stalled, however long the answer takes.
+
+    The next message is read ahead meanwhile, which is the server's own decision.
+    """
+    monkeypatch.setattr(streams_module, "STALLED_SECONDS", 0.0)
+    admission, limit = AdmissionControl(100), CallLimit("CALLS", "calls at a time", 1)
+    streams, asked, answered = OpenStreams(1, PATIENCE), threading.Event(), threading.Event()
+
+    def messages():
+        yield b"first"
+        asked.set()
+        answered.wait(PATIENCE)
+
+    def handler(sent, call):
+        with streams.open(sent, 1, call) as (reader, _):
+            for message in reader:
+                assert asked.wait(PATIENCE)
+                # Now the message is computed, while the reader waits for the next one.
+                with pytest.raises(UnavailableError):
+                    Context(admission=admission).ticket.enter(limit)
+                yield message
+
+    log = CallLog()
+    observers = Observers(log, Metrics(enabled=False))
+    made = CallPipeline(
+        admission,
+        lambda call, _: call.ticket.enter(limit),
+        observers,
+        max_message_bytes=100,
+        receive_seconds=PATIENCE,
+    )
+    made.add([Method("/a.B/C", stream=handler, computes=True)])
+    context = Context("/a.B/C")
+    answers = made.admit(context).stream(messages())
+    try:
+        assert next(answers) == b"first"
+        assert context.is_active()
+    finally:
+        answered.set()
+        answers.close()
+        log.close()

@@ -53,6 +53,23 @@ def test_token_allows_only_listed_services_and_methods(allowed, methods):
     assert [method for method in (POOL, INFO, HEALTH) if token.allows(method)] == methods
 
 
+@pytest.mark.parametrize(
+    ("words", "allowed", "urgent"),
+    [
+        ("", [], False),
+        ("priority-0", [], True),
+        ("a.B/C", ["a.B/C"], False),
+        ("a.B/C priority-0", ["a.B/C"], True),
+        ("priority-0 a.B/C a.D priority-0", ["a.B/C", "a.D"], True),
+    ],
+)
+def test_the_word_priority_0_allows_urgent_calls(words, allowed, urgent):
+    """It may be anywhere among the methods, changes nothing about them, and is not implied by allowing all of them."""
+    (token,) = parse_tokens(f"alice {digest('a')} {words}")
+    assert token == Token("alice", hashlib.sha256(b"a").digest(), frozenset(allowed), urgent)
+    assert [token.allows(method) for method in ("/a.B/C", "/e.F/G")] == [True, not allowed]
+
+
 SECRET = "a-token-written-in-clear"  # noqa: S105 - made up for this test
 
 
@@ -64,9 +81,15 @@ SECRET = "a-token-written-in-clear"  # noqa: S105 - made up for this test
         (f"alice {digest('a')[:-1]}", "got 63 characters"),
         (f"{SECRET}:x {digest('a')}", "a name of at most 64"),
         (f"{digest('a')}{SECRET} {digest('a')}", "a name of at most 64"),
-        (f"alice {digest('b')} poolrpc.v1.PoolService {SECRET}", "package.Service or package.Service/Method as word 4"),
+        (
+            f"alice {digest('b')} poolrpc.v1.PoolService {SECRET}",
+            "package.Service, package.Service/Method or priority-0 as word 4",
+        ),
         (f"alice {digest('b')} /poolrpc.v1.PoolService/Pool", "as word 3"),
         (f"alice {digest('b')} # a comment", "as word 3"),
+        (f"alice {digest('b')} priority-1", "as word 3"),
+        (f"alice {digest('b')} Priority-0", "as word 3"),
+        (f"alice priority-0 {digest('b')}", "got 10 characters"),
     ],
 )
 def test_parse_error_names_the_line_but_quotes_nothing(line, words):
@@ -92,7 +115,7 @@ def test_parse_rejects_duplicate_hashes_but_not_duplicate_names():
 
 def test_token_repr_hides_the_hash():
     """The repr of a token contains neither the token nor its hash."""
-    assert repr(Token("alice", b"hash")) == "Token(name='alice', allowed=frozenset())"
+    assert repr(Token("alice", b"hash")) == "Token(name='alice', allowed=frozenset(), urgent=False)"
 
 
 def test_find_matches_the_whole_token_only(tmp_path):

@@ -8,6 +8,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
+from poolrpc._wire.framing import field_prefix
 from poolrpc.errors import InternalError, InvalidArgumentError, LimitExceededError, UnsupportedError
 from poolrpc.tensors import ITEM_BYTES, TensorSpec, array_bytes
 from poolrpc_server.protocols.triton.datatypes import CONTENTS_FIELDS, DATATYPE_OF, DATATYPES
@@ -285,11 +286,31 @@ def test_size_of_a_message_without_raw_tensors_is_limited():
     contents = pb.InferTensorContents(bool_contents=bytes(MAX_HEADER_BYTES))
     message = request("input", dtype="BOOL", shape=[MAX_HEADER_BYTES])
     message.inputs[0].contents.CopyFrom(contents)
-    with pytest.raises(LimitExceededError, match=f"at most {MAX_HEADER_BYTES} bytes without raw_input_contents"):
+    with pytest.raises(LimitExceededError, match=f"at most {MAX_HEADER_BYTES} bytes without the payload") as raised:
         parse_infer(message.SerializeToString())
+    assert raised.value.reason == "HEADER_TOO_LARGE"
     message = request("input", shape=[1, 1, 1, 2 * MAX_HEADER_BYTES], dtype="UINT8")
     message.raw_input_contents.append(array_bytes(np.zeros(2 * MAX_HEADER_BYTES, np.uint8)).tobytes())
     assert len(decoded(message).sources[0]) == 2 * MAX_HEADER_BYTES
+
+
+@pytest.mark.parametrize("tail", [b"", b"\x0a\x00"])
+@pytest.mark.parametrize("field", ["raw_input_contents", "inputs", "parameters"])
+def test_number_of_fields_of_a_message_is_limited(field, tail):
+    """A message of very many small fields is rejected before protobuf makes an object of each."""
+    number = pb.ModelInferRequest.DESCRIPTOR.fields_by_name[field].number
+    with pytest.raises(LimitExceededError, match=r"expected at most \d+ fields, got more") as raised:
+        parse_infer(bytes([number << 3 | 2, 0]) * 2**17 + tail)
+    assert raised.value.reason == "HEADER_TOO_LARGE"
+
+
+def test_number_of_nested_fields_is_limited():
+    """The fields of the messages in a message count, too."""
+    inputs = pb.ModelInferRequest.DESCRIPTOR.fields_by_name["inputs"]
+    parameters = inputs.message_type.fields_by_name["parameters"]
+    nested = bytes([parameters.number << 3 | 2, 0]) * 2**17
+    with pytest.raises(LimitExceededError, match=r"expected at most \d+ fields, got more"):
+        parse_infer(field_prefix(inputs.number, len(nested)) + nested)
 
 
 def test_empty_tensor_needs_no_contents():

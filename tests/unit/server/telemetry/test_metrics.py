@@ -11,7 +11,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 import poolrpc_server
-from poolrpc_server.telemetry.metrics import CANCELLATION_STAGES, REASONS, Load, Metrics
+from poolrpc_server.telemetry.metrics import CANCELLATION_STAGES, END_REASONS, REASONS, Load, Metrics
 
 CALL = ("unary", "poolrpc.v1.PoolService", "Pool")
 LABELS = dict(zip(("grpc_type", "grpc_service", "grpc_method"), CALL, strict=True))
@@ -28,6 +28,12 @@ def value(registry, name, **labels):
     return registry.get_sample_value(name, labels)
 
 
+def found(pattern):
+    """Return what a pattern's group finds in the server's code."""
+    sources = [each.read_text() for each in Path(poolrpc_server.__file__).parent.rglob("*.py")]
+    return {match for source in sources for match in re.findall(pattern, source)}
+
+
 def busy():
     """Return metrics in which everything was counted once."""
     metrics = Metrics()
@@ -37,6 +43,7 @@ def busy():
     metrics.rejected("STREAMS")
     metrics.escaped()
     metrics.cancelled("queue")
+    metrics.ended("STALLED")
     metrics.executed(3, 24, 4096, 0.001)
     metrics.queued(0.003)
     return metrics
@@ -50,7 +57,7 @@ def test_names_follow_prometheus_conventions():
     shown = families(busy().collect())
     shown = {name: family for name, family in shown.items() if not name.endswith("_created")}
     assert set(shown) >= {"grpc_server_started", "grpc_server_handled", "grpc_server_handling_seconds"}
-    assert {"poolrpc_rejects", "poolrpc_validator_escapes", "poolrpc_cancelled", "poolrpc_executions"} < set(shown)
+    assert {"poolrpc_rejects", "poolrpc_validator_escapes", "poolrpc_cancelled", "poolrpc_ended"} < set(shown)
     for name, family in shown.items():
         assert name.startswith(("grpc_server_", "poolrpc_"))
         assert name == name.lower()
@@ -93,10 +100,11 @@ def test_an_execution_is_counted_with_its_contents():
 
 
 def test_calls_that_fail_are_counted_by_their_reason():
-    """Rejections are counted by reason, cancelled calls by stage, validator escapes without a label."""
+    """Rejections and ended calls are counted by reason, cancelled calls by stage, validator escapes without a label."""
     shown = busy().collect()
     assert value(shown, "poolrpc_rejects_total", reason="STREAMS") == 1
     assert value(shown, "poolrpc_cancelled_total", stage="queue") == 1
+    assert value(shown, "poolrpc_ended_total", reason="STALLED") == 1
     assert value(shown, "poolrpc_validator_escapes_total") == 1
 
 
@@ -107,6 +115,7 @@ def test_every_sample_is_shown_from_0_on():
     shown = metrics.collect()
     assert {value(shown, "poolrpc_rejects_total", reason=each) for each in REASONS} == {0}
     assert {value(shown, "poolrpc_cancelled_total", stage=each) for each in CANCELLATION_STAGES} == {0}
+    assert {value(shown, "poolrpc_ended_total", reason=each) for each in END_REASONS} == {0}
     assert value(shown, "grpc_server_started_total", **LABELS) == 0
     assert {value(shown, "grpc_server_handled_total", **LABELS, grpc_code=each) for each in ("OK", "Internal")} == {0}
     assert value(shown, "grpc_server_handling_seconds_bucket", **LABELS, le="30.0") == 0
@@ -114,9 +123,12 @@ def test_every_sample_is_shown_from_0_on():
 
 def test_every_reason_of_a_rejection_is_listed():
     """REASONS has each reason of an UnavailableError in the server's code, and no other."""
-    sources = [each.read_text() for each in Path(poolrpc_server.__file__).parent.rglob("*.py")]
-    made = [re.findall(r'(?:rejection\(|UnavailableError\([^)]*reason=)"([A-Z_]+)"', each) for each in sources]
-    assert {reason for each in made for reason in each} == set(REASONS)
+    assert found(r'(?:rejection\(|CallLimit\(|UnavailableError\([^)]*reason=)"([A-Z_]+)"') == set(REASONS)
+
+
+def test_every_reason_of_an_end_is_listed():
+    """END_REASONS has each reason with which the server's code ends a call, and no other."""
+    assert found(r'ticket\.end\("([A-Z_]+)"\)') == set(END_REASONS)
 
 
 def test_gauges_are_read_when_they_are_collected():
@@ -145,6 +157,7 @@ def test_metrics_that_are_off_count_nothing():
     metrics.rejected("STREAMS")
     metrics.escaped()
     metrics.cancelled("queue")
+    metrics.ended("STALLED")
     metrics.executed(1, 1, 1, 1)
     metrics.queued(1)
     assert families(metrics.collect()) == {}

@@ -1,0 +1,110 @@
+"""The reaper: which calls it ends, and that it sleeps without calls."""
+
+from threading import Event
+
+import pytest
+
+from poolrpc_server.calls.admission import AdmissionControl, CallLimit, Ticket
+from poolrpc_server.calls.reaper import Reaper
+
+PATIENCE = 60
+FOREVER = 3600.0
+
+
+class Call:
+    """A call in flight, and the reason for which it was ended."""
+
+    def __init__(self, admission, limit, caller=""):
+        self.reason, self.ended = "", Event()
+        self.ticket = Ticket(admission, self._end)
+        self.ticket.enter(limit)
+        self.ticket.identify(caller)
+
+    def _end(self, reason):
+        self.reason = reason
+        self.ended.set()
+
+
+class Memory:
+    """The memory of a process, as a test sets it; dropping what is idle may free some of it."""
+
+    def __init__(self, resident, idle=0):
+        self.resident, self.idle, self.read = resident, idle, Event()
+
+    def __call__(self):
+        """Return the memory."""
+        self.read.set()
+        return self.resident
+
+    def drop_idle(self):
+        """Free what is idle."""
+        self.resident -= self.idle
+
+
+@pytest.fixture
+def admission():
+    """Return admission control without calls."""
+    return AdmissionControl(1000)
+
+
+@pytest.fixture
+def limit():
+    """Return a limit that is not reached."""
+    return CallLimit("CALLS", "calls at a time", 100)
+
+
+def reaper_of(admission, memory):
+    """Return a reaper that allows 100 bytes of memory."""
+    reaper = Reaper(admission, memory, 100, memory.drop_idle)
+    admission.on_enter = reaper.wake
+    return reaper
+
+
+def test_calls_whose_time_is_over_are_ended(admission, limit):
+    """A call that waits for its caller longer than it may is ended; what it held is returned."""
+    reaper = reaper_of(admission, Memory(0))
+    late, waiting = Call(admission, limit), Call(admission, limit)
+    waiting.ticket.wait(FOREVER)
+    late.ticket.wait(0.01)
+    assert late.ended.wait(PATIENCE)
+    assert (late.reason, waiting.reason, limit.count) == ("TIMEOUT", "", 1)
+    reaper.close()
+
+
+def test_calls_that_wait_for_messages_are_ended_when_memory_runs_out(admission, limit):
+    """Above the limit, the waiting calls of the caller that has the most of them are ended, and no other."""
+    memory = Memory(101)
+    reaper = reaper_of(admission, memory)
+    computing = Call(admission, limit, "alice")
+    other = Call(admission, limit, "bob")
+    other.ticket.wait(FOREVER)
+    calls = [Call(admission, limit, "alice") for _ in range(2)]
+    for call in calls:
+        call.ticket.wait(FOREVER)
+    assert all(call.ended.wait(PATIENCE) for call in calls)
+    memory.resident = 100
+    assert {call.reason for call in calls} == {"MEMORY"}
+    assert computing.reason == ""
+    reaper.close()
+
+
+def test_idle_memory_is_dropped_before_calls_are_ended(admission, limit):
+    """If memory that is kept for later calls is enough, no call is ended."""
+    memory = Memory(150, idle=60)
+    reaper = reaper_of(admission, memory)
+    call = Call(admission, limit)
+    call.ticket.wait(FOREVER)
+    assert memory.read.wait(PATIENCE)
+    reaper.close()
+    assert (call.reason, memory.resident) == ("", 90)
+
+
+def test_calls_that_compute_are_not_ended_for_their_memory(admission, limit):
+    """What calls that do not wait for a message take is counted; only what arrives is not."""
+    memory = Memory(1000)
+    reaper = reaper_of(admission, memory)
+    computing, waiting = Call(admission, limit), Call(admission, limit)
+    waiting.ticket.wait(FOREVER)
+    assert waiting.ended.wait(PATIENCE)
+    reaper.close()
+    assert (computing.reason, waiting.reason) == ("", "MEMORY")
