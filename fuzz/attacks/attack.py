@@ -77,6 +77,8 @@ class Attack:
         wait_seconds: Seconds that a call of the good client, or a probe, may take.
         alone: Whether it harms the server's process itself, or needs a server of its own, so that no other attack can
             run at the same time.
+        fills_connections: Whether it takes every connection that the server may have, so that those of others are
+            rejected until its own have ended.
 
     """
 
@@ -87,6 +89,7 @@ class Attack:
     log: str = "file"
     wait_seconds: float = 2.0
     alone: bool = False
+    fills_connections: bool = False
 
     @property
     def summary(self) -> str:

@@ -62,4 +62,4 @@ def main(settings: dict[str, Any]) -> None:
                     if not recorder.until.wait(0.05):
                         recorder.measure(kind, attempt)
 
-    run(recorder, small_calls, new_connections, larger_calls)
+    run(recorder, small_calls, larger_calls, *([new_connections] if settings["new_connections"] else []))

@@ -59,4 +59,4 @@ def main(settings: dict[str, Any]) -> None:
                 recorder.measure(name, partial(page, name))
             recorder.until.wait(0.3)
 
-    run(recorder, kept, new, pages)
+    run(recorder, kept, pages, *([new] if settings["new_connections"] else []))

@@ -63,11 +63,12 @@ class Attacked:
         self.server = stack.enter_context(AttackedServer(folder, VARIANTS[variant], only))
         wait = only.wait_seconds if only else TOGETHER_SECONDS
         health = max(HEALTH_SECONDS, wait - 1)
-        self.verdict = Verdict(attack or ALL, variant, wait, health, self.server.max_rss_mib)
+        self.verdict = Verdict(attack or ALL, variant, wait, health)
         self._busy_machine = busy_machine
         self._attackers: list[Child] = []
         self._sampler = stack.enter_context(Sampler(self.server, self._kill_attackers))
-        settings = self.server.good_settings
+        new_connections = not (only and only.fills_connections)
+        settings = {**self.server.good_settings, "new_connections": new_connections}
         self._good = Child("good_client", {**settings, "timeout": wait + LOST_SECONDS})
         stack.callback(self._good.kill)
         self._probes = Child("probes", {**settings, "timeout": health * (BUSY if busy_machine else 1)})
@@ -109,6 +110,7 @@ class Attacked:
         """Stop the server, and return the verdict."""
         verdict, before, after = self.verdict, self.before, usage(self.server)
         verdict.rss_mib = (before["rss_mib"], self._sampler.peak_mib, after["rss_mib"])
+        verdict.max_rss_mib = self.server.max_rss_mib(before["rss_mib"])
         verdict.threads = (before["threads"], after["threads"])
         verdict.descriptors = (before["descriptors"], after["descriptors"])
         if self._sampler.guarded:

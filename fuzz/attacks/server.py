@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
     from fuzz.attacks.attack import Attack
 
+KEPT_MIB = 64
+"""Freed memory that the C library keeps; see keep_freed_memory of poolrpc.tensors."""
+
 INFLIGHT_BYTES = 512 * MIB
 """The default is up to 4 GiB: an attack would need as much memory to show that the limit holds."""
 
@@ -142,10 +145,14 @@ class AttackedServer:
         )
         return asdict(target)
 
-    @property
-    def max_rss_mib(self) -> int:
-        """The limit on the memory of all serving processes: the bytes in flight, and 300 MiB for each process."""
-        return INFLIGHT_BYTES // MIB + 300 * self._variant.workers
+    def max_rss_mib(self, calm_mib: int) -> int:
+        """Return the limit on the memory of all serving processes: the bytes in flight, and 300 MiB for each process.
+
+        A process that has served calls may take more than 300 MiB itself, and the C library keeps some freed memory:
+        then the limit is what the processes take in calm traffic, the bytes in flight, and KEPT_MIB for each.
+        """
+        inflight, workers = INFLIGHT_BYTES // MIB, self._variant.workers
+        return inflight + max(300 * workers, calm_mib + KEPT_MIB * workers)
 
     def serving(self) -> list[psutil.Process]:
         """Return the processes that serve: the workers, if there are several."""

@@ -23,7 +23,7 @@ class Verdict:
         variant: The variant's name.
         max_wait_s: Seconds that the good client may wait.
         max_health_s: Seconds that a probe may wait.
-        max_rss_mib: The limit on the memory of the serving processes: the bytes in flight, and 300 MiB for each.
+        max_rss_mib: The limit on the memory of the serving processes; see AttackedServer.
         good: The report of the good client.
         probes: The report of the probes.
         rss_mib: Memory before the attack, its peak, and at the end.
@@ -40,7 +40,7 @@ class Verdict:
     variant: str
     max_wait_s: float
     max_health_s: float
-    max_rss_mib: int
+    max_rss_mib: int = 0
     good: dict[str, Any] = field(default_factory=dict)
     probes: dict[str, Any] = field(default_factory=dict)
     rss_mib: tuple[int, int, int] = (0, 0, 0)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from fuzz.attacks.attack import NETWORK
 from fuzz.attacks.catalogue import ATTACKS
 from fuzz.attacks.child import ATTACK, CALM
 from fuzz.attacks.runner import run_all, run_attack
@@ -20,18 +19,17 @@ SECONDS, CALM_SECONDS = 2.5, 1.0
 QUICK = {"headers-without-body": "tcp", "watches-opened-and-cancelled": "tcp", "announced-without-token": "tokens"}
 """The attacks of the quick tests, with their variants."""
 
-OTHERS = NETWORK[1:]
-
 
 def cases() -> list[object]:
-    """Return each attack through TCP, if that applies, and in one more variant, a different one for each in turn."""
+    """Return the attacks of the issue's rows, whose variants take turns.
+
+    `python -m fuzz attacks` runs those of their kinds too, each in every variant.
+    """
     made = []
-    for number, attack in enumerate(ATTACKS.values()):
-        others = [variant for variant in attack.variants if variant in OTHERS]
-        chosen = {attack.variants[0], *others[number % len(others) :][:1]} if others else {attack.variants[0]}
-        for variant in sorted(chosen):
-            marks = () if QUICK.get(attack.name) == variant else (pytest.mark.slow,)
-            made.append(pytest.param(attack.name, variant, marks=marks, id=f"{attack.name}-{variant}"))
+    for number, attack in enumerate(each for each in ATTACKS.values() if "(row " in (each.run.__doc__ or "")):
+        variant = QUICK.get(attack.name) or attack.variants[number % len(attack.variants)]
+        marks = () if attack.name in QUICK else (pytest.mark.slow,)
+        made.append(pytest.param(attack.name, variant, marks=marks, id=f"{attack.name}-{variant}"))
     return made
 
 
