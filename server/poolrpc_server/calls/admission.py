@@ -282,7 +282,7 @@ class AdmissionControl:
         if not stalled:
             raise error
         counts = Counter(each.caller for each in stalled)
-        first = min(stalled, key=lambda each: (-counts[each.caller], each.stalls_at))
+        first = min(stalled, key=lambda each: (-counts[each.caller], stalled[each]))
         self._release(first)
         ended.append(first)
 
@@ -391,7 +391,8 @@ class AdmissionControl:
         return UnavailableError(message, reason="IN_FLIGHT_BYTES", metadata=limits, retry_delay=RETRY_DELAY)
 
 
-def _stalled(tickets: Iterable[Ticket]) -> list[Ticket]:
-    """Return the calls that wait for their callers too long."""
+def _stalled(tickets: Iterable[Ticket]) -> dict[Ticket, float]:
+    """Return the calls that wait for their callers too long, and since when."""
     now = monotonic()
-    return [each for each in tickets if each.stalls_at is not None and each.stalls_at <= now]
+    # Read once: the call's own thread may set it to None at any moment.
+    return {each: since for each in tickets if (since := each.stalls_at) is not None and since <= now}
