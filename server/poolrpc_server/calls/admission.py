@@ -323,7 +323,9 @@ class AdmissionControl:
                 self._tickets[ticket] = None
                 return
             holders = [each for each in self._tickets if each.nbytes and each is not ticket]
-            if sum(each.nbytes for each in _stalled(holders)) >= missing:  # else ending them would not help
+            stalled = sum(each.nbytes for each in _stalled(holders))
+            # Otherwise ending them would not help; without any other call, this one may have everything.
+            if stalled >= missing or stalled + ticket.nbytes == self._bytes:
                 self._give_way(holders, ended, error)
             elif monotonic() >= until:
                 raise error

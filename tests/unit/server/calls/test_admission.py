@@ -246,6 +246,16 @@ def test_bytes_of_stalled_calls_give_way():
     assert admission.bytes_in_flight == 9
 
 
+def test_stalled_calls_give_way_to_a_call_that_needs_everything():
+    """A call of more than a caller's share is admitted once the calls that stall, which are all others, are ended."""
+    admission = AdmissionControl(100 * MIB)
+    stalled = Call(admission, "alice")
+    stalled.ticket.reserve(10 * MIB)
+    stalled.ticket.wait(FOREVER, patience=0)
+    Call(admission, "bob").ticket.reserve(95 * MIB)
+    assert (stalled.ended, admission.bytes_in_flight) == (["STALLED"], 95 * MIB)
+
+
 def test_the_caller_with_the_most_stalled_calls_gives_way_first():
     """Among stalled calls, the oldest one of the caller that has the most is ended."""
     admission, limit = AdmissionControl(10), limit_of(4)
