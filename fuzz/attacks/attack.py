@@ -77,8 +77,9 @@ class Attack:
         wait_seconds: Seconds that a call of the good client, or a probe, may take.
         alone: Whether it harms the server's process itself, or needs a server of its own, so that no other attack can
             run at the same time.
-        fills_connections: Whether it takes every connection that the server may have, so that those of others are
-            rejected until its own have ended.
+        new_connections_fail: Whether new connections may fail during it: it takes all that the server may have, or
+            stops a process that gets some of them.
+        watchdog_seconds: Its server's --watchdog-seconds.
 
     """
 
@@ -89,7 +90,8 @@ class Attack:
     log: str = "file"
     wait_seconds: float = 2.0
     alone: bool = False
-    fills_connections: bool = False
+    new_connections_fail: bool = False
+    watchdog_seconds: int = 30
 
     @property
     def summary(self) -> str:

@@ -49,7 +49,7 @@ def _is_open(connection: socket.socket) -> bool:
     return False
 
 
-@attack(variants=("tcp", "unix", "tokens", "workers"), descriptors=LIMIT, alone=True, fills_connections=True)
+@attack(variants=("tcp", "unix", "tokens", "workers"), descriptors=LIMIT, alone=True, new_connections_fail=True)
 def silent_connections(target: Target, until: Event) -> None:
     """Open 256 silent connections at `ulimit -n 256` (row M3: new clients and /healthz timed out, a thread spun).
 

@@ -67,7 +67,7 @@ class Attacked:
         self._busy_machine = busy_machine
         self._attackers: list[Child] = []
         self._sampler = stack.enter_context(Sampler(self.server, self._kill_attackers))
-        new_connections = not (only and only.fills_connections)
+        new_connections = not (only and only.new_connections_fail)
         settings = {**self.server.good_settings, "new_connections": new_connections}
         self._good = Child("good_client", {**settings, "timeout": wait + LOST_SECONDS})
         stack.callback(self._good.kill)

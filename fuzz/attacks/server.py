@@ -97,6 +97,8 @@ class AttackedServer:
             lines = [f"{name} {hashlib.sha256(token.encode()).hexdigest()}\n" for name, token in names.items()]
             (folder / "tokens").write_text("".join(lines))
             flags += ["--token-file", str(folder / "tokens")]
+        if attack:
+            flags += ["--watchdog-seconds", str(attack.watchdog_seconds)]
         if variant.workers > 1:
             flags += ["--workers", str(variant.workers)]
         command = [sys.executable, "-m", "poolrpc_server", *flags]

@@ -25,7 +25,7 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-@attack(variants=("workers",), wait_seconds=REPLACED_SECONDS, alone=True)
+@attack(variants=("workers",), wait_seconds=REPLACED_SECONDS, alone=True, new_connections_fail=True, watchdog_seconds=5)
 def stopped_worker(target: Target, until: Event) -> list[str]:
     """Stop one of two workers with SIGSTOP (row M2: half of new connections hung, /readyz said 200, no restart).
 

@@ -11,7 +11,7 @@ WAIT_SECONDS, HEALTH_SECONDS = 2.0, 1.0
 """What a call of the good client, and an answer to a probe, may take during an attack on an idle machine."""
 
 BUSY = 4.0
-"""On a busy machine they may take so many times as long as 99 % of the calls just before the attack."""
+"""On a busy machine they may take so many times as long, or as 99 % of the calls just before the attack."""
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Verdict:
                 self.reasons.append(f"{name}: expected a report, got none: it had to be killed")
                 continue
             calm, seen = report[CALM], report[ATTACK]
-            allowed = max(limit, BUSY * calm["p99_s"]) if busy_machine else limit
+            allowed = BUSY * max(limit, calm["p99_s"]) if busy_machine else limit
             if calm["lost"] or calm["wrong"]:
                 self.reasons.append(f"{name}: failed before the attack: {report['errors']}")
             if seen["wrong"] or seen["lost"]:

@@ -11,7 +11,7 @@ import pytest
 
 from fuzz.attacks.catalogue import ATTACKS
 from fuzz.attacks.child import ATTACK, CALM
-from fuzz.attacks.runner import run_all, run_attack
+from fuzz.attacks.runner import run_attack
 from fuzz.attacks.verdict import Verdict
 
 ROOT = Path(__file__).parents[2]
@@ -40,14 +40,6 @@ def test_an_attack_is_not_noticed(name: str, variant: str) -> None:
     verdict = run_attack(name, variant, SECONDS, calm=CALM_SECONDS, busy_machine=True)
     if verdict.skipped:
         pytest.skip(verdict.skipped)
-    assert verdict.ok, json.dumps(verdict.row(), indent=1)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_all_attacks_at_once() -> None:
-    """No answer is wrong or lost, and memory, threads and descriptors return to what they were when warm."""
-    verdict = run_all(20)
     assert verdict.ok, json.dumps(verdict.row(), indent=1)
 
 

@@ -23,7 +23,7 @@ RETRY_DELAY = 0.1
 SMALL_BYTES = 2**20
 """A quarter of the bytes is left for reservations up to this size: large uploads never exclude small calls."""
 
-STALLED_SECONDS = 1.0
+STALLED_SECONDS = 0.5
 """Seconds after which a call that waits for its caller may be ended because another one needs what it holds."""
 
 CONTROL_STALLED_SECONDS = 0.02

@@ -7,7 +7,7 @@ from math import inf
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
-from poolrpc.errors import InvalidArgumentError, LimitExceededError, NotFoundError, UnavailableError
+from poolrpc.errors import InvalidArgumentError, LimitExceededError, NotFoundError, PoolError, UnavailableError
 from poolrpc.tensors import ALIGNMENT, aligned_ranges
 from poolrpc_server.calls.admission import RETRY_DELAY, CallLimit, rejection
 from poolrpc_server.calls.admitted_call import ANSWER_COPIES
@@ -234,7 +234,13 @@ class Dispatcher:
 
     def _check_running(self, call: CallContext, times: StageTimes) -> None:
         """Raise if an execution is to end before it is complete."""
-        call.raise_if_cancelled()
+        try:
+            call.raise_if_cancelled()
+        except PoolError as error:
+            if not times.error and self._metrics is not None:  # each of the threads that compute it may come here
+                self._metrics.cancelled("compute")
+            times.error = type(error).__name__
+            raise
         seconds = times.compute_ns / 1e9
         if seconds > self._max_compute_seconds:
             limit = self._max_compute_seconds
