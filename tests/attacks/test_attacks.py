@@ -16,6 +16,9 @@ from fuzz.attacks.verdict import Verdict
 
 ROOT = Path(__file__).parents[2]
 SECONDS, CALM_SECONDS = 2.5, 1.0
+TESTED_ELSEWHERE = ("stopped-worker",)
+"""Attacks whose outcome depends on how quickly a process starts: tests/integration/test_watchdog.py has its test."""
+
 QUICK = {"headers-without-body": "tcp", "watches-opened-and-cancelled": "tcp", "announced-without-token": "tokens"}
 """The attacks of the quick tests, with their variants."""
 
@@ -26,7 +29,8 @@ def cases() -> list[object]:
     `python -m fuzz attacks` runs those of their kinds too, each in every variant.
     """
     made = []
-    for number, attack in enumerate(each for each in ATTACKS.values() if "(row " in (each.run.__doc__ or "")):
+    rows = [each for each in ATTACKS.values() if "(row " in (each.run.__doc__ or "")]
+    for number, attack in enumerate(each for each in rows if each.name not in TESTED_ELSEWHERE):
         variant = QUICK.get(attack.name) or attack.variants[number % len(attack.variants)]
         marks = () if attack.name in QUICK else (pytest.mark.slow,)
         made.append(pytest.param(attack.name, variant, marks=marks, id=f"{attack.name}-{variant}"))

@@ -126,8 +126,12 @@ class Ticket:
         """Set the caller; raises as `enter` does if its share of a limit is reached."""
         self._admission.identify(self, caller)
 
-    def reserve(self, nbytes: int) -> None:
+    def reserve(self, nbytes: int, wait: float = 0.0) -> None:
         """Reserve further bytes.
+
+        Args:
+            nbytes: The bytes.
+            wait: Seconds to wait for room, if there is none; calls that stall make room meanwhile.
 
         Raises:
             UnavailableError: They do not fit together with those of other calls.
@@ -135,7 +139,7 @@ class Ticket:
             CancelledError: The call has ended.
 
         """
-        self._admission.reserve(self, nbytes)
+        self._admission.reserve(self, nbytes, wait=wait)
 
     def reserve_unknown(self, nbytes: int) -> None:
         """Reserve bytes for a message that may be of any size up to this, but as soon as there is room.
