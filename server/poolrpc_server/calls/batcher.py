@@ -100,9 +100,13 @@ class Batcher(Generic[J]):
         self._wait(pending)
         if pending.state is State.LEADER:
             self._execute_batch(pending)
-        if pending.error is not None:
-            raise pending.error
-        return pending.result
+        error, pending.error = pending.error, None
+        try:
+            if error is not None:
+                raise error
+            return pending.result
+        finally:
+            error = None  # breaks the cycle of the error, its traceback and this frame, which keeps the job's memory
 
     def borrow(self, count: int) -> int:
         """Take up to `count` free slots, for a large job that has one already, and return how many were taken."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -254,6 +254,7 @@ class Engine:
 
     def _parallel_for(self, part: Callable[[int, int], None], planes: int, threads: int) -> None:
         borrowed = self.slots.borrow(threads - 1) if self.slots is not None and threads > 1 else 0
+        futures: list[Future[None]] = []
         try:
             ends = [planes * i // (borrowed + 1) for i in range(borrowed + 2)]
             futures = [self._helpers.submit(part, start, stop) for start, stop in pairwise(ends[1:])]
@@ -261,9 +262,10 @@ class Engine:
                 part(ends[0], ends[1])
             finally:
                 wait(futures)
-            for future in futures:
-                future.result()
+            while futures:
+                futures.pop().result()
         finally:
+            futures.clear()  # breaks the cycle of an error, its traceback and this frame, which keeps tensors' memory
             if borrowed and self.slots is not None:
                 self.slots.release(borrowed)
 
