@@ -32,10 +32,11 @@ CONTROL_STALLED_SECONDS = 0.02
 STALLED_BYTES_PER_SECOND = 25 * 2**20
 """Further time for the bytes that the caller has to send or read: what a network of 200 Mbit/s takes."""
 
-ENDED = "the call was cancelled before it was computed"
-
 ROOM_SECONDS = 5.0
 """Maximum time that a call waits for room for a message whose size is not announced, in seconds."""
+
+ENDED = "the call was cancelled before it was computed"
+"""Message of the error of a call that has ended."""
 
 
 def rejection(reason: str, what: str, limit: float, actual: float, delay: float = RETRY_DELAY) -> UnavailableError:
@@ -240,7 +241,7 @@ class AdmissionControl:
                 raise CancelledError(ENDED)
             if limit.count >= limit.maximum:
                 error = rejection(limit.reason, limit.what, limit.maximum, limit.maximum + 1)
-                self._give_way(limit.tickets, ended, error)
+                self._give_way(_stalled(limit.tickets), ended, error)
             limit.tickets[ticket] = None
             ticket.limits += (limit,)
             self._tickets[ticket] = None
@@ -277,12 +278,12 @@ class AdmissionControl:
         count, share = limit.callers[ticket.caller], share_of(limit.maximum)
         if count > share:
             error = rejection(limit.reason, f"{limit.what} of one caller", share, count)
-            self._give_way((each for each in limit.tickets if each.caller == ticket.caller), ended, error)
+            own = _stalled(each for each in limit.tickets if each.caller == ticket.caller)
+            self._give_way(own, ended, error)
 
-    def _give_way(self, tickets: Iterable[Ticket], ended: list[Ticket], error: UnavailableError) -> None:
-        """Release the call that has waited longest for the caller with the most calls that wait too long, or raise."""
+    def _give_way(self, stalled: dict[Ticket, float], ended: list[Ticket], error: UnavailableError) -> None:
+        """Release the call that has waited longest, of the caller with the most calls that wait too long, or raise."""
         # Under the lock.
-        stalled = _stalled(tickets)
         if not stalled:
             raise error
         counts = Counter(each.caller for each in stalled)
@@ -326,11 +327,11 @@ class AdmissionControl:
                 self._caller_bytes[ticket.caller] += nbytes
                 self._tickets[ticket] = None
                 return
-            holders = [each for each in self._tickets if each.nbytes and each is not ticket]
-            stalled = sum(each.nbytes for each in _stalled(holders))
+            stalled = _stalled(each for each in self._tickets if each.nbytes and each is not ticket)
+            nbytes_stalled = sum(each.nbytes for each in stalled)
             # Otherwise ending them would not help; without any other call, this one may have everything.
-            if stalled >= missing or stalled + ticket.nbytes == self._bytes:
-                self._give_way(holders, ended, error)
+            if nbytes_stalled >= missing or nbytes_stalled + ticket.nbytes == self._bytes:
+                self._give_way(stalled, ended, error)
             elif monotonic() >= until:
                 raise error
             else:

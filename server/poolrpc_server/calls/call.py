@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from poolrpc._shapes.rules import clip
 from poolrpc.errors import CancelledError, DeadlineExceededError, PermissionDeniedError
+from poolrpc_server.calls.admission import ENDED
 from poolrpc_server.telemetry.record import CallRecord
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class CallContext(ABC):
         if left is not None and left <= 0:
             raise DeadlineExceededError("the deadline passed before the call was computed")
         if not self.is_active():
-            raise CancelledError("the call was cancelled before it was computed")
+            raise CancelledError(ENDED)
 
 
 class DerivedContext(CallContext):
