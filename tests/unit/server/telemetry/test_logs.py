@@ -194,24 +194,25 @@ def lines_of(text):
     return whole, len(lines) - len(whole)
 
 
-def test_lines_that_a_full_disk_does_not_take_are_dropped():
-    """Each is counted, and the process goes on."""
-    with writing(os.open("/dev/full", os.O_WRONLY)) as process:
+def assert_lines_are_dropped(descriptor):
+    """Write a log that takes no line; each is counted, and the process goes on."""
+    with writing(descriptor) as process:
         assert int(process.stdout.readline()) >= 101
         print(file=process.stdin, flush=True)
         assert int(process.stdout.readline()) >= 201
         assert process.wait(60) == 0
+
+
+def test_lines_that_a_full_disk_does_not_take_are_dropped():
+    """Each is counted, and the process goes on."""
+    assert_lines_are_dropped(os.open("/dev/full", os.O_WRONLY))
 
 
 def test_lines_for_a_closed_pipe_are_dropped():
     """The reader of the log has ended: lines are counted, and the process goes on."""
     reader, writer = os.pipe()
     os.close(reader)
-    with writing(writer) as process:
-        assert int(process.stdout.readline()) >= 101
-        print(file=process.stdin, flush=True)
-        assert int(process.stdout.readline()) >= 201
-        assert process.wait(60) == 0
+    assert_lines_are_dropped(writer)
 
 
 def test_lines_for_a_full_pipe_that_does_not_block_are_dropped():
