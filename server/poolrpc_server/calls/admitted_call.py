@@ -14,7 +14,6 @@ from poolrpc._wire.status import DETAILS_KEY, encode_error
 from poolrpc.errors import (
     InternalError,
     InvalidArgumentError,
-    LimitExceededError,
     PermissionDeniedError,
     PoolError,
     UnauthenticatedError,
@@ -209,10 +208,8 @@ class AdmittedCall:
         except Exception:
             self._call.raise_if_cancelled()
             raise
-        if message is not None and len(message) > self.method.max_bytes:
-            msg = f"expected a message of at most {self.method.max_bytes} bytes, got {len(message)}"
-            limits = {"limit": str(self.method.max_bytes), "actual": str(len(message))}
-            raise LimitExceededError(msg, reason="MESSAGE_TOO_LARGE", metadata=limits)
+        if message is not None:
+            self.method.check_size(message)
         return message
 
     def _ended(self) -> Event:

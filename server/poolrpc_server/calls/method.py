@@ -6,6 +6,8 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from poolrpc.errors import LimitExceededError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -52,6 +54,19 @@ class Method:
         if self.computes:
             object.__setattr__(self, "max_bytes", sys.maxsize)
         object.__setattr__(self, "labels", ("bidi_stream" if self.stream else "unary", service, name))
+
+    def check_size(self, message: bytes) -> None:
+        """Check the size of a message.
+
+        Raises:
+            LimitExceededError: It is too large for this method.
+
+        """
+        nbytes = len(message)
+        if nbytes > self.max_bytes:
+            msg = f"expected a message of at most {self.max_bytes} bytes, got {nbytes}"
+            limits = {"limit": str(self.max_bytes), "actual": str(nbytes)}
+            raise LimitExceededError(msg, reason="MESSAGE_TOO_LARGE", metadata=limits)
 
 
 UNKNOWN_METHOD = Method("/unknown/Unknown")

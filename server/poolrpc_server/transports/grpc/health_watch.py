@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from poolrpc.errors import LimitExceededError, PoolError
+from poolrpc.errors import PoolError
 from poolrpc.v1 import standard_pb2
 from poolrpc_server.calls.admission import CONTROL_STALLED_SECONDS, CallLimit
 from poolrpc_server.calls.admitted_call import status_of
-from poolrpc_server.calls.method import MAX_CONTROL_BYTES, Method
+from poolrpc_server.calls.method import Method
 from poolrpc_server.protocols.health import HEALTH_SERVICE
 from poolrpc_server.protocols.messages import parse
 
@@ -68,9 +68,7 @@ class HealthWatch:
             try:
                 self._open(messages, context, send)
             except PoolError as error:
-                status = status_of(error)
-                servicer_context.set_trailing_metadata(status.trailing)
-                servicer_context.abort(grpc.StatusCode[status.code], status.message)
+                context.abort(status_of(error))
 
         # grpcio's attributes, which its own health service uses: the call goes on after the function has returned.
         watch.experimental_non_blocking = True  # type: ignore[attr-defined]
@@ -93,9 +91,7 @@ class HealthWatch:
             message = next(messages, None)
         if message is None:
             return
-        if len(message) > MAX_CONTROL_BYTES:
-            msg = f"expected a message of at most {MAX_CONTROL_BYTES} bytes, got {len(message)}"
-            raise LimitExceededError(msg, reason="MESSAGE_TOO_LARGE")
+        self.method.check_size(message)
         known = parse(standard_pb2.HealthCheckRequest, message).service in self._health.services
         ticket.enter(self._limit)
         watcher = _Watcher(context, send, known=known)

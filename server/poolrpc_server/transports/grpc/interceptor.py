@@ -56,6 +56,12 @@ class GrpcContext(CallContext):
         if self._context is not None:
             self._context.cancel()
 
+    def abort(self, status: StatusError) -> NoReturn:
+        """End the call with a status, from the function that handles it."""
+        assert self._context is not None  # noqa: S101 - a thread handles the call
+        self._context.set_trailing_metadata(status.trailing)
+        self._context.abort(grpc.StatusCode[status.code], status.message)
+
 
 class PipelineInterceptor(grpc.ServerInterceptor):
     """An interceptor that admits each call before grpcio reads its message, and passes it to the pipeline.
@@ -125,7 +131,7 @@ def _handler(call: AdmittedCall, context: GrpcContext, executor: ThreadPoolExecu
             try:
                 yield from call.stream(messages)
             except StatusError as status:
-                _abort(servicer_context, status)
+                context.abort(status)
 
         answer_stream.experimental_thread_pool = executor  # type: ignore[attr-defined]  # grpcio's attribute
         return grpc.stream_stream_rpc_method_handler(answer_stream)
@@ -135,7 +141,7 @@ def _handler(call: AdmittedCall, context: GrpcContext, executor: ThreadPoolExecu
         try:
             return call.unary(messages)
         except StatusError as status:
-            _abort(servicer_context, status)
+            context.abort(status)
 
     answer.experimental_thread_pool = executor  # type: ignore[attr-defined]  # as above
     return grpc.stream_unary_rpc_method_handler(answer)
@@ -147,13 +153,8 @@ def _rejection(call: AdmittedCall, context: GrpcContext) -> Handler:
         try:
             call.reject()
         except StatusError as status:
-            _abort(servicer_context, status)
+            context.abort(status)
 
     reject.experimental_thread_pool = INLINE  # type: ignore[attr-defined]  # as above
     # grpcio reads the first message of a stream only when the handler asks for it.
     return grpc.stream_stream_rpc_method_handler(reject)
-
-
-def _abort(context: grpc.ServicerContext, status: StatusError) -> NoReturn:
-    context.set_trailing_metadata(status.trailing)
-    context.abort(grpc.StatusCode[status.code], status.message)
