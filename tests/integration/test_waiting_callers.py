@@ -101,6 +101,23 @@ def half_sent(peer: RawPeer) -> int:
 # Callers that do not send
 
 
+def test_an_arena_call_takes_no_room_of_messages(tmp_path: Path) -> None:
+    """Its own message is small, and announced: it fits next to a large one, which does not give way to it."""
+    x = np.ones((1, 64, 64, 64), np.float32)
+    with (
+        served(
+            listen=("127.0.0.1:0", f"unix:{tmp_path}/socket"), max_inflight_bytes=4 * MIB, max_message_bytes=2 * MIB
+        ) as server,
+        grpc.insecure_channel(server.address) as channel,
+        announced(channel, 3 * MIB // 2) as call,
+        PoolClient(f"unix:{tmp_path}/socket") as client,
+    ):
+        until(lambda: server.value("poolrpc_inflight_bytes") == 3 * MIB)
+        assert client.pool(x, MaxPool2d(2), transport="arena").transport == "arena"
+        assert call.is_active()
+        assert server.ended("STALLED") == 0
+
+
 def test_a_caller_that_does_not_send_is_ended() -> None:
     """It is ended after --receive-timeout and the time for its bytes, which are free then."""
     with (

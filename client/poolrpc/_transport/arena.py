@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from poolrpc._transport.channel import POOL
 from poolrpc._transport.result import make_results
-from poolrpc._transport.steps import RunBlocking, Send
-from poolrpc._transport.unary import decode_response
+from poolrpc._transport.steps import RunBlocking
+from poolrpc._transport.unary import announced, decode_response
 from poolrpc._wire import codec
 from poolrpc.errors import InvalidArgumentError, LimitExceededError, NotFoundError, UnavailableError, UnsupportedError
 from poolrpc.tensors import align, aligned_ranges, numpy_dtype
@@ -58,7 +57,7 @@ def arena_steps(  # noqa: PLR0913 - the call, and what its caller chose
             raise UnavailableError(f"expected an arena, got none: {reason}", reason="ARENA")
         return None
     try:
-        response = yield Send(POOL, call.message, options, call.socket)
+        response = yield announced(call.message, options, call.socket)
     except BaseException as error:
         call.release(error)
         if required or not call.lost(error):

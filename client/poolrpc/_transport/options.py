@@ -46,8 +46,8 @@ class CallOptions:
         self._metadata = metadata
 
     def add_metadata(self, metadata: Mapping[str, str]) -> None:
-        """Send further pairs with the attempts that follow."""
-        self._metadata += tuple(metadata.items())
+        """Send further pairs with the attempts that follow, in place of those with the same keys."""
+        self._metadata = (*(pair for pair in self._metadata if pair[0] not in metadata), *metadata.items())
 
     def time_remaining(self) -> float | None:
         """Return the seconds until the deadline, or None if there is no deadline."""

@@ -44,10 +44,7 @@ def unary_steps(
         retry: Whether to call once more if the connection breaks in the middle of the answer.
 
     """
-    message = encode_message(transfer, max_message_bytes)
-    # A server without room rejects the call before the message is sent.
-    options.add_metadata({framing.MESSAGE_BYTES_KEY: str(len(message))})
-    send = Send(POOL, message, options)
+    send = announced(encode_message(transfer, max_message_bytes), options)
     try:
         response = yield send
     except UnavailableError as error:
@@ -55,6 +52,16 @@ def unary_steps(
             raise
         response = yield send
     return decode_message(transfer, response, progress)
+
+
+def announced(message: bytes, options: CallOptions, socket: str = "") -> Send:
+    """Return the step that sends a message of Pool and announces its size.
+
+    A server without room rejects the call before the message is sent; for a message of unknown size it makes room as if
+    it were large.
+    """
+    options.add_metadata({framing.MESSAGE_BYTES_KEY: str(len(message))})
+    return Send(POOL, message, options, socket)
 
 
 def encode_message(transfer: Transfer, max_message_bytes: int) -> bytes:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import contextmanager
-from threading import Condition
+from dataclasses import dataclass
+from threading import Condition, Lock
 from time import monotonic
 from typing import TYPE_CHECKING, Protocol
 
@@ -32,8 +33,11 @@ CONTROL_STALLED_SECONDS = 0.02
 STALLED_BYTES_PER_SECOND = 25 * 2**20
 """Further time for the bytes that the caller has to send or read: what a network of 200 Mbit/s takes."""
 
-ROOM_SECONDS = 5.0
-"""Maximum time that a call waits for room for a message whose size is not announced, in seconds."""
+ROOM_SECONDS = 2 * STALLED_SECONDS
+"""Seconds that a call waits for room for its message, in which calls that stall give way to it."""
+
+UNKNOWN_ROOM_SECONDS = 5.0
+"""The same for a message whose size is not announced: it asks for more room than most messages take."""
 
 ENDED = "the call was cancelled before it was computed"
 """Message of the error of a call that has ended."""
@@ -132,7 +136,8 @@ class Ticket:
 
         Args:
             nbytes: The bytes.
-            wait: Seconds to wait for room, if there is none; calls that stall make room meanwhile.
+            wait: Seconds to wait for room, if there is none; calls that stall make room meanwhile. Of the calls that
+                wait, the one whose caller holds the fewest bytes is the first.
 
         Raises:
             UnavailableError: They do not fit together with those of other calls.
@@ -203,6 +208,19 @@ class IdleMemory(Protocol):
         """Return all of it to the system."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Waiter:
+    """A call that waits for room: its bytes, its condition, and whether its message is known to have so many bytes."""
+
+    nbytes: int
+    room: Condition
+    known: bool
+
+    def rank(self, held: int) -> tuple[bool, int, bool]:
+        """Return its rank, given the bytes that its caller holds; the lowest goes first."""
+        return self.nbytes > SMALL_BYTES, held, not self.known
+
+
 class AdmissionControl:
     """The tickets of all calls, and the limit of their bytes.
 
@@ -222,7 +240,8 @@ class AdmissionControl:
         self._bytes = 0
         self._caller_bytes: Counter[str] = Counter()
         self._tickets: dict[Ticket, None] = {}
-        self._changed = Condition()
+        self._lock = Lock()
+        self._waiting: dict[Ticket, _Waiter] = {}
         self.on_enter: Callable[[], object] = lambda: None
 
     @property
@@ -230,13 +249,18 @@ class AdmissionControl:
         """Bytes that all calls have reserved."""
         return self._bytes
 
+    @property
+    def waiting(self) -> int:
+        """Number of calls that wait for room."""
+        return len(self._waiting)
+
     def tickets(self) -> list[Ticket]:
         """Return the tickets that hold something."""
         return list(self._tickets)
 
     def enter(self, ticket: Ticket, limit: CallLimit) -> None:
         """See Ticket."""
-        with self._ending() as ended, self._changed:
+        with self._ending() as ended, self._lock:
             if ticket.released:  # nothing would release it again
                 raise CancelledError(ENDED)
             if limit.count >= limit.maximum:
@@ -251,7 +275,7 @@ class AdmissionControl:
 
     def leave(self, ticket: Ticket, limit: CallLimit) -> None:
         """See Ticket."""
-        with self._changed:
+        with self._lock:
             if not ticket.released:
                 self._leave(ticket, limit)
                 ticket.limits = tuple(each for each in ticket.limits if each is not limit)
@@ -265,7 +289,7 @@ class AdmissionControl:
 
     def identify(self, ticket: Ticket, caller: str) -> None:
         """See Ticket."""
-        with self._ending() as ended, self._changed:
+        with self._ending() as ended, self._lock:
             if ticket.released or ticket.caller == caller:
                 return
             ticket.caller = caller
@@ -304,61 +328,97 @@ class AdmissionControl:
 
     def reserve_unknown(self, ticket: Ticket, nbytes: int) -> None:
         """See Ticket."""
-        self.reserve(ticket, min(nbytes, share_of(self._max_bytes)), wait=ROOM_SECONDS)
+        self.reserve(ticket, min(nbytes, share_of(self._max_bytes)), wait=UNKNOWN_ROOM_SECONDS, known=False)
 
-    def reserve(self, ticket: Ticket, nbytes: int, *, wait: float = 0.0) -> None:
-        """See Ticket; `wait` is the maximum time to wait for room, in seconds."""
-        with self._ending() as ended, self._changed:
-            self._reserve(ticket, nbytes, monotonic() + wait, ended)
+    def reserve(self, ticket: Ticket, nbytes: int, *, wait: float = 0.0, known: bool = True) -> None:
+        """See Ticket; `wait` is the maximum time to wait for room, in seconds, and `known` whether the size is."""
+        with self._ending() as ended, self._lock:
+            self._check_fits(ticket, nbytes)
+            if not wait:
+                self._reserve(ticket, nbytes, ended)
+            else:
+                self._wait_for_room(ticket, _Waiter(nbytes, Condition(self._lock), known=known), wait, ended)
         self._make_room()
 
-    def _reserve(self, ticket: Ticket, nbytes: int, until: float, ended: list[Ticket]) -> None:
-        # Under the lock.
+    def _check_fits(self, ticket: Ticket, nbytes: int) -> None:
         if nbytes + ticket.nbytes > self._max_bytes:
             msg = f"expected a call of at most {self._max_bytes} bytes, got {nbytes + ticket.nbytes} (inputs, outputs "
             msg += "and the memory to compute them)"
             limits = {"limit": str(self._max_bytes), "actual": str(nbytes + ticket.nbytes)}
             raise LimitExceededError(msg, reason="IN_FLIGHT_BYTES", metadata=limits)
+
+    def _reserve(self, ticket: Ticket, nbytes: int, ended: list[Ticket]) -> None:
+        # Under the lock.
         while not ticket.released:
-            missing, error = self._shortage(ticket, nbytes)
+            missing, error, among = self._shortage(ticket, nbytes)
             if error is None:
                 ticket.nbytes += nbytes
                 self._bytes += nbytes
                 self._caller_bytes[ticket.caller] += nbytes
                 self._tickets[ticket] = None
                 return
-            stalled = _stalled(each for each in self._tickets if each.nbytes and each is not ticket)
-            nbytes_stalled = sum(each.nbytes for each in stalled)
+            others = [each for each in self._tickets if each.nbytes and each is not ticket]
+            stalled = _stalled(each for each in others if among in {None, each.caller})
             # Otherwise ending them would not help; without any other call, this one may have everything.
-            if nbytes_stalled >= missing or nbytes_stalled + ticket.nbytes == self._bytes:
-                self._give_way(stalled, ended, error)
-            elif monotonic() >= until:
+            if sum(each.nbytes for each in stalled) < missing and len(stalled) < len(others):
                 raise error
-            else:
-                self._changed.wait(min(until - monotonic(), STALLED_SECONDS / 2))
+            self._give_way(stalled, ended, error)
         raise CancelledError(ENDED)
 
-    def _shortage(self, ticket: Ticket, nbytes: int) -> tuple[int, UnavailableError | None]:
-        """Return how many bytes are missing, and the error that says so; None if they fit."""
+    def _wait_for_room(self, ticket: Ticket, waiter: _Waiter, seconds: float, ended: list[Ticket]) -> None:
+        # Under the lock, which is released while it waits.
+        until = monotonic() + seconds
+        self._waiting[ticket] = waiter
+        try:
+            while True:
+                left = until - monotonic()
+                # A small message takes the room that is left for it; the last chance does not depend on the others.
+                if waiter.nbytes <= SMALL_BYTES or left <= 0 or self._first_waiting() is ticket:
+                    try:
+                        return self._reserve(ticket, waiter.nbytes, ended)
+                    except UnavailableError:
+                        if left <= 0:
+                            raise
+                waiter.room.wait(min(left, STALLED_SECONDS / 4))
+        finally:
+            del self._waiting[ticket]
+            self._notify_first()
+
+    def _first_waiting(self) -> Ticket | None:
+        """Return the call that waits for room and is to have it first; of equals, the one that came first."""
+        # Under the lock.
+        waiting = self._waiting
+        return min(waiting, key=lambda each: waiting[each].rank(self._caller_bytes[each.caller]), default=None)
+
+    def _notify_first(self) -> None:
+        # Under the lock.
+        if (first := self._first_waiting()) is not None:
+            self._waiting[first].room.notify()
+
+    def _shortage(self, ticket: Ticket, nbytes: int) -> tuple[int, UnavailableError | None, str | None]:
+        """Return how many bytes are missing, the error that says so, and the only caller whose calls could return them.
+
+        The error is None if they fit, and the caller if those of any caller could.
+        """
         # A call alone may have everything, and a caller's only call may exceed the caller's share.
         held, own = self._bytes, self._caller_bytes[ticket.caller]
         limit = self._max_bytes if nbytes <= SMALL_BYTES or held == ticket.nbytes else share_of(self._max_bytes)
         if held + nbytes > limit:
-            return held + nbytes - limit, self._out_of_bytes("", limit, held, nbytes)
+            return held + nbytes - limit, self._out_of_bytes("", limit, held, nbytes), None
         share = share_of(self._max_bytes)
         if ticket.caller and own > ticket.nbytes and own + nbytes > share:
-            return own + nbytes - share, self._out_of_bytes(" of one caller", share, own, nbytes)
-        return 0, None
+            return own + nbytes - share, self._out_of_bytes(" of one caller", share, own, nbytes), ticket.caller
+        return 0, None, None
 
     def shrink(self, ticket: Ticket, nbytes: int) -> None:
         """See Ticket."""
-        with self._changed:
+        with self._lock:
             if not ticket.released:
                 self._return_bytes(ticket, nbytes)
 
     def release(self, ticket: Ticket) -> None:
         """See Ticket."""
-        with self._changed:
+        with self._lock:
             self._release(ticket)
 
     def _release(self, ticket: Ticket) -> None:
@@ -381,7 +441,7 @@ class AdmissionControl:
         self._caller_bytes[ticket.caller] -= nbytes
         if self._caller_bytes[ticket.caller] <= 0:
             del self._caller_bytes[ticket.caller]
-        self._changed.notify_all()
+        self._notify_first()
 
     def _make_room(self) -> None:
         # The size of idle memory takes a lock to read, and seldom matters.

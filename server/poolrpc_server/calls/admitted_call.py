@@ -19,7 +19,7 @@ from poolrpc.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
-from poolrpc_server.calls.admission import CONTROL_STALLED_SECONDS
+from poolrpc_server.calls.admission import CONTROL_STALLED_SECONDS, ROOM_SECONDS
 from poolrpc_server.calls.call import StatusError
 from poolrpc_server.telemetry.logs import log
 
@@ -174,7 +174,7 @@ class AdmittedCall:
         if not self.method.computes:
             ticket.wait(patience.seconds, patience=CONTROL_STALLED_SECONDS)
         elif self._announced:
-            ticket.reserve(MESSAGE_COPIES * self._announced)
+            ticket.reserve(MESSAGE_COPIES * self._announced, wait=ROOM_SECONDS)
             ticket.wait(patience.for_bytes(self._announced), self._announced)
         else:
             ticket.reserve_unknown(MESSAGE_COPIES * min(patience.max_message_bytes, UNKNOWN_BYTES))

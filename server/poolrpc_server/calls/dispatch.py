@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 from poolrpc.errors import InvalidArgumentError, LimitExceededError, NotFoundError, PoolError, UnavailableError
 from poolrpc.tensors import ALIGNMENT, aligned_ranges
-from poolrpc_server.calls.admission import RETRY_DELAY, STALLED_SECONDS, CallLimit, rejection
+from poolrpc_server.calls.admission import RETRY_DELAY, ROOM_SECONDS, CallLimit, rejection
 from poolrpc_server.calls.admitted_call import ANSWER_COPIES
 from poolrpc_server.calls.batcher import Batcher, StoppedError
 from poolrpc_server.calls.queue import QueueFullError, QueueLimits
@@ -35,9 +35,6 @@ Finish: TypeAlias = "Callable[[Sequence[memoryview]], T]"
 BLOCKS_HELD = 5
 """Blocks of a stream in memory at a time: one that arrives (in gRPC's two copies), one that waits, one that is put
 together from several messages, one that is computed."""
-
-STREAM_ROOM_SECONDS = 2 * STALLED_SECONDS
-"""Seconds that a stream waits for room, in which calls that stall give way to it."""
 
 FREE_SCRATCH_BYTES = 24 * 2**20
 """Scratch memory of a request that is not counted: the blocks of planes of most requests need no more, only as many of
@@ -201,7 +198,7 @@ class Dispatcher:
         # Reserved at once, so that a stream that has begun is not rejected in its middle.
         largest = self.check(block_of(request, planes, stream.max_planes, 0))
         nbytes = BLOCKS_HELD * stream.max_planes * stream.plane_bytes + _bytes_of(largest)
-        call.ticket.reserve(nbytes, wait=STREAM_ROOM_SECONDS)
+        call.ticket.reserve(nbytes, wait=ROOM_SECONDS)
         return stream
 
     def pool_block(self, stream: StreamBlocks, block: Bytes, call: CallContext, finish: Finish[T]) -> T:

@@ -1,6 +1,7 @@
 """Admission control: which bytes and calls fit, when they are counted, and whose calls give way."""
 
 from concurrent.futures import ThreadPoolExecutor
+from queue import Queue
 from threading import Barrier, Event, Lock, Thread
 
 import pytest
@@ -265,6 +266,62 @@ def test_the_caller_with_the_most_stalled_calls_gives_way_first():
         call.ticket.wait(FOREVER, patience=0)
     Call(admission, "carol").ticket.enter(limit)
     assert [call.ended for call in calls] == [[], ["STALLED"], [], []]
+
+
+def test_a_caller_at_its_share_ends_only_its_own_calls():
+    """Stalled calls of other callers stay: ending them would not make room within the share."""
+    admission = AdmissionControl(100)
+    stalled, active = Call(admission, "bob"), Call(admission, "alice")
+    stalled.ticket.reserve(10)
+    stalled.ticket.wait(FOREVER, patience=0)
+    active.ticket.reserve(75)
+    with pytest.raises(UnavailableError, match="of one caller"):
+        Call(admission, "alice").ticket.reserve(10)
+    assert stalled.ended == []
+
+
+def test_room_goes_to_the_caller_that_holds_least():
+    """Of the calls that wait, the first one is of the caller with the fewest bytes, then one whose size is known."""
+    size = SMALL_BYTES + 1
+    admission = AdmissionControl(8 * size)
+    holders = [Call(admission, "alice") for _ in range(6)]
+    for each in holders:
+        each.ticket.reserve(size)
+    order, waiting = Queue(), []
+    for caller, known in (("alice", True), ("bob", False), ("carol", True)):
+        ticket = Call(admission, caller).ticket
+
+        def reserve(ticket=ticket, caller=caller, known=known):
+            admission.reserve(ticket, size, wait=PATIENCE, known=known)
+            order.put(caller)
+
+        waiting.append(Thread(target=reserve))
+        waiting[-1].start()
+        while admission.waiting < len(waiting):
+            pass
+    for each, expected in zip(holders, ("carol", "bob", "alice"), strict=False):
+        each.ticket.release()
+        assert order.get(timeout=PATIENCE) == expected
+    for thread in waiting:
+        thread.join(PATIENCE)
+
+
+def test_a_small_message_does_not_wait_for_large_ones():
+    """It takes the room that is left for small ones at once."""
+    admission = AdmissionControl(8 * SMALL_BYTES)
+    Call(admission, "alice").ticket.reserve(6 * SMALL_BYTES)
+    large = Call(admission, "bob").ticket
+    thread = Thread(target=lambda: large.reserve(2 * SMALL_BYTES, wait=PATIENCE))
+    thread.start()
+    while not admission.waiting:
+        pass
+    small = Call(admission, "carol").ticket
+    small.reserve(SMALL_BYTES, wait=PATIENCE)
+    assert (small.nbytes, large.nbytes) == (SMALL_BYTES, 0)
+    for each in admission.tickets():
+        each.release()
+    thread.join(PATIENCE)
+    assert large.nbytes == 2 * SMALL_BYTES
 
 
 def test_a_message_of_unknown_size_waits_for_room():
