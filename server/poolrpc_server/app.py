@@ -44,6 +44,10 @@ if TYPE_CHECKING:
 STOPPING_SECONDS = 1.0
 """Seconds after the grace in which calls that are still queued receive their rejection."""
 
+SWITCH_SECONDS = 0.0005
+"""Time after which a thread that runs Python gives way to others. One thread of gRPC begins and ends all calls: while
+many others run Python, it would wait for Python's own 5 ms at each step."""
+
 WATCHDOG = Method(f"/{WATCHDOG_SERVICE}/Check", unary=lambda *_: b"", probe=True, public=True)
 """The method that the watchdog calls. Not a health check, which may require a token and is counted by the metrics."""
 
@@ -212,6 +216,7 @@ def serve(config: Config, *, control: ProcessControl | None = None) -> int:
 
     """
     use_one_heap()  # before threads have heaps of their own
+    sys.setswitchinterval(SWITCH_SECONDS)
     raise_descriptor_limit()
     with ExitStack() as serving:
         private = _private_addresses(serving) if config.watchdog_seconds else ()

@@ -39,6 +39,9 @@ ROOM_SECONDS = 2 * STALLED_SECONDS
 UNKNOWN_ROOM_SECONDS = 5.0
 """The same for a message whose size is not announced: it asks for more room than most messages take."""
 
+MAX_WAITING = 32
+"""Calls that wait for room at a time: they are among the calls in flight, and more of them would keep others out."""
+
 ENDED = "the call was cancelled before it was computed"
 """Message of the error of a call that has ended."""
 
@@ -94,7 +97,7 @@ class Ticket:
 
     """
 
-    __slots__ = ("_admission", "_end", "caller", "expires", "limits", "nbytes", "released", "stalls_at")
+    __slots__ = ("_admission", "_end", "caller", "expires", "limits", "nbytes", "released", "stalls_at", "waits_since")
 
     def __init__(self, admission: AdmissionControl, end: Callable[[str], object] = lambda _: None) -> None:
         """Make the ticket of a call that holds nothing yet.
@@ -112,6 +115,7 @@ class Ticket:
         self.released = False
         self.expires: float | None = None  # when the call is ended, by the monotonic clock
         self.stalls_at: float | None = None  # when it may be ended in favor of another call
+        self.waits_since = 0.0  # when it began to wait for its caller, if it does
 
     def enter(self, limit: CallLimit) -> None:
         """Count the call among those of a limit.
@@ -178,7 +182,7 @@ class Ticket:
                 that the bytes take.
 
         """
-        now = monotonic()
+        self.waits_since = now = monotonic()
         self.expires = now + seconds
         self.stalls_at = now + patience + nbytes / STALLED_BYTES_PER_SECOND
 
@@ -208,17 +212,22 @@ class IdleMemory(Protocol):
         """Return all of it to the system."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Waiter:
-    """A call that waits for room: its bytes, its condition, and whether its message is known to have so many bytes."""
+@dataclass(slots=True)
+class _Waiting:
+    """A call that waits for room.
+
+    Attributes:
+        nbytes: Its bytes.
+        room: Notified when there may be room.
+        known: Whether its message is known to have so many bytes.
+        until: When its wait ends, by the monotonic clock.
+
+    """
 
     nbytes: int
     room: Condition
     known: bool
-
-    def rank(self, held: int) -> tuple[bool, int, bool]:
-        """Return its rank, given the bytes that its caller holds; the lowest goes first."""
-        return self.nbytes > SMALL_BYTES, held, not self.known
+    until: float
 
 
 class AdmissionControl:
@@ -241,7 +250,7 @@ class AdmissionControl:
         self._caller_bytes: Counter[str] = Counter()
         self._tickets: dict[Ticket, None] = {}
         self._lock = Lock()
-        self._waiting: dict[Ticket, _Waiter] = {}
+        self._waiting: dict[Ticket, _Waiting] = {}
         self.on_enter: Callable[[], object] = lambda: None
 
     @property
@@ -337,7 +346,8 @@ class AdmissionControl:
             if not wait:
                 self._reserve(ticket, nbytes, ended)
             else:
-                self._wait_for_room(ticket, _Waiter(nbytes, Condition(self._lock), known=known), wait, ended)
+                waiter = _Waiting(nbytes, Condition(self._lock), known, monotonic() + wait)
+                self._wait_for_room(ticket, waiter, ended)
         self._make_room()
 
     def _check_fits(self, ticket: Ticket, nbytes: int) -> None:
@@ -365,21 +375,27 @@ class AdmissionControl:
             self._give_way(stalled, ended, error)
         raise CancelledError(ENDED)
 
-    def _wait_for_room(self, ticket: Ticket, waiter: _Waiter, seconds: float, ended: list[Ticket]) -> None:
+    def _wait_for_room(self, ticket: Ticket, waiter: _Waiting, ended: list[Ticket]) -> None:
         # Under the lock, which is released while it waits.
-        until = monotonic() + seconds
         self._waiting[ticket] = waiter
+        if len(self._waiting) > MAX_WAITING:
+            last = self._waiting[max(reversed(self._waiting), key=self._rank)]
+            last.until = 0.0
+            last.room.notify()
         try:
             while True:
-                left = until - monotonic()
+                left = waiter.until - monotonic()
+                first = self._first_waiting() is ticket
                 # A small message takes the room that is left for it; the last chance does not depend on the others.
-                if waiter.nbytes <= SMALL_BYTES or left <= 0 or self._first_waiting() is ticket:
+                if first or waiter.nbytes <= SMALL_BYTES or left <= 0:
                     try:
                         return self._reserve(ticket, waiter.nbytes, ended)
                     except UnavailableError:
                         if left <= 0:
                             raise
-                waiter.room.wait(min(left, STALLED_SECONDS / 4))
+                # The first one looks for calls that stall; the others are notified, but for one that comes to be first
+                # because other callers have got more bytes.
+                waiter.room.wait(min(left, STALLED_SECONDS / 4 if first else STALLED_SECONDS))
         finally:
             del self._waiting[ticket]
             self._notify_first()
@@ -387,8 +403,11 @@ class AdmissionControl:
     def _first_waiting(self) -> Ticket | None:
         """Return the call that waits for room and is to have it first; of equals, the one that came first."""
         # Under the lock.
-        waiting = self._waiting
-        return min(waiting, key=lambda each: waiting[each].rank(self._caller_bytes[each.caller]), default=None)
+        return min(self._waiting, key=self._rank, default=None)
+
+    def _rank(self, ticket: Ticket) -> tuple[bool, int, bool]:
+        waiter = self._waiting[ticket]
+        return waiter.nbytes > SMALL_BYTES, self._caller_bytes[ticket.caller], not waiter.known
 
     def _notify_first(self) -> None:
         # Under the lock.

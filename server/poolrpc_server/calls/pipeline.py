@@ -37,7 +37,8 @@ MAX_SIZE_DIGITS = 19
 
 CONTROL_CALLS = 64
 """Calls at a time of methods that do not compute. Each has a thread of its own, so that monitoring is answered while
-every other thread is taken; one that waits for its message soon gives way to any other."""
+every other thread is taken; one that waits for its message soon gives way to any other. Half of them are for probes,
+so that no method that takes longer keeps those out."""
 
 
 class CallPipeline:
@@ -67,7 +68,8 @@ class CallPipeline:
         """
         self._admission = admission
         self._admit = admit
-        self._control = CallLimit("CALLS", "calls that do not compute at a time", CONTROL_CALLS)
+        self._probes = CallLimit("CALLS", "probes at a time", CONTROL_CALLS // 2)
+        self._control = CallLimit("CALLS", "calls that do not compute at a time", CONTROL_CALLS // 2)
         self._observers = observers
         self._tokens = tokens
         self._patience = Patience(max_message_bytes, receive_seconds)
@@ -112,7 +114,7 @@ class CallPipeline:
                 call.set_priority(priority)
                 self._admit(call, announced)
             else:
-                call.ticket.enter(self._control)
+                call.ticket.enter(self._probes if method.probe else self._control)
         except PoolError as error:
             call.ticket.release()
             return AdmittedCall(method, call, self._observers, self._patience, error=error)

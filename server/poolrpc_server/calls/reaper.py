@@ -26,6 +26,9 @@ MIN_SECONDS, MAX_SECONDS = 0.02, 0.5
 FILL_BYTES_PER_SECOND = 2 * 2**30
 """Speed at which messages may fill the memory: about twice what gRPC receives from loopback."""
 
+TRIM_SECONDS = 1.0
+"""Shortest time between two attempts to return freed memory to the system: threads that need memory wait meanwhile."""
+
 LINGER_SECONDS = 1.0
 """Time that the reaper goes on without a call, so that a sequence of calls does not wake it for each one."""
 
@@ -56,6 +59,7 @@ class Reaper:
         self._max_resident = max_resident
         self._drop_idle = drop_idle
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)
+        self._trims_at = 0.0
         self._busy = Event()
         self._closed = False
         self._thread = Thread(target=self._run, name="poolrpc-reaper", daemon=True)
@@ -104,17 +108,28 @@ class Reaper:
                 ticket.end("TIMEOUT")
 
     def _bound_memory(self, tickets: list[Ticket]) -> None:
-        waiting = [ticket for ticket in tickets if ticket.expires is not None]
+        # A message that has been waited for so briefly cannot be large.
+        waiting = [
+            (ticket, waited)
+            for ticket in tickets
+            if ticket.expires is not None and (waited := monotonic() - ticket.waits_since) > MIN_SECONDS
+        ]
         if not waiting or self._free() >= 0:
             return
-        # Memory that was freed counts until the C library returns it.
-        self._drop_idle()
-        self._trim(0)
-        if self._free() >= 0:
-            return
-        counts = Counter(ticket.caller for ticket in waiting)
-        caller, count = counts.most_common(1)[0]
-        log.warning("calls ended: too much memory", calls=count, caller=caller, resident_bytes=self._resident())
-        for ticket in waiting:
-            if ticket.caller == caller:
-                ticket.end("MEMORY")
+        now = monotonic()
+        if now >= self._trims_at:
+            # Memory that was freed counts until the C library returns it.
+            self._trims_at = now + TRIM_SECONDS
+            self._drop_idle()
+            self._trim(0)
+            if self._free() >= 0:
+                return
+        # The longer a message is waited for, the more of it may have arrived.
+        seconds: Counter[str] = Counter()
+        for ticket, waited in waiting:
+            seconds[ticket.caller] += waited  # type: ignore[assignment]  # a Counter of seconds
+        caller = seconds.most_common(1)[0][0]
+        ended = [ticket for ticket, _ in waiting if ticket.caller == caller]
+        log.warning("calls ended: too much memory", calls=len(ended), caller=caller, resident_bytes=self._resident())
+        for ticket in ended:
+            ticket.end("MEMORY")

@@ -13,7 +13,7 @@ from poolrpc.errors import InvalidArgumentError
 from poolrpc.v1 import pool_pb2
 from poolrpc_server.calls.call import MAX_FACT_CHARS, request_facts, result_facts
 from poolrpc_server.calls.method import Method
-from poolrpc_server.protocols.messages import header_too_large, not_a_message, parse
+from poolrpc_server.protocols.messages import decoding, header_too_large, not_a_message, parse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -83,7 +83,10 @@ class PoolServicer:
     def pool(self, message: bytes, call: CallContext) -> bytes:
         """Run every branch of the request on its input."""
         header, payload = _split(message, pool_pb2.PoolRequest)
-        prepared = self._prepared.get(header) or self._prepare(header, call)
+        prepared = self._prepared.get(header)
+        if prepared is None:
+            with decoding(header, call):
+                prepared = self._prepare(header, call)
         call.record.note(prepared.facts)
         if prepared.ranges is None:
             return self._dispatcher.pool(prepared.checked, payload, call, prepared.encode)
@@ -95,11 +98,12 @@ class PoolServicer:
         record = call.record
         with self._streams.open(messages, BLOCKS_AHEAD, call) as (reader, context):
             header, _ = _split(next(reader, b""), pool_pb2.PoolStreamRequest)
-            message = parse(pool_pb2.PoolStreamRequest, header)
-            if not message.HasField("request"):
-                raise InvalidArgumentError("expected the request in the first message, got none", field="request")
-            request = codec.decode_request(message.request)
-            record.note(request_facts(request))
+            with decoding(header, call):
+                message = parse(pool_pb2.PoolStreamRequest, header)
+                if not message.HasField("request"):
+                    raise InvalidArgumentError("expected the request in the first message, got none", field="request")
+                request = codec.decode_request(message.request)
+                record.note(request_facts(request))
             stream = self._dispatcher.stream(request, context)
             record.note(result_facts(stream.results))
             yield pool_pb2.PoolStreamResponse(results=codec.encode_results(stream.results)).SerializeToString()
@@ -112,10 +116,11 @@ class PoolServicer:
 
     def infer_shape(self, message: bytes, call: CallContext) -> bytes:
         """Return the shapes that Pool would return."""
-        request = parse(pool_pb2.InferShapeRequest, message)
-        shape, branches, layout = codec.decode_shape_request(request)
-        call.record.note({"layers": clip(branches, MAX_FACT_CHARS), "shape": clip(shape, MAX_FACT_CHARS)})
-        return codec.encode_shape_response(self._dispatcher.shapes(shape, branches, layout)).SerializeToString()
+        with decoding(message, call):
+            request = parse(pool_pb2.InferShapeRequest, message)
+            shape, branches, layout = codec.decode_shape_request(request)
+            call.record.note({"layers": clip(branches, MAX_FACT_CHARS), "shape": clip(shape, MAX_FACT_CHARS)})
+            return codec.encode_shape_response(self._dispatcher.shapes(shape, branches, layout)).SerializeToString()
 
     def get_server_info(self, message: bytes, _: CallContext) -> bytes:
         """Return the description of the server."""

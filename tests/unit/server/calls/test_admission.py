@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from poolrpc import CancelledError, LimitExceededError, PoolError, UnavailableError
-from poolrpc_server.calls.admission import SMALL_BYTES, AdmissionControl, CallLimit, Ticket, share_of
+from poolrpc_server.calls.admission import MAX_WAITING, SMALL_BYTES, AdmissionControl, CallLimit, Ticket, share_of
 
 PATIENCE = 60
 FOREVER = 3600.0
@@ -304,6 +304,36 @@ def test_room_goes_to_the_caller_that_holds_least():
         assert order.get(timeout=PATIENCE) == expected
     for thread in waiting:
         thread.join(PATIENCE)
+
+
+def test_only_so_many_calls_wait_for_room():
+    """Of one too many, the last one in order is rejected: not the newest, if its caller holds less than others."""
+    size = SMALL_BYTES + 1
+    admission = AdmissionControl(8 * size)
+    Call(admission, "alice").ticket.reserve(6 * size)
+    rejected = Queue()
+
+    def reserve(number, caller):
+        ticket = Call(admission, caller).ticket
+        try:
+            admission.reserve(ticket, 2 * size, wait=PATIENCE)
+        except UnavailableError:
+            rejected.put(number)
+        ticket.release()
+
+    threads = []
+    for number in range(MAX_WAITING + 1):
+        threads.append(Thread(target=reserve, args=(number, "bob" if number == MAX_WAITING else "alice")))
+        threads[-1].start()
+        while number < MAX_WAITING and admission.waiting <= number:
+            pass
+    assert rejected.get(timeout=PATIENCE) == MAX_WAITING - 1
+    for each in admission.tickets():
+        each.release()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert rejected.empty()
+    assert (admission.waiting, admission.bytes_in_flight) == (0, 0)
 
 
 def test_a_small_message_does_not_wait_for_large_ones():

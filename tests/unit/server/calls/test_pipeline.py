@@ -367,16 +367,24 @@ def test_a_call_holds_nothing_after_its_end(log, path):
         assert (limit.count, admission.bytes_in_flight, admission.tickets()) == (0, 0, [])
 
 
-def test_only_so_many_calls_do_not_compute(log):
-    """One call too many of such methods is rejected, unless another one waits too long for its caller and is ended."""
-    metrics, name = Metrics(), "/a.B/C"
-    made = pipeline(log, Method(name, unary=lambda message, _: message), metrics=metrics)
-    contexts = [Context(name) for _ in range(CONTROL_CALLS)]
-    assert [made.admit(context).error for context in contexts] == [None] * CONTROL_CALLS
-    assert made.admit(Context(name)).error.metadata == {"limit": str(CONTROL_CALLS), "actual": str(CONTROL_CALLS + 1)}
+@pytest.mark.parametrize("probe", [False, True])
+def test_only_so_many_calls_do_not_compute(log, probe):
+    """One call too many of such methods is rejected, unless another one waits too long for its caller and is ended.
+
+    Probes and the other ones do not take each other's places.
+    """
+    metrics, name, number = Metrics(), "/a.B/C", CONTROL_CALLS // 2
+    methods = [
+        Method(each, unary=lambda message, _: message, probe=of) for each, of in ((name, probe), ("/a.B/D", not probe))
+    ]
+    made = pipeline(log, *methods, metrics=metrics)
+    contexts = [Context(name) for _ in range(number)]
+    assert [made.admit(context).error for context in contexts] == [None] * number
+    assert made.admit(Context(name)).error.metadata == {"limit": str(number), "actual": str(number + 1)}
+    assert made.admit(Context("/a.B/D")).error is None
     contexts[7].ticket.wait(PATIENCE, patience=0.0)
     assert made.admit(Context(name)).error is None
-    assert [context.is_active() for context in contexts] == [number != 7 for number in range(CONTROL_CALLS)]
+    assert [context.is_active() for context in contexts] == [each != 7 for each in range(number)]
     assert metrics.collect().get_sample_value("poolrpc_ended_total", {"reason": "STALLED"}) == 1
 
 

@@ -29,16 +29,16 @@ class Memory:
     """The memory of a process, as a test sets it; dropping what is idle may free some of it."""
 
     def __init__(self, resident, idle=0):
-        self.resident, self.idle, self.read = resident, idle, Event()
+        self.resident, self.idle, self.dropped = resident, idle, Event()
 
     def __call__(self):
         """Return the memory."""
-        self.read.set()
         return self.resident
 
     def drop_idle(self):
         """Free what is idle."""
         self.resident -= self.idle
+        self.dropped.set()
 
 
 @pytest.fixture
@@ -72,20 +72,26 @@ def test_calls_whose_time_is_over_are_ended(admission, limit):
 
 
 def test_calls_that_wait_for_messages_are_ended_when_memory_runs_out(admission, limit):
-    """Above the limit, the waiting calls of the caller that has the most of them are ended, and no other."""
-    memory = Memory(101)
+    """Above the limit, the calls of the caller that has kept the server waiting the longest are ended, and no other.
+
+    The wait is the sum over the caller's calls. A call whose message has been waited for only now is not ended.
+    """
+    memory = Memory(0)
     reaper = reaper_of(admission, memory)
     computing = Call(admission, limit, "alice")
-    other = Call(admission, limit, "bob")
-    other.ticket.wait(FOREVER)
     calls = [Call(admission, limit, "alice") for _ in range(2)]
     for call in calls:
         call.ticket.wait(FOREVER)
+    other, recent = Call(admission, limit, "bob"), Call(admission, limit, "carol")
+    for call in (other, recent):
+        call.ticket.wait(FOREVER)
+    recent.ticket.waits_since += FOREVER
+    memory.resident = 101
     assert all(call.ended.wait(PATIENCE) for call in calls)
-    memory.resident = 100
     assert {call.reason for call in calls} == {"MEMORY"}
-    assert computing.reason == ""
+    assert other.ended.wait(PATIENCE)  # there is still too much
     reaper.close()
+    assert (computing.reason, recent.reason) == ("", "")
 
 
 def test_idle_memory_is_dropped_before_calls_are_ended(admission, limit):
@@ -94,7 +100,7 @@ def test_idle_memory_is_dropped_before_calls_are_ended(admission, limit):
     reaper = reaper_of(admission, memory)
     call = Call(admission, limit)
     call.ticket.wait(FOREVER)
-    assert memory.read.wait(PATIENCE)
+    assert memory.dropped.wait(PATIENCE)
     reaper.close()
     assert (call.reason, memory.resident) == ("", 90)
 

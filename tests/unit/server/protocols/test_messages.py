@@ -1,16 +1,21 @@
 """Parsing of protobuf messages: what is not one, and limits on what protobuf may build of one."""
 
+from threading import Thread
+
 import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poolrpc import InternalError, LimitExceededError
+from poolrpc import CancelledError, InternalError, LimitExceededError
 from poolrpc._wire.framing import count_fields, field_prefix
 from poolrpc.v1 import pool_pb2, standard_pb2
-from poolrpc_server.protocols.messages import MAX_FIELDS, UNMEASURED_BYTES, parse
+from poolrpc_server.protocols.messages import DECODED_COPIES, MAX_FIELDS, UNMEASURED_BYTES, decoding, parse
 from poolrpc_server.protocols.triton.generated import open_inference_pb2 as pb
+from tests.unit.server.context import Context
 
+PATIENCE = 60
+LARGE, SMALL = bytes(UNMEASURED_BYTES + 1), bytes(UNMEASURED_BYTES)
 SHAPES = pool_pb2.InferShapeRequest
 GROUP = b"\x83\x01\x84\x01"  # an empty one, of the unknown number 16
 
@@ -99,3 +104,49 @@ def test_the_entries_of_maps_are_counted(parameters, shapes, raws):
     # An entry, its key, its value, and the number in that; an input, its name, and its shape unless it is empty.
     expected = 4 * len(parameters) + sum(2 + bool(shape) for shape in shapes) + len(raws)
     assert count_fields(message.SerializeToString(), message.DESCRIPTOR, MAX_FIELDS) == expected
+
+
+def test_large_headers_are_decoded_in_turn():
+    """While one is decoded, another one waits, and a small one does not."""
+    order = []
+
+    def decode(header, name):
+        with decoding(header, Context()):
+            order.append(name)
+
+    with decoding(LARGE, Context()):
+        large, small = Thread(target=decode, args=(LARGE, "large")), Thread(target=decode, args=(SMALL, "small"))
+        large.start()
+        small.start()
+        small.join(PATIENCE)
+        assert order == ["small"]
+    large.join(PATIENCE)
+    assert order == ["small", "large"]
+
+
+def test_a_header_is_not_decoded_for_a_caller_that_has_left():
+    """A caller that leaves while another header is decoded costs nothing more."""
+    context, errors = Context(), []
+
+    def decode():
+        try:
+            with decoding(LARGE, context):
+                errors.append(None)
+        except CancelledError as error:
+            errors.append(error)
+
+    with decoding(LARGE, Context()):
+        thread = Thread(target=decode)
+        thread.start()
+        context.cancel()
+    thread.join(PATIENCE)
+    assert [type(error) for error in errors] == [CancelledError]
+
+
+def test_the_memory_of_a_decoded_header_is_reserved():
+    """A large one counts as a multiple of its bytes until the call has ended; a small one is not counted."""
+    for header, expected in ((SMALL, 0), (LARGE, DECODED_COPIES * len(LARGE))):
+        context = Context()
+        with decoding(header, context):
+            pass
+        assert context.ticket.nbytes == expected
