@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from typing import Any
 
@@ -20,12 +21,38 @@ def tensor(planes: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     return x, x.reshape(1, planes, size // 2, 2, size // 2, 2).max((3, 5))
 
 
+def compare(
+    patience: float, client: poolrpc.PoolClient, tensors: tuple[np.ndarray, np.ndarray], transport: str | None = None
+) -> str:
+    """Pool a tensor; return what is wrong with the output, or an empty string.
+
+    Args:
+        patience: Seconds for which a call that is rejected for the moment is tried again, as its error says.
+        client: The client.
+        tensors: The tensor, and the output.
+        transport: The transport.
+
+    """
+    x, expected = tensors
+    until = time.monotonic() + patience
+    while True:
+        try:
+            output = client.pool(x, LAYER, transport=transport).output
+        except poolrpc.UnavailableError as error:
+            if error.retry_delay is None or time.monotonic() > until:
+                raise
+            time.sleep(error.retry_delay)
+        else:
+            return "" if np.array_equal(output, expected) else "wrong"
+
+
 def main(settings: dict[str, Any]) -> None:
     """Call until standard input ends.
 
     Args:
-        settings: The address ("address"), the path of the unix socket ("path"), the token ("token"), and the seconds
-            after which a call counts as lost ("timeout").
+        settings: The address ("address"), the path of the unix socket ("path"), the token ("token"), the seconds
+            after which a call counts as lost ("timeout"), and whether a call that is rejected for the moment is tried
+            again until then ("patient"), as its error says, after the client's own attempts.
 
     """
     address, token = settings["address"], settings["token"] or None
@@ -33,9 +60,7 @@ def main(settings: dict[str, Any]) -> None:
     recorder = Recorder()
     small, middle, large = tensor(3, 16), tensor(16, 128), tensor(64, 256)
 
-    def call(client: poolrpc.PoolClient, tensors: tuple[np.ndarray, np.ndarray], transport: str | None = None) -> str:
-        x, expected = tensors
-        return "" if np.array_equal(client.pool(x, LAYER, transport=transport).output, expected) else "wrong"
+    call = partial(compare, settings["timeout"] if settings["patient"] else 0.0)
 
     def small_calls() -> None:
         with connect(address) as client:

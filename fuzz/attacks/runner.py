@@ -69,7 +69,7 @@ class Attacked:
         self._sampler = stack.enter_context(Sampler(self.server, self._kill_attackers))
         new_connections = not (only and only.new_connections_fail)
         settings = {**self.server.good_settings, "new_connections": new_connections}
-        self._good = Child("good_client", {**settings, "timeout": wait + LOST_SECONDS})
+        self._good = Child("good_client", {**settings, "timeout": wait + LOST_SECONDS, "patient": not only})
         stack.callback(self._good.kill)
         self._probes = Child("probes", {**settings, "timeout": health * (BUSY if busy_machine else 1)})
         stack.callback(self._probes.kill)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Condition, Lock
 from time import monotonic
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 from poolrpc.errors import CancelledError, LimitExceededError, UnavailableError
 
@@ -230,6 +230,17 @@ class _Waiting:
     until: float
 
 
+class _Ended(list[Ticket]):
+    """The calls that give way in a context: they are released in it, under the lock, and ended after it."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for ticket in self:
+            ticket.end("STALLED")
+
+
 class AdmissionControl:
     """The tickets of all calls, and the limit of their bytes.
 
@@ -269,7 +280,7 @@ class AdmissionControl:
 
     def enter(self, ticket: Ticket, limit: CallLimit) -> None:
         """See Ticket."""
-        with self._ending() as ended, self._lock:
+        with _Ended() as ended, self._lock:
             if ticket.released:  # nothing would release it again
                 raise CancelledError(ENDED)
             if limit.count >= limit.maximum:
@@ -298,7 +309,7 @@ class AdmissionControl:
 
     def identify(self, ticket: Ticket, caller: str) -> None:
         """See Ticket."""
-        with self._ending() as ended, self._lock:
+        with _Ended() as ended, self._lock:
             if ticket.released or ticket.caller == caller:
                 return
             ticket.caller = caller
@@ -324,28 +335,21 @@ class AdmissionControl:
         self._release(first)
         ended.append(first)
 
-    @staticmethod
-    @contextmanager
-    def _ending() -> Iterator[list[Ticket]]:
-        """End the calls in a list after the context, in which they are released: not under the lock."""
-        ended: list[Ticket] = []
-        try:
-            yield ended
-        finally:
-            for ticket in ended:
-                ticket.end("STALLED")
-
     def reserve_unknown(self, ticket: Ticket, nbytes: int) -> None:
         """See Ticket."""
         self.reserve(ticket, min(nbytes, share_of(self._max_bytes)), wait=UNKNOWN_ROOM_SECONDS, known=False)
 
     def reserve(self, ticket: Ticket, nbytes: int, *, wait: float = 0.0, known: bool = True) -> None:
         """See Ticket; `wait` is the maximum time to wait for room, in seconds, and `known` whether the size is."""
-        with self._ending() as ended, self._lock:
+        with _Ended() as ended, self._lock:
             self._check_fits(ticket, nbytes)
-            if not wait:
+            try:
+                if wait and self._waiting and nbytes > SMALL_BYTES:
+                    raise self._out_of_bytes("", self._max_bytes, self._bytes, nbytes)  # others are before it
                 self._reserve(ticket, nbytes, ended)
-            else:
+            except UnavailableError:
+                if not wait:
+                    raise
                 waiter = _Waiting(nbytes, Condition(self._lock), known, monotonic() + wait)
                 self._wait_for_room(ticket, waiter, ended)
         self._make_room()
@@ -411,7 +415,7 @@ class AdmissionControl:
 
     def _notify_first(self) -> None:
         # Under the lock.
-        if (first := self._first_waiting()) is not None:
+        if self._waiting and (first := self._first_waiting()) is not None:
             self._waiting[first].room.notify()
 
     def _shortage(self, ticket: Ticket, nbytes: int) -> tuple[int, UnavailableError | None, str | None]:

@@ -92,6 +92,9 @@ class Reaper:
             elif now - last > LINGER_SECONDS:
                 self._busy.clear()
                 if not self._admission.tickets():  # else one came meanwhile, and found the event set
+                    if self._trims_at:  # memory ran out: what the C library still keeps is returned now
+                        self._trims_at = 0.0
+                        self._return_memory()
                     continue
                 self._busy.set()
             pause.wait(interval)
@@ -120,8 +123,7 @@ class Reaper:
         if now >= self._trims_at:
             # Memory that was freed counts until the C library returns it.
             self._trims_at = now + TRIM_SECONDS
-            self._drop_idle()
-            self._trim(0)
+            self._return_memory()
             if self._free() >= 0:
                 return
         # The longer a message is waited for, the more of it may have arrived.
@@ -133,3 +135,7 @@ class Reaper:
         log.warning("calls ended: too much memory", calls=len(ended), caller=caller, resident_bytes=self._resident())
         for ticket in ended:
             ticket.end("MEMORY")
+
+    def _return_memory(self) -> None:
+        self._drop_idle()
+        self._trim(0)
