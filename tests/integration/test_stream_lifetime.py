@@ -205,7 +205,7 @@ def test_an_open_stream_that_waits_gives_way() -> None:
                 return False
 
         until(answered)
-        assert isinstance(error_of(responses), poolrpc.CancelledError)
+        assert error_of(responses).reason == "ENDED"
         messages.end()
     assert_no_reader_stays()
 
@@ -403,7 +403,7 @@ def test_an_open_stream_does_not_keep_a_stopping_server() -> None:
         responses = channel.stream_stream(METHOD)(messages, timeout=120)
         next(responses)
         server.process.send_signal(signal.SIGTERM)
-        assert isinstance(error_of(responses), poolrpc.UnavailableError | poolrpc.CancelledError)
+        assert isinstance(error_of(responses), poolrpc.UnavailableError)
         messages.end()
         assert server.wait() == 0
     assert not server.lines("unexpected error")

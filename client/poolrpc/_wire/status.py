@@ -10,6 +10,7 @@ from google.protobuf.message import DecodeError
 from poolrpc.errors import (
     BY_CODE,
     DOMAIN,
+    CancelledError,
     FieldViolation,
     InvalidArgumentError,
     LimitExceededError,
@@ -46,6 +47,10 @@ STATUS_NUMBERS = {
     )
 }
 """The number of each status code (google/rpc/code.proto)."""
+
+ENDED_BY_SERVER = "expected an answer, got the end of the call: the server gave up waiting for this client; try again"
+ENDED_RETRY_DELAY = 0.1
+"""Seconds to wait before a call that the server has ended is tried again."""
 
 DETAILS_KEY = "grpc-status-details-bin"
 """The metadata key of the details, which is the same for gRPC's clients in every language."""
@@ -141,6 +146,9 @@ def decode_error(code: str, message: str, details: bytes | None) -> PoolError:
 
 def translate_rpc_error(error: Any) -> PoolError:  # noqa: ANN401 - a grpc.RpcError that is a grpc.Call, or grpc.aio's
     """Return the PoolError for the error of a gRPC call."""
+    if error.code().name == error.details() == CancelledError.code:
+        # gRPC's message for a call that the other side reset without a status: the client's own have another one.
+        return UnavailableError(ENDED_BY_SERVER, reason="ENDED", retry_delay=ENDED_RETRY_DELAY)
     details = None
     for key, value in error.trailing_metadata() or ():
         if key == DETAILS_KEY:

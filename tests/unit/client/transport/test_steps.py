@@ -206,3 +206,13 @@ def test_a_map_keeps_its_requests_in_flight():
     assert [each.tensor for each in (first, *rest)] == [0, 1, 2, 3, 4]
     assert all(isinstance(each, PoolError) for each in rest)
     assert len(started) == 5
+
+
+def test_a_call_that_the_server_ended_may_be_tried_again():
+    """Both are CANCELLED by gRPC, but the message tells the server's end from the client's own."""
+    cancelled = grpc.StatusCode.CANCELLED
+    ended = translate(RpcError(cancelled, "CANCELLED"))
+    assert isinstance(ended, UnavailableError)
+    assert (ended.reason, ended.retry_delay) == ("ENDED", 0.1)
+    for message in ("Locally cancelled by application!", "Channel closed!"):
+        assert type(translate(RpcError(cancelled, message))) is CancelledError
