@@ -48,7 +48,11 @@ STATUS_NUMBERS = {
 }
 """The number of each status code (google/rpc/code.proto)."""
 
-ENDED_BY_SERVER = "expected an answer, got the end of the call: the server gave up waiting for this client; try again"
+ENDED_BY_SERVER = (
+    "expected an answer, got the end of the call: the server stopped, or waited too long for this client; try again"
+)
+"""Message of the error of a call that the server has ended."""
+
 ENDED_RETRY_DELAY = 0.1
 """Seconds to wait before a call that the server has ended is tried again."""
 

@@ -8,7 +8,6 @@ measured while calls wait for messages, as Envoy's overload manager does, and ab
 from __future__ import annotations
 
 import ctypes
-from collections import Counter
 from threading import Event, Thread
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -127,10 +126,10 @@ class Reaper:
             if self._free() >= 0:
                 return
         # The longer a message is waited for, the more of it may have arrived.
-        seconds: Counter[str] = Counter()
+        seconds: dict[str, float] = {}
         for ticket, waited in waiting:
-            seconds[ticket.caller] += waited  # type: ignore[assignment]  # a Counter of seconds
-        caller = seconds.most_common(1)[0][0]
+            seconds[ticket.caller] = seconds.get(ticket.caller, 0.0) + waited
+        caller = max(seconds, key=seconds.__getitem__)
         ended = [ticket for ticket, _ in waiting if ticket.caller == caller]
         log.warning("calls ended: too much memory", calls=len(ended), caller=caller, resident_bytes=self._resident())
         for ticket in ended:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from poolrpc_server.protocols.health import Health
     from poolrpc_server.transports.grpc.tls import Certificates
 
-MAX_PENDING = 3000
+MAX_PENDING_CALLS = 3000
 """Calls that may wait for the thread that admits them: gRPC's own hard limit. By default it cancels any of them from
 1000 on, at random, and a client does not try such a call again."""
 
@@ -93,8 +93,8 @@ class GrpcSettings:
             ("grpc.so_reuseport", int(self.share_ports)),
             ("grpc.max_allowed_incoming_connections", self.max_connections),
             ("grpc.server_handshake_timeout_ms", HANDSHAKE_MILLISECONDS),
-            ("grpc.server.max_pending_requests", MAX_PENDING),
-            ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING),
+            ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+            ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
             # A compressed message may inflate to any size.
             ("grpc.compression_enabled_algorithms_bitset", 1),
         ]

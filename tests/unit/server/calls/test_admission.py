@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from poolrpc import CancelledError, LimitExceededError, PoolError, UnavailableError
+from poolrpc_server.calls import admission as admission_module
 from poolrpc_server.calls.admission import MAX_WAITING, SMALL_BYTES, AdmissionControl, CallLimit, Ticket, share_of
 
 PATIENCE = 60
@@ -373,8 +374,9 @@ def test_a_message_of_unknown_size_waits_for_room():
     assert (waited.ticket.nbytes, admission.bytes_in_flight) == (75, 75)
 
 
-def test_a_message_of_unknown_size_is_rejected_if_no_room_comes():
+def test_a_message_of_unknown_size_is_rejected_if_no_room_comes(monkeypatch):
     """The wait has a limit, after which the call is UNAVAILABLE."""
+    monkeypatch.setattr(admission_module, "UNKNOWN_ROOM_SECONDS", 0.01)
     admission = AdmissionControl(100)
     Call(admission).ticket.reserve(90)
     with pytest.raises(UnavailableError):

@@ -10,6 +10,9 @@ import pytest
 from poolrpc_server.sockets import is_listening, prepare_path
 from poolrpc_server.workers.addresses import SharedPath, SharedPort, reserve
 
+BRIEF = 0.05
+"""Seconds to wait for an address that stays taken."""
+
 
 def listening(path, kind=socket.SOCK_STREAM):
     """Return a socket that listens on a path."""
@@ -70,13 +73,13 @@ def test_the_port_of_another_server_is_rejected(shared):
     with listening_port(shared=shared) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
         with pytest.raises(ValueError, match=f"expected a free address, got '{address}': Address already in use"):
-            reserve(address)
+            reserve(address, BRIEF)
 
 
 def test_a_port_is_reserved_before_a_worker_listens():
     """A second server does not get the port before the workers of the first listen either."""
     with closing(SharedPort("127.0.0.1:0")) as shared, pytest.raises(ValueError, match="expected a free address"):
-        reserve(shared.address)
+        reserve(shared.address, BRIEF)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -94,7 +97,7 @@ def test_a_port_with_connections_in_time_wait_is_free(shared):
 def test_an_address_of_another_machine_is_rejected():
     """An address that does not belong to this machine can't be reserved."""
     with pytest.raises(ValueError, match=r"expected a free address, got '192\.0\.2\.1:0'"):
-        reserve("192.0.2.1:0")
+        reserve("192.0.2.1:0", BRIEF)
 
 
 def test_a_path_leads_to_one_worker_after_the_other(tmp_path):
@@ -136,7 +139,7 @@ def test_the_socket_of_another_server_is_rejected(tmp_path, name):
     kind = socket.SOCK_SEQPACKET if name.endswith("arena") else socket.SOCK_STREAM
     with listening(tmp_path / name, kind):
         with pytest.raises(ValueError, match=r"expected a free address, got .*: another server listens on"):
-            reserve(f"unix:{tmp_path / 'pool.sock'}")
+            reserve(f"unix:{tmp_path / 'pool.sock'}", BRIEF)
         assert names(tmp_path) == {name}
 
 
@@ -145,7 +148,7 @@ def test_a_path_is_reserved_before_a_worker_listens(tmp_path):
     address = f"unix:{tmp_path / 'pool.sock'}"
     with closing(reserve(address)):
         with pytest.raises(ValueError, match="another server has locked it"):
-            reserve(address)
+            reserve(address, BRIEF)
         assert names(tmp_path) == {"pool.sock.lock"}
     reserve(address).close()
 
@@ -162,7 +165,7 @@ def test_a_path_is_released_when_its_process_is_killed(tmp_path):
     ) as owner:
         assert owner.stdout.readline() == "reserved\n"
         with pytest.raises(ValueError, match="another server has locked it"):
-            reserve(address)
+            reserve(address, BRIEF)
         owner.kill()
     reserve(address).close()
 
@@ -174,14 +177,14 @@ def test_a_file_that_is_not_a_socket_is_kept(tmp_path, make):
     other.write_text("mine")
     path.write_text("mine") if make == "file" else path.symlink_to("other")
     with pytest.raises(ValueError, match="expected no file or the socket of a server that has ended"):
-        reserve(f"unix:{path}")
+        reserve(f"unix:{path}", BRIEF)
     assert path.read_text() == "mine"
 
 
 def test_a_missing_folder_is_rejected(tmp_path):
     """The message names a path whose folder does not exist."""
     with pytest.raises(ValueError, match=r"none/pool\.sock': No such file"):
-        reserve(f"unix:{tmp_path / 'none' / 'pool.sock'}")
+        reserve(f"unix:{tmp_path / 'none' / 'pool.sock'}", BRIEF)
 
 
 def test_a_single_process_prepares_its_path(tmp_path):
