@@ -1,6 +1,7 @@
 """The reaper: which calls it ends, and that it sleeps without calls."""
 
-from threading import Event
+from threading import Event, Semaphore
+from time import monotonic
 
 import pytest
 
@@ -21,7 +22,7 @@ class Call:
         self.ticket.identify(caller)
 
     def _end(self, reason):
-        self.reason = reason
+        self.reason, self.ended_at = reason, monotonic()
         self.ended.set()
 
 
@@ -29,7 +30,7 @@ class Memory:
     """The memory of a process, as a test sets it; dropping what is idle may free some of it."""
 
     def __init__(self, resident, idle=0):
-        self.resident, self.idle, self.dropped = resident, idle, Event()
+        self.resident, self.idle, self.dropped = resident, idle, Semaphore(0)
 
     def __call__(self):
         """Return the memory."""
@@ -38,7 +39,7 @@ class Memory:
     def drop_idle(self):
         """Free what is idle."""
         self.resident -= self.idle
-        self.dropped.set()
+        self.dropped.release()
 
 
 @pytest.fixture
@@ -72,9 +73,10 @@ def test_calls_whose_time_is_over_are_ended(admission, limit):
 
 
 def test_calls_that_wait_for_messages_are_ended_when_memory_runs_out(admission, limit):
-    """Above the limit, the calls of the caller that has kept the server waiting the longest are ended, and no other.
+    """Above the limit, the calls of the caller that has kept the server waiting the longest are ended first.
 
-    The wait is the sum over the caller's calls. A call whose message has been waited for only now is not ended.
+    Others follow only while there is still too much. The wait is the sum over the caller's calls. A call whose message
+    has been waited for only now is not ended.
     """
     memory = Memory(0)
     reaper = reaper_of(admission, memory)
@@ -89,9 +91,22 @@ def test_calls_that_wait_for_messages_are_ended_when_memory_runs_out(admission, 
     memory.resident = 101
     assert all(call.ended.wait(PATIENCE) for call in calls)
     assert {call.reason for call in calls} == {"MEMORY"}
-    assert other.ended.wait(PATIENCE)  # there is still too much
+    assert other.ended.wait(PATIENCE)
     reaper.close()
+    assert max(call.ended_at for call in calls) < other.ended_at
     assert (computing.reason, recent.reason) == ("", "")
+
+
+def test_memory_is_returned_when_the_calls_of_a_shortage_have_ended(admission, limit):
+    """What is idle, and what the C library keeps, is returned once more when the last call has ended."""
+    memory = Memory(150)
+    reaper = reaper_of(admission, memory)
+    call = Call(admission, limit)
+    call.ticket.wait(FOREVER)
+    assert memory.dropped.acquire(timeout=PATIENCE)
+    assert call.ended.wait(PATIENCE)
+    assert memory.dropped.acquire(timeout=PATIENCE)
+    reaper.close()
 
 
 def test_idle_memory_is_dropped_before_calls_are_ended(admission, limit):
@@ -100,7 +115,7 @@ def test_idle_memory_is_dropped_before_calls_are_ended(admission, limit):
     reaper = reaper_of(admission, memory)
     call = Call(admission, limit)
     call.ticket.wait(FOREVER)
-    assert memory.dropped.wait(PATIENCE)
+    assert memory.dropped.acquire(timeout=PATIENCE)
     reaper.close()
     assert (call.reason, memory.resident) == ("", 90)
 
