@@ -48,6 +48,10 @@ SWITCH_SECONDS = 0.0005
 """Time after which a thread that runs Python gives way to others. One thread of gRPC begins and ends all calls: while
 many others run Python, it would wait for Python's own 5 ms at each step."""
 
+MIN_LOOKAHEAD_BYTES, MAX_LOOKAHEAD_BYTES = 64 * 2**10, 4 * 2**20
+"""Bytes of a message that gRPC takes before there is room for it: HTTP/2's own window, and what a stream of large
+messages over 10 ms needs to be as fast as the network."""
+
 WATCHDOG = Method(f"/{WATCHDOG_SERVICE}/Check", unary=lambda *_: b"", probe=True, public=True)
 """The method that the watchdog calls. Not a health check, which may require a token and is counted by the metrics."""
 
@@ -180,6 +184,7 @@ def _grpc_settings(config: Config) -> GrpcSettings:
         max_connection_age_seconds=config.max_connection_age_seconds,
         max_connection_age_grace_seconds=config.shutdown_grace,
         max_connection_idle_seconds=config.max_connection_idle_seconds,
+        lookahead_bytes=max(MIN_LOOKAHEAD_BYTES, min(config.max_inflight_bytes // 1024, MAX_LOOKAHEAD_BYTES)),
         share_ports=config.workers > 1,
     )
 

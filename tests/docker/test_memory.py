@@ -20,13 +20,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 POOL = "/poolrpc.v1.PoolService/Pool"
-CALLERS = "import sys; from tests.docker.test_memory import call; call(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
-ROUNDS = 2
+CALLERS = "import sys; from tests.docker.test_memory import call; call(*sys.argv[1:])"
 
 
-def call(address: str, kind: str, nbytes: int) -> None:
-    """Make a few calls of a kind, one after the other; print how many were answered wrongly and how many were lost."""
-    x = np.random.default_rng(0).random((nbytes // (4 * 128 * 128), 1, 128, 128), np.float32)
+def call(address: str, kind: str, nbytes: str, rounds: str) -> None:
+    """Make calls of a kind, one after the other; print how many were answered wrongly and how many were lost."""
+    x = np.random.default_rng(0).random((int(nbytes) // (4 * 128 * 128), 1, 128, 128), np.float32)
     expected = x.reshape(len(x), 1, 64, 2, 64, 2).max(axis=(3, 5))
     wrong = lost = 0
     if kind == "plain":  # gRPC alone, which announces nothing and does not retry
@@ -35,14 +34,14 @@ def call(address: str, kind: str, nbytes: int) -> None:
         data = message.SerializeToString()
         with grpc.insecure_channel(address, [("grpc.max_receive_message_length", -1)]) as channel:
             pool = channel.unary_unary(POOL)
-            for _ in range(ROUNDS):
+            for _ in range(int(rounds)):
                 try:
                     wrong += pool(data, timeout=120)[-expected.nbytes :] != expected.tobytes()
                 except grpc.RpcError:
                     lost += 1
     else:
         with poolrpc.PoolClient(address, timeout=120) as client:
-            for _ in range(ROUNDS):
+            for _ in range(int(rounds)):
                 try:
                     wrong += not np.array_equal(client.pool(x, poolrpc.MaxPool2d(2), transport=kind).output, expected)
                 except poolrpc.UnavailableError:
@@ -64,14 +63,14 @@ def container(engine: Callable[..., str], image: str, memory: str, *flags: str) 
 
 
 @pytest.mark.parametrize(
-    ("memory", "flags", "callers", "kind", "nbytes"),
+    ("memory", "flags", "callers", "kind", "nbytes", "rounds"),
     [
-        ("512m", (), 8, "plain", 15_900_000),
-        ("512m", (), 16, "unary", 15_900_000),
-        ("512m", (), 6, "stream", 60_000_000),
-        ("512m", ("--call-threads", "32", "--max-message-bytes", str(4 * 2**20)), 32, "plain", 3_900_000),
-        ("1g", (), 16, "stream", 120_000_000),
-        ("4g", (), 32, "unary", 60_000_000),
+        ("512m", (), 8, "plain", 15_900_000, 8),
+        ("512m", (), 16, "unary", 15_900_000, 12),
+        ("512m", (), 6, "stream", 60_000_000, 4),
+        ("512m", ("--call-threads", "32", "--max-message-bytes", str(4 * 2**20)), 32, "plain", 3_900_000, 6),
+        ("1g", (), 16, "stream", 120_000_000, 2),
+        ("4g", (), 32, "unary", 60_000_000, 2),
     ],
 )
 def test_valid_calls_do_not_exhaust_the_memory(  # noqa: PLR0913, PLR0917 - the cases
@@ -82,6 +81,7 @@ def test_valid_calls_do_not_exhaust_the_memory(  # noqa: PLR0913, PLR0917 - the 
     callers: int,
     kind: str,
     nbytes: int,
+    rounds: int,
 ) -> None:
     """With default limits, callers that together send several times the memory get right answers or rejections."""
     with container(engine, server_image, memory, *flags) as (name, address):
@@ -89,7 +89,7 @@ def test_valid_calls_do_not_exhaust_the_memory(  # noqa: PLR0913, PLR0917 - the 
             grpc.channel_ready_future(channel).result(timeout=300)
         processes = [
             subprocess.Popen(  # noqa: S603 - this module
-                [sys.executable, "-c", CALLERS, address, kind, str(nbytes)], stdout=subprocess.PIPE
+                [sys.executable, "-c", CALLERS, address, kind, str(nbytes), str(rounds)], stdout=subprocess.PIPE
             )
             for _ in range(callers)
         ]
@@ -98,7 +98,7 @@ def test_valid_calls_do_not_exhaust_the_memory(  # noqa: PLR0913, PLR0917 - the 
         assert engine("inspect", "-f", "{{.RestartCount}}", name) == "0"
         wrong, lost = (sum(int(each[i]) for each in results) for i in (0, 1))
         assert wrong == 0
-        assert lost < callers * ROUNDS
+        assert lost < callers * rounds
         with poolrpc.PoolClient(address, timeout=60) as client:
             assert client.pool(np.ones((1, 1, 2, 2), np.float32), poolrpc.MaxPool2d(2)).output == 1
 

@@ -315,8 +315,12 @@ method = calls.unary_unary("/poolrpc.v1.PoolService/Pool", pool_pb2.PoolRequest.
                           pool_pb2.PoolResponse.FromString)
 heavy = {"lp_pool": {"spatial_dims": 2, "kernel_size": [7], "stride": [1], "norm_type": 3.5}}
 half = 2**23
-future = method.future(request(arena_id, (0, half), (half, half), heavy, (1, 8, 512, 512)), timeout=60)
-report(call(calls, request(arena_id, (0, 2**18), (2**18, 2**16)))[0], future.done())
+computing = False
+while not computing:  # on a busy machine, the small call may take longer than the large one
+    future = method.future(request(arena_id, (0, half), (half, half), heavy, (1, 8, 512, 512)), timeout=60)
+    status = call(calls, request(arena_id, (0, 2**18), (2**18, 2**16)))[0]
+    computing = not future.done()
+report(status)
 future.result()
 """
 
@@ -325,7 +329,7 @@ future.result()
 def test_the_arena_of_a_client_killed_during_a_call_is_freed(server: ServerProcess) -> None:
     """The arena of a client that is killed while the server computes in it is freed when that has ended."""
     with hostile(server, KILLED) as process:
-        assert process.stdout.readline() == "OK\tFalse\n"
+        assert process.stdout.readline() == "OK\n"
         assert mapped_by(server) == 2
         process.kill()
         process.wait()

@@ -250,14 +250,15 @@ class AdmissionControl:
             together exceed `max_bytes`.
 
     Attributes:
+        max_bytes: The limit.
         on_enter: Called for each call that enters.
 
     """
 
     def __init__(self, max_bytes: int, idle: IdleMemory | None = None) -> None:
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._idle = idle
-        self._bytes = 0
+        self._bytes = self._excess = 0
         self._caller_bytes: Counter[str] = Counter()
         self._tickets: dict[Ticket, None] = {}
         self._lock = Lock()
@@ -273,6 +274,15 @@ class AdmissionControl:
     def waiting(self) -> int:
         """Number of calls that wait for room."""
         return len(self._waiting)
+
+    def set_excess(self, nbytes: int) -> None:
+        """Set the bytes that the process has in excess of what is counted; new messages wait until they have room too.
+
+        What a message needs when it has come does not: it is needed to finish the call, and to return everything.
+        """
+        with self._lock:
+            self._excess = nbytes
+            self._notify_first()
 
     def tickets(self) -> list[Ticket]:
         """Return the tickets that hold something."""
@@ -337,7 +347,7 @@ class AdmissionControl:
 
     def reserve_unknown(self, ticket: Ticket, nbytes: int) -> None:
         """See Ticket."""
-        self.reserve(ticket, min(nbytes, share_of(self._max_bytes)), wait=UNKNOWN_ROOM_SECONDS, known=False)
+        self.reserve(ticket, min(nbytes, share_of(self.max_bytes)), wait=UNKNOWN_ROOM_SECONDS, known=False)
 
     def reserve(self, ticket: Ticket, nbytes: int, *, wait: float = 0.0, known: bool = True) -> None:
         """See Ticket; `wait` is the maximum time to wait for room, in seconds, and `known` whether the size is."""
@@ -345,8 +355,8 @@ class AdmissionControl:
             self._check_fits(ticket, nbytes)
             try:
                 if wait and self._waiting and nbytes > SMALL_BYTES:
-                    raise self._out_of_bytes("", self._max_bytes, self._bytes, nbytes)  # others are before it
-                self._reserve(ticket, nbytes, ended)
+                    raise self._out_of_bytes("", self.max_bytes, self._bytes, nbytes)  # others are before it
+                self._reserve(ticket, nbytes, ended, arrives=wait > 0)
             except UnavailableError:
                 if not wait:
                     raise
@@ -355,16 +365,17 @@ class AdmissionControl:
         self._make_room()
 
     def _check_fits(self, ticket: Ticket, nbytes: int) -> None:
-        if nbytes + ticket.nbytes > self._max_bytes:
-            msg = f"expected a call of at most {self._max_bytes} bytes, got {nbytes + ticket.nbytes} (inputs, outputs "
+        if nbytes + ticket.nbytes > self.max_bytes:
+            msg = f"expected a call of at most {self.max_bytes} bytes, got {nbytes + ticket.nbytes} (inputs, outputs "
             msg += "and the memory to compute them)"
-            limits = {"limit": str(self._max_bytes), "actual": str(nbytes + ticket.nbytes)}
+            limits = {"limit": str(self.max_bytes), "actual": str(nbytes + ticket.nbytes)}
             raise LimitExceededError(msg, reason="IN_FLIGHT_BYTES", metadata=limits)
 
-    def _reserve(self, ticket: Ticket, nbytes: int, ended: list[Ticket]) -> None:
+    def _reserve(self, ticket: Ticket, nbytes: int, ended: list[Ticket], *, arrives: bool) -> None:
         # Under the lock.
         while not ticket.released:
-            missing, error, among = self._shortage(ticket, nbytes)
+            excess = self._excess if arrives and nbytes > SMALL_BYTES else 0
+            missing, error, among = self._shortage(ticket, nbytes, excess)
             if error is None:
                 ticket.nbytes += nbytes
                 self._bytes += nbytes
@@ -393,7 +404,7 @@ class AdmissionControl:
                 # A small message takes the room that is left for it; the last chance does not depend on the others.
                 if first or waiter.nbytes <= SMALL_BYTES or left <= 0:
                     try:
-                        return self._reserve(ticket, waiter.nbytes, ended)
+                        return self._reserve(ticket, waiter.nbytes, ended, arrives=True)
                     except UnavailableError:
                         if left <= 0:
                             raise
@@ -418,17 +429,18 @@ class AdmissionControl:
         if self._waiting and (first := self._first_waiting()) is not None:
             self._waiting[first].room.notify()
 
-    def _shortage(self, ticket: Ticket, nbytes: int) -> tuple[int, UnavailableError | None, str | None]:
+    def _shortage(self, ticket: Ticket, nbytes: int, excess: int) -> tuple[int, UnavailableError | None, str | None]:
         """Return how many bytes are missing, the error that says so, and the only caller whose calls could return them.
 
         The error is None if they fit, and the caller if those of any caller could.
         """
         # A call alone may have everything, and a caller's only call may exceed the caller's share.
-        held, own = self._bytes, self._caller_bytes[ticket.caller]
-        limit = self._max_bytes if nbytes <= SMALL_BYTES or held == ticket.nbytes else share_of(self._max_bytes)
+        alone = self._bytes == ticket.nbytes
+        held, own = self._bytes + (0 if alone else excess), self._caller_bytes[ticket.caller]
+        limit = self.max_bytes if nbytes <= SMALL_BYTES or alone else share_of(self.max_bytes)
         if held + nbytes > limit:
             return held + nbytes - limit, self._out_of_bytes("", limit, held, nbytes), None
-        share = share_of(self._max_bytes)
+        share = share_of(self.max_bytes)
         if ticket.caller and own > ticket.nbytes and own + nbytes > share:
             return own + nbytes - share, self._out_of_bytes(" of one caller", share, own, nbytes), ticket.caller
         return 0, None, None
@@ -469,9 +481,9 @@ class AdmissionControl:
     def _make_room(self) -> None:
         # The size of idle memory takes a lock to read, and seldom matters.
         idle = self._idle
-        if idle is None or self._bytes + idle.idle_limit <= self._max_bytes:
+        if idle is None or self._bytes + idle.idle_limit <= self.max_bytes:
             return
-        if self._bytes + idle.idle_bytes > self._max_bytes:
+        if self._bytes + idle.idle_bytes > self.max_bytes:
             idle.drop_idle()
 
     @staticmethod

@@ -2,7 +2,8 @@
 
 What a call has announced, or its plan needs, is counted before it is allocated. The size of a message is not: gRPC
 holds all of it before it shows any of it, and the size that a caller announces may be a lie. So the process's memory is
-measured while calls wait for messages, as Envoy's overload manager does, and above the limit such calls are ended.
+measured, as Envoy's overload manager does: what it has in excess of what is counted keeps new messages waiting, and
+above the limit calls that wait for messages are ended.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ MIN_SECONDS, MAX_SECONDS = 0.02, 0.5
 FILL_BYTES_PER_SECOND = 2 * 2**30
 """Speed at which messages may fill the memory: about twice what gRPC receives from loopback."""
 
-TRIM_SECONDS = 1.0
-"""Shortest time between two attempts to return freed memory to the system: threads that need memory wait meanwhile."""
+TRIM_SHARE = 0.05
+"""Part of the time that may be spent on returning freed memory to the system: threads that need memory wait for it."""
 
 LINGER_SECONDS = 1.0
 """Time that the reaper goes on without a call, so that a sequence of calls does not wake it for each one."""
@@ -41,7 +42,8 @@ class Reaper:
     Args:
         admission: The calls.
         resident: Returns the memory of the process in bytes; 0 if it is unknown.
-        max_resident: Memory above which calls that wait for messages are ended, in bytes.
+        max_resident: Memory above which calls that wait for messages are ended, in bytes: all that may be counted, and
+            what the process takes besides.
         drop_idle: Drops memory that is kept for later calls.
 
     """
@@ -56,6 +58,7 @@ class Reaper:
         self._admission = admission
         self._resident = resident
         self._max_resident = max_resident
+        self._max_uncounted = max_resident - admission.max_bytes
         self._drop_idle = drop_idle
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)
         self._trims_at = 0.0
@@ -94,6 +97,7 @@ class Reaper:
                     if self._trims_at:  # memory ran out: what the C library still keeps is returned now
                         self._trims_at = 0.0
                         self._return_memory()
+                        self._admission.set_excess(self._excess(self._resident()))
                     continue
                 self._busy.set()
             pause.wait(interval)
@@ -110,30 +114,40 @@ class Reaper:
                 ticket.end("TIMEOUT")
 
     def _bound_memory(self, tickets: list[Ticket]) -> None:
+        resident = self._resident()
+        now = monotonic()
+        needed = resident > self._max_resident or (self._admission.waiting and self._excess(resident) > 0)
+        returned = needed and now >= self._trims_at
+        if returned:
+            # Memory that was freed counts until the C library returns it. What calls that were ended held is freed soon
+            # after it, and seen the next time: no other call is ended before.
+            self._return_memory()
+            resident = self._resident()
+            self._trims_at = monotonic() + (monotonic() - now) / TRIM_SHARE
+        self._admission.set_excess(self._excess(resident))
+        if not returned or resident <= self._max_resident:
+            return
         # A message that has been waited for so briefly cannot be large.
         waiting = [
             (ticket, waited)
             for ticket in tickets
-            if ticket.expires is not None and (waited := monotonic() - ticket.waits_since) > MIN_SECONDS
+            if ticket.expires is not None and (waited := now - ticket.waits_since) > MIN_SECONDS
         ]
-        if not waiting or self._free() >= 0:
+        if not waiting:
             return
-        now = monotonic()
-        if now >= self._trims_at:
-            # Memory that was freed counts until the C library returns it.
-            self._trims_at = now + TRIM_SECONDS
-            self._return_memory()
-            if self._free() >= 0:
-                return
         # The longer a message is waited for, the more of it may have arrived.
         seconds: dict[str, float] = {}
         for ticket, waited in waiting:
             seconds[ticket.caller] = seconds.get(ticket.caller, 0.0) + waited
         caller = max(seconds, key=seconds.__getitem__)
         ended = [ticket for ticket, _ in waiting if ticket.caller == caller]
-        log.warning("calls ended: too much memory", calls=len(ended), caller=caller, resident_bytes=self._resident())
+        log.warning("calls ended: too much memory", calls=len(ended), caller=caller, resident_bytes=resident)
         for ticket in ended:
             ticket.end("MEMORY")
+
+    def _excess(self, resident: int) -> int:
+        """Return by how many bytes the memory that is not counted exceeds what it may be."""
+        return max(0, resident - self._max_uncounted - self._admission.bytes_in_flight)
 
     def _return_memory(self) -> None:
         self._drop_idle()

@@ -355,6 +355,21 @@ def test_a_small_message_does_not_wait_for_large_ones():
     assert large.nbytes == 2 * SMALL_BYTES
 
 
+def test_new_messages_have_no_room_while_the_process_has_more_memory_than_what_is_counted():
+    """Small ones have, and one alone, and so has what a call needs when its message has come."""
+    admission = AdmissionControl(100 * SMALL_BYTES)
+    admission.set_excess(74 * SMALL_BYTES)
+    alone, other = Call(admission, "alice").ticket, Call(admission, "bob").ticket
+    alone.reserve(3 * SMALL_BYTES, wait=PATIENCE)
+    with pytest.raises(UnavailableError, match="bytes in flight"):
+        other.reserve(2 * SMALL_BYTES, wait=0.01)
+    other.reserve(SMALL_BYTES, wait=0.01)
+    other.reserve(2 * SMALL_BYTES)
+    admission.set_excess(0)
+    other.reserve(2 * SMALL_BYTES, wait=0.01)
+    assert admission.bytes_in_flight == 8 * SMALL_BYTES
+
+
 def test_a_message_of_unknown_size_waits_for_room():
     """It reserves as many bytes as it may have, as soon as another call returns them."""
     admission, begun = AdmissionControl(100), Event()

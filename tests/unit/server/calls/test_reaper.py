@@ -5,11 +5,13 @@ from time import monotonic
 
 import pytest
 
-from poolrpc_server.calls.admission import AdmissionControl, CallLimit, Ticket
+from poolrpc_server.calls.admission import SMALL_BYTES, AdmissionControl, CallLimit, Ticket
 from poolrpc_server.calls.reaper import Reaper
 
 PATIENCE = 60
 FOREVER = 3600.0
+MAX_BYTES = 2**30
+MAX_RESIDENT = MAX_BYTES + 100
 
 
 class Call:
@@ -45,7 +47,7 @@ class Memory:
 @pytest.fixture
 def admission():
     """Return admission control without calls."""
-    return AdmissionControl(1000)
+    return AdmissionControl(MAX_BYTES)
 
 
 @pytest.fixture
@@ -55,8 +57,8 @@ def limit():
 
 
 def reaper_of(admission, memory):
-    """Return a reaper that allows 100 bytes of memory."""
-    reaper = Reaper(admission, memory, 100, memory.drop_idle)
+    """Return a reaper that allows 100 bytes of memory besides what is counted."""
+    reaper = Reaper(admission, memory, MAX_RESIDENT, memory.drop_idle)
     admission.on_enter = reaper.wake
     return reaper
 
@@ -88,7 +90,7 @@ def test_calls_that_wait_for_messages_are_ended_when_memory_runs_out(admission, 
     for call in (other, recent):
         call.ticket.wait(FOREVER)
     recent.ticket.waits_since += FOREVER
-    memory.resident = 101
+    memory.resident = MAX_RESIDENT + 1
     assert all(call.ended.wait(PATIENCE) for call in calls)
     assert {call.reason for call in calls} == {"MEMORY"}
     assert other.ended.wait(PATIENCE)
@@ -99,7 +101,7 @@ def test_calls_that_wait_for_messages_are_ended_when_memory_runs_out(admission, 
 
 def test_memory_is_returned_when_the_calls_of_a_shortage_have_ended(admission, limit):
     """What is idle, and what the C library keeps, is returned once more when the last call has ended."""
-    memory = Memory(150)
+    memory = Memory(MAX_RESIDENT + 50)
     reaper = reaper_of(admission, memory)
     call = Call(admission, limit)
     call.ticket.wait(FOREVER)
@@ -109,20 +111,34 @@ def test_memory_is_returned_when_the_calls_of_a_shortage_have_ended(admission, l
     reaper.close()
 
 
+def test_memory_that_nothing_counts_is_returned_when_messages_wait_for_it(admission, limit):
+    """A message that waits because of it has room after that, and no call is ended."""
+    memory = Memory(MAX_RESIDENT, idle=MAX_BYTES)
+    admission.set_excess(MAX_BYTES)
+    holds, waits = Call(admission, limit), Call(admission, limit)
+    holds.ticket.reserve(1)
+    reaper = reaper_of(admission, memory)
+    reaper.wake()
+    waits.ticket.reserve(2 * SMALL_BYTES, wait=PATIENCE)
+    reaper.close()
+    assert (holds.reason, waits.reason, waits.ticket.nbytes) == ("", "", 2 * SMALL_BYTES)
+    assert memory.resident == MAX_RESIDENT - MAX_BYTES
+
+
 def test_idle_memory_is_dropped_before_calls_are_ended(admission, limit):
     """If memory that is kept for later calls is enough, no call is ended."""
-    memory = Memory(150, idle=60)
+    memory = Memory(MAX_RESIDENT + 50, idle=60)
     reaper = reaper_of(admission, memory)
     call = Call(admission, limit)
     call.ticket.wait(FOREVER)
     assert memory.dropped.acquire(timeout=PATIENCE)
     reaper.close()
-    assert (call.reason, memory.resident) == ("", 90)
+    assert (call.reason, memory.resident) == ("", MAX_RESIDENT - 10)
 
 
 def test_calls_that_compute_are_not_ended_for_their_memory(admission, limit):
     """What calls that do not wait for a message take is counted; only what arrives is not."""
-    memory = Memory(1000)
+    memory = Memory(2 * MAX_RESIDENT)
     reaper = reaper_of(admission, memory)
     computing, waiting = Call(admission, limit), Call(admission, limit)
     waiting.ticket.wait(FOREVER)
