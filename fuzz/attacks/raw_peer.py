@@ -14,6 +14,7 @@ import h2.settings
 from poolrpc.credentials import unix_path
 
 MIB = 2**20
+MAX_STREAMS = 2**31 - 1
 
 
 def framed(data: bytes, *, compressed: bool = False) -> bytes:
@@ -72,7 +73,9 @@ class RawPeer:
         self.socket.close()
 
     def open(self, method: str, *headers: tuple[str, str]) -> int:
-        """Open a stream, and return its number."""
+        """Open a stream, and return its number; the server's limit on concurrent streams is ignored."""
+        self._http.remote_settings[h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS] = MAX_STREAMS
+        self._http.remote_settings.acknowledge()
         stream = self._http.get_next_available_stream_id()
         fixed = [
             (":method", "POST"),
