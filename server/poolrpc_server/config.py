@@ -252,11 +252,9 @@ class Config:
         maximum=C_INT,
     )
     max_connection_calls: int = _setting(
-        0,
-        "Limit on the number of concurrent calls (HTTP/2 streams) on a connection; further calls wait in the client. "
-        "0: three quarters of --call-threads, at most 100.",
+        100,
+        "Limit on the number of concurrent calls (HTTP/2 streams) on a connection; further calls wait in the client.",
         "calls",
-        minimum=0,
         maximum=C_INT,
     )
     max_metadata_bytes: int = _setting(
@@ -371,8 +369,6 @@ AUTOMATIC: dict[str, tuple[int, Callable[[Config], int]]] = {
         lambda config: _between(MIN_MESSAGE_BYTES, _inflight_bytes(config) // 4, MAX_PAYLOAD_BYTES),
     ),
     "call_threads": (0, lambda config: _between(16, _inflight_bytes(config) >> 20, 256)),
-    # As many as one caller may have, and RFC 9113's 100: a peer may open them at once, before anyone else's next call.
-    "max_connection_calls": (0, lambda config: min(100, config.call_threads - config.call_threads // 4)),
     "max_streams": (0, lambda config: _between(2, _inflight_bytes(config) >> 26, 16)),
     "max_connections": (
         0,

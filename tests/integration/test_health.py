@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 import poolrpc
 import poolrpc_server
 from poolrpc._wire.status import translate_rpc_error
+from tests.integration.connections import OWN_CONNECTION
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -138,7 +139,11 @@ def test_health_is_answered_with_calls_that_send_nothing() -> None:
         "/inference.GRPCInferenceService/ServerLive",
         "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
     )
-    with serving() as address, grpc.insecure_channel(address) as channel, grpc.insecure_channel(address) as attacker:
+    with (
+        serving() as address,
+        grpc.insecure_channel(address) as channel,
+        grpc.insecure_channel(address, [*OWN_CONNECTION.items()]) as attacker,
+    ):
         calls = [attacker.stream_stream(method)(nothing(), timeout=60) for method in methods * 60]
         for _ in range(5):
             assert health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=30).status == 1

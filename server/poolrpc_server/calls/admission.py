@@ -88,6 +88,10 @@ class CallLimit:
         return len(self.tickets)
 
 
+def _no_end(_: str) -> None:
+    """End nothing."""
+
+
 class Ticket:
     """What one call holds until it ends; every method is for any thread.
 
@@ -99,7 +103,7 @@ class Ticket:
 
     __slots__ = ("_admission", "_end", "caller", "expires", "limits", "nbytes", "released", "stalls_at", "waits_since")
 
-    def __init__(self, admission: AdmissionControl, end: Callable[[str], object] = lambda _: None) -> None:
+    def __init__(self, admission: AdmissionControl, end: Callable[[str], object] = _no_end) -> None:
         """Make the ticket of a call that holds nothing yet.
 
         Args:
@@ -192,12 +196,16 @@ class Ticket:
 
     def end(self, reason: str) -> None:
         """Return everything at once, and end the call."""
+        end = self._end
         self.release()
-        self._end(reason)
+        end(reason)
 
     def release(self) -> None:
         """Return everything, because the call has ended; a second time does nothing."""
         self._admission.release(self)
+        # It refers to the call, which has this ticket: gRPC would keep both, and the stream, until Python's garbage
+        # collection finds the cycle.
+        self._end = _no_end
 
 
 class IdleMemory(Protocol):

@@ -205,7 +205,8 @@ class AdmittedCall:
         """Return the next message, or None after the last one; gRPC's own errors are those of a call that has ended."""
         try:
             message = next(messages, None)
-        except Exception:
+        except Exception as error:
+            error.with_traceback(None)  # grpcio keeps the error with the call, and its traceback would keep the call
             self._call.raise_if_cancelled()
             raise
         if message is not None:

@@ -117,6 +117,8 @@ class CallPipeline:
                 call.ticket.enter(self._probes if method.probe else self._control)
         except PoolError as error:
             call.ticket.release()
+            # Its traceback would keep the call until Python's garbage collection finds the cycle.
+            error.with_traceback(None)
             return AdmittedCall(method, call, self._observers, self._patience, error=error)
         return AdmittedCall(method, call, self._observers, self._patience, announced)
 

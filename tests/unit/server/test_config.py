@@ -25,7 +25,6 @@ MINIMUM = (
             "max_output_bytes",
             "max_inflight_bytes",
             "max_streams",
-            "max_connection_calls",
             "max_connections",
             "max_queue_seconds",
             "max_queue_delay",
@@ -83,7 +82,7 @@ def resources(monkeypatch):
 
 
 BYTES = ("max_inflight_bytes", "max_arena_bytes", "max_message_bytes", "max_output_bytes")
-COUNTS = ("call_threads", "max_connection_calls", "max_streams", "max_connections")
+COUNTS = ("call_threads", "max_streams", "max_connections")
 
 
 @pytest.mark.parametrize(
@@ -91,16 +90,16 @@ COUNTS = ("call_threads", "max_connection_calls", "max_streams", "max_connection
     [
         # What is left, 192 MiB, is divided: half in flight, a quarter for arenas. A message of 16 MiB would be more
         # than the eighth of the bytes in flight, but at most a quarter of them.
-        (512 * MIB, 1, (96 * MIB, 48 * MIB, 16 * MIB, 24 * MIB), (96, 72, 2, 2048)),
-        (GIB, 1, (352 * MIB, 176 * MIB, 45 * MIB, 88 * MIB), (256, 100, 5, 4096)),
-        (GIB, 2, (192 * MIB, 96 * MIB, 16 * MIB, 24 * MIB), (96, 72, 2, 2048)),
-        (4 * GIB, 1, (1888 * MIB, 944 * MIB, 237 * MIB, 472 * MIB), (256, 100, 16, 4096)),
-        (4 * GIB, 4, (1408 * MIB, 704 * MIB, 45 * MIB, 88 * MIB), (256, 100, 5, 4096)),
-        (64 * GIB, 1, (4 * GIB, 2 * GIB, 513 * MIB, MAX_PAYLOAD_BYTES), (256, 100, 16, 4096)),
-        (64 * GIB, 8, (4 * GIB, 2 * GIB, 65 * MIB, 128 * MIB), (256, 100, 8, 4096)),
+        (512 * MIB, 1, (96 * MIB, 48 * MIB, 16 * MIB, 24 * MIB), (96, 2, 2048)),
+        (GIB, 1, (352 * MIB, 176 * MIB, 45 * MIB, 88 * MIB), (256, 5, 4096)),
+        (GIB, 2, (192 * MIB, 96 * MIB, 16 * MIB, 24 * MIB), (96, 2, 2048)),
+        (4 * GIB, 1, (1888 * MIB, 944 * MIB, 237 * MIB, 472 * MIB), (256, 16, 4096)),
+        (4 * GIB, 4, (1408 * MIB, 704 * MIB, 45 * MIB, 88 * MIB), (256, 5, 4096)),
+        (64 * GIB, 1, (4 * GIB, 2 * GIB, 513 * MIB, MAX_PAYLOAD_BYTES), (256, 16, 4096)),
+        (64 * GIB, 8, (4 * GIB, 2 * GIB, 65 * MIB, 128 * MIB), (256, 8, 4096)),
         # The least with which a server starts.
-        (OWN + 64 * MIB, 1, (32 * MIB, 16 * MIB, 8 * MIB, 8 * MIB), (32, 24, 2, 1536)),
-        (2 * OWN + 64 * MIB, 2, (32 * MIB, 16 * MIB, 4 * MIB, 4 * MIB), (16, 12, 2, 1408)),
+        (OWN + 64 * MIB, 1, (32 * MIB, 16 * MIB, 8 * MIB, 8 * MIB), (32, 2, 1536)),
+        (2 * OWN + 64 * MIB, 2, (32 * MIB, 16 * MIB, 4 * MIB, 4 * MIB), (16, 2, 1408)),
     ],
 )
 def test_limits_follow_the_memory(resources, memory, workers, nbytes, counts):
@@ -170,7 +169,7 @@ def test_connections_follow_the_open_files_and_the_memory(resources, memory, des
 def test_explicit_limits_are_kept(resources):
     """A limit that is set is not adapted to the memory."""
     resources(512 * MIB)
-    given = dict(zip((*BYTES, *COUNTS), (8 * GIB, 0, MAX_MESSAGE_BYTES, MAX_PAYLOAD_BYTES, 1, 1, 1, 1), strict=True))
+    given = dict(zip((*BYTES, *COUNTS), (8 * GIB, 0, MAX_MESSAGE_BYTES, MAX_PAYLOAD_BYTES, 1, 1, 1), strict=True))
     config = Config(**given)
     assert {name: getattr(config, name) for name in given} == given
 
@@ -242,7 +241,7 @@ def test_a_setting_has_a_flag_and_a_variable(name, monkeypatch):
     expected = Config(**{name: value, **required})
     assert getattr(expected, name) == value
     assert expected != Config()
-    if name not in ("max_inflight_bytes", "workers", "call_threads"):  # others follow these
+    if name not in ("max_inflight_bytes", "workers"):  # others follow these
         assert expected == replace(Config(), **{name: value, **required})
     for other, path in required.items():
         monkeypatch.setenv(f"POOLRPC_{other.upper()}", path)

@@ -95,7 +95,10 @@ class PipelineInterceptor(grpc.ServerInterceptor):
         watched = context.method == self._watch.method.name
         call = self._pipeline.admit(context, self._watch.method if watched else UNKNOWN_METHOD)
         if call is None:
-            return self._watch.handler(context) if watched else continuation(handler_call_details)
+            if watched:
+                return self._watch.handler(context)
+            context.ticket.release()
+            return continuation(handler_call_details)
         if call.error is not None:
             return _rejection(call, context)
         return _handler(call, context, self._executor_of(call.method))

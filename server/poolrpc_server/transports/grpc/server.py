@@ -86,6 +86,8 @@ class GrpcSettings:
             # The peer of a connection without calls may be gone too.
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.max_concurrent_streams", self.max_connection_calls),
+            # It counts streams that have ended too, until Python drops them: clients within the limit were rejected.
+            ("grpc.http.overload_protection", 0),
             # If the two differed, gRPC would reject calls between them at random.
             ("grpc.max_metadata_size", self.max_metadata_bytes),
             ("grpc.absolute_max_metadata_size", self.max_metadata_bytes),
