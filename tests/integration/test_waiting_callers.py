@@ -158,7 +158,7 @@ def test_a_caller_that_does_not_send_gives_way() -> None:
 
 def test_half_sent_calls_leave_room_for_others() -> None:
     """300 calls of one connection whose messages do not end leave calls, streams and bytes for another connection."""
-    with served(call_threads=64) as server, RawPeer(server.address) as peer:
+    with served(call_threads=64, max_connection_calls=300) as server, RawPeer(server.address) as peer:
         streams = [half_sent(peer) for _ in range(300)]
         with PoolClient(server.address) as client:  # rejected perhaps until the server has looked at all 300
             for transport in ("unary", "stream"):
@@ -176,7 +176,7 @@ def test_half_sent_calls_leave_room_for_others() -> None:
 
 def test_methods_that_do_not_compute_need_not_wait_for_others() -> None:
     """Health and the server's description answer while hundreds of their calls wait for a message that never comes."""
-    with served(receive_timeout=3600) as server, RawPeer(server.address) as peer:
+    with served(receive_timeout=3600, max_connection_calls=300) as server, RawPeer(server.address) as peer:
         for method in (SERVICE + "GetServerInfo", "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"):
             for _ in range(100):
                 peer.open(method)
@@ -209,6 +209,7 @@ def test_unread_answers_stay_within_the_bytes_in_flight() -> None:
     """Hundreds of small requests with answers of 4 MiB that are not read take no more memory than the limit allows."""
     limit = 64 * MIB
     flags = ["--max-inflight-bytes", str(limit), "--max-message-bytes", str(8 * MIB), "--metrics", "127.0.0.1:0"]
+    flags += ["--max-connection-calls", "400"]
     with (
         serving(*flags, env={"MALLOC_ARENA_MAX": "1"}) as server,
         RawPeer(server.address) as peer,
