@@ -28,10 +28,11 @@ demo: setup  ## Start a server and pool a photograph with it; the pictures are w
 test: setup  ## Run the quick tests, in parallel. ARGS="..." is passed to pytest.
 	$(BIN)/pytest $(PARALLEL) -m "$(QUICK)" $(ARGS)
 
-# The large grids are independent of each other; what starts containers, Ray, floods or a soak has the machine to itself.
-GRIDS := tests/parity tests/unit
+# The large grids and fuzzing are independent of each other; what starts containers, Ray, attacks or a soak has the machine
+# to itself.
+GRIDS := tests/fuzz tests/parity tests/unit
 
-test-slow: setup  ## Run the other tests: large grids in parallel, then the rest one after the other. ARGS="..." is for the rest.
+test-slow: setup  ## Run the other tests: large grids and fuzzing in parallel, then the rest one after the other. ARGS="..." is for the rest.
 	@failed=0; \
 	$(BIN)/pytest -n auto --maxprocesses 8 -m "not ($(QUICK))" $(GRIDS) || failed=1; \
 	$(BIN)/pytest -m "not ($(QUICK))" $(addprefix --ignore=,$(GRIDS)) $(ARGS) || failed=1; \
