@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 from urllib.request import urlopen
 
 import psutil
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 MIB = 2**20
 MAX_GROWTH = {"rss_mib": 64, "threads": 16, "descriptors": 4}
 """Growth after warming up: bounded caches fill, and threads end after a while."""
 
 REST_SECONDS = 10.0
-"""Seconds in which nothing may be in flight any more: a call has its answer a moment before the server has ended it."""
+"""Seconds within which everything must be back when everybody has left: a call has its answer a moment before the
+server has ended it, and a server returns freed memory a second after the last call."""
 
 AT_REST = ("poolrpc_inflight_bytes", "poolrpc_queue_length", "poolrpc_streams ", "poolrpc_validator_escapes_total")
 
@@ -39,21 +44,34 @@ def check_growth(before: dict[str, int], after: dict[str, int]) -> None:
         raise AssertionError(f"expected growth of at most {MAX_GROWTH}, got {grown}")
 
 
-def check_at_rest(metrics_address: str) -> None:
-    """Check in a server's metrics that nothing is in flight soon, and that no call failed after it passed validation.
+def check_soon(check: Callable[[], object]) -> None:
+    """Repeat a check of a server at rest until it passes.
 
     Raises:
-        AssertionError: Something stays in flight, or a call failed.
+        AssertionError: The check still raised it after REST_SECONDS.
 
     """
     until = time.monotonic() + REST_SECONDS
-    while busy := _busy(metrics_address):
-        if time.monotonic() > until:
-            raise AssertionError(f"expected nothing in flight, got {busy}")
-        time.sleep(0.1)
+    while True:
+        try:
+            check()
+        except AssertionError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.1)
+        else:
+            return
 
 
-def _busy(metrics_address: str) -> list[str]:
+def check_at_rest(metrics_address: str) -> None:
+    """Check in a server's metrics that nothing is in flight, and that no call failed after it passed validation.
+
+    Raises:
+        AssertionError: Something is in flight, or a call failed.
+
+    """
     with urlopen(f"http://{metrics_address}/metrics", timeout=30) as page:
         lines = page.read().decode().splitlines()
-    return [line for line in lines if line.startswith(AT_REST) and float(line.rpartition(" ")[2])]
+    busy = [line for line in lines if line.startswith(AT_REST) and float(line.rpartition(" ")[2])]
+    if busy:
+        raise AssertionError(f"expected nothing in flight, got {busy}")

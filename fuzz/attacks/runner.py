@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from fuzz.attacks.child import ATTACK, Child
 from fuzz.attacks.server import VARIANTS, AttackedServer
 from fuzz.attacks.usage import GUARD_MIB, KILL_MIB, Sampler, usage
 from fuzz.attacks.verdict import BUSY, HEALTH_SECONDS, Verdict
-from fuzz.resource_usage import check_growth
+from fuzz.resource_usage import REST_SECONDS, check_growth, check_soon
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,9 +24,6 @@ LOST_SECONDS = 8.0
 
 AFTER_SECONDS = 1.0
 """Seconds for which the good client goes on when the attackers have left."""
-
-REST_SECONDS = 10.0
-"""Seconds within which every counter must be back when everybody has left."""
 
 ATTACKER_SECONDS = 100.0
 """Seconds that a process of attacks may take to end: a little more than it allows its attacks."""
@@ -172,23 +170,14 @@ def run_all(seconds: float, names: Sequence[str] = ()) -> Verdict:
         attacked.before = usage(attacked.server)
         attacked.attack(attacks, (1 - WARM) * seconds)
         attacked.rest()
-        attacked.verdict.reasons += _growth(attacked)
+        try:
+            check_soon(partial(_check_growth, attacked))
+        except AssertionError as error:
+            attacked.verdict.reasons.append(str(error))
         return attacked.end()
 
 
-def _growth(attacked: Attacked) -> list[str]:
-    """Return by what a server at rest has grown; without calls it returns freed memory to the system after a second."""
-    until = time.monotonic() + REST_SECONDS
-    while True:
-        # Threads of a pool stay, and its size is a limit.
-        before, now = (
-            {k: each[k] for k in ("rss_mib", "descriptors")} for each in (attacked.before, usage(attacked.server))
-        )
-        try:
-            check_growth(before, now)
-        except AssertionError as error:
-            if time.monotonic() > until:
-                return [str(error)]
-            time.sleep(0.5)
-        else:
-            return []
+def _check_growth(attacked: Attacked) -> None:
+    # Threads of a pool stay, and its size is a limit.
+    samples = attacked.before, usage(attacked.server)
+    check_growth(*({name: each[name] for name in ("rss_mib", "descriptors")} for each in samples))

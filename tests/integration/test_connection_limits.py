@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
@@ -34,6 +35,27 @@ def test_calls_of_a_connection_are_bounded() -> None:
         assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
         watch.cancel()
         assert health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=30).status
+
+
+@pytest.mark.parametrize("cancelled", [False, True], ids=["answered", "cancelled"])
+def test_a_client_that_keeps_the_limit_on_calls_is_never_rejected(cancelled: bool) -> None:  # noqa: FBT001 - a case
+    """Four times as many callers as calls wait at their client, also while others of its calls are cancelled."""
+    with (
+        server(max_connection_calls=4) as address,
+        grpc.insecure_channel(address, [*OWN_CONNECTION.items()]) as channel,
+    ):
+        get_info = channel.unary_unary("/poolrpc.v1.PoolService/GetServerInfo")
+
+        def call(_: int) -> None:
+            for number in range(50):
+                future = get_info.future(b"", timeout=60)
+                if cancelled and number % 2:
+                    future.cancel()
+                else:
+                    assert future.result()
+
+        with ThreadPoolExecutor(16) as threads:
+            list(threads.map(call, range(16)))
 
 
 @pytest.mark.parametrize("limit", ["max_connection_age_seconds", "max_connection_idle_seconds"])

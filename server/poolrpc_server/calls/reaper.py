@@ -87,10 +87,10 @@ class Reaper:
                 last = now
                 try:
                     self._end_late(tickets, now)
-                    self._bound_memory(tickets)
+                    free = self._max_resident - self._bound_memory(tickets)
+                    interval = max(MIN_SECONDS, min(free / FILL_BYTES_PER_SECOND, MAX_SECONDS))
                 except Exception:  # noqa: BLE001 - the thread must go on for the other calls
                     log.exception("reaper failed")
-                interval = max(MIN_SECONDS, min(self._free() / FILL_BYTES_PER_SECOND, MAX_SECONDS))
             elif now - last > LINGER_SECONDS:
                 self._busy.clear()
                 if not self._admission.tickets():  # else one came meanwhile, and found the event set
@@ -102,10 +102,6 @@ class Reaper:
                 self._busy.set()
             pause.wait(interval)
 
-    def _free(self) -> int:
-        """Return the bytes of memory that the process may still take."""
-        return self._max_resident - self._resident()
-
     @staticmethod
     def _end_late(tickets: list[Ticket], now: float) -> None:
         for ticket in tickets:
@@ -113,7 +109,8 @@ class Reaper:
             if expires is not None and expires <= now:
                 ticket.end("TIMEOUT")
 
-    def _bound_memory(self, tickets: list[Ticket]) -> None:
+    def _bound_memory(self, tickets: list[Ticket]) -> int:
+        """Return memory and end calls as far as is needed, and return the bytes of memory that were measured last."""
         resident = self._resident()
         now = monotonic()
         needed = resident > self._max_resident or (self._admission.waiting and self._excess(resident) > 0)
@@ -125,8 +122,13 @@ class Reaper:
             resident = self._resident()
             self._trims_at = monotonic() + (monotonic() - now) / TRIM_SHARE
         self._admission.set_excess(self._excess(resident))
-        if not returned or resident <= self._max_resident:
-            return
+        if returned and resident > self._max_resident:
+            self._end_longest(tickets, now, resident)
+        return resident
+
+    @staticmethod
+    def _end_longest(tickets: list[Ticket], now: float, resident: int) -> None:
+        """End the calls that wait for messages of the caller that keeps the server waiting the longest."""
         # A message that has been waited for so briefly cannot be large.
         waiting = [
             (ticket, waited)
