@@ -9,7 +9,7 @@ QUICK := not slow and not docker and not ray and not conformance and not browser
 # tests/integration come first.
 PARALLEL := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo test test-slow test-all check docs format generate bench dist clean
+.PHONY: help setup demo test test-slow test-all gpu gpu-wheels check docs format generate bench dist clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,6 +44,17 @@ test-all: setup  ## Run every test, with coverage: the quick ones in parallel, t
 	$(MAKE) test-slow ARGS="--cov --cov-append --cov-report=term" || failed=1; \
 	exit $$failed
 
+gpu:  ## Run the GPU tests and benchmark with the machine's own python3 and torch; see docs/gpu.md.
+	scripts/gpu.sh
+
+# Pure Python, so that they fit any machine. The two packages of gRPC have their lowest versions: they reject an older grpcio.
+gpu-wheels:  ## Fill gpu-wheels/ with what scripts/gpu.sh needs on a machine without a network.
+	rm -rf gpu-wheels
+	$(PYTHON) -m pip download -q --no-deps --only-binary=:all: -d gpu-wheels -c constraints.txt structlog ConfigArgParse \
+	  prometheus_client googleapis-common-protos pytest pluggy iniconfig packaging pygments pytest-asyncio pytest-timeout sybil
+	$(PYTHON) -m pip download -q --no-deps --only-binary=:all: -d gpu-wheels grpcio-health-checking==1.75.1 \
+	  grpcio-reflection==1.75.1
+
 check: setup  ## Run the linters, the type checker and the checks of protos, generated code, vocabulary and docs.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -74,4 +85,4 @@ dist: setup  ## Build the source distribution and the wheel into dist/.
 	$(BIN)/python -m hatchling build --clean -d dist
 
 clean:  ## Remove everything that the other targets create.
-	rm -rf .venv .venv-generate .venv-triton .venv-ray .debs demo dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv .venv-generate .venv-triton .venv-ray .debs demo dist gpu-results gpu-wheels site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -135,7 +135,7 @@ class BaseClient:
         if kind.hasobject:
             raise InvalidArgumentError(f"expected a dtype without objects, got {kind}", field="dtype")
         sizes = (int(shape),) if isinstance(shape, SupportsIndex) else tuple(map(int, shape))
-        span = None if self._arenas is None else self._arenas.allocate(prod(sizes) * kind.itemsize)
+        span = None if self._arenas is None else self._arenas.allocate_with_room(prod(sizes) * kind.itemsize)
         return np.empty(sizes, kind) if span is None else span.array(kind, sizes)
 
     def _open_channel(self, address: str) -> Any:  # noqa: ANN401 - a channel of grpc or grpc.aio

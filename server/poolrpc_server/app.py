@@ -156,6 +156,7 @@ class Server:
                     max_arenas=max(1, config.max_arenas // len(paths)),
                     # A worker does not have the arenas of another one.
                     call_socket=Path(path).name if config.workers > 1 else "",
+                    page_lock=self.service.page_lock,
                 )
             except ValueError as error:
                 log.warning("no shared memory: clients send their bytes", error=str(error))

@@ -196,6 +196,13 @@ class Config:
         "bytes",
         minimum=-1,
     )
+    max_page_locked_bytes: int = _setting(
+        -1,
+        "Limit on the memory of arenas that is page-locked for a CUDA device, which then copies from and to them "
+        "directly, in bytes. 0: none. -1: all arenas.",
+        "bytes",
+        minimum=-1,
+    )
     max_arenas: int = _setting(256, "Limit on the number of arenas of all clients.", "arenas")
     max_streams: int = _setting(
         0,
@@ -356,6 +363,7 @@ AUTOMATIC: dict[str, tuple[int, Callable[[Config], int]]] = {
     "threads": (0, lambda _: min(cpu_count(), 1024)),
     "max_inflight_bytes": (0, lambda config: min(4 * 2**30, _free_memory(config) // 2)),
     "max_arena_bytes": (-1, lambda config: min(2 * 2**30, _free_memory(config) // 4)),
+    "max_page_locked_bytes": (-1, lambda config: config.max_arena_bytes),
     "max_message_bytes": (
         0,
         lambda config: _between(

@@ -71,6 +71,7 @@ class Service:
         pipeline: Answers calls.
         health: Whether the server takes calls.
         metrics: The metrics.
+        page_lock: Page-locks memory for the device, and returns the function that unlocks it.
         models: Names of the models of the Open Inference Protocol.
         failure: Why the process cannot continue; empty if it can.
         on_failure: Called when it cannot continue.
@@ -108,9 +109,11 @@ class Service:
                 config.threads,
                 workspace_limit=min(WORKSPACE_LIMIT, config.max_inflight_bytes // 4),
                 idle_limit=min(IDLE_LIMIT, config.max_inflight_bytes // 4),
+                page_lock_limit=config.max_page_locked_bytes,
             )
         except ValueError as error:
             raise ConfigError(str(error)) from None
+        self.page_lock = self._engine.page_locks.lock
         self.info = _describe(config, self._engine, spans)
         self.failure = ""
         self.on_failure: Callable[[], object] = lambda: None
@@ -207,6 +210,8 @@ class Service:
             queue_oldest_seconds=oldest,
             arenas=sum(listener.live for listener in self._arenas),
             arena_bytes=sum(listener.nbytes for listener in self._arenas),
+            page_locked_bytes=self._engine.page_locks.nbytes,
+            page_lock_failures=self._engine.page_locks.failures,
             streams=self._streams.count,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import subprocess
 import sys
 from itertools import islice
@@ -14,18 +15,34 @@ import torch
 import poolrpc as p
 from poolrpc._wire.codec import Request
 from poolrpc.tensors import TensorSpec
-from poolrpc_server.app import FAILED
+from poolrpc_server import Config
+from poolrpc_server.app import FAILED, Server
 from poolrpc_server.calls.validate import Limits, check_request
-from poolrpc_server.compute.device import DeviceStreams, synchronize
+from poolrpc_server.compute import overlap
+from poolrpc_server.compute.device import DeviceStreams, PageLocks
 from poolrpc_server.compute.engine import Engine, Run
 from tests.parity.grid import GRID, cases
 from tests.parity.reference import assert_same, reference, values
+from tests.scrape import Scrape
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 WIDE = Limits(2**40, 2**40, 2**40, 2**50)
+BLOCKED = (
+    p.MaxPool2d(3, 2, 1),
+    p.MaxPool2d(2, return_indices=True),
+    p.MaxPool2d(7, 1, 3),
+    p.MaxPool2d((9, 7), 1),
+    p.AvgPool2d(3, 1, 1),
+    p.LPPool2d(2, 2),
+    p.LPPool2d(1.7, 2),
+    p.AdaptiveMaxPool2d(1),
+    p.AdaptiveMaxPool2d(5, return_indices=True),
+    p.AdaptiveAvgPool2d(3),
+    p.FractionalMaxPool2d(2, output_size=5, seed=3),
+)
 MAX_CASES = 200
 """The most cases of each layer."""
 
@@ -120,37 +137,88 @@ def test_host_memory_is_pinned_and_reused(cuda: torch.device, monkeypatch: pytes
 
 def test_copies_overlap_with_the_kernel_of_another_stream(cuda: torch.device) -> None:
     """Copies and a kernel of one stream end while a kernel of another stream still runs."""
-    streams = DeviceStreams(cuda, 2)
-    busy, done = torch.cuda.Event(), torch.cuda.Event()
-    memory = torch.frombuffer(streams.allocate(2**20), dtype=torch.uint8)
+    memory = torch.frombuffer(DeviceStreams(cuda, 1).allocate(2**20), dtype=torch.uint8)
+    back = torch.frombuffer(DeviceStreams(cuda, 1).allocate(8), dtype=torch.int64)
     memory.fill_(1)
     memory.to(cuda).sum().item()  # so that CUDA is initialised
-    with streams.stream():
+    busy = torch.cuda.Event()
+
+    def sleep() -> None:
         # A kernel that waits for billions of cycles: many times as long as the copies take.
         torch.cuda._sleep(10**10)  # noqa: SLF001 - torch's own tests use it
         busy.record()
-        with streams.stream():
-            total = memory.to(cuda, non_blocking=True).sum()
-            back = torch.frombuffer(streams.allocate(8), dtype=torch.int64)
-            back.copy_(total.reshape(1), non_blocking=True)
-            done.record()
-            synchronize(cuda)
-            assert done.query()
-            assert not busy.query()
-            assert back.item() == 2**20
-        synchronize(cuda)
+
+    with DeviceStreams(cuda, 1).borrow() as (one, two, _):
+        one.submit(sleep)
+        two.submit(lambda: back.copy_(memory.to(cuda, non_blocking=True).sum().reshape(1), non_blocking=True))
+        two.record().wait()
+        assert not busy.query()
+        assert back.item() == 2**20
+        one.record().wait()
     assert busy.query()
 
 
-def test_out_of_memory_is_a_limit_and_the_engine_still_works(engine: Engine, cuda: torch.device) -> None:
-    """A request that exceeds the device's memory fails permanently, and the next one that fits is computed."""
+@pytest.mark.parametrize("layer", BLOCKED, ids=repr)
+def test_blocks_have_the_bits_of_the_whole(engine: Engine, monkeypatch: pytest.MonkeyPatch, layer: p.Layer) -> None:
+    """A large tensor, computed in many blocks on several streams, has torch's result on the same device."""
+    monkeypatch.setattr(overlap, "PAGEABLE_BLOCK_BYTES", 2**16)
+    for turn in range(4):
+        assert_parity(engine, layer, values((32, 33, 24, 20 + turn), "float32", turn))
+
+
+def test_memory_is_page_locked(cuda: torch.device) -> None:
+    """Memory is locked up to the limit, and what the driver rejects is counted, with no error pending in torch."""
+    size = 16 * mmap.PAGESIZE
+    locks = PageLocks(cuda, size)
+    memory, other = mmap.mmap(-1, size), mmap.mmap(-1, size)
+    tensor = torch.frombuffer(memory, dtype=torch.uint8)
+    unlock = locks.lock(memory)
+    assert tensor.is_pinned()
+    assert locks.nbytes == size
+    locks.lock(other)()
+    assert not torch.frombuffer(other, dtype=torch.uint8).is_pinned()
+    assert (locks.nbytes, locks.failures) == (size, 0)
+    second = PageLocks(cuda, size)
+    second.lock(memory)()  # which is already locked
+    assert (second.nbytes, second.failures) == (0, 1)
+    assert tensor.to(cuda).sum().item() == 0
+    unlock()
+    assert locks.nbytes == 0
+    assert not tensor.is_pinned()
+
+
+def test_arenas_are_page_locked_while_they_last(tmp_path: Path) -> None:
+    """A client's arena is page-locked, its calls have torch's result on the device, and nothing is locked after it."""
+    address, x = f"unix:{tmp_path / 'pool.sock'}", values((16, 64, 56, 56), "float32", 2)
+    expected = torch.nn.functional.max_pool2d(x.cuda(), 3, 2, 1).cpu()
+    server = Server(Config(listen=(address,), device="cuda", metrics="127.0.0.1:0"))
+    server.start()
+    try:
+        with p.PoolClient(address) as client:
+            for _ in range(3):
+                result = client.pool(x.numpy(), p.MaxPool2d(3, 2, 1), transport="arena")
+                assert_same(result.output, expected, "arena")
+            assert Scrape(server.metrics_address)("poolrpc_page_locked_bytes") >= x.numel() * 4
+        del result
+        while Scrape(server.metrics_address)("poolrpc_page_locked_bytes"):
+            pass
+        assert Scrape(server.metrics_address)("poolrpc_page_lock_failures") == 0
+    finally:
+        server.stop(0)
+
+
+def test_a_call_that_exceeds_the_memory_is_computed_in_smaller_blocks(engine: Engine, cuda: torch.device) -> None:
+    """Blocks take little memory. A request that can't be divided fails permanently, and the next one is computed."""
     total = torch.cuda.get_device_properties(cuda).total_memory
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(cuda) + 2**26) / total, cuda)
+    x = torch.zeros(1, 32, 1024, 1024)
     try:
         with pytest.raises(p.LimitExceededError) as raised:
-            engine.execute([a_run(engine, p.MaxPool2d(2), torch.zeros(1, 32, 1024, 1024))])
+            engine.execute([a_run(engine, p.AdaptiveAvgPool2d(7), x)])
         assert raised.value.reason == "DEVICE_MEMORY"
+        (outputs,) = engine.execute([a_run(engine, p.MaxPool2d(2), x)])
+        assert outputs[0].shape == (1, 32, 512, 512)
         assert_parity(engine, p.MaxPool2d(2), values((1, 3, 16, 16), "float32", 0))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, cuda)

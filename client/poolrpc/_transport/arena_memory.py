@@ -205,6 +205,20 @@ class Arenas:
                 span = self._reserve(nbytes)  # another thread may have attached an arena
             return span or self._grow(nbytes)
 
+    def allocate_with_room(self, nbytes: int) -> Span | None:
+        """Reserve memory in an arena that has room for as many bytes again, if the server allows one of that size.
+
+        The outputs of a call must be in its input's arena, or else the input is copied to another; few layers have
+        outputs that are larger than the input.
+
+        Args:
+            nbytes: The length, in bytes.
+
+        """
+        reserved = align(max(nbytes, 1))
+        both = self.allocate(2 * reserved)
+        return self.allocate(nbytes) if both is None else both.split(reserved)[0]
+
     def find(self, array: Array) -> tuple[Span, int] | None:
         """Return the span that contains an array, and the offset of the array in the arena.
 

@@ -118,6 +118,25 @@ class Branch:
             x, indices = plan.compute(row, x, indices, outputs=targets if number == last else ())
         return (x,) if indices is None else (x, indices)
 
+    def compute_on_device(
+        self, x: torch.Tensor, indices: torch.Tensor | None, first: int
+    ) -> tuple[torch.Tensor] | tuple[torch.Tensor, torch.Tensor]:
+        """Queue the layers' operators on some planes that are on a device.
+
+        Args:
+            x: The planes, batched.
+            indices: The indices for MaxUnpool.
+            first: The number of the first plane.
+
+        Returns:
+            The output, and the indices of the maxima if the last layer returns them.
+
+        """
+        for plan, _ in self.steps:
+            channels = plan.channels or 1
+            x, indices = plan.eager(x, indices, first * channels, self.planes * channels)
+        return (x,) if indices is None else (x, indices)
+
     def compute_range(  # noqa: PLR0913, PLR0917 - the last two are added by what divides the planes
         self,
         x: torch.Tensor,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -20,7 +20,8 @@ from poolrpc.chains import Planes
 from poolrpc.layers import INTEGERS
 from poolrpc.tensors import split_tensors
 from poolrpc_server.compute.buffers import Buffers
-from poolrpc_server.compute.device import DeviceStreams, resolve_device
+from poolrpc_server.compute.device import DeviceStreams, PageLocks, resolve_device
+from poolrpc_server.compute.overlap import planes_of_block
 from poolrpc_server.compute.planes import block_of
 from poolrpc_server.compute.schedule import Schedule
 from poolrpc_server.compute.workspace import Workspace, WorkspaceCache
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from poolrpc._wire.codec import BranchResult, Request
     from poolrpc.tensors import Bytes
+    from poolrpc_server.compute.device import Stream
     from poolrpc_server.compute.schedule import BatchKey
     from poolrpc_server.telemetry.stage_times import StageTimes
 
@@ -38,6 +40,9 @@ WORKSPACE_LIMIT = 32 * 2**20
 
 IDLE_LIMIT = 128 * 2**20
 """The default limit of the memory of idle buffers, in bytes."""
+
+RETRIED_SHARE = 4
+"""After a device ran out of memory, a request is computed once more in blocks of this part of the size."""
 
 BATCH_SCHEDULES, BATCH_WORKSPACE_BYTES = 256, 128 * 2**10
 """The number of batches' schedules to remember, and the size up to which their workspaces are cached."""
@@ -101,13 +106,21 @@ class Engine:
     Attributes:
         device: The device.
         threads: The number of executions at a time.
+        page_locks: Memory of others that is page-locked for the device.
         slots: The slots that a large request may borrow to use more threads. None: it uses one thread.
         idle_limit: The largest memory of cached workspaces and idle buffers, in bytes.
 
     """
 
-    def __init__(
-        self, device: str, threads: int, *, workspace_limit: int = WORKSPACE_LIMIT, idle_limit: int = IDLE_LIMIT
+    def __init__(  # noqa: PLR0913 - all but the first two are optional
+        self,
+        device: str,
+        threads: int,
+        *,
+        workspace_limit: int = WORKSPACE_LIMIT,
+        idle_limit: int = IDLE_LIMIT,
+        page_lock_limit: int = 0,
+        streams: Callable[[], Sequence[Stream]] | None = None,
     ) -> None:
         """Create an engine.
 
@@ -116,6 +129,8 @@ class Engine:
             threads: The number of executions at a time. The caller must not start more.
             workspace_limit: Bytes of cached workspaces, over all schedules.
             idle_limit: Bytes of idle buffers.
+            page_lock_limit: Bytes of others' memory to page-lock for the device.
+            streams: Creates the streams of one execution. None: as the device has them.
 
         Raises:
             ValueError: This machine has no such device.
@@ -129,7 +144,8 @@ class Engine:
         # one. A large one is divided among helper threads too, if slots are free. Helpers never wait for each other, so
         # there is no deadlock.
         self._helpers = ThreadPoolExecutor(max(1, threads - 1), "poolrpc-helper", _prepare_thread)
-        self._streams = DeviceStreams(self.device, threads)
+        self._streams = DeviceStreams(self.device, threads, streams)
+        self.page_locks = PageLocks(self.device, page_lock_limit)
         self._buffers = Buffers(idle_limit, self._streams.allocate)
         self._workspaces = WorkspaceCache(workspace_limit, threads)
         self._batch_schedule = lru_cache(BATCH_SCHEDULES)(self._create_batch_schedule)
@@ -187,17 +203,22 @@ class Engine:
         for run in runs:
             if run.times is not None:
                 run.times.compute_started(len(runs), planes)
-        with self._streams.stream():
-            # On a GPU, a batch of one uses pinned memory too.
-            batched = len(runs) > 1 or (runs[0].key is not None and runs[0].schedule.device.type != "cpu")
-            return self._execute_batch(runs) if batched else [self._execute_alone(runs[0])]
+        with self._streams.borrow() as streams:
+            # On a GPU, a batch of one uses page-locked memory too.
+            batched = len(runs) > 1 or (runs[0].key is not None and self._is_overlapped(runs[0].schedule))
+            return self._execute_batch(runs, streams) if batched else [self._execute_alone(runs[0], streams)]
 
     def close(self) -> None:
         """Stop the helper threads."""
         self._helpers.shutdown()
 
-    def _execute_alone(self, run: Run) -> Any:  # noqa: ANN401 - what the run's finish returns
+    def _execute_alone(self, run: Run, streams: Sequence[Stream]) -> Any:  # noqa: ANN401 - what the run's finish returns
         schedule = run.schedule
+        if self._is_overlapped(schedule):
+            given = run.outputs
+            with self._buffers.borrow(schedule.outputs) if given is None else nullcontext(given) as outputs:
+                workspace = Workspace(schedule, run.inputs, outputs)
+                return run.finish(self._compute_on_device(workspace, streams, run.check))
         if run.outputs is not None:
             workspace = Workspace(schedule, run.inputs, run.outputs)
             return run.finish(workspace.run(self._parallel_for, run.check, in_place=True))
@@ -209,7 +230,28 @@ class Engine:
         with self._buffers.borrow(schedule.outputs) as outputs:
             return run.finish(Workspace(schedule, run.inputs, outputs).run(self._parallel_for, run.check))
 
-    def _execute_batch(self, runs: Sequence[Run]) -> list[Any]:
+    def _is_overlapped(self, schedule: Schedule) -> bool:
+        return self._streams.overlapped and schedule.device == self.device
+
+    def _compute_on_device(
+        self, workspace: Workspace, streams: Sequence[Stream], check: Callable[[], None] | None
+    ) -> Sequence[memoryview]:
+        """Compute the outputs on the device, once more in smaller blocks if its memory does not suffice."""
+        schedule = workspace.schedule
+        block = schedule.planes
+        if schedule.divisible:
+            plane_bytes = schedule.nbytes // max(1, schedule.planes)
+            block = planes_of_block(schedule.planes, plane_bytes, page_locked=workspace.page_locked)
+        try:
+            return workspace.run_on_device(streams, block, check)
+        except torch.OutOfMemoryError:
+            smaller = max(1, block // RETRIED_SHARE)
+            if not schedule.divisible or smaller == block:
+                raise
+        self._streams.free_cached()
+        return workspace.run_on_device(streams, smaller, check)
+
+    def _execute_batch(self, runs: Sequence[Run], streams: Sequence[Stream]) -> list[Any]:
         key = runs[0].key
         assert key is not None  # noqa: S101 - runs without a key are executed alone
         schedule = self._batch_schedule(key, sum(run.schedule.planes for run in runs))
@@ -219,7 +261,11 @@ class Engine:
                 for run in runs:
                     start, end = end, end + len(run.inputs[number])
                     buffer[start:end] = run.inputs[number]
-            outputs = workspace.run(self._parallel_for, runs[0].check if len(runs) == 1 else None)
+            check = runs[0].check if len(runs) == 1 else None
+            if self._is_overlapped(schedule):
+                outputs = self._compute_on_device(workspace, streams, check)
+            else:
+                outputs = workspace.run(self._parallel_for, check)
             for run in runs:
                 if run.times is not None:
                     run.times.compute_ended()

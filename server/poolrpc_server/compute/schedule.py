@@ -58,6 +58,7 @@ class Schedule:
         nbytes: The size of inputs and outputs.
         planes: The number of planes; of images, if channels are last.
         branches: How each branch is computed; empty if the input has no cells.
+        divisible: Whether the planes have the same outputs, bit for bit, if they are computed in blocks.
         work: The number of cells that the kernels visit, each weighted by what it costs in nanoseconds of one thread.
         scratch_bytes: An upper bound of the memory that an execution takes, on all of its threads, in addition to its
             inputs and outputs.
@@ -96,6 +97,9 @@ class Schedule:
                 plans = [plan_for(layer, dtype, plane, channels, device.type) for layer, _, plane in chain]
                 self.branches.append(Branch(plans, self.planes, threads))
         self.work = sum(branch.work for branch in self.branches)
+        self.divisible = all(layer.splittable for chain in request.branches for layer in chain)
+        if device.type != "cpu":
+            self.divisible &= all(layer.family not in SIZE_DEPENDENT for chain in request.branches for layer in chain)
         self.key = self._key()
         self.scratch_bytes = max((branch.scratch_bytes for branch in self.branches), default=0)
         for branch, result in zip(self.branches, results, strict=False):
@@ -112,12 +116,10 @@ class Schedule:
 
     def _key(self) -> BatchKey | None:
         request = self.request
-        independent = all(
-            layer.splittable and layer.at_plane(1) is layer for chain in request.branches for layer in chain
+        independent = self.divisible and all(
+            layer.at_plane(1) is layer for chain in request.branches for layer in chain
         )
         on_cpu = self.device.type == "cpu"
-        if not on_cpu:
-            independent &= all(layer.family not in SIZE_DEPENDENT for chain in request.branches for layer in chain)
         limit = CPU_BATCHED_BYTES if on_cpu else DEVICE_BATCHED_BYTES
         layers = sum(len(branch.steps) for branch in self.branches)
         if not (1 <= layers <= BATCHED_LAYERS and independent and self.nbytes <= limit):

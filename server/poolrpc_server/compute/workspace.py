@@ -12,13 +12,14 @@ import torch
 
 from poolrpc_server.compute.branch import checked_indices
 from poolrpc_server.compute.buffers import aligned
-from poolrpc_server.compute.device import synchronize
+from poolrpc_server.compute.overlap import run_in_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from poolrpc.tensors import Bytes, TensorSpec
     from poolrpc_server.compute.branch import Branch
+    from poolrpc_server.compute.device import Stream
     from poolrpc_server.compute.schedule import Schedule
 
 ParallelFor: TypeAlias = "Callable[[Callable[[int, int], None], int, int], None]"
@@ -101,9 +102,6 @@ class Workspace:
         schedule = self.schedule
         if not schedule.branches:
             return self.outputs
-        if schedule.device.type != "cpu":
-            self._run_on_device(check)
-            return self.outputs
         outputs = list(self.outputs)
         end = 0
         for branch, targets in zip(schedule.branches, self._targets, strict=True):
@@ -126,16 +124,47 @@ class Workspace:
             end += len(targets)
         return outputs
 
-    def _run_on_device(self, check: Callable[[], None] | None) -> None:
-        """Compute the outputs on a device that isn't the CPU, all planes at once."""
-        device = self.schedule.device
-        x = self._input().to(device, non_blocking=True)
-        for branch, targets in zip(self.schedule.branches, self._targets, strict=True):
-            indices = self._checked_indices(branch)
-            results = branch.compute(x, None if indices is None else indices.to(device), (), check)
+    @property
+    def page_locked(self) -> bool:
+        """Whether a CUDA device can read the input where it is."""
+        return self._x.is_pinned()
+
+    def run_on_device(
+        self, streams: Sequence[Stream], block: int, check: Callable[[], None] | None = None
+    ) -> Sequence[memoryview]:
+        """Compute the outputs on the schedule's device, in blocks of planes.
+
+        Args:
+            streams: The device's streams.
+            block: The planes of a block.
+            check: Called before each block; what it raises ends the computation.
+
+        Returns:
+            The bytes of each output.
+
+        Raises:
+            InvalidArgumentError: The indices for MaxUnpool are out of range.
+
+        """
+        if self.schedule.branches:
+            run_in_blocks(streams, self.schedule.planes, block, partial(self._compute_block, self._bytes(0)), check)
+        return self.outputs
+
+    def _compute_block(self, planes: torch.Tensor, start: int, stop: int) -> None:
+        """Queue the upload, the layers of every branch, and the downloads of some of the planes, given as bytes."""
+        schedule = self.schedule
+        first = schedule.branches[0].steps[0][0]
+        uploaded = planes[start:stop].to(schedule.device, non_blocking=True, copy=True)
+        x = first.batched(uploaded.view(-1).view(first.dtype).view(-1, *first.plane_shape))
+        for branch, targets in zip(schedule.branches, self._targets, strict=True):
+            plan = branch.steps[0][0]
+            indices = None
+            if plan.layer.takes_indices:
+                indices = checked_indices(self._bytes(1)[start:stop], plan).to(schedule.device)
+            results = branch.compute_on_device(x, indices, start)
             for target, result in zip(targets, results, strict=True):
-                target.copy_(result, non_blocking=True)
-        synchronize(device)
+                written = target.view(-1, *branch.steps[-1][0].result_shape)[start:stop]
+                written.copy_(result.view(written.shape), non_blocking=True)
 
     def _input(self) -> torch.Tensor:
         """Return the input as the first layers take it: batched and aligned."""

@@ -49,6 +49,8 @@ class Load:
         queue_oldest_seconds: Age of the oldest queued request, in seconds.
         arenas: Arenas that a client has.
         arena_bytes: Bytes of all arenas.
+        page_locked_bytes: Bytes of arenas that are page-locked for a GPU.
+        page_lock_failures: Arenas that could not be page-locked.
         streams: Open streams.
 
     """
@@ -58,6 +60,8 @@ class Load:
     queue_oldest_seconds: float = 0
     arenas: int = 0
     arena_bytes: int = 0
+    page_locked_bytes: int = 0
+    page_lock_failures: int = 0
     streams: int = 0
 
 
@@ -97,6 +101,12 @@ class Metrics:
             "queue_oldest_seconds": self._gauge(OLDEST, "Age of the oldest queued request in seconds."),
             "arenas": self._gauge("poolrpc_arenas", "Arenas of shared memory that a client has."),
             "arena_bytes": self._gauge("poolrpc_arena_bytes", "Bytes of all arenas."),
+            "page_locked_bytes": self._gauge(
+                "poolrpc_page_locked_bytes", "Bytes of arenas that are page-locked for a GPU."
+            ),
+            "page_lock_failures": self._gauge(
+                "poolrpc_page_lock_failures", "Arenas that could not be page-locked for a GPU."
+            ),
             "streams": self._gauge("poolrpc_streams", "Open streams."),
         }
         self._queue_length = self._gauge("poolrpc_queue_length", "Queued requests, by priority.", "priority")

@@ -56,6 +56,16 @@ MAX_REQUEST_BYTES = 64
 """Maximum size of a request packet, in bytes. The longest valid request has 11 bytes."""
 
 
+class _Mapping(mmap.mmap):
+    """A mapping that calls a function before it is unmapped."""
+
+    before_end: Callable[[], None] | None = None
+
+    def __del__(self) -> None:
+        if self.before_end is not None:
+            self.before_end()
+
+
 class Arena:
     """Memory shared with one client. It stays mapped for as long as this object, or a slice of it, exists."""
 
@@ -102,6 +112,8 @@ class ArenaListener:
         allowed_uid: The user id that may connect. None: the user of this process.
         call_socket: The name of the socket, in the same folder, to which clients send the calls that use an arena.
             Empty: the server's socket.
+        page_lock: Page-locks the memory of an arena for a GPU, and returns the function that unlocks it. None: no
+            memory is locked.
         max_pending: Maximum number of connections without an arena.
         attach_seconds: Seconds after which a connection without an arena is closed.
         pause_seconds: Seconds without accepting after a failed accept.
@@ -119,6 +131,7 @@ class ArenaListener:
         max_arenas: int,
         allowed_uid: int | None = None,
         call_socket: str = "",
+        page_lock: Callable[[mmap.mmap], Callable[[], None]] | None = None,
         max_pending: int = MAX_PENDING,
         attach_seconds: float = ATTACH_SECONDS,
         pause_seconds: float = PAUSE_SECONDS,
@@ -126,6 +139,7 @@ class ArenaListener:
         if sys.platform != "linux":
             raise ValueError("arenas need Linux: other systems have no memfd")
         self._call_socket = call_socket
+        self._page_lock = page_lock
         self._max_bytes = max_bytes
         self._max_arenas = max_arenas
         self._allowed_uid = os.geteuid() if allowed_uid is None else allowed_uid
@@ -260,7 +274,9 @@ class ArenaListener:
         try:
             os.ftruncate(descriptor, size)
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-            mapping = mmap.mmap(descriptor, size)
+            mapping = _Mapping(descriptor, size)
+            if self._page_lock is not None:
+                mapping.before_end = self._page_lock(mapping)
             self._mapped_bytes[arena_id] = size
             # The finalizer may run in any thread, so it takes no lock: removing a key of a dict is atomic.
             weakref.finalize(mapping, self._mapped_bytes.pop, arena_id).atexit = False

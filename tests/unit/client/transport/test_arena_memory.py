@@ -192,6 +192,20 @@ def test_a_large_allocation_gets_an_arena_of_its_size(arenas):
     assert arenas.find(small.array(FLOAT32, (4,))) is not None
 
 
+def test_an_allocation_with_room_leaves_as_much_again_in_its_arena(path):
+    """An arena in which only the memory itself fits is not used, unless the server allows no other."""
+    with listening(path, max_bytes=8 * MIB), closing(Arenas(path, arena_bytes=MIB)) as arenas:
+        span = arenas.allocate_with_room(600_000)
+        assert len(span.arena.memory) == 2 * MIB
+        assert arenas.allocate(600_000, same_arena_as=span) is not None
+        assert arenas.allocate_with_room(0) is not None
+        held = arenas.allocate_with_room(5 * MIB)
+        assert held is not None
+        assert len(held.arena.memory) == 5 * MIB
+        assert arenas.allocate(MIB, same_arena_as=held) is None
+        assert arenas.allocate_with_room(5 * MIB) is None
+
+
 def test_over_the_quota_there_is_no_arena(path):
     """A smaller arena is requested at once, one of the rejected size after a while."""
     with listening(path, max_bytes=4 * MIB), closing(Arenas(path, arena_bytes=MIB)) as arenas:

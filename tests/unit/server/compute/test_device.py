@@ -1,5 +1,6 @@
 """The device without CUDA: its name, streams, host memory, and errors."""
 
+import mmap
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from poolrpc import LimitExceededError
-from poolrpc_server.compute.device import DeviceStreams, is_device_lost, resolve_device, synchronize
+from poolrpc_server.compute.device import DeviceStreams, PageLocks, is_device_lost, resolve_device
 
 CPU = torch.device("cpu")
 
@@ -20,11 +21,6 @@ def test_auto_is_the_first_available_device():
     assert torch.zeros(1, device=device).cpu().item() == 0
 
 
-def test_synchronizing_the_cpu_returns_at_once():
-    """Torch computes synchronously on the CPU."""
-    synchronize(CPU)
-
-
 @pytest.mark.parametrize("size", [0, 1, 511, 512, 100_000])
 def test_host_memory_has_its_size_and_is_aligned_and_writable(size):
     """Host memory is aligned to 64 bytes."""
@@ -34,18 +30,18 @@ def test_host_memory_has_its_size_and_is_aligned_and_writable(size):
     memory[:] = bytes(size)
 
 
-def test_a_stream_has_one_user_at_a_time():
-    """A thread that finds every stream in use waits for one; a failure makes its stream idle again."""
+def test_streams_have_one_user_at_a_time():
+    """A thread that finds all streams in use waits for some; a failure returns its streams."""
     streams, inside = DeviceStreams(CPU, 2), threading.Barrier(3)
     left = threading.Event()
 
     def use():
-        with streams.stream():
+        with streams.borrow():
             inside.wait(60)
             assert left.wait(60)
 
     def fail():
-        with streams.stream():
+        with streams.borrow():
             raise KeyError
 
     with ThreadPoolExecutor(3) as threads:
@@ -56,8 +52,8 @@ def test_a_stream_has_one_user_at_a_time():
         left.set()
         assert isinstance(third.exception(60), KeyError)
         assert [each.result(60) for each in two] == [None, None]
-    with streams.stream(), streams.stream():
-        pass
+    with streams.borrow() as one, streams.borrow() as two:
+        assert one is not two
 
 
 def test_out_of_memory_is_a_limit_and_leaves_the_stream_idle():
@@ -66,11 +62,19 @@ def test_out_of_memory_is_a_limit_and_leaves_the_stream_idle():
     for _ in range(3):
         with (
             pytest.raises(LimitExceededError, match="fits into the memory of cpu") as raised,
-            streams.stream(),
+            streams.borrow(),
         ):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a secret")
         assert raised.value.reason == "DEVICE_MEMORY"
         assert "secret" not in str(raised.value)
+
+
+def test_nothing_is_page_locked_for_the_cpu():
+    """Without a CUDA device, memory stays as it is, and nothing is counted."""
+    locks = PageLocks(CPU, 2**30)
+    with mmap.mmap(-1, mmap.PAGESIZE) as memory:
+        locks.lock(memory)()
+    assert (locks.nbytes, locks.failures) == (0, 0)
 
 
 def test_only_an_accelerator_error_means_that_the_device_is_lost():
