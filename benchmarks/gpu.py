@@ -6,7 +6,6 @@ On a GPU the copy decides: the upload of the input from page-locked memory is th
 from __future__ import annotations
 
 import mmap
-import os
 import tempfile
 from contextlib import ExitStack
 from functools import partial
@@ -144,7 +143,7 @@ def run(rounds: int) -> Iterator[dict[str, Any]]:
     with ExitStack() as ends:
         engines = {
             "the engine": Engine("cuda", 1, page_lock_limit=2**36),
-            "the engine on the CPU": Engine("cpu", os.cpu_count() or 1),
+            "the engine on the CPU": Engine("cpu", 1),
         }
         for engine in engines.values():
             ends.callback(engine.close)

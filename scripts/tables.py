@@ -28,6 +28,15 @@ FORMULA = re.compile(r"^ {8}(\S.*)$", re.MULTILINE)
 
 KERNELS = ("max", "max with indices", "average", "adaptive max", "adaptive average", "power average")
 TENSORS = ("MaxPool2d(2) 1x3x224x224", "MaxPool2d(2) 8x64x56x56", "MaxPool2d(2) 16x64x128x128")
+GPU_WAYS = {
+    "torch from pageable memory": "torch from pageable memory",
+    "torch from pinned memory": "torch from page-locked memory",
+    "the engine, in page-locked memory": "in page-locked memory",
+    "a call, in place in the arena": "a call in place in the arena",
+    "a call, through the arena": "a call through the arena",
+    "the engine": "bytes from the network",
+    "the engine on the CPU": "one CPU thread",
+}
 PATHS = ("unary", "stream", "arena", "arena, no copies")
 
 
@@ -160,8 +169,19 @@ def rest() -> str:
     return table(("case", "result"), rows)
 
 
+def gpu() -> str:
+    """How many times as long as the bare upload each way of a call takes on a GPU."""
+    times: dict[str, dict[str, float]] = {}
+    for row in _results("gpu"):
+        if row["baseline"] == "pinned upload":
+            case = times.setdefault(row["case"], {"upload": row["baseline_ms"]})
+            case[row["contender"]] = 1 / row["ratio"]
+    rows = ((case, ways["upload"], *(f"{ways[way]:.1f}" for way in GPU_WAYS)) for case, ways in times.items())
+    return table(("case", "upload, ms", *GPU_WAYS.values()), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    each.__name__: each for each in (layers, shapes, flags, metrics, alerts, kernels, paths, rest)
+    each.__name__: each for each in (layers, shapes, flags, metrics, alerts, kernels, paths, rest, gpu)
 }
 """The function that writes each table, by the name in the page's comment."""
 
