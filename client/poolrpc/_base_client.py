@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Iterable
 from math import prod
-from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
 import numpy as np
@@ -35,7 +36,7 @@ from poolrpc.tracing import traced
 from poolrpc.v1 import pool_pb2, standard_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from poolrpc._transport.arena_memory import Arenas
     from poolrpc._transport.coalesce import Group, Grouping, Outcome
@@ -128,13 +129,16 @@ class BaseClient:
             dtype: The dtype, as numpy.empty takes it, except one of objects.
 
         Raises:
-            InvalidArgumentError: The dtype is one of objects, whose addresses must not be shared.
+            InvalidArgumentError: The dtype is one of objects, whose addresses must not be shared, or a size is no
+                integer.
 
         """
         kind: np.dtype[Any] = np.dtype(dtype)  # type: ignore[call-overload]  # anything that NumPy converts to a dtype
         if kind.hasobject:
             raise InvalidArgumentError(f"expected a dtype without objects, got {kind}", field="dtype")
-        sizes = (int(shape),) if isinstance(shape, SupportsIndex) else tuple(map(int, shape))
+        sizes = tuple(
+            integer("shape", size, 0, MAX_NUMEL) for size in (shape if isinstance(shape, Iterable) else (shape,))
+        )
         span = None if self._arenas is None else self._arenas.allocate_with_room(prod(sizes) * kind.itemsize)
         return np.empty(sizes, kind) if span is None else span.array(kind, sizes)
 

@@ -38,6 +38,9 @@ ITEM_BYTES: dict[str, int] = {
 }
 """Bytes per element of every dtype on the wire, by its name."""
 
+MAX_AXES = 64
+"""NumPy's limit on axes, and so on the depth of a nested list."""
+
 ALIGNMENT = 64
 """Alignment of each tensor in shared memory and in buffers, in bytes: a cache line. Whole pages are not faster."""
 
@@ -95,7 +98,8 @@ def as_array(x: object) -> Array:
             a torch tensor, or a nested list of numbers.
 
     Raises:
-        InvalidArgumentError: x is not one of these.
+        InvalidArgumentError: x is not one of these, a part of it is masked, or it is a tensor whose gradient torch
+            records.
         UnsupportedError: x is a bfloat16 tensor and ml_dtypes is not installed.
 
     """
@@ -110,11 +114,22 @@ def as_array(x: object) -> Array:
             reason = str(error).partition("\n")[0]
             msg = f"expected a tensor that NumPy can represent, got {reason}"
             raise InvalidArgumentError(msg, field="input") from None
+    elif np.ma.is_masked(x):
+        raise _masked()
     swapped = x.dtype.byteorder == ">" or (x.dtype.byteorder == "=" and sys.byteorder == "big")
     return np.asarray(x, dtype=x.dtype.newbyteorder("<") if swapped else None, order="C")
 
 
+def _masked() -> InvalidArgumentError:
+    msg = "expected an array without a mask, got a masked array; use its filled(value)"
+    return InvalidArgumentError(msg, field="input")
+
+
 def _from_torch(x: Any) -> Array:  # noqa: ANN401 - a torch tensor; the client doesn't import torch
+    if x.requires_grad and sys.modules["torch"].is_grad_enabled():
+        msg = "expected a tensor that needs no gradient, got one with requires_grad: a remote layer has none; use its "
+        msg += "detach(), or torch.no_grad()"
+        raise InvalidArgumentError(msg, field="input")
     x = x.detach().cpu()
     if str(x.dtype) != "torch.bfloat16":
         return np.asarray(x)
@@ -127,12 +142,21 @@ def _from_protocol(x: object) -> Array:
     if hasattr(x, "__dlpack__") and not hasattr(x, "__array__"):
         return np.from_dlpack(x)
     if hasattr(x, "__array__") or isinstance(x, list | tuple):
+        if _has_mask(x):
+            raise _masked()
         try:
             return np.asarray(x)
         except ValueError as error:  # a ragged list
             raise InvalidArgumentError(str(error), field="input") from None
     msg = f"expected an array, a tensor or a nested list of numbers, got {clip(type(x).__name__)}"
     raise InvalidArgumentError(msg, field="input")
+
+
+def _has_mask(x: object, depth: int = MAX_AXES) -> bool:
+    """Return whether any part of a nested list is masked."""
+    if isinstance(x, list | tuple):
+        return depth > 0 and any(_has_mask(each, depth - 1) for each in x)
+    return isinstance(x, np.ma.MaskedArray) and bool(np.ma.is_masked(x))
 
 
 def spec_of(array: Array, layout: Layout = "NCHW") -> TensorSpec:

@@ -113,7 +113,8 @@ class Transfer:
         out: For each output tensor, in order, the array to write it to, or None; empty: all None.
 
     Raises:
-        InvalidArgumentError: An array of `out` does not fit its output tensor.
+        InvalidArgumentError: An array of `out` does not fit its output tensor, or shares memory or a part of a file
+            with an input or another array of `out`: some of it would be overwritten before it is read.
 
     """
 
@@ -123,12 +124,7 @@ class Transfer:
         self.out = out
         if out:
             _check_out(prepared.outputs, out)
-
-    @property
-    def repeatable(self) -> bool:
-        """Whether the inputs are unchanged after some of the outputs have been written."""
-        written = [array for array in self.out if array is not None]
-        return not any(np.may_share_memory(array, output) for array in self.arrays for output in written)
+            _check_apart(arrays, out)
 
     def report_done(self, progress: Progress | None) -> None:
         """Report that all planes are done."""
@@ -159,3 +155,37 @@ def _check_out(specs: Sequence[TensorSpec], out: Sequence[object]) -> None:
             received += "" if array.flags.writeable else ", read-only"
         msg = f"expected a writable, C-contiguous array of {spec.dtype} {spec.shape}, got {received}"
         raise InvalidArgumentError(msg, field="out")
+
+
+def _check_apart(arrays: Sequence[Array], out: Sequence[Array | None]) -> None:
+    written = [array for array in out if array is not None]
+    for number, array in enumerate(written):
+        for kind, others in (("the input", arrays), ("the other arrays of out", written[:number])):
+            # All of them are C-contiguous, so that their bounds decide.
+            if any(np.may_share_memory(array, other) or _share_file(array, other) for other in others):
+                msg = f"expected memory apart from {kind}, got {array.dtype} {clip(array.shape)} that shares some"
+                raise InvalidArgumentError(msg, field="out")
+
+
+def _share_file(a: Array, b: Array) -> bool:
+    """Return whether two arrays are in separate mappings of one file, and share a part of it."""
+    (file, start, end), (other, other_start, other_end) = _file_range(a), _file_range(b)
+    if not file or not other or start >= other_end or other_start >= end:
+        return False
+    from pathlib import Path  # noqa: PLC0415 - keeps `import poolrpc` fast
+
+    try:
+        return Path(file).samefile(other)
+    except OSError:  # it has been removed meanwhile
+        return file == other
+
+
+def _file_range(array: Array) -> tuple[str, int, int]:
+    """Return the path of the file that an array, or what it is a view of, maps, and its range; "" for memory."""
+    root = array
+    while isinstance(root.base, np.ndarray):
+        root = root.base
+    if not isinstance(root, np.memmap) or root.filename is None:
+        return "", 0, 0
+    start = root.offset + array.__array_interface__["data"][0] - root.__array_interface__["data"][0]
+    return str(root.filename), start, start + array.nbytes

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
+
+import numpy as np
 
 from poolrpc._transport.options import Transport
 from poolrpc._wire import codec
@@ -35,6 +37,10 @@ class PoolResult:
     def shape(self) -> Shape:
         """The shape of the output."""
         return self.shapes[-1]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:  # noqa: ANN401, FBT001 - NumPy's protocol
+        """Return the output, as numpy.asarray(result) does."""
+        return np.asarray(self.output, dtype) if copy is None else np.array(self.output, dtype, copy=copy)
 
     def __repr__(self) -> str:
         """Describe the result without its contents."""

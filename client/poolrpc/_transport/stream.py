@@ -66,7 +66,6 @@ class StreamCall:
         self._options = options
         self._cancelled = Event()
         self._responses: Any = None
-        self._answered = False  # the server has received, and perhaps pooled, a part of the tensors
 
     def run(self, progress: Progress | None) -> list[PoolResult]:
         """Send the tensors and return the results.
@@ -83,8 +82,6 @@ class StreamCall:
             except grpc.RpcError as error:
                 ended_here = self._is_closed() or self._cancelled.is_set()
                 if error.code() not in RETRYABLE or ended_here or attempt == MAX_ATTEMPTS - 1:
-                    raise
-                if self._answered and not self._transfer.repeatable:
                     raise
                 import random  # noqa: PLC0415 - keeps `import poolrpc` fast
 
@@ -109,7 +106,6 @@ class StreamCall:
             responses.cancel()
         try:
             first = next(responses, b"")
-            self._answered = True
             reader = StreamReader(self._transfer, first, progress)
             for message in responses:
                 reader.read(message)

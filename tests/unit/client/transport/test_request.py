@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from poolrpc import AvgPool2d, InvalidArgumentError, MaxPool2d
+from poolrpc import AvgPool2d, InvalidArgumentError, MaxPool2d, MaxUnpool2d
 from poolrpc._transport.request import PreparedRequest, Transfer
 from poolrpc._wire.codec import Request
 from poolrpc.tensors import TensorSpec
@@ -32,14 +32,66 @@ def test_outputs_are_written_to_the_arrays_of_out(peer, call):
     assert_same(results, call_unary(peer, make_transfer(X, *BRANCHES)))
 
 
-def test_a_transfer_is_repeatable_unless_an_output_overlaps_an_input():
-    """Only an output array that may share memory with an input prevents another attempt."""
-    x = X.copy()
-    layer = MaxPool2d(1)
-    assert make_transfer(x, layer).repeatable
-    assert make_transfer(x, layer, out=[np.empty_like(x)]).repeatable
-    assert make_transfer(x, layer, layer, out=[np.empty_like(x), None]).repeatable
-    assert not make_transfer(x, layer, layer, out=[None, x]).repeatable
+def overlapping(folder):
+    """Return pairs of an input and an output that share memory, or a part of a file."""
+    buffer = np.ones(200, np.float32)
+    path = folder / "numbers"
+    path.write_bytes(bytes(800))
+    link = folder / "link"
+    link.symlink_to(path)
+
+    def mapped(start, shape, file=path):
+        return np.memmap(file, np.float32, "r+", 4 * start, shape)
+
+    x, y = (1, 1, 8, 8), (1, 1, 4, 4)
+    return {
+        "begins before": (buffer[10:74].reshape(x), buffer[:16].reshape(y)),
+        "ends after": (buffer[:64].reshape(x), buffer[63:79].reshape(y)),
+        "within": (buffer[:64].reshape(x), buffer[20:36].reshape(y)),
+        "file": (mapped(0, x), mapped(63, y)),
+        "file as text": (mapped(0, x, str(path)), mapped(63, y)),
+        "file by another name": (mapped(0, x), mapped(63, y, link)),
+        "views of a file": (np.asarray(mapped(0, (100,)))[36:].reshape(x), mapped(80, (2, 1, 4, 4))[1:]),
+    }
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["begins before", "ends after", "within", "file", "file as text", "file by another name", "views of a file"],
+)
+def test_an_output_that_shares_memory_with_an_input_is_rejected(tmp_path, case):
+    """It would overwrite the input while that is sent."""
+    x, y = overlapping(tmp_path)[case]
+    with pytest.raises(InvalidArgumentError, match=r"^out: expected memory apart from the input, got float32"):
+        make_transfer(x, MaxPool2d(2), out=[y])
+
+
+def test_an_output_next_to_an_input_is_filled(peer, tmp_path):
+    """Neither adjacent memory nor an adjacent part of a file is a reason to reject it."""
+    buffer, path = np.arange(80, dtype=np.float32), tmp_path / "numbers"
+    buffer.tofile(path)
+    for before, after in (
+        (buffer[:64], buffer[64:]),
+        (np.memmap(path, np.float32, "r+", 0, (64,)), np.memmap(path, np.float32, "r+", 256, (16,))),
+    ):
+        x, y = before.reshape(1, 1, 8, 8), after.reshape(1, 1, 4, 4)
+        call_stream(peer, make_transfer(x, MaxPool2d(2), out=[y]))
+        assert np.array_equal(y.ravel(), [9, 11, 13, 15, 25, 27, 29, 31, 41, 43, 45, 47, 57, 59, 61, 63])
+
+
+def test_outputs_that_share_memory_are_rejected():
+    """Each would overwrite the other: the outputs of two branches, or an output and indices."""
+    y = np.empty((2, 3, 4, 4), np.float32)
+    with pytest.raises(InvalidArgumentError, match=r"^out: expected memory apart from the other arrays of out"):
+        make_transfer(X, MaxPool2d(2), AvgPool2d(2), out=[y, y])
+
+
+def test_an_output_that_shares_memory_with_indices_is_rejected():
+    """Indices are an input as well."""
+    buffer = np.zeros(40, np.int64)
+    indices, output = buffer[:16].reshape(1, 1, 4, 4), buffer[8:].view(np.float32).reshape(1, 1, 8, 8)
+    with pytest.raises(InvalidArgumentError, match=r"^out: expected memory apart from the input"):
+        make_transfer(np.ones((1, 1, 4, 4), np.float32), MaxUnpool2d(2), indices=indices, out=[output])
 
 
 def read_only():
