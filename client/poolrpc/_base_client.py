@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Iterable
 from math import prod
 from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import WeakSet
 
 import grpc
 import numpy as np
@@ -57,6 +59,10 @@ MAX_IN_FLIGHT = 64
 """The largest number of requests that a map has in flight; each has a thread."""
 
 _METHOD_OF = {"unary": POOL, "stream": POOL_STREAM, "arena": POOL}
+
+
+_clients: WeakSet[BaseClient] = WeakSet()
+"""The clients of this process, for the child of a fork."""
 
 
 class BaseClient:
@@ -112,6 +118,7 @@ class BaseClient:
             self._arenas = Arenas(path)
         self._channel = self._open_channel(address)
         self._methods = unary_methods(self._channel)
+        _clients.add(self)
 
     def __repr__(self) -> str:
         """Show the address alone: metadata and credentials may be secret."""
@@ -154,6 +161,12 @@ class BaseClient:
         self._closed = True
         if self._arenas is not None:
             self._arenas.close()
+
+    def _after_fork(self) -> None:
+        """Leave what the client shares with its server to the parent; grpcio connects again in the child."""
+        self._processes_lock = threading.Lock()  # a thread of the parent may have held it
+        if self._arenas is not None:
+            self._arenas.leave_to_parent()
 
     def _is_closed(self) -> bool:
         return self._closed
@@ -288,3 +301,12 @@ class BaseClient:
     def _send_steps(self, method: str, message: object, options: CallOptions) -> Steps[Any]:
         with traced(method, self.address, options):
             return (yield Send(method, message, options))
+
+
+def _after_fork() -> None:
+    for client in list(_clients):
+        client._after_fork()  # noqa: SLF001 - of the class above
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_after_fork)

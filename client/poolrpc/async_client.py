@@ -14,19 +14,18 @@ from poolrpc._base_client import IN_FLIGHT, BaseClient, Out
 from poolrpc._transport.channel import stream_method
 from poolrpc._transport.steps import Deliver, NextGroup, RunBlocking, Send, SendStream, Start, Wait, translate
 from poolrpc._transport.stream import StreamCall
-from poolrpc.errors import DeadlineExceededError
+from poolrpc.errors import DeadlineExceededError, PoolError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
 
     import grpc
 
-    from poolrpc._transport.options import Transport
+    from poolrpc._transport.options import CallOptions, Transport
     from poolrpc._transport.result import PoolResult, Progress
     from poolrpc._transport.steps import Steps
     from poolrpc._wire.codec import ServerInfo
     from poolrpc.chains import Shape
-    from poolrpc.errors import PoolError
     from poolrpc.layers import Layer
     from poolrpc.tensors import Layout
 
@@ -39,7 +38,7 @@ MAX_STREAMS = 16
 class AsyncPoolClient(BaseClient):
     """A connection to a pool server, for asyncio: it has the methods of PoolClient as coroutines.
 
-    A client belongs to the event loop in which it is created.
+    A client belongs to the event loop in which it is created. In the child of a fork its calls raise a PoolError.
 
     Examples:
         >>> import asyncio
@@ -52,6 +51,8 @@ class AsyncPoolClient(BaseClient):
         (1, 64, 28, 28)
 
     """
+
+    _forked = False
 
     async def pool(  # noqa: PLR0913 - options, all by keyword
         self,
@@ -188,6 +189,16 @@ class AsyncPoolClient(BaseClient):
     async def __aexit__(self, *_: object) -> None:
         """Close the client."""
         await self.close()
+
+    def _after_fork(self) -> None:
+        super()._after_fork()
+        self._forked = True
+
+    def _call_options(self, timeout: float | None) -> CallOptions:
+        if self._forked:  # its event loop, and grpc.aio's threads, are the parent's
+            msg = f"expected a client that was created in this process, got {self!r} of its parent"
+            raise PoolError(msg, reason="FORKED")
+        return super()._call_options(timeout)
 
     def _open_channel(self, address: str) -> aio.Channel:
         if self._credentials is None:

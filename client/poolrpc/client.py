@@ -33,9 +33,10 @@ T = TypeVar("T")
 class PoolClient(BaseClient):
     """A connection to a pool server.
 
-    Any number of threads may use one client; it does not survive a fork. Every method raises a poolrpc.PoolError if the
-    server rejects the call or cannot be reached: poolrpc.errors has the tree of errors. A call that finds the server
-    full, draining or gone (UNAVAILABLE) is retried a few times, within its timeout.
+    Any number of threads may use one client. The child of a fork gets a connection and shared memory of its own on its
+    next call; arrays of `empty` and of `copy=False` are the parent's, which may reuse their memory. Every method raises
+    a poolrpc.PoolError if the server rejects the call or cannot be reached: poolrpc.errors has the tree of errors. A
+    call that finds the server full, draining or gone (UNAVAILABLE) is retried a few times, within its timeout.
 
     Examples:
         >>> import numpy as np

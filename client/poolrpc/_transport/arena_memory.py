@@ -1,8 +1,8 @@
 """Memory shared with a server on the same host, and which parts of it are in use.
 
 An arena is memory that the server creates (a sealed memfd) and shares with one client. An array in an arena keeps its
-span reserved, and the whole arena mapped, even after the client is closed. Arenas do not survive a fork: parent and
-child would both reserve the same bytes.
+span reserved, and the whole arena mapped, even after the client is closed. After a fork the arenas are the parent's: if
+the child did not leave them, both would reserve the same bytes.
 """
 
 from __future__ import annotations
@@ -176,10 +176,13 @@ class Arenas:
         self._retry_seconds = retry_seconds
         self._connections: dict[AttachedArena, sockets.socket] = {}
         self._closed = False
-        self._lock = threading.Lock()  # guards the arenas; held for microseconds
-        self._attach_lock = threading.Lock()  # held while an arena is requested, so that two threads request one
+        self._make_locks()
         self._rejected_until = 0.0
         self._rejected_size = 0
+
+    def _make_locks(self) -> None:
+        self._lock = threading.Lock()  # guards the arenas; held for microseconds
+        self._attach_lock = threading.Lock()  # held while an arena is requested, so that two threads request one
 
     @property
     def nbytes(self) -> int:
@@ -251,6 +254,14 @@ class Arenas:
         with self._lock:
             self._detach([arena for arena in self._connections if socket in (None, arena.socket)])
             self._rejected_until = 0.0
+
+    def leave_to_parent(self) -> None:
+        """Detach all arenas in the child of a fork; arrays in them stay valid, and are the parent's.
+
+        There are new locks: a thread of the parent may have held one.
+        """
+        self._make_locks()
+        self.forget()
 
     def close(self) -> None:
         """Detach all arenas and attach no more; arrays stay valid."""
