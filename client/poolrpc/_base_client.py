@@ -25,7 +25,14 @@ from poolrpc._transport.channel import (
     channel_arguments,
     unary_methods,
 )
-from poolrpc._transport.options import CallOptions, check_transport, default_transport, transport_by_size
+from poolrpc._transport.options import (
+    UNSET,
+    CallOptions,
+    check_transport,
+    default_transport,
+    seconds,
+    transport_by_size,
+)
 from poolrpc._transport.request import Transfer, prepare, prepare_single
 from poolrpc._transport.steps import Deliver, NextGroup, Send, SendStream, Start, Wait
 from poolrpc._transport.unary import unary_steps
@@ -42,7 +49,7 @@ if TYPE_CHECKING:
 
     from poolrpc._transport.arena_memory import Arenas
     from poolrpc._transport.coalesce import Group, Grouping, Outcome
-    from poolrpc._transport.options import Transport
+    from poolrpc._transport.options import Timeout, Transport
     from poolrpc._transport.result import PoolResult, Progress
     from poolrpc._transport.steps import MapSteps, Steps
     from poolrpc.chains import Shape
@@ -101,7 +108,7 @@ class BaseClient:
 
         """
         self.address = address
-        self.timeout = timeout
+        self.timeout = seconds("timeout", timeout)
         self.max_message_bytes = max_message_bytes
         self._credentials = credentials_for(address, credentials)
         self._metadata = metadata_for(address, metadata, token, encrypted=self._credentials is not None)
@@ -171,11 +178,11 @@ class BaseClient:
     def _is_closed(self) -> bool:
         return self._closed
 
-    def _call_options(self, timeout: float | None) -> CallOptions:
+    def _call_options(self, timeout: Timeout) -> CallOptions:
         if self._closed:
             msg = f"{self!r} is closed"
             raise PoolError(msg, reason="CLOSED")
-        return CallOptions(self.timeout if timeout is None else timeout, self._metadata)
+        return CallOptions(self.timeout if timeout is UNSET else seconds("timeout", timeout), self._metadata)
 
     def _method(self, step: Send) -> Any:  # noqa: ANN401 - a method of grpc or grpc.aio
         """Return the method that a step calls, of the process that it names."""
@@ -210,7 +217,7 @@ class BaseClient:
     def _pool_steps(
         self,
         transfer: Transfer,
-        timeout: float | None,
+        timeout: Timeout,
         transport: Transport | None = None,
         progress: Progress | None = None,
         *,
@@ -250,7 +257,7 @@ class BaseClient:
         in_flight: int,
         progress: bool,
         return_exceptions: bool,
-        timeout: float | None,
+        timeout: Timeout,
     ) -> MapSteps:
         from poolrpc._transport.coalesce import Order, progress_bar  # noqa: PLC0415 - keeps `import poolrpc` fast
 
@@ -267,7 +274,7 @@ class BaseClient:
                 for future in started:
                     future.cancel()
 
-    def _group_steps(self, group: Group, timeout: float | None) -> Steps[list[Outcome]]:
+    def _group_steps(self, group: Group, timeout: Timeout) -> Steps[list[Outcome]]:
         try:
             return group.outcomes((yield from self._pool_steps(group.transfer(), timeout))[0])
         except PoolError as error:
@@ -279,7 +286,7 @@ class BaseClient:
             return outcomes
 
     def _output_shape_steps(
-        self, shape: Iterable[int], layers: Layer | Iterable[Layer], layout: Layout, timeout: float | None
+        self, shape: Iterable[int], layers: Layer | Iterable[Layer], layout: Layout, timeout: Timeout
     ) -> Steps[Shape]:
         options = self._call_options(timeout)
         check_layout(layout)
@@ -288,12 +295,12 @@ class BaseClient:
         response = yield from self._send_steps(INFER_SHAPE, request, options)
         return codec.decode_shape_response(response)[0][-1]
 
-    def _server_info_steps(self, timeout: float | None) -> Steps[codec.ServerInfo]:
+    def _server_info_steps(self, timeout: Timeout) -> Steps[codec.ServerInfo]:
         options = self._call_options(timeout)
         response = yield from self._send_steps(GET_SERVER_INFO, pool_pb2.GetServerInfoRequest(), options)
         return codec.decode_info(response)
 
-    def _health_steps(self, service: str, timeout: float | None) -> Steps[str]:
+    def _health_steps(self, service: str, timeout: Timeout) -> Steps[str]:
         options = self._call_options(timeout)
         request = standard_pb2.HealthCheckRequest(service=service)
         return codec.decode_health((yield from self._send_steps(HEALTH_CHECK, request, options)))

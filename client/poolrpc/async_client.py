@@ -12,6 +12,7 @@ from grpc import aio
 
 from poolrpc._base_client import IN_FLIGHT, BaseClient, Out
 from poolrpc._transport.channel import stream_method
+from poolrpc._transport.options import UNSET
 from poolrpc._transport.steps import Deliver, NextGroup, RunBlocking, Send, SendStream, Start, Wait, translate
 from poolrpc._transport.stream import StreamCall
 from poolrpc.errors import DeadlineExceededError, PoolError
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     import grpc
 
-    from poolrpc._transport.options import CallOptions, Transport
+    from poolrpc._transport.options import CallOptions, Timeout, Transport
     from poolrpc._transport.result import PoolResult, Progress
     from poolrpc._transport.steps import Steps
     from poolrpc._wire.codec import ServerInfo
@@ -62,7 +63,7 @@ class AsyncPoolClient(BaseClient):
         indices: object = None,
         layout: Layout = "NCHW",
         out: Out | None = None,
-        timeout: float | None = None,  # noqa: ASYNC109 - gRPC's deadline, which the server sees too
+        timeout: Timeout = UNSET,  # noqa: ASYNC109 - gRPC's deadline, which the server sees too
         transport: Transport | None = None,
         copy: bool = True,
         progress: Progress | None = None,
@@ -79,7 +80,7 @@ class AsyncPoolClient(BaseClient):
         indices: object = None,
         layout: Layout = "NCHW",
         out: Sequence[Out | None] | None = None,
-        timeout: float | None = None,  # noqa: ASYNC109 - gRPC's deadline, which the server sees too
+        timeout: Timeout = UNSET,  # noqa: ASYNC109 - gRPC's deadline, which the server sees too
         transport: Transport | None = None,
         copy: bool = True,
         progress: Progress | None = None,
@@ -98,7 +99,7 @@ class AsyncPoolClient(BaseClient):
         in_flight: int = IN_FLIGHT,
         progress: bool = False,
         return_exceptions: Literal[False] = False,
-        timeout: float | None = None,
+        timeout: Timeout = UNSET,
     ) -> AsyncIterator[PoolResult]: ...
 
     @overload
@@ -111,7 +112,7 @@ class AsyncPoolClient(BaseClient):
         in_flight: int = IN_FLIGHT,
         progress: bool = False,
         return_exceptions: bool,
-        timeout: float | None = None,
+        timeout: Timeout = UNSET,
     ) -> AsyncIterator[PoolResult | PoolError]: ...
 
     async def map(  # noqa: PLR0913 - options, all by keyword
@@ -123,7 +124,7 @@ class AsyncPoolClient(BaseClient):
         in_flight: int = IN_FLIGHT,
         progress: bool = False,
         return_exceptions: bool = False,
-        timeout: float | None = None,  # noqa: ASYNC109 - gRPC's deadline, which the server sees too
+        timeout: Timeout = UNSET,  # noqa: ASYNC109 - gRPC's deadline, which the server sees too
     ) -> AsyncIterator[PoolResult | PoolError]:
         """Run a layer, or a chain of layers, on each of many tensors, and yield the results in order.
 
@@ -158,16 +159,16 @@ class AsyncPoolClient(BaseClient):
         layers: Layer | Iterable[Layer],
         *,
         layout: Layout = "NCHW",
-        timeout: float | None = None,  # noqa: ASYNC109 - gRPC's deadline, which the server sees too
+        timeout: Timeout = UNSET,  # noqa: ASYNC109 - gRPC's deadline, which the server sees too
     ) -> Shape:
         """Return the output shape that the server computes: see PoolClient.output_shape."""
         return await self._run(self._output_shape_steps(shape, layers, layout, timeout))
 
-    async def server_info(self, *, timeout: float | None = None) -> ServerInfo:  # noqa: ASYNC109 - gRPC's deadline
+    async def server_info(self, *, timeout: Timeout = UNSET) -> ServerInfo:  # noqa: ASYNC109 - gRPC's deadline
         """Return what PoolClient.server_info returns."""
         return await self._run(self._server_info_steps(timeout))
 
-    async def health(self, service: str = "", *, timeout: float | None = None) -> str:  # noqa: ASYNC109 - gRPC's deadline
+    async def health(self, service: str = "", *, timeout: Timeout = UNSET) -> str:  # noqa: ASYNC109 - gRPC's deadline
         """Return the health of a service, by grpc.health.v1: see PoolClient.health."""
         return await self._run(self._health_steps(service, timeout))
 
@@ -194,7 +195,7 @@ class AsyncPoolClient(BaseClient):
         super()._after_fork()
         self._forked = True
 
-    def _call_options(self, timeout: float | None) -> CallOptions:
+    def _call_options(self, timeout: Timeout) -> CallOptions:
         if self._forked:  # its event loop, and grpc.aio's threads, are the parent's
             msg = f"expected a client that was created in this process, got {self!r} of its parent"
             raise PoolError(msg, reason="FORKED")

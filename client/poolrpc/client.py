@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from poolrpc._base_client import IN_FLIGHT, BaseClient, Out
 from poolrpc._transport.channel import stream_method
+from poolrpc._transport.options import UNSET
 from poolrpc._transport.steps import Deliver, NextGroup, RunBlocking, Send, SendStream, Start, Wait, translate
 from poolrpc._transport.stream import StreamCall
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     import grpc
 
     from poolrpc._transport.coalesce import Group
-    from poolrpc._transport.options import Transport
+    from poolrpc._transport.options import Timeout, Transport
     from poolrpc._transport.result import PoolResult, Progress
     from poolrpc._transport.steps import MapSteps, Steps
     from poolrpc._wire.codec import ServerInfo
@@ -55,7 +56,7 @@ class PoolClient(BaseClient):
         indices: object = None,
         layout: Layout = "NCHW",
         out: Out | None = None,
-        timeout: float | None = None,
+        timeout: Timeout = UNSET,
         transport: Transport | None = None,
         copy: bool = True,
         progress: Progress | None = None,
@@ -71,7 +72,7 @@ class PoolClient(BaseClient):
                 number of spatial axes.
             out: A C-contiguous array for the output, such as an np.memmap, of its shape and dtype; or a pair of arrays
                 for the output and the indices. None: a new array.
-            timeout: The timeout in seconds; math.inf for no limit. None: the client's.
+            timeout: The timeout in seconds; None or math.inf for no limit. Unset: the client's.
             transport: "unary", "stream" or "arena". None: the fastest one for the size and the address.
             copy: Whether results that arrive in an arena are copied out of it. If not, they stay there, and its memory
                 is reserved while they, or views of them, exist.
@@ -97,7 +98,7 @@ class PoolClient(BaseClient):
         indices: object = None,
         layout: Layout = "NCHW",
         out: Sequence[Out | None] | None = None,
-        timeout: float | None = None,
+        timeout: Timeout = UNSET,
         transport: Transport | None = None,
         copy: bool = True,
         progress: Progress | None = None,
@@ -135,7 +136,7 @@ class PoolClient(BaseClient):
         in_flight: int = IN_FLIGHT,
         progress: bool = False,
         return_exceptions: Literal[False] = False,
-        timeout: float | None = None,
+        timeout: Timeout = UNSET,
     ) -> Iterator[PoolResult]: ...
 
     @overload
@@ -148,7 +149,7 @@ class PoolClient(BaseClient):
         in_flight: int = IN_FLIGHT,
         progress: bool = False,
         return_exceptions: bool,
-        timeout: float | None = None,
+        timeout: Timeout = UNSET,
     ) -> Iterator[PoolResult | PoolError]: ...
 
     def map(  # noqa: PLR0913 - options, all by keyword
@@ -160,7 +161,7 @@ class PoolClient(BaseClient):
         in_flight: int = IN_FLIGHT,
         progress: bool = False,
         return_exceptions: bool = False,
-        timeout: float | None = None,
+        timeout: Timeout = UNSET,
     ) -> Iterator[PoolResult | PoolError]:
         """Run a layer, or a chain of layers, on each of many tensors, and yield the results in order.
 
@@ -200,7 +201,7 @@ class PoolClient(BaseClient):
         layers: Layer | Iterable[Layer],
         *,
         layout: Layout = "NCHW",
-        timeout: float | None = None,
+        timeout: Timeout = UNSET,
     ) -> Shape:
         """Return the output shape that the server computes; layer.output_shape(shape) is the same without a server.
 
@@ -216,7 +217,7 @@ class PoolClient(BaseClient):
         """
         return self._run(self._output_shape_steps(shape, layers, layout, timeout))
 
-    def server_info(self, *, timeout: float | None = None) -> ServerInfo:
+    def server_info(self, *, timeout: Timeout = UNSET) -> ServerInfo:
         """Return the server's versions, its device, its layers with their dtypes, and its limits.
 
         Args:
@@ -228,7 +229,7 @@ class PoolClient(BaseClient):
         """
         return self._run(self._server_info_steps(timeout))
 
-    def health(self, service: str = "", *, timeout: float | None = None) -> str:
+    def health(self, service: str = "", *, timeout: Timeout = UNSET) -> str:
         """Return the health of a service, by grpc.health.v1: "SERVING" or "NOT_SERVING".
 
         Args:

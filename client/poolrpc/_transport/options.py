@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from math import inf
+from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
+from poolrpc._shapes.parameters import real
 from poolrpc._shapes.rules import clip
 from poolrpc.errors import InvalidArgumentError
 
@@ -30,11 +31,42 @@ ARENA_MAX_BYTES = 256 * 2**20
 """The input size, in bytes, up to which tensors are copied to an arena by default: its memory stays reserved."""
 
 
+MAX_SECONDS = 10.0**9
+"""Longer timeouts are no limit: gRPC's clock ends, and a call that had one of 10^10 seconds failed at once."""
+
+
+class Unset(Enum):
+    """The type of UNSET."""
+
+    UNSET = "unset"
+
+    def __repr__(self) -> str:
+        """Show what a signature means."""
+        return "UNSET"
+
+
+UNSET = Unset.UNSET
+"""A call's timeout that is not given: the client's is used, since None is no limit."""
+
+Timeout: TypeAlias = float | Unset | None
+
+
+def seconds(name: str, value: object) -> float | None:
+    """Return a timeout in seconds as a float; None for no limit.
+
+    Raises:
+        InvalidArgumentError: It is neither None nor a number above 0.
+
+    """
+    number = None if value is None else real(name, value)
+    return None if number is None or number >= MAX_SECONDS else number
+
+
 class CallOptions:
     """The deadline and the metadata of one call, which all its attempts share.
 
     Args:
-        timeout: Seconds from now to the deadline. None or math.inf: no deadline.
+        timeout: Seconds from now to the deadline, as `seconds` returns it. None: no deadline.
         metadata: Pairs sent with every attempt.
 
     """
@@ -42,7 +74,7 @@ class CallOptions:
     __slots__ = ("_deadline", "_metadata")
 
     def __init__(self, timeout: float | None, metadata: tuple[tuple[str, str], ...]) -> None:
-        self._deadline = None if timeout is None or timeout == inf else time.monotonic() + timeout
+        self._deadline = None if timeout is None else time.monotonic() + timeout
         self._metadata = metadata
 
     def add_metadata(self, metadata: Mapping[str, str]) -> None:

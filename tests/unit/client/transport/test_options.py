@@ -1,6 +1,7 @@
 """The options of a call, and the choice of its transport."""
 
 import math
+import sys
 import time
 from types import SimpleNamespace
 
@@ -9,17 +10,16 @@ import pytest
 
 from poolrpc import InvalidArgumentError, LPPool2d, MaxPool2d
 from poolrpc._transport import options
-from poolrpc._transport.options import CallOptions, check_transport, default_transport, transport_by_size
+from poolrpc._transport.options import CallOptions, check_transport, default_transport, seconds, transport_by_size
 from tests.unit.client.transport.peer import make_transfer
 
 X = np.zeros((2, 3, 8, 8), np.float32)
 LIMIT = 10 * X.nbytes
 
 
-@pytest.mark.parametrize("timeout", [None, math.inf])
-def test_a_call_without_timeout_has_no_deadline(timeout):
-    """None and math.inf are no limit."""
-    assert CallOptions(timeout, ()).time_remaining() is None
+def test_a_call_without_timeout_has_no_deadline():
+    """None is no limit."""
+    assert CallOptions(None, ()).time_remaining() is None
 
 
 def test_the_deadline_is_fixed_at_the_start():
@@ -72,3 +72,31 @@ def test_an_arena_is_chosen_by_size_unless_the_tensor_is_in_one(nbytes, found, c
     )
     without = default_transport(make_transfer(x, MaxPool2d(1)), None, 2**40)
     assert without == ("unary" if nbytes < options.STREAM_MIN_BYTES else "stream")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (60, 60.0),
+        (0.5, 0.5),
+        (np.float16(60), 60.0),
+        (np.float32(60), 60.0),
+        (np.int64(3), 3.0),
+        (None, None),
+        (math.inf, None),
+        (1e10, None),
+        (sys.maxsize, None),
+    ],
+)
+def test_a_timeout_is_any_number_of_seconds(given: object, expected: float | None) -> None:
+    """Every type of number is taken; gRPC would fail on some, and at once on one that is too long for its clock."""
+    value = seconds("timeout", given)
+    assert value == expected
+    assert type(value) in {float, type(None)}
+
+
+@pytest.mark.parametrize("given", [0, -1, math.nan, -math.inf, "5", b"5", True, [1.0], np.ones(2), object(), 10**400])
+def test_what_is_no_time_is_rejected(given: object) -> None:
+    """The error names the parameter and what was received."""
+    with pytest.raises(InvalidArgumentError, match=r"^timeout: expected a number"):
+        seconds("timeout", given)
