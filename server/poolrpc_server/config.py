@@ -363,7 +363,6 @@ AUTOMATIC: dict[str, tuple[int, Callable[[Config], int]]] = {
     "threads": (0, lambda _: min(cpu_count(), 1024)),
     "max_inflight_bytes": (0, lambda config: min(4 * 2**30, _free_memory(config) // 2)),
     "max_arena_bytes": (-1, lambda config: min(2 * 2**30, _free_memory(config) // 4)),
-    "max_page_locked_bytes": (-1, lambda config: config.max_arena_bytes),
     "max_message_bytes": (
         0,
         lambda config: _between(

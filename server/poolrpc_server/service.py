@@ -109,7 +109,7 @@ class Service:
                 config.threads,
                 workspace_limit=min(WORKSPACE_LIMIT, config.max_inflight_bytes // 4),
                 idle_limit=min(IDLE_LIMIT, config.max_inflight_bytes // 4),
-                page_lock_limit=config.max_page_locked_bytes,
+                page_lock_limit=config.max_arena_bytes if (limit := config.max_page_locked_bytes) < 0 else limit,
             )
         except ValueError as error:
             raise ConfigError(str(error)) from None

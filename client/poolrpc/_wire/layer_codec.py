@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from poolrpc.chains import Chain
 
-UNSET: Any = object()
+ABSENT: Any = object()
 """The decoded value of a parameter that the message leaves to the layer's default."""
 
 
@@ -46,7 +46,7 @@ class _OptionalScalar(_Scalar):
     """A number or a bool with another default than proto3's, which the layer has if the field is unset."""
 
     def decode(self, message: Any, name: str) -> Any:  # noqa: ANN401
-        return getattr(message, name) if message.HasField(name) else UNSET
+        return getattr(message, name) if message.HasField(name) else ABSENT
 
 
 class _Integers:
@@ -56,7 +56,7 @@ class _Integers:
         getattr(message, name).extend(per_axis(value, 1))
 
     def decode(self, message: Any, name: str) -> Any:  # noqa: ANN401
-        return _values(message, name) or UNSET
+        return _values(message, name) or ABSENT
 
 
 class _RequiredIntegers(_Integers):
@@ -87,7 +87,7 @@ class _Wrapped:
         getattr(getattr(message, name), self.inner).extend(per_axis(value, 1))
 
     def decode(self, message: Any, name: str) -> Any:  # noqa: ANN401
-        return _values(getattr(message, name), self.inner) if message.HasField(name) else UNSET
+        return _values(getattr(message, name), self.inner) if message.HasField(name) else ABSENT
 
 
 FIELD_CODECS: dict[str, Any] = {
@@ -162,7 +162,7 @@ def decode_layer(message: pool_pb2.Layer, path: str) -> Layer:
             raise InvalidArgumentError(msg, field=f"{path}.{descriptor.name}")
     try:
         values = {parameter: codec.decode(family, parameter) for parameter, codec in codecs.items()}
-        return cls(**{parameter: value for parameter, value in values.items() if value is not UNSET})
+        return cls(**{parameter: value for parameter, value in values.items() if value is not ABSENT})
     except InvalidArgumentError as error:
         raise error.with_prefix(path) from None
 

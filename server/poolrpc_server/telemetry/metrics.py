@@ -49,9 +49,9 @@ class Load:
         queue_oldest_seconds: Age of the oldest queued request, in seconds.
         arenas: Arenas that a client has.
         arena_bytes: Bytes of all arenas.
+        streams: Open streams.
         page_locked_bytes: Bytes of arenas that are page-locked for a GPU.
         page_lock_failures: Arenas that could not be page-locked.
-        streams: Open streams.
 
     """
 
@@ -60,9 +60,9 @@ class Load:
     queue_oldest_seconds: float = 0
     arenas: int = 0
     arena_bytes: int = 0
+    streams: int = 0
     page_locked_bytes: int = 0
     page_lock_failures: int = 0
-    streams: int = 0
 
 
 class Metrics:

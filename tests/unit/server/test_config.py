@@ -16,7 +16,7 @@ from poolrpc_server.resources import cpu_count
 
 NUMBERS = [each.name for each in fields(Config) if each.metadata["unit"]]
 MINIMUM = (
-    {"max_arena_bytes": -1}
+    {"max_arena_bytes": -1, "max_page_locked_bytes": -1}
     | dict.fromkeys(
         [
             "threads",
@@ -206,6 +206,7 @@ OTHER_VALUES = {
     "max_queue_delay": ("2", 2.0),
     "max_batch_bytes": ("6000", 6000),
     "max_arena_bytes": ("0", 0),
+    "max_page_locked_bytes": ("7000", 7000),
     "max_arenas": ("8", 8),
     "max_streams": ("5", 5),
     "stream_idle_seconds": ("1.5", 1.5),
