@@ -122,8 +122,8 @@ def averages() -> Iterator[Case]:
 def others() -> Iterator[Case]:
     """Yield the cases of the other families."""
     for shape in ((8, 2048, 7, 7), (8, 512, 14, 14), STEM):
-        yield "global max", p.GlobalMaxPool(), shape, "float32", "NCHW"
-        yield "global average", p.GlobalAvgPool(), shape, "float32", "NCHW"
+        yield "global max", p.GlobalPool2d("max"), shape, "float32", "NCHW"
+        yield "global average", p.GlobalPool2d("mean"), shape, "float32", "NCHW"
     for size in (2, 7, 28, 56):
         yield "adaptive max", p.AdaptiveMaxPool2d(size), STEM, "float32", "NCHW"
         yield "adaptive average", p.AdaptiveAvgPool2d(size), STEM, "float32", "NCHW"
@@ -142,7 +142,7 @@ def chains() -> Iterator[Case]:
         for chain in (
             [p.MaxPool2d(3, 1, 1)] * 3,
             [p.MaxPool2d(2), p.AvgPool2d(2), p.MaxPool2d(2)],
-            [p.LPPool2d(2, 3, 1), p.MaxPool2d(3, 2, 1), p.GlobalAvgPool()],
+            [p.LPPool2d(2, 3, 1), p.MaxPool2d(3, 2, 1), p.GlobalPool2d("mean")],
             [p.LPPool2d(1.7, 2, 1), p.AvgPool2d(2)],
         ):
             yield "chains", chain, shape, "float32", "NCHW"
@@ -156,7 +156,7 @@ def planes() -> Iterator[Case]:
             yield "max, 8 MB of planes", layer, shape, "float32", "NCHW"
         yield "average, 8 MB of planes", p.AvgPool2d(2), shape, "float32", "NCHW"
     for shape in ((1, 1, 4, 4), (1, 3, 32, 32), (1, 64, 7, 7), (1, 64, 14, 14), (1, 256, 14, 14), (1, 64, 56, 56)):
-        for layer in (p.MaxPool2d(2), p.MaxPool2d(3, 1, 1), p.AvgPool2d(3, 1, 1), p.GlobalMaxPool()):
+        for layer in (p.MaxPool2d(2), p.MaxPool2d(3, 1, 1), p.AvgPool2d(3, 1, 1), p.GlobalPool2d("max")):
             yield "small calls", layer, shape, "float32", "NCHW"
 
 
@@ -166,7 +166,7 @@ def eager(layer: Any) -> Callable[[torch.Tensor], Any]:  # noqa: ANN401 - a modu
         return torch.nn.Sequential(*map(eager, layer))  # type: ignore[arg-type]  # each is a module
     parameters = {each.name: getattr(layer, each.name) for each in fields(layer)}
     if layer.family.startswith("global"):
-        name = "AdaptiveMaxPool2d" if layer.family == "global_max_pool" else "AdaptiveAvgPool2d"
+        name = "AdaptiveMaxPool2d" if layer.reduce == "max" else "AdaptiveAvgPool2d"
         return getattr(torch.nn, name)(1)
     parameters.pop("seed", None)
     return getattr(torch.nn, layer.name)(**parameters)

@@ -40,7 +40,7 @@ WORDS = (
         "inf",
         "nan",
         "1e400",
-        "GlobalMaxPool()",
+        "GlobalPool2d('max')",
     ),
 )
 """Texts that have a meaning in some field."""

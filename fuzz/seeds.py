@@ -48,11 +48,12 @@ EXPRESSIONS = (
     "MaxUnpool1d(2)",
     "MaxUnpool2d(2, stride=2)",
     "MaxUnpool3d(2)",
-    "GlobalMaxPool()",
-    "GlobalAvgPool()",
-    "[MaxPool2d(2), AvgPool2d(2, stride=1), GlobalMaxPool()]",
+    "GlobalPool1d('max')",
+    "GlobalPool2d('mean')",
+    "GlobalPool3d('max')",
+    "[MaxPool2d(2), AvgPool2d(2, stride=1), GlobalPool2d('max')]",
     "[[AdaptiveAvgPool2d(1)], [MaxPool2d(2), AdaptiveAvgPool2d(2)]]",
-    "[[MaxPool1d(2, return_indices=True)], [AvgPool1d(2)], [GlobalAvgPool()]]",
+    "[[MaxPool1d(2, return_indices=True)], [AvgPool1d(2)], [GlobalPool1d('mean')]]",
 )
 LIMITS = {
     "max_message_bytes": 2**23,
@@ -81,7 +82,7 @@ def requests(rng: Random, rounds: int = 2) -> Iterator[tuple[str, codec.Request,
     """Yield expressions, a request for each, and the bytes of its tensors."""
     for text in EXPRESSIONS * rounds:
         branches = parse_branches(text)
-        dims = spatial_dims(branches) or 2
+        dims = spatial_dims(branches)
         dtypes = sorted(set.intersection(*(set(layer.dtypes) for chain in branches for layer in chain)))
         shape = (rng.randrange(1, 3), rng.randrange(1, 4), *(rng.randrange(4, 8) for _ in range(dims)))
         spec = TensorSpec(rng.choice(dtypes), shape[rng.randrange(2) :], rng.choice(("NCHW", "NCHW", "NHWC")))

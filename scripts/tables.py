@@ -77,6 +77,8 @@ def _call(layer: type[Layer]) -> str:
 
 
 def _dtypes(layer: type[Layer]) -> str:
+    if layer.family == "global_pool":
+        return "floats; for 'max' also integers"
     names = {FLOATS: "floats", FLOATS + INTEGERS: "floats, integers", WIDE_FLOATS: ", ".join(WIDE_FLOATS)}
     return names[layer.dtypes]
 

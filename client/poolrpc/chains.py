@@ -55,18 +55,17 @@ def from_channels_first(shape: Shape, spatial_dims: int, layout: Layout) -> Shap
     return (*shape[:lead], *shape[lead + 1 :], shape[lead])
 
 
-def spatial_dims(branches: Sequence[Chain]) -> int | None:
-    """Return the number of spatial axes that all layers of a call share, or None if every layer takes any number.
+def spatial_dims(branches: Sequence[Chain]) -> int:
+    """Return the number of spatial axes that all layers of a call share.
 
     Raises:
         InvalidArgumentError: Two layers have different numbers of spatial axes.
 
     """
-    dims: int | None = None
+    dims = branches[0][0].spatial_dims
     for i, chain in enumerate(branches):
         for j, layer in enumerate(chain):
-            dims = dims or layer.spatial_dims
-            if layer.spatial_dims not in (None, dims):
+            if layer.spatial_dims != dims:
                 msg = f"expected a {dims}d layer like the ones before, got {layer.name}"
                 raise InvalidArgumentError(msg, field=layer_path(i, j, layer))
     return dims
@@ -76,7 +75,7 @@ def branch_shapes(shape: Shape, branches: Sequence[Chain], layout: Layout = "NCH
     """Return, for each branch, the shape after every layer of its chain, exactly as torch computes it.
 
     Args:
-        shape: The shape of the input, in the order of `layout`; it must have N if every layer is a global one.
+        shape: The shape of the input, in the order of `layout`.
         branches: The chains, each of which starts from the input.
         layout: "NCHW" (channels first) or "NHWC" (channels last), for any number of spatial axes. Default: "NCHW".
 
@@ -87,8 +86,8 @@ def branch_shapes(shape: Shape, branches: Sequence[Chain], layout: Layout = "NCH
         InvalidArgumentError: The layers don't fit the shape or each other.
 
     Examples:
-        >>> from poolrpc import AvgPool2d, GlobalMaxPool, MaxPool2d, branch_shapes
-        >>> branch_shapes((8, 64, 56, 56), [[MaxPool2d(2), AvgPool2d(2)], [GlobalMaxPool()]])
+        >>> from poolrpc import AvgPool2d, GlobalPool2d, MaxPool2d, branch_shapes
+        >>> branch_shapes((8, 64, 56, 56), [[MaxPool2d(2), AvgPool2d(2)], [GlobalPool2d("max")]])
         [((8, 64, 28, 28), (8, 64, 14, 14)), ((8, 64, 1, 1),)]
 
     """

@@ -18,9 +18,12 @@ from poolrpc.errors import ExpressionError, InvalidArgumentError
 from poolrpc.layers import LAYERS, Layer
 
 INVALID = re.compile(
-    r"[^\w\s,.=()\[\]+*-]|[^\x00-\x7f]|(?:[0-9]\.?[jJ]?|0[xX][0-9a-fA-F_]+)(?:and|else|for|if|in|is|not|or)"
+    r"[^\w\s,.=()\[\]+*'\"-]|[^\x00-\x7f]|(?:[0-9]\.?[jJ]?|0[xX][0-9a-fA-F_]+)(?:and|else|for|if|in|is|not|or)"
 )
 """Text that no layer expression contains: an invalid character, or a number directly followed by a keyword."""
+
+GLOBAL = re.compile(r"Global_?(Max|Avg|Average)?_?Pool(?:ing)?_?([123]?)d?", re.IGNORECASE)
+"""The names of global layers in ONNX, Keras and elsewhere."""
 
 
 def parse_layer(text: str) -> Layer:
@@ -28,7 +31,7 @@ def parse_layer(text: str) -> Layer:
 
     Args:
         text: A layer's name and arguments in Python's syntax, up to 4096 characters. Arguments are numbers, inf, True,
-            False, None, and tuples or lists of these.
+            False, None, strings, and tuples or lists of these.
 
     Raises:
         ExpressionError: The text is not a layer expression, or an argument is invalid; `column` says where.
@@ -74,8 +77,8 @@ def parse_branches(text: str) -> tuple[tuple[Layer, ...], ...]:
 
     Examples:
         >>> from poolrpc import parse_branches
-        >>> parse_branches("[GlobalMaxPool(), [MaxPool2d(2), AvgPool2d(2)]]")
-        ((GlobalMaxPool(),), (MaxPool2d(2), AvgPool2d(2)))
+        >>> parse_branches("[GlobalPool2d('max'), [MaxPool2d(2), AvgPool2d(2)]]")
+        ((GlobalPool2d('max'),), (MaxPool2d(2), AvgPool2d(2)))
 
     """
     parser = _Parser(text)
@@ -105,7 +108,7 @@ class _Parser:
         # Rejected before parsing, since Python warns on stderr of invalid string escapes and of "2if".
         invalid = INVALID.search(stripped)
         if invalid:
-            msg = f"expected a number, True, False or None for an argument, got {clip(invalid.group())}"
+            msg = f"expected a number, True, False, None or a string in quotes, got {clip(invalid.group())}"
             raise ExpressionError(msg, column=self.indent + invalid.start() + 1)
         try:
             self.root = ast.parse(stripped, mode="eval").body
@@ -135,10 +138,8 @@ class _Parser:
             raise self.error(f"expected a layer such as MaxPool2d(2), got {clip(self.source(node))}", node)
         name = node.func.id if isinstance(node.func, ast.Name) else ""
         if name not in LAYERS:
-            import difflib  # noqa: PLC0415 - keeps `import poolrpc` fast
-
-            near = difflib.get_close_matches(name, LAYERS, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; the layers are {', '.join(LAYERS)}"
+            near = _similar(name)
+            hint = f"; did you mean {near}?" if near else f"; the layers are {', '.join(LAYERS)}"
             raise self.error(f"expected the name of a layer, got {clip(self.source(node.func))}{hint}", node.func)
         cls = LAYERS[name]
         names = [each.name for each in fields(cls)]  # type: ignore[arg-type]  # every layer is a dataclass
@@ -179,9 +180,22 @@ class _Parser:
         inner = node.operand if isinstance(node, ast.UnaryOp) and negative else node
         if isinstance(inner, ast.Name) and inner.id == "inf":
             return -math.inf if negative else math.inf
-        if isinstance(inner, ast.Constant) and (inner.value is None or type(inner.value) in (bool, int, float)):
+        if isinstance(inner, ast.Constant) and (inner.value is None or type(inner.value) in (bool, int, float, str)):
             if not negative:
                 return inner.value
             if type(inner.value) in (int, float):
                 return -inner.value  # type: ignore[operator]  # a number, by the line above
-        raise self.error(f"expected a number, True, False or None, got {clip(self.source(node))}", node)
+        # A name, which lacks quotes or is unknown, is shown without quotes.
+        received = node.id[:120] if isinstance(node, ast.Name) else clip(self.source(node))
+        raise self.error(f"expected a number, True, False, None or a string in quotes, got {received}", node)
+
+
+def _similar(name: str) -> str:
+    """Return the layer that an unknown name probably means, or "" if none is similar."""
+    named = GLOBAL.fullmatch(name)
+    if named:
+        reduce = "max" if (named[1] or "").lower() == "max" else "mean"
+        return f"GlobalPool{named[2] or 2}d({reduce!r})"
+    import difflib  # noqa: PLC0415 - keeps `import poolrpc` fast
+
+    return next(iter(difflib.get_close_matches(name, LAYERS, n=1)), "")

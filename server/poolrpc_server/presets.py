@@ -25,7 +25,7 @@ POOL_PRESET = "pool"
 PRESET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", re.ASCII)
 
 IMAGE_DIMS = 2
-"""Number of spatial axes that the metadata reports for layers that take any number, and for `pool`."""
+"""Number of spatial axes that the metadata reports for `pool`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Preset:
     @property
     def rank(self) -> int:
         """The number of axes of the input, including batch and channels."""
-        return (spatial_dims(self.branches) or IMAGE_DIMS) + 2
+        return (spatial_dims(self.branches) if self.branches else IMAGE_DIMS) + 2
 
     @property
     def inputs(self) -> dict[str, str]:

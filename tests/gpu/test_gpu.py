@@ -232,7 +232,7 @@ def test_a_lost_device_ends_the_process(tmp_path: Path) -> None:
         "from poolrpc_server import Config, serve\n"
         "from poolrpc_server.compute.kernels import eager\n"
         "bad = lambda *_: lambda *_: torch.zeros(4, device='cuda')[torch.tensor([9], device='cuda')].cpu()\n"
-        "eager.FAMILIES['max_pool'] = bad\n"
+        "eager.OPERATIONS['max_pool'] = bad\n"
         f"serve(Config(listen=({address!r},), device='cuda', max_arena_bytes=0))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)  # noqa: S603 - ours

@@ -149,14 +149,14 @@ def many_blocks(stream_in: Callable[..., None]) -> None:
 
 
 @pytest.fixture
-def patch_family(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Callable[[Operator], Operator]], None]]:
-    """Return a function that wraps what computes a family of layers in servers of this process."""
+def patch_operation(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Callable[[Operator], Operator]], None]]:
+    """Return a function that wraps what computes an operation in servers of this process."""
     from poolrpc_server.compute.kernels import eager, plan_for, table  # noqa: PLC0415 - not if only the client is installed
 
-    def patch(family: str, wrap: Callable[[Operator], Operator]) -> None:
-        bound = eager.FAMILIES[family]
-        monkeypatch.setitem(eager.FAMILIES, family, lambda *arguments: wrap(bound(*arguments)))
-        monkeypatch.setattr(table, "TABLE", [row for row in table.TABLE if family not in row.families])
+    def patch(operation: str, wrap: Callable[[Operator], Operator]) -> None:
+        bound = eager.OPERATIONS[operation]
+        monkeypatch.setitem(eager.OPERATIONS, operation, lambda *arguments: wrap(bound(*arguments)))
+        monkeypatch.setattr(table, "TABLE", [row for row in table.TABLE if operation not in row.operations])
         plan_for.cache_clear()
 
     yield patch
@@ -165,9 +165,9 @@ def patch_family(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Cal
 
 
 class Gate:
-    """Holds GlobalMaxPool and FractionalMaxPool inside of the engine until it is opened, and counts MaxPool's runs."""
+    """Holds global maxima and FractionalMaxPool inside of the engine until it is opened, and counts MaxPool's runs."""
 
-    def __init__(self, patch_family: Callable[..., None]) -> None:
+    def __init__(self, patch_operation: Callable[..., None]) -> None:
         self.entered, self.opened = threading.Event(), threading.Event()
         self.computed = 0
 
@@ -186,14 +186,14 @@ class Gate:
 
             return counted
 
-        patch_family("global_max_pool", hold)
-        patch_family("fractional_max_pool", hold)
-        patch_family("max_pool", count)
+        patch_operation("global_pool, max", hold)
+        patch_operation("fractional_max_pool", hold)
+        patch_operation("max_pool", count)
 
 
 @pytest.fixture
-def gate(patch_family: Callable[..., None]) -> Iterator[Gate]:
+def gate(patch_operation: Callable[..., None]) -> Iterator[Gate]:
     """Return a gate in the servers of this process, which is open at the test's end in any case."""
-    made = Gate(patch_family)
+    made = Gate(patch_operation)
     yield made
     made.opened.set()

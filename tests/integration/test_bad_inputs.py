@@ -591,7 +591,7 @@ def test_thousands_of_mistakes(stub: pool_pb2_grpc.PoolServiceStub, layer: dict[
     assert nbytes < 4096
 
 
-def test_an_error_of_ten_thousand_violations(patch_family: Callable[..., None]) -> None:
+def test_an_error_of_ten_thousand_violations(patch_operation: Callable[..., None]) -> None:
     """The details of an error with 10,000 long violations stay under 4 KB."""
     violations = [poolrpc.FieldViolation(f"branches[{i}]" * 100, "expected 1, got 2" * 100) for i in range(10_000)]
 
@@ -601,7 +601,7 @@ def test_an_error_of_ten_thousand_violations(patch_family: Callable[..., None]) 
 
         return failing
 
-    patch_family("fractional_max_pool", fail)
+    patch_operation("fractional_max_pool", fail)
     request = message(layer_of("fractional_max_pool", 2, kernel_size=[2], output_size={"cells": [3]}), (1, 1, 8, 8))
     with poolrpc_server.embedded() as client, grpc.insecure_channel(client.address) as channel:
         error, nbytes = details_of(lambda: pool_pb2_grpc.PoolServiceStub(channel).Pool(request, timeout=60))

@@ -64,6 +64,17 @@ def test_an_average_of_an_image_is_rounded(run: Run, image: Path) -> None:
     np.testing.assert_array_equal(np.asarray(Image.open(out)), np.rint(means).astype(np.uint8))
 
 
+def test_a_global_layer_pools_an_image(run: Run, image: Path) -> None:
+    """The mean of an image is one pixel with a value for each channel."""
+    out = image.with_name("out.npy")
+    status, output, _ = run("pool", image, "--layer", 'GlobalPool2d("mean")', "--save", out)
+    assert (status, output.splitlines()[:2]) == (
+        0,
+        ["input: float32 (6, 4, 3) NHWC", "GlobalPool2d('mean') -> (1, 1, 3)"],
+    )
+    np.testing.assert_allclose(np.load(out).ravel(), np.asarray(Image.open(image)).mean((0, 1)), rtol=1e-6)
+
+
 def test_branches_are_saved_one_by_one(run: Run, image: Path) -> None:
     """Several --layer are branches, whose files are numbered."""
     status, output, _ = run(

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import grpc
 import numpy as np
@@ -17,7 +17,7 @@ from poolrpc import (
     AdaptiveAvgPool2d,
     AsyncPoolClient,
     AvgPool2d,
-    GlobalMaxPool,
+    GlobalPool2d,
     MaxPool1d,
     MaxPool2d,
     MaxUnpool2d,
@@ -126,9 +126,34 @@ def test_channels_last(client: PoolClient) -> None:
     assert client.output_shape(image.shape, MaxPool2d(2), layout="NHWC") == (4, 5, 3)
 
 
+@pytest.mark.parametrize("reduce", ["max", "mean"])
+def test_a_global_layer_pools_one_image_as_a_batch_of_one(client: PoolClient, reduce: Literal["max", "mean"]) -> None:
+    """Without N, the spatial axes of an image are pooled as with it, in both layouts, and by the server's shapes."""
+    layer = GlobalPool2d(reduce)
+    expected = getattr(X[0].astype(np.float64), reduce)(axis=(1, 2))
+    for image, layout, shape in ((X[0], "NCHW", (3, 1, 1)), (np.moveaxis(X[0], 0, -1), "NHWC", (1, 1, 3))):
+        result = client.pool(image, layer, layout=layout)
+        assert result.shape == result.output.shape == client.output_shape(image.shape, layer, layout=layout) == shape
+        np.testing.assert_allclose(result.output.ravel(), expected, rtol=1e-6)
+        batched = client.pool(image[None], layer, layout=layout)
+        np.testing.assert_array_equal(batched.output[0], result.output)
+
+
+def test_a_global_layer_rejects_another_rank(client: PoolClient) -> None:
+    """A tensor of another rank is rejected with its field, and a dtype that the reduction lacks with those it has."""
+    with pytest.raises(poolrpc.InvalidArgumentError, match=r"expected 4 dims .* or 3 dims .*, got shape") as caught:
+        client.pool(X[0, 0], GlobalPool2d("mean"))
+    assert caught.value.violations[0].field == "input.shape"
+    with pytest.raises(
+        poolrpc.UnsupportedError, match="GlobalPool2d takes float16, bfloat16, float32, float64, got uint8"
+    ):
+        client.pool(X.astype(np.uint8), GlobalPool2d("mean"))
+    assert client.pool(X.astype(np.uint8), GlobalPool2d("max")).output.dtype == np.uint8
+
+
 def test_output_shape(client: PoolClient) -> None:
     """The server infers the shape that the layer infers offline."""
-    chain = [MaxPool2d(3, stride=2, padding=1, ceil_mode=True), GlobalMaxPool()]
+    chain = [MaxPool2d(3, stride=2, padding=1, ceil_mode=True), GlobalPool2d("max")]
     assert client.output_shape((8, 64, 57, 56), chain[:1]) == chain[0].output_shape((8, 64, 57, 56)) == (8, 64, 29, 29)
     assert client.output_shape((8, 64, 57, 56), chain) == (8, 64, 1, 1)
 

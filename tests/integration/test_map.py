@@ -19,7 +19,7 @@ from poolrpc import (
     AsyncPoolClient,
     AvgPool2d,
     FractionalMaxPool2d,
-    GlobalMaxPool,
+    GlobalPool2d,
     LPPool2d,
     MaxPool2d,
     PoolClient,
@@ -100,12 +100,12 @@ def test_map_returns_what_pool_returns(
     assert_same(mapped(iter(given), chain, layout=layout, in_flight=1), expected)
 
 
-def test_global_layers_reject_unbatched_tensors(mapped: Callable[..., list[Any]], client: PoolClient) -> None:
+def test_tensors_of_another_rank_are_rejected(mapped: Callable[..., list[Any]], client: PoolClient) -> None:
     """Map rejects the tensors that pool rejects, and no others."""
     given = tensors((1, 2, 8, 8), (3, 2, 8, 8), (2, 8), (2, 4, 8, 8))
-    results = mapped(given, GlobalMaxPool(), return_exceptions=True)
+    results = mapped(given, GlobalPool2d("max"), return_exceptions=True)
     assert isinstance(results.pop(2), poolrpc.InvalidArgumentError)
-    assert_same(results, [client.pool(each, GlobalMaxPool()) for each in given if each.ndim == 4])
+    assert_same(results, [client.pool(each, GlobalPool2d("max")) for each in (*given[:2], given[3])])
 
 
 def test_results_are_independent(client: PoolClient) -> None:

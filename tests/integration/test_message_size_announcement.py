@@ -96,7 +96,7 @@ def test_announced_bytes_are_counted_before_they_arrive(
 
 def test_an_arrived_message_is_counted_by_its_own_size(gate: Gate, channel: grpc.Channel, address: str) -> None:
     """While a small message is computed that was announced with 6 MiB, there is room for one of 4 MiB."""
-    message = encode_request(Request(TensorSpec("float32", (1, 1, 2, 2)), ((p.GlobalMaxPool(),),)))
+    message = encode_request(Request(TensorSpec("float32", (1, 1, 2, 2)), ((p.GlobalPool2d("max"),),)))
     message.payload = bytes(16)
     call = channel.unary_unary(POOL).future(
         message.SerializeToString(), metadata=[(MESSAGE_BYTES_KEY, str(6 * MIB))], timeout=PATIENCE

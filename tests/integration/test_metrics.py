@@ -75,7 +75,7 @@ def test_readiness_follows_the_health_of_the_server() -> None:
             watched.cancel()
 
 
-def test_unexpected_errors_are_counted_as_escapes(patch_family: Callable[..., None]) -> None:
+def test_unexpected_errors_are_counted_as_escapes(patch_operation: Callable[..., None]) -> None:
     """A request that passed validation and failed in the engine is counted."""
 
     def fail(_: object) -> Callable[..., Any]:
@@ -84,12 +84,12 @@ def test_unexpected_errors_are_counted_as_escapes(patch_family: Callable[..., No
 
         return failing
 
-    patch_family("global_max_pool", fail)
+    patch_operation("global_pool, max", fail)
     server = poolrpc_server.Server(poolrpc_server.Config(listen=("127.0.0.1:0",), metrics="127.0.0.1:0"))
     server.start()
     try:
         with PoolClient(server.addresses[0]) as client, pytest.raises(InternalError):
-            client.pool(X, poolrpc.GlobalMaxPool())
+            client.pool(X, poolrpc.GlobalPool2d("max"))
         shown = Scrape(server.metrics_address)
         assert shown("poolrpc_validator_escapes_total") == 1
         assert shown("grpc_server_handled_total", **POOL, grpc_code="Internal") == 1

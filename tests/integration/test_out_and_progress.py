@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import poolrpc
-from poolrpc import GlobalAvgPool, MaxPool2d, PoolClient
+from poolrpc import GlobalPool2d, MaxPool2d, PoolClient
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,9 +59,9 @@ def test_files_are_read_and_written_where_they_are_mapped(
 
 def test_out_for_some_branches(pool_each: Callable[..., list[poolrpc.PoolResult]], client: PoolClient) -> None:
     """The list of `out` has an entry for each branch; None stands for a new array."""
-    y = np.empty(GlobalAvgPool().output_shape(X.shape), np.float32)
+    y = np.empty(GlobalPool2d("mean").output_shape(X.shape), np.float32)
     pair = (np.empty((3, 5, 5, 7), np.float32), np.empty((3, 5, 5, 7), np.int64))
-    branches = [MaxPool2d(2), GlobalAvgPool(), MaxPool2d(2, return_indices=True)]
+    branches = [MaxPool2d(2), GlobalPool2d("mean"), MaxPool2d(2, return_indices=True)]
     results = pool_each(X, branches, out=[None, y, pair])
     assert results[1].output is y
     assert results[2].output is pair[0]

@@ -218,7 +218,7 @@ MIXED = [
     (p.AdaptiveMaxPool3d(2), (1, 2, 5, 4, 6), "float64"),
     (p.MaxPool1d(2), (1, 3, 20), "int32"),
     (p.FractionalMaxPool2d(2, 3, seed=5), (1, 2, 8, 8), "float32"),
-    (p.GlobalMaxPool(), (2, 3, 6, 6), "uint8"),
+    (p.GlobalPool2d("max"), (2, 3, 6, 6), "uint8"),
     (p.MaxPool2d(2), (1, 32, 64, 64), "float32"),
 ]
 

@@ -22,7 +22,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 import poolrpc
 import poolrpc_server
-from poolrpc import AvgPool2d, GlobalMaxPool, LPPool2d, MaxPool2d, PoolClient
+from poolrpc import AvgPool2d, GlobalPool2d, LPPool2d, MaxPool2d, PoolClient
 from poolrpc.v1 import pool_pb2, pool_pb2_grpc
 from poolrpc_server.cli import main
 from scripts.server_process import serving
@@ -242,14 +242,14 @@ def test_embedded_keeps_the_callers_torch_threads() -> None:
 
 
 def test_an_unexpected_exception_is_internal_with_an_id(
-    patch_family: Callable[..., None], caplog: pytest.LogCaptureFixture
+    patch_operation: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
     """The caller receives an id alone, under which the log has the exception."""
 
     def failing(*_: object) -> NoReturn:
         raise RuntimeError("a secret of the server's")
 
-    patch_family("max_pool", lambda _: failing)
+    patch_operation("max_pool", lambda _: failing)
     with poolrpc_server.embedded() as client, caplog.at_level(logging.INFO, "poolrpc_server"):
         with pytest.raises(poolrpc.InternalError) as caught:
             client.pool(X, MaxPool2d(2))
@@ -264,7 +264,7 @@ def test_an_unexpected_exception_is_internal_with_an_id(
 def test_a_call_whose_deadline_passed_is_not_computed(gate: Gate) -> None:
     """A call that waits past its deadline is DEADLINE_EXCEEDED and never computed; the call behind it is."""
     with poolrpc_server.embedded(threads=1) as client, ThreadPoolExecutor(2) as threads:
-        first = threads.submit(client.pool, X, GlobalMaxPool())
+        first = threads.submit(client.pool, X, GlobalPool2d("max"))
         assert gate.entered.wait(60)
         with pytest.raises(poolrpc.DeadlineExceededError):
             client.pool(X, MaxPool2d(2), timeout=0.2)
@@ -283,7 +283,7 @@ def test_bytes_in_flight_are_bounded(gate: Gate) -> None:
         PoolClient(retrying.address, options={"grpc.enable_retries": 0}) as once,
         ThreadPoolExecutor(2) as threads,
     ):
-        first = threads.submit(once.pool, X, GlobalMaxPool())
+        first = threads.submit(once.pool, X, GlobalPool2d("max"))
         assert gate.entered.wait(60)
         with pytest.raises(poolrpc.UnavailableError) as caught:
             once.pool(np.concatenate([X, X]), MaxPool2d(2))

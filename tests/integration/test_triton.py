@@ -21,7 +21,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 import poolrpc
 import poolrpc_server
-from poolrpc import AvgPool2d, GlobalMaxPool, MaxPool2d, MaxUnpool2d
+from poolrpc import AvgPool2d, GlobalPool2d, MaxPool2d, MaxUnpool2d
 from poolrpc._wire.status import DETAILS_KEY, decode_error
 from poolrpc.tensors import numpy_dtype
 from poolrpc_server.protocols.triton import requests
@@ -343,7 +343,7 @@ def test_streams_of_all_protocols_share_the_limit() -> None:
 def test_the_timeout_parameter(gate: Gate) -> None:
     """A request whose `timeout`, in microseconds, passes in the queue is DEADLINE_EXCEEDED and is not computed."""
     with serving(threads=1) as caller:
-        held = threading.Thread(target=caller.infer, args=[request(X, layer=repr(GlobalMaxPool()))])
+        held = threading.Thread(target=caller.infer, args=[request(X, layer=repr(GlobalPool2d("max")))])
         held.start()
         assert gate.entered.wait(60)
         error = caller.fail(request(X, layer="MaxPool2d(2)", timeout=1000))
@@ -372,7 +372,7 @@ def test_the_timeout_counts_from_the_arrival_of_the_request(monkeypatch: pytest.
 def test_the_priority_parameter(gate: Gate) -> None:
     """Triton's priority 1 has a queue of its own, which admits a request while the default one is full."""
     with serving(threads=1, max_queue=1) as caller:
-        held = threading.Thread(target=caller.infer, args=[request(X, layer=repr(GlobalMaxPool()))])
+        held = threading.Thread(target=caller.infer, args=[request(X, layer=repr(GlobalPool2d("max")))])
         held.start()
         assert gate.entered.wait(60)
         # The queue of the default priority is full once one request waits. Either of the two may be rejected.
@@ -522,7 +522,7 @@ def test_a_draining_server_is_live_and_not_ready() -> None:
 def test_inexpensive_methods_need_no_call_thread(gate: Gate) -> None:
     """Probes and tools are answered while the only thread for calls is busy."""
     with serving(threads=1, call_threads=1) as caller:
-        held = threading.Thread(target=caller.infer, args=[request(X, layer=repr(GlobalMaxPool()))])
+        held = threading.Thread(target=caller.infer, args=[request(X, layer=repr(GlobalPool2d("max")))])
         held.start()
         assert gate.entered.wait(60)
         names = {"ModelReady", "ModelMetadata", "ModelConfig", "ModelStatistics"}

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 import poolrpc
-from poolrpc import AsyncPoolClient, GlobalMaxPool, MaxPool2d, PoolClient
+from poolrpc import AsyncPoolClient, GlobalPool2d, MaxPool2d, PoolClient
 from poolrpc_server.app import FAILED
 from poolrpc_server.config import Config, ConfigError
 from poolrpc_server.workers.supervisor import supervise
@@ -353,7 +353,7 @@ POISON = """
         def poisoned(*_):
             raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
-        eager.FAMILIES["global_max_pool"] = lambda *_: poisoned
+        eager.OPERATIONS["global_pool, max"] = lambda *_: poisoned
 """
 
 
@@ -365,7 +365,7 @@ def test_a_process_with_a_failed_device_ends(tmp_path: Path, workers: str) -> No
         PoolClient(server.address, options={"grpc.enable_retries": 0}) as client,
     ):
         with pytest.raises(poolrpc.UnavailableError, match="the device failed") as caught:
-            client.pool(SMALL, GlobalMaxPool())
+            client.pool(SMALL, GlobalPool2d("max"))
         assert caught.value.reason == "DEVICE_FAILED"
         assert server.wait_for("failed")[0]["reason"] == "CUDA error: an illegal memory access was encountered"
         if workers == "1":

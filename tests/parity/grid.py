@@ -92,8 +92,7 @@ GRID: dict[str, list[p.Layer]] = {
         p.MaxUnpool2d((3, 2), stride=(3, 2), padding=(1, 0)),
     ],
     "MaxUnpool3d": [p.MaxUnpool3d(k, s, d) for k, s, d in product([2, 3], [None, 2], [0, 1])],
-    "GlobalMaxPool": [p.GlobalMaxPool()],
-    "GlobalAvgPool": [p.GlobalAvgPool()],
+    **{f"GlobalPool{dims}d": [p.LAYERS[f"GlobalPool{dims}d"](r) for r in ("max", "mean")] for dims in SIZES},
 }
 
 
@@ -103,16 +102,14 @@ def cases(name: str) -> Iterator[Case]:
     layers = GRID[name]
     few = len(layers) < FEW_LAYERS
     for layer in layers:
-        for dims in ranks(layer):
-            for size in SIZES[dims]:
-                turn += 1
-                leads = LEADS if few else [LEADS[turn % 3]]
-                for lead in leads if layer.spatial_dims else leads[:2]:
-                    if not accepts(layer, (*lead, *size)):
-                        continue
-                    dtypes = layer.dtypes if few else [layer.dtypes[(turn + i) % len(layer.dtypes)] for i in (0, 1)]
-                    for dtype in dtypes:
-                        yield layer, (*lead, *size), dtype
+        for size in SIZES[layer.spatial_dims]:
+            turn += 1
+            for lead in LEADS if few else [LEADS[turn % 3]]:
+                if not accepts(layer, (*lead, *size)):
+                    continue
+                dtypes = layer.dtypes if few else [layer.dtypes[(turn + i) % len(layer.dtypes)] for i in (0, 1)]
+                for dtype in dtypes:
+                    yield layer, (*lead, *size), dtype
 
 
 @cache
@@ -128,11 +125,13 @@ def sampled(name: str) -> tuple[Case, ...]:
     drawn *= max(COVERAGE, DRAWS // len(drawn))
     random.shuffle(drawn)
     for layer, dtype in drawn:
-        dims = random.choice(ranks(layer))
-        shape = (*random.choice(LEADS if layer.spatial_dims else LEADS[:2]), *random.choice(SIZES[dims]))
-        case = layer, shape, dtype
+        shapes = [(*lead, *size) for lead, size in product(LEADS, SIZES[layer.spatial_dims])]
+        fitting = [shape for shape in shapes if accepts(layer, shape)]
+        if not fitting:
+            continue
+        case = layer, random.choice(fitting), dtype
         pairs = list(combinations(features(case), 2))
-        if any(seen[pair] < COVERAGE for pair in pairs) and accepts(layer, shape):
+        if any(seen[pair] < COVERAGE for pair in pairs):
             seen.update(pairs)
             chosen.append(case)
     return tuple(chosen)
@@ -141,14 +140,9 @@ def sampled(name: str) -> tuple[Case, ...]:
 def features(case: Case) -> list[tuple[str, object]]:
     """Return a case's features, each with its name."""
     layer, shape, dtype = case
-    dims = layer.spatial_dims or len(shape) - 2
+    dims = layer.spatial_dims
     parameters = [(each.name, getattr(layer, each.name)) for each in fields(layer)]
     return [*parameters, ("dtype", dtype), ("size", shape[-dims:]), ("lead", shape[:-dims])]
-
-
-def ranks(layer: p.Layer) -> list[int]:
-    """Return the numbers of spatial axes that a layer takes."""
-    return [layer.spatial_dims] if layer.spatial_dims else list(SIZES)
 
 
 def accepts(layer: p.Layer, shape: tuple[int, ...]) -> bool:

@@ -46,12 +46,12 @@ def reference(
     layer: p.Layer, x: torch.Tensor, indices: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return torch.nn's output, and its indices if the layer returns them."""
-    dims = layer.spatial_dims or x.ndim - 2
+    dims = layer.spatial_dims
     parameters = {each.name: getattr(layer, each.name) for each in fields(layer)}
     if layer.family.startswith("global"):
         if not x.is_floating_point():
-            return x.amax(tuple(range(2, x.ndim)), keepdim=True), None
-        name = "AdaptiveMaxPool" if layer.family == "global_max_pool" else "AdaptiveAvgPool"
+            return x.amax(tuple(range(-dims, 0)), keepdim=True), None
+        name = "AdaptiveMaxPool" if layer.reduce == "max" else "AdaptiveAvgPool"
         return getattr(torch.nn, f"{name}{dims}d")(1)(x), None
     if layer.family == "max_unpool":
         size = parameters.pop("output_size")

@@ -96,14 +96,14 @@ def layers(dims: int) -> list[p.Layer]:
         "LPPool": [{"norm_type": norm, "kernel_size": 2} for norm in (1.0, 2.0, inf, 3.0, 1.7, 0.5, 3.5)],
         "AdaptiveMaxPool": [{"output_size": 3}, {"output_size": 4, "return_indices": True}],
         "AdaptiveAvgPool": [{"output_size": 3}, {"output_size": 1}],
+        "GlobalPool": [{"reduce": "max"}, {"reduce": "mean"}],
     }
     if dims > 1:
         made["FractionalMaxPool"] = [
             {"kernel_size": 2, "output_size": 3, "seed": 7},
             {"kernel_size": 2, "output_ratio": 0.6, "seed": 2**64 - 1, "return_indices": True},
         ]
-    named = [p.LAYERS[f"{family}{dims}d"](**each) for family, each_one in made.items() for each in each_one]
-    return [*named, p.GlobalMaxPool(), p.GlobalAvgPool()]
+    return [p.LAYERS[f"{family}{dims}d"](**each) for family, each_one in made.items() for each in each_one]
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
@@ -143,7 +143,7 @@ def test_chains_and_branches_in_blocks(engine: Engine, small: Callable[[int], No
     x = values((7, 6, 38, 41), dtype, 2)
     small(38 * 41 * x.element_size())
     branches: list[Chain] = [
-        (p.MaxPool2d(3, 2, 1), p.AvgPool2d(2), p.LPPool2d(1.7, 2), p.GlobalAvgPool()),
+        (p.MaxPool2d(3, 2, 1), p.AvgPool2d(2), p.LPPool2d(1.7, 2), p.GlobalPool2d("mean")),
         (p.FractionalMaxPool2d(2, 19, seed=3), p.MaxPool2d(2, return_indices=True)),
         (p.AvgPool2d(3, 1, 1), p.FractionalMaxPool2d(2, 9, seed=5, return_indices=True)),
         (p.AdaptiveMaxPool2d((7, 5), return_indices=True),),

@@ -68,7 +68,7 @@ def adaptive(draw: st.DrawFn, family: str) -> tuple[p.Layer, tuple[int, ...]]:
 def whole() -> st.SearchStrategy[tuple[p.Layer, tuple[int, ...]]]:
     """Draw a global max and a plane of any rank."""
     planes = st.sampled_from(RANKS).flatmap(lambda dims: st.tuples(*[st.integers(1, LARGEST[dims])] * dims))
-    return planes.map(lambda plane: (p.GlobalMaxPool(), plane))
+    return planes.map(lambda plane: (p.LAYERS[f"GlobalPool{len(plane)}d"]("max"), plane))
 
 
 DRAWS = {
@@ -77,14 +77,14 @@ DRAWS = {
     "LPPool": sliding("LPPool"),
     "AdaptiveMaxPool": adaptive("AdaptiveMaxPool"),
     "AdaptiveAvgPool": adaptive("AdaptiveAvgPool"),
-    "GlobalMaxPool": whole(),
+    "GlobalPool": whole(),
 }
 
 
 def test_every_row_is_drawn_for() -> None:
-    """Every family of the table is compared with torch here."""
-    drawn = {p.LAYERS[name if name.startswith("Global") else f"{name}2d"].family for name in DRAWS}
-    assert {family for row in TABLE for family in row.families} <= drawn
+    """Every operation of the table is compared with torch here."""
+    drawn = {"global_pool, max", *(p.LAYERS[f"{name}2d"].family for name in DRAWS)}
+    assert {operation for row in TABLE for operation in row.operations} <= drawn
 
 
 @pytest.mark.parametrize("name", DRAWS)

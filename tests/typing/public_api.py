@@ -10,7 +10,7 @@ from poolrpc import (
     AdaptiveAvgPool2d,
     AsyncPoolClient,
     FractionalMaxPool2d,
-    GlobalAvgPool,
+    GlobalPool2d,
     InvalidArgumentError,
     Layer,
     Limit,
@@ -40,7 +40,9 @@ def layers() -> None:
     assert_type(layer.return_indices, bool)
     assert_type(layer.dtypes, tuple[str, ...])
     assert_type(layer.spatial_dims, int)
-    assert_type(GlobalAvgPool().spatial_dims, int | None)
+    assert_type(GlobalPool2d.dtypes, tuple[str, ...])
+    assert_type(GlobalPool2d("mean").dtypes, tuple[str, ...])
+    assert_type(GlobalPool2d(reduce="mean").spatial_dims, int)
     assert_type(layer.output_shape((1, 3, 8, 8)), tuple[int, ...])
     assert_type(layer.work((8, 8)), int)
     assert_type(AdaptiveAvgPool2d((None, 7)).output_size, int | tuple[int | None, ...])
@@ -52,6 +54,8 @@ def layers() -> None:
     MaxPool2d(2, kernel=2)  # type: ignore[call-arg]
     MaxPool2d(2, dilation=None)  # type: ignore[arg-type]
     AdaptiveAvgPool2d(None)  # type: ignore[arg-type]
+    GlobalPool2d()  # type: ignore[call-arg]
+    GlobalPool2d("avg")  # type: ignore[arg-type]
     MaxUnpool2d(2, return_indices=True)  # type: ignore[call-arg]
     layer.padding = 1  # type: ignore[misc]
     layer.output_shape("8x8")  # type: ignore[arg-type]
@@ -83,7 +87,7 @@ def client(client: PoolClient) -> None:
     result = client.pool(X, MaxPool2d(2))
     assert_type(result, PoolResult)
     assert_type(result.shapes, tuple[tuple[int, ...], ...])
-    assert_type(client.pool_each(X, [MaxPool2d(2), [MaxPool2d(2), GlobalAvgPool()]]), list[PoolResult])
+    assert_type(client.pool_each(X, [MaxPool2d(2), [MaxPool2d(2), GlobalPool2d("mean")]]), list[PoolResult])
     assert_type(client.map([X], MaxPool2d(2)), Iterator[PoolResult])
     assert_type(client.map([X], MaxPool2d(2), return_exceptions=False), Iterator[PoolResult])
     assert_type(client.map([X], MaxPool2d(2), return_exceptions=True), Iterator[PoolResult | PoolError])

@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 from poolrpc import LAYERS
 from poolrpc._shapes.limits import MAX_NUMEL, MAX_PARAMETER
 from poolrpc._shapes.parameters import per_axis
+from poolrpc.layers import REDUCTIONS
 
 CLASSES = tuple(LAYERS.values())
 
 
 def classes(dims):
     """Return the layers for `dims` spatial axes."""
-    return tuple(cls for cls in CLASSES if cls.spatial_dims in (None, dims))
+    return tuple(cls for cls in CLASSES if cls.spatial_dims == dims)
 
 
 def one_or_per_axis(values, dims):
@@ -53,6 +54,7 @@ def layers(draw, among=CLASSES, *, most=MAX_PARAMETER, most_output=MAX_NUMEL, in
         "output_size": output_size,
         "output_ratio": lambda: one_or_per_axis(st.floats(0, 1, exclude_min=True, exclude_max=True), dims),
         "seed": lambda: st.integers(0, 2**64 - 1),
+        "reduce": lambda: st.sampled_from(REDUCTIONS),
     }
     for parameter in fields(cls):
         name = parameter.name
@@ -71,7 +73,7 @@ def nearly(low, most):
 @cache
 def parameters(cls, most=6):
     """Draw small arguments for a layer, of the right types, in or out of their bounds."""
-    dims = cls.spatial_dims or 1
+    dims = cls.spatial_dims
     sizes, flags = nearly(1, most), st.booleans()
     strategies = {
         "kernel_size": one_or_per_axis(sizes, dims),
@@ -86,6 +88,7 @@ def parameters(cls, most=6):
         "output_size": sizes | st.tuples(*[st.none() | sizes] * dims),
         "output_ratio": one_or_per_axis(st.floats(0.01, 0.99), dims),
         "seed": st.integers(0, 3),
+        "reduce": st.sampled_from(REDUCTIONS),
     }
     if cls.family == "max_unpool":
         strategies["output_size"] = st.tuples(*[st.integers(0, 4 * most)] * dims)

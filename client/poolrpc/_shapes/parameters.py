@@ -43,6 +43,14 @@ def boolean(name: str, value: object) -> bool:
     raise InvalidArgumentError(msg, field=name)
 
 
+def choice(name: str, value: object, among: tuple[str, ...]) -> str:
+    """Return the string of `among` that `value` equals."""
+    if isinstance(value, str) and value in among:
+        return among[among.index(value)]
+    msg = f"expected {' or '.join(map(repr, among))}, got {clip(value)}"
+    raise InvalidArgumentError(msg, field=name)
+
+
 def real(name: str, value: object) -> float:
     """Return `value` as a float above 0, which may be infinite; bools are rejected."""
     # A value with a length is a string, an array or another container.

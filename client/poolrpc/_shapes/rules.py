@@ -43,24 +43,19 @@ def fractional_size(size: int, ratio: float) -> int:
     return int(size * ratio)
 
 
-def check_shape(shape: tuple[int, ...], spatial_dims: int | None) -> int:
+def check_shape(shape: tuple[int, ...], spatial_dims: int) -> int:
     """Check that a shape, in either layout, can be pooled, and return its number of spatial axes.
 
     Args:
-        shape: (N, C, spatial...) or (C, spatial...); only (N, C, spatial...) if spatial_dims is None.
-        spatial_dims: Number of spatial axes, or None if the layers take any number.
+        shape: (N, C, spatial...) or (C, spatial...).
+        spatial_dims: Number of spatial axes.
 
     Raises:
         InvalidArgumentError: The rank doesn't fit, or an axis is outside its range.
 
     """
     rank = len(shape)
-    if spatial_dims is None:
-        if rank not in (3, 4, 5):
-            msg = f"expected a batched tensor of 3, 4 or 5 dims (N, C, spatial...), got shape {clip(shape)}"
-            raise InvalidArgumentError(msg, field="shape")
-        spatial_dims = rank - 2
-    elif rank not in (spatial_dims + 1, spatial_dims + 2):
+    if rank not in (spatial_dims + 1, spatial_dims + 2):
         msg = (
             f"expected {spatial_dims + 2} dims (N, C, spatial...) or {spatial_dims + 1} dims (C, spatial...) "
             f"for a {spatial_dims}d layer, got shape {clip(shape)}"

@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 from poolrpc._shapes.limits import MAX_BRANCHES, MAX_CHAIN, MAX_RANK
 from poolrpc._shapes.parameters import per_axis
 from poolrpc.errors import InvalidArgumentError, LimitExceededError
-from poolrpc.layers import LAYERS, Layer
+from poolrpc.layers import LAYERS, REDUCTIONS, Layer
 from poolrpc.v1 import pool_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from poolrpc.chains import Chain
+
+REDUCTION_TO_WIRE = {name: pool_pb2.Reduction.Value(f"REDUCTION_{name.upper()}") for name in REDUCTIONS}
+REDUCTION_FROM_WIRE = {number: name for name, number in REDUCTION_TO_WIRE.items()}
 
 ABSENT: Any = object()
 """The decoded value of a parameter that the message leaves to the layer's default."""
@@ -90,6 +93,18 @@ class _Wrapped:
         return _values(getattr(message, name), self.inner) if message.HasField(name) else ABSENT
 
 
+class _Reduce:
+    """A reduction by its name."""
+
+    def encode(self, message: Any, name: str, value: Any) -> None:  # noqa: ANN401
+        getattr(message, name).named = REDUCTION_TO_WIRE[value]
+
+    def decode(self, message: Any, name: str) -> Any:  # noqa: ANN401
+        number = getattr(message, name).named
+        # The layer rejects None, and the number of a reduction that this version lacks.
+        return REDUCTION_FROM_WIRE.get(number, number or None)
+
+
 FIELD_CODECS: dict[str, Any] = {
     "kernel_size": _RequiredIntegers(),
     "stride": _Integers(),
@@ -102,6 +117,7 @@ FIELD_CODECS: dict[str, Any] = {
     "count_include_pad": _OptionalScalar(),
     "divisor_override": _OptionalScalar(),
     "output_ratio": _Wrapped("ratios"),
+    "reduce": _Reduce(),
     "adaptive_max_pool.output_size": _AdaptiveSizes(),
     "adaptive_avg_pool.output_size": _AdaptiveSizes(),
     "fractional_max_pool.output_size": _Wrapped("cells"),
@@ -116,7 +132,7 @@ def _parameters(cls: type[Layer]) -> dict[str, Any]:
 
 
 PARAMETER_CODECS = {cls: _parameters(cls) for cls in LAYERS.values()}
-BY_FAMILY: dict[str, dict[int | None, type[Layer]]] = {}
+BY_FAMILY: dict[str, dict[int, type[Layer]]] = {}
 for _cls in LAYERS.values():
     BY_FAMILY.setdefault(_cls.family, {})[_cls.spatial_dims] = _cls
 
@@ -125,9 +141,7 @@ def encode_layer(layer: Layer) -> pool_pb2.Layer:
     """Return the message of a layer."""
     message = pool_pb2.Layer()
     family = getattr(message, layer.family)
-    family.SetInParent()
-    if layer.spatial_dims is not None:
-        family.spatial_dims = layer.spatial_dims
+    family.spatial_dims = layer.spatial_dims
     for name, codec in PARAMETER_CODECS[type(layer)].items():
         value = getattr(layer, name)
         if value is not None:
@@ -151,7 +165,7 @@ def decode_layer(message: pool_pb2.Layer, path: str) -> Layer:
         raise InvalidArgumentError("expected a layer, got none that this version has", field=path)
     family, by_dims = getattr(message, name), BY_FAMILY[name]
     path = f"{path}.{name}"
-    cls = by_dims.get(None) or by_dims.get(family.spatial_dims)
+    cls = by_dims.get(family.spatial_dims)
     if cls is None:
         msg = f"expected one of {', '.join(map(str, by_dims))}, got {family.spatial_dims}"
         raise InvalidArgumentError(msg, field=f"{path}.spatial_dims")

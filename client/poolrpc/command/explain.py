@@ -93,7 +93,7 @@ def explain(layer: Layer, plane: Array) -> Explanation:
     if layer.family not in WINDOW_VALUES:
         msg = f"expected a layer with fixed windows, got {layer!r}"
         raise InvalidArgumentError(msg, field="layer")
-    if layer.spatial_dims not in (None, plane.ndim):
+    if layer.spatial_dims != plane.ndim:
         msg = f"expected a plane of {layer.spatial_dims} dims for {layer.name}, got shape {plane.shape}"
         raise InvalidArgumentError(msg, field="input")
     layer.output_shape((1, 1, *plane.shape))
@@ -168,14 +168,17 @@ def _power(layer: Any, plane: Array, axes: tuple[WindowAxis, ...]) -> tuple[floa
     return value, f"(({powers}) / {len(values)} * {full})^(1/{format_number(p)}) = {format_number(value)}"
 
 
+def _reduce(layer: Any, plane: Array, axes: tuple[WindowAxis, ...]) -> tuple[float, str]:  # noqa: ANN401 - of the family
+    return {"max": _max, "mean": _average}[layer.reduce](layer, plane, axes)
+
+
 WINDOW_VALUES = {
     "max_pool": _max,
     "avg_pool": _average,
     "lp_pool": _power,
     "adaptive_max_pool": _max,
     "adaptive_avg_pool": _average,
-    "global_max_pool": _max,
-    "global_avg_pool": _average,
+    "global_pool": _reduce,
 }
 """The function that computes a window's value, and describes it, for each family with fixed windows."""
 

@@ -15,7 +15,7 @@ from poolrpc.layers.adaptive_pool import (
 from poolrpc.layers.avg_pool import AvgPool1d, AvgPool2d, AvgPool3d
 from poolrpc.layers.base import FLOATS, INTEGERS, WIDE_FLOATS, Layer
 from poolrpc.layers.fractional_max_pool import SEED_STEP, FractionalMaxPool2d, FractionalMaxPool3d
-from poolrpc.layers.global_pool import GlobalAvgPool, GlobalMaxPool
+from poolrpc.layers.global_pool import REDUCTIONS, GlobalPool1d, GlobalPool2d, GlobalPool3d
 from poolrpc.layers.lp_pool import LPPool1d, LPPool2d, LPPool3d
 from poolrpc.layers.max_pool import MaxPool1d, MaxPool2d, MaxPool3d
 from poolrpc.layers.max_unpool import MaxUnpool1d, MaxUnpool2d, MaxUnpool3d
@@ -24,6 +24,7 @@ __all__ = [
     "FLOATS",
     "INTEGERS",
     "LAYERS",
+    "REDUCTIONS",
     "SEED_STEP",
     "WIDE_FLOATS",
     "AdaptiveAvgPool1d",
@@ -37,8 +38,9 @@ __all__ = [
     "AvgPool3d",
     "FractionalMaxPool2d",
     "FractionalMaxPool3d",
-    "GlobalAvgPool",
-    "GlobalMaxPool",
+    "GlobalPool1d",
+    "GlobalPool2d",
+    "GlobalPool3d",
     "LPPool1d",
     "LPPool2d",
     "LPPool3d",
@@ -74,8 +76,9 @@ LAYERS: dict[str, type[Layer]] = {
         MaxUnpool1d,
         MaxUnpool2d,
         MaxUnpool3d,
-        GlobalMaxPool,
-        GlobalAvgPool,
+        GlobalPool1d,
+        GlobalPool2d,
+        GlobalPool3d,
     )
 }
 """Every layer class by its name."""

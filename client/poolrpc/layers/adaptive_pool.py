@@ -13,7 +13,6 @@ class _AdaptivePool(Layer):
     """The base class of layers whose windows follow from the size of the output."""
 
     __slots__ = ()
-    spatial_dims: ClassVar[int]
     output_size: OptionalAxes
 
     def output_plane(self, plane: tuple[int, ...]) -> tuple[int, ...]:

@@ -24,8 +24,9 @@ class Layer:
 
     Attributes:
         family: Name of the layer's field in the proto's `oneof layer`, shared by its 1d, 2d and 3d classes.
-        dtypes: Names of the dtypes that the layer takes, the same on every device. The output has the input's.
-        spatial_dims: Number of spatial axes: 1, 2 or 3; None if the layer takes any of these.
+        dtypes: Names of the dtypes that the layer takes, the same on every device. The output has the input's. Of a
+            class whose dtypes depend on a parameter: those for any value of it.
+        spatial_dims: Number of spatial axes: 1, 2 or 3.
         takes_indices: Whether the layer needs the indices of a MaxPool in addition to its input.
 
     Examples:
@@ -41,7 +42,7 @@ class Layer:
     __slots__ = ()
     family: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]] = FLOATS
-    spatial_dims: ClassVar[int | None] = None
+    spatial_dims: ClassVar[int]
     takes_indices: ClassVar[bool] = False
 
     @property
@@ -122,7 +123,6 @@ class SlidingWindowLayer(Layer):
     """The base class of layers with kernel_size and stride, and padding and dilation if their family has them."""
 
     __slots__ = ()
-    spatial_dims: ClassVar[int]
     kernel_size: Axes
     stride: Axes | None
 

@@ -106,6 +106,30 @@ LAYOUT_CHANNELS_LAST: Layout.ValueType  # 2
 """(N, spatial..., C): NHWC for images."""
 Global___Layout: _TypeAlias = Layout  # noqa: Y015
 
+class _Reduction:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ReductionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reduction.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    REDUCTION_UNSPECIFIED: _Reduction.ValueType  # 0
+    """Invalid."""
+    REDUCTION_MAX: _Reduction.ValueType  # 1
+    """The max."""
+    REDUCTION_MEAN: _Reduction.ValueType  # 2
+    """The sum, divided by the number of cells."""
+
+class Reduction(_Reduction, metaclass=_ReductionEnumTypeWrapper):
+    """Reduction is a reduction without parameters."""
+
+REDUCTION_UNSPECIFIED: Reduction.ValueType  # 0
+"""Invalid."""
+REDUCTION_MAX: Reduction.ValueType  # 1
+"""The max."""
+REDUCTION_MEAN: Reduction.ValueType  # 2
+"""The sum, divided by the number of cells."""
+Global___Reduction: _TypeAlias = Reduction  # noqa: Y015
+
 @_typing.final
 class TensorSpec(_message.Message):
     """TensorSpec describes a tensor whose bytes are in the message's payload or in an arena."""
@@ -599,8 +623,7 @@ class Layer(_message.Message):
     ADAPTIVE_MAX_POOL_FIELD_NUMBER: _builtins.int
     ADAPTIVE_AVG_POOL_FIELD_NUMBER: _builtins.int
     MAX_UNPOOL_FIELD_NUMBER: _builtins.int
-    GLOBAL_MAX_POOL_FIELD_NUMBER: _builtins.int
-    GLOBAL_AVG_POOL_FIELD_NUMBER: _builtins.int
+    GLOBAL_POOL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def max_pool(self) -> Global___MaxPool:
         """MaxPool1d, MaxPool2d, MaxPool3d."""
@@ -630,12 +653,8 @@ class Layer(_message.Message):
         """MaxUnpool1d, MaxUnpool2d, MaxUnpool3d."""
 
     @_builtins.property
-    def global_max_pool(self) -> Global___GlobalMaxPool:
-        """The max of each plane."""
-
-    @_builtins.property
-    def global_avg_pool(self) -> Global___GlobalAvgPool:
-        """The mean of each plane."""
+    def global_pool(self) -> Global___GlobalPool:
+        """GlobalPool1d, GlobalPool2d, GlobalPool3d."""
 
     def __init__(
         self,
@@ -647,14 +666,13 @@ class Layer(_message.Message):
         adaptive_max_pool: Global___AdaptiveMaxPool | None = ...,
         adaptive_avg_pool: Global___AdaptiveAvgPool | None = ...,
         max_unpool: Global___MaxUnpool | None = ...,
-        global_max_pool: Global___GlobalMaxPool | None = ...,
-        global_avg_pool: Global___GlobalAvgPool | None = ...,
+        global_pool: Global___GlobalPool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adaptive_avg_pool", b"adaptive_avg_pool", "adaptive_max_pool", b"adaptive_max_pool", "avg_pool", b"avg_pool", "fractional_max_pool", b"fractional_max_pool", "global_avg_pool", b"global_avg_pool", "global_max_pool", b"global_max_pool", "layer", b"layer", "lp_pool", b"lp_pool", "max_pool", b"max_pool", "max_unpool", b"max_unpool"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adaptive_avg_pool", b"adaptive_avg_pool", "adaptive_max_pool", b"adaptive_max_pool", "avg_pool", b"avg_pool", "fractional_max_pool", b"fractional_max_pool", "global_pool", b"global_pool", "layer", b"layer", "lp_pool", b"lp_pool", "max_pool", b"max_pool", "max_unpool", b"max_unpool"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptive_avg_pool", b"adaptive_avg_pool", "adaptive_max_pool", b"adaptive_max_pool", "avg_pool", b"avg_pool", "fractional_max_pool", b"fractional_max_pool", "global_avg_pool", b"global_avg_pool", "global_max_pool", b"global_max_pool", "layer", b"layer", "lp_pool", b"lp_pool", "max_pool", b"max_pool", "max_unpool", b"max_unpool"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptive_avg_pool", b"adaptive_avg_pool", "adaptive_max_pool", b"adaptive_max_pool", "avg_pool", b"avg_pool", "fractional_max_pool", b"fractional_max_pool", "global_pool", b"global_pool", "layer", b"layer", "lp_pool", b"lp_pool", "max_pool", b"max_pool", "max_unpool", b"max_unpool"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_layer: _TypeAlias = _typing.Literal["max_pool", "avg_pool", "lp_pool", "fractional_max_pool", "adaptive_max_pool", "adaptive_avg_pool", "max_unpool", "global_max_pool", "global_avg_pool"]  # noqa: Y015
+    _WhichOneofReturnType_layer: _TypeAlias = _typing.Literal["max_pool", "avg_pool", "lp_pool", "fractional_max_pool", "adaptive_max_pool", "adaptive_avg_pool", "max_unpool", "global_pool"]  # noqa: Y015
     _WhichOneofArgType_layer: _TypeAlias = _typing.Literal["layer", b"layer"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_layer) -> _WhichOneofReturnType_layer | None: ...
 
@@ -1048,38 +1066,56 @@ class MaxUnpool(_message.Message):
 Global___MaxUnpool: _TypeAlias = MaxUnpool  # noqa: Y015
 
 @_typing.final
-class GlobalMaxPool(_message.Message):
-    """GlobalMaxPool takes the max of each plane of a batched tensor. Every spatial axis of the output has length 1."""
+class GlobalPool(_message.Message):
+    """GlobalPool reduces each plane to one cell. Every spatial axis of the output has length 1."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    SPATIAL_DIMS_FIELD_NUMBER: _builtins.int
+    REDUCE_FIELD_NUMBER: _builtins.int
+    spatial_dims: _builtins.int
+    """1, 2 or 3: the 1d, 2d or 3d layer."""
+    @_builtins.property
+    def reduce(self) -> Global___Reduce:
+        """What becomes of the cells of a plane. Required."""
+
     def __init__(
         self,
+        *,
+        spatial_dims: _builtins.int = ...,
+        reduce: Global___Reduce | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["reduce", b"reduce"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reduce", b"reduce", "spatial_dims", b"spatial_dims"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___GlobalMaxPool: _TypeAlias = GlobalMaxPool  # noqa: Y015
+Global___GlobalPool: _TypeAlias = GlobalPool  # noqa: Y015
 
 @_typing.final
-class GlobalAvgPool(_message.Message):
-    """GlobalAvgPool takes the mean of each plane of a batched tensor. Every spatial axis of the output has length 1."""
+class Reduce(_message.Message):
+    """Reduce is what becomes of the cells of a window."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    NAMED_FIELD_NUMBER: _builtins.int
+    named: Global___Reduction.ValueType
+    """A reduction without parameters."""
     def __init__(
         self,
+        *,
+        named: Global___Reduction.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["named", b"named", "reduce", b"reduce"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["named", b"named", "reduce", b"reduce"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType_reduce: _TypeAlias = _typing.Literal["named"]  # noqa: Y015
+    _WhichOneofArgType_reduce: _TypeAlias = _typing.Literal["reduce", b"reduce"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_reduce) -> _WhichOneofReturnType_reduce | None: ...
 
-Global___GlobalAvgPool: _TypeAlias = GlobalAvgPool  # noqa: Y015
+Global___Reduce: _TypeAlias = Reduce  # noqa: Y015
 
 @_typing.final
 class GetServerInfoRequest(_message.Message):

@@ -11,15 +11,14 @@ from poolrpc import (
     AdaptiveMaxPool2d,
     AvgPool1d,
     AvgPool2d,
-    GlobalAvgPool,
-    GlobalMaxPool,
+    GlobalPool1d,
+    GlobalPool2d,
     InvalidArgumentError,
-    MaxPool1d,
     MaxPool2d,
     MaxUnpool2d,
     branch_shapes,
 )
-from poolrpc.chains import Planes, as_chain, from_channels_first, spatial_dims, to_channels_first
+from poolrpc.chains import Planes, as_chain, from_channels_first, to_channels_first
 from poolrpc.tensors import ITEM_BYTES, TensorSpec
 from tests.unit.strategies import classes, layers, shapes
 
@@ -86,7 +85,11 @@ WITH_INDICES = MaxPool2d(2, return_indices=True)
         ([[WITH_INDICES, AvgPool2d(2)]], "branches[0].layers[0].max_pool.return_indices", "last layer of a chain"),
         ([[AvgPool2d(2), MaxUnpool2d(2)]], "branches[0].layers[1].max_unpool", "first in its chain"),
         ([[AvgPool2d(2)], [AvgPool1d(2)]], "branches[1].layers[0].avg_pool", "expected a 2d layer"),
-        ([[GlobalMaxPool(), AvgPool2d(1), MaxPool1d(1)]], "branches[0].layers[2].max_pool", "expected a 2d layer"),
+        (
+            [[GlobalPool2d("max"), AvgPool2d(1), GlobalPool1d("max")]],
+            "branches[0].layers[2].global_pool",
+            "expected a 2d layer",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) and value.startswith("branches") else "",
 )
@@ -114,12 +117,14 @@ def test_channels_last_shapes_stay_channels_last(shape):
     assert steps == ((*lead, 4, 2, 3), (*lead, 2, 2, 3))
 
 
-def test_global_layers_take_the_rank_of_other_layers_or_of_the_shape():
-    """Three dims are unbatched together with a 2d layer, and batched if every layer is global."""
-    assert branch_shapes((3, 8, 8), [[MaxPool2d(2), GlobalAvgPool()]]) == [((3, 4, 4), (3, 1, 1))]
-    assert branch_shapes((3, 8, 8), [[GlobalAvgPool()]]) == [((3, 8, 1),)]
-    assert spatial_dims([[GlobalAvgPool()], [GlobalMaxPool()]]) is None
-    assert spatial_dims([[GlobalAvgPool()], [GlobalMaxPool(), AvgPool1d(2)]]) == 1
+def test_a_global_layer_pools_one_image_or_several():
+    """One image and a batch of them are pooled over their spatial axes, in either layout, alone and in a chain."""
+    mean = GlobalPool2d("mean")
+    assert branch_shapes((3, 8, 9), [[mean], [MaxPool2d(2), mean]]) == [((3, 1, 1),), ((3, 4, 4), (3, 1, 1))]
+    assert branch_shapes((8, 9, 3), [[mean]], "NHWC") == [((1, 1, 3),)]
+    assert branch_shapes((2, 3, 8, 9), [[mean]]) == [((2, 3, 1, 1),)]
+    assert branch_shapes((2, 8, 9, 3), [[mean]], "NHWC") == [((2, 1, 1, 3),)]
+    assert branch_shapes((5, 3, 8), [[GlobalPool1d("max")]]) == [((5, 3, 1),)]
 
 
 @pytest.mark.parametrize("layout", ["nchw", "NWHC", "", None, 1, "x" * 10_000])

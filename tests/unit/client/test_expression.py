@@ -14,7 +14,8 @@ from poolrpc import (
     AvgPool2d,
     ExpressionError,
     FractionalMaxPool2d,
-    GlobalAvgPool,
+    GlobalPool1d,
+    GlobalPool2d,
     MaxPool1d,
     MaxPool2d,
     parse_branches,
@@ -58,11 +59,11 @@ def test_a_list_that_contains_a_list_is_branches():
     [
         ("[]", "column 1: expected at least one layer, got an empty list"),
         ("[[]]", "column 2: expected at least one layer, got an empty list"),
-        ("[[GlobalAvgPool()], []]", "column 21: expected at least one layer"),
-        ("[[[GlobalAvgPool()]]]", "column 3: expected a layer such as MaxPool2d"),
-        (repr([[GlobalAvgPool()]] * (MAX_BRANCHES + 1)), f"expected at most {MAX_BRANCHES} branches"),
-        (repr([GlobalAvgPool()] * (MAX_CHAIN + 1)), f"expected at most {MAX_CHAIN} layers in a chain"),
-        (repr([[GlobalAvgPool()] * (MAX_CHAIN + 1)]), f"expected at most {MAX_CHAIN} layers in a chain"),
+        ("[[GlobalPool2d('mean')], []]", "column 26: expected at least one layer"),
+        ("[[[GlobalPool2d('mean')]]]", "column 3: expected a layer such as MaxPool2d"),
+        (repr([[GlobalPool2d("mean")]] * (MAX_BRANCHES + 1)), f"expected at most {MAX_BRANCHES} branches"),
+        (repr([GlobalPool2d("mean")] * (MAX_CHAIN + 1)), f"expected at most {MAX_CHAIN} layers in a chain"),
+        (repr([[GlobalPool2d("mean")] * (MAX_CHAIN + 1)]), f"expected at most {MAX_CHAIN} layers in a chain"),
     ],
 )
 def test_invalid_branches_are_rejected(text, words):
@@ -83,7 +84,8 @@ def test_invalid_branches_are_rejected(text, words):
         ("AvgPool2d(0x10, padding=0b11, divisor_override=1_000)", AvgPool2d(16, padding=3, divisor_override=1000)),
         ("AdaptiveAvgPool2d((None, 7))", AdaptiveAvgPool2d((None, 7))),
         ("FractionalMaxPool2d(2, None, 5e-1)", FractionalMaxPool2d(2, output_ratio=0.5)),
-        ("GlobalAvgPool()", GlobalAvgPool()),
+        ("GlobalPool2d('mean')", GlobalPool2d("mean")),
+        ('GlobalPool1d(reduce = "max")', GlobalPool1d("max")),
     ],
 )
 def test_an_expression_has_pythons_syntax(text, layer):
@@ -109,16 +111,19 @@ def test_an_expression_has_pythons_syntax(text, layer):
         ("LPPool2d()", 1, "expected the parameter norm_type of LPPool2d, got none"),
         ("LPPool2d(2)", 1, "expected the parameter kernel_size of LPPool2d, got none"),
         ("FractionalMaxPool2d(2)", 1, "output_size: expected either output_size or output_ratio, got neither"),
-        ("GlobalAvgPool(2)", 15, "expected at most 0 arguments for GlobalAvgPool, got 1"),
+        ("GlobalPool2d('max', 2)", 21, "expected at most 1 arguments for GlobalPool2d, got 2"),
+        ("GlobalPool2d('avg')", 14, "reduce: expected 'max' or 'mean', got 'avg'"),
+        ("GlobalPool2d(mean)", 14, "expected a number, True, False, None or a string in quotes, got mean"),
+        ("GlobalPool2d()", 1, "expected the parameter reduce of GlobalPool2d, got none"),
         ("AvgPool1d(2, 1, 0, True, True, 5)", 32, "expected at most 5 arguments for AvgPool1d, got 6"),
         ("MaxPol2d(2)", 1, "expected the name of a layer, got 'MaxPol2d'; did you mean MaxPool2d?"),
         ("Conv2d(3)", 1, "expected the name of a layer, got 'Conv2d'"),
         ("nn.MaxPool2d(2)", 1, "expected the name of a layer, got 'nn.MaxPool2d'"),
         ("MaxPool2d", 1, "expected a layer such as MaxPool2d(2), got 'MaxPool2d'"),
         ("7", 1, "expected a layer such as MaxPool2d(2), got '7'"),
-        ("MaxPool2d('2')", 11, "expected a number, True, False or None"),
-        ("MaxPool2d(stride='2')", 18, "expected a number, True, False or None"),
-        ("MaxPool2d((1, (2, 3)))", 15, "expected a number, True, False or None"),
+        ("MaxPool2d('2')", 11, "kernel_size: expected an integer or a tuple, got '2'"),
+        ("MaxPool2d(2, stride='2')", 14, "stride: expected an integer or a tuple, got '2'"),
+        ("MaxPool2d((1, (2, 3)))", 15, "expected a number, True, False, None or a string in quotes"),
         ("MaxPool2d(2", 10, "expected a layer expression"),
         ("MaxPool2d(2))", 13, "expected a layer expression"),
         ("MaxPool2d(2) MaxPool2d(2)", 14, "expected a layer expression"),
@@ -132,6 +137,28 @@ def test_an_error_says_what_was_expected_and_the_column(text, column, message):
         parse_layer(text)
     assert raised.value.column == column
     assert str(raised.value).startswith(f"column {column}: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("GlobalAvgPool", "GlobalPool2d('mean')"),
+        ("GlobalMaxPool", "GlobalPool2d('max')"),
+        ("GlobalAveragePool", "GlobalPool2d('mean')"),
+        ("GlobalAvgPool1d", "GlobalPool1d('mean')"),
+        ("GlobalMaxPool3d", "GlobalPool3d('max')"),
+        ("GlobalAveragePooling2D", "GlobalPool2d('mean')"),
+        ("GlobalMaxPooling1D", "GlobalPool1d('max')"),
+        ("global_avg_pool", "GlobalPool2d('mean')"),
+        ("global_max_pool3d", "GlobalPool3d('max')"),
+        ("GlobalPool", "GlobalPool2d('mean')"),
+        ("GlobelPool2d", "GlobalPool2d"),
+    ],
+)
+def test_the_name_of_a_global_layer_elsewhere_has_a_suggestion(name, layer):
+    """The names of global layers in ONNX, Keras and older versions lead to the layer that computes the same."""
+    with pytest.raises(ExpressionError, match=re.escape(f"got '{name}'; did you mean {layer}?")):
+        parse_layer(f"{name}()")
 
 
 @pytest.mark.parametrize(

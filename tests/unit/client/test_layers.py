@@ -4,6 +4,7 @@ import copy
 import inspect
 import math
 import pickle
+import re
 from dataclasses import FrozenInstanceError, fields, replace
 from itertools import product
 
@@ -54,10 +55,10 @@ def test_a_signature_is_that_of_torch_nn(cls):
 
 
 def test_every_pooling_layer_of_torch_nn_exists():
-    """The layers are those of torch.nn, and ONNX's two global layers."""
+    """The layers are those of torch.nn, and global ones."""
     modules = nn.modules.pooling
     in_torch = {name for name in modules.__all__ if inspect.isclass(getattr(modules, name))}
-    assert set(LAYERS) == in_torch | {"GlobalMaxPool", "GlobalAvgPool"}
+    assert set(LAYERS) == in_torch | {"GlobalPool1d", "GlobalPool2d", "GlobalPool3d"}
     assert all(LAYERS[name].__name__ == name and getattr(poolrpc, name) is LAYERS[name] for name in LAYERS)
 
 
@@ -254,10 +255,8 @@ def test_a_layer_is_a_frozen_value(layer):
 def run(cls, dtype, dims):
     """Run a layer of torch.nn on ones."""
     x = torch.ones((1, 1, *[4] * dims)).to(dtype)
-    if cls is poolrpc.GlobalMaxPool:
+    if cls.family == "global_pool":
         return x.amax(tuple(range(2, dims + 2)), keepdim=True)
-    if cls is poolrpc.GlobalAvgPool:
-        return getattr(nn, f"AdaptiveAvgPool{dims}d")(1)(x)
     module = getattr(nn, cls.__name__)
     if cls.family == "max_unpool":
         return module(1)(x, torch.arange(4**dims).reshape(x.shape))
@@ -286,15 +285,64 @@ def excluded(cls, dtype):
 @pytest.mark.parametrize("cls", CLASSES)
 def test_the_dtypes_are_those_that_torch_runs(cls, dtype):
     """PyTorch runs every dtype of a layer and returns it; others that it runs are excluded for a reason."""
-    for dims in [cls.spatial_dims] if cls.spatial_dims else (1, 2, 3):
-        try:
-            runs = run(cls, getattr(torch, dtype), dims).dtype == getattr(torch, dtype)
-        except (RuntimeError, NotImplementedError):
-            runs = False
-        if dtype in cls.dtypes:
-            assert runs
-        elif runs:
-            assert excluded(cls, dtype)
+    try:
+        runs = run(cls, getattr(torch, dtype), cls.spatial_dims).dtype == getattr(torch, dtype)
+    except (RuntimeError, NotImplementedError):
+        runs = False
+    if dtype in cls.dtypes:
+        assert runs
+    elif runs:
+        assert excluded(cls, dtype)
+
+
+@pytest.mark.parametrize("cls", [poolrpc.GlobalPool1d, poolrpc.GlobalPool2d, poolrpc.GlobalPool3d])
+def test_the_dtypes_of_a_global_layer_depend_on_its_reduction(cls):
+    """A global maximum takes integers too, a mean only floats, as in torch; the class has those of either."""
+    assert cls.dtypes == cls("max").dtypes == FLOATS + INTEGERS
+    assert cls("mean").dtypes == FLOATS
+    mean = getattr(nn, f"AdaptiveAvgPool{cls.spatial_dims}d")(1)
+    for dtype in INTEGERS:
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            mean(torch.ones([1] * (cls.spatial_dims + 2), dtype=getattr(torch, dtype)))
+
+
+@pytest.mark.parametrize(
+    "value", ["avg", "MAX", "", None, 1, True, b"max", ["max"], ("max", "mean"), "x" * 1000], ids=str
+)
+@pytest.mark.parametrize("cls", [poolrpc.GlobalPool1d, poolrpc.GlobalPool2d, poolrpc.GlobalPool3d])
+def test_an_invalid_reduction_is_rejected_with_the_valid_ones(cls, value):
+    """The error has the parameter's name, the valid values and what was received, cut if it is long."""
+    with pytest.raises(InvalidArgumentError, match=r"^reduce: expected 'max' or 'mean', got ") as raised:
+        cls(value)
+    assert [each.field for each in raised.value.violations] == ["reduce"]
+    assert repr(value)[:100] in str(raised.value)
+    assert len(str(raised.value)) < 200
+
+
+def test_a_reduction_is_positional_or_named():
+    """The reduction may be given by position or by name, and as NumPy's string; equal layers are equal."""
+    layer = poolrpc.GlobalPool2d("mean")
+    assert layer == poolrpc.GlobalPool2d(reduce="mean") == poolrpc.GlobalPool2d(np.str_("mean"))
+    assert type(poolrpc.GlobalPool2d(np.str_("mean")).reduce) is str
+    assert len({layer, poolrpc.GlobalPool2d("max"), poolrpc.GlobalPool3d("mean")}) == 3
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (poolrpc.GlobalPool1d("max"), (2, 3, 4, 5)),
+        (poolrpc.GlobalPool2d("mean"), (3, 4)),
+        (poolrpc.GlobalPool2d("mean"), (1, 2, 3, 4, 5)),
+        (poolrpc.GlobalPool3d("max"), (3, 4, 5)),
+    ],
+    ids=repr,
+)
+def test_a_global_layer_rejects_another_rank(layer, shape):
+    """A shape that is neither batched nor one image of the layer's rank is rejected with both forms."""
+    dims = layer.spatial_dims
+    words = f"shape: expected {dims + 2} dims (N, C, spatial...) or {dims + 1} dims (C, spatial...) for a {dims}d layer"
+    with pytest.raises(InvalidArgumentError, match=re.escape(f"{words}, got shape {shape}")):
+        layer.output_shape(shape)
 
 
 def test_the_reasons_for_excluded_dtypes_hold():
@@ -322,8 +370,8 @@ def test_an_adaptive_window_has_the_largest_size(data, layer):
         (poolrpc.AvgPool3d(3), (9, 9, 9), (3, 3, 3)),
         (poolrpc.LPPool1d(2, 5), (9,), (5,)),
         (poolrpc.FractionalMaxPool2d((2, 3), 1), (9, 9), (2, 3)),
-        (poolrpc.GlobalMaxPool(), (4, 5, 6), (4, 5, 6)),
-        (poolrpc.GlobalAvgPool(), (4,), (4,)),
+        (poolrpc.GlobalPool3d("max"), (4, 5, 6), (4, 5, 6)),
+        (poolrpc.GlobalPool1d("mean"), (4,), (4,)),
     ],
     ids=repr,
 )
@@ -342,7 +390,7 @@ def test_a_window_counts_cells(layer, plane, window):
         (poolrpc.AdaptiveAvgPool2d((None, 7)), "AdaptiveAvgPool2d((None, 7))"),
         (AvgPool2d(2, count_include_pad=False, divisor_override=3), None),
         (poolrpc.FractionalMaxPool2d(2, output_ratio=0.5, seed=7), "FractionalMaxPool2d(2, output_ratio=0.5, seed=7)"),
-        (poolrpc.GlobalAvgPool(), "GlobalAvgPool()"),
+        (poolrpc.GlobalPool2d(reduce="mean"), "GlobalPool2d('mean')"),
     ],
     ids=repr,
 )

@@ -72,7 +72,7 @@ def test_invalid_file_is_rejected(tmp_path, text, words):
     [
         ("MaxPool1d(2)", 3, {"input": "float32"}, {"output": "float32"}),
         ("AvgPool3d(2)", 5, {"input": "float32"}, {"output": "float32"}),
-        ("GlobalAvgPool()", 4, {"input": "float32"}, {"output": "float32"}),
+        ("GlobalPool2d('mean')", 4, {"input": "float32"}, {"output": "float32"}),
         ("MaxUnpool2d(2)", 4, {"input": "float32", "indices": "int64"}, {"output": "float32"}),
         (
             "[[AvgPool2d(2)], [AvgPool2d(2), MaxPool2d(2, return_indices=True)]]",

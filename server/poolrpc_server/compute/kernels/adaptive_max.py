@@ -133,7 +133,7 @@ def _work(plan: Plan) -> float:
 
 GLOBAL_MAX = Row(
     "global max",
-    ("global_max_pool", "adaptive_max_pool"),
+    ("global_pool, max", "adaptive_max_pool"),
     add=add_global_max,
     work=lambda plan: GLOBAL_COST.of(plan.dtype, plan.cells, 1),
     scratch=lambda plan: 4 * (plan.cells + 1) if plan.dtype in HALVES else 0,

@@ -40,8 +40,8 @@ SAMPLE_BYTES = 48
 
 HALVES = (torch.float16, torch.bfloat16)
 NARROW_INTEGERS = (torch.uint8, torch.int8, torch.int16)
-LAYOUT_INDEPENDENT = ("max_pool", "avg_pool", "global_max_pool")
-"""The families whose values torch computes equally in either layout."""
+LAYOUT_INDEPENDENT = ("max_pool", "avg_pool", "global_pool, max")
+"""The operations whose values torch computes equally in either layout."""
 
 # SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), as a counter:
 # sample k of a seed is the generator's k-th output, so that the samples of any range of planes can be drawn separately.
@@ -59,6 +59,12 @@ VECTOR_CELLS = 256
 computed one by one."""
 
 
+def operation(layer: Layer) -> str:
+    """Return the name of what a layer computes: its family, and its reduction if it has one."""
+    reduce: str | None = getattr(layer, "reduce", None)
+    return f"{layer.family}, {reduce}" if reduce else layer.family
+
+
 def bind(layer: Layer, dtype: torch.dtype, plane: tuple[int, ...], *, channels_last: bool = False) -> Operator:
     """Return the operator that computes a layer.
 
@@ -69,13 +75,13 @@ def bind(layer: Layer, dtype: torch.dtype, plane: tuple[int, ...], *, channels_l
         channels_last: Whether inputs and outputs are (N, spatial..., C).
 
     """
-    run = FAMILIES[layer.family](layer, dtype, plane)
+    run = OPERATIONS[operation(layer)](layer, dtype, plane)
     return _in_channels_last(layer, dtype, run) if channels_last else run
 
 
 def takes_channels_last(layer: Layer, dtype: torch.dtype) -> bool:
     """Return whether torch's operator is given planes with channels last as they are."""
-    return layer.family in LAYOUT_INDEPENDENT and not layer.returns_indices and dtype not in NARROW_INTEGERS
+    return operation(layer) in LAYOUT_INDEPENDENT and not layer.returns_indices and dtype not in NARROW_INTEGERS
 
 
 def _in_channels_last(layer: Layer, dtype: torch.dtype, run: Operator) -> Operator:
@@ -262,23 +268,23 @@ def eager_bytes(layer: Layer, dtype: torch.dtype, cells: int, outputs: int, chan
     if family == "lp_pool":  # the powers; or the sums, their sizes, and the roots; the indices of the norm infinity
         nbytes += (cells + 2 * outputs) * item + outputs * INDEX_BYTES
     if family == "fractional_max_pool":
-        nbytes += SAMPLE_BYTES * (layer.spatial_dims or 0) * (channels or 1)
+        nbytes += SAMPLE_BYTES * layer.spatial_dims * (channels or 1)
         nbytes += (cells + outputs) * torch.float32.itemsize * halves
-    if family in SIZE_DEPENDENT:  # torch converts planes that it averages as a whole
+    if operation(layer) in SIZE_DEPENDENT:  # torch converts planes that it averages as a whole
         nbytes += cells * torch.float32.itemsize * halves + outputs * torch.float64.itemsize
     # avg_pool3d copies them itself, and both 1d operators.
-    native = layer.spatial_dims in (2, None) or (layer.spatial_dims == 3 and family == "max_pool")
+    native = layer.spatial_dims == 2 or family == "global_pool" or (layer.spatial_dims == 3 and family == "max_pool")
     if channels is not None and not (native and takes_channels_last(layer, dtype)):
         nbytes += (cells + outputs) * item
         nbytes += (cells * layer.takes_indices + outputs * layer.returns_indices) * INDEX_BYTES
     return nbytes
 
 
-SIZE_DEPENDENT = ("adaptive_avg_pool", "global_avg_pool")
-"""Families whose sums torch computes, on a GPU, in an order that depends on the number of planes (seen on an H200 with
-torch 2.11). There, a request with such a layer is computed alone."""
+SIZE_DEPENDENT = ("adaptive_avg_pool", "global_pool, mean")
+"""Operations whose sums torch computes, on a GPU, in an order that depends on the number of planes (seen on an H200
+with torch 2.11). There, a request with such a layer is computed alone."""
 
-FAMILIES: dict[str, Callable[[Any, torch.dtype, tuple[int, ...]], Operator]] = {
+OPERATIONS: dict[str, Callable[[Any, torch.dtype, tuple[int, ...]], Operator]] = {
     "max_pool": _max_pool,
     "avg_pool": _avg_pool,
     "lp_pool": _lp_pool,
@@ -286,7 +292,7 @@ FAMILIES: dict[str, Callable[[Any, torch.dtype, tuple[int, ...]], Operator]] = {
     "adaptive_max_pool": _adaptive_max_pool,
     "adaptive_avg_pool": _adaptive_avg_pool,
     "max_unpool": _max_unpool,
-    "global_max_pool": _global_max_pool,
-    "global_avg_pool": _adaptive_avg_pool,
+    "global_pool, max": _global_max_pool,
+    "global_pool, mean": _adaptive_avg_pool,
 }
-"""The function that binds each family of layers to its operator."""
+"""The function that binds the layers of each operation to torch's operator."""

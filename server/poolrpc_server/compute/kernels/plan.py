@@ -11,7 +11,7 @@ import torch
 
 from poolrpc_server.compute.kernels.blocks import Cells, Program
 from poolrpc_server.compute.kernels.cost import Case
-from poolrpc_server.compute.kernels.eager import Operator, Pooled, bind, eager_bytes
+from poolrpc_server.compute.kernels.eager import Operator, Pooled, bind, eager_bytes, operation
 from poolrpc_server.compute.kernels.eager_cost import eager_work
 from poolrpc_server.compute.kernels.windows import Sizes, Windows
 
@@ -31,7 +31,7 @@ class Row:
 
     Attributes:
         name: The kernel's name in explain().
-        families: The families of layers that it computes.
+        operations: The operations that it computes, as `operation` names them.
         add: Appends the calls that compute (plan, source, target, indices) to the source's program.
         pays: Returns whether it is estimated to be faster than torch on a case.
         fits: Returns whether it gives a plan's result.
@@ -45,7 +45,7 @@ class Row:
     """
 
     name: str
-    families: tuple[str, ...]
+    operations: tuple[str, ...]
     add: Callable[[Plan, Cells, Cells, Cells | None], None]
     pays: Callable[[Plan, Case], bool]
     work: Callable[[Plan], float]
@@ -79,7 +79,7 @@ class Plan:
 
     """
 
-    layer: Any  # a Layer; each row knows the parameters of its families
+    layer: Any  # a Layer; each row knows the parameters of its operations
     dtype: torch.dtype
     plane: Sizes
     channels: int | None
@@ -114,7 +114,7 @@ class Plan:
         return tuple(
             row
             for row in self.table
-            if self.layer.family in row.families
+            if operation(self.layer) in row.operations
             and (row.channels_last or self.channels is None)
             and row.indices == self.layer.returns_indices
             and row.fits(self)

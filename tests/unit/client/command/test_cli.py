@@ -30,11 +30,11 @@ def parse_json(text):
 
 def test_shape_prints_every_layer_of_a_chain(capsys):
     """The shapes of a chain are printed on one line per layer."""
-    chain = "[MaxPool2d(3, stride=2, padding=1), AvgPool2d(2), GlobalMaxPool()]"
+    chain = "[MaxPool2d(3, stride=2, padding=1), AvgPool2d(2), GlobalPool2d('max')]"
     assert run(capsys, "shape", "8x64x56x56", chain).splitlines() == [
         "MaxPool2d(3, stride=2, padding=1) -> (8, 64, 28, 28)",
         "  then AvgPool2d(2) -> (8, 64, 14, 14)",
-        "  then GlobalMaxPool() -> (8, 64, 1, 1)",
+        "  then GlobalPool2d('max') -> (8, 64, 1, 1)",
     ]
 
 
@@ -45,6 +45,8 @@ def test_shape_prints_every_layer_of_a_chain(capsys):
         (["8X64X56X56", "MaxPool2d(2)"], [8, 64, 28, 28]),
         (["0x64x56x56", "MaxPool2d(2)"], [0, 64, 28, 28]),
         (["56x56x3", "MaxPool2d(2)", "--layout", "NHWC"], [28, 28, 3]),
+        (["64x56x56", "GlobalPool2d('mean')"], [64, 1, 1]),
+        (["600x400x3", "GlobalPool2d('mean')", "--layout", "NHWC"], [1, 1, 3]),
         (["1x1x2147483647", "MaxPool1d(65535)"], [1, 1, 32768]),
     ],
     ids=repr,
@@ -109,7 +111,7 @@ def test_infinities_and_nan_are_valid_json(capsys, layer, plane):
         (["shape", "8x3x4x4", "MaxPool2d(2"], "column 10: expected a layer expression"),
         (["shape", "8x3x4x4", "MaxPool2d(\n0)"], "column 12: kernel_size"),
         (["shape", "8x3x4x4", f"MaxPool2d(0x{'f' * 4000})"], "kernel_size: expected"),
-        (["shape", "8x3x4x4", "MaxPool2d('\\d')"], "column 11: "),
+        (["shape", "8x3x4x4", "MaxPool2d('\\d')"], "column 12: "),
         (["explain", "MaxPool2d(2)", "--local", "--input", "[[1, 2], [3]]"], "expected nested lists of numbers"),
         (["explain", "MaxPool2d(2)", "--local", "--input", "[[1, 2"], "expected nested lists of numbers"),
         (["explain", "MaxPool2d(2)", "--local", "--input", '{"a": 1}'], "expected nested lists of numbers"),

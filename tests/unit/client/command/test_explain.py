@@ -17,8 +17,8 @@ from poolrpc import (
     AvgPool1d,
     AvgPool2d,
     FractionalMaxPool2d,
-    GlobalAvgPool,
-    GlobalMaxPool,
+    GlobalPool1d,
+    GlobalPool2d,
     InvalidArgumentError,
     LPPool1d,
     LPPool2d,
@@ -37,7 +37,8 @@ def output_of_torch(layer, plane, result=0):
     """Return torch's output for one plane, or its indices if result is 1."""
     x = torch.from_numpy(plane.copy())[None, None]
     if layer.family.startswith("global"):
-        module = getattr(nn, f"Adaptive{layer.name.removeprefix('Global')}{plane.ndim}d")(1)
+        name = "AdaptiveMaxPool" if layer.reduce == "max" else "AdaptiveAvgPool"
+        module = getattr(nn, f"{name}{plane.ndim}d")(1)
     else:
         arguments = {each.name: getattr(layer, each.name) for each in dataclasses.fields(layer)}
         if arguments.get("output_size") == (None,):  # which torch's 1d layers lack
@@ -54,7 +55,7 @@ def cases(draw):
     among = [cls for cls in classes(dims) if cls.family not in ("fractional_max_pool", "max_unpool")]
     layer = draw(layers(among, most=4, most_output=5, indices=False))
     values = st.integers(-8, 8).map(lambda n: n / 2)
-    if layer.family in ("max_pool", "adaptive_max_pool", "global_max_pool"):
+    if layer.family in ("max_pool", "adaptive_max_pool") or getattr(layer, "reduce", "") == "max":
         values |= st.sampled_from([float("nan"), float("inf"), float("-inf")])
     if layer.family == "lp_pool":
         # In torch, large exponents overflow float32, and the powers of negative numbers are mostly NaN.
@@ -101,8 +102,8 @@ def test_the_position_of_a_maximum_is_torchs_index(layer, data):
         (AvgPool2d(2, 2), [[3.75, 5.25], [5.5, 1.5]]),
         (AdaptiveAvgPool2d((1, 1)), [[4.0]]),
         (AdaptiveMaxPool2d((1, 1)), [[9.0]]),
-        (GlobalAvgPool(), [[4.0]]),
-        (GlobalMaxPool(), [[9.0]]),
+        (GlobalPool2d("mean"), [[4.0]]),
+        (GlobalPool2d("max"), [[9.0]]),
         (LPPool2d(1, 2), [[15, 21], [22, 6]]),
     ],
     ids=repr,
@@ -177,7 +178,7 @@ DROPPED = (
         ),
         (LPPool1d(2, 3), 7, "columns: floor((7 + 2*0 - 1*(3 - 1) - 1) / 3) + 1 = 2"),
         (AdaptiveAvgPool1d(3), 7, "columns: window i of 3 spans floor(i * 7 / 3) to ceil((i + 1) * 7 / 3) -> 3"),
-        (GlobalAvgPool(), 7, "columns: the whole of 7 -> 1"),
+        (GlobalPool1d("mean"), 7, "columns: the whole of 7 -> 1"),
     ],
     ids=repr,
 )

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from poolrpc import (
     AvgPool2d,
     FractionalMaxPool2d,
-    GlobalAvgPool,
     InternalError,
     InvalidArgumentError,
     LimitExceededError,
@@ -98,12 +97,6 @@ def test_tensors_of_an_unsplittable_layer_are_alone():
     """Torch's pow depends on the position in a tensor, so tensors of an LPPool of a general norm are not grouped."""
     assert [len(each) for each in grouped([A, A, A], LPPool2d(3, 2))] == [1, 1, 1]
     assert [len(each) for each in grouped([A, A, A], LPPool2d(2, 2))] == [3]
-
-
-def test_a_global_layer_takes_the_rank_of_the_tensor():
-    """Tensors of different ranks have different planes, and are not grouped."""
-    line, image = tensor(2, 3, 8), tensor(2, 3, 8, 8)
-    assert [len(each) for each in grouped([line, line, image, image, line], GlobalAvgPool())] == [2, 2, 1]
 
 
 async def async_iterator(tensors):

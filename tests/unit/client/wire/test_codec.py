@@ -9,7 +9,8 @@ from poolrpc import (
     AdaptiveAvgPool2d,
     AvgPool1d,
     AvgPool2d,
-    GlobalMaxPool,
+    GlobalPool2d,
+    GlobalPool3d,
     InvalidArgumentError,
     LimitExceededError,
     MaxPool2d,
@@ -63,10 +64,10 @@ def test_a_layer_round_trips(layer):
 
 @pytest.mark.parametrize("cls", LAYERS.values())
 def test_a_layers_message_has_its_family_and_rank(cls):
-    """A layer's family is a field of the oneof, with spatial_dims unless the layer takes any number."""
+    """A layer's family is a field of the oneof, with spatial_dims."""
     for message in pool_pb2.Layer.DESCRIPTOR.oneofs_by_name["layer"].fields:
         if message.name == cls.family:
-            assert ("spatial_dims" in message.message_type.fields_by_name) == (cls.spatial_dims is not None)
+            assert "spatial_dims" in message.message_type.fields_by_name
             break
     else:
         pytest.fail(f"the proto has no {cls.family}")
@@ -160,7 +161,14 @@ def test_the_wire_has_the_dtypes_of_tensors():
             pool_pb2.Layer(adaptive_avg_pool={"spatial_dims": 2, "output_size": [{}]}),
             AdaptiveAvgPool2d((None, None)),
         ),
-        (pool_pb2.Layer(global_max_pool={}), GlobalMaxPool()),
+        (
+            pool_pb2.Layer(global_pool={"spatial_dims": 2, "reduce": {"named": pool_pb2.REDUCTION_MAX}}),
+            GlobalPool2d("max"),
+        ),
+        (
+            pool_pb2.Layer(global_pool={"spatial_dims": 3, "reduce": {"named": pool_pb2.REDUCTION_MEAN}}),
+            GlobalPool3d("mean"),
+        ),
     ],
     ids=repr,
 )
@@ -221,6 +229,11 @@ def test_unset_fields_have_torchs_defaults(message, layer):
             pool_pb2.Layer(max_unpool={"spatial_dims": 2, "kernel_size": [2], "output_size": [1, 2, 3]}),
             "at.max_unpool.output_size",
         ),
+        (pool_pb2.Layer(global_pool={"spatial_dims": 2}), "at.global_pool.reduce"),
+        (pool_pb2.Layer(global_pool={"spatial_dims": 2, "reduce": {}}), "at.global_pool.reduce"),
+        (pool_pb2.Layer(global_pool={"spatial_dims": 2, "reduce": {"named": 0}}), "at.global_pool.reduce"),
+        (pool_pb2.Layer(global_pool={"spatial_dims": 2, "reduce": {"named": 77}}), "at.global_pool.reduce"),
+        (pool_pb2.Layer(global_pool={"reduce": {"named": 1}}), "at.global_pool.spatial_dims"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from poolrpc import (
     AvgPool2d,
     FractionalMaxPool2d,
-    GlobalAvgPool,
+    GlobalPool2d,
     InvalidArgumentError,
     LimitExceededError,
     MaxPool2d,
@@ -152,7 +152,7 @@ SMALL = Limits(2**11, 2**10, 64, 2**11)
 
 def test_tensor_of_any_size_is_valid_if_its_planes_are():
     """A tensor that exceeds every limit of a single request passes plane by plane, with the shapes of the whole."""
-    request = Request(TERABYTE, ((MaxPool2d((2, 1)), GlobalAvgPool()),))
+    request = Request(TERABYTE, ((MaxPool2d((2, 1)), GlobalPool2d("mean")),))
     with pytest.raises(LimitExceededError):
         check_request(request, SMALL, EagerSchedule)
     planes, results = check_stream(request, SMALL, EagerSchedule)

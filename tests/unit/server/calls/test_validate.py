@@ -16,8 +16,8 @@ from poolrpc import (
     AvgPool2d,
     AvgPool3d,
     FractionalMaxPool2d,
-    GlobalAvgPool,
-    GlobalMaxPool,
+    GlobalPool2d,
+    GlobalPool3d,
     InvalidArgumentError,
     LimitExceededError,
     LPPool2d,
@@ -133,8 +133,8 @@ HUGE = (0, MAX_NUMEL, MAX_NUMEL, MAX_NUMEL, MAX_NUMEL)
     [
         (MaxPool3d(2), HUGE),
         (AvgPool3d(2), HUGE),
-        (GlobalMaxPool(), HUGE),
-        (GlobalAvgPool(), HUGE),
+        (GlobalPool3d("max"), HUGE),
+        (GlobalPool3d("mean"), HUGE),
         (MaxPool2d(2), HUGE[:4]),
         (LPPool2d(2, 2), HUGE[:4]),
         (AdaptiveMaxPool2d(1), HUGE[:4]),
@@ -184,7 +184,7 @@ INDICES = MaxPool2d(2, return_indices=True)
         ([AdaptiveAvgPool2d(4)], 64),
         ([AdaptiveAvgPool2d(4), AdaptiveMaxPool2d(2)], 80),
         ([INDICES], 16 * (4 + 8)),
-        ([(AdaptiveAvgPool2d(9), GlobalAvgPool())], 81 * 4),
+        ([(AdaptiveAvgPool2d(9), GlobalPool2d("mean"))], 81 * 4),
     ],
     ids=["one", "two branches", "indices", "the middle of a chain"],
 )
@@ -226,9 +226,9 @@ def test_limit_on_output_growth(shape, growth, cells, rejected):
     [
         ((2, 3, 8, 8), [MaxPool2d((2, 3), stride=1)], 6 * 7 * 6 * 6),
         ((3, 8, 8), [MaxPool2d((2, 3), stride=1)], 3 * 7 * 6 * 6),
-        ((2, 3, 8, 8), [GlobalAvgPool()], 6 * 64),
+        ((2, 3, 8, 8), [GlobalPool2d("mean")], 6 * 64),
         ((2, 3, 8, 8), [MaxPool2d(2), AvgPool2d(4)], 6 * (16 * 4 + 4 * 16)),
-        ((2, 3, 8, 8), [(MaxPool2d(2), GlobalMaxPool())], 6 * (16 * 4 + 16)),
+        ((2, 3, 8, 8), [(MaxPool2d(2), GlobalPool2d("max"))], 6 * (16 * 4 + 16)),
         ((2, 3, 8, 8), [AdaptiveAvgPool2d(3)], 6 * 9 * 16),
     ],
     ids=["window", "unbatched", "global", "branches", "chain", "adaptive"],
@@ -256,7 +256,7 @@ def test_default_work_budget_rejects_huge_windows():
 def test_input_of_2_to_the_31_elements_is_too_large(shape):
     """The number of input elements is limited independently of the bytes."""
     with pytest.raises(LimitExceededError) as raised:
-        ask(shape, GlobalAvgPool())
+        ask(shape, GlobalPool2d("mean"))
     assert raised.value.reason == "TENSOR_TOO_LARGE"
     assert raised.value.metadata == {"limit": str(MAX_NUMEL), "actual": str(math.prod(shape))}
 
@@ -264,13 +264,13 @@ def test_input_of_2_to_the_31_elements_is_too_large(shape):
 def test_output_of_2_to_the_31_elements_is_too_large():
     """The number of elements of each step's output is limited independently of the bytes."""
     with pytest.raises(LimitExceededError) as raised:
-        ask((1, 1, 1, 1), (AdaptiveAvgPool2d(50_000), GlobalAvgPool()))
+        ask((1, 1, 1, 1), (AdaptiveAvgPool2d(50_000), GlobalPool2d("mean")))
     assert raised.value.reason == "TENSOR_TOO_LARGE"
 
 
 @pytest.mark.parametrize(
     ("layer", "dtype"),
-    [(AvgPool2d(2), "int64"), (MaxPool2d(2), "bool"), (AvgPool3d(2), "float16"), (LPPool2d(2, 2), "uint8")],
+    [(AvgPool2d(2), "int64"), (MaxPool2d(2), "bool"), (AvgPool3d(2), "float16"), (GlobalPool2d("mean"), "uint8")],
     ids=repr,
 )
 @pytest.mark.parametrize("check", [check_request, check_stream])
@@ -297,7 +297,7 @@ def test_dtype_is_checked_before_the_shape():
         ((4, 4), MaxPool2d(2), "input.shape"),
         ((1, 0, 4, 4), MaxPool2d(2), "input.shape"),
         ((1, 1, 4, 4), MaxPool2d(5), "branches[0].layers[0].max_pool.kernel_size"),
-        ((3, 4), GlobalAvgPool(), "input.shape"),
+        ((3, 4), GlobalPool2d("mean"), "input.shape"),
         ((-1, -4, -4, -4), MaxPool2d(2), "input.shape"),
     ],
     ids=repr,

@@ -83,8 +83,8 @@ def test_auto_is_the_gpu_or_the_cpu():
 @pytest.mark.parametrize("cls", LAYERS.values())
 def test_inputs_are_not_changed(engine, cls):
     """No layer writes to a request's bytes, which it reads in place; the result is the same as from a copy."""
-    dims = cls.spatial_dims or 2
-    arguments = {"kernel_size": 1, "norm_type": 2.0, "output_size": 2, "return_indices": True}
+    dims = cls.spatial_dims
+    arguments = {"kernel_size": 1, "norm_type": 2.0, "output_size": 2, "return_indices": True, "reduce": "max"}
     if cls.takes_indices:
         del arguments["output_size"]
     names = {each.name for each in fields(cls)}

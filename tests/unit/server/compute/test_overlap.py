@@ -259,7 +259,7 @@ def test_a_device_without_memory(
 ) -> None:
     """A call that needs too much memory is computed in smaller blocks if its planes are independent; else it fails."""
     family, sizes = layer.family, []
-    bind = eager.FAMILIES[family]
+    bind = eager.OPERATIONS[family]
 
     def bound(*arguments: object) -> eager.Operator:
         operator = bind(*arguments)
@@ -272,7 +272,7 @@ def test_a_device_without_memory(
 
         return run
 
-    monkeypatch.setitem(eager.FAMILIES, family, bound)
+    monkeypatch.setitem(eager.OPERATIONS, family, bound)
     engine = Engine("cpu", 1, streams=lambda: streams)
     x = values((1, 50, 11, 12), "float32", 0)  # a size that no other test has: plans are cached
     try:
