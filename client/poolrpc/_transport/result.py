@@ -47,6 +47,12 @@ class PoolResult:
         indices = "" if self.indices is None else ", with indices"
         return f"<PoolResult {self.output.dtype.name} {' -> '.join(map(str, self.shapes))}{indices}>"
 
+    def _repr_html_(self) -> str:
+        # Jupyter's protocol.
+        from poolrpc._html import result_table  # noqa: PLC0415 - keeps `import poolrpc` fast
+
+        return result_table(self)
+
 
 def make_results(
     branches: Sequence[codec.BranchResult], arrays: Sequence[Array], transport: Transport

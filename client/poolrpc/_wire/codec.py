@@ -325,6 +325,12 @@ class ServerInfo:
     limits: dict[str, Limit]
     features: dict[str, str] = field(default_factory=dict)
 
+    def _repr_html_(self) -> str:
+        # Jupyter's protocol.
+        from poolrpc._html import info_table  # noqa: PLC0415 - keeps `import poolrpc` fast
+
+        return info_table(self)
+
 
 def encode_info(info: ServerInfo) -> pool_pb2.GetServerInfoResponse:
     """Return the message of a server's description."""
