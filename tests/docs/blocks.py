@@ -66,7 +66,9 @@ RULES = {
     "helm": (SHELL, r"^\s*(helm|kubectl)\b"),
     "ray": (f"{SHELL}|python", r"^\s*(ray|serve)\s|^\s*(import|from) ray\b|\bpoolrpc(_server)?\.ray\b"),
     "server": (SHELL, r"^(\w+=\S+ )*poolrpc-server\b(?!.*--help)"),
+    "c++": (f"{SHELL}|cpp", r"^protoc\b|^#include\b"),
     "shell": (SHELL, ""),
+    "node": ("js", ""),
     "triton": ("python", r"^import tritonclient\b"),
     "process": ("python", r"^from opentelemetry\b"),  # sets up its whole process
     "python": ("python", ""),
@@ -78,7 +80,7 @@ RULES = {
 ELSEWHERE = ("docker", "helm", "ray", "figure")
 """Rules of blocks that are run by other tests, or not at all."""
 
-MARKS = {"triton": "conformance"}
+MARKS = {"triton": "conformance", "node": "conformance"}
 """pytest's marks of blocks that need something to be installed."""
 
 
@@ -181,6 +183,12 @@ class Page:
         if block.rule == "triton":
             install("scripts/install_clients.sh", "the clients")
             printed = self._command(ROOT / ".venv-triton/bin/python", "-c", source, PYTHONPATH=str(ROOT / "client"))
+        elif block.rule == "node":
+            install("scripts/install_clients.sh", "the clients")
+            node = shutil.which("node") or ROOT / ".venv-triton/bin/node"
+            printed = self._command(node, "-e", source, NODE_PATH=str(ROOT / ".venv-triton/node/node_modules"))
+        elif block.rule == "c++":
+            printed = self._cpp(block.language, source)
         elif block.rule == "process":
             printed = self._command(sys.executable, "-c", source)
         elif block.language != "python":
@@ -198,6 +206,22 @@ class Page:
         for written, actual in self._actual.items():
             source = source.replace(written, actual)
         return source
+
+    def _cpp(self, language: str, source: str) -> str:
+        """Save a file of C++, or run the commands that compile it."""
+        if language == "cpp":
+            (self.folder / "pool.cc").write_text(source)
+            return ""
+        install("scripts/install_grpc_cpp.sh", "gRPC for C++")
+        root = ROOT / ".debs/grpc"
+        libraries = next(root.glob("usr/lib/*-linux-gnu"))
+        return self._command(
+            *("bash", "-euo", "pipefail", "-c", source),
+            PATH=f"{root}/usr/bin{os.pathsep}{ENVIRONMENT['PATH']}",
+            PKG_CONFIG_PATH=f"{libraries}/pkgconfig",
+            PKG_CONFIG_SYSROOT_DIR=str(root),
+            LD_LIBRARY_PATH=str(libraries),
+        )
 
     def _command(self, *command: str | Path, **environment: str) -> str:
         own = {**ENVIRONMENT, "POOLRPC_ADDRESS": self._actual.get(ADDRESS, ADDRESS), **environment}
