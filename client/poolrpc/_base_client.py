@@ -37,7 +37,7 @@ from poolrpc._transport.request import Transfer, prepare, prepare_single
 from poolrpc._transport.steps import Deliver, NextGroup, Send, SendStream, Start, Wait
 from poolrpc._transport.unary import unary_steps
 from poolrpc._wire import codec
-from poolrpc.chains import Chain, as_chain, check_layout
+from poolrpc.chains import as_branches, as_chain, check_layout
 from poolrpc.credentials import credentials_for, metadata_for, unix_path
 from poolrpc.errors import InvalidArgumentError, PoolError
 from poolrpc.tensors import Array, as_array, dtype_name, spec_of
@@ -52,8 +52,7 @@ if TYPE_CHECKING:
     from poolrpc._transport.options import Timeout, Transport
     from poolrpc._transport.result import PoolResult, Progress
     from poolrpc._transport.steps import MapSteps, Steps
-    from poolrpc.chains import Shape
-    from poolrpc.layers import Layer
+    from poolrpc.chains import ChainLike, LayerLike, Shape
     from poolrpc.tensors import Layout
 
 Out: TypeAlias = Array | tuple[Array, Array]
@@ -199,13 +198,13 @@ class BaseClient:
     def _transfer(
         self,
         x: object,
-        branches: Iterable[Layer | Iterable[Layer]],
+        branches: LayerLike | Iterable[ChainLike],
         indices: object,
         layout: Layout,
         out: Sequence[Out | None] | None,
     ) -> Transfer:
         check_layout(layout)
-        chains: tuple[Chain, ...] = tuple(map(as_chain, branches))
+        chains = as_branches(branches)
         flat = [part for each in out or () for part in (each if isinstance(each, tuple) else (each,))]
         array = as_array(x)
         if indices is None:
@@ -244,7 +243,7 @@ class BaseClient:
                 span.set_attribute("poolrpc.transport", results[0].transport)
             return results
 
-    def _grouping(self, layers: Layer | Iterable[Layer], layout: Layout, in_flight: int) -> Grouping:
+    def _grouping(self, layers: ChainLike, layout: Layout, in_flight: int) -> Grouping:
         from poolrpc._transport.coalesce import Grouping  # noqa: PLC0415 - keeps `import poolrpc` fast
 
         integer("in_flight", in_flight, 1, MAX_IN_FLIGHT)
@@ -286,7 +285,7 @@ class BaseClient:
             return outcomes
 
     def _output_shape_steps(
-        self, shape: Iterable[int], layers: Layer | Iterable[Layer], layout: Layout, timeout: Timeout
+        self, shape: Iterable[int], layers: ChainLike, layout: Layout, timeout: Timeout
     ) -> Steps[Shape]:
         options = self._call_options(timeout)
         check_layout(layout)

@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from poolrpc._transport.result import PoolResult, Progress
     from poolrpc._transport.steps import Steps
     from poolrpc._wire.codec import ServerInfo
-    from poolrpc.chains import Shape
-    from poolrpc.layers import Layer
+    from poolrpc.chains import ChainLike, LayerLike, Shape
     from poolrpc.tensors import Layout
 
 T = TypeVar("T")
@@ -58,7 +57,7 @@ class AsyncPoolClient(BaseClient):
     async def pool(  # noqa: PLR0913 - options, all by keyword
         self,
         x: object,
-        layers: Layer | Iterable[Layer],
+        layers: ChainLike,
         *,
         indices: object = None,
         layout: Layout = "NCHW",
@@ -75,7 +74,7 @@ class AsyncPoolClient(BaseClient):
     async def pool_each(  # noqa: PLR0913 - options, all by keyword
         self,
         x: object,
-        branches: Iterable[Layer | Iterable[Layer]],
+        branches: LayerLike | Iterable[ChainLike],
         *,
         indices: object = None,
         layout: Layout = "NCHW",
@@ -93,7 +92,7 @@ class AsyncPoolClient(BaseClient):
     def map(
         self,
         tensors: Iterable[object] | AsyncIterable[object],
-        layers: Layer | Iterable[Layer],
+        layers: ChainLike,
         *,
         layout: Layout = "NCHW",
         in_flight: int = IN_FLIGHT,
@@ -106,7 +105,7 @@ class AsyncPoolClient(BaseClient):
     def map(
         self,
         tensors: Iterable[object] | AsyncIterable[object],
-        layers: Layer | Iterable[Layer],
+        layers: ChainLike,
         *,
         layout: Layout = "NCHW",
         in_flight: int = IN_FLIGHT,
@@ -118,7 +117,7 @@ class AsyncPoolClient(BaseClient):
     async def map(  # noqa: PLR0913 - options, all by keyword
         self,
         tensors: Iterable[object] | AsyncIterable[object],
-        layers: Layer | Iterable[Layer],
+        layers: ChainLike,
         *,
         layout: Layout = "NCHW",
         in_flight: int = IN_FLIGHT,
@@ -156,7 +155,7 @@ class AsyncPoolClient(BaseClient):
     async def output_shape(
         self,
         shape: Iterable[int],
-        layers: Layer | Iterable[Layer],
+        layers: ChainLike,
         *,
         layout: Layout = "NCHW",
         timeout: Timeout = UNSET,  # noqa: ASYNC109 - gRPC's deadline, which the server sees too

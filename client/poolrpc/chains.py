@@ -8,28 +8,79 @@ from math import prod
 from typing import TypeAlias
 
 from poolrpc._shapes.rules import check_shape, clip
-from poolrpc.errors import InvalidArgumentError
+from poolrpc.errors import ExpressionError, InvalidArgumentError
+from poolrpc.expression import parse_branches, parse_chain
 from poolrpc.layers import Layer
+from poolrpc.modules import TorchModule, is_module, layers_of
 from poolrpc.tensors import ITEM_BYTES, LAYOUTS, Layout, TensorSpec
 
 Shape: TypeAlias = tuple[int, ...]
 Chain: TypeAlias = tuple[Layer, ...]
 
 
-def as_chain(layers: Layer | Iterable[Layer]) -> Chain:
-    """Return one layer, or several in order, as a chain.
+LayerLike: TypeAlias = Layer | str | TorchModule
+"""A layer, an expression, or a pooling module of torch.nn; the last two may be a chain of layers."""
+ChainLike: TypeAlias = LayerLike | Iterable[LayerLike]
+"""What `as_chain` takes: one of these, or several in order."""
+
+
+def as_chain(layers: ChainLike) -> Chain:
+    """Return a layer, an expression or a module, or several in order, as a chain.
 
     Raises:
-        InvalidArgumentError: There is no layer, or an element is not a layer.
+        InvalidArgumentError: There is no layer, an element is not one of these, or a module cannot be a layer.
+        ExpressionError: A string is not an expression.
 
     """
-    if isinstance(layers, Layer):
-        return (layers,)
-    chain = tuple(layers) if isinstance(layers, Iterable) else ()
-    if not chain or not all(isinstance(each, Layer) for each in chain):
-        msg = f"expected a layer or a sequence of layers, got {clip(layers)}"
-        raise InvalidArgumentError(msg, field="layers")
+    chain = _as_layers(layers)
+    if chain is None:
+        elements = tuple(layers) if isinstance(layers, Iterable) else ()
+        parts = tuple(map(_as_layers, elements))
+        if not parts or None in parts:
+            nested = any(isinstance(each, list | tuple) for each in elements)
+            hint = "; pool_each takes several branches" if nested else ""
+            msg = f"expected a layer or a sequence of layers, got {clip(layers)}{hint}"
+            raise InvalidArgumentError(msg, field="layers")
+        chain = tuple(layer for part in parts for layer in part or ())
+    if not chain:
+        raise InvalidArgumentError("expected at least one layer, got an empty Sequential", field="layers")
     return chain
+
+
+def as_branches(branches: LayerLike | Iterable[ChainLike]) -> tuple[Chain, ...]:
+    """Return several branches, each of which `as_chain` takes, or a single one.
+
+    Raises:
+        InvalidArgumentError: There is no branch, `as_chain` does not take one, or the branches are a string of a list
+            of layers, which is a chain for `parse_branches`, and several branches as a list.
+        ExpressionError: A string is not an expression.
+
+    """
+    if isinstance(branches, str):
+        try:
+            single = parse_chain(branches)
+        except ExpressionError:
+            return parse_branches(branches)
+        if len(single) > 1:
+            msg = f"expected [[...]] for a chain, or [[...], [...]] for several branches, got {clip(branches)}"
+            raise InvalidArgumentError(msg, field="branches")
+        return (single,)
+    if isinstance(branches, Layer) or is_module(branches):
+        return (as_chain(branches),)
+    chains = tuple(map(as_chain, branches)) if isinstance(branches, Iterable) else ()
+    if not chains:
+        msg = f"expected at least one branch, got {clip(branches)}"
+        raise InvalidArgumentError(msg, field="branches")
+    return chains
+
+
+def _as_layers(value: object) -> Chain | None:
+    """Return the layers of a layer, an expression or a module; None for anything else."""
+    if isinstance(value, Layer):
+        return (value,)
+    if isinstance(value, str):
+        return parse_chain(value)
+    return layers_of(value) if is_module(value) else None
 
 
 def check_layout(layout: str) -> None:
@@ -71,12 +122,14 @@ def spatial_dims(branches: Sequence[Chain]) -> int:
     return dims
 
 
-def branch_shapes(shape: Shape, branches: Sequence[Chain], layout: Layout = "NCHW") -> list[tuple[Shape, ...]]:
+def branch_shapes(
+    shape: Shape, branches: LayerLike | Iterable[ChainLike], layout: Layout = "NCHW"
+) -> list[tuple[Shape, ...]]:
     """Return, for each branch, the shape after every layer of its chain, exactly as torch computes it.
 
     Args:
         shape: The shape of the input, in the order of `layout`.
-        branches: The chains, each of which starts from the input.
+        branches: The branches, as PoolClient.pool_each takes them.
         layout: "NCHW" (channels first) or "NHWC" (channels last), for any number of spatial axes. Default: "NCHW".
 
     Returns:
@@ -92,10 +145,11 @@ def branch_shapes(shape: Shape, branches: Sequence[Chain], layout: Layout = "NCH
 
     """
     check_layout(layout)
-    dims = check_shape(shape, spatial_dims(branches))
+    chains = as_branches(branches)
+    dims = check_shape(shape, spatial_dims(chains))
     first = to_channels_first(shape, dims, layout)
     results = []
-    for i, chain in enumerate(branches):
+    for i, chain in enumerate(chains):
         plane, shapes = first[-dims:], []
         for j, layer in enumerate(chain):
             path = layer_path(i, j, layer)

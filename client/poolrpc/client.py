@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     from poolrpc._transport.result import PoolResult, Progress
     from poolrpc._transport.steps import MapSteps, Steps
     from poolrpc._wire.codec import ServerInfo
-    from poolrpc.chains import Shape
+    from poolrpc.chains import ChainLike, LayerLike, Shape
     from poolrpc.errors import PoolError
-    from poolrpc.layers import Layer
     from poolrpc.tensors import Layout
 
 T = TypeVar("T")
@@ -51,7 +50,7 @@ class PoolClient(BaseClient):
     def pool(  # noqa: PLR0913 - options, all by keyword
         self,
         x: object,
-        layers: Layer | Iterable[Layer],
+        layers: ChainLike,
         *,
         indices: object = None,
         layout: Layout = "NCHW",
@@ -66,7 +65,8 @@ class PoolClient(BaseClient):
         Args:
             x: An array of (N, C, spatial...) or (C, spatial...); or anything with `__array__` or DLPack, such as a
                 torch tensor. bfloat16 is that of ml_dtypes. A C-contiguous np.memmap is read block by block.
-            layers: One layer, or several, each of which takes the output of the one before.
+            layers: One layer, or several, each of which takes the output of the one before. A layer may also be an
+                expression, such as "MaxPool2d(2)", or a pooling module of torch.nn; a Sequential is a chain of them.
             indices: For MaxUnpool: int64, of x's shape.
             layout: The layout of x and of the output: "NCHW" for channels first or "NHWC" for channels last, with any
                 number of spatial axes.
@@ -93,7 +93,7 @@ class PoolClient(BaseClient):
     def pool_each(  # noqa: PLR0913 - options, all by keyword
         self,
         x: object,
-        branches: Iterable[Layer | Iterable[Layer]],
+        branches: LayerLike | Iterable[ChainLike],
         *,
         indices: object = None,
         layout: Layout = "NCHW",
@@ -107,7 +107,8 @@ class PoolClient(BaseClient):
 
         Args:
             x: As in pool.
-            branches: The layers or chains.
+            branches: The layers or chains, each as in pool; or one expression of all of them, such as
+                "[[MaxPool2d(2)], [MaxPool2d(2), AvgPool2d(2)]]".
             indices: As in pool.
             layout: As in pool.
             out: For each branch, an `out` as in pool. None: new arrays for all branches.
@@ -130,7 +131,7 @@ class PoolClient(BaseClient):
     def map(
         self,
         tensors: Iterable[object],
-        layers: Layer | Iterable[Layer],
+        layers: ChainLike,
         *,
         layout: Layout = "NCHW",
         in_flight: int = IN_FLIGHT,
@@ -143,7 +144,7 @@ class PoolClient(BaseClient):
     def map(
         self,
         tensors: Iterable[object],
-        layers: Layer | Iterable[Layer],
+        layers: ChainLike,
         *,
         layout: Layout = "NCHW",
         in_flight: int = IN_FLIGHT,
@@ -155,7 +156,7 @@ class PoolClient(BaseClient):
     def map(  # noqa: PLR0913 - options, all by keyword
         self,
         tensors: Iterable[object],
-        layers: Layer | Iterable[Layer],
+        layers: ChainLike,
         *,
         layout: Layout = "NCHW",
         in_flight: int = IN_FLIGHT,
@@ -198,7 +199,7 @@ class PoolClient(BaseClient):
     def output_shape(
         self,
         shape: Iterable[int],
-        layers: Layer | Iterable[Layer],
+        layers: ChainLike,
         *,
         layout: Layout = "NCHW",
         timeout: Timeout = UNSET,

@@ -29,6 +29,10 @@ GLOBAL = re.compile(r"Global_?(Max|Avg|Average)?_?Pool(?:ing)?_?([123]?)d?", re.
 def parse_layer(text: str) -> Layer:
     """Return the layer of an expression; the inverse of repr.
 
+    The text that torch.nn's modules print is an expression too, but not always of the same layer: it leaves out
+    return_indices, and of averages ceil_mode, count_include_pad and divisor_override. Pass the module to the client
+    instead of its text.
+
     Args:
         text: A layer's name and arguments in Python's syntax, up to 4096 characters. Arguments are numbers, inf, True,
             False, None, strings, and tuples or lists of these.

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import assert_type
 
 import numpy as np
+from torch import nn
 
 import poolrpc
 from poolrpc import (
@@ -67,6 +68,7 @@ def functions() -> None:
     assert_type(parse_chain("MaxPool2d(2)"), tuple[Layer, ...])
     assert_type(parse_branches("MaxPool2d(2)"), tuple[tuple[Layer, ...], ...])
     assert_type(branch_shapes((1, 3, 8, 8), [(MaxPool2d(2),)]), list[tuple[tuple[int, ...], ...]])
+    assert_type(branch_shapes((1, 3, 8, 8), ["MaxPool2d(2)", nn.MaxPool2d(2)]), list[tuple[tuple[int, ...], ...]])
     branch_shapes((8, 8, 3), [(MaxPool2d(2),)], "NHWC")
     branch_shapes((8, 8, 3), [(MaxPool2d(2),)], "HWC")  # type: ignore[arg-type]
 
@@ -100,7 +102,15 @@ def client(client: PoolClient) -> None:
     client.pool(X, MaxPool2d(2), layout="NHWC", transport="stream")
     client.pool(X, MaxPool2d(2), layout="nchw")  # type: ignore[arg-type]
     client.pool(X, MaxPool2d(2), transport="udp")  # type: ignore[arg-type]
-    client.pool(X, "MaxPool2d(2)")  # type: ignore[arg-type]
+    assert_type(client.pool(X, "MaxPool2d(2)"), PoolResult)
+    assert_type(client.pool(X, nn.Sequential(nn.MaxPool2d(2))), PoolResult)
+    assert_type(client.pool(X, ["MaxPool2d(2)", nn.AvgPool2d(2), MaxPool2d(2)]), PoolResult)
+    assert_type(client.pool_each(X, "[[MaxPool2d(2)]]"), list[PoolResult])
+    assert_type(client.pool_each(X, ["MaxPool2d(2)", [nn.MaxPool2d(2), MaxPool2d(2)]]), list[PoolResult])
+    assert_type(client.map([X], nn.MaxPool2d(2)), Iterator[PoolResult])
+    assert_type(client.output_shape((1, 3, 8, 8), "MaxPool2d(2)"), tuple[int, ...])
+    client.pool(X, [[MaxPool2d(2)]])  # type: ignore[list-item]
+    client.pool(X, 2)  # type: ignore[arg-type]
     client.pool(X, MaxPool2d)  # type: ignore[arg-type]
     client.pool(X, MaxPool2d(2), timeout="1")  # type: ignore[arg-type]
     client.pool(X, MaxPool2d(2), None)  # type: ignore[call-arg]
@@ -110,6 +120,7 @@ async def async_client(client: AsyncPoolClient) -> None:
     """The client for asyncio has the same types."""
     assert_type(await client.pool(X, MaxPool2d(2)), PoolResult)
     assert_type(await client.pool_each(X, [MaxPool2d(2)]), list[PoolResult])
+    assert_type(await client.pool(X, [nn.MaxPool2d(2), "AvgPool2d(2)"]), PoolResult)
     assert_type(client.map([X], MaxPool2d(2)), AsyncIterator[PoolResult])
     assert_type(client.map([X], MaxPool2d(2), return_exceptions=True), AsyncIterator[PoolResult | PoolError])
     assert_type(await client.output_shape((1, 3, 8, 8), MaxPool2d(2)), tuple[int, ...])

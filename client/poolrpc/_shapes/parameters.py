@@ -16,8 +16,14 @@ OptionalAxes: TypeAlias = int | tuple[int | None, ...]
 """A parameter like Axes, whose value may be None on any axis."""
 
 
+def _unwrapped(value: Any) -> Any:  # noqa: ANN401 - the value of any parameter
+    """Return the element of an array or a tensor without axes; anything else as it is."""
+    return value.item() if hasattr(value, "__len__") and getattr(value, "shape", None) == () else value
+
+
 def integer(name: str, value: object, low: int, high: int) -> int:
     """Return `value` as an int in low..high; bools and floats are rejected, as in torch."""
+    value = _unwrapped(value)
     if type(value) is not int:
         kind = type(value).__name__
         try:
@@ -37,6 +43,7 @@ def integer(name: str, value: object, low: int, high: int) -> int:
 
 def boolean(name: str, value: object) -> bool:
     """Return `value` as a bool; everything but Python's and NumPy's bools is rejected."""
+    value = _unwrapped(value)
     if isinstance(value, bool) or type(value).__name__ in ("bool_", "bool"):
         return bool(value)
     msg = f"expected True or False, got {clip(value)}"
@@ -53,6 +60,7 @@ def choice(name: str, value: object, among: tuple[str, ...]) -> str:
 
 def real(name: str, value: object) -> float:
     """Return `value` as a float above 0, which may be infinite; bools are rejected."""
+    value = _unwrapped(value)
     # A value with a length is a string, an array or another container.
     rejected = type(value).__name__ in ("bool", "bool_") or hasattr(value, "__len__")
     try:
@@ -86,6 +94,7 @@ def sequence(name: str, value: object, dims: int) -> tuple[Any, ...]:
 
 def axes(name: str, value: object, dims: int, *, low: int = 1, high: int = MAX_PARAMETER) -> Axes:
     """Return an int, or a tuple of one int per axis; equal ints become one, so that equal layers compare equal."""
+    value = _unwrapped(value)
     if not hasattr(value, "__len__"):
         return integer(name, value, low, high)
     values = tuple(integer(name, each, low, high) for each in sequence(name, value, dims))
@@ -94,6 +103,7 @@ def axes(name: str, value: object, dims: int, *, low: int = 1, high: int = MAX_P
 
 def optional_axes(name: str, value: object, dims: int, *, high: int) -> OptionalAxes:
     """Return the same as `axes` for a parameter whose values in a tuple may be None."""
+    value = _unwrapped(value)
     if not hasattr(value, "__len__"):
         return integer(name, value, 1, high)
     values = tuple(None if each is None else integer(name, each, 1, high) for each in sequence(name, value, dims))
@@ -104,6 +114,7 @@ def optional_axes(name: str, value: object, dims: int, *, high: int) -> Optional
 
 def ratios(name: str, value: object, dims: int) -> float | tuple[float, ...]:
     """Return a float in (0, 1), or a tuple of one per axis."""
+    value = _unwrapped(value)
     values = sequence(name, value, dims) if hasattr(value, "__len__") else (value,)
     numbers = tuple(real(name, each) for each in values)
     for number in numbers:

@@ -135,18 +135,69 @@ def test_an_unknown_layout_is_rejected(layout):
     assert len(str(raised.value)) < 200
 
 
-def test_as_chain_accepts_a_layer_or_several():
-    """A layer, a list and an iterator become a tuple of layers."""
-    one, two = MaxPool2d(2), AvgPool2d(2)
-    assert as_chain(one) == (one,)
-    assert as_chain([one, two]) == as_chain(iter([one, two])) == (one, two)
+ONE, TWO = MaxPool2d(2), AvgPool2d(2)
 
 
-@pytest.mark.parametrize("value", [[], (), None, 2, "MaxPool2d(2)", MaxPool2d, [MaxPool2d], [[MaxPool2d(2)]], [None]])
+@pytest.mark.parametrize("value", [ONE, [ONE], (ONE,), iter([ONE]), "MaxPool2d(2)", "[MaxPool2d(2)]", ["MaxPool2d(2)"]])
+def test_as_chain_accepts_a_layer(value):
+    """A layer, an expression, and a sequence of one of these are the same chain."""
+    assert as_chain(value) == (ONE,)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [[ONE, TWO], iter([ONE, TWO]), "[MaxPool2d(2), AvgPool2d(2)]", ["MaxPool2d(2)", TWO], ["[MaxPool2d(2)]", TWO]],
+)
+def test_as_chain_accepts_several_layers(value):
+    """Layers and expressions may be mixed, and an expression may be a list."""
+    assert as_chain(value) == (ONE, TWO)
+
+
+@pytest.mark.parametrize("value", [[], (), None, 2, MaxPool2d, [MaxPool2d], [[ONE]], [None], [ONE, [TWO]], b"x"])
 def test_as_chain_rejects_everything_else(value):
-    """Nothing, a class, an expression and a nested list are rejected, with what was received."""
+    """Nothing, a class and a nested list are rejected, with what was received."""
     with pytest.raises(InvalidArgumentError, match=r"^layers: expected a layer or a sequence of layers, got"):
         as_chain(value)
+
+
+def test_a_nested_list_is_not_a_chain():
+    """The error says which call takes several branches."""
+    with pytest.raises(InvalidArgumentError, match=r"got \[\[MaxPool2d\(2\)\]\]; pool_each takes several branches$"):
+        as_chain([[ONE]])
+
+
+@pytest.mark.parametrize(
+    ("value", "branches"),
+    [
+        (ONE, [[ONE]]),
+        ("MaxPool2d(2)", [[ONE]]),
+        ([ONE, TWO], [[ONE], [TWO]]),
+        ([ONE, [ONE, TWO]], [[ONE], [ONE, TWO]]),
+        (["MaxPool2d(2)", "[MaxPool2d(2), AvgPool2d(2)]"], [[ONE], [ONE, TWO]]),
+        ("[[MaxPool2d(2)], [MaxPool2d(2), AvgPool2d(2)]]", [[ONE], [ONE, TWO]]),
+        ("[[MaxPool2d(2), AvgPool2d(2)]]", [[ONE, TWO]]),
+        (iter([["MaxPool2d(2)", TWO]]), [[ONE, TWO]]),
+    ],
+)
+def test_branch_shapes_accepts_branches_in_any_form(value, branches):
+    """Branches are layers, expressions, and lists of them; an expression may also be all branches."""
+    assert branch_shapes(SQUARE, value) == branch_shapes(SQUARE, branches)
+
+
+@pytest.mark.parametrize("value", ["[MaxPool2d(2), AvgPool2d(2)]", "MaxPool2d(2), AvgPool2d(2)"])
+def test_an_expression_that_may_be_a_chain_or_branches_is_rejected(value):
+    """As a list it would be two branches, and as an expression it is a chain; the error says how to write either."""
+    with pytest.raises(
+        InvalidArgumentError, match=r"^branches: expected \[\[...\]\] for a chain, or \[\[...\], \[...\]\]"
+    ):
+        branch_shapes(SQUARE, value)
+
+
+@pytest.mark.parametrize("value", [[], (), None, 3])
+def test_no_branches_are_rejected(value):
+    """A call has at least one branch."""
+    with pytest.raises(InvalidArgumentError, match=r"^branches: expected at least one branch, got"):
+        branch_shapes(SQUARE, value)
 
 
 @pytest.mark.parametrize(

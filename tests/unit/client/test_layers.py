@@ -88,7 +88,12 @@ def test_every_pooling_layer_of_torch_nn_exists():
         (-1,),
         np.array([2.0]),
         np.array([[2]]),
+        np.array(2.0),
+        np.array(True),
+        np.array(-1),
+        np.array("2"),
         torch.tensor(2.5),
+        torch.tensor(True),
     ],
     ids=repr,
 )
@@ -224,6 +229,10 @@ def test_an_adaptive_size_may_be_none_only_in_a_tuple(size):
         np.int64(2),
         np.uint8(2),
         np.array([2, 2]),
+        np.array(2),
+        np.array(2, np.uint8),
+        (np.array(2), 2),
+        torch.tensor(2),
         (np.int16(2), 2),
         torch.Size([2, 2]),
     ],
@@ -235,6 +244,28 @@ def test_equal_parameters_make_equal_layers(same):
     assert layer == MaxPool2d(2, stride=2, dilation=2)
     assert hash(layer) == hash(MaxPool2d(2, stride=2, dilation=2))
     assert [type(value) for value in (layer.kernel_size, layer.stride, layer.dilation)] == [int, int, int]
+
+
+@pytest.mark.parametrize("array", [np.array, torch.tensor], ids=["NumPy", "torch"])
+def test_a_parameter_may_be_an_array_without_axes(array):
+    """Sizes, flags, ratios, norms and seeds become Python's numbers, so that layers stay equal and can be sent."""
+    cases = [
+        (poolrpc.AdaptiveMaxPool2d(array(3), return_indices=array(True)), poolrpc.AdaptiveMaxPool2d(3, True)),
+        (poolrpc.AdaptiveAvgPool2d((None, array(3))), poolrpc.AdaptiveAvgPool2d((None, 3))),
+        (AvgPool2d(4, padding=array(0), divisor_override=array(3)), AvgPool2d(4, divisor_override=3)),
+        (poolrpc.LPPool2d(array(2.5), array(2)), poolrpc.LPPool2d(2.5, 2)),
+        (
+            poolrpc.FractionalMaxPool2d(2, output_ratio=array(0.5), seed=array(7)),
+            poolrpc.FractionalMaxPool2d(2, output_ratio=0.5, seed=7),
+        ),
+        (
+            poolrpc.FractionalMaxPool2d(2, output_ratio=(array(0.5), 0.25)),
+            poolrpc.FractionalMaxPool2d(2, output_ratio=(0.5, 0.25)),
+        ),
+        (poolrpc.MaxUnpool2d(2, output_size=array(9)), poolrpc.MaxUnpool2d(2, output_size=9)),
+    ]
+    for layer, expected in cases:
+        assert (layer, repr(layer), hash(layer)) == (expected, repr(expected), hash(expected))
 
 
 def test_layers_of_different_classes_or_parameters_differ():

@@ -1,0 +1,109 @@
+"""Modules of torch.nn as layers: recognised by their class, and read by their attributes, without importing torch."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
+
+from poolrpc.errors import InvalidArgumentError
+from poolrpc.layers import LAYERS, Layer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+POOLING = "torch.nn.modules.pooling"
+CONTAINER = "torch.nn.modules.container"
+
+NOT_IN_TORCH = {"fractional_max_pool": "seed", "max_unpool": "output_size"}
+"""The parameter of a family that its modules lack: in torch, MaxUnpool's output_size is an argument of the call."""
+
+
+class TorchModule(Protocol):
+    """A torch.nn.Module, for type checkers: the client does not import torch."""
+
+    training: bool
+
+    def extra_repr(self) -> str:
+        """Return the module's parameters as text."""
+
+
+def is_module(value: object) -> TypeGuard[TorchModule]:
+    """Return whether a value is a torch.nn.Module, other than a ModuleList, which is a list of modules."""
+    classes = {(cls.__module__, cls.__name__) for cls in type(value).__mro__}
+    return ("torch.nn.modules.module", "Module") in classes and (CONTAINER, "ModuleList") not in classes
+
+
+def pooling_name(module: object) -> str:
+    """Return the name of the torch.nn pooling class that a module has or inherits from; "" if there is none."""
+    for cls in type(module).__mro__:
+        if cls.__module__ == POOLING and cls.__name__ in LAYERS:
+            return cls.__name__
+    return ""
+
+
+def layers_of(module: Any, path: str = "layers") -> tuple[Layer, ...]:  # noqa: ANN401 - a torch.nn.Module
+    """Return the layers that compute what a pooling module, or a Sequential of pooling modules, computes.
+
+    Args:
+        module: The module.
+        path: Its path, for errors.
+
+    Raises:
+        InvalidArgumentError: The module, or one in the Sequential, is not a pooling module, computes something of its
+            own, has hooks, has parameters that no layer has, or has random windows.
+
+    """
+    return tuple(_walk(module, path))
+
+
+def _walk(module: Any, path: str) -> Iterator[Layer]:  # noqa: ANN401 - a torch.nn.Module
+    if any(cls.__module__ == CONTAINER and cls.__name__ == "Sequential" for cls in type(module).__mro__):
+        _check_call(module, CONTAINER, "Sequential", path)
+        # children() would leave out a module's second occurrence.
+        for position, child in enumerate(module):
+            yield from _walk(child, f"{path}[{position}]")
+        return
+    name = pooling_name(module)
+    if not name:
+        raise InvalidArgumentError(f"expected a pooling layer of torch.nn, got {_class_name(module)}", field=path)
+    _check_call(module, POOLING, name, path)
+    yield _layer(module, name, path)
+
+
+def _check_call(module: Any, origin: str, name: str, path: str) -> None:  # noqa: ANN401 - a torch.nn.Module
+    """Check that calling a module runs the forward of torch.nn's class, and nothing else."""
+    # An override may be in a subclass, in the instance, or assigned to torch's own class.
+    forward = getattr(module.forward, "__func__", None)
+    defined = getattr(forward, "__module__", ""), getattr(forward, "__qualname__", "")
+    base = next(cls for cls in type(module).__mro__ if cls.__name__ == "Module")
+    if defined != (origin, f"{name}.forward") or type(module).__call__ is not base.__call__:
+        msg = f"expected the forward of torch.nn.{name}, got {_class_name(module)} with one of its own"
+        raise InvalidArgumentError(msg, field=path)
+    if module._forward_hooks or module._forward_pre_hooks:  # noqa: SLF001 - torch has no public way to read them
+        msg = f"expected a module without forward hooks, got {_class_name(module)} with some"
+        raise InvalidArgumentError(msg, field=path)
+
+
+def _layer(module: Any, name: str, path: str) -> Layer:  # noqa: ANN401 - a torch.nn.Module
+    cls = LAYERS[name]
+    values: dict[str, Any] = {
+        each.name: getattr(module, each.name)
+        for each in fields(cls)  # type: ignore[arg-type]  # every layer is a dataclass
+        if each.name != NOT_IN_TORCH.get(cls.family)
+    }
+    try:
+        layer = cls(**values)
+    except InvalidArgumentError as error:
+        raise error.with_prefix(path) from None
+    if cls.family == "fractional_max_pool":
+        drawn = module._random_samples is None  # noqa: SLF001 - a parameter of its class
+        received = f"torch.nn.{name}, which {'draws them in every call' if drawn else 'has random samples'}"
+        msg = f"expected a module without random windows, got {received}; use poolrpc's {layer!r} with a seed"
+        raise InvalidArgumentError(msg, field=path)
+    return layer
+
+
+def _class_name(module: object) -> str:
+    cls = type(module)
+    in_torch_nn = cls.__module__.startswith("torch.nn.modules.")
+    return f"torch.nn.{cls.__name__}" if in_torch_nn else f"{cls.__module__}.{cls.__qualname__}"
