@@ -38,6 +38,9 @@ ITEM_BYTES: dict[str, int] = {
 }
 """Bytes per element of every dtype on the wire, by its name."""
 
+BFLOAT16_BITS = np.dtype([("bfloat16", "<u2")])
+"""The bits of bfloat16, as a dtype of NumPy alone, for tensors that only pass through NumPy."""
+
 MAX_AXES = 64
 """NumPy's limit on axes, and so on the depth of a nested list."""
 
@@ -73,19 +76,13 @@ class TensorSpec:
 
 @lru_cache(32)
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """Return NumPy's little-endian dtype of that name; bfloat16 comes from ml_dtypes.
-
-    Raises:
-        UnsupportedError: The name is bfloat16 and ml_dtypes is not installed.
-
-    """
+    """Return NumPy's little-endian dtype of that name; bfloat16 is that of ml_dtypes, or BFLOAT16_BITS without it."""
     if name != "bfloat16":
         return np.dtype(name).newbyteorder("<")
     try:
         import ml_dtypes  # noqa: PLC0415 - optional, and only bfloat16 needs it
     except ImportError:
-        msg = "expected ml_dtypes to be installed, for bfloat16: pip install 'poolrpc[bfloat16]'"
-        raise UnsupportedError(msg, reason="DTYPE") from None
+        return BFLOAT16_BITS
     bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
     return bfloat16
 
@@ -126,16 +123,29 @@ def _masked() -> InvalidArgumentError:
 
 
 def _from_torch(x: Any) -> Array:  # noqa: ANN401 - a torch tensor; the client doesn't import torch
+    check_no_gradient(x)
+    x = x.detach().cpu()
+    if str(x.dtype) != "torch.bfloat16":
+        return np.asarray(x)
+    bfloat16 = numpy_dtype("bfloat16")
+    if bfloat16 == BFLOAT16_BITS:
+        msg = "expected ml_dtypes to be installed, for bfloat16: pip install 'poolrpc[bfloat16]'"
+        raise UnsupportedError(msg, reason="DTYPE")
+    # torch doesn't convert bfloat16 to NumPy, which lacks it, so the bits are converted as int16.
+    return np.asarray(x.view(sys.modules["torch"].int16)).view(bfloat16)
+
+
+def check_no_gradient(x: Any) -> None:  # noqa: ANN401 - a torch tensor
+    """Check that torch does not record the gradient of a tensor, which a remote layer would lose.
+
+    Raises:
+        InvalidArgumentError: It does.
+
+    """
     if x.requires_grad and sys.modules["torch"].is_grad_enabled():
         msg = "expected a tensor that needs no gradient, got one with requires_grad: a remote layer has none; use its "
         msg += "detach(), or torch.no_grad()"
         raise InvalidArgumentError(msg, field="input")
-    x = x.detach().cpu()
-    if str(x.dtype) != "torch.bfloat16":
-        return np.asarray(x)
-    # torch doesn't convert bfloat16 to NumPy, which lacks it, so the bits are converted as int16.
-    bits = np.asarray(x.view(sys.modules["torch"].int16))
-    return bits.view(numpy_dtype("bfloat16"))
 
 
 def _from_protocol(x: object) -> Array:
@@ -177,7 +187,7 @@ def dtype_name(dtype: np.dtype[Any]) -> str:
         UnsupportedError: The dtype is not one of ITEM_BYTES.
 
     """
-    name = dtype.name
+    name = "bfloat16" if dtype == BFLOAT16_BITS else dtype.name
     if name not in ITEM_BYTES:
         msg = f"expected one of {', '.join(ITEM_BYTES)}, got {clip(name)}"
         raise UnsupportedError(msg, reason="DTYPE", metadata={"dtypes": ",".join(ITEM_BYTES)})

@@ -3,15 +3,18 @@
 import re
 
 import poolrpc
+import poolrpc.torch
 import poolrpc_server
 from tests.docs.blocks import ROOT
 
 
 def test_the_reference_page_has_every_public_name() -> None:
-    """The page documents every export of both packages once, and mentions the two that have no docstring."""
+    """The page documents every export of the packages and of poolrpc.torch once, and names the two without a docstring."""
     page = (ROOT / "docs/reference.md").read_text()
     documented = re.findall(r"^::: (\S+)$", page, re.MULTILINE)
     plain = {"poolrpc.LAYERS", "poolrpc.__version__"}
-    public = {f"{package.__name__}.{name}" for package in (poolrpc, poolrpc_server) for name in package.__all__}
+    public = {
+        f"{package.__name__}.{name}" for package in (poolrpc, poolrpc.torch, poolrpc_server) for name in package.__all__
+    }
     assert sorted(documented) == sorted(public - plain)
     assert all(f"`{name}`" in page for name in plain)

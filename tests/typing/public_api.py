@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import assert_type
 
 import numpy as np
+import torch
 from torch import nn
 
 import poolrpc
@@ -28,6 +29,7 @@ from poolrpc import (
     parse_chain,
     parse_layer,
 )
+from poolrpc.torch import RemotePool, replace_pooling
 
 X = np.zeros((1, 3, 8, 8), np.float32)
 
@@ -130,3 +132,16 @@ async def async_client(client: AsyncPoolClient) -> None:
         assert_type(entered, AsyncPoolClient)
     await client.pool(X, MaxPool2d(2), layout="nchw")  # type: ignore[arg-type]
     await client.pool(X, MaxPool2d(2), transport="udp")  # type: ignore[arg-type]
+
+
+def torch_modules(client: PoolClient, async_client: AsyncPoolClient, x: torch.Tensor) -> None:
+    """A remote layer takes what `pool` takes, and a model keeps its type unless it is replaced itself."""
+    remote = RemotePool(client, ["MaxPool2d(2)", nn.AvgPool2d(2)])
+    assert_type(remote.layers, tuple[Layer, ...])
+    assert_type(remote.client, PoolClient)
+    assert_type(remote.forward(x), torch.Tensor | tuple[torch.Tensor, torch.Tensor])
+    assert_type(remote.forward(x, x, output_size=x.size()), torch.Tensor | tuple[torch.Tensor, torch.Tensor])
+    assert_type(replace_pooling(nn.Sequential(), client), nn.Sequential | RemotePool)
+    RemotePool(async_client, MaxPool2d(2))  # type: ignore[arg-type]
+    RemotePool(client, 2)  # type: ignore[arg-type]
+    replace_pooling(client, nn.Sequential())  # type: ignore[type-var, arg-type]

@@ -37,6 +37,8 @@ MAY_IMPORT_GRPC = {"cli", "workers", "app", "transports"}
 MAY_IMPORT_CONFIG = {"cli", "workers", "app", "service", "transports.ray"}
 # What importing a module of the client may import in addition to Python's standard library.
 THIN = {"grpc", "google", "numpy", "poolrpc"}
+# The modules of the client that are imported only by those who have another package, which they may import.
+INTEGRATIONS = {"poolrpc.torch": {"torch"}}
 
 
 def name_of(path, package):
@@ -116,15 +118,22 @@ def test_the_walk_sees_imports():
 
 @pytest.mark.parametrize("module", CLIENT)
 def test_the_client_imports_neither_torch_nor_the_server(module):
-    """No module of the client imports torch or the server, not even in a function."""
-    assert not {name for name in imports(module) if name.partition(".")[0] in ("torch", "poolrpc_server")}
+    """No module of the client imports torch (except poolrpc.torch) or the server, not even in a function."""
+    forbidden = {"torch", "poolrpc_server"} - INTEGRATIONS.get(module, set())
+    assert not {name for name in imports(module) if name.partition(".")[0] in forbidden}
+
+
+@pytest.mark.parametrize("module", [*CLIENT, *SERVER])
+def test_nothing_imports_an_integration(module):
+    """poolrpc.torch is imported by users alone, not even in a function."""
+    assert not imports(module) & set(INTEGRATIONS)
 
 
 @pytest.mark.parametrize("module", CLIENT)
 def test_the_client_needs_what_it_says_it_needs(module):
     """Importing the client imports only grpcio, protobuf, NumPy and Python's standard library."""
     roots = {name.partition(".")[0] for name in imports(module, when_imported=True)}
-    assert roots - THIN - set(sys.stdlib_module_names) == set()
+    assert roots - THIN - INTEGRATIONS.get(module, set()) - set(sys.stdlib_module_names) == set()
 
 
 @pytest.mark.parametrize("module", SERVER)

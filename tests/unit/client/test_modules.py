@@ -50,7 +50,7 @@ class Reversed(nn.Sequential):
         return x
 
 
-class Alike:
+class Similar:
     """A class with the attributes of a pooling layer, which is not a module."""
 
     kernel_size = stride = 2
@@ -206,7 +206,7 @@ def test_modules_are_branches():
             nn.Sequential(with_hook(nn.MaxPool2d(2))),
             r"\[0\]: expected a module without forward hooks, got torch.nn.MaxPool2d",
         ),
-        (Alike(), "expected a layer or a sequence of layers"),
+        (Similar(), "expected a layer or a sequence of layers"),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
 )
