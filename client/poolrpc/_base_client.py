@@ -28,6 +28,7 @@ from poolrpc._transport.channel import (
 from poolrpc._transport.options import (
     UNSET,
     CallOptions,
+    call_metadata,
     check_transport,
     default_transport,
     seconds,
@@ -45,11 +46,11 @@ from poolrpc.tracing import traced
 from poolrpc.v1 import pool_pb2, standard_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from poolrpc._transport.arena_memory import Arenas
     from poolrpc._transport.coalesce import Group, Grouping, Outcome
-    from poolrpc._transport.options import Timeout, Transport
+    from poolrpc._transport.options import Pairs, Timeout, Transport
     from poolrpc._transport.result import PoolResult, Progress
     from poolrpc._transport.steps import MapSteps, Steps
     from poolrpc.chains import ChainLike, LayerLike, Shape
@@ -177,11 +178,12 @@ class BaseClient:
     def _is_closed(self) -> bool:
         return self._closed
 
-    def _call_options(self, timeout: Timeout) -> CallOptions:
+    def _call_options(self, timeout: Timeout, priority: int | None = None, metadata: Pairs = ()) -> CallOptions:
         if self._closed:
             msg = f"{self!r} is closed"
             raise PoolError(msg, reason="CLOSED")
-        return CallOptions(self.timeout if timeout is UNSET else seconds("timeout", timeout), self._metadata)
+        limit = self.timeout if timeout is UNSET else seconds("timeout", timeout)
+        return CallOptions(limit, call_metadata(self._metadata, priority, metadata))
 
     def _method(self, step: Send) -> Any:  # noqa: ANN401 - a method of grpc or grpc.aio
         """Return the method that a step calls, of the process that it names."""
@@ -206,7 +208,7 @@ class BaseClient:
         check_layout(layout)
         chains = as_branches(branches)
         flat = [part for each in out or () for part in (each if isinstance(each, tuple) else (each,))]
-        array = as_array(x)
+        array = as_array(x, layout)
         if indices is None:
             return Transfer(prepare_single(dtype_name(array.dtype), array.shape, layout, chains), [array], flat)
         second = as_array(indices)
@@ -216,13 +218,13 @@ class BaseClient:
     def _pool_steps(
         self,
         transfer: Transfer,
-        timeout: Timeout,
+        options: CallOptions,
         transport: Transport | None = None,
         progress: Progress | None = None,
         *,
         copy: bool = True,
     ) -> Steps[list[PoolResult]]:
-        options, required = self._call_options(timeout), transport is not None
+        required = transport is not None
         check_transport(transport)
         chosen = transport or default_transport(transfer, self._arenas, self.max_message_bytes)
         with traced(_METHOD_OF[chosen], self.address, options, transfer.prepared.request) as span:
@@ -256,7 +258,7 @@ class BaseClient:
         in_flight: int,
         progress: bool,
         return_exceptions: bool,
-        timeout: Timeout,
+        options: Callable[[], CallOptions],
     ) -> MapSteps:
         from poolrpc._transport.coalesce import Order, progress_bar  # noqa: PLC0415 - keeps `import poolrpc` fast
 
@@ -264,7 +266,7 @@ class BaseClient:
         with progress_bar(tensors, shown=progress) as advance:
             try:
                 while (group := (yield NextGroup())) is not None:
-                    started.append((yield Start(self._group_steps(group, timeout))))
+                    started.append((yield Start(self._group_steps(group, options))))
                     if len(started) > in_flight:
                         yield Deliver(order.deliver((yield Wait(started.popleft())), advance))
                 while started:
@@ -273,34 +275,31 @@ class BaseClient:
                 for future in started:
                     future.cancel()
 
-    def _group_steps(self, group: Group, timeout: Timeout) -> Steps[list[Outcome]]:
+    def _group_steps(self, group: Group, options: Callable[[], CallOptions]) -> Steps[list[Outcome]]:
         try:
-            return group.outcomes((yield from self._pool_steps(group.transfer(), timeout))[0])
+            return group.outcomes((yield from self._pool_steps(group.transfer(), options()))[0])
         except PoolError as error:
             if not group.may_be_one_tensors_fault(error):
                 return group.failed(error)
             outcomes: list[Outcome] = []
             for single in group.split():
-                outcomes += yield from self._group_steps(single, timeout)
+                outcomes += yield from self._group_steps(single, options)
             return outcomes
 
     def _output_shape_steps(
-        self, shape: Iterable[int], layers: ChainLike, layout: Layout, timeout: Timeout
+        self, shape: Iterable[int], layers: ChainLike, layout: Layout, options: CallOptions
     ) -> Steps[Shape]:
-        options = self._call_options(timeout)
         check_layout(layout)
         sizes = tuple(integer("shape", size, 0, MAX_NUMEL) for size in shape)
         request = codec.encode_shape_request(sizes, [as_chain(layers)], layout)
         response = yield from self._send_steps(INFER_SHAPE, request, options)
         return codec.decode_shape_response(response)[0][-1]
 
-    def _server_info_steps(self, timeout: Timeout) -> Steps[codec.ServerInfo]:
-        options = self._call_options(timeout)
+    def _server_info_steps(self, options: CallOptions) -> Steps[codec.ServerInfo]:
         response = yield from self._send_steps(GET_SERVER_INFO, pool_pb2.GetServerInfoRequest(), options)
         return codec.decode_info(response)
 
-    def _health_steps(self, service: str, timeout: Timeout) -> Steps[str]:
-        options = self._call_options(timeout)
+    def _health_steps(self, service: str, options: CallOptions) -> Steps[str]:
         request = standard_pb2.HealthCheckRequest(service=service)
         return codec.decode_health((yield from self._send_steps(HEALTH_CHECK, request, options)))
 

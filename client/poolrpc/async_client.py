@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from concurrent import futures
 from contextlib import aclosing, closing
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from grpc import aio
 
 from poolrpc._base_client import IN_FLIGHT, BaseClient, Out
 from poolrpc._transport.channel import stream_method
-from poolrpc._transport.options import UNSET
+from poolrpc._transport.options import UNSET, pairs
 from poolrpc._transport.steps import Deliver, NextGroup, RunBlocking, Send, SendStream, Start, Wait, translate
 from poolrpc._transport.stream import StreamCall
 from poolrpc.errors import DeadlineExceededError, PoolError
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     import grpc
 
-    from poolrpc._transport.options import CallOptions, Timeout, Transport
+    from poolrpc._transport.options import CallOptions, Pairs, Timeout, Transport
     from poolrpc._transport.result import PoolResult, Progress
     from poolrpc._transport.steps import Steps
     from poolrpc._wire.codec import ServerInfo
@@ -63,13 +63,16 @@ class AsyncPoolClient(BaseClient):
         layout: Layout = "NCHW",
         out: Out | None = None,
         timeout: Timeout = UNSET,  # noqa: ASYNC109 - gRPC's deadline, which the server sees too
+        priority: int | None = None,
+        metadata: Pairs = (),
         transport: Transport | None = None,
         copy: bool = True,
         progress: Progress | None = None,
     ) -> PoolResult:
         """Run a layer, or a chain of layers, on a tensor: see PoolClient.pool for the arguments."""
         transfer = self._transfer(x, (layers,), indices, layout, None if out is None else (out,))
-        return (await self._run(self._pool_steps(transfer, timeout, transport, progress, copy=copy)))[0]
+        options = self._call_options(timeout, priority, metadata)
+        return (await self._run(self._pool_steps(transfer, options, transport, progress, copy=copy)))[0]
 
     async def pool_each(  # noqa: PLR0913 - options, all by keyword
         self,
@@ -80,13 +83,16 @@ class AsyncPoolClient(BaseClient):
         layout: Layout = "NCHW",
         out: Sequence[Out | None] | None = None,
         timeout: Timeout = UNSET,  # noqa: ASYNC109 - gRPC's deadline, which the server sees too
+        priority: int | None = None,
+        metadata: Pairs = (),
         transport: Transport | None = None,
         copy: bool = True,
         progress: Progress | None = None,
     ) -> list[PoolResult]:
         """Run each of several layers or chains on the same tensor, which is sent once: see PoolClient.pool_each."""
         transfer = self._transfer(x, branches, indices, layout, out)
-        return await self._run(self._pool_steps(transfer, timeout, transport, progress, copy=copy))
+        options = self._call_options(timeout, priority, metadata)
+        return await self._run(self._pool_steps(transfer, options, transport, progress, copy=copy))
 
     @overload
     def map(
@@ -99,6 +105,8 @@ class AsyncPoolClient(BaseClient):
         progress: bool = False,
         return_exceptions: Literal[False] = False,
         timeout: Timeout = UNSET,
+        priority: int | None = None,
+        metadata: Pairs = (),
     ) -> AsyncIterator[PoolResult]: ...
 
     @overload
@@ -112,6 +120,8 @@ class AsyncPoolClient(BaseClient):
         progress: bool = False,
         return_exceptions: bool,
         timeout: Timeout = UNSET,
+        priority: int | None = None,
+        metadata: Pairs = (),
     ) -> AsyncIterator[PoolResult | PoolError]: ...
 
     async def map(  # noqa: PLR0913 - options, all by keyword
@@ -124,13 +134,16 @@ class AsyncPoolClient(BaseClient):
         progress: bool = False,
         return_exceptions: bool = False,
         timeout: Timeout = UNSET,  # noqa: ASYNC109 - gRPC's deadline, which the server sees too
+        priority: int | None = None,
+        metadata: Pairs = (),
     ) -> AsyncIterator[PoolResult | PoolError]:
         """Run a layer, or a chain of layers, on each of many tensors, and yield the results in order.
 
         The results are an async iterator, and `tensors` may be an async iterable; see PoolClient.map for the arguments.
         """
+        options = partial(self._call_options, timeout, priority, pairs(metadata))
         steps = self._map_steps(
-            tensors, in_flight=in_flight, progress=progress, return_exceptions=return_exceptions, timeout=timeout
+            tensors, in_flight=in_flight, progress=progress, return_exceptions=return_exceptions, options=options
         )
         async with aclosing(self._grouping(layers, layout, in_flight).over_async(tensors)) as groups:
             with closing(steps):
@@ -159,17 +172,19 @@ class AsyncPoolClient(BaseClient):
         *,
         layout: Layout = "NCHW",
         timeout: Timeout = UNSET,  # noqa: ASYNC109 - gRPC's deadline, which the server sees too
+        metadata: Pairs = (),
     ) -> Shape:
         """Return the output shape that the server computes: see PoolClient.output_shape."""
-        return await self._run(self._output_shape_steps(shape, layers, layout, timeout))
+        options = self._call_options(timeout, None, metadata)
+        return await self._run(self._output_shape_steps(shape, layers, layout, options))
 
-    async def server_info(self, *, timeout: Timeout = UNSET) -> ServerInfo:  # noqa: ASYNC109 - gRPC's deadline
+    async def server_info(self, *, timeout: Timeout = UNSET, metadata: Pairs = ()) -> ServerInfo:  # noqa: ASYNC109 - gRPC's deadline
         """Return what PoolClient.server_info returns."""
-        return await self._run(self._server_info_steps(timeout))
+        return await self._run(self._server_info_steps(self._call_options(timeout, None, metadata)))
 
-    async def health(self, service: str = "", *, timeout: Timeout = UNSET) -> str:  # noqa: ASYNC109 - gRPC's deadline
+    async def health(self, service: str = "", *, timeout: Timeout = UNSET, metadata: Pairs = ()) -> str:  # noqa: ASYNC109 - gRPC's deadline
         """Return the health of a service, by grpc.health.v1: see PoolClient.health."""
-        return await self._run(self._health_steps(service, timeout))
+        return await self._run(self._health_steps(service, self._call_options(timeout, None, metadata)))
 
     async def close(self) -> None:
         """Close the connection and cancel the calls in flight."""
@@ -194,11 +209,11 @@ class AsyncPoolClient(BaseClient):
         super()._after_fork()
         self._forked = True
 
-    def _call_options(self, timeout: Timeout) -> CallOptions:
+    def _call_options(self, timeout: Timeout, priority: int | None = None, metadata: Pairs = ()) -> CallOptions:
         if self._forked:  # its event loop, and grpc.aio's threads, are the parent's
             msg = f"expected a client that was created in this process, got {self!r} of its parent"
             raise PoolError(msg, reason="FORKED")
-        return super()._call_options(timeout)
+        return super()._call_options(timeout, priority, metadata)
 
     def _open_channel(self, address: str) -> aio.Channel:
         if self._credentials is None:

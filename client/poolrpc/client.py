@@ -5,11 +5,12 @@ from __future__ import annotations
 from concurrent import futures
 from contextlib import closing
 from contextvars import copy_context
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from poolrpc._base_client import IN_FLIGHT, BaseClient, Out
 from poolrpc._transport.channel import stream_method
-from poolrpc._transport.options import UNSET
+from poolrpc._transport.options import UNSET, pairs
 from poolrpc._transport.steps import Deliver, NextGroup, RunBlocking, Send, SendStream, Start, Wait, translate
 from poolrpc._transport.stream import StreamCall
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     import grpc
 
     from poolrpc._transport.coalesce import Group
-    from poolrpc._transport.options import Timeout, Transport
+    from poolrpc._transport.options import Pairs, Timeout, Transport
     from poolrpc._transport.result import PoolResult, Progress
     from poolrpc._transport.steps import MapSteps, Steps
     from poolrpc._wire.codec import ServerInfo
@@ -56,6 +57,8 @@ class PoolClient(BaseClient):
         layout: Layout = "NCHW",
         out: Out | None = None,
         timeout: Timeout = UNSET,
+        priority: int | None = None,
+        metadata: Pairs = (),
         transport: Transport | None = None,
         copy: bool = True,
         progress: Progress | None = None,
@@ -63,8 +66,9 @@ class PoolClient(BaseClient):
         """Run a layer, or a chain of layers, on a tensor.
 
         Args:
-            x: An array of (N, C, spatial...) or (C, spatial...); or anything with `__array__` or DLPack, such as a
-                torch tensor. bfloat16 is that of ml_dtypes. A C-contiguous np.memmap is read block by block.
+            x: An array of (N, C, spatial...) or (C, spatial...); or anything with `__array__`, `__array_interface__` or
+                DLPack, such as a torch tensor; or, with layout="NHWC", an image of Pillow or a list of images. bfloat16
+                is that of ml_dtypes. A C-contiguous np.memmap is read block by block.
             layers: One layer, or several, each of which takes the output of the one before. A layer may also be an
                 expression, such as "MaxPool2d(2)", or a pooling module of torch.nn; a Sequential is a chain of them.
             indices: For MaxUnpool: int64, of x's shape.
@@ -73,6 +77,10 @@ class PoolClient(BaseClient):
             out: A C-contiguous array for the output, such as an np.memmap, of its shape and dtype; or a pair of arrays
                 for the output and the indices. None: a new array.
             timeout: The timeout in seconds; None or math.inf for no limit. Unset: the client's.
+            priority: 0 for a call that goes before others, 1, or 2 for one that goes after others. If the server has
+                tokens, 0 needs one that allows it. None: the client's, or else 1.
+            metadata: A dict or pairs, sent with this call in addition to the client's, and in place of those of the
+                client that have the same keys.
             transport: "unary", "stream" or "arena". None: the fastest one for the size and the address.
             copy: Whether results that arrive in an arena are copied out of it. If not, they stay there, and its memory
                 is reserved while they, or views of them, exist.
@@ -88,7 +96,8 @@ class PoolClient(BaseClient):
 
         """
         transfer = self._transfer(x, (layers,), indices, layout, None if out is None else (out,))
-        return self._run(self._pool_steps(transfer, timeout, transport, progress, copy=copy))[0]
+        options = self._call_options(timeout, priority, metadata)
+        return self._run(self._pool_steps(transfer, options, transport, progress, copy=copy))[0]
 
     def pool_each(  # noqa: PLR0913 - options, all by keyword
         self,
@@ -99,6 +108,8 @@ class PoolClient(BaseClient):
         layout: Layout = "NCHW",
         out: Sequence[Out | None] | None = None,
         timeout: Timeout = UNSET,
+        priority: int | None = None,
+        metadata: Pairs = (),
         transport: Transport | None = None,
         copy: bool = True,
         progress: Progress | None = None,
@@ -113,6 +124,8 @@ class PoolClient(BaseClient):
             layout: As in pool.
             out: For each branch, an `out` as in pool. None: new arrays for all branches.
             timeout: As in pool.
+            priority: As in pool.
+            metadata: As in pool.
             transport: As in pool.
             copy: As in pool.
             progress: As in pool.
@@ -125,7 +138,8 @@ class PoolClient(BaseClient):
 
         """
         transfer = self._transfer(x, branches, indices, layout, out)
-        return self._run(self._pool_steps(transfer, timeout, transport, progress, copy=copy))
+        options = self._call_options(timeout, priority, metadata)
+        return self._run(self._pool_steps(transfer, options, transport, progress, copy=copy))
 
     @overload
     def map(
@@ -138,6 +152,8 @@ class PoolClient(BaseClient):
         progress: bool = False,
         return_exceptions: Literal[False] = False,
         timeout: Timeout = UNSET,
+        priority: int | None = None,
+        metadata: Pairs = (),
     ) -> Iterator[PoolResult]: ...
 
     @overload
@@ -151,6 +167,8 @@ class PoolClient(BaseClient):
         progress: bool = False,
         return_exceptions: bool,
         timeout: Timeout = UNSET,
+        priority: int | None = None,
+        metadata: Pairs = (),
     ) -> Iterator[PoolResult | PoolError]: ...
 
     def map(  # noqa: PLR0913 - options, all by keyword
@@ -163,6 +181,8 @@ class PoolClient(BaseClient):
         progress: bool = False,
         return_exceptions: bool = False,
         timeout: Timeout = UNSET,
+        priority: int | None = None,
+        metadata: Pairs = (),
     ) -> Iterator[PoolResult | PoolError]:
         """Run a layer, or a chain of layers, on each of many tensors, and yield the results in order.
 
@@ -179,6 +199,8 @@ class PoolClient(BaseClient):
             return_exceptions: Whether the error of a tensor that fails is yielded in place of its result. If not, it is
                 raised after the results before it, and its `tensor` is the number of the tensor, counted from 0.
             timeout: As in pool, for each request.
+            priority: As in pool.
+            metadata: As in pool.
 
         Yields:
             The result of each tensor, in order; or its error, if return_exceptions is set.
@@ -187,10 +209,11 @@ class PoolClient(BaseClient):
             PoolError: A tensor failed; the class says how.
 
         """
+        options = partial(self._call_options, timeout, priority, pairs(metadata))
         groups = self._grouping(layers, layout, in_flight).over(tensors)
         yield from self._run_map(
             self._map_steps(
-                tensors, in_flight=in_flight, progress=progress, return_exceptions=return_exceptions, timeout=timeout
+                tensors, in_flight=in_flight, progress=progress, return_exceptions=return_exceptions, options=options
             ),
             groups,
             in_flight,
@@ -203,6 +226,7 @@ class PoolClient(BaseClient):
         *,
         layout: Layout = "NCHW",
         timeout: Timeout = UNSET,
+        metadata: Pairs = (),
     ) -> Shape:
         """Return the output shape that the server computes; layer.output_shape(shape) is the same without a server.
 
@@ -211,37 +235,40 @@ class PoolClient(BaseClient):
             layers: As in pool.
             layout: As in pool.
             timeout: As in pool.
+            metadata: As in pool.
 
         Raises:
             PoolError: As in pool.
 
         """
-        return self._run(self._output_shape_steps(shape, layers, layout, timeout))
+        return self._run(self._output_shape_steps(shape, layers, layout, self._call_options(timeout, None, metadata)))
 
-    def server_info(self, *, timeout: Timeout = UNSET) -> ServerInfo:
+    def server_info(self, *, timeout: Timeout = UNSET, metadata: Pairs = ()) -> ServerInfo:
         """Return the server's versions, its device, its layers with their dtypes, and its limits.
 
         Args:
             timeout: As in pool.
+            metadata: As in pool.
 
         Raises:
             PoolError: As in pool.
 
         """
-        return self._run(self._server_info_steps(timeout))
+        return self._run(self._server_info_steps(self._call_options(timeout, None, metadata)))
 
-    def health(self, service: str = "", *, timeout: Timeout = UNSET) -> str:
+    def health(self, service: str = "", *, timeout: Timeout = UNSET, metadata: Pairs = ()) -> str:
         """Return the health of a service, by grpc.health.v1: "SERVING" or "NOT_SERVING".
 
         Args:
             service: The full name of the service. Empty: the health of the server.
             timeout: As in pool.
+            metadata: As in pool.
 
         Raises:
             PoolError: As in pool.
 
         """
-        return self._run(self._health_steps(service, timeout))
+        return self._run(self._health_steps(service, self._call_options(timeout, None, metadata)))
 
     def close(self) -> None:
         """Close the connection and cancel the calls in flight."""

@@ -87,23 +87,29 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     return bfloat16
 
 
-def as_array(x: object) -> Array:
+PROTOCOLS = ("__array__", "__array_interface__")
+"""The attributes by which numpy.asarray converts an object."""
+
+
+def as_array(x: object, layout: Layout = "NHWC") -> Array:
     """Return an array-like object as a C-contiguous, little-endian array, without a copy if it already is one.
 
     Args:
-        x: A NumPy array (of any strides and byte order, writable or not), an object with `__array__` or DLPack such as
-            a torch tensor, or a nested list of numbers.
+        x: A NumPy array (of any strides and byte order, writable or not), an object with `__array__`,
+            `__array_interface__` or DLPack such as a torch tensor, an image of Pillow, which becomes (H, W, C), or a
+            nested list of numbers.
+        layout: The layout that the array is to have, which must be "NHWC" for an image. Default: "NHWC".
 
     Raises:
-        InvalidArgumentError: x is not one of these, a part of it is masked, or it is a tensor whose gradient torch
-            records.
+        InvalidArgumentError: x is not one of these, a part of it is masked, it is a tensor whose gradient torch
+            records, or an image that has a palette or another layout.
         UnsupportedError: x is a bfloat16 tensor and ml_dtypes is not installed.
 
     """
     if not isinstance(x, np.ndarray):
         is_torch = any(cls.__module__.partition(".")[0] == "torch" for cls in type(x).__mro__)
         try:
-            x = _from_torch(x) if is_torch else _from_protocol(x)
+            x = _from_torch(x) if is_torch else _from_protocol(x, layout)
         except (TypeError, RuntimeError, BufferError) as error:
             # UnsupportedError is a TypeError too.
             if isinstance(error, PoolError):
@@ -148,18 +154,39 @@ def check_no_gradient(x: Any) -> None:  # noqa: ANN401 - a torch tensor
         raise InvalidArgumentError(msg, field="input")
 
 
-def _from_protocol(x: object) -> Array:
-    if hasattr(x, "__dlpack__") and not hasattr(x, "__array__"):
+def _from_protocol(x: object, layout: Layout) -> Array:
+    has_protocol = any(hasattr(x, each) for each in PROTOCOLS)
+    if hasattr(x, "__dlpack__") and not has_protocol:
         return np.from_dlpack(x)
-    if hasattr(x, "__array__") or isinstance(x, list | tuple):
+    if has_protocol or isinstance(x, list | tuple):
         if _has_mask(x):
             raise _masked()
+        if _is_image(x):
+            return _from_image(x, layout)
+        if isinstance(x, list | tuple):
+            x = [_from_image(each, layout) if _is_image(each) else each for each in x]
         try:
             return np.asarray(x)
         except ValueError as error:  # a ragged list
             raise InvalidArgumentError(str(error), field="input") from None
     msg = f"expected an array, a tensor or a nested list of numbers, got {clip(type(x).__name__)}"
     raise InvalidArgumentError(msg, field="input")
+
+
+def _is_image(x: object) -> bool:
+    return any((cls.__module__, cls.__name__) == ("PIL.Image", "Image") for cls in type(x).__mro__)
+
+
+def _from_image(x: Any, layout: Layout) -> Array:  # noqa: ANN401 - an image of Pillow; the client doesn't import it
+    """Return an image as an array of (H, W, C)."""
+    if layout == "NCHW":
+        msg = "expected NHWC for an image, whose channels are last, got NCHW"
+        raise InvalidArgumentError(msg, field="layout")
+    if x.mode in ("P", "PA"):
+        msg = f"expected an image of values, got one of palette indices (mode {x.mode}); use its convert()"
+        raise InvalidArgumentError(msg, field="input")
+    array = np.asarray(x)
+    return array[..., None] if array.ndim == 2 else array  # noqa: PLR2004 - an image of one channel
 
 
 def _has_mask(x: object, depth: int = MAX_AXES) -> bool:

@@ -194,7 +194,7 @@ def test_the_client_raises_the_servers_errors(client: PoolClient) -> None:
     ("arguments", "error", "words"),
     [
         ((X, []), poolrpc.InvalidArgumentError, "expected a layer"),
-        ((X, "MaxPool2d(2)"), poolrpc.InvalidArgumentError, "expected a layer"),
+        ((X, MaxPool2d), poolrpc.InvalidArgumentError, "expected a layer"),
         ((X.astype(complex), MaxPool2d(2)), poolrpc.UnsupportedError, "got 'complex128'"),
         ((np.array(["a"]), MaxPool1d(2)), poolrpc.UnsupportedError, "expected one of"),
         ((object(), MaxPool2d(2)), poolrpc.InvalidArgumentError, "expected an array"),

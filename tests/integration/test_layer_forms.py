@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from poolrpc import AvgPool2d, InvalidArgumentError, MaxPool2d
@@ -87,4 +88,24 @@ def test_what_is_not_a_layer_is_rejected_by_every_call(client: PoolClient, layer
         lambda: client.output_shape(X.shape, layers),
     ):
         with pytest.raises(InvalidArgumentError, match=f"^{field}"):
+            call()
+
+
+def test_an_image_is_pooled_in_its_layout(client: PoolClient) -> None:
+    """Every call takes an image of Pillow as NHWC, and rejects it as NCHW."""
+    image = Image.fromarray(np.arange(9 * 11 * 3, dtype=np.uint8).reshape(9, 11, 3))
+    expected = client.pool(np.asarray(image), MaxPool2d(2), layout="NHWC").output
+    assert expected.shape == (4, 5, 3)
+    results = [
+        client.pool(image, MaxPool2d(2), layout="NHWC"),
+        *client.pool_each(image, [MaxPool2d(2)], layout="NHWC"),
+        *client.map([image, image], MaxPool2d(2), layout="NHWC"),
+    ]
+    assert all(np.array_equal(each.output, expected) for each in results)
+    for call in (
+        lambda: client.pool(image, MaxPool2d(2)),
+        lambda: client.pool([image], MaxPool2d(2)),
+        lambda: [*client.map([image], MaxPool2d(2))],
+    ):
+        with pytest.raises(InvalidArgumentError, match=r"^layout: expected NHWC for an image"):
             call()

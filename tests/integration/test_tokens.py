@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import signal
+from functools import partial
 from typing import TYPE_CHECKING
 
 import grpc
@@ -202,11 +203,15 @@ def test_priority_0_requires_the_word_of_the_token(tmp_path: Path) -> None:
                 for priority, transport in itertools.product((0, 1, 2), ("unary", "stream")):
                     metadata = [("authorization", f"Bearer {token}"), ("priority", str(priority))]
                     with PoolClient(address, metadata=metadata) as urgent:
-                        if allowed or priority:
-                            assert urgent.pool(X, MaxPool2d(2), transport=transport).shape == (2, 3, 4, 5)
-                        else:
-                            with pytest.raises(poolrpc.PermissionDeniedError, match="priority 0"):
-                                urgent.pool(X, MaxPool2d(2), transport=transport)
+                        for call in (
+                            partial(urgent.pool, X, MaxPool2d(2), transport=transport),
+                            partial(client.pool, X, MaxPool2d(2), transport=transport, priority=priority),
+                        ):
+                            if allowed or priority:
+                                assert call().shape == (2, 3, 4, 5)
+                            else:
+                                with pytest.raises(poolrpc.PermissionDeniedError, match="priority 0"):
+                                    call()
                 # The priority does not matter to calls that are not queued.
                 assert client.server_info().threads
 

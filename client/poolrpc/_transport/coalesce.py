@@ -125,7 +125,7 @@ class Grouping:
     def add(self, tensor: object) -> Sequence[Group]:
         """Add the next tensor and return the groups that are complete."""
         try:
-            array = as_array(tensor)
+            array = as_array(tensor, self._layout)
             key = self._key
             if self._last != (array.dtype, array.shape):
                 key = self._key_of(spec_of(array, self._layout))

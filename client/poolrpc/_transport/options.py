@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-from poolrpc._shapes.parameters import real
+from poolrpc._shapes.parameters import integer, real
 from poolrpc._shapes.rules import clip
 from poolrpc.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from poolrpc._transport.arena_memory import Arenas
     from poolrpc._transport.request import Transfer
 
@@ -62,6 +62,74 @@ def seconds(name: str, value: object) -> float | None:
     return None if number is None or number >= MAX_SECONDS else number
 
 
+PRIORITY = "priority"
+"""The metadata key of a call's priority."""
+
+LAST_PRIORITY = 2
+"""The priority of calls that go after all others; 0 is that of calls that go first."""
+
+CALL_KEY = re.compile(r"(?!grpc-)[0-9a-z_.-]+")
+"""A key of a call's metadata, in lower case; gRPC has the others for itself."""
+
+Pair: TypeAlias = tuple[str, str | bytes]
+Pairs: TypeAlias = Mapping[str, str | bytes] | Iterable[Pair]
+"""Metadata of a call; the value of a key that ends with -bin is bytes."""
+
+
+def call_metadata(own: tuple[Pair, ...], priority: object, metadata: object) -> tuple[Pair, ...]:
+    """Return the metadata of a call: that of its client, with the call's own in place of pairs with the same keys.
+
+    Args:
+        own: The metadata of the client.
+        priority: 0, 1 or 2; None: that of the metadata, if it has one.
+        metadata: A mapping or pairs.
+
+    Raises:
+        InvalidArgumentError: The priority or the metadata is not valid, or the metadata has a priority too.
+
+    """
+    added = pairs(metadata)
+    keys = {key for key, _ in added}
+    if priority is not None:
+        if PRIORITY in keys:
+            raise InvalidArgumentError("expected a priority or one in the metadata, got both", field="priority")
+        keys.add(PRIORITY)
+        added = (*added, (PRIORITY, str(integer("priority", priority, 0, LAST_PRIORITY))))
+    return (*(pair for pair in own if pair[0] not in keys), *added) if added else own
+
+
+def pairs(metadata: object) -> tuple[Pair, ...]:
+    """Return the metadata of a call as pairs that gRPC can send, with keys in lower case.
+
+    Raises:
+        InvalidArgumentError: It is neither a mapping nor pairs, gRPC could not send a pair, or a pair is a token, which
+            belongs to the client. No message has a value, which may be secret.
+
+    """
+    items = metadata.items() if isinstance(metadata, Mapping) else metadata
+    if isinstance(items, str | bytes) or not isinstance(items, Iterable):
+        raise InvalidArgumentError(f"expected a dict or pairs, got {type(metadata).__name__}", field="metadata")
+    return tuple(map(_pair, items))
+
+
+def _pair(pair: object) -> Pair:
+    if not isinstance(pair, tuple | list) or len(pair) != 2:  # noqa: PLR2004 - a key and a value
+        raise InvalidArgumentError(f"expected a key and a value, got {type(pair).__name__}", field="metadata")
+    key, value = pair[0].lower() if isinstance(pair[0], str) else "", pair[1]
+    if not CALL_KEY.fullmatch(key):
+        raise InvalidArgumentError(f"expected a key that gRPC can send, got {clip(pair[0])}", field="metadata")
+    if key == "authorization":
+        raise InvalidArgumentError("expected a token only of the client, got one of a call", field="metadata")
+    if key.endswith("-bin"):
+        fits, expected = isinstance(value, bytes), "bytes"
+    else:
+        fits, expected = isinstance(value, str) and value.isascii() and value.isprintable(), "printable ASCII text"
+    if not fits:
+        msg = f"expected {expected} for {clip(key)}, got another value ({type(value).__name__})"
+        raise InvalidArgumentError(msg, field="metadata")
+    return key, value
+
+
 class CallOptions:
     """The deadline and the metadata of one call, which all its attempts share.
 
@@ -73,7 +141,7 @@ class CallOptions:
 
     __slots__ = ("_deadline", "_metadata")
 
-    def __init__(self, timeout: float | None, metadata: tuple[tuple[str, str], ...]) -> None:
+    def __init__(self, timeout: float | None, metadata: tuple[Pair, ...]) -> None:
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._metadata = metadata
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from PIL import Image as PillowImage
 
 from poolrpc import InvalidArgumentError, PoolError, UnsupportedError
 from poolrpc._transport.unary import copy_tensors
@@ -33,6 +34,14 @@ class ArrayOnly:
 
     def __array__(self, dtype=None, copy=None):
         return VALUES
+
+
+class InterfaceOnly:
+    """An object with `__array_interface__` only."""
+
+    def __init__(self, array):
+        self.array = array
+        self.__array_interface__ = array.__array_interface__
 
 
 class Image(torch.Tensor):
@@ -62,6 +71,7 @@ def read_only(array):
         DlpackOnly(VALUES),
         DlpackOnly(torch.from_numpy(VALUES)),
         ArrayOnly(),
+        InterfaceOnly(VALUES),
         np.ma.masked_array(VALUES),
         VALUES.view(np.memmap),
     ],
@@ -79,6 +89,7 @@ def read_only(array):
         "DLPack of NumPy",
         "DLPack of torch",
         "__array__",
+        "__array_interface__",
         "masked nowhere",
         "memmap",
     ],
@@ -159,6 +170,41 @@ def test_bfloat16_keeps_its_bits(x):
     array = as_array(x)
     assert (spec_of(array), array.flags.c_contiguous) == (TensorSpec("bfloat16", (2, 2)), True)
     assert bytes(array_bytes(array)) == np.array([0x3FC0, 0xC000, 0x7F80, 0], "<u2").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("mode", "shape", "dtype"),
+    [
+        ("L", (4, 5, 1), "uint8"),
+        ("LA", (4, 5, 2), "uint8"),
+        ("RGB", (4, 5, 3), "uint8"),
+        ("RGBA", (4, 5, 4), "uint8"),
+        ("CMYK", (4, 5, 4), "uint8"),
+        ("I", (4, 5, 1), "int32"),
+        ("F", (4, 5, 1), "float32"),
+    ],
+)
+def test_an_image_has_its_channels_last(mode, shape, dtype):
+    """An image of Pillow, also of one channel, becomes (H, W, C) of its own dtype, and a list of images a batch."""
+    image = PillowImage.new(mode, (5, 4))
+    assert (as_array(image).shape, as_array(image).dtype) == (shape, np.dtype(dtype))
+    assert as_array([image, image]).shape == as_array((image, image)).shape == (2, *shape)
+
+
+def test_an_image_in_another_layout_is_rejected():
+    """As channels first, an image's width and channels would be pooled."""
+    image = PillowImage.new("RGB", (5, 4))
+    for x in (image, [image], (image, image)):
+        with pytest.raises(InvalidArgumentError, match=r"^layout: expected NHWC for an image.*, got NCHW"):
+            as_array(x, "NCHW")
+
+
+@pytest.mark.parametrize("mode", ["P", "PA"])
+def test_an_image_with_a_palette_is_rejected(mode):
+    """The maximum of palette indices is not a colour; the message says how to convert them."""
+    for x in (PillowImage.new(mode, (5, 4)), [PillowImage.new(mode, (5, 4))]):
+        with pytest.raises(InvalidArgumentError, match=r"^input: expected an image of values.*convert\(\)"):
+            as_array(x)
 
 
 @pytest.mark.parametrize(

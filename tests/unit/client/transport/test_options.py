@@ -10,7 +10,14 @@ import pytest
 
 from poolrpc import InvalidArgumentError, LPPool2d, MaxPool2d
 from poolrpc._transport import options
-from poolrpc._transport.options import CallOptions, check_transport, default_transport, seconds, transport_by_size
+from poolrpc._transport.options import (
+    CallOptions,
+    call_metadata,
+    check_transport,
+    default_transport,
+    seconds,
+    transport_by_size,
+)
 from tests.unit.client.transport.peer import make_transfer
 
 X = np.zeros((2, 3, 8, 8), np.float32)
@@ -100,3 +107,71 @@ def test_what_is_no_time_is_rejected(given: object) -> None:
     """The error names the parameter and what was received."""
     with pytest.raises(InvalidArgumentError, match=r"^timeout: expected a number"):
         seconds("timeout", given)
+
+
+OWN = (("a", "1"), ("b", "2"), ("b", "3"), ("priority", "1"), ("authorization", "Bearer secret"))
+
+
+@pytest.mark.parametrize(
+    ("priority", "metadata", "expected"),
+    [
+        (None, (), OWN),
+        (None, {}, OWN),
+        (None, iter([]), OWN),
+        (0, (), (*OWN[:3], OWN[4], ("priority", "0"))),
+        (np.int64(2), (), (*OWN[:3], OWN[4], ("priority", "2"))),
+        (None, {"priority": "2"}, (*OWN[:3], OWN[4], ("priority", "2"))),
+        (None, {"B": "4"}, (OWN[0], *OWN[3:], ("b", "4"))),
+        (None, [("c", "4"), ["C", "5"]], (*OWN, ("c", "4"), ("c", "5"))),
+        (1, iter([("b", "")]), (OWN[0], OWN[4], ("b", ""), ("priority", "1"))),
+        (None, {"x-bin": b"\x00\xff"}, (*OWN, ("x-bin", b"\x00\xff"))),
+    ],
+)
+def test_the_metadata_of_a_call(priority, metadata, expected):
+    """A call's pairs are added to the client's, in place of those with the same keys; keys are in lower case."""
+    assert call_metadata(OWN, priority, metadata) == expected
+
+
+@pytest.mark.parametrize("priority", [-1, 3, "0", 1.0, True, math.nan])
+def test_an_unknown_priority_is_rejected(priority):
+    """A priority is 0, 1 or 2."""
+    with pytest.raises(InvalidArgumentError, match=r"^priority: expected"):
+        call_metadata(OWN, priority, ())
+
+
+def test_two_priorities_are_rejected():
+    """A call has one priority, as an argument or in the metadata."""
+    with pytest.raises(InvalidArgumentError, match=r"^priority: expected a priority or one in the metadata, got both"):
+        call_metadata(OWN, 1, {"Priority": "1"})
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        "a",
+        b"a",
+        3,
+        None,
+        ["ab"],
+        [("a",)],
+        [("a", "secret", "c")],
+        {"": "secret"},
+        {1: "secret"},
+        {"a b": "secret"},
+        {"\xe4": "secret"},
+        {"grpc-timeout": "secret"},
+        {"GRPC-Timeout": "secret"},
+        {"a": 1},
+        {"a": b"secret"},
+        {"a": "secret\n"},
+        {"a": "secret\xe4"},
+        {"a-bin": "secret"},
+        {"Authorization": "Bearer secret"},
+    ],
+    ids=repr,
+)
+def test_metadata_that_cannot_be_sent_is_rejected(metadata):
+    """The error comes before gRPC's, names the parameter, and has no value, which may be secret."""
+    with pytest.raises(InvalidArgumentError, match=r"^metadata: expected") as raised:
+        call_metadata(OWN, None, metadata)
+    assert "secret" not in str(raised.value)
