@@ -53,7 +53,7 @@ def server() -> Iterator[ServerProcess]:
 
 @pytest.mark.parametrize(
     "case",
-    ["describe", "infer", "unpool", "errors", "async_infer", "stream", "aio", "shared_memory_regions"],
+    ["describe", "infer", "unpool", "errors", "compression", "async_infer", "stream", "aio", "shared_memory_regions"],
 )
 def test_tritonclient(peers: Path, server: ServerProcess, case: str) -> None:
     """The results of an unmodified tritonclient equal those of our client, bit for bit: triton_peer.py."""

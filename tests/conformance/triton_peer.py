@@ -134,6 +134,20 @@ def async_infer(address: str) -> None:
             assert_same(result.as_numpy("output"), expected(address))
 
 
+def compression(address: str) -> None:
+    """A compressed request fails with the reason, and the client's next request is answered."""
+    with triton.InferenceServerClient(address) as client:
+        for algorithm in ("gzip", "deflate"):
+            try:
+                client.infer("stem", [as_input()], compression_algorithm=algorithm)
+            except InferenceServerException as error:
+                assert error.status() == "StatusCode.UNIMPLEMENTED", error  # noqa: PT017 - no pytest here
+                assert f"'{algorithm}' is disabled" in str(error)  # noqa: PT017 - the same
+            else:
+                raise AssertionError(algorithm)
+        assert_same(client.infer("stem", [as_input()]).as_numpy("output"), expected(address))
+
+
 def stream(address: str) -> None:
     """Send requests on a stream, one of them invalid."""
     results: Queue[tuple[Any, Any]] = Queue()

@@ -534,6 +534,23 @@ def test_inexpensive_methods_need_no_call_thread(gate: Gate) -> None:
         held.join(60)
 
 
+@pytest.mark.parametrize("compression", [grpc.Compression.Gzip, grpc.Compression.Deflate], ids=["gzip", "deflate"])
+def test_a_compressed_request_is_rejected_with_the_reason(caller: TritonClient, compression: grpc.Compression) -> None:
+    """A call with compression_algorithm fails as the docs say, unary and on a stream; other calls go on."""
+    sent = request(X, layer="MaxPool2d(2)")
+    infer = caller.channel.unary_unary(f"/{TRITON_SERVICE}/ModelInfer", pb.ModelInferRequest.SerializeToString)
+    stream = caller.channel.stream_stream(f"/{TRITON_SERVICE}/ModelStreamInfer", pb.ModelInferRequest.SerializeToString)
+    for call in (
+        lambda: infer(sent, timeout=60, compression=compression),
+        lambda: next(stream(iter([sent]), timeout=60, compression=compression)),
+    ):
+        with pytest.raises(grpc.RpcError) as raised:
+            call()
+        assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        assert f"'{compression.name.lower()}' is disabled" in raised.value.details()
+    assert caller.infer(sent).outputs
+
+
 def test_reflection_is_enough_to_call(caller: TritonClient, client: poolrpc.PoolClient) -> None:
     """From the address alone a client finds the services, their methods and messages, and makes a call."""
     database = ProtoReflectionDescriptorDatabase(caller.channel)

@@ -116,12 +116,12 @@ def client(client: PoolClient) -> None:
     client.pool(X, MaxPool2d)  # type: ignore[arg-type]
     client.pool(X, MaxPool2d(2), timeout="1")  # type: ignore[arg-type]
     client.pool(X, MaxPool2d(2), None)  # type: ignore[call-arg]
-    client.pool(X, MaxPool2d(2), priority=0, metadata={"a": "1", "b-bin": b"2"})
+    client.pool(X, MaxPool2d(2), priority=0, metadata=[("a", "1"), ("b-bin", b"2")])
     client.pool_each(X, [MaxPool2d(2)], priority=2, metadata=[("a", "1")])
     client.output_shape((1, 3, 8, 8), MaxPool2d(2), metadata={"a": "1"})
     client.server_info(metadata={"a": "1"})
     client.pool(X, MaxPool2d(2), priority="0")  # type: ignore[arg-type]
-    client.pool(X, MaxPool2d(2), metadata={"a": 1})  # type: ignore[dict-item]
+    client.pool(X, MaxPool2d(2), metadata={"a": 1})  # type: ignore[arg-type]
 
 
 async def async_client(client: AsyncPoolClient) -> None:
