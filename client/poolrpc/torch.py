@@ -146,9 +146,10 @@ class RemotePool(nn.Module):
 def replace_pooling(model: M, client: PoolClient) -> M | RemotePool:
     """Replace every pooling module of a model by a RemotePool, in place.
 
-    The outputs are the same, bit for bit but for the averages of tensors in channels_last, which torch adds up in
-    another order. Two things stay as they are: functions such as torch.nn.functional.max_pool2d, and modules that are
-    not registered in the model (in a plain list, for example). If a module can't be replaced, nothing is.
+    The outputs are the same, bit for bit if the server has the same kind of device. Two layers may differ in the last
+    bits: averages of tensors in channels_last, which torch adds up in another order, and LPPool with a norm other than
+    1, 2 and infinity. Two things stay as they are: functions such as torch.nn.functional.max_pool2d, and modules that
+    are not registered in the model (in a plain list, for example). If a module can't be replaced, nothing is.
 
     Args:
         model: The model. A module that it uses several times is replaced by one. To keep it, pass copy.deepcopy(model).
