@@ -103,7 +103,7 @@ def check_log(server: ServerProcess) -> None:
 
 
 def _fuzzed(server: ServerProcess, path: str, seconds: float, seed: int) -> dict[str, Any]:
-    _, tcp = server.start_line["addresses"].split()
+    _, tcp = server.start_line["addresses"]
     with closing(Peer(tcp, path, crowded=True)) as peer, closing(Run(seed, peer, f"{path}.arena")) as run:
         started = time.monotonic()
         samples = []

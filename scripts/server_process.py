@@ -36,7 +36,7 @@ class ServerProcess:
     @property
     def address(self) -> str:
         """The first address on which it listens."""
-        return str(self.start_line["addresses"].split()[0])
+        return str(self.start_line["addresses"][0])
 
     @property
     def log(self) -> list[dict[str, Any]]:

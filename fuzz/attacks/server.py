@@ -119,7 +119,7 @@ class AttackedServer:
         except BaseException:
             self.kill()
             raise
-        self.tcp = str(self._start_line["addresses"].split()[0])
+        self.tcp = str(self._start_line["addresses"][0])
         self._gauges = self._read_gauges()
 
     def __enter__(self) -> Self:

@@ -194,15 +194,15 @@ def _grpc_settings(config: Config) -> GrpcSettings:
 def _start_facts(server: Server) -> dict[str, Any]:
     info = server.info
     return {
-        "addresses": " ".join(server.addresses),
+        "addresses": list(server.addresses),
         "version": info.version,
         "device": info.device,
         "torch": info.torch_version,
         "threads": info.threads,
         **info.features,
         "metrics": server.metrics_address,
-        "models": " ".join(server.service.models),
-        **{name: str(limit) for name, limit in info.limits.items()},
+        "models": list(server.service.models),
+        **{name: limit.value for name, limit in info.limits.items()},
     }
 
 

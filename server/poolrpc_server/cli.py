@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
+from poolrpc_server.standard_streams import open_standard_streams
+
 try:
     from poolrpc_server import config
+    from poolrpc_server.process import log_starting
+    from poolrpc_server.sockets import require_free
     from poolrpc_server.telemetry import logs
 except ImportError:
     # An install without the extra has this command too, but not the packages that the server needs.
+    open_standard_streams()
     sys.stderr.write("poolrpc-server: the server needs its extra: pip install 'poolrpc[server]'\n")
     sys.exit(2)
 
@@ -28,9 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         fails and should be started again ends the process itself, with the status app.FAILED.
 
     """
+    open_standard_streams()
     try:
         settings = config.parse(arguments)
         logs.configure(settings.log_format, settings.log_level)
+        for variable, closest in config.unknown_variables(os.environ).items():
+            hint = f"did you mean {closest}?" if closest else "poolrpc-server --help has all names"
+            logs.log.warning("unknown environment variable", variable=variable, hint=hint)
         if settings.workers > 1:
             from poolrpc_server.workers import supervisor  # noqa: PLC0415 - not needed for a single process
 
@@ -39,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except supervisor.WorkersError as error:
                 print(f"poolrpc-server: {error}", file=sys.stderr)  # noqa: T201 - a command's output
                 return supervisor.WORKERS_FAILED
+        _require_free_addresses(settings)
+        log_starting(settings.listen, settings.workers)
         # Imported once the settings are known to be valid: torch takes a second or two to import.
         from poolrpc_server.app import serve  # noqa: PLC0415
 
@@ -46,3 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except config.ConfigError as error:
         print(f"poolrpc-server: {error}", file=sys.stderr)  # noqa: T201 - a command's output
         return 2
+
+
+def _require_free_addresses(settings: config.Config) -> None:
+    for name, addresses in (("listen", settings.listen), ("metrics", filter(None, [settings.metrics]))):
+        for address in addresses:
+            try:
+                require_free(address)
+            except ValueError as error:
+                raise config.ConfigError(f"{name}: {error}") from None

@@ -14,11 +14,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from poolrpc import __version__
 from poolrpc_server.signals import SignalEvent
-from poolrpc_server.telemetry.logs import log
+from poolrpc_server.telemetry.logs import log, log_serving
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from prometheus_client import CollectorRegistry
 
@@ -52,13 +53,18 @@ class ProcessControl:
 
     def serving(self, facts: dict[str, Any], collect: Callable[[], CollectorRegistry]) -> None:  # noqa: ARG002 - a worker's
         """Receive the facts of the start line and what returns the metrics, once the server serves."""
-        log.info("serving", **facts)
+        log_serving(facts)
 
     def answered(self) -> None:
         """Record that the server has answered its watchdog."""
 
     def draining(self) -> None:
         """Record that the server stops: it reports NOT_SERVING, and its watchdog is to end."""
+
+
+def log_starting(addresses: Sequence[str], workers: int) -> None:
+    """Log that a server starts, once its addresses are known to be free: importing torch takes seconds."""
+    log.info("starting", version=__version__, pid=os.getpid(), addresses=addresses, workers=workers)
 
 
 def raise_descriptor_limit() -> None:

@@ -53,7 +53,7 @@ class ReloadingFile(Generic[T]):
                     )
                     log.error(message, error=str(error))
                 else:
-                    log.info(f"{self._description} changed", files=" ".join(self._paths))
+                    log.info(f"{self._description} changed", files=list(self._paths))
             return self._value
 
     def _read(self) -> T:

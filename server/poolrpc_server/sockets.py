@@ -1,4 +1,4 @@
-"""The paths of unix sockets: whether a server listens on one, and preparing one for a new server."""
+"""Addresses to listen on: whether they are free, and preparing the path of a unix socket for a new server."""
 
 from __future__ import annotations
 
@@ -7,6 +7,57 @@ import socket
 from pathlib import Path
 
 from poolrpc._wire.arena_packets import SUFFIX
+from poolrpc.credentials import unix_path
+
+BIND_FAILURES = {errno.EADDRINUSE: "it is in use", errno.EADDRNOTAVAIL: "it does not belong to this machine"}
+"""What the usual errors of an address mean, for an operator."""
+
+
+def require_free(address: str) -> None:
+    """Raise if a server could not listen on an address, without waiting for its imports.
+
+    The address may still be taken before the server has it, and a name that only gRPC can resolve is left to gRPC.
+
+    Args:
+        address: "host:port" or "unix:PATH".
+
+    Raises:
+        ValueError: The address is in use, or not one of this machine; the message says which.
+
+    """
+    path = unix_path(address)
+    if path:
+        folder = Path(path).parent
+        if not folder.is_dir():
+            raise ValueError(f"expected a path in an existing folder, got {address!r}: there is no folder {folder}")
+        if is_listening(Path(path)):
+            raise ValueError(f"expected a free address, got {address!r}: {BIND_FAILURES[errno.EADDRINUSE]}")
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError:
+        return
+    failures = [_bind_error(family, sockaddr) for family, _, _, _, sockaddr in found]
+    # Of several addresses of a name, gRPC needs one.
+    if all(failures):
+        in_use = (failure for failure in failures if failure and failure.errno == errno.EADDRINUSE)
+        failure = next(in_use, failures[0])
+        assert failure is not None  # noqa: S101 - all of them failed
+        reason = BIND_FAILURES.get(failure.errno or 0, failure.strerror)
+        raise ValueError(f"expected a free address, got {address!r}: {reason}")
+
+
+def _bind_error(family: int, sockaddr: tuple[object, ...]) -> OSError | None:
+    """Return why a server could not bind an address."""
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            # As gRPC does: connections in TIME_WAIT do not count.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(sockaddr)
+    except OSError as error:
+        return error
+    return None
 
 
 def prepare_path(path: Path) -> None:

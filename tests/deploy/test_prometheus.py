@@ -140,7 +140,7 @@ def open_too_many_streams(address: str) -> None:
 
 def generate_traffic(server: ServerProcess) -> None:
     """Make calls of every kind: by every transport, invalid ones, rejected ones and cancelled ones."""
-    tcp, unix = server.start_line["addresses"].split()
+    tcp, unix = server.start_line["addresses"]
     with PoolClient(tcp) as client:
         client.pool(X, MaxPool2d(2))
         client.pool(X, MaxPool2d(2), transport="stream")

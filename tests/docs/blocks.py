@@ -254,7 +254,7 @@ class Page:
         made.started.wait(120)
         if not made.start_line:
             raise AssertionError(f"expected a server that starts, got {made.log}")
-        tcp = (each for each in made.start_line["addresses"].split() if not each.startswith("unix:"))
+        tcp = (each for each in made.start_line["addresses"] if not each.startswith("unix:"))
         self._actual |= {ADDRESS: next(tcp, ADDRESS), METRICS: made.start_line["metrics"] or METRICS}
 
 

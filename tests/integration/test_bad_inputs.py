@@ -46,7 +46,7 @@ def stubs(server: ServerProcess) -> Iterator[list[pool_pb2_grpc.PoolServiceStub]
     with ExitStack() as channels:
         yield [
             pool_pb2_grpc.PoolServiceStub(channels.enter_context(grpc.insecure_channel(address, options)))
-            for address in server.start_line["addresses"].split()
+            for address in server.start_line["addresses"]
         ]
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import grpc
@@ -29,7 +33,6 @@ from scripts.server_process import serving
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from tests.integration.conftest import Gate
 
@@ -48,10 +51,10 @@ def health_of(address: str) -> Iterator[int]:
 def test_the_start_line() -> None:
     """The first line has address, device, torch, threads and every limit; SIGTERM ends the server with status 0."""
     with serving("--threads", "2", "--max-work", "12345", "--drain-seconds", "0") as server:
-        assert server.start_line["addresses"] == server.address
+        assert server.start_line["addresses"] == [server.address]
         assert server.start_line["device"] == "cpu"
         assert server.start_line["threads"] == 2
-        assert server.start_line["max_work"] == "12345 cells"
+        assert server.start_line["max_work"] == 12345
         assert {"torch", "version", "max_message_bytes", "max_output_bytes", "max_inflight_bytes"} < set(
             server.start_line
         )
@@ -102,7 +105,7 @@ def test_each_call_is_a_line_in_the_log() -> None:
     assert [each["method"].rpartition("/")[2] for each in calls] == ["Pool", "Pool", "InferShape"]
     first, second, _ = calls
     assert (first["status"], first["dtype"], first["layers"]) == ("OK", "float32", "((MaxPool2d(2),),)")
-    assert (first["shape"], first["output"]) == ("(1, 1, 2, 2)", "[(1, 1, 1, 1)]")
+    assert (first["shape"], first["output"]) == ([1, 1, 2, 2], [[1, 1, 1, 1]])
     assert first["ms"] > 0
     assert (second["status"], second["reason"]) == ("INVALID_ARGUMENT", "INVALID_ARGUMENT")
     assert "kernel_size" in second["error"]
@@ -111,17 +114,72 @@ def test_each_call_is_a_line_in_the_log() -> None:
 
 
 def test_the_log_is_text_by_default() -> None:
-    """Without --log-format json a line is text."""
+    """Without --log-format json a line is text; the start line has what a person needs, and no limits."""
     command = [sys.executable, "-c", "import sys; from poolrpc_server.cli import main; sys.exit(main())"]
     with subprocess.Popen(  # noqa: S603 - our own command
         [*command, "--listen", "127.0.0.1:0", "--drain-seconds", "0"], stderr=subprocess.PIPE, text=True
     ) as process:
-        line = process.stderr.readline()
+        lines = [process.stderr.readline(), process.stderr.readline()]
         process.send_signal(signal.SIGTERM)
         process.communicate()
-    assert "serving" in line
-    assert "addresses=127.0.0.1:" in line
-    assert not line.startswith("{")
+    assert "] starting version=" in lines[0]
+    assert re.search(r"\] serving addresses=127\.0\.0\.1:\d+ device=cpu threads=\d+ ", lines[1])
+    assert "max_" not in lines[1]
+
+
+def test_the_facts_of_the_start_line_are_logged_at_debug() -> None:
+    """With --log-level debug a second line of the text has every fact, such as the limits."""
+    command = [sys.executable, "-m", "poolrpc_server", "--listen", "127.0.0.1:0", "--log-level", "debug"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:  # noqa: S603 - our own command
+        line = next(line for line in process.stderr if "] settings " in line)
+        process.kill()
+    assert re.search(r" max_work=4000000000 ", line)
+
+
+def test_the_command_works_without_standard_streams() -> None:
+    """With closed standard streams the server serves, and no socket of it has the number of one of them."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = ["/bin/sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-m", "poolrpc_server"]
+    with subprocess.Popen([*command, "--listen", address, "--drain-seconds", "0"]) as process:  # noqa: S603 - ours
+        try:
+            with grpc.insecure_channel(address) as channel, PoolClient(address) as client:
+                grpc.channel_ready_future(channel).result(60)
+                assert client.pool(X, MaxPool2d(2)).shape == (2, 3, 4, 5)
+            for descriptor in range(3):
+                assert str(Path(f"/proc/{process.pid}/fd/{descriptor}").readlink()) == os.devnull
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize(
+    "flags", [["--threads", "-1"], ["--nothing"], ["--config", "/none"], ["--listen", "0.0.0.0:1"]]
+)
+def test_a_wrong_setting_without_stderr_is_status_2(flags: list[str]) -> None:
+    """With a closed stderr, a wrong setting ends the command with its status, and stdout gets nothing."""
+    command = ["/bin/sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-m", "poolrpc_server", *flags]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)  # noqa: S603 - our own command
+    assert (done.returncode, done.stdout) == (2, b"")
+
+
+def test_an_unknown_variable_is_a_warning() -> None:
+    """A POOLRPC_ variable that is not a setting is named in a warning, with the closest setting."""
+    with serving(env={"POOLRPC_TREADS": "1", "POOLRPC_THREADS": "2"}) as server:
+        assert server.start_line["threads"] == 2
+    (warning,) = server.lines("unknown environment variable")
+    assert (warning["level"], warning["variable"]) == ("warning", "POOLRPC_TREADS")
+    assert warning["hint"] == "did you mean POOLRPC_THREADS?"
+
+
+def test_a_configuration_file_is_read(tmp_path: Path) -> None:
+    """The server has the settings of the file that --config names."""
+    path = tmp_path / "poolrpc.toml"
+    path.write_text('threads = 3\nmax-output-bytes = "1KiB"\nmodel = ["a=MaxPool2d(2)", "b=AvgPool2d(2)"]\n')
+    with serving("--config", str(path), "--workers", "1") as server:
+        assert (server.start_line["threads"], server.start_line["max_output_bytes"]) == (3, 1024)
+        assert server.start_line["models"] == ["pool", "a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -140,8 +198,32 @@ def test_a_wrong_setting_is_one_line_and_status_2(
     """A wrong setting ends the command with one line that says what was expected."""
     assert main(flags) == 2
     error = capsys.readouterr().err
-    assert words in error
-    assert error.count("\n") == 1
+    assert words in error.splitlines()[-1]
+    assert error.count("poolrpc-server: ") == 1
+
+
+IN_USE = """
+import sys
+from poolrpc_server.cli import main
+status = main(sys.argv[1:])
+sys.exit(f"{status}, with torch" if "torch" in sys.modules else status)
+"""
+
+
+@pytest.mark.parametrize(("flag", "kind"), [("--listen", "tcp"), ("--listen", "unix"), ("--metrics", "tcp")])
+def test_an_address_in_use_is_reported_before_torch_is_imported(
+    flag: str, kind: str, address: str, unix_address: str
+) -> None:
+    """A taken port or path ends the command with one line, without the seconds that torch takes to import."""
+    taken = address if kind == "tcp" else unix_address
+    done = subprocess.run(  # noqa: S603 - our own command
+        [sys.executable, "-c", IN_USE, "--listen", "127.0.0.1:0", flag, taken],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"poolrpc-server: {flag[2:]}: expected a free address, got {taken!r}: it is in use\n"
 
 
 def test_an_address_in_use_is_rejected(address: str) -> None:
@@ -154,7 +236,7 @@ def test_several_addresses(tmp_path: Path) -> None:
     """--listen may be repeated, with ports and sockets."""
     path = tmp_path / "pool.sock"
     with serving("--listen", f"unix:{path}") as server:
-        addresses = server.start_line["addresses"].split()
+        addresses = server.start_line["addresses"]
         assert addresses[1] == f"unix:{path}"
         for address in addresses:
             with PoolClient(address) as client:
@@ -164,7 +246,7 @@ def test_several_addresses(tmp_path: Path) -> None:
 def test_environment_variables_are_settings() -> None:
     """A POOLRPC_ variable is used unless there is a flag."""
     with serving("--threads", "1", env={"POOLRPC_THREADS": "7", "POOLRPC_MAX_OUTPUT_BYTES": "100"}) as server:
-        assert (server.start_line["threads"], server.start_line["max_output_bytes"]) == (1, "100 bytes")
+        assert (server.start_line["threads"], server.start_line["max_output_bytes"]) == (1, 100)
         with PoolClient(server.address) as client, pytest.raises(poolrpc.LimitExceededError) as caught:
             client.pool(X, MaxPool2d(2))
     assert caught.value.reason == "OUTPUT_TOO_LARGE"

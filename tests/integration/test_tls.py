@@ -125,7 +125,7 @@ def test_certificates_change_while_the_server_runs(ours: Authority, others: Auth
     with serving(
         *("--tls-cert", str(old[0]), "--tls-key", str(old[1]), "--drain-seconds", "0", "--listen", "127.0.0.1:0")
     ) as server:
-        first, second = (each.replace("127.0.0.1", "localhost") for each in server.start_line["addresses"].split())
+        first, second = (each.replace("127.0.0.1", "localhost") for each in server.start_line["addresses"])
         with PoolClient(first, credentials=ours.credentials()) as before:
             assert before.server_info()
             # The new certificate without its key.

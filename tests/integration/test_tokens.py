@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 import signal
 from functools import partial
 from typing import TYPE_CHECKING
@@ -86,6 +87,18 @@ def test_without_a_valid_token_a_call_is_unauthenticated(guarded: ServerProcess,
         assert client.health() == "SERVING"
 
 
+@pytest.mark.parametrize("transport", ["unary", "stream"])
+def test_the_line_of_a_rejected_call_has_its_peer(guarded: ServerProcess, transport: str) -> None:
+    """An operator sees from which address a call without a token came; a unix socket's is "unix"."""
+    for address, peer in zip(guarded.start_line["addresses"], (r"127\.0\.0\.1:\d+", "unix"), strict=True):
+        before = len(guarded.lines("call"))
+        with PoolClient(address) as client, pytest.raises(poolrpc.UnauthenticatedError):
+            client.pool(LARGE, MaxPool2d(2), transport=transport)
+        line = guarded.wait_for("call", before + 1)[-1]
+        assert line["status"] == "UNAUTHENTICATED"
+        assert re.fullmatch(peer, line["peer"])
+
+
 def test_with_a_token_a_call_is_answered(guarded: ServerProcess) -> None:
     """A token is good for every method on every transport; the scheme may be written in any case."""
     with PoolClient(guarded.address, token=TOKEN) as client:
@@ -93,7 +106,7 @@ def test_with_a_token_a_call_is_answered(guarded: ServerProcess) -> None:
             assert client.pool(X, MaxPool2d(2), transport=transport).shape == (2, 3, 4, 5)
         assert len(list(client.map([X, X], MaxPool2d(2)))) == 2
         assert client.output_shape(X.shape, MaxPool2d(2)) == (2, 3, 4, 5)
-    with PoolClient(guarded.start_line["addresses"].split()[1], token=TOKEN) as client:
+    with PoolClient(guarded.start_line["addresses"][1], token=TOKEN) as client:
         result = client.pool(LARGE, MaxPool2d(2))
         assert (result.shape, result.transport) == ((16, 16, 128, 128), "arena")
     with PoolClient(guarded.address, metadata=[("authorization", f"bearer {TOKEN}")]) as client:

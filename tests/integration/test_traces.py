@@ -387,7 +387,7 @@ class Calling(ProcessControl):
     def serving(self, facts, collect):
         threading.Thread(target=self.call, args=[facts]).start()
     def call(self, facts):
-        with poolrpc.PoolClient(facts["addresses"]) as client:
+        with poolrpc.PoolClient(facts["addresses"][0]) as client:
             client.pool(np.ones((1, 1, 4, 4), np.float32), poolrpc.MaxPool2d(2))
             print(facts["traces"], client.server_info().features["traces"])
         self.stopping.set()

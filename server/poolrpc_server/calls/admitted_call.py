@@ -234,6 +234,8 @@ class AdmittedCall:
         }
         if record.count:
             line |= {"queue_ms": _milliseconds(record.queue_ns), "compute_ms": _milliseconds(record.compute_ns)}
+        if peer := self._call.peer_address:
+            line["peer"] = peer
         line |= record.facts
         if observers.spans is not None and not self.method.probe:
             line["trace_id"] = observers.spans.add(record, self._call.metadata, self._call.peer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from time import monotonic
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 from poolrpc._shapes.rules import clip
 from poolrpc.errors import CancelledError, DeadlineExceededError, PermissionDeniedError
@@ -22,6 +23,12 @@ DEFAULT_PRIORITY = 1
 
 MAX_FACT_CHARS = 300
 """Length at which a fact of the log line is cut, in characters."""
+
+MAX_FACT_AXES = 16
+"""Axes of a shape that the log line shows."""
+
+MAX_FACT_OUTPUTS = 16
+"""Outputs whose shapes the log line shows."""
 
 
 class StatusError(Exception):
@@ -73,6 +80,12 @@ class CallContext(ABC):
     def peer(self) -> str:
         """Address of the caller in gRPC's notation ("ipv4:127.0.0.1:50051"); empty if unknown."""
         return ""
+
+    @property
+    def peer_address(self) -> str:
+        """Address of the caller as people write it: "127.0.0.1:50051", "[::1]:50051" or "unix"; empty if unknown."""
+        kind, _, address = self.peer.partition(":")
+        return kind if kind == "unix" else unquote(address)
 
     @abstractmethod
     def time_remaining(self) -> float | None:
@@ -165,16 +178,21 @@ class DerivedContext(CallContext):
         self._call.cancel()
 
 
-def request_facts(request: Request) -> dict[str, str]:
+def shape_fact(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return a shape as a fact of the log line: its first axes, because a rejected one may have any number."""
+    return tuple(shape[:MAX_FACT_AXES])
+
+
+def request_facts(request: Request) -> dict[str, object]:
     """Return a request's fields of the log line."""
     spec = request.input
     return {
         "layers": clip(request.branches, MAX_FACT_CHARS),
-        "shape": clip(spec.shape, MAX_FACT_CHARS),
+        "shape": shape_fact(spec.shape),
         "dtype": spec.dtype,
     }
 
 
-def result_facts(results: Sequence[BranchResult]) -> dict[str, str]:
-    """Return the fields of the log line for a request's results."""
-    return {"output": clip([each.output.shape for each in results], MAX_FACT_CHARS)}
+def result_facts(results: Sequence[BranchResult]) -> dict[str, object]:
+    """Return the fields of the log line for a request's results: the shapes of the first ones."""
+    return {"output": [tuple(each.output.shape) for each in results[:MAX_FACT_OUTPUTS]]}

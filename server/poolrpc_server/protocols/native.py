@@ -11,7 +11,7 @@ from poolrpc._shapes.rules import clip
 from poolrpc._wire import codec, framing
 from poolrpc.errors import InvalidArgumentError
 from poolrpc.v1 import pool_pb2
-from poolrpc_server.calls.call import MAX_FACT_CHARS, request_facts, result_facts
+from poolrpc_server.calls.call import MAX_FACT_CHARS, request_facts, result_facts, shape_fact
 from poolrpc_server.calls.method import Method
 from poolrpc_server.protocols.messages import decoding, header_too_large, not_a_message, parse
 
@@ -53,7 +53,7 @@ class _PreparedPool:
 
     checked: CheckedRequest
     ranges: codec.ArenaRanges | None
-    facts: dict[str, str]
+    facts: dict[str, object]
     answer: bytes
     head: bytes
 
@@ -119,7 +119,7 @@ class PoolServicer:
         with decoding(message, call):
             request = parse(pool_pb2.InferShapeRequest, message)
             shape, branches, layout = codec.decode_shape_request(request)
-            call.record.note({"layers": clip(branches, MAX_FACT_CHARS), "shape": clip(shape, MAX_FACT_CHARS)})
+            call.record.note({"layers": clip(branches, MAX_FACT_CHARS), "shape": shape_fact(shape)})
             return codec.encode_shape_response(self._dispatcher.shapes(shape, branches, layout)).SerializeToString()
 
     def get_server_info(self, message: bytes, _: CallContext) -> bytes:

@@ -9,7 +9,6 @@ import time
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from io import UnsupportedOperation
-from pathlib import Path
 from queue import SimpleQueue
 from select import PIPE_BUF
 from threading import Event, Lock, Thread
@@ -17,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from poolrpc_server.standard_streams import open_standard_streams
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
 _LOGGER = logging.getLogger("poolrpc_server")
 
@@ -33,6 +34,9 @@ log: structlog.stdlib.BoundLogger = structlog.wrap_logger(
     wrapper_class=structlog.stdlib.BoundLogger,
 )
 
+
+START_FACTS = ("addresses", "metrics", "device", "threads", "workers", "tls", "tokens", "version", "torch")
+"""Facts of the start line that are shown as text: what an operator looks for first."""
 
 Line = tuple[int, float, dict[str, object]]
 """The line of a call: the log level, when it ended in seconds since 1970, and its facts."""
@@ -145,8 +149,9 @@ class _Stderr(logging.Handler):
     What cannot be written is dropped and counted: the disk is full, the reader of the pipe has ended or is slow.
     """
 
-    def __init__(self, final: structlog.typing.Processor) -> None:
+    def __init__(self, final: structlog.typing.Processor, *, text: bool) -> None:
         super().__init__()
+        self.text = text
         self._stream = sys.stderr
         self._final = final
         self._torn = False
@@ -212,6 +217,15 @@ def pieces(lines: Iterable[str], limit: int) -> Iterator[str]:
         yield "".join(piece)
 
 
+def log_serving(facts: Mapping[str, Any]) -> None:
+    """Log the start line: as text, the facts that a person needs, and all of them in a second line at level debug."""
+    if any(isinstance(handler, _Stderr) and handler.text for handler in _LOGGER.handlers):
+        log.info("serving", **{name: facts[name] for name in START_FACTS if facts.get(name)})
+        log.debug("settings", **facts)
+    else:
+        log.info("serving", **facts)
+
+
 def adopt(name: str) -> None:
     """Send another package's log to where this log goes."""
     other = logging.getLogger(name)
@@ -224,6 +238,12 @@ def _add_timestamp(_: object, __: str, event: structlog.typing.EventDict) -> str
     return event
 
 
+def _as_text(value: object) -> object:
+    """Return a list of names as one text, and anything else as it is."""
+    names = isinstance(value, list | tuple) and value and all(isinstance(each, str) for each in value)
+    return ", ".join(value) if names else value  # type: ignore[arg-type]  # they are text
+
+
 def configure(log_format: str, level: str, *, worker: int | None = None) -> None:
     """Send the log to stderr.
 
@@ -233,22 +253,24 @@ def configure(log_format: str, level: str, *, worker: int | None = None) -> None
         worker: Number of this process among several, added to every line. None: there is only one.
 
     """
-    if sys.stderr is None:  # the process was started with a closed stderr, whose number another file may get
-        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - for as long as the process lives
+    open_standard_streams()
+    text = log_format == "text"
     render: structlog.typing.Processor = (
-        structlog.processors.JSONRenderer()
-        if log_format == "json"
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0, sort_keys=False)
+        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0, sort_keys=False)
+        if text
+        else structlog.processors.JSONRenderer()
     )
 
     def final(logger: object, name: str, event: structlog.typing.EventDict) -> Any:  # noqa: ANN401 - text in either format
         # Every line passes here, those of calls included.
+        if text:
+            event = {key: _as_text(value) for key, value in event.items()}
         return render(logger, name, event if worker is None else {**event, "worker": worker})
 
     tail: list[structlog.typing.Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
-    if log_format == "json":
+    if not text:
         tail.append(structlog.processors.format_exc_info)
-    handler = _Stderr(final)
+    handler = _Stderr(final, text=text)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[

@@ -49,12 +49,12 @@ class CallRecord:
         self.streaming = False
         self.started = monotonic_ns()
         self.status = "OK"
-        self.facts: dict[str, str] = {}
+        self.facts: dict[str, object] = {}
         self.executions: list[StageTimes] = []
         self.latest: StageTimes | None = None
         self.count = self.queue_ns = self.compute_ns = 0
 
-    def note(self, facts: Mapping[str, str]) -> None:
+    def note(self, facts: Mapping[str, object]) -> None:
         """Add facts to the call's log line."""
         self.facts.update(facts)
 

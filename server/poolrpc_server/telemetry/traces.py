@@ -75,9 +75,9 @@ def start_tracing() -> Spans | None:
     try:
         return Spans([_exporter(name) for name in names], " ".join(map(destination, names)))
     except ImportError:
-        log.warning("no traces: expected the extra, pip install 'poolrpc[otel]'", exporters=" ".join(names))
+        log.warning("no traces: expected the extra, pip install 'poolrpc[otel]'", exporters=list(names))
     except Exception as error:  # noqa: BLE001 - an exporter's own, for a bad variable: no reason not to serve
-        log.warning("no traces", exporters=" ".join(names), error=str(error))
+        log.warning("no traces", exporters=list(names), error=str(error))
     return None
 
 
@@ -164,14 +164,14 @@ class Spans:
         parent = trace.set_span_in_context(span)
         for number, times in enumerate(record.executions):
             self._add_stages(parent, times, 0 if record.streaming or number else record.started, offset)
-        span.set_attributes({f"poolrpc.{key}": value for key, value in record.facts.items()})
+        span.set_attributes({f"poolrpc.{key}": str(value) for key, value in record.facts.items()})
         span.set_attribute("rpc.grpc.status_code", STATUS_NUMBERS[record.status])
         if record.executions:
             span.set_attribute("poolrpc.executions", record.count)
         if record.status != "OK":
             span.set_attribute("error.type", record.status)
         if record.status in SERVER_FAULTS:
-            span.set_status(trace.StatusCode.ERROR, record.facts.get("error", ""))
+            span.set_status(trace.StatusCode.ERROR, str(record.facts.get("error", "")))
         span.end(epoch)
         return trace_id
 

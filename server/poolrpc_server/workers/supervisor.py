@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from poolrpc_server.config import Config, ConfigError
-from poolrpc_server.process import raise_descriptor_limit
+from poolrpc_server.process import log_starting, raise_descriptor_limit
 from poolrpc_server.signals import STOP_SIGNALS, preserved_handlers
-from poolrpc_server.telemetry.logs import log
+from poolrpc_server.telemetry.logs import log, log_serving
 from poolrpc_server.workers.addresses import reserve
 from poolrpc_server.workers.worker_process import WorkerProcess, describe_status
 
@@ -109,6 +109,7 @@ def supervise(config: Config) -> int:
                 raise ConfigError(f"metrics: expected a free address, got {config.metrics!r}: {error}") from None
             resources.enter_context(closing(server))
             supervisor.metrics_address = server.address
+        log_starting(config.listen, config.workers)
         status = asyncio.run(supervisor.run())
     if supervisor.ended_by:
         signal.signal(supervisor.ended_by, signal.SIG_DFL)
@@ -300,9 +301,8 @@ class Supervisor:
             self._rotate()
         if not self._started and serving == self._config.workers:
             self._started = True
-            addresses = " ".join(address.address for address in self._addresses)
-            facts |= {"addresses": addresses, "metrics": self.metrics_address, "workers": serving}
-            log.info("serving", **facts)
+            addresses = [address.address for address in self._addresses]
+            log_serving(facts | {"addresses": addresses, "metrics": self.metrics_address, "workers": serving})
 
     async def _rotate_forever(self) -> None:
         while True:

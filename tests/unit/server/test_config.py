@@ -1,9 +1,11 @@
 """The server's settings: flags, environment variables, defaults, ranges, and which addresses are safe."""
 
+import json
 import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 
 from poolrpc._shapes.limits import MAX_MESSAGE_BYTES, MAX_PAYLOAD_BYTES
 from poolrpc_server.cli import main
-from poolrpc_server.config import AUTOMATIC, Config, ConfigError, parse
+from poolrpc_server.config import AUTOMATIC, Config, ConfigError, parse, parse_size, unknown_variables
 from poolrpc_server.resources import cpu_count
 
 NUMBERS = [each.name for each in fields(Config) if each.metadata["unit"]]
@@ -242,7 +244,7 @@ def test_a_setting_has_a_flag_and_a_variable(name, monkeypatch):
     expected = Config(**{name: value, **required})
     assert getattr(expected, name) == value
     assert expected != Config()
-    if name not in ("max_inflight_bytes", "workers"):  # others follow these
+    if name not in ("max_inflight_bytes", "max_arena_bytes", "workers"):  # others follow these
         assert expected == replace(Config(), **{name: value, **required})
     for other, path in required.items():
         monkeypatch.setenv(f"POOLRPC_{other.upper()}", path)
@@ -513,3 +515,182 @@ def test_help_does_not_wait_for_torch():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)  # noqa: S603 - ours
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("65536", 65536),
+        ("64MiB", 64 * MIB),
+        ("64 MiB", 64 * MIB),
+        ("64mib", 64 * MIB),
+        ("64Mi", 64 * MIB),
+        ("64M", 64 * MIB),
+        ("512k", 512 * 2**10),
+        ("1.5GiB", 3 * GIB // 2),
+        ("1T", 2**40),
+        ("64MB", 64_000_000),
+        ("2kB", 2000),
+    ],
+)
+def test_a_size_may_have_a_unit(text, nbytes, monkeypatch, tmp_path):
+    """In a flag, a variable and a file: k, M, G and T and KiB to TiB are powers of 1024, kB to TB of 1000."""
+    assert parse_size(text) == nbytes
+    assert parse(["--max-inflight-bytes", text]).max_inflight_bytes == nbytes
+    path = tmp_path / "poolrpc.toml"
+    path.write_text(f'max-inflight-bytes = "{text}"\n')
+    assert parse(["--config", str(path)]).max_inflight_bytes == nbytes
+    monkeypatch.setenv("POOLRPC_MAX_INFLIGHT_BYTES", text)
+    assert parse([]).max_inflight_bytes == nbytes
+
+
+@pytest.mark.parametrize("name", [each.name for each in fields(Config) if each.metadata["unit"] == "bytes"])
+def test_every_setting_in_bytes_takes_a_size(name):
+    """Each flag in bytes takes a unit, and a plain number as before."""
+    size = "8k" if name == "max_metadata_bytes" else "8MiB"
+    assert getattr(parse([flag(name), size]), name) == parse_size(size)
+    assert getattr(parse([flag(name), "9000"]), name) == 9000
+
+
+def test_the_automatic_value_of_a_size_is_minus_one():
+    """A size of -1, which means automatic, is a size."""
+    assert parse(["--max-arena-bytes", "-1"]) == Config()
+
+
+@pytest.mark.parametrize("text", ["", "x", "MiB", "1e9", "0x10", "64MiBs", "5b", "0.3k", "1.5", "1,5GiB", "nan", "-k"])
+def test_an_invalid_size_is_rejected(text, capsys):
+    """Text that is not a whole number of bytes ends the command, and the message shows the form and the text."""
+    with pytest.raises(SystemExit):
+        parse([f"--max-batch-bytes={text}"])
+    expected = f"argument --max-batch-bytes: expected a size in bytes, such as 1048576, 64MiB or 1GiB, got {text!r}"
+    assert capsys.readouterr().err.endswith(f"{expected}\n")
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Return a function that writes a configuration file, and returns the flag that names it."""
+
+    def write(text):
+        path = tmp_path / "poolrpc.toml"
+        path.write_text(text, encoding="utf-8")
+        return f"--config={path}"
+
+    return write
+
+
+def in_toml(value):
+    """Return a setting's value in TOML."""
+    return json.dumps(list(value) if isinstance(value, tuple) else value)
+
+
+@pytest.mark.parametrize("name", [each.name for each in fields(Config)])
+def test_a_setting_may_be_in_a_file(name, monkeypatch, file):
+    """Every setting may be in the file that --config names, under its flag's name, with - or _."""
+    _, value = OTHER_VALUES[name]
+    expected = Config(**{name: value, **REQUIRED.get(name, {})})
+    for key in (name, name.replace("_", "-")):
+        lines = [f"{key} = {in_toml(value)}", *(f"{each} = '{path}'" for each, path in REQUIRED.get(name, {}).items())]
+        given = file("\n".join(lines))
+        assert parse([given]) == expected
+        monkeypatch.setenv("POOLRPC_CONFIG", given.removeprefix("--config="))
+        assert parse([]) == expected
+        monkeypatch.delenv("POOLRPC_CONFIG")
+
+
+def test_a_flag_precedes_a_variable_and_a_variable_the_file(monkeypatch, file):
+    """Flag, variable, file, default: the first that is given counts, also for lists and for what is true or false."""
+    given = file(
+        'threads = 1\nmax_queue = 1\nmax_arenas = 1\nlisten = ["unix:/tmp/file"]\nmodel = ["a=MaxPool2d(2)"]\n'
+        "insecure = true\nallow_client_shm = true\n"
+    )
+    monkeypatch.setenv("POOLRPC_THREADS", "2")
+    monkeypatch.setenv("POOLRPC_MAX_QUEUE", "2")
+    monkeypatch.setenv("POOLRPC_INSECURE", "false")
+    monkeypatch.setenv("POOLRPC_MODEL", "[b=MaxPool2d(2), c=MaxPool2d(3)]")
+    config = parse([given, "--threads", "3", "--listen", "unix:/tmp/flag"])
+    assert (config.threads, config.max_queue, config.max_arenas) == (3, 2, 1)
+    assert (config.listen, config.model) == (("unix:/tmp/flag",), ("b=MaxPool2d(2)", "c=MaxPool2d(3)"))
+    assert (config.insecure, config.allow_client_shm, config.workers) == (False, True, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("max-quue = 3", "expected the name of a flag, got 'max-quue'; did you mean max-queue?"),
+        ("MAX_QUEUE = 3", "expected the name of a flag, got 'MAX_QUEUE'"),
+        ("config = 'x'", "expected the name of a flag, got 'config'"),
+        ("nonsense = 3", "expected the name of a flag, got 'nonsense'"),
+        ("[server]\nthreads = 3", "expected the name of a flag, got 'server'"),
+        ("max-queue = 3\nmax_queue = 4", "max_queue: expected each setting once, got it with - and with _"),
+        ("threads = true", "threads: expected a number, got True"),
+        ("threads = [1]", "threads: expected a number, got [1]"),
+        ("drain_seconds = 12:00:00", "drain_seconds: expected a number, got datetime.time(12, 0)"),
+        ("insecure = 1", "insecure: expected true or false, got 1"),
+        ("insecure = 'true'", "insecure: expected true or false, got 'true'"),
+        ("device = 3", "device: expected a string, got 3"),
+        ("listen = 50051", "listen: expected a string, got 50051"),
+        ("listen = [50051]", "listen: expected a list of strings, got [50051]"),
+        ("threads", "expected TOML, got "),
+    ],
+)
+def test_a_wrong_setting_in_a_file_is_one_line(text, words, file, capsys):
+    """What a file may not contain ends the command with status 2 and a line with the file, the key and the value."""
+    given = file(text)
+    assert main([given]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert given.removeprefix("--config=") in error
+    assert words in error
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("threads = 'many'", "argument --threads: invalid int value: 'many'"),
+        ("threads = 1.5", "argument --threads: invalid int value: '1.5'"),
+        ("max_batch_bytes = '1x'", "argument --max-batch-bytes: expected a size"),
+        ("threads = -1", "threads: expected at least 0 threads, got -1"),
+        ("drain_seconds = nan", "drain_seconds: expected at least 0 seconds, got nan"),
+        ("listen = '0.0.0.0:1'", "listen: expected TLS and tokens"),
+    ],
+)
+def test_a_setting_in_a_file_is_checked_as_a_flag(text, words, file, capsys):
+    """The type, the range and the safety of a setting are the same wherever it is given."""
+    with suppress(SystemExit):
+        assert main([file(text)]) == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["none.toml", "."])
+def test_a_file_that_cannot_be_read_ends_the_command(name, tmp_path, capsys):
+    """A file that does not exist, or a folder, ends the command with status 2 and its name."""
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--config", str(tmp_path / name)])
+    assert exit_info.value.code == 2
+    assert str(tmp_path / name) in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_unknown_variables():
+    """A POOLRPC_ variable that is not a setting is found, with the closest setting; those of others are not."""
+    environment = {
+        "POOLRPC_TREADS": "1",
+        "POOLRPC_MAX_QUEUE_BYTES": "1",
+        "POOLRPC_PORT": "50051",
+        "POOLRPC_XYZ": "",
+        "POOLRPC_THREADS": "1",
+        "POOLRPC_CONFIG": "poolrpc.toml",
+        "THREADS": "1",
+        **dict.fromkeys(["POOLRPC_TOKEN", "POOLRPC_CA", "POOLRPC_CLIENT_CERT", "POOLRPC_ADDRESS"], "x"),
+    }
+    unknown = unknown_variables(environment)
+    assert list(unknown) == ["POOLRPC_TREADS", "POOLRPC_MAX_QUEUE_BYTES", "POOLRPC_PORT", "POOLRPC_XYZ"]
+    assert unknown["POOLRPC_TREADS"] == "POOLRPC_THREADS"
+    assert unknown["POOLRPC_XYZ"] == ""
+
+
+def test_variables_of_kubernetes_are_known():
+    """The variables that every container has for a Kubernetes service named poolrpc are no mistakes."""
+    address = "tcp://10.0.0.1:50051"
+    names = ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_GRPC", "PORT", "PORT_50051_TCP", "PORT_50051_TCP_ADDR")
+    names += ("METRICS_SERVICE_HOST",)
+    assert unknown_variables({f"POOLRPC_{name}": address for name in names}) == {}

@@ -76,7 +76,7 @@ class _PreparedInfer:
 
     checked: CheckedRequest
     outputs: tuple[tuple[int, str, TensorSpec], ...]
-    facts: dict[str, str]
+    facts: dict[str, object]
     head: bytes
 
 
@@ -157,7 +157,7 @@ class TritonServicer:
                         answer = responses.encode_stream_error(
                             error.code, error.message[:MAX_STREAM_ERROR_CHARS], request_id
                         )
-                    call.record.note({"requests": str(count), "failed": str(failed)})
+                    call.record.note({"requests": count, "failed": failed})
                     context.sends()
                     yield answer
                     context.progressed()

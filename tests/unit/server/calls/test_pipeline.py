@@ -100,6 +100,35 @@ def test_an_answered_call_is_logged(log):
     assert 0 <= facts["ms"] == round(facts["ms"], 3)
 
 
+@pytest.mark.parametrize(
+    ("peer", "shown"),
+    [
+        ("ipv4:127.0.0.1:50051", "127.0.0.1:50051"),
+        ("ipv6:%5B::1%5D:50051", "[::1]:50051"),
+        ("ipv6:%5Bfe80::1%25eth0%5D:50051", "[fe80::1%eth0]:50051"),
+        ("unix:", "unix"),
+        ("unix:/run/pool.sock", "unix"),
+        ("", None),
+    ],
+)
+def test_the_line_has_the_callers_address(log, peer, shown):
+    """The address is as people write it, of answered and of rejected calls; a call whose peer is unknown has none."""
+
+    class Remote(Context):
+        peer = ""
+
+    def reject(*_):
+        raise UnavailableError("full")
+
+    Remote.peer = peer
+    unary(log, lambda message, _: message, context=Remote())
+    call = pipeline(log, Method(METHOD, unary=raising(KeyError), computes=True), admit=reject).admit(Remote())
+    with pytest.raises(StatusError):
+        call.reject()
+    assert [facts["status"] for _, facts in log.lines] == ["OK", "UNAVAILABLE"]
+    assert [facts.get("peer") for _, facts in log.lines] == [shown, shown]
+
+
 def test_a_computed_call_is_logged_with_its_stages(log):
     """The line of an executed call has the milliseconds in the queue and of computation, over all executions."""
 

@@ -15,7 +15,7 @@ from threading import Event, Thread
 import pytest
 
 from poolrpc_server.telemetry import logs
-from poolrpc_server.telemetry.logs import CallLog, configure, log, pieces
+from poolrpc_server.telemetry.logs import CallLog, configure, log, log_serving, pieces
 
 LOGGER = logging.getLogger("poolrpc_server")
 MINUTE = 60.0
@@ -129,6 +129,48 @@ def test_json_has_one_line_per_event(monkeypatch):
     assert {"event": "something", "level": "warning", "about": "it"}.items() <= event.items()
     for each in (call, event):
         assert abs(datetime.fromisoformat(each["timestamp"]).timestamp() - time.time()) < MINUTE
+
+
+FACTS = {"addresses": ["127.0.0.1:1", "unix:/x"], "metrics": "", "threads": 2, "models": ["pool"], "max_work": 5}
+
+
+@pytest.mark.parametrize(
+    ("level", "expected"),
+    [
+        ("info", ["serving addresses='127.0.0.1:1, unix:/x' threads=2"]),
+        (
+            "debug",
+            [
+                "serving addresses='127.0.0.1:1, unix:/x' threads=2",
+                "settings addresses='127.0.0.1:1, unix:/x' metrics= threads=2 models=pool max_work=5",
+            ],
+        ),
+    ],
+)
+def test_the_start_line_as_text(level, expected, monkeypatch):
+    """As text the start line has what a person looks for; a line at level debug has all facts."""
+    stderr = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    configure("text", level)
+    log_serving(FACTS)
+    assert [line.partition("] ")[2] for line in stderr.getvalue().splitlines()] == expected
+
+
+def test_the_start_line_in_json(monkeypatch):
+    """In JSON the start line has all facts, with numbers and lists as such."""
+    stderr = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    configure("json", "debug")
+    log_serving(FACTS)
+    (line,) = map(json.loads, stderr.getvalue().splitlines())
+    assert line.items() >= {"event": "serving", **FACTS}.items()
+
+
+def test_the_start_line_in_the_log_of_another_program(records):
+    """Another program's log gets one record with all facts."""
+    log_serving(FACTS)
+    (record,) = records
+    assert {name: getattr(record, name) for name in FACTS} == FACTS
 
 
 def test_a_worker_is_named_in_every_line(monkeypatch):
