@@ -48,6 +48,7 @@ ENVIRONMENT = {
     "MAKEFLAGS": "n",  # make prints what it would do: some of its targets run these tests
     "PIP_DRY_RUN": "1",  # what is to be installed is installed already, or the block fails
     "PIP_NO_INDEX": "1",
+    "PIP_NO_BUILD_ISOLATION": "0",  # which means: without isolation, whose packages would be downloaded
     "PIP_DISABLE_PIP_VERSION_CHECK": "1",
 }
 """Environment variables of commands, besides this process's own."""
@@ -65,6 +66,7 @@ RULES = {
     "docker": (SHELL, r"^\s*docker\b"),
     "helm": (SHELL, r"^\s*(helm|kubectl)\b"),
     "ray": (f"{SHELL}|python", r"^\s*(ray|serve)\s|^\s*(import|from) ray\b|\bpoolrpc(_server)?\.ray\b"),
+    "systemd": (SHELL, r"^\s*(sudo|systemctl|journalctl)\b"),
     "server": (SHELL, r"^(\w+=\S+ )*poolrpc-server\b(?!.*--help)"),
     "c++": (f"{SHELL}|cpp", r"^protoc\b|^#include\b"),
     "shell": (SHELL, ""),
@@ -77,7 +79,7 @@ RULES = {
 }
 """The rules: a block has the first one whose language it has, and whose pattern one of its lines matches."""
 
-ELSEWHERE = ("docker", "helm", "ray", "figure")
+ELSEWHERE = ("docker", "helm", "ray", "systemd", "figure")
 """Rules of blocks that are run by other tests, or not at all."""
 
 MARKS = {"triton": "conformance", "node": "conformance"}
@@ -237,7 +239,7 @@ class Page:
         """Run commands that end with a server, and wait until it serves; the page's previous server ends."""
         self._server.close()
         command = re.sub(r"(--(?:listen|metrics) )[\w.]+:\d+", r"\g<1>127.0.0.1:0", source)
-        own = {"POOLRPC_LISTEN": "127.0.0.1:0", "POOLRPC_LOG_FORMAT": "json"}
+        own = {"POOLRPC_LISTEN": "127.0.0.1:0", "POOLRPC_METRICS": "127.0.0.1:0", "POOLRPC_LOG_FORMAT": "json"}
         process = subprocess.Popen(  # noqa: S603 - our own docs
             ["bash", "-euc", command],  # noqa: S607 - found by PATH
             cwd=self.folder,

@@ -9,6 +9,7 @@ import pytest
 from sybil import Document
 
 from poolrpc.errors import BY_CODE
+from poolrpc_server.telemetry.metrics import Metrics
 from scripts.tables import TABLES, pages, written
 from tests.docs.blocks import PAGES, ROOT, RULES, read
 
@@ -49,6 +50,13 @@ def test_every_rule_but_rays_is_used() -> None:
     """Every rule has a block, except for Ray's, whose pages are optional."""
     used = {block.rule for path in PAGES for _, block in read(Document(path.read_text(), str(path)))}
     assert set(RULES) - used <= {"ray"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_counters_on_a_page_exist(page: Path) -> None:
+    """Every counter that a page names is in the table of metrics, or that of a server with workers."""
+    known = {f"{each.name}_total" for each in Metrics().collect().collect()} | {"poolrpc_worker_restarts_total"}
+    assert set(re.findall(r"\bpoolrpc_\w+_total\b", page.read_text())) - known == set()
 
 
 @pytest.mark.parametrize("page", [ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *PAGES], ids=lambda page: page.name)
