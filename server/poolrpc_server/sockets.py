@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 from pathlib import Path
 
 from poolrpc._wire.arena_packets import SUFFIX
 from poolrpc.credentials import unix_path
+
+MAX_PATH_BYTES = 107
+"""Maximum length of a unix socket's path on Linux."""
 
 BIND_FAILURES = {errno.EADDRINUSE: "it is in use", errno.EADDRNOTAVAIL: "it does not belong to this machine"}
 """What the usual errors of an address mean, for an operator."""
@@ -27,6 +31,9 @@ def require_free(address: str) -> None:
     """
     path = unix_path(address)
     if path:
+        length = len(os.fsencode(path))
+        if length > MAX_PATH_BYTES:
+            raise ValueError(f"expected a path of at most {MAX_PATH_BYTES} bytes, got {length}: {address!r}")
         folder = Path(path).parent
         if not folder.is_dir():
             raise ValueError(f"expected a path in an existing folder, got {address!r}: there is no folder {folder}")

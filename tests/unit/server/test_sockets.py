@@ -73,6 +73,15 @@ def test_a_path_in_use_is_rejected(kind, tmp_path):
     require_free(f"unix:{path}")
 
 
+def test_a_path_has_at_most_107_bytes(tmp_path):
+    """A longer path is rejected with its length, rather than as one that is in use."""
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    path = f"{folder}/pool.sock"
+    with pytest.raises(ValueError, match=f"^expected a path of at most 107 bytes, got {len(path)}: "):
+        require_free(f"unix:{path}")
+
+
 def test_a_path_needs_its_folder(tmp_path: Path):
     """A path in a folder that does not exist is rejected with the folder's name."""
     with pytest.raises(ValueError, match=f"there is no folder {tmp_path / 'none'}$"):
