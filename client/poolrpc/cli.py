@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
+import io
 import json
 import math
 import os
+import re
 import sys
+import warnings
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
@@ -17,8 +22,9 @@ from poolrpc._shapes.rules import clip
 from poolrpc._version import __version__
 from poolrpc.chains import branch_shapes
 from poolrpc.client import PoolClient
-from poolrpc.command import files
-from poolrpc.command.explain import explain, format_lines
+from poolrpc.command.explain import WINDOWS, explain, format_lines
+from poolrpc.command.inputs import find_inputs, output_paths
+from poolrpc.command.pool import Work, describe, pool_file, pool_files, step_lines, steps
 from poolrpc.errors import InvalidArgumentError, PoolError
 from poolrpc.expression import parse_chain, parse_layer
 from poolrpc.tensors import LAYOUTS
@@ -26,23 +32,85 @@ from poolrpc.tensors import LAYOUTS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from poolrpc.chains import Chain, Shape
-
 ADDRESS = "127.0.0.1:50051"
 LAYER_HELP = "layer expression: 'MaxPool2d(2)', or for a chain '[MaxPool2d(2), AvgPool2d(2)]'"
 
 
+class _OutputError(Exception):
+    """The standard output can't be written; its cause is the OSError."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 0; 1 with one line on stderr; or 2 for a wrong command line."""
-    options = _parser().parse_args(arguments)
-    try:
-        report: tuple[object, list[str], int] = options.run(options)
-    except (PoolError, OSError) as error:
-        print(f"poolrpc: {' '.join(str(error).split())}", file=sys.stderr)
+    """Run the command and return its exit status.
+
+    Returns:
+        0; 1 with one line on stderr; 2 for a wrong command line; 130 after Ctrl-C, and 141 if the reader of the output
+        is gone, as a shell has it for SIGINT and SIGPIPE.
+
+    """
+    with warnings.catch_warnings():
+        # In the form of the command's own lines; Pillow warns of damaged metadata.
+        warnings.showwarning = lambda message, *_: _note(" ".join(str(message).split()))
+        try:
+            # A terminal may lack characters of a file's name.
+            if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+                sys.stdout.reconfigure(errors="backslashreplace")
+            try:
+                return _run(_parser().parse_args(arguments))
+            finally:
+                _flush()
+        except _OutputError as error:
+            _discard(sys.stdout)
+            if isinstance(error.__cause__, BrokenPipeError):
+                return 141
+            _note(f"the output can't be written: {describe(error.__cause__ or error)}")
+        except KeyboardInterrupt:
+            return 130
+        except (PoolError, OSError, MemoryError) as error:
+            _note(describe(error))
         return 1
-    data, text, status = report
-    print(json.dumps(_to_json(data), allow_nan=False) if options.json else "\n".join(text))
-    return status
+
+
+def _run(options: argparse.Namespace) -> int:
+    data, text, status = options.run(options)
+    _write([json.dumps(_to_json(data), allow_nan=False)] if options.json else text)
+    return int(status)
+
+
+def _write(lines: Sequence[str]) -> None:
+    try:
+        if sys.stdout is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))  # noqa: TRY301 - the same as one that can't be written
+        if lines:
+            print("\n".join(lines))
+    except OSError as error:
+        raise _OutputError from error
+
+
+def _flush() -> None:
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        raise _OutputError from error
+
+
+def _note(line: str) -> None:
+    """Print a line on stderr, if there is one that can be written."""
+    if sys.stderr is None:
+        return
+    try:
+        print(f"poolrpc: {line}", file=sys.stderr, flush=True)
+    except OSError:
+        _discard(sys.stderr)
+
+
+def _discard(stream: TextIO) -> None:
+    """Discard what a stream has in its buffer, since Python would try again to write it, and end with status 120."""
+    with suppress(OSError, ValueError, AttributeError):  # a stream without a file
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
 
 
 def _to_json(data: Any) -> Any:  # noqa: ANN401 - any value of JSON
@@ -81,11 +149,13 @@ def _parser() -> argparse.ArgumentParser:
         subparser.set_defaults(run=run)
         return subparser
 
-    pool = command("pool", _pool, "Apply layers to an image, a .npy file or a .npz file.")
+    pool = command("pool", _pool, "Apply layers to images, .npy files and .npz files.")
     pool.add_argument(
-        "file",
-        type=Path,
-        help="image in a format that Pillow reads, .npy, or .npz with the array x and optional indices",
+        "files",
+        nargs="+",
+        metavar="file",
+        help="image in a format that Pillow reads, .npy, or .npz with the array x and optional indices and layout; "
+        "folder with such files; pattern such as 'photos/**/*.png'; or - for a file on the standard input",
     )
     pool.add_argument(
         "--layer",
@@ -94,12 +164,25 @@ def _parser() -> argparse.ArgumentParser:
         metavar="EXPR",
         help=f"{LAYER_HELP}; repeat the flag to run several branches on the same input",
     )
-    pool.add_argument("--layout", choices=LAYOUTS, help="layout of the array [default: NCHW; NHWC for an image]")
+    pool.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        help="layout of an array [default: the one that a .npz states, or else NCHW; images are NHWC]",
+    )
     pool.add_argument(
         "--save",
         type=Path,
         metavar="FILE",
-        help="file for the outputs; its suffix selects the format: .npy, .npz, or an image format such as .png",
+        help="file for the outputs; its suffix selects the format: .npy, .npz, or an image format such as .png; a "
+        "folder for the outputs of several files, which keep their names",
+    )
+    pool.add_argument(
+        "--suffix",
+        metavar="SUFFIX",
+        help="suffix of the outputs of several files, which selects their format [default: each file's own]",
+    )
+    pool.add_argument(
+        "--skip-existing", action="store_true", help="skip files whose outputs exist; continues an interrupted command"
     )
 
     shape = command("shape", _shape, "Print the shape after each layer of a chain, without a server.", remote=False)
@@ -107,12 +190,27 @@ def _parser() -> argparse.ArgumentParser:
     shape.add_argument("layer", metavar="EXPR", help=LAYER_HELP)
     shape.add_argument("--layout", choices=LAYOUTS, default="NCHW", help="layout of the shape [default: NCHW]")
 
-    window = command("explain", _explain, "Print each window of a layer on a small plane, and the shape formula.")
+    window = command(
+        "explain",
+        _explain,
+        "Print each window of a layer on a small plane, and the shape formula, without a server.",
+        remote=False,
+    )
     window.add_argument("layer", metavar="EXPR", help="layer expression: 'MaxPool2d(2)'")
     window.add_argument(
         "--input", required=True, metavar="JSON", help="plane to pool, as nested lists: '[[1, 3, 2, 4], [5, 6, 8, 7]]'"
     )
-    window.add_argument("--local", action="store_true", help="compute the output locally instead of on a server")
+    window.add_argument(
+        "--windows",
+        type=int,
+        default=WINDOWS,
+        metavar="N",
+        help=f"number of windows to print; --json prints all [default: {WINDOWS}]",
+    )
+    window.add_argument("--address", help="address of a server that computes the output too, to compare it")
+    window.add_argument(
+        "--timeout", type=float, default=60.0, metavar="SECONDS", help="deadline of that call, in seconds [default: 60]"
+    )
 
     command("info", _info, "Print a server's versions, device, layers with their dtypes, and limits.")
     health = command("health", _health, "Print a server's health; the exit status is 0 if it is SERVING, and else 1.")
@@ -128,25 +226,30 @@ def _client(options: argparse.Namespace) -> PoolClient:
     return PoolClient(options.address, timeout=options.timeout)
 
 
-def _pool(options: argparse.Namespace) -> tuple[object, list[str], int]:
-    branches = [parse_chain(text) for text in options.layer]
-    source = files.load(options.file, branches)
-    layout = options.layout or source.layout
-    with _client(options) as client:
-        results = client.pool_each(source.x, branches, indices=source.indices, layout=layout)
-    paths = files.save(options.save, results, source) if options.save else []
-    data = {
-        "input": {"shape": source.x.shape, "dtype": source.x.dtype.name, "layout": layout},
-        "branches": [
-            {"steps": _steps(chain, result.shapes), "dtype": result.output.dtype.name}
-            for chain, result in zip(branches, results, strict=True)
-        ],
-        "saved": [str(path) for path in paths],
-    }
-    text = [f"input: {source.x.dtype.name} {source.x.shape} {layout}"]
-    for chain, result in zip(branches, results, strict=True):
-        text += _lines(chain, result.shapes)
-    return data, [*text, *(f"saved {path}" for path in paths)], 0
+def _pool(options: argparse.Namespace) -> tuple[object, Sequence[str], int]:
+    work = Work(tuple(map(parse_chain, options.layer)), options.layout, options.skip_existing)
+    inputs = find_inputs(options.files, options.save)
+    inputs = dataclasses.replace(inputs, several=inputs.several or bool(options.save and options.save.is_dir()))
+    for flag, given in (("save", options.skip_existing), ("save", options.suffix)):
+        if given and not options.save:
+            raise InvalidArgumentError("expected the folder or the file of the outputs, got none", field=flag)
+    if options.suffix and not (inputs.several and re.fullmatch(r"\.\w+", options.suffix)):
+        msg = f"expected a suffix such as .png, for several files, got {options.suffix}"
+        raise InvalidArgumentError(msg, field="suffix")
+    outputs = output_paths(inputs, options.save, options.suffix) if options.save else None
+    if inputs.passed_over:
+        _note(f"{inputs.passed_over} files that are neither images nor arrays are left out")
+    if not inputs.several:
+        with _client(options) as client:
+            outcome = pool_file(client, inputs.files[0][0], outputs[0] if outputs else None, work)
+        for each in outcome.notes:
+            _note(f"{outcome.name}: {each}")
+        return outcome.data, outcome.text, 0
+    write = (lambda _: None) if options.json else _write
+    data, summary = pool_files(_client(options), inputs, outputs, work, write=write, note=_note)
+    for name, error in summary.failures:
+        _note(f"{name} failed: {error}")
+    return data, [str(summary)], 1 if summary.failures else 0
 
 
 def _shape(options: argparse.Namespace) -> tuple[object, list[str], int]:
@@ -157,19 +260,7 @@ def _shape(options: argparse.Namespace) -> tuple[object, list[str], int]:
         )
     chain = parse_chain(options.layer)
     shapes = branch_shapes(tuple(map(int, parts)), [chain], options.layout)[0]
-    return _steps(chain, shapes), _lines(chain, shapes), 0
-
-
-def _steps(chain: Chain, shapes: tuple[Shape, ...]) -> list[dict[str, object]]:
-    return [{"layer": repr(layer), "shape": shape} for layer, shape in zip(chain, shapes, strict=True)]
-
-
-def _lines(chain: Chain, shapes: tuple[Shape, ...]) -> list[str]:
-    # The layers after a chain's first are indented, so that each branch starts at the margin.
-    return [
-        f"{'  then ' if step else ''}{layer!r} -> {shape}"
-        for step, (layer, shape) in enumerate(zip(chain, shapes, strict=True))
-    ]
+    return steps(chain, shapes), step_lines(chain, shapes), 0
 
 
 def _explain(options: argparse.Namespace) -> tuple[object, list[str], int]:
@@ -182,7 +273,9 @@ def _explain(options: argparse.Namespace) -> tuple[object, list[str], int]:
             f"expected nested lists of numbers, got {clip(options.input)}", field="input"
         ) from None
     explanation = explain(layer, plane)
-    if not options.local:
+    if options.windows < 1:
+        raise InvalidArgumentError(f"expected at least 1, got {options.windows}", field="windows")
+    if options.address:
         with _client(options) as client:
             output = client.pool(plane[None, None], layer).output[0, 0]
         if not np.allclose(output, explanation.output, rtol=1e-5, equal_nan=True):
@@ -202,9 +295,10 @@ def _explain(options: argparse.Namespace) -> tuple[object, list[str], int]:
             for each in explanation.windows
         ],
         "output": explanation.output.tolist(),
+        "unvisited": explanation.unvisited,
         "formulas": explanation.formulas,
     }
-    return data, format_lines(explanation), 0
+    return data, format_lines(explanation, options.windows), 0
 
 
 def _info(options: argparse.Namespace) -> tuple[object, list[str], int]:

@@ -25,6 +25,9 @@ INVALID = re.compile(
 GLOBAL = re.compile(r"Global_?(Max|Avg|Average)?_?Pool(?:ing)?_?([123]?)d?", re.IGNORECASE)
 """The names of global layers in ONNX, Keras and elsewhere."""
 
+TORCH_PREFIX = re.compile(r"^(?:torch\.)?nn\.(?:modules\.)?(?:pooling\.)?")
+"""What may precede the name of a layer: the module of torch that has it."""
+
 
 def parse_layer(text: str) -> Layer:
     """Return the layer of an expression; the inverse of repr.
@@ -35,7 +38,8 @@ def parse_layer(text: str) -> Layer:
 
     Args:
         text: A layer's name and arguments in Python's syntax, up to 4096 characters. Arguments are numbers, inf, True,
-            False, None, strings, and tuples or lists of these.
+            False, None, strings, and tuples or lists of these. The name may be that of torch's module: torch.nn.MaxPool2d
+            or nn.MaxPool2d.
 
     Raises:
         ExpressionError: The text is not a layer expression, or an argument is invalid; `column` says where.
@@ -97,6 +101,20 @@ def parse_branches(text: str) -> tuple[tuple[Layer, ...], ...]:
     return tuple(map(parser.chain, nodes))
 
 
+def _similar_layers(name: str) -> list[str]:
+    """Return the layers that a name may stand for: "maxpool2d", "F.max_pool2d", "MaxPooling2D", "GlobalAvgPool"."""
+    if named := GLOBAL.fullmatch(name.rpartition(".")[2]):
+        reduce = "max" if (named[1] or "").lower() == "max" else "mean"
+        return [f"GlobalPool{named[2] or 2}d({reduce!r})"]
+    import difflib  # noqa: PLC0415 - keeps `import poolrpc` fast
+
+    by_key = {each.lower(): each for each in LAYERS}
+    key = name.rpartition(".")[2].lower().replace("_", "").replace("pooling", "pool").replace("average", "avg")
+    ranks = [layer for each, layer in by_key.items() if re.fullmatch(rf"{re.escape(key)}[123]d", each)]
+    near = [key] if key in by_key else difflib.get_close_matches(key, by_key, n=1)
+    return ranks or [by_key[each] for each in near]
+
+
 class _Parser:
     """The text of an expression, its syntax tree, and the conversion of nodes to layers."""
 
@@ -140,11 +158,12 @@ class _Parser:
     def layer(self, node: ast.expr) -> Layer:
         if not isinstance(node, ast.Call):
             raise self.error(f"expected a layer such as MaxPool2d(2), got {clip(self.source(node))}", node)
-        name = node.func.id if isinstance(node.func, ast.Name) else ""
+        written = self.source(node.func)
+        name = TORCH_PREFIX.sub("", written)
         if name not in LAYERS:
-            near = _similar(name)
-            hint = f"; did you mean {near}?" if near else f"; the layers are {', '.join(LAYERS)}"
-            raise self.error(f"expected the name of a layer, got {clip(self.source(node.func))}{hint}", node.func)
+            near = _similar_layers(written)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"the layers are {', '.join(LAYERS)}"
+            raise self.error(f"expected the name of a layer, got {clip(written)}; {hint}", node.func)
         cls = LAYERS[name]
         names = [each.name for each in fields(cls)]  # type: ignore[arg-type]  # every layer is a dataclass
         nodes: dict[str, ast.AST] = {}
@@ -192,14 +211,3 @@ class _Parser:
         # A name, which lacks quotes or is unknown, is shown without quotes.
         received = node.id[:120] if isinstance(node, ast.Name) else clip(self.source(node))
         raise self.error(f"expected a number, True, False, None or a string in quotes, got {received}", node)
-
-
-def _similar(name: str) -> str:
-    """Return the layer that an unknown name probably means, or "" if none is similar."""
-    named = GLOBAL.fullmatch(name)
-    if named:
-        reduce = "max" if (named[1] or "").lower() == "max" else "mean"
-        return f"GlobalPool{named[2] or 2}d({reduce!r})"
-    import difflib  # noqa: PLC0415 - keeps `import poolrpc` fast
-
-    return next(iter(difflib.get_close_matches(name, LAYERS, n=1)), "")

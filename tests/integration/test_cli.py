@@ -50,6 +50,8 @@ def test_pool_an_image(run: Run, image: Path) -> None:
         "input: uint8 (6, 4, 3) NHWC",
         "MaxPool2d(2) -> (3, 2, 3)",
         "  then MaxPool2d((3, 1)) -> (1, 2, 3)",
+        "  values: [[[255, 243, 250],",
+        "            [236, 242, 246]]]",
         f"saved {out}",
     ]
     pixels = np.asarray(Image.open(image)).reshape(6, 2, 2, 3).max((0, 2))
@@ -59,7 +61,9 @@ def test_pool_an_image(run: Run, image: Path) -> None:
 def test_an_average_of_an_image_is_rounded(run: Run, image: Path) -> None:
     """For a layer without integer dtypes the image is sent as float32, and the result is rounded."""
     out = image.with_name("out.png")
-    assert run("pool", image, "--layer", "AvgPool2d(2)", "--save", out)[0] == 0
+    status, output, _ = run("pool", image, "--layer", "AvgPool2d(2)", "--save", out)
+    assert status == 0
+    assert output.startswith("input: uint8 (6, 4, 3) NHWC, sent as float32\n")
     means = np.asarray(Image.open(image)).reshape(3, 2, 2, 2, 3).mean((1, 3))
     np.testing.assert_array_equal(np.asarray(Image.open(out)), np.rint(means).astype(np.uint8))
 
@@ -96,23 +100,111 @@ def test_branches_are_saved_one_by_one(run: Run, image: Path) -> None:
 
 
 def test_arrays_are_read_and_written(run: Run, tmp_path: Path) -> None:
-    """.npy and .npz files are inputs and outputs; an .npz file also has indices."""
+    """.npy and .npz files are inputs and outputs; an .npz file also has indices, with which it can be unpooled."""
     x = np.random.default_rng(2).standard_normal((2, 3, 4, 4)).astype(np.float32)
     np.save(tmp_path / "x.npy", x)
-    assert (
-        run("pool", tmp_path / "x.npy", "--layer", "MaxPool2d(2, return_indices=True)", "--save", tmp_path / "y.npz")[0]
-        == 0
-    )
+    layer = "MaxPool2d(2, return_indices=True)"
+    assert run("pool", tmp_path / "x.npy", "--layer", layer, "--save", tmp_path / "y.npz")[0] == 0
     with np.load(tmp_path / "y.npz") as pooled:
-        np.testing.assert_array_equal(pooled["output"], x.reshape(2, 3, 2, 2, 2, 2).max((3, 5)))
-        np.savez(tmp_path / "z.npz", x=pooled["output"], indices=pooled["indices"])
-        kept = pooled["output"]
-    assert run("pool", tmp_path / "z.npz", "--layer", "MaxUnpool2d(2)", "--save", tmp_path / "back.npy")[0] == 0
+        kept = x.reshape(2, 3, 2, 2, 2, 2).max((3, 5))
+        np.testing.assert_array_equal(pooled["x"], kept)
+    assert run("pool", tmp_path / "y.npz", "--layer", "MaxUnpool2d(2)", "--save", tmp_path / "back.npy")[0] == 0
     np.testing.assert_array_equal(np.load(tmp_path / "back.npy"), np.where(np.isin(x, kept), x, 0))
+    status, _, error = run("pool", tmp_path / "y.npz", "--layer", "MaxPool2d(2)")
+    assert (status, error) == (
+        0,
+        f"poolrpc: {tmp_path / 'y.npz'}: the indices are left out, since no layer takes them\n",
+    )
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".png", ".tiff"])
+@pytest.mark.parametrize("layer", ["MaxPool2d(2)", "AvgPool2d(2)", "MaxPool2d((1, 2))"])
+def test_a_pooled_image_is_read_again_as_it_is(run: Run, tmp_path: Path, suffix: str, layer: str) -> None:
+    """What is saved in any format can be pooled again: in two commands as in one."""
+    pixels = np.random.default_rng(4).integers(0, 64, (8, 12), np.uint16) * 4
+    Image.fromarray(np.kron(pixels, np.ones((2, 2), np.uint16))).save(tmp_path / "x.png")
+    once, twice, chained = (tmp_path / f"{name}{suffix}" for name in ("once", "twice", "chained"))
+    assert run("pool", tmp_path / "x.png", "--layer", layer, "--save", once)[0] == 0
+    assert run("pool", once, "--layer", "MaxPool2d((3, 2))", "--save", twice)[0] == 0
+    assert run("pool", tmp_path / "x.png", "--layer", f"[{layer}, MaxPool2d((3, 2))]", "--save", chained)[0] == 0
+    first, second = (json.loads(run("pool", each, "--layer", "MaxPool2d(1)", "--json")[1]) for each in (twice, chained))
+    assert first["branches"] == second["branches"]
+    assert first["input"] == second["input"]
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_unpooling_in_two_commands_in_either_layout(run: Run, tmp_path: Path, layout: str) -> None:
+    """A .npz with indices states its layout, so that the second command needs no --layout."""
+    x = np.random.default_rng(5).permutation(4 * 6 * 8).reshape(1, 4, 6, 8).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    layer = "MaxPool2d(2, return_indices=True)"
+    kept, back = tmp_path / "y.npz", tmp_path / "z.npz"
+    assert run("pool", tmp_path / "x.npy", "--layer", layer, "--layout", layout, "--save", kept)[0] == 0
+    assert run("pool", kept, "--layer", "MaxUnpool2d(2)", "--save", back)[0] == 0
+    with np.load(kept) as pooled, np.load(back) as unpooled:
+        assert unpooled["layout"] == layout
+        np.testing.assert_array_equal(unpooled["x"], np.where(np.isin(x, pooled["x"]), x, 0))
+    status, _, error = run("pool", kept, "--layer", "MaxUnpool2d(2)", "--layout", {"NCHW": "NHWC"}.get(layout, "NCHW"))
+    assert status == 1
+    assert f"layout: expected {layout}, which is the layout of the file" in error
+
+
+def test_a_deep_image_keeps_its_depth(run: Run, tmp_path: Path) -> None:
+    """A 16-bit image is pooled with its values, also by a layer that has no integers, and saved with 16 bits."""
+    pixels = np.random.default_rng(6).integers(0, 65536, (4, 6), np.uint16)
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    for layer, expected in (
+        ("MaxPool2d(2)", pixels.reshape(2, 2, 3, 2).max((1, 3))),
+        ("AvgPool2d(2)", np.rint(pixels.reshape(2, 2, 3, 2).mean((1, 3), np.float32))),
+    ):
+        assert run("pool", tmp_path / "x.png", "--layer", layer, "--save", tmp_path / "y.png")[0] == 0
+        with Image.open(tmp_path / "y.png") as saved:
+            assert saved.mode == "I;16"
+            np.testing.assert_array_equal(np.asarray(saved), expected)
+
+
+def test_what_is_left_out_is_said_on_stderr(run: Run, tmp_path: Path) -> None:
+    """Later frames are left out with a line on stderr, and the command succeeds."""
+    frames = [Image.fromarray(np.full((4, 6), value, np.uint8)) for value in (10, 200, 90)]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
+    status, output, error = run("pool", tmp_path / "x.gif", "--layer", "MaxPool2d(2)")
+    assert status == 0
+    assert "MaxPool2d(2) -> (2, 3, " in output
+    assert error == f"poolrpc: {tmp_path / 'x.gif'}: the frames after the first (2) are left out\n"
+
+
+@pytest.mark.parametrize(
+    ("shape", "printed"),
+    [((1, 1, 8, 8), True), ((1, 1, 8, 10), True), ((1, 2, 16, 10), False), ((0, 1, 8, 8), False)],
+)
+def test_the_values_of_a_small_output_are_printed(
+    run: Run, tmp_path: Path, shape: tuple[int, ...], *, printed: bool
+) -> None:
+    """Up to 64 values of an output, and of its indices, are printed, as text and as JSON."""
+    np.save(tmp_path / "x.npy", np.arange(np.prod(shape), dtype=np.float32).reshape(shape))
+    command = ("pool", tmp_path / "x.npy", "--layer", "MaxPool2d((2, 1), return_indices=True)")
+    text, data = run(*command)[1], json.loads(run(*command, "--json")[1])["branches"][0]
+    assert ("  values: [[[[" in text, "  indices: [[[[" in text) == (printed, printed)
+    assert ("values" in data, "indices" in data) == (printed, printed)
+    if printed:
+        assert text.count("\n") < 25
+        assert np.array(data["values"]).shape == (1, 1, 4, shape[3])
+        assert np.array_equal(data["values"], data["indices"])
+
+
+def test_branches_with_arrays_are_numbered_files(run: Run, tmp_path: Path) -> None:
+    """Several branches have a .npz each, so that each can be read again."""
+    np.save(tmp_path / "x.npy", np.arange(16, dtype=np.float32).reshape(1, 1, 4, 4))
+    layers = ("--layer", "MaxPool2d(2, return_indices=True)", "--layer", "AvgPool2d(2)")
+    assert run("pool", tmp_path / "x.npy", *layers, "--save", tmp_path / "y.npz")[0] == 0
+    with np.load(tmp_path / "y-0.npz") as first, np.load(tmp_path / "y-1.npz") as second:
+        assert sorted(first) == ["indices", "layout", "x"]
+        assert sorted(second) == ["layout", "x"]
+        assert second["x"].tolist() == [[[[2.5, 4.5], [10.5, 12.5]]]]
 
 
 def test_explain_checks_the_server_against_the_windows(run: Run) -> None:
-    """Explain prints each window and compares the server's output with them."""
+    """With --address, explain compares the server's output with the windows."""
     status, output, _ = run("explain", "MaxPool2d(2, 2)", "--input", PLANE)
     assert status == 0
     assert "window (1, 0): rows 2..3, columns 0..1" in output
@@ -139,8 +231,13 @@ def test_info_and_health(run: Run) -> None:
         (["pool", "{missing}", "--layer", "MaxPool2d(2)"], "No such file"),
         (["pool", "{image}", "--layer", "MaxPool2d(2"], "column"),
         (["pool", "{image}", "--layer", "MaxPool2d(9)"], "kernel_size"),
-        (["pool", "{text}", "--layer", "MaxPool2d(2)"], "cannot identify image file"),
+        (["pool", "{text}", "--layer", "MaxPool2d(2)"], "not in a format that Pillow reads"),
         (["pool", "{image}", "--layer", "MaxPool2d(2)", "--save", "x.nonsense"], "suffix"),
+        (["pool", "{image}", "--layer", "MaxPool2d(2, return_indices=True)", "--save", "x.npy"], "expected .npz"),
+        (["pool", "{image}", "--layer", "MaxPool2d(2, return_indices=True)", "--save", "x.png"], "expected .npz"),
+        (["pool", "{image}", "--layer", "MaxPool2d(2)", "--layout", "NCHW"], "expected NHWC"),
+        (["pool", "{image}", "--layer", "MaxPool1d(2)"], "expected 2d layers for an image"),
+        (["pool", "{image}", "--layer", "MaxPool2d(2)", "--save", "x.gif"], "expected the suffix of a format"),
         (["explain", "MaxPool2d(2)", "--input", "[[1, 2], [3]]"], "expected nested lists of numbers"),
         (["explain", "MaxPool2d(2)", "--input", "[[1, 2]]"], "kernel_size"),
         (["explain", "FractionalMaxPool2d(2, 1)", "--input", PLANE], "fixed"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,25 @@ from poolrpc._shapes.rules import adaptive_window, last_window_starts_outside, p
 from poolrpc.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from poolrpc.layers import Layer
     from poolrpc.tensors import Array
 
 AXIS_NAMES = ("column", "row", "depth")
 """Names of a plane's axes, last to first."""
+
+WINDOWS = 20
+"""The default number of windows that are printed."""
+
+VIEW = 16
+"""The number of positions of an axis that are printed for a window."""
+
+TERMS = 32
+"""The number of cells whose values are printed in the computation of a window."""
+
+MAX_WORK = 2**20
+"""The number of cells of all windows together, at most: about a second of Python."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +83,8 @@ class Explanation:
         plane: The input.
         windows: The windows, in the order of the output's cells.
         output: The output, computed from the windows.
+        unvisited: For each axis by its name, "rows" and so on, the positions in the input that no window has: a cell is
+            in no window if one of its positions is.
         formulas: The shape rule with its numbers, one line per axis.
 
     """
@@ -76,6 +93,7 @@ class Explanation:
     plane: Array
     windows: tuple[Window, ...]
     output: Array
+    unvisited: dict[str, tuple[int, ...]]
     formulas: tuple[str, ...]
 
 
@@ -98,6 +116,9 @@ def explain(layer: Layer, plane: Array) -> Explanation:
         raise InvalidArgumentError(msg, field="input")
     layer.output_shape((1, 1, *plane.shape))
     out = layer.output_plane(plane.shape)
+    if layer.work(plane.shape) > MAX_WORK:
+        msg = f"expected windows of at most {MAX_WORK} cells together, got {layer.work(plane.shape)}"
+        raise InvalidArgumentError(msg, field="input")
     by_axis = [
         [WindowAxis(_positions(layer, axis, i, size, cells), size) for i in range(cells)]
         for axis, (size, cells) in enumerate(zip(plane.shape, out, strict=True))
@@ -108,7 +129,15 @@ def explain(layer: Layer, plane: Array) -> Explanation:
         value, how = WINDOW_VALUES[layer.family](layer, plane, axes)
         windows.append(Window(index, axes, _nested(plane, axes), value, how))
     output = np.array([each.value for each in windows], plane.dtype).reshape(out)
-    return Explanation(layer, plane, tuple(windows), output, _formulas(layer, plane.shape))
+    unvisited = {
+        f"{name}s": tuple(sorted(set(range(size)).difference(*(each.positions for each in axis))))
+        for name, size, axis in zip(_axis_names(plane.ndim), plane.shape, by_axis, strict=True)
+    }
+    return Explanation(layer, plane, tuple(windows), output, unvisited, _formulas(layer, plane.shape))
+
+
+def _axis_names(dims: int) -> tuple[str, ...]:
+    return AXIS_NAMES[:dims][::-1]
 
 
 def _positions(layer: Any, axis: int, index: int, size: int, cells: int) -> tuple[int, ...]:  # noqa: ANN401 - any family
@@ -150,7 +179,7 @@ def _average(layer: Any, plane: Array, axes: tuple[WindowAxis, ...]) -> tuple[fl
     spans = [len(axis.positions if getattr(layer, "count_include_pad", False) else axis.inside) for axis in axes]
     divisor = getattr(layer, "divisor_override", None) or math.prod(spans)
     value = sum(values) / divisor
-    return value, f"({' + '.join(map(format_number, values))}) / {divisor} = {format_number(value)}"
+    return value, f"({_terms(values, ' + ')}) / {divisor} = {format_number(value)}"
 
 
 def _power(layer: Any, plane: Array, axes: tuple[WindowAxis, ...]) -> tuple[float, str]:  # noqa: ANN401 - of the family
@@ -158,18 +187,23 @@ def _power(layer: Any, plane: Array, axes: tuple[WindowAxis, ...]) -> tuple[floa
     values = [cell for _, cell in _cells(plane, axes)]
     if p == math.inf:
         value = float(np.max(np.abs(values)))
-        return value, f"max({', '.join(f'|{format_number(each)}|' for each in values)}) = {format_number(value)}"
+        return value, f"max({_terms(values, ', ', '|{}|')}) = {format_number(value)}"
     # torch multiplies the mean over the window's cells by the size of a full window.
     full = math.prod(layer.window(plane.shape))
     with np.errstate(invalid="ignore"):
         mean = float(np.mean(np.power(np.array(values), p)))
         value = float(np.power(abs(mean) * np.sign(mean) * full, 1 / p))
-    powers = " + ".join(f"{format_number(each)}^{format_number(p)}" for each in values)
+    powers = _terms(values, " + ", f"{{}}^{format_number(p)}")
     return value, f"(({powers}) / {len(values)} * {full})^(1/{format_number(p)}) = {format_number(value)}"
 
 
 def _reduce(layer: Any, plane: Array, axes: tuple[WindowAxis, ...]) -> tuple[float, str]:  # noqa: ANN401 - of the family
     return {"max": _max, "mean": _average}[layer.reduce](layer, plane, axes)
+def _terms(values: list[float], separator: str, form: str = "{}") -> str:
+    terms = [form.format(format_number(each)) for each in values]
+    if len(terms) > TERMS:
+        terms[TERMS - 1 : -1] = ["..."]
+    return separator.join(terms)
 
 
 WINDOW_VALUES = {
@@ -185,8 +219,10 @@ WINDOW_VALUES = {
 
 def _formulas(layer: Any, plane: tuple[int, ...]) -> tuple[str, ...]:  # noqa: ANN401 - any family
     return tuple(
-        f"{AXIS_NAMES[len(plane) - 1 - axis]}s: {_formula(layer, axis, size, cells)}"
-        for axis, (size, cells) in enumerate(zip(plane, layer.output_plane(plane), strict=True))
+        f"{name}s: {_formula(layer, axis, size, cells)}"
+        for axis, (name, size, cells) in enumerate(
+            zip(_axis_names(len(plane)), plane, layer.output_plane(plane), strict=True)
+        )
     )
 
 
@@ -197,7 +233,10 @@ def _formula(layer: Any, axis: int, size: int, cells: int) -> str:  # noqa: ANN4
         return f"window i of {cells} spans floor(i * {size} / {cells}) to ceil((i + 1) * {size} / {cells}) -> {cells}"
     kernel, stride, padding, dilation = layer.geometry()[axis]
     rounding = "ceil" if layer.ceil_mode else "floor"
-    text = f"{rounding}(({size} + 2*{padding} - {dilation}*({kernel} - 1) - 1) / {stride}) + 1"
+    # Only with the parameters that the layer has. Without a dilation, 1*(kernel - 1) + 1 is the kernel.
+    padded = f"{size} + 2*{padding}" if hasattr(layer, "padding") else f"{size}"
+    extent = f"{dilation}*({kernel} - 1) - 1" if hasattr(layer, "dilation") else f"{kernel}"
+    text = f"{rounding}(({padded} - {extent}) / {stride}) + 1"
     floor = pooled_size(size, kernel, stride, padding, dilation)
     if not layer.ceil_mode:
         return f"{text} = {cells}"
@@ -219,31 +258,87 @@ def _format_index(index: tuple[int, ...]) -> str:
     return f"({', '.join(map(str, index))})"
 
 
-def format_lines(explanation: Explanation) -> list[str]:
-    """Return an explanation as lines of text."""
-    shape = " x ".join(map(str, explanation.plane.shape))
-    out = [f"{explanation.layer!r} on a plane of {shape}"]
-    names = AXIS_NAMES[len(explanation.plane.shape) - 1 :: -1]
-    for window in explanation.windows:
-        spans = ", ".join(
+def format_lines(explanation: Explanation, windows: int = WINDOWS) -> list[str]:
+    """Return an explanation as lines of text, with this number of windows at most."""
+    plane, names = explanation.plane, _axis_names(explanation.plane.ndim)
+    out = [f"{explanation.layer!r} on a plane of {' x '.join(map(str, plane.shape))}"]
+    width = 2 + max(len(format_number(float(cell))) for cell in plane.flat)
+    # What is printed of each axis: the input, and the padding that windows have.
+    extents = []
+    for axis, size in enumerate(plane.shape):
+        spans = [each.axes[axis].positions for each in explanation.windows]
+        extents.append(range(min(0, *(each[0] for each in spans)), max(size, *(each[-1] + 1 for each in spans))))
+    for window in explanation.windows[:windows]:
+        position = ", ".join(
             f"{name} {axis.positions[0]}"
             if len(axis.positions) == 1
             else f"{name}s {axis.positions[0]}..{axis.positions[-1]}"
             for name, axis in zip(names, window.axes, strict=True)
         )
-        out += ["", f"window {_format_index(window.index)}: {spans}"]
-        out += [f"  {row}" for row in _rows(window.cells)]
-        out.append(f"  {window.how}")
-    if any(axis.inside != axis.positions for window in explanation.windows for axis in window.axes):
-        out += ["", "(. is padding)"]
-    out += ["", "output:", *(f"  {row}" for row in _rows(explanation.output.tolist()))]
+        views = [_view(extent, axis) for extent, axis in zip(extents, window.axes, strict=True)]
+        rows = _grid(views, partial(_cell, explanation, window.axes), width)
+        out += [
+            "",
+            f"window {_format_index(window.index)}: {position}",
+            *(f"  {row}" for row in rows),
+            f"  {window.how}",
+        ]
+    total = len(explanation.windows)
+    if total > windows:
+        out += ["", f"{total - windows} more windows: --windows {total} prints all"]
+    out += ["", f"[n] is in the window{_legend(explanation, extents)}"]
+    out += [
+        f"in no window: {name if len(positions) > 1 else name.removesuffix('s')} {', '.join(map(str, positions))}"
+        for name, positions in explanation.unvisited.items()
+        if positions
+    ]
+    output = explanation.output[tuple(slice(VIEW) for _ in names)]
+    title = "output:" if output.shape == explanation.output.shape else f"output (the first {VIEW} of an axis):"
+    width = max(len(format_number(float(cell))) for cell in output.flat)
+    rows = _grid([range(size) for size in output.shape], lambda index: format_number(float(output[index])), width)
+    out += ["", title, *(f"  {row}" for row in rows)]
     out += ["", "shape:", *(f"  {formula}" for formula in explanation.formulas)]
     return out
 
 
-def _rows(cells: Any) -> list[str]:  # noqa: ANN401 - nested as deep as the rank
-    if not isinstance(cells[0], list):
-        return [" ".join(f"{'.' if cell is None else format_number(cell):>6}" for cell in cells)]
-    if not isinstance(cells[0][0], list):
-        return [row for line in cells for row in _rows(line)]
-    return [row for depth, part in enumerate(cells) for row in (f"depth {depth}:", *_rows(part))]
+def _legend(explanation: Explanation, extents: list[range]) -> str:
+    parts = []
+    if any(explanation.unvisited.values()):
+        parts.append("(n) is in no window")
+    if any(len(extent) > size for extent, size in zip(extents, explanation.plane.shape, strict=True)):
+        parts.append(". is padding")
+    if any(len(extent) > VIEW for extent in extents):
+        parts.append(f"only {VIEW} positions of an axis are shown")
+    return "".join(f", {each}" for each in parts)
+
+
+def _view(extent: range, axis: WindowAxis) -> range:
+    """Return the positions of an axis to print for a window: all, or else some with the window in the middle."""
+    length = axis.positions[-1] + 1 - axis.positions[0]
+    first = axis.positions[0] - max(VIEW - length, 0) // 2
+    first = max(extent.start, min(first, extent.stop - VIEW))
+    return range(first, min(first + VIEW, extent.stop))
+
+
+def _cell(explanation: Explanation, axes: tuple[WindowAxis, ...], index: tuple[int, ...]) -> str:
+    inside = all(0 <= each < size for each, size in zip(index, explanation.plane.shape, strict=True))
+    text = format_number(float(explanation.plane[index])) if inside else "."
+    if all(each in axis.positions for each, axis in zip(index, axes, strict=True)):
+        return f"[{text}]"
+    if inside and any(each in unvisited for each, unvisited in zip(index, explanation.unvisited.values(), strict=True)):
+        return f"({text})"
+    return f"{text} "
+
+
+def _grid(
+    views: list[range], cell: Callable[[tuple[int, ...]], str], width: int, index: tuple[int, ...] = ()
+) -> list[str]:
+    """Return the rows of a grid of cells; those of a third axis under a line for each of its positions."""
+    if len(views) == 1:
+        return [" ".join(f"{cell((*index, each)):>{width}}" for each in views[0]).rstrip()]
+    rows = []
+    for each in views[0]:
+        if len(views) == 3:  # noqa: PLR2004 - depth, rows and columns
+            rows.append(f"depth {each}:")
+        rows += _grid(views[1:], cell, width, (*index, each))
+    return rows

@@ -1,21 +1,38 @@
-"""Tensors in files: images, which Pillow reads and writes, and NumPy's .npy and .npz."""
+"""Tensors in files: images, and NumPy's .npy and .npz; what is written can be read again."""
 
 from __future__ import annotations
 
+import io
+import os
+import sys
+import threading
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
+from poolrpc._shapes.rules import clip
+from poolrpc.chains import spatial_dims
+from poolrpc.command.images import check_format, encode_image, read_image
 from poolrpc.errors import InvalidArgumentError
+from poolrpc.tensors import LAYOUTS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
+    from collections.abc import Iterator, Sequence
 
     from poolrpc._transport.result import PoolResult
     from poolrpc.chains import Chain
+    from poolrpc.command.images import ImageKind
     from poolrpc.tensors import Array, Layout
+
+STDIN = Path("-")
+"""The name that stands for the standard input."""
+
+WIDER = {"uint8": "float32", "uint16": "float32", "int32": "float64"}
+"""The dtype that represents an image's integers exactly, for layers that do not take these."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,112 +40,220 @@ class Source:
     """The contents of an input file.
 
     Attributes:
-        x: The tensor.
-        layout: Its layout: NHWC for an image, NCHW for an array.
+        x: The tensor, as it is in the file.
+        layout: The layout that the file states: NHWC for an image; None for an array without one.
         indices: The array `indices` of a .npz; None if there is none.
+        image: The kind of the image; None for an array.
+        notes: What was left out of the tensor, one sentence each.
 
     """
 
     x: Array
-    layout: Layout
+    layout: Layout | None = None
     indices: Array | None = None
+    image: ImageKind | None = None
+    notes: tuple[str, ...] = ()
+
+    def layout_for(self, chosen: Layout | None) -> Layout:
+        """Return the layout of the tensor.
+
+        Args:
+            chosen: The layout that the user chose; None: the file's, or else NCHW.
+
+        Raises:
+            InvalidArgumentError: The file states another layout than the user.
+
+        """
+        if chosen and self.layout and chosen != self.layout:
+            msg = f"expected {self.layout}, which is the layout of the file, got {chosen}"
+            raise InvalidArgumentError(msg, field="layout")
+        return self.layout or chosen or "NCHW"
+
+    def tensor_for(self, branches: Sequence[Chain]) -> Array:
+        """Return the tensor of a call: an image's integers as floats of the same values, if a layer takes no such ones.
+
+        Args:
+            branches: The layers of the call.
+
+        Raises:
+            InvalidArgumentError: The tensor is an image, and the layers are not 2d.
+
+        """
+        if self.image is None:
+            return self.x
+        if spatial_dims(branches) != 2:  # noqa: PLR2004 - the axes of an image
+            layer = branches[0][0]
+            msg = f"expected 2d layers for an image, which is (H, W, C), got {layer!r}"
+            raise InvalidArgumentError(msg, field="layer")
+        name = self.x.dtype.name
+        taken = all(name in layer.dtypes for chain in branches for layer in chain)
+        return self.x if taken else self.x.astype(WIDER.get(name, name))
 
 
-def load(path: Path, branches: Sequence[Chain]) -> Source:
+def load(path: Path) -> Source:
     """Read a tensor from a file.
 
     Args:
-        path: An image, a .npy, or a .npz with the array `x` (or a single array of any name) and optionally `indices`.
-        branches: The layers for the tensor. An image becomes uint8, or float32 (0 to 255) if a layer takes no integers.
+        path: An image, a .npy, or a .npz with the array `x` (or a single array of any name), and optionally `indices`
+            and `layout`; or STDIN for one of these on the standard input.
 
     Raises:
-        InvalidArgumentError: The file has none of these formats.
+        InvalidArgumentError: The file has none of these formats, or can be read in part only.
         OSError: The file can't be read.
 
     """
+    if path == STDIN:
+        return _load(io.BytesIO(sys.stdin.buffer.read()), path)
     with path.open("rb") as file:
-        try:
-            return (_load_arrays if path.suffix in (".npy", ".npz") else _load_image)(file, branches)
-        except InvalidArgumentError:
-            raise
-        except Exception as error:  # noqa: BLE001 - NumPy, zipfile, zlib and PIL raise a dozen types for damaged files
-            msg = f"expected an image, a .npy or a .npz, got {path}: {error}"
-            raise InvalidArgumentError(msg, field="file") from None
+        return _load(file, path)
 
 
-def _load_image(file: BinaryIO, branches: Sequence[Chain]) -> Source:
-    image = np.asarray(_image_module().open(file).convert("RGB"))
-    integers = all("uint8" in layer.dtypes for chain in branches for layer in chain)
-    return Source(image if integers else image.astype(np.float32), "NHWC")
+def _load(file: BinaryIO, path: Path) -> Source:
+    try:
+        start = file.read(4)
+        file.seek(0)
+        is_array = path.suffix.lower() in (".npy", ".npz") or start in (b"\x93NUM", b"PK\x03\x04", b"PK\x05\x06")
+        if is_array:
+            return _load_arrays(file)
+        pixels, kind, notes = read_image(file)
+        return Source(pixels, "NHWC", None, kind, notes)
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(f"{path}: {error.violations[0].description}", field="file") from None
+    except Exception as error:  # noqa: BLE001 - NumPy, zipfile, zlib and PIL raise a dozen types for damaged files
+        reason = str(error) or type(error).__name__
+        msg = f"expected an image, a .npy or a .npz, got {path}: {reason}"
+        raise InvalidArgumentError(msg, field="file") from None
 
 
-def _load_arrays(file: BinaryIO, _: Sequence[Chain]) -> Source:
+def _load_arrays(file: BinaryIO) -> Source:
     loaded = np.load(file)
     if isinstance(loaded, np.ndarray):
-        return Source(loaded, "NCHW")
+        return Source(loaded)
     with loaded:
-        name = "x" if "x" in loaded.files or len(loaded.files) != 1 else loaded.files[0]
+        others = [each for each in loaded.files if each not in ("x", "indices", "layout")]
+        name = others.pop() if "x" not in loaded.files and len(others) == 1 else "x"
         if name not in loaded.files:
-            msg = f"expected an array named x in {file.name}, got {', '.join(loaded.files) or 'none'}"
-            raise InvalidArgumentError(msg, field="file")
-        arrays = [loaded[each] for each in (name, "indices") if each in loaded.files]
-    if not all(isinstance(each, np.ndarray) for each in arrays):
+            raise InvalidArgumentError(f"expected an array named x, got {', '.join(loaded.files) or 'none'}")
+        arrays = {each: loaded[each] for each in (name, "indices", "layout") if each in loaded.files}
+    if not all(isinstance(each, np.ndarray) for each in arrays.values()):
         raise ValueError("a member is not an array")
-    return Source(arrays[0], "NCHW", *arrays[1:])
+    layout = str(arrays["layout"]) if "layout" in arrays else None
+    if layout not in (None, *LAYOUTS):
+        raise InvalidArgumentError(f"expected the layout {' or '.join(LAYOUTS)}, got {clip(layout)}")
+    notes = (f"the arrays {', '.join(others)} are left out",) if others else ()
+    return Source(arrays[name], layout, arrays.get("indices"), None, notes)
 
 
-def save(path: Path, results: Sequence[PoolResult], source: Source) -> list[Path]:
-    """Write the outputs of all branches to files.
+def paths_of(path: Path, branches: int) -> list[Path]:
+    """Return the file of each branch: the path itself, or numbered ones if there are several: out-0.png, out-1.png."""
+    return [path] if branches == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(branches)]
 
-    Args:
-        path: The file. A .npz holds the outputs of all branches, and their indices. Other formats have one file per
-            branch, numbered if there are several: out-0.png, out-1.png.
-        results: The results of the branches.
-        source: The input, which decides whether outputs are images.
 
-    Returns:
-        The files that were written.
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The files for the results of a call.
 
-    Raises:
-        InvalidArgumentError: An output is not an image, and the suffix is neither .npy nor .npz.
-        OSError: A file can't be written.
+    Attributes:
+        paths: The file of each branch.
+        format: "npy", "npz", or Pillow's name of an image format.
+        image: The kind of the input; None if it is not an image.
+        layout: The layout of the results.
+        channels_axis: Where the last axis of an output belongs in a .npy, counted from the end; None: where it is.
 
     """
-    if path.suffix == ".npz":
-        arrays: dict[str, Any] = {}
-        for i, result in enumerate(results):
-            end = f"_{i}" if i else ""
-            arrays[f"output{end}"] = result.output
-            if result.indices is not None:
-                arrays[f"indices{end}"] = result.indices
-        np.savez(path, **arrays)
-        return [path]
-    numbered = len(results) > 1
-    paths = [path.with_stem(f"{path.stem}-{i}") if numbered else path for i in range(len(results))]
-    for target, result in zip(paths, results, strict=True):
-        if target.suffix == ".npy":
-            np.save(target, result.output)
-        else:
-            _save_image(target, result.output, source)
-    return paths
+
+    paths: tuple[Path, ...]
+    format: str
+    image: ImageKind | None
+    layout: Layout
+    channels_axis: int | None = None
+
+    @property
+    def remark(self) -> str:
+        """What a reader of the files has to know."""
+        return " as NCHW" if self.channels_axis is not None else ""
+
+    def save(self, results: Sequence[PoolResult]) -> tuple[str, ...]:
+        """Write the results, each file completely or not at all.
+
+        A .npz has the arrays x, layout and, if the layer returns them, indices.
+
+        Returns:
+            What was changed, one sentence each.
+
+        Raises:
+            InvalidArgumentError: An output has no value for a pixel.
+            OSError: A file can't be written.
+
+        """
+        notes: list[str] = []
+        for path, result in zip(self.paths, results, strict=True):
+            if self.format == "npz":
+                arrays = {"x": result.output, "layout": np.array(self.layout)}
+                if result.indices is not None:
+                    arrays["indices"] = result.indices
+                with _replacing(path) as file:
+                    np.savez(file, **arrays)  # type: ignore[arg-type]  # mypy takes the arrays for its flag allow_pickle
+            elif self.format == "npy":
+                output = result.output
+                if self.channels_axis is not None:
+                    output = np.ascontiguousarray(np.moveaxis(output, -1, self.channels_axis))
+                with _replacing(path) as file:
+                    # Not the file itself, for which NumPy raises an error without the cause when the disk is full.
+                    np.save(SimpleNamespace(write=file.write), output)
+            elif self.image is not None:
+                data, changes = encode_image(result.output, self.image, self.format)
+                notes += changes
+                with _replacing(path) as file:
+                    file.write(data)
+        return tuple(notes)
 
 
-def _save_image(path: Path, output: Array, source: Source) -> None:
-    if source.layout != "NHWC" or output.ndim != 3:  # noqa: PLR2004 - (H, W, C)
+def target_for(path: Path, source: Source, branches: Sequence[Chain], chosen: Layout | None) -> Target:
+    """Return the files for the results of a call, and check that they can hold these, before the call.
+
+    Args:
+        path: The file, whose suffix selects the format; numbered if there are several branches.
+        source: The input.
+        branches: The layers.
+        chosen: The layout that the user chose; None if none. A .npy is NCHW without one, because it is read so.
+
+    Raises:
+        InvalidArgumentError: The folder is missing, or the format can't hold the results as they are.
+
+    """
+    if not path.parent.is_dir():
+        raise InvalidArgumentError(f"expected a file in an existing folder, got {path}", field="save")
+    layout, paths, suffix = source.layout_for(chosen), tuple(paths_of(path, len(branches))), path.suffix.lower()
+    if suffix == ".npz":
+        return Target(paths, "npz", source.image, layout)
+    if any(chain[-1].returns_indices for chain in branches):
+        msg = f"expected .npz for a layer with return_indices, since other formats have no indices, got {path}"
+        raise InvalidArgumentError(msg, field="save")
+    if suffix == ".npy":
+        dims = spatial_dims(branches) or source.x.ndim - 2
+        return Target(paths, "npy", source.image, layout, -1 - dims if layout == "NHWC" and not chosen else None)
+    if source.image is None:
         msg = f"expected .npy or .npz for an output that is not an image, got {path}"
         raise InvalidArgumentError(msg, field="save")
-    try:
-        _image_module().fromarray(np.clip(np.rint(output), 0, 255).astype(np.uint8)).save(path)
-    except ValueError as error:
-        raise InvalidArgumentError(
-            f"expected the suffix of an image format, got {path}: {error}", field="save"
-        ) from None
+    return Target(paths, check_format(path.suffix, source.image), source.image, layout)
 
 
-def _image_module() -> Any:  # noqa: ANN401 - PIL's module, which is optional
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing, which takes the place of `path` when it is complete."""
+    actual = path.resolve()
+    if actual.exists() and not actual.is_file():  # a device or a pipe
+        with actual.open("wb") as file:
+            yield file
+        return
+    temporary = actual.with_name(f".{actual.name}.{os.getpid()}-{threading.get_ident()}")
     try:
-        from PIL import Image  # noqa: PLC0415 - optional, and only images need it
-    except ImportError:
-        msg = "expected Pillow to be installed, for images: pip install 'poolrpc[viz]'"
-        raise InvalidArgumentError(msg, field="file") from None
-    return Image
+        with temporary.open("xb") as file:
+            yield file
+        temporary.replace(actual)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from None
+        raise

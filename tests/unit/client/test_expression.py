@@ -118,7 +118,7 @@ def test_an_expression_has_pythons_syntax(text, layer):
         ("AvgPool1d(2, 1, 0, True, True, 5)", 32, "expected at most 5 arguments for AvgPool1d, got 6"),
         ("MaxPol2d(2)", 1, "expected the name of a layer, got 'MaxPol2d'; did you mean MaxPool2d?"),
         ("Conv2d(3)", 1, "expected the name of a layer, got 'Conv2d'"),
-        ("nn.MaxPool2d(2)", 1, "expected the name of a layer, got 'nn.MaxPool2d'"),
+        ("nn.Conv2d(3)", 1, "expected the name of a layer, got 'nn.Conv2d'"),
         ("MaxPool2d", 1, "expected a layer such as MaxPool2d(2), got 'MaxPool2d'"),
         ("7", 1, "expected a layer such as MaxPool2d(2), got '7'"),
         ("MaxPool2d('2')", 11, "kernel_size: expected an integer or a tuple, got '2'"),
@@ -327,3 +327,44 @@ def test_the_recursion_limit_does_not_change():
     with pytest.raises(ExpressionError):
         parse_layer("-" * 4000 + "1")
     assert sys.getrecursionlimit() == before
+
+
+@pytest.mark.parametrize("prefix", ["nn.", "torch.nn.", "torch.nn.modules.pooling."])
+def test_a_layer_may_have_the_name_of_torchs_module(prefix):
+    """The name may be written with torch's module before it, also in a chain."""
+    assert parse_layer(f"{prefix}MaxPool2d(3, stride=2)") == MaxPool2d(3, stride=2)
+    assert parse_chain(f"[{prefix}MaxPool2d(2), AvgPool2d(2)]") == (MaxPool2d(2), AvgPool2d(2))
+
+
+@pytest.mark.parametrize(
+    ("name", "suggestion"),
+    [
+        ("maxpool2d", "MaxPool2d"),
+        ("MAXPOOL2D", "MaxPool2d"),
+        ("max_pool2d", "MaxPool2d"),
+        ("F.max_pool2d", "MaxPool2d"),
+        ("torch.nn.functional.max_pool2d", "MaxPool2d"),
+        ("torch.max_pool1d", "MaxPool1d"),
+        ("nn.maxpool3d", "MaxPool3d"),
+        ("F.max_unpool2d", "MaxUnpool2d"),
+        ("F.adaptive_avg_pool2d", "AdaptiveAvgPool2d"),
+        ("F.lp_pool1d", "LPPool1d"),
+        ("fractional_max_pool3d", "FractionalMaxPool3d"),
+        ("MaxPooling2D", "MaxPool2d"),
+        ("AveragePooling1D", "AvgPool1d"),
+        ("MaxPool", "MaxPool1d or MaxPool2d or MaxPool3d"),
+        ("AveragePool", "AvgPool1d or AvgPool2d or AvgPool3d"),
+        ("MaxPol2d", "MaxPool2d"),
+    ],
+)
+def test_the_suggestion_is_the_layer_that_was_meant(name, suggestion):
+    """Names of torch's functions and of other libraries, in any case, suggest the layer of that name and rank."""
+    with pytest.raises(ExpressionError, match=re.escape(f"got '{name}'; did you mean {suggestion}?")):
+        parse_layer(f"{name}(2)")
+
+
+@pytest.mark.parametrize("name", ["conv", "F.relu", "x.y"])
+def test_a_name_like_no_layer_lists_the_layers(name):
+    """A name that is like no layer's suggests none."""
+    with pytest.raises(ExpressionError, match="; the layers are MaxPool1d, "):
+        parse_layer(f"{name}(2)")

@@ -1,4 +1,4 @@
-"""The command `poolrpc` without a server: shape, explain --local, and errors in one line."""
+"""The command `poolrpc` without a server: shape, explain, and errors in one line."""
 
 import json
 import re
@@ -58,15 +58,16 @@ def test_shape_as_json(capsys, arguments, shape):
 
 def test_explain_prints_windows_output_and_formula(capsys):
     """Explain prints each window, the output, and the formula of each axis."""
-    printed = run(capsys, "explain", "MaxPool2d(2, 2)", "--input", PLANE, "--local")
-    assert re.search(r"window \(1, 0\): rows 2\.\.3, columns 0\.\.1\n +4 +2\n +9 +7\n +max 9 at \(3, 0\)\n", printed)
+    printed = run(capsys, "explain", "MaxPool2d(2, 2)", "--input", PLANE)
+    plane = r" +1 +3 +2 +4 *\n +5 +6 +8 +7 *\n +\[4\] +\[2\] +1 +0 *\n +\[9\] +\[7\] +3 +2 *\n"
+    assert re.search(rf"window \(1, 0\): rows 2\.\.3, columns 0\.\.1\n{plane} +max 9 at \(3, 0\)\n", printed)
     assert re.search(r"output:\n +6 +8\n +9 +3\n", printed)
     assert "rows: floor((4 + 2*0 - 1*(2 - 1) - 1) / 2) + 1 = 2\n" in printed
 
 
 def test_explain_as_json(capsys):
     """--json prints each window's index, positions, cells (null in the padding), value and computation."""
-    printed = parse_json(run(capsys, "explain", "AvgPool1d(2, padding=1)", "--input", "[3, 5]", "--local", "--json"))
+    printed = parse_json(run(capsys, "explain", "AvgPool1d(2, padding=1)", "--input", "[3, 5]", "--json"))
     assert printed == {
         "layer": "AvgPool1d(2, padding=1)",
         "windows": [
@@ -74,7 +75,8 @@ def test_explain_as_json(capsys):
             {"index": [1], "positions": [[1, 2]], "cells": [5.0, None], "value": 2.5, "how": "(5) / 2 = 2.5"},
         ],
         "output": [1.5, 2.5],
-        "formulas": ["columns: floor((2 + 2*1 - 1*(2 - 1) - 1) / 2) + 1 = 2"],
+        "unvisited": {"columns": []},
+        "formulas": ["columns: floor((2 + 2*1 - 2) / 2) + 1 = 2"],
     }
 
 
@@ -89,7 +91,7 @@ def test_explain_as_json(capsys):
 )
 def test_infinities_and_nan_are_valid_json(capsys, layer, plane):
     """Infinities and NaN, which JSON lacks, are printed as strings."""
-    parse_json(run(capsys, "explain", layer, "--input", plane, "--local", "--json"))
+    parse_json(run(capsys, "explain", layer, "--input", plane, "--json"))
 
 
 @pytest.mark.parametrize(
@@ -112,18 +114,29 @@ def test_infinities_and_nan_are_valid_json(capsys, layer, plane):
         (["shape", "8x3x4x4", "MaxPool2d(\n0)"], "column 12: kernel_size"),
         (["shape", "8x3x4x4", f"MaxPool2d(0x{'f' * 4000})"], "kernel_size: expected"),
         (["shape", "8x3x4x4", "MaxPool2d('\\d')"], "column 12: "),
-        (["explain", "MaxPool2d(2)", "--local", "--input", "[[1, 2], [3]]"], "expected nested lists of numbers"),
-        (["explain", "MaxPool2d(2)", "--local", "--input", "[[1, 2"], "expected nested lists of numbers"),
-        (["explain", "MaxPool2d(2)", "--local", "--input", '{"a": 1}'], "expected nested lists of numbers"),
-        (["explain", "MaxPool2d(2)", "--local", "--input", '[["a"]]'], "expected nested lists of numbers"),
-        (["explain", "MaxPool2d(2)", "--local", "--input", "[" * 100_000], "expected nested lists of numbers"),
-        (["explain", "MaxPool1d(1)", "--local", "--input", f"[{'9' * 400}]"], "expected nested lists of numbers"),
-        (["explain", "MaxPool2d(2)", "--local", "--input", "[1, 2]"], "expected"),
-        (["explain", "MaxPool2d(2)", "--local", "--input", "1"], "expected"),
-        (["explain", "MaxPool2d(2)", "--local", "--input", "[]"], "expected"),
-        (["explain", "FractionalMaxPool2d(2, 1)", "--local", "--input", PLANE], "fixed"),
-        (["explain", "[MaxPool2d(2)]", "--local", "--input", PLANE], "expected a layer such as"),
+        (["explain", "MaxPool2d(2)", "--input", "[[1, 2], [3]]"], "expected nested lists of numbers"),
+        (["explain", "MaxPool2d(2)", "--input", "[[1, 2"], "expected nested lists of numbers"),
+        (["explain", "MaxPool2d(2)", "--input", '{"a": 1}'], "expected nested lists of numbers"),
+        (["explain", "MaxPool2d(2)", "--input", '[["a"]]'], "expected nested lists of numbers"),
+        (["explain", "MaxPool2d(2)", "--input", "[" * 100_000], "expected nested lists of numbers"),
+        (["explain", "MaxPool1d(1)", "--input", f"[{'9' * 400}]"], "expected nested lists of numbers"),
+        (["explain", "MaxPool2d(2)", "--input", "[1, 2]"], "expected"),
+        (["explain", "MaxPool2d(2)", "--input", "1"], "expected"),
+        (["explain", "MaxPool2d(2)", "--input", "[]"], "expected"),
+        (["explain", "FractionalMaxPool2d(2, 1)", "--input", PLANE], "fixed"),
+        (["explain", "[MaxPool2d(2)]", "--input", PLANE], "expected a layer such as"),
+        (["explain", "MaxPool2d(2)", "--windows", "0", "--input", PLANE], "windows: expected at least 1, got 0"),
         (["pool", "no-such-file.npy", "--layer", "MaxPool2d(2)"], "no-such-file.npy"),
+        (["pool", "", "--layer", "MaxPool2d(2)"], "file: expected the name of a file, got ''"),
+        (["pool", "no-such-*.png", "--layer", "MaxPool2d(2)"], "expected files that match 'no-such-*.png', got none"),
+        (["pool", "-", "x.npy", "--layer", "MaxPool2d(2)"], "expected - alone, got 2 names"),
+        (["pool", "x.npy", "--layer", "MaxPool2d(2)", "--skip-existing"], "save: expected"),
+        (["pool", "x.npy", "--layer", "MaxPool2d(2)", "--suffix", ".png"], "save: expected"),
+        (["pool", "x.npy", "--layer", "MaxPool2d(2)", "--suffix", ".png", "--save", "y.npy"], "suffix: expected"),
+        (["pool", "x.npy", "y.npy", "--layer", "MaxPool2d(2)", "--suffix", "png", "--save", "y"], "suffix: expected"),
+        (["pool", "x.npy", "--layer", "MaxPool2d(2)", "--save", "x.npy"], "expected another file than the input"),
+        (["pool", "x.npy", "y.npy", "--layer", "MaxPool2d(2)", "--save", "z.npy"], "expected a folder for the outputs"),
+        (["pool", "a/x.npy", "b/x.npy", "--layer", "MaxPool2d(2)", "--save", "z"], "an output of its own for each"),
         (["pool", "no-such-file.png", "--layer", "MaxPool2d(2)"], "no-such-file.png"),
         (["pool", "no-such-file.npy", "--layer", "MaxPool2d()"], "column 1: expected the parameter kernel_size of"),
     ],

@@ -114,11 +114,16 @@ def test_known_examples(layer, output):
 
 
 def test_a_window_is_printed_with_its_position_and_maximum():
-    """Each window is printed in order, with its rows and columns, its cells, and the position of its maximum."""
+    """Each window is printed in order: its rows and columns, the plane with its cells marked, where its maximum is."""
     text = format_lines(explain(MaxPool2d(2, 2), KNOWN))
     start = text.index("window (0, 1): rows 0..1, columns 2..3")
-    assert [line.split() for line in text[start + 1 : start + 3]] == [["2", "4"], ["8", "7"]]
-    assert text[start + 3].strip() == "max 8 at (1, 2)"
+    assert [line.split() for line in text[start + 1 : start + 5]] == [
+        ["1", "3", "[2]", "[4]"],
+        ["5", "6", "[8]", "[7]"],
+        ["4", "2", "1", "0"],
+        ["9", "7", "3", "2"],
+    ]
+    assert text[start + 5].strip() == "max 8 at (1, 2)"
     assert [line for line in text if line.startswith("window")] == sorted(
         line for line in text if line.startswith("window")
     )
@@ -145,9 +150,75 @@ def test_padding_is_printed():
     explanation = explain(MaxPool2d(2, padding=1), np.ones((2, 2), np.float32))
     assert explanation.windows[0].cells == [[None, None], [None, 1.0]]
     text = format_lines(explanation)
-    assert text[2:5] == ["window (0, 0): rows -1..0, columns -1..0", "       .      .", "       .      1"]
-    assert "(. is padding)" in text
-    assert "(. is padding)" not in format_lines(explain(MaxPool2d(2), np.ones((2, 2), np.float32)))
+    assert text[2] == "window (0, 0): rows -1..0, columns -1..0"
+    assert [line.split() for line in text[3:7]] == [
+        ["[.]", "[.]", ".", "."],
+        ["[.]", "[1]", "1", "."],
+        [".", "1", "1", "."],
+        [".", ".", ".", "."],
+    ]
+    assert "[n] is in the window, . is padding" in text
+    assert "[n] is in the window" in format_lines(explain(MaxPool2d(2), np.ones((2, 2), np.float32)))
+
+
+def test_cells_in_no_window_are_named_and_marked():
+    """Cells that no window has are in parentheses in every plane, and their rows and columns are listed."""
+    explanation = explain(MaxPool2d((1, 2), stride=(2, 3)), np.arange(20, dtype=np.float32).reshape(4, 5))
+    assert explanation.unvisited == {"rows": (1, 3), "columns": (2,)}
+    text = format_lines(explanation)
+    assert [line.split() for line in text[3:7]] == [
+        ["[0]", "[1]", "(2)", "3", "4"],
+        ["(5)", "(6)", "(7)", "(8)", "(9)"],
+        ["10", "11", "(12)", "13", "14"],
+        ["(15)", "(16)", "(17)", "(18)", "(19)"],
+    ]
+    assert "[n] is in the window, (n) is in no window" in text
+    assert text[text.index("[n] is in the window, (n) is in no window") + 1 :][:2] == [
+        "in no window: rows 1, 3",
+        "in no window: column 2",
+    ]
+    dilated = explain(MaxPool1d(2, dilation=2, stride=3), np.arange(6, dtype=np.float32))
+    assert dilated.unvisited == {"columns": (1, 4)}
+
+
+@given(cases())
+def test_a_cell_in_no_window_does_not_matter(case):
+    """Whatever is in cells that no window has, the output is the same; and every other cell is in a window."""
+    layer, plane = case
+    try:
+        explanation = explain(layer, plane)
+    except InvalidArgumentError:
+        assume(False)
+    visited = np.zeros(plane.shape, bool)
+    for window in explanation.windows:
+        visited[np.ix_(*(axis.inside for axis in window.axes))] = True
+    named = np.zeros(plane.shape, bool)
+    for axis, positions in enumerate(explanation.unvisited.values()):
+        named[(slice(None),) * axis + (list(positions),)] = True
+    assert np.array_equal(named, ~visited)
+
+
+def test_few_windows_and_few_positions_are_printed():
+    """A long plane is printed around each window, and only the first windows are, with how to print all."""
+    text = format_lines(explain(MaxPool1d(2), np.arange(100, dtype=np.float32)), windows=3)
+    assert len([line for line in text if line.startswith("window")]) == 3
+    assert "47 more windows: --windows 50 prints all" in text
+    assert max(map(len, text)) < 120
+    assert "output (the first 16 of an axis):" in text
+    every = format_lines(explain(MaxPool1d(2), np.arange(100, dtype=np.float32)), windows=50)
+    assert len([line for line in every if line.startswith("window")]) == 50
+    assert not [line for line in every if "more windows" in line]
+    last = every[every.index("window (49): columns 98..99") + 1]
+    assert last.split()[-2:] == ["[98]", "[99]"]
+    assert len(last.split()) == 16
+
+
+def test_a_plane_of_many_cells_is_printed_in_short_lines_or_rejected():
+    """A window of many cells has short lines, and windows that are too much work are rejected with the limit."""
+    plane = np.ones((200, 200), np.float32)
+    assert max(map(len, format_lines(explain(AdaptiveAvgPool2d(1), plane)))) < 400
+    with pytest.raises(InvalidArgumentError, match="input: expected windows of at most 1048576 cells together, got"):
+        explain(MaxPool2d(100, stride=1), plane)
 
 
 def test_a_window_without_a_cell_of_the_input_is_minus_infinity():
@@ -176,7 +247,8 @@ DROPPED = (
             5,
             DROPPED,
         ),
-        (LPPool1d(2, 3), 7, "columns: floor((7 + 2*0 - 1*(3 - 1) - 1) / 3) + 1 = 2"),
+        (LPPool1d(2, 3), 7, "columns: floor((7 - 3) / 3) + 1 = 2"),
+        (AvgPool1d(3, 2, padding=1), 8, "columns: floor((8 + 2*1 - 3) / 2) + 1 = 4"),
         (AdaptiveAvgPool1d(3), 7, "columns: window i of 3 spans floor(i * 7 / 3) to ceil((i + 1) * 7 / 3) -> 3"),
         (GlobalPool1d("mean"), 7, "columns: the whole of 7 -> 1"),
     ],
