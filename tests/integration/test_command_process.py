@@ -31,7 +31,7 @@ def start(tmp_path: Path, address: str) -> Start:
             [*POOLRPC, *map(str, arguments)],
             cwd=tmp_path,
             text=True,
-            env=os.environ | {"POOLRPC_ADDRESS": address, "PYTHONDEVMODE": ""} | (environment or {}),
+            env=os.environ | {"POOLRPC_ADDRESS": address, "PYTHONUNBUFFERED": ""} | (environment or {}),
             **options,
         )
 
