@@ -24,7 +24,7 @@ from poolrpc.chains import branch_shapes
 from poolrpc.client import PoolClient
 from poolrpc.command.explain import WINDOWS, explain, format_lines
 from poolrpc.command.inputs import find_inputs, output_paths
-from poolrpc.command.pool import Work, describe, pool_file, pool_files, step_lines, steps
+from poolrpc.command.pool import Work, count_files, describe, pool_file, pool_files, step_lines, steps
 from poolrpc.errors import InvalidArgumentError, PoolError
 from poolrpc.expression import parse_chain, parse_layer
 from poolrpc.tensors import LAYOUTS
@@ -238,7 +238,7 @@ def _pool(options: argparse.Namespace) -> tuple[object, Sequence[str], int]:
         raise InvalidArgumentError(msg, field="suffix")
     outputs = output_paths(inputs, options.save, options.suffix) if options.save else None
     if inputs.passed_over:
-        _note(f"{inputs.passed_over} files that are neither images nor arrays are left out")
+        _note(f"left out, since they are neither images nor arrays: {count_files(inputs.passed_over)}")
     if not inputs.several:
         with _client(options) as client:
             outcome = pool_file(client, inputs.files[0][0], outputs[0] if outputs else None, work)

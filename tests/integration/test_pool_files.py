@@ -69,7 +69,7 @@ def test_a_folder_is_pooled_with_its_subfolders(run: Run, name: str) -> None:
     assert run(name, "--save", "out") == (
         0,
         "4 files: 4 pooled\n",
-        "poolrpc: 1 files that are neither images nor arrays are left out\n",
+        "poolrpc: left out, since they are neither images nor arrays: 1 file\n",
     )
     assert files_in("out") == [*sorted(expected), "f.npy"]
     for each, pixels in expected.items():
@@ -172,8 +172,8 @@ def test_existing_outputs_are_skipped(run: Run) -> None:
 def test_outputs_are_not_inputs(run: Run) -> None:
     """A folder of outputs in the folder of inputs is left out, so that a second run has the same inputs."""
     make_image("a.png")
-    assert run(".", "--save", "out")[1] == "1 files: 1 pooled\n"
-    assert run(".", "--save", "out")[1] == "1 files: 1 pooled\n"
+    assert run(".", "--save", "out")[1] == "1 file: 1 pooled\n"
+    assert run(".", "--save", "out")[1] == "1 file: 1 pooled\n"
     assert files_in(".") == ["a.png", "out/a.png"]
 
 

@@ -104,7 +104,12 @@ class Summary:
         left = self.total - self.pooled - self.skipped - len(self.failures)
         counts = [(self.pooled, "pooled"), (self.skipped, "skipped"), (len(self.failures), "failed"), (left, "left")]
         parts = ", ".join(f"{count} {what}" for count, what in counts if count or what == "pooled")
-        return f"{self.total} files: {parts}"
+        return f"{count_files(self.total)}: {parts}"
+
+
+def count_files(count: int) -> str:
+    """Return "1 file", "2 files"."""
+    return f"{count} file{'' if count == 1 else 's'}"
 
 
 def steps(chain: Chain, shapes: tuple[Shape, ...]) -> list[dict[str, object]]:

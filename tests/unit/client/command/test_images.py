@@ -1,6 +1,7 @@
 """Images: read with their own depth and channels, written so, and rejected where Pillow cuts them."""
 
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from poolrpc import AvgPool2d, InvalidArgumentError, MaxPool1d, MaxPool2d, MaxPool3d, PoolResult
 from poolrpc.command.files import Source, load, target_for
 from poolrpc.command.images import FORMATS, MODES, SUFFIXES, ImageKind
+from poolrpc.command.inputs import find_inputs
 
 RANDOM = np.random.default_rng(0)
 PIXELS = RANDOM.integers(0, 256, (4, 6, 3), np.uint8)
@@ -327,3 +329,14 @@ def test_the_colour_profile_is_kept(tmp_path):
         target_for(tmp_path / name, source, MAX, None).save([result(source.x)])
         with Image.open(tmp_path / name) as image:
             assert image.info.get("icc_profile") == (None if name == "y.bmp" else b"profile")
+
+
+def test_without_pillow_an_image_names_the_extra(tmp_path, monkeypatch):
+    """If Pillow is not installed, an image is rejected with the extra that installs it, and arrays work."""
+    Image.fromarray(PIXELS).save(tmp_path / "x.png")
+    np.save(tmp_path / "x.npy", PIXELS)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(InvalidArgumentError, match=r"expected Pillow .*: pip install 'poolrpc\[images\]'"):
+        load(tmp_path / "x.png")
+    assert np.array_equal(load(tmp_path / "x.npy").x, PIXELS)
+    assert [path.name for path, _ in find_inputs([str(tmp_path)], None).files] == ["x.npy", "x.png"]
