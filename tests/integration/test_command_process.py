@@ -56,16 +56,24 @@ def test_python_runs_the_package(start: Start) -> None:
     assert outcome(start("shape", "1x1x4x4", "MaxPool2d(2)")) == (0, "MaxPool2d(2) -> (1, 1, 2, 2)\n", "")
 
 
-@pytest.mark.parametrize("command", [["health"], ["info"], ["pool", "x.npy", "--layer", "MaxPool2d(2)"]])
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["health"], ""),
+        (["info"], ""),
+        (["pool", "x.npy", "--layer", "MaxPool2d(2)"], ""),
+        (["pool", ".", "--layer", "MaxPool2d(2)"], "poolrpc: 1 file: 0 pooled, 1 left\n"),
+    ],
+)
 def test_ctrl_c_ends_with_status_130_and_no_traceback(
-    start: Start, silent: socket.socket, tmp_path: Path, command: list[str]
+    start: Start, silent: socket.socket, tmp_path: Path, command: list[str], said: str
 ) -> None:
-    """SIGINT during a call ends the command at once with status 130 and nothing on stderr."""
+    """SIGINT during a call ends the command with status 130 and nothing on stderr, or how far it came."""
     np.save(tmp_path / "x.npy", np.ones((1, 1, 4, 4), np.float32))
     process = start(*command, "--address", f"127.0.0.1:{silent.getsockname()[1]}")
     with silent.accept()[0]:  # the command has called
         process.send_signal(signal.SIGINT)
-        assert outcome(process) == (130, "", "")
+        assert outcome(process) == (130, "", said)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["info"], ["info", "--json"], ["shape", "1x1x4x4", "MaxPool2d(2)"]])
