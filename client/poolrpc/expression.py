@@ -38,8 +38,8 @@ def parse_layer(text: str) -> Layer:
 
     Args:
         text: A layer's name and arguments in Python's syntax, up to 4096 characters. Arguments are numbers, inf, True,
-            False, None, strings, and tuples or lists of these. The name may be that of torch's module: torch.nn.MaxPool2d
-            or nn.MaxPool2d.
+            False, None, strings, and tuples or lists of these. The name may be that of torch's module:
+            torch.nn.MaxPool2d or nn.MaxPool2d.
 
     Raises:
         ExpressionError: The text is not a layer expression, or an argument is invalid; `column` says where.

@@ -199,6 +199,8 @@ def _power(layer: Any, plane: Array, axes: tuple[WindowAxis, ...]) -> tuple[floa
 
 def _reduce(layer: Any, plane: Array, axes: tuple[WindowAxis, ...]) -> tuple[float, str]:  # noqa: ANN401 - of the family
     return {"max": _max, "mean": _average}[layer.reduce](layer, plane, axes)
+
+
 def _terms(values: list[float], separator: str, form: str = "{}") -> str:
     terms = [form.format(format_number(each)) for each in values]
     if len(terms) > TERMS:
