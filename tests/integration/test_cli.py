@@ -74,7 +74,7 @@ def test_a_global_layer_pools_an_image(run: Run, image: Path) -> None:
     status, output, _ = run("pool", image, "--layer", 'GlobalPool2d("mean")', "--save", out)
     assert (status, output.splitlines()[:2]) == (
         0,
-        ["input: float32 (6, 4, 3) NHWC", "GlobalPool2d('mean') -> (1, 1, 3)"],
+        ["input: uint8 (6, 4, 3) NHWC, sent as float32", "GlobalPool2d('mean') -> (1, 1, 3)"],
     )
     np.testing.assert_allclose(np.load(out).ravel(), np.asarray(Image.open(image)).mean((0, 1)), rtol=1e-6)
 

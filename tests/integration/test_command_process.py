@@ -25,10 +25,14 @@ POOLRPC = (sys.executable, "-m", "poolrpc")
 def start(tmp_path: Path, address: str) -> Start:
     """Return a function that starts a command in an empty folder, against the server."""
 
-    def command(*arguments: object, environment: dict[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
+    def command(
+        *arguments: object, environment: dict[str, str] | None = None, closed: int | None = None, **options: Any
+    ) -> subprocess.Popen[str]:
+        # Closed by a shell: a function between fork and exec is not safe in a process with gRPC's threads.
+        prefix = [] if closed is None else ["sh", "-c", f'exec "$@" {closed}>&-', "sh"]
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
         return subprocess.Popen(  # noqa: S603 - our own command
-            [*POOLRPC, *map(str, arguments)],
+            [*prefix, *POOLRPC, *map(str, arguments)],
             cwd=tmp_path,
             text=True,
             env=os.environ | {"POOLRPC_ADDRESS": address, "PYTHONUNBUFFERED": ""} | (environment or {}),
@@ -107,7 +111,7 @@ def test_a_full_disk_is_one_line(start: Start, arguments: list[str]) -> None:
 
 def test_a_closed_output_is_one_line(start: Start) -> None:
     """If stdout is closed, the status is 1, and one line on stderr has the cause."""
-    process = start("shape", "1x1x4x4", "MaxPool2d(2)", stdout=None, preexec_fn=lambda: os.close(1))
+    process = start("shape", "1x1x4x4", "MaxPool2d(2)", closed=1)
     assert outcome(process)[::2] == (1, "poolrpc: the output can't be written: [Errno 9] Bad file descriptor\n")
 
 
@@ -116,7 +120,7 @@ def test_a_closed_output_is_one_line(start: Start) -> None:
 def test_an_error_output_that_fails_changes_nothing(start: Start, stderr: str, layer: str, status: int) -> None:
     """The status and the output are the same if stderr is closed or can't be written."""
     with open("/dev/full", "w") as full:  # noqa: PTH123 - a device
-        options = {"stderr": full} if stderr == "full" else {"stderr": None, "preexec_fn": lambda: os.close(2)}
+        options = {"stderr": full} if stderr == "full" else {"closed": 2}
         process = start("shape", "1x1x4x4", layer, **options)
     assert outcome(process)[:2] == (status, "" if status else "MaxPool2d(2) -> (1, 1, 2, 2)\n")
 
