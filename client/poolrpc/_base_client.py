@@ -15,6 +15,7 @@ import numpy as np
 
 from poolrpc._shapes.limits import MAX_MESSAGE_BYTES, MAX_NUMEL
 from poolrpc._shapes.parameters import integer
+from poolrpc._shapes.rules import clip
 from poolrpc._transport.arena import arena_steps
 from poolrpc._transport.channel import (
     GET_SERVER_INFO,
@@ -38,7 +39,7 @@ from poolrpc._transport.request import Transfer, prepare, prepare_single
 from poolrpc._transport.steps import Deliver, NextGroup, Send, SendStream, Start, Wait
 from poolrpc._transport.unary import unary_steps
 from poolrpc._wire import codec
-from poolrpc.chains import as_branches, as_chain, check_layout
+from poolrpc.chains import as_branches, as_chain, branch_shapes, check_layout
 from poolrpc.credentials import credentials_for, metadata_for, unix_path
 from poolrpc.errors import InvalidArgumentError, PoolError
 from poolrpc.tensors import Array, as_array, dtype_name, spec_of
@@ -211,7 +212,7 @@ class BaseClient:
         array = as_array(x, layout)
         if indices is None:
             return Transfer(prepare_single(dtype_name(array.dtype), array.shape, layout, chains), [array], flat)
-        second = as_array(indices)
+        second = _indices_array(indices)
         request = codec.Request(spec_of(array, layout), chains, spec_of(second, layout))
         return Transfer(prepare(request), [array, second], flat)
 
@@ -291,7 +292,9 @@ class BaseClient:
     ) -> Steps[Shape]:
         check_layout(layout)
         sizes = tuple(integer("shape", size, 0, MAX_NUMEL) for size in shape)
-        request = codec.encode_shape_request(sizes, [as_chain(layers)], layout)
+        chain = as_chain(layers)
+        request = codec.encode_shape_request(sizes, [chain], layout)
+        branch_shapes(sizes, [chain], layout)  # raises the error that the server would send
         response = yield from self._send_steps(INFER_SHAPE, request, options)
         return codec.decode_shape_response(response)[0][-1]
 
@@ -306,6 +309,18 @@ class BaseClient:
     def _send_steps(self, method: str, message: object, options: CallOptions) -> Steps[Any]:
         with traced(method, self.address, options):
             return (yield Send(method, message, options))
+
+
+def _indices_array(indices: object) -> Array:
+    """Return MaxUnpool's indices as an array, or raise an error that names them rather than the input."""
+    try:
+        array = as_array(indices)
+    except InvalidArgumentError as error:
+        description = "; ".join(each.description for each in error.violations)
+        raise InvalidArgumentError(description, field="indices") from None
+    if array.dtype != np.int64:
+        raise InvalidArgumentError(f"expected int64, got {clip(array.dtype.name)[1:-1]}", field="indices.dtype")
+    return array
 
 
 def _after_fork() -> None:

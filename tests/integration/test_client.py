@@ -16,7 +16,6 @@ import poolrpc
 from poolrpc import (
     AdaptiveAvgPool2d,
     AsyncPoolClient,
-    AvgPool2d,
     GlobalPool2d,
     MaxPool1d,
     MaxPool2d,
@@ -177,17 +176,15 @@ def test_health(client: PoolClient) -> None:
 
 
 def test_the_client_raises_the_servers_errors(client: PoolClient) -> None:
-    """A bad request raises the server's class of error, with the field's path and the expected and actual value."""
+    """A limit and a value that only the server checks raise its class of error, with its text and gRPC's error."""
+    with pytest.raises(poolrpc.LimitExceededError) as limited:
+        client.pool(np.zeros((1, 1, 1), np.float32), AdaptiveAvgPool2d(4096))
+    assert limited.value.metadata.keys() == {"limit", "actual"}
+    assert isinstance(limited.value.__cause__, grpc.RpcError)
     with pytest.raises(poolrpc.InvalidArgumentError) as caught:
-        client.pool_each(X, [MaxPool2d(2), [MaxPool2d(2), MaxPool2d(9)]])
-    assert caught.value.violations[0].field == "branches[1].layers[1].max_pool.kernel_size"
-    assert "at most input + 2*padding = 4" in str(caught.value)
+        client.pool(X[..., :2, :2], MaxUnpool2d(2), indices=np.full((2, 3, 2, 2), 99))
+    assert caught.value.violations[0].field == "indices"
     assert isinstance(caught.value.__cause__, grpc.RpcError)
-    with pytest.raises(
-        poolrpc.UnsupportedError, match="takes float16, bfloat16, float32, float64, got int32"
-    ) as unsupported:
-        client.pool(X.astype(np.int32), AvgPool2d(2))
-    assert unsupported.value.metadata["layer"] == "AvgPool2d"
 
 
 @pytest.mark.parametrize(

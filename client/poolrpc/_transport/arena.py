@@ -104,9 +104,6 @@ class ArenaCall:
         Returns:
             The call; None if no arena has room, or there is no output.
 
-        Raises:
-            InvalidArgumentError: The layers do not fit the input.
-
         """
         bounds, size = aligned_ranges(transfer.prepared.request.specs)
         _, output_size = aligned_ranges(transfer.prepared.outputs)

@@ -164,8 +164,12 @@ class Grouping:
         return [Group(waiting, self._chain, self._layout)] if waiting else ()
 
     def _key_of(self, spec: TensorSpec) -> object:
-        # A tensor without elements is sent alone.
-        return (spec.dtype, spec.shape[-_plane_axes(spec, self._chain) :]) if spec.numel else None
+        # A tensor without elements is sent alone, and so is one of a wrong shape, whose request raises the error.
+        try:
+            axes = _plane_axes(spec, self._chain)
+        except InvalidArgumentError:
+            return None
+        return (spec.dtype, spec.shape[-axes:]) if spec.numel else None
 
 
 def _plane_axes(spec: TensorSpec, chain: Chain) -> int:

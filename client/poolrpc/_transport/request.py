@@ -23,15 +23,24 @@ if TYPE_CHECKING:
 
 
 class PreparedRequest:
-    """A request and the values that depend only on it, not on the contents of its tensors.
+    """A checked request and the values that depend only on it, not on the contents of its tensors.
 
     It is cached, because clients repeat calls with the same layers and shapes.
+
+    Args:
+        request: The request.
 
     Attributes:
         request: The request.
         nbytes: The size of the inputs, in bytes.
         header: The encoded PoolRequest, without its payload.
         head: The message of a unary call, up to its payload.
+        results: The shapes and specs of the results.
+
+    Raises:
+        InvalidArgumentError: The layers do not fit the input or each other, or the indices do not fit the input.
+        UnsupportedError: A layer does not take the dtype of the input.
+        LimitExceededError: There are too many branches or layers.
 
     """
 
@@ -39,32 +48,23 @@ class PreparedRequest:
         self.request = request
         self.nbytes = sum(spec.nbytes for spec in request.specs)
         self.header = codec.encode_request(request).SerializeToString()
+        self.results = request.check()
         self.head = framing.message_prefix(framing.pad(self.header, self.nbytes), self.nbytes)
 
     @cached_property
-    def results(self) -> tuple[codec.BranchResult, ...]:
-        """The shapes and specs of the results.
-
-        Raises:
-            InvalidArgumentError: The layers do not fit the input.
-
-        """
-        return self.request.results()
-
-    @cached_property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        """The specs of the output tensors of all branches, in order. Raises the same errors as `results`."""
+        """The specs of the output tensors of all branches, in order."""
         return codec.payload_specs(self.results)
 
     @cached_property
     def response_prefix(self) -> bytes:
-        """The bytes before the payload in the response of a poolrpc server. Raises the same errors as `results`."""
+        """The bytes before the payload in the response of a poolrpc server."""
         header = pool_pb2.PoolResponse(results=codec.encode_results(self.results)).SerializeToString()
         return framing.message_prefix(header, self.output_nbytes)
 
     @cached_property
     def output_nbytes(self) -> int:
-        """The size of the outputs, in bytes. Raises the same errors as `results`."""
+        """The size of the outputs, in bytes."""
         return sum(spec.nbytes for spec in self.outputs)
 
     @cached_property

@@ -66,12 +66,14 @@ class StreamCall:
         self._options = options
         self._cancelled = Event()
         self._responses: Any = None
+        self._failure: Exception | None = None
 
     def run(self, progress: Progress | None) -> list[PoolResult]:
         """Send the tensors and return the results.
 
         Raises:
             grpc.RpcError: The call failed.
+            Exception: A message could not be made; the error is the one that its tensors raised.
             InternalError: The messages received are not an answer to the request.
 
         """
@@ -80,6 +82,8 @@ class StreamCall:
             try:
                 return self._attempt(progress)
             except grpc.RpcError as error:
+                if self._failure is not None:
+                    raise self._failure from None
                 ended_here = self._is_closed() or self._cancelled.is_set()
                 if error.code() not in RETRYABLE or ended_here or attempt == MAX_ATTEMPTS - 1:
                     raise
@@ -100,8 +104,7 @@ class StreamCall:
             self._responses.cancel()
 
     def _attempt(self, progress: Progress | None) -> list[PoolResult]:
-        messages = stream_messages(self._transfer, STREAM_BLOCK_BYTES)
-        responses = self._responses = self._method(messages, **self._options.arguments())
+        responses = self._responses = self._method(self._messages(), **self._options.arguments())
         if self._cancelled.is_set():
             responses.cancel()
         try:
@@ -112,6 +115,14 @@ class StreamCall:
             return reader.finish()
         finally:
             responses.cancel()  # no effect on a call that has ended
+
+    def _messages(self) -> Iterator[bytes]:
+        # gRPC reads the messages in a thread of its own, and would replace an error by "Exception iterating requests!".
+        try:
+            yield from stream_messages(self._transfer, STREAM_BLOCK_BYTES)
+        except Exception as error:
+            self._failure = error
+            raise
 
 
 def stream_messages(transfer: Transfer, block_bytes: int) -> Iterator[bytes]:

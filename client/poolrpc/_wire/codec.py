@@ -7,9 +7,10 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from poolrpc._shapes.limits import MAX_RANK
+from poolrpc._shapes.rules import clip
 from poolrpc._wire.layer_codec import decode_branches, encode_branches
-from poolrpc.chains import branch_shapes
-from poolrpc.errors import InvalidArgumentError
+from poolrpc.chains import branch_shapes, layer_path
+from poolrpc.errors import InvalidArgumentError, UnsupportedError
 from poolrpc.tensors import Layout, TensorSpec
 from poolrpc.v1 import pool_pb2, standard_pb2
 
@@ -53,6 +54,42 @@ class Request:
     def specs(self) -> tuple[TensorSpec, ...]:
         """The specs of the payload's tensors, in order."""
         return (self.input,) if self.indices is None else (self.input, self.indices)
+
+    def check(self) -> tuple[BranchResult, ...]:
+        """Check all that does not depend on a server's limits, and return the results that the branches will have.
+
+        Client and server both call this, so that a request has the same error wherever it is found.
+
+        Raises:
+            UnsupportedError: A layer does not take the input's dtype.
+            InvalidArgumentError: A shape is invalid, or does not fit a layer, or the indices do not fit the input.
+
+        """
+        for i, chain in enumerate(self.branches):
+            for j, layer in enumerate(chain):
+                if self.input.dtype not in layer.dtypes:
+                    dtypes = ", ".join(layer.dtypes)
+                    msg = f"{layer_path(i, j, layer)}: {layer.name} takes {dtypes}, got {self.input.dtype}"
+                    raise UnsupportedError(msg, reason="DTYPE", metadata={"layer": layer.name, "dtypes": dtypes})
+        results = self.results()
+        self._check_indices()
+        return results
+
+    def _check_indices(self) -> None:
+        required = any(chain[0].takes_indices for chain in self.branches)
+        spec = self.indices
+        if spec is None:
+            if required:
+                raise InvalidArgumentError("expected the indices of a MaxPool for MaxUnpool, got none", field="indices")
+            return
+        if not required:
+            raise InvalidArgumentError("expected no indices without a MaxUnpool, got some", field="indices")
+        if spec.dtype != "int64":
+            raise InvalidArgumentError(f"expected int64, got {spec.dtype}", field="indices.dtype")
+        if (spec.shape, spec.layout) != (self.input.shape, self.input.layout):
+            expected = f"{self.input.shape} in {self.input.layout}"
+            msg = f"expected the input's {expected}, got {clip(spec.shape)} in {spec.layout}"
+            raise InvalidArgumentError(msg, field="indices.shape")
 
     def shapes(self) -> list[tuple[Shape, ...]]:
         """Return, for each branch, the shape after every layer.

@@ -182,8 +182,16 @@ def decode_layer(message: pool_pb2.Layer, path: str) -> Layer:
 
 
 def encode_branches(branches: Iterable[Chain]) -> list[pool_pb2.Branch]:
-    """Return the messages of branches."""
-    return [pool_pb2.Branch(layers=map(encode_layer, chain)) for chain in branches]
+    """Return the messages of branches.
+
+    Raises:
+        InvalidArgumentError: There is no branch, or a branch has no layer.
+        LimitExceededError: There are more than MAX_BRANCHES branches, or a chain has more than MAX_CHAIN layers.
+
+    """
+    chains = tuple(branches)
+    _check_counts([len(chain) for chain in chains])
+    return [pool_pb2.Branch(layers=map(encode_layer, chain)) for chain in chains]
 
 
 def decode_branches(messages: Sequence[pool_pb2.Branch]) -> tuple[Chain, ...]:
@@ -194,13 +202,18 @@ def decode_branches(messages: Sequence[pool_pb2.Branch]) -> tuple[Chain, ...]:
         LimitExceededError: There are more than MAX_BRANCHES branches, or a chain has more than MAX_CHAIN layers.
 
     """
-    _check_count("branches", len(messages), MAX_BRANCHES)
-    for i, branch in enumerate(messages):
-        _check_count(f"branches[{i}].layers", len(branch.layers), MAX_CHAIN)
+    _check_counts([len(branch.layers) for branch in messages])
     return tuple(
         tuple(decode_layer(layer, f"branches[{i}].layers[{j}]") for j, layer in enumerate(branch.layers))
         for i, branch in enumerate(messages)
     )
+
+
+def _check_counts(layers: Sequence[int]) -> None:
+    """Check the number of branches, and the number of layers of each."""
+    _check_count("branches", len(layers), MAX_BRANCHES)
+    for i, count in enumerate(layers):
+        _check_count(f"branches[{i}].layers", count, MAX_CHAIN)
 
 
 def _check_count(field: str, count: int, limit: int) -> None:

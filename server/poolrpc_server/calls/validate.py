@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from poolrpc._shapes.limits import MAX_NUMEL
 from poolrpc._shapes.rules import check_shape, clip
 from poolrpc._wire.codec import Request, payload_specs
-from poolrpc.chains import Chain, Planes, branch_shapes, layer_path, spatial_dims
-from poolrpc.errors import InvalidArgumentError, LimitExceededError, UnsupportedError
+from poolrpc.chains import Chain, Planes, branch_shapes, spatial_dims
+from poolrpc.errors import LimitExceededError
 from poolrpc.tensors import ITEM_BYTES, Layout, TensorSpec
 from poolrpc_server.compute.planes import block_of
 
@@ -91,12 +91,10 @@ def check_request(
         LimitExceededError: A limit is exceeded.
 
     """
-    _check_dtypes(request)
     shape = request.input.shape
-    results = request.results()
+    results = request.check()
     shapes = [result.shapes for result in results]
     _check_numel(shape)
-    _check_indices_spec(request)
     output_bytes = _check_outputs(request, shapes, limits)
     dims = check_shape(shape, spatial_dims(request.branches))
     scheduled = schedule(request, dims, results)
@@ -119,10 +117,8 @@ def check_stream(
         LimitExceededError: One plane exceeds a limit.
 
     """
-    _check_dtypes(request)
     spec = request.input
-    results = request.results()
-    _check_indices_spec(request)
+    results = request.check()
     planes = Planes(spec, check_shape(spec.shape, spatial_dims(request.branches)))
     _check_limit("TENSOR_TOO_LARGE", "bytes of one plane", planes.plane_bytes, limits.input_bytes)
     check_request(block_of(request, planes, 1, 0), limits, schedule)
@@ -164,32 +160,6 @@ def check_shapes(shape: Shape, branches: Sequence[Chain], layout: Layout) -> lis
 
 def _check_numel(shape: Shape) -> None:
     _check_limit("TENSOR_TOO_LARGE", f"elements of the input {clip(shape)}", math.prod(shape), MAX_NUMEL)
-
-
-def _check_dtypes(request: Request) -> None:
-    for i, chain in enumerate(request.branches):
-        for j, layer in enumerate(chain):
-            if request.input.dtype not in layer.dtypes:
-                dtypes = ", ".join(layer.dtypes)
-                msg = f"{layer_path(i, j, layer)}: {layer.name} takes {dtypes}, got {request.input.dtype}"
-                raise UnsupportedError(msg, reason="DTYPE", metadata={"layer": layer.name, "dtypes": dtypes})
-
-
-def _check_indices_spec(request: Request) -> None:
-    required = any(chain[0].takes_indices for chain in request.branches)
-    spec = request.indices
-    if spec is None:
-        if required:
-            raise InvalidArgumentError("expected the indices of a MaxPool for MaxUnpool, got none", field="indices")
-        return
-    if not required:
-        raise InvalidArgumentError("expected no indices without a MaxUnpool, got some", field="indices")
-    if spec.dtype != "int64":
-        raise InvalidArgumentError(f"expected int64, got {spec.dtype}", field="indices.dtype")
-    if (spec.shape, spec.layout) != (request.input.shape, request.input.layout):
-        expected = f"{request.input.shape} in {request.input.layout}"
-        msg = f"expected the input's {expected}, got {clip(spec.shape)} in {spec.layout}"
-        raise InvalidArgumentError(msg, field="indices.shape")
 
 
 def _check_outputs(request: Request, shapes: list[tuple[Shape, ...]], limits: Limits) -> int:

@@ -192,7 +192,7 @@ def test_other_errors_end_the_call(error, retry):
     assert raised.value is error
 
 
-@pytest.mark.parametrize("nbytes", [8, 2**20])
+@pytest.mark.parametrize("nbytes", [16, 2**20])
 def test_a_message_of_any_size_is_announced(nbytes):
     """The metadata has the size of the message, after the caller's own."""
     options = CallOptions(None, (("key", "value"),))
