@@ -39,8 +39,9 @@ from poolrpc._transport.request import Transfer, prepare, prepare_single
 from poolrpc._transport.steps import Deliver, NextGroup, Send, SendStream, Start, Wait
 from poolrpc._transport.unary import unary_steps
 from poolrpc._wire import codec
+from poolrpc.addresses import check_address, grpc_target, unix_path
 from poolrpc.chains import as_branches, as_chain, branch_shapes, check_layout
-from poolrpc.credentials import credentials_for, metadata_for, unix_path
+from poolrpc.credentials import credentials_for, has_token, is_local, metadata_for
 from poolrpc.errors import InvalidArgumentError, PoolError
 from poolrpc.tensors import Array, as_array, dtype_name, spec_of
 from poolrpc.tracing import traced
@@ -66,6 +67,9 @@ IN_FLIGHT = 4
 MAX_IN_FLIGHT = 64
 """The largest number of requests that a map has in flight; each has a thread."""
 
+MAX_MESSAGE_LIMIT = 2**31 - 1
+"""The largest limit on messages that gRPC takes, in bytes."""
+
 _METHOD_OF = {"unary": POOL, "stream": POOL_STREAM, "arena": POOL}
 
 
@@ -81,11 +85,11 @@ class BaseClient:
 
     def __init__(  # noqa: PLR0913 - the settings of a client, all but one by keyword
         self,
-        address: str = "127.0.0.1:50051",
+        address: str | os.PathLike[str] = "127.0.0.1:50051",
         *,
         credentials: grpc.ChannelCredentials | None = None,
         token: str | None = None,
-        metadata: Sequence[tuple[str, str]] = (),
+        metadata: Mapping[str, str] | Iterable[tuple[str, str]] = (),
         options: Mapping[str, Any] | Iterable[tuple[str, Any]] = (),
         timeout: float | None = 60.0,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
@@ -93,27 +97,33 @@ class BaseClient:
         """Create a client, which connects on the first call.
 
         Args:
-            address: "host:port", "dns:///name:port" (calls are distributed over all its addresses) or "unix:PATH".
+            address: "host:port", "dns:///name:port" (calls are distributed over all its addresses), "unix:PATH", or a
+                path object of a unix socket.
             credentials: Credentials for TLS, from grpc.ssl_channel_credentials. None: TLS with the authorities in the
                 PEM file that POOLRPC_CA names, and the client's certificate and key in those that POOLRPC_CLIENT_CERT
                 and POOLRPC_CLIENT_KEY name; plaintext if POOLRPC_CA is not set, and on a unix socket.
             token: Sent with every call, as `authorization: Bearer`. None: POOLRPC_TOKEN, if it is set.
-            metadata: Pairs sent with every call.
+            metadata: A dict, or pairs, sent with every call. Keys are sent in lower case.
             options: gRPC channel arguments, which override the client's own.
             timeout: The timeout, in seconds, of a call that has none of its own. None: no limit.
             max_message_bytes: The largest message, in bytes, in each direction. The server has its own limit.
 
         Raises:
-            InvalidArgumentError: The token would be sent to another machine without TLS, or a file that the environment
-                names cannot be read.
+            InvalidArgumentError: An argument is not valid, the token would be sent to another machine or through a
+                proxy without TLS, or a file that the environment names cannot be read.
 
         """
-        self.address = address
+        self.address = address = check_address(address)
         self.timeout = seconds("timeout", timeout)
-        self.max_message_bytes = max_message_bytes
+        self.max_message_bytes = integer("max_message_bytes", max_message_bytes, 1, MAX_MESSAGE_LIMIT)
         self._credentials = credentials_for(address, credentials)
         self._metadata = metadata_for(address, metadata, token, encrypted=self._credentials is not None)
-        self._channel_arguments = channel_arguments(options, max_message_bytes)
+        self._channel_arguments = channel_arguments(
+            options,
+            self.max_message_bytes,
+            is_local=is_local(address),
+            has_plain_token=self._credentials is None and has_token(self._metadata),
+        )
         self._retry = bool(dict(self._channel_arguments).get("grpc.enable_retries", 1))
         self._closed = False
         self._processes: dict[str, tuple[Any, dict[str, Any]]] = {}
@@ -162,8 +172,8 @@ class BaseClient:
 
     def _open_blocking_channel(self, address: str) -> grpc.Channel:
         if self._credentials is None:
-            return grpc.insecure_channel(address, self._channel_arguments)
-        return grpc.secure_channel(address, self._credentials, self._channel_arguments)
+            return grpc.insecure_channel(grpc_target(address), self._channel_arguments)
+        return grpc.secure_channel(grpc_target(address), self._credentials, self._channel_arguments)
 
     def _close_arenas(self) -> None:
         self._closed = True

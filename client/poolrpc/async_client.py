@@ -15,6 +15,7 @@ from poolrpc._transport.channel import stream_method
 from poolrpc._transport.options import UNSET, pairs
 from poolrpc._transport.steps import Deliver, NextGroup, RunBlocking, Send, SendStream, Start, Wait, translate
 from poolrpc._transport.stream import StreamCall
+from poolrpc.addresses import grpc_target
 from poolrpc.errors import DeadlineExceededError, PoolError
 
 if TYPE_CHECKING:
@@ -217,8 +218,8 @@ class AsyncPoolClient(BaseClient):
 
     def _open_channel(self, address: str) -> aio.Channel:
         if self._credentials is None:
-            return aio.insecure_channel(address, self._channel_arguments)
-        return aio.secure_channel(address, self._credentials, self._channel_arguments)
+            return aio.insecure_channel(grpc_target(address), self._channel_arguments)
+        return aio.secure_channel(grpc_target(address), self._credentials, self._channel_arguments)
 
     async def _run(self, steps: Steps[T]) -> T:
         try:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Iterable, Mapping
 
 import grpc
 
+from poolrpc._shapes.rules import clip
+from poolrpc.addresses import host_ports, is_unix
 from poolrpc.errors import InvalidArgumentError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 TOKEN, CA, CLIENT_CERT, CLIENT_KEY = "POOLRPC_TOKEN", "POOLRPC_CA", "POOLRPC_CLIENT_CERT", "POOLRPC_CLIENT_KEY"
 AUTHORIZATION = "authorization"
+METADATA_KEY = re.compile(r"[0-9a-z_.-]+")
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -28,26 +29,13 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def is_unix(address: str) -> bool:
-    """Return whether a gRPC address is that of a unix socket."""
-    return address.startswith(("unix:", "unix-abstract:"))
+def is_local(address: str) -> bool:
+    """Return whether an address only leads to this machine: a unix socket, or loopback addresses alone."""
+    # A name that another name server resolves counts as remote.
+    return is_unix(address) or all(is_loopback(each.rpartition(":")[0]) for each in host_ports(address))
 
 
-def unix_path(address: str) -> str:
-    """Return the path in a gRPC address of the form "unix:PATH", or an empty string for any other address."""
-    scheme, _, path = address.partition(":")
-    return path.removeprefix("//") if scheme == "unix" else ""
-
-
-def _is_local(address: str) -> bool:
-    # An address of another form (several addresses, another name server) counts as remote.
-    for prefix in ("dns:///", "dns:", "ipv4:", "ipv6:"):
-        address = address.removeprefix(prefix)
-    host, colon, port = address.rpartition(":")
-    return is_loopback(host if colon and port.isdecimal() else address)
-
-
-def credentials_for(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.ChannelCredentials | None:
+def credentials_for(address: str, credentials: object) -> grpc.ChannelCredentials | None:
     """Return the credentials for a server: the argument, or those for TLS from the environment; None for plaintext.
 
     Args:
@@ -55,10 +43,14 @@ def credentials_for(address: str, credentials: grpc.ChannelCredentials | None) -
         credentials: The credentials that the user passed; None: those of the environment.
 
     Raises:
-        InvalidArgumentError: A file that the environment names cannot be read, or a second one that it requires
-                is not named.
+        InvalidArgumentError: The argument is something else, a file that the environment names cannot be read, or a
+            second one that it requires is not named.
 
     """
+    if credentials is not None and not isinstance(credentials, grpc.ChannelCredentials):
+        kind = type(credentials).__name__
+        msg = f"expected what grpc.ssl_channel_credentials returns, or None, got an object of type {kind}"
+        raise InvalidArgumentError(msg, field="credentials")
     if credentials is not None or is_unix(address):
         return credentials
     authorities, chain, key = map(_read_pem, (CA, CLIENT_CERT, CLIENT_KEY))
@@ -84,23 +76,64 @@ def _read_pem(name: str) -> bytes | None:
         raise InvalidArgumentError(f"expected a PEM file, got {path}: {error.strerror}", field=name) from None
 
 
-def metadata_for(address: str, metadata: Iterable[tuple[str, str]], token: str | None, *, encrypted: bool) -> Metadata:
-    """Return the metadata of a client's calls, with the token in it.
+def has_token(metadata: Metadata) -> bool:
+    """Return whether calls with this metadata carry a token."""
+    return any(key == AUTHORIZATION for key, _ in metadata)
+
+
+def _check_metadata(metadata: object) -> Metadata:
+    """Return metadata as pairs that gRPC can send; no error has a value, which may be secret."""
+    items = metadata.items() if isinstance(metadata, Mapping) else metadata
+    if isinstance(items, str | bytes) or not isinstance(items, Iterable):
+        kind = type(metadata).__name__
+        raise InvalidArgumentError(f"expected a dict or pairs, got an object of type {kind}", field="metadata")
+    return tuple(map(_check_pair, items))
+
+
+def _check_pair(pair: object) -> tuple[str, str]:
+    parts = () if isinstance(pair, str | bytes) or not isinstance(pair, Iterable) else tuple(pair)
+    if len(parts) != 2:  # noqa: PLR2004 - a key and a value
+        kind = type(pair).__name__
+        raise InvalidArgumentError(f"expected a key and a value, got an object of type {kind}", field="metadata")
+    key, value = parts
+    lower = key.lower() if isinstance(key, str) else ""
+    if not METADATA_KEY.fullmatch(lower) or lower.startswith("grpc-"):
+        msg = f"expected a key of letters, digits, '_', '.' and '-' that does not begin with grpc-, got {clip(key)}"
+        raise InvalidArgumentError(msg, field="metadata")
+    if lower.endswith("-bin"):
+        fits, expected = isinstance(value, bytes), "bytes"
+    else:
+        fits, expected = isinstance(value, str) and value.isascii() and value.isprintable(), "printable ASCII text"
+    if not fits:
+        msg = f"expected {expected} for {clip(key)}, got something else of type {type(value).__name__}"
+        raise InvalidArgumentError(msg, field="metadata")
+    return lower, value
+
+
+def metadata_for(
+    address: str,
+    metadata: Mapping[str, str] | Iterable[tuple[str, str]],
+    token: str | None,
+    *,
+    encrypted: bool,
+) -> Metadata:
+    """Return the metadata of a client's calls, with its keys in lower case and with the token in it.
 
     Metadata that already has an authorization is returned as it is, for any address: the user is responsible for it.
 
     Args:
         address: The address of the server.
-        metadata: The metadata that the user passed.
+        metadata: The metadata that the user passed: a mapping, or pairs.
         token: The token that the user passed; None: that of the environment, if there is one.
         encrypted: Whether the connection uses TLS.
 
     Raises:
-        InvalidArgumentError: The token is not valid, would be sent over a network in plaintext, or is given twice.
+        InvalidArgumentError: The token is not valid, would be sent over a network in plaintext, or is given twice; or
+            gRPC could not send the metadata.
 
     """
-    pairs = tuple(metadata)
-    has_authorization = any(key.lower() == AUTHORIZATION for key, _ in pairs)
+    pairs = _check_metadata(metadata)
+    has_authorization = has_token(pairs)
     if has_authorization and token is not None:
         raise InvalidArgumentError(f"expected a token or {AUTHORIZATION} in the metadata, got both", field="token")
     field = TOKEN if token is None else "token"
@@ -109,9 +142,9 @@ def metadata_for(address: str, metadata: Iterable[tuple[str, str]], token: str |
     if has_authorization or token is None:
         return pairs
     # No error message may contain the token, as gRPC's own would.
-    if not (token.isascii() and token.isprintable() and token and " " not in token):
+    if not (isinstance(token, str) and token.isascii() and token.isprintable() and token and " " not in token):
         raise InvalidArgumentError("expected printable ASCII without spaces, got something else", field=field)
-    if not (encrypted or is_unix(address) or _is_local(address)):
+    if not (encrypted or is_local(address)):
         raise InvalidArgumentError(
             f"expected TLS (credentials=, or {CA} in the environment) to send a token to {address}, got plaintext, "
             "which others on the network can read",

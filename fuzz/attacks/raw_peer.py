@@ -11,7 +11,7 @@ import h2.connection
 import h2.events
 import h2.settings
 
-from poolrpc.credentials import unix_path
+from poolrpc.addresses import unix_path
 
 MIB = 2**20
 MAX_STREAMS = 2**31 - 1

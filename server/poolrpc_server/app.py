@@ -6,13 +6,12 @@ import gc
 import os
 import signal
 import sys
-import tempfile
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from poolrpc import PoolClient
-from poolrpc.credentials import unix_path
+from poolrpc.addresses import unix_path
 from poolrpc_server.calls.method import Method
 from poolrpc_server.compute.buffers import use_one_heap
 from poolrpc_server.config import Config, ConfigError
@@ -296,8 +295,8 @@ def embedded(**settings: Any) -> Iterator[PoolClient]:  # noqa: ANN401 - Config'
         ConfigError: A setting is wrong.
 
     """
-    with tempfile.TemporaryDirectory(prefix="poolrpc-") as folder:
-        address = f"unix:{Path(folder) / 'pool.sock'}"
+    with private_folder() as folder:  # not in TMPDIR if its path is too long for a socket
+        address = f"unix:{folder / 'pool.sock'}"
         server = Server(Config(**{"listen": (address,), **settings}))
         server.start()
         try:

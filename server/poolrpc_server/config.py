@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import tomllib
 from dataclasses import dataclass, field, fields
@@ -16,6 +17,7 @@ import configargparse
 from poolrpc import __version__
 from poolrpc._shapes.limits import MAX_MESSAGE_BYTES, MAX_PAYLOAD_BYTES
 from poolrpc._shapes.rules import clip
+from poolrpc.addresses import MAX_SOCKET_PATH, unix_path
 from poolrpc.credentials import CA, CLIENT_CERT, CLIENT_KEY, TOKEN, is_loopback
 from poolrpc_server.presets import read_presets
 from poolrpc_server.resources import cpu_count, max_descriptors, memory_bytes
@@ -410,6 +412,8 @@ def _check_address(name: str, address: str, protections: Sequence[str], *, insec
     if name == "listen" and address.startswith("unix:"):
         if not address.removeprefix("unix:").strip("/"):
             raise ConfigError(f"listen: expected unix:PATH, got {address!r}")
+        if (size := len(os.fsencode(unix_path(address)))) > MAX_SOCKET_PATH:
+            raise ConfigError(f"listen: expected a path of at most {MAX_SOCKET_PATH} bytes, got {size}: {address!r}")
         return
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > MAX_PORT:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from poolrpc._shapes.parameters import integer
+from poolrpc._shapes.rules import clip
 from poolrpc._version import __version__
+from poolrpc.errors import InvalidArgumentError
 from poolrpc.v1 import pool_pb2, standard_pb2
 
 if TYPE_CHECKING:
@@ -42,16 +45,40 @@ SERVICE_CONFIG = {
 }
 
 
+NO_PROXY = {
+    "grpc.enable_http_proxy": 0,
+    # The proxy of GRPC_ADDRESS_HTTP_PROXY has a switch of its own: the addresses that use it, here none.
+    "grpc.address_http_proxy_enabled_addresses": "",
+}
+"""The arguments of a channel that ignores the proxies of the environment (http_proxy and others)."""
+
+PROXY_OPTIONS = ("grpc.enable_http_proxy", "grpc.http_proxy", "grpc.address_http_proxy")
+"""The arguments with which a user may ask for a proxy."""
+
+
 def channel_arguments(
-    options: Mapping[str, Any] | Iterable[tuple[str, Any]], max_message_bytes: int
+    options: Mapping[str, Any] | Iterable[tuple[str, Any]],
+    max_message_bytes: int,
+    *,
+    is_local: bool,
+    has_plain_token: bool,
 ) -> list[tuple[str, Any]]:
     """Return the arguments of a channel.
 
     Args:
         options: The user's arguments, which override those of this function.
         max_message_bytes: The largest message, in bytes, in each direction.
+        is_local: Whether the address only leads to this machine; no proxy is used then.
+        has_plain_token: Whether the calls have a token and no TLS; no proxy, which could read the token, is used then.
+
+    Raises:
+        InvalidArgumentError: An argument is not one that gRPC takes, or asks for a proxy in spite of a plain token.
 
     """
+    own = _check_options(options)
+    if has_plain_token and (found := [name for name in PROXY_OPTIONS if own.get(name)]):
+        msg = f"expected TLS to send a token through a proxy, which could read it, got plaintext and {found[0]}"
+        raise InvalidArgumentError(msg, field="options")
     import json  # noqa: PLC0415 - keeps `import poolrpc` fast
 
     arguments = {
@@ -65,9 +92,26 @@ def channel_arguments(
         "grpc.initial_reconnect_backoff_ms": 100,
         "grpc.max_reconnect_backoff_ms": 5000,
         "grpc.primary_user_agent": f"poolrpc/{__version__}",
-        **dict(options),
+        **(NO_PROXY if is_local or has_plain_token else {}),
+        **own,
     }
     return list(arguments.items())
+
+
+def _check_options(options: object) -> dict[str, Any]:
+    try:
+        own: dict[str, Any] = dict(options)  # type: ignore[call-overload]  # TypeError and ValueError are caught
+    except (TypeError, ValueError):
+        msg = f"expected a dict or pairs, got {clip(options)}"
+        raise InvalidArgumentError(msg, field="options") from None
+    for name, value in own.items():
+        if not isinstance(name, str):
+            raise InvalidArgumentError(f"expected names of gRPC's channel arguments, got {clip(name)}", field="options")
+        if isinstance(value, str | bytes):
+            continue
+        # gRPC takes an int of 32 bits; a bool, and an integer of NumPy, are converted.
+        own[name] = integer(f"options[{name!r}]", int(value) if isinstance(value, bool) else value, -(2**31), 2**31 - 1)
+    return own
 
 
 def unary_methods(channel: Any) -> dict[str, Any]:  # noqa: ANN401 - a channel of grpc or grpc.aio

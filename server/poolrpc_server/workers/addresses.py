@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from poolrpc._wire.arena_packets import SUFFIX
-from poolrpc.credentials import unix_path
+from poolrpc.addresses import unix_path
 from poolrpc_server.sockets import is_listening
 
 WAIT_SECONDS = 3.0

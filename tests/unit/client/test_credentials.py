@@ -37,7 +37,7 @@ def test_any_other_host_is_not(host):
     [
         "127.0.0.1:50051",
         "localhost:50051",
-        "localhost",
+        "ipv4:127.0.0.1:1,127.0.0.2:2",
         "[::1]:50051",
         "dns:///localhost:50051",
         "dns:localhost:50051",
@@ -81,9 +81,47 @@ def test_an_authorization_in_the_metadata_is_sent_as_it_is(monkeypatch):
     """It replaces the token of the environment; a token argument in addition to it is rejected."""
     own = (("x", "y"), ("Authorization", "Basic abc"))
     monkeypatch.setenv("POOLRPC_TOKEN", SECRET)
-    assert metadata_for(PUBLIC, own, None, encrypted=False) == own
+    assert metadata_for(PUBLIC, own, None, encrypted=False) == (("x", "y"), ("authorization", "Basic abc"))
     with pytest.raises(InvalidArgumentError, match=r"^token: .* got both$"):
         metadata_for(PUBLIC, own, SECRET, encrypted=True)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"Tenant": "a", "trace-bin": b"\0"},
+        [("Tenant", "a"), ("trace-bin", b"\0")],
+        iter([["TENANT", "a"], ("trace-bin", b"\0")]),
+    ],
+    ids=["dict", "pairs", "iterator"],
+)
+def test_metadata_is_a_dict_or_pairs_in_any_case(metadata):
+    """Keys are sent in lower case, the only one that HTTP/2 has; keys that end with -bin have bytes."""
+    assert metadata_for(PUBLIC, metadata, None, encrypted=False) == (("tenant", "a"), ("trace-bin", b"\0"))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "text"),
+    [
+        ("a=b", "expected a dict or pairs, got an object of type str"),
+        (5, "expected a dict or pairs, got an object of type int"),
+        (["ab"], "expected a key and a value, got an object of type str"),
+        ([("a", SECRET, "c")], "expected a key and a value, got an object of type tuple"),
+        ([(5, SECRET)], "expected a key of letters, .* got 5"),
+        ({"a b": SECRET}, "expected a key of letters, .* got 'a b'"),
+        ({"": SECRET}, "expected a key of letters, .* got ''"),
+        ({"grpc-timeout": SECRET}, "expected a key .* does not begin with grpc-, got 'grpc-timeout'"),
+        ({"a": f"{SECRET}\n"}, "expected printable ASCII text for 'a', got something else of type str"),
+        ({"a": SECRET.encode()}, "expected printable ASCII text for 'a', got something else of type bytes"),
+        ({"a": None}, "expected printable ASCII text for 'a', got something else of type NoneType"),
+        ({"a-bin": SECRET}, "expected bytes for 'a-bin', got something else of type str"),
+    ],
+)
+def test_metadata_that_cannot_be_sent_is_rejected_and_not_shown(metadata, text):
+    """The error is raised at construction and has no value, which may be secret."""
+    with pytest.raises(InvalidArgumentError, match=f"^metadata: {text}") as raised:
+        PoolClient("localhost:1", metadata=metadata)
+    assert SECRET not in str(raised.value)
 
 
 def test_a_token_argument_overrides_the_environment(monkeypatch):
@@ -95,7 +133,7 @@ def test_a_token_argument_overrides_the_environment(monkeypatch):
     assert metadata_for("localhost:1", (), None, encrypted=False) == ()
 
 
-@pytest.mark.parametrize("token", ["", "two words", f"{SECRET}\n", f"{SECRET}é", f"{SECRET}\x00"])
+@pytest.mark.parametrize("token", ["", "two words", f"{SECRET}\n", f"{SECRET}é", f"{SECRET}\x00", SECRET.encode(), 5])
 def test_an_invalid_token_is_rejected_and_not_shown(token):
     """A token that a header cannot carry is rejected before gRPC, whose own error would contain it."""
     with pytest.raises(InvalidArgumentError, match=r"^token: expected printable ASCII") as raised:

@@ -11,7 +11,7 @@ import grpc
 from grpc_health.v1 import health_pb2  # noqa: F401 - its descriptor, for reflection
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from poolrpc.credentials import unix_path
+from poolrpc.addresses import grpc_target, unix_path
 from poolrpc_server.calls.method import Method
 from poolrpc_server.calls.pipeline import CONTROL_CALLS
 from poolrpc_server.protocols.messages import parse
@@ -181,7 +181,7 @@ class GrpcServer:
                 prepare_path(Path(path))
             # Only this machine can reach a unix socket, and its clients share memory with the server.
             if path or self._certificates is None:
-                port = self._server.add_insecure_port(address)
+                port = self._server.add_insecure_port(grpc_target(address))
             else:
                 port = self._server.add_secure_port(address, self._certificates.credentials())
         except (RuntimeError, BlockingIOError):

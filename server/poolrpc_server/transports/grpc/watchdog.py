@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from poolrpc._wire.status import DETAILS_KEY
+from poolrpc.addresses import grpc_target
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,7 +57,7 @@ class Watchdog:
         self._seconds = seconds
         self._answered = answered
         self._failed = failed
-        self._channel = grpc.insecure_channel(address, CHANNEL_OPTIONS)
+        self._channel = grpc.insecure_channel(grpc_target(address), CHANNEL_OPTIONS)
         self._call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(method)
         self._closing = Event()
         self._thread = Thread(target=self._run, name="poolrpc-watchdog", daemon=True)
