@@ -6,6 +6,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Iterable
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakSet
@@ -24,6 +25,7 @@ from poolrpc._transport.channel import (
     POOL,
     POOL_STREAM,
     channel_arguments,
+    check_options,
     unary_methods,
 )
 from poolrpc._transport.options import (
@@ -32,17 +34,18 @@ from poolrpc._transport.options import (
     call_metadata,
     check_transport,
     default_transport,
+    pairs,
     seconds,
     transport_by_size,
 )
 from poolrpc._transport.request import Transfer, prepare, prepare_single
-from poolrpc._transport.steps import Deliver, NextGroup, Send, SendStream, Start, Wait
+from poolrpc._transport.steps import Deliver, NextGroup, Send, SendStream, Start, Wait, translate
 from poolrpc._transport.unary import unary_steps
 from poolrpc._wire import codec
 from poolrpc.addresses import check_address, grpc_target, unix_path
 from poolrpc.chains import as_branches, as_chain, branch_shapes, check_layout
-from poolrpc.credentials import credentials_for, has_token, is_local, metadata_for
-from poolrpc.errors import InvalidArgumentError, PoolError
+from poolrpc.credentials import check_metadata, credentials_for, has_token, is_local, metadata_for
+from poolrpc.errors import CancelledError, InvalidArgumentError, PoolError
 from poolrpc.tensors import Array, as_array, dtype_name, spec_of
 from poolrpc.tracing import traced
 from poolrpc.v1 import pool_pb2, standard_pb2
@@ -83,6 +86,8 @@ class BaseClient:
     A subclass opens the channels, performs the steps of poolrpc._transport.steps, and has the public methods.
     """
 
+    _closed = True  # until the constructor has ended, so that a client which was never made is not reported as unclosed
+
     def __init__(  # noqa: PLR0913 - the settings of a client, all but one by keyword
         self,
         address: str | os.PathLike[str] = "127.0.0.1:50051",
@@ -116,16 +121,26 @@ class BaseClient:
         self.address = address = check_address(address)
         self.timeout = seconds("timeout", timeout)
         self.max_message_bytes = integer("max_message_bytes", max_message_bytes, 1, MAX_MESSAGE_LIMIT)
+        # What the environment adds is not a setting: a copy reads it where it is unpickled.
+        self._settings: dict[str, Any] = {
+            "address": address,
+            "credentials": credentials,
+            "token": token,
+            "metadata": check_metadata(metadata),
+            "options": check_options(options),
+            "timeout": self.timeout,
+            "max_message_bytes": self.max_message_bytes,
+        }
         self._credentials = credentials_for(address, credentials)
-        self._metadata = metadata_for(address, metadata, token, encrypted=self._credentials is not None)
+        encrypted = self._credentials is not None
+        self._metadata = metadata_for(address, self._settings["metadata"], token, encrypted=encrypted)
         self._channel_arguments = channel_arguments(
-            options,
+            self._settings["options"],
             self.max_message_bytes,
             is_local=is_local(address),
-            has_plain_token=self._credentials is None and has_token(self._metadata),
+            has_plain_token=not encrypted and has_token(self._metadata),
         )
         self._retry = bool(dict(self._channel_arguments).get("grpc.enable_retries", 1))
-        self._closed = False
         self._processes: dict[str, tuple[Any, dict[str, Any]]] = {}
         self._processes_lock = threading.Lock()
         path = unix_path(address)
@@ -134,13 +149,29 @@ class BaseClient:
             from poolrpc._transport.arena_memory import Arenas  # noqa: PLC0415 - keeps `import poolrpc` fast
 
             self._arenas = Arenas(path)
-        self._channel = self._open_channel(address)
-        self._methods = unary_methods(self._channel)
+        self._channel: Any = None
+        self._methods: dict[str, Any] = {}
+        self._connect()
+        self._closed = False
         _clients.add(self)
 
     def __repr__(self) -> str:
         """Show the address alone: metadata and credentials may be secret."""
         return f"{type(self).__name__}({self.address!r})"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle the settings; a copy has connections and shared memory of its own."""
+        if self._settings["credentials"] is not None:
+            msg = f"expected a client without credentials= to pickle, since those of gRPC have no bytes, got {self!r}; "
+            raise TypeError(msg + "set POOLRPC_CA in the environment, or make a client in each process")
+        return _restore, (type(self), self._settings)
+
+    def __del__(self) -> None:
+        if not self._closed:
+            import warnings  # noqa: PLC0415 - keeps `import poolrpc` fast
+
+            text = f"unclosed {self!r}: use it in a with block, or close it"
+            warnings.warn(text, ResourceWarning, stacklevel=2, source=self)
 
     def empty(self, shape: int | Iterable[int], dtype: object = "float32") -> Array:
         """Return an uninitialised array in memory shared with the server: pooling it copies nothing.
@@ -167,6 +198,11 @@ class BaseClient:
         span = None if self._arenas is None else self._arenas.allocate_with_room(prod(sizes) * kind.itemsize)
         return np.empty(sizes, kind) if span is None else span.array(kind, sizes)
 
+    def _connect(self) -> None:
+        """Open the channel, which connects on its first call."""
+        self._channel = self._open_channel(self.address)
+        self._methods = unary_methods(self._channel)
+
     def _open_channel(self, address: str) -> Any:  # noqa: ANN401 - a channel of grpc or grpc.aio
         raise NotImplementedError
 
@@ -189,6 +225,18 @@ class BaseClient:
     def _is_closed(self) -> bool:
         return self._closed
 
+    def _closed_during_call(self) -> CancelledError:
+        return CancelledError(f"{self!r} was closed during the call", reason="CLOSED")
+
+    def _translate(self, error: BaseException) -> BaseException:
+        """Return the PoolError for an error of a step, if it has one."""
+        translation = translate(error)
+        if self._closed and isinstance(translation, CancelledError):
+            closed = self._closed_during_call()
+            closed.__cause__ = error
+            return closed
+        return translation
+
     def _call_options(self, timeout: Timeout, priority: int | None = None, metadata: Pairs = ()) -> CallOptions:
         if self._closed:
             msg = f"{self!r} is closed"
@@ -201,6 +249,8 @@ class BaseClient:
         if not step.socket:
             return self._methods[step.method]
         with self._processes_lock:
+            if self._closed:  # a channel that is opened now would stay open
+                raise self._closed_during_call()
             if step.socket not in self._processes:
                 from pathlib import Path  # noqa: PLC0415 - keeps `import poolrpc` fast
 
@@ -256,13 +306,33 @@ class BaseClient:
                 span.set_attribute("poolrpc.transport", results[0].transport)
             return results
 
-    def _grouping(self, layers: ChainLike, layout: Layout, in_flight: int) -> Grouping:
+    def _grouping(self, layers: ChainLike, layout: Layout) -> Grouping:
         from poolrpc._transport.coalesce import Grouping  # noqa: PLC0415 - keeps `import poolrpc` fast
 
-        integer("in_flight", in_flight, 1, MAX_IN_FLIGHT)
         return Grouping(as_chain(layers), layout)
 
     def _map_steps(
+        self,
+        tensors: object,
+        *,
+        in_flight: int,
+        progress: bool,
+        return_exceptions: bool,
+        options: Callable[[], CallOptions],
+    ) -> MapSteps:
+        """Check the settings of a map, and return its steps."""
+        in_flight = integer("in_flight", in_flight, 1, MAX_IN_FLIGHT)
+        return self._checked_map_steps(
+            tensors, in_flight=in_flight, progress=progress, return_exceptions=return_exceptions, options=options
+        )
+
+    def _map_options(self, timeout: Timeout, priority: int | None, metadata: Pairs) -> Callable[[], CallOptions]:
+        """Check the options of a map's calls, and return a function that returns those of a call that starts now."""
+        checked, own = timeout if timeout is UNSET else seconds("timeout", timeout), pairs(metadata)
+        call_metadata(self._metadata, priority, own)  # raises if the priority is not valid
+        return partial(self._call_options, checked, priority, own)
+
+    def _checked_map_steps(
         self,
         tensors: object,
         *,
@@ -319,6 +389,10 @@ class BaseClient:
     def _send_steps(self, method: str, message: object, options: CallOptions) -> Steps[Any]:
         with traced(method, self.address, options):
             return (yield Send(method, message, options))
+
+
+def _restore(cls: type[BaseClient], settings: dict[str, Any]) -> BaseClient:
+    return cls(**settings)
 
 
 def _indices_array(indices: object) -> Array:

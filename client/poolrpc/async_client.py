@@ -5,27 +5,28 @@ from __future__ import annotations
 import asyncio
 from concurrent import futures
 from contextlib import aclosing, closing
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from grpc import aio
 
 from poolrpc._base_client import IN_FLIGHT, BaseClient, Out
 from poolrpc._transport.channel import stream_method
-from poolrpc._transport.options import UNSET, pairs
-from poolrpc._transport.steps import Deliver, NextGroup, RunBlocking, Send, SendStream, Start, Wait, translate
+from poolrpc._transport.options import UNSET
+from poolrpc._transport.steps import Deliver, NextGroup, RunBlocking, Send, SendStream, Start, Wait
 from poolrpc._transport.stream import StreamCall
 from poolrpc.addresses import grpc_target
 from poolrpc.errors import DeadlineExceededError, PoolError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Sequence
 
     import grpc
 
+    from poolrpc._transport.coalesce import Group
     from poolrpc._transport.options import CallOptions, Pairs, Timeout, Transport
     from poolrpc._transport.result import PoolResult, Progress
-    from poolrpc._transport.steps import Steps
+    from poolrpc._transport.steps import MapSteps, Steps
     from poolrpc._wire.codec import ServerInfo
     from poolrpc.chains import ChainLike, LayerLike, Shape
     from poolrpc.tensors import Layout
@@ -39,7 +40,8 @@ MAX_STREAMS = 16
 class AsyncPoolClient(BaseClient):
     """A connection to a pool server, for asyncio: it has the methods of PoolClient as coroutines.
 
-    A client belongs to the event loop in which it is created. In the child of a fork its calls raise a PoolError.
+    A client belongs to the event loop of its first call; in another one, and in the child of a fork, its calls raise a
+    PoolError.
 
     Examples:
         >>> import asyncio
@@ -54,6 +56,7 @@ class AsyncPoolClient(BaseClient):
     """
 
     _forked = False
+    _loop: asyncio.AbstractEventLoop | None = None
 
     async def pool(  # noqa: PLR0913 - options, all by keyword
         self,
@@ -125,7 +128,7 @@ class AsyncPoolClient(BaseClient):
         metadata: Pairs = (),
     ) -> AsyncIterator[PoolResult | PoolError]: ...
 
-    async def map(  # noqa: PLR0913 - options, all by keyword
+    def map(  # noqa: PLR0913 - options, all by keyword
         self,
         tensors: Iterable[object] | AsyncIterable[object],
         layers: ChainLike,
@@ -134,7 +137,7 @@ class AsyncPoolClient(BaseClient):
         in_flight: int = IN_FLIGHT,
         progress: bool = False,
         return_exceptions: bool = False,
-        timeout: Timeout = UNSET,  # noqa: ASYNC109 - gRPC's deadline, which the server sees too
+        timeout: Timeout = UNSET,
         priority: int | None = None,
         metadata: Pairs = (),
     ) -> AsyncIterator[PoolResult | PoolError]:
@@ -142,11 +145,17 @@ class AsyncPoolClient(BaseClient):
 
         The results are an async iterator, and `tensors` may be an async iterable; see PoolClient.map for the arguments.
         """
-        options = partial(self._call_options, timeout, priority, pairs(metadata))
         steps = self._map_steps(
-            tensors, in_flight=in_flight, progress=progress, return_exceptions=return_exceptions, options=options
+            tensors,
+            in_flight=in_flight,
+            progress=progress,
+            return_exceptions=return_exceptions,
+            options=self._map_options(timeout, priority, metadata),
         )
-        async with aclosing(self._grouping(layers, layout, in_flight).over_async(tensors)) as groups:
+        return self._run_map(steps, self._grouping(layers, layout).over_async(tensors))
+
+    async def _run_map(self, steps: MapSteps, found: AsyncGenerator[Group, None]) -> AsyncGenerator[Any, None]:
+        async with aclosing(found) as groups:
             with closing(steps):
                 result: Any = None
                 while True:
@@ -188,14 +197,15 @@ class AsyncPoolClient(BaseClient):
         return await self._run(self._health_steps(service, self._call_options(timeout, None, metadata)))
 
     async def close(self) -> None:
-        """Close the connection and cancel the calls in flight."""
+        """Close the connection and cancel the calls in flight, which raise a CancelledError with the reason CLOSED."""
         self._close_arenas()
         if "_stream_resources" in vars(self):
             channel, threads = self._stream_resources
             channel.close()
             threads.shutdown(wait=False)
-        await self._channel.close()
-        for process_channel, _ in self._processes.values():
+        if self._channel is not None:
+            await self._channel.close()
+        for process_channel, _ in list(self._processes.values()):
             await process_channel.close()
 
     async def __aenter__(self) -> Self:
@@ -214,7 +224,17 @@ class AsyncPoolClient(BaseClient):
         if self._forked:  # its event loop, and grpc.aio's threads, are the parent's
             msg = f"expected a client that was created in this process, got {self!r} of its parent"
             raise PoolError(msg, reason="FORKED")
-        return super()._call_options(timeout, priority, metadata)
+        options, loop = super()._call_options(timeout, priority, metadata), asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+            super()._connect()
+        if self._loop is not loop:
+            msg = f"expected the event loop of the first call of {self!r}, got another one; make a client in each loop"
+            raise PoolError(msg, reason="EVENT_LOOP")
+        return options
+
+    def _connect(self) -> None:
+        """Leave the channel to the first call: it belongs to the event loop in which it is opened."""
 
     def _open_channel(self, address: str) -> aio.Channel:
         if self._credentials is None:
@@ -228,7 +248,7 @@ class AsyncPoolClient(BaseClient):
                 try:
                     result = await self._perform(step)
                 except BaseException as error:  # noqa: BLE001 - the steps raise it, or handle it
-                    step = steps.throw(translate(error))
+                    step = steps.throw(self._translate(error))
                 else:
                     step = steps.send(result)
         except StopIteration as stop:
@@ -238,11 +258,25 @@ class AsyncPoolClient(BaseClient):
     async def _perform(self, step: Send | SendStream | RunBlocking) -> Any:  # noqa: ANN401 - each step has its own result
         match step:
             case Send():
-                return await self._method(step)(step.message, **step.options.arguments())
+                return await self._send(step)
             case SendStream():
                 return await self._stream(step)
             case RunBlocking():
                 return await asyncio.to_thread(step.function)
+
+    async def _send(self, step: Send) -> Any:  # noqa: ANN401 - the method's response
+        try:
+            return await self._method(step)(step.message, **step.options.arguments())
+        except aio.UsageError:  # grpc.aio's error for a channel that is closed
+            if self._closed:
+                raise self._closed_during_call() from None
+            raise
+        except asyncio.CancelledError:
+            # Closing a channel cancels its calls as if their tasks were cancelled.
+            task = asyncio.current_task()
+            if self._closed and not (task and task.cancelling()):
+                raise self._closed_during_call() from None
+            raise
 
     @cached_property
     def _stream_resources(self) -> tuple[grpc.Channel, futures.ThreadPoolExecutor]:
@@ -251,6 +285,8 @@ class AsyncPoolClient(BaseClient):
         return self._open_blocking_channel(self.address), futures.ThreadPoolExecutor(MAX_STREAMS, "poolrpc-stream")
 
     async def _stream(self, step: SendStream) -> list[PoolResult]:
+        if self._closed:
+            raise self._closed_during_call()
         channel, threads = self._stream_resources
         loop = asyncio.get_running_loop()
 

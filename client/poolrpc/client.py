@@ -5,13 +5,12 @@ from __future__ import annotations
 from concurrent import futures
 from contextlib import closing
 from contextvars import copy_context
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from poolrpc._base_client import IN_FLIGHT, BaseClient, Out
 from poolrpc._transport.channel import stream_method
-from poolrpc._transport.options import UNSET, pairs
-from poolrpc._transport.steps import Deliver, NextGroup, RunBlocking, Send, SendStream, Start, Wait, translate
+from poolrpc._transport.options import UNSET
+from poolrpc._transport.steps import Deliver, NextGroup, RunBlocking, Send, SendStream, Start, Wait
 from poolrpc._transport.stream import StreamCall
 
 if TYPE_CHECKING:
@@ -202,22 +201,21 @@ class PoolClient(BaseClient):
             priority: As in pool.
             metadata: As in pool.
 
-        Yields:
-            The result of each tensor, in order; or its error, if return_exceptions is set.
+        Returns:
+            An iterator over the result of each tensor, in order; or its error, if return_exceptions is set.
 
         Raises:
-            PoolError: A tensor failed; the class says how.
+            PoolError: An argument is not valid; or, from the iterator, a tensor failed. The class says how.
 
         """
-        options = partial(self._call_options, timeout, priority, pairs(metadata))
-        groups = self._grouping(layers, layout, in_flight).over(tensors)
-        yield from self._run_map(
-            self._map_steps(
-                tensors, in_flight=in_flight, progress=progress, return_exceptions=return_exceptions, options=options
-            ),
-            groups,
-            in_flight,
+        steps = self._map_steps(
+            tensors,
+            in_flight=in_flight,
+            progress=progress,
+            return_exceptions=return_exceptions,
+            options=self._map_options(timeout, priority, metadata),
         )
+        return self._run_map(steps, self._grouping(layers, layout).over(tensors), in_flight)
 
     def output_shape(
         self,
@@ -271,10 +269,12 @@ class PoolClient(BaseClient):
         return self._run(self._health_steps(service, self._call_options(timeout, None, metadata)))
 
     def close(self) -> None:
-        """Close the connection and cancel the calls in flight."""
+        """Close the connection and cancel the calls in flight, which raise a CancelledError with the reason CLOSED."""
         self._close_arenas()
         self._channel.close()
-        for channel, _ in self._processes.values():
+        with self._processes_lock:
+            processes = list(self._processes.values())
+        for channel, _ in processes:
             channel.close()
 
     def __enter__(self) -> Self:
@@ -295,7 +295,7 @@ class PoolClient(BaseClient):
                 try:
                     result = self._perform(step)
                 except BaseException as error:  # noqa: BLE001 - the steps raise it, or handle it
-                    step = steps.throw(translate(error))
+                    step = steps.throw(self._translate(error))
                 else:
                     step = steps.send(result)
         except StopIteration as stop:
@@ -305,7 +305,12 @@ class PoolClient(BaseClient):
     def _perform(self, step: Send | SendStream | RunBlocking) -> Any:  # noqa: ANN401 - each step has its own result
         match step:
             case Send():
-                return self._method(step)(step.message, **step.options.arguments())
+                try:
+                    return self._method(step)(step.message, **step.options.arguments())
+                except ValueError:  # gRPC's error for a channel that is closed
+                    if self._closed:
+                        raise self._closed_during_call() from None
+                    raise
             case SendStream():
                 call = StreamCall(stream_method(self._channel), step.transfer, step.options, self._is_closed)
                 return call.run(step.progress)

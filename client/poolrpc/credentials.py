@@ -81,8 +81,13 @@ def has_token(metadata: Metadata) -> bool:
     return any(key == AUTHORIZATION for key, _ in metadata)
 
 
-def _check_metadata(metadata: object) -> Metadata:
-    """Return metadata as pairs that gRPC can send; no error has a value, which may be secret."""
+def check_metadata(metadata: object) -> Metadata:
+    """Return metadata as pairs that gRPC can send.
+
+    Raises:
+        InvalidArgumentError: They are something else; no message has a value, which may be secret.
+
+    """
     items = metadata.items() if isinstance(metadata, Mapping) else metadata
     if isinstance(items, str | bytes) or not isinstance(items, Iterable):
         kind = type(metadata).__name__
@@ -132,7 +137,7 @@ def metadata_for(
             gRPC could not send the metadata.
 
     """
-    pairs = _check_metadata(metadata)
+    pairs = check_metadata(metadata)
     has_authorization = has_token(pairs)
     if has_authorization and token is not None:
         raise InvalidArgumentError(f"expected a token or {AUTHORIZATION} in the metadata, got both", field="token")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -219,6 +220,38 @@ def test_a_shape_is_checked_before_it_is_sent(
         errors.append(described(raised.value))
     assert errors[0] == errors[1]
     assert str(errors[0][-1]).startswith(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"in_flight": 0}, "in_flight: expected 1 to 64, got 0"),
+        ({"in_flight": 65}, "in_flight: expected 1 to 64, got 65"),
+        ({"in_flight": 1.0}, "in_flight: expected an integer, got 1.0"),
+        ({"in_flight": True}, "in_flight: expected an integer, got True"),
+        ({"in_flight": "4"}, "in_flight: expected an integer, got '4'"),
+        ({"timeout": 0}, "timeout: expected a number above 0, got 0"),
+        ({"timeout": "5"}, "timeout: expected a number, got '5'"),
+        ({"layout": "CHWN"}, "layout: expected one of NCHW, NHWC"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("cls", [poolrpc.PoolClient, poolrpc.AsyncPoolClient])
+def test_a_map_is_checked_where_it_is_called(cls: Any, options: dict[str, Any], text: str) -> None:
+    """The settings of a map are checked before its iterator is used, and not as the fault of a tensor."""
+    client = cls("127.0.0.1:1")
+    with pytest.raises(poolrpc.InvalidArgumentError) as raised:
+        client.map([], TWICE, **options)
+    assert raised.value.message.startswith(text)
+    closed = client.close()
+    if closed is not None:
+        asyncio.run(closed)
+
+
+def test_the_numbers_of_a_map_may_be_numpys(connect: Connect, unix_address: str) -> None:
+    """Any integer and any number are taken."""
+    results = connect(unix_address).map([X] * 3, TWICE, in_flight=np.int64(2), timeout=np.float32(60))
+    assert len(list(results)) == 3
 
 
 class Breaking(np.ndarray):

@@ -75,7 +75,7 @@ def channel_arguments(
         InvalidArgumentError: An argument is not one that gRPC takes, or asks for a proxy in spite of a plain token.
 
     """
-    own = _check_options(options)
+    own = check_options(options)
     if has_plain_token and (found := [name for name in PROXY_OPTIONS if own.get(name)]):
         msg = f"expected TLS to send a token through a proxy, which could read it, got plaintext and {found[0]}"
         raise InvalidArgumentError(msg, field="options")
@@ -98,7 +98,13 @@ def channel_arguments(
     return list(arguments.items())
 
 
-def _check_options(options: object) -> dict[str, Any]:
+def check_options(options: object) -> dict[str, Any]:
+    """Return channel arguments as a dict of values that gRPC takes.
+
+    Raises:
+        InvalidArgumentError: They are something else.
+
+    """
     try:
         own: dict[str, Any] = dict(options)  # type: ignore[call-overload]  # TypeError and ValueError are caught
     except (TypeError, ValueError):

@@ -18,7 +18,7 @@ from poolrpc._transport.result import make_results
 from poolrpc._wire import codec, framing
 from poolrpc._wire.status import translate_rpc_error
 from poolrpc.chains import Planes
-from poolrpc.errors import InternalError
+from poolrpc.errors import CancelledError, InternalError
 from poolrpc.tensors import keep_freed_memory, numpy_dtype
 from poolrpc.v1 import pool_pb2
 
@@ -73,6 +73,7 @@ class StreamCall:
 
         Raises:
             grpc.RpcError: The call failed.
+            CancelledError: The client was closed.
             Exception: A message could not be made; the error is the one that its tensors raised.
             InternalError: The messages received are not an answer to the request.
 
@@ -104,7 +105,12 @@ class StreamCall:
             self._responses.cancel()
 
     def _attempt(self, progress: Progress | None) -> list[PoolResult]:
-        responses = self._responses = self._method(self._messages(), **self._options.arguments())
+        try:
+            responses = self._responses = self._method(self._messages(), **self._options.arguments())
+        except ValueError:  # gRPC's error for a channel that is closed
+            if self._is_closed():
+                raise CancelledError("the client was closed during the call", reason="CLOSED") from None
+            raise
         if self._cancelled.is_set():
             responses.cancel()
         try:
