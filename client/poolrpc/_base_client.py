@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections import deque
 from collections.abc import Iterable
 from functools import partial
 from math import prod
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from weakref import WeakSet
 
 import grpc
@@ -23,11 +24,13 @@ from poolrpc._transport.channel import (
     HEALTH_CHECK,
     INFER_SHAPE,
     POOL,
+    POOL_SERVICE,
     POOL_STREAM,
     channel_arguments,
     check_options,
     unary_methods,
 )
+from poolrpc._transport.connection import explain, is_transport_error
 from poolrpc._transport.options import (
     UNSET,
     CallOptions,
@@ -39,13 +42,21 @@ from poolrpc._transport.options import (
     transport_by_size,
 )
 from poolrpc._transport.request import Transfer, prepare, prepare_single
-from poolrpc._transport.steps import Deliver, NextGroup, Send, SendStream, Start, Wait, translate
+from poolrpc._transport.steps import Deliver, NextGroup, Pause, RunBlocking, Send, SendStream, Start, Wait, translate
 from poolrpc._transport.unary import unary_steps
 from poolrpc._wire import codec
 from poolrpc.addresses import check_address, grpc_target, unix_path
 from poolrpc.chains import as_branches, as_chain, branch_shapes, check_layout
 from poolrpc.credentials import check_metadata, credentials_for, has_token, is_local, metadata_for
-from poolrpc.errors import CancelledError, InvalidArgumentError, PoolError
+from poolrpc.errors import (
+    CancelledError,
+    DeadlineExceededError,
+    InvalidArgumentError,
+    NotFoundError,
+    PoolError,
+    UnavailableError,
+    UnsupportedError,
+)
 from poolrpc.tensors import Array, as_array, dtype_name, spec_of
 from poolrpc.tracing import traced
 from poolrpc.v1 import pool_pb2, standard_pb2
@@ -72,6 +83,13 @@ MAX_IN_FLIGHT = 64
 
 MAX_MESSAGE_LIMIT = 2**31 - 1
 """The largest limit on messages that gRPC takes, in bytes."""
+
+FIRST_PAUSE, MAX_PAUSE = 0.1, 1.0
+"""The first and the longest pause, in seconds, while a client waits for its server to be ready."""
+
+T = TypeVar("T")
+
+log = logging.getLogger("poolrpc")
 
 _METHOD_OF = {"unary": POOL, "stream": POOL_STREAM, "arena": POOL}
 
@@ -152,6 +170,7 @@ class BaseClient:
         self._channel: Any = None
         self._methods: dict[str, Any] = {}
         self._connect()
+        self._closing = threading.Event()
         self._closed = False
         _clients.add(self)
 
@@ -213,6 +232,7 @@ class BaseClient:
 
     def _close_arenas(self) -> None:
         self._closed = True
+        self._closing.set()
         if self._arenas is not None:
             self._arenas.close()
 
@@ -284,6 +304,18 @@ class BaseClient:
         progress: Progress | None = None,
         *,
         copy: bool = True,
+    ) -> Steps[list[PoolResult]]:
+        steps = self._transport_steps(transfer, options, transport, progress, copy=copy)
+        return (yield from self._explained(steps, POOL, options))
+
+    def _transport_steps(
+        self,
+        transfer: Transfer,
+        options: CallOptions,
+        transport: Transport | None,
+        progress: Progress | None,
+        *,
+        copy: bool,
     ) -> Steps[list[PoolResult]]:
         required = transport is not None
         check_transport(transport)
@@ -375,16 +407,61 @@ class BaseClient:
         chain = as_chain(layers)
         request = codec.encode_shape_request(sizes, [chain], layout)
         branch_shapes(sizes, [chain], layout)  # raises the error that the server would send
-        response = yield from self._send_steps(INFER_SHAPE, request, options)
+        response = yield from self._explained(self._send_steps(INFER_SHAPE, request, options), INFER_SHAPE, options)
         return codec.decode_shape_response(response)[0][-1]
 
     def _server_info_steps(self, options: CallOptions) -> Steps[codec.ServerInfo]:
-        response = yield from self._send_steps(GET_SERVER_INFO, pool_pb2.GetServerInfoRequest(), options)
+        steps = self._send_steps(GET_SERVER_INFO, pool_pb2.GetServerInfoRequest(), options)
+        response = yield from self._explained(steps, GET_SERVER_INFO, options)
         return codec.decode_info(response)
 
-    def _health_steps(self, service: str, options: CallOptions) -> Steps[str]:
-        request = standard_pb2.HealthCheckRequest(service=service)
-        return codec.decode_health((yield from self._send_steps(HEALTH_CHECK, request, options)))
+    def _health_steps(self, service: object, options: CallOptions) -> Steps[str]:
+        if not isinstance(service, str):
+            msg = f"expected the name of a service, got {clip(service)} ({type(service).__name__})"
+            raise InvalidArgumentError(msg, field="service")
+        steps = self._send_steps(HEALTH_CHECK, standard_pb2.HealthCheckRequest(service=service), options)
+        return codec.decode_health((yield from self._explained(steps, HEALTH_CHECK, options)))
+
+    def _ready_steps(self, options: CallOptions) -> Steps[None]:
+        pause = FIRST_PAUSE
+        request = standard_pb2.HealthCheckRequest(service=POOL_SERVICE)
+        failure: UnavailableError | None = None
+        while True:
+            try:
+                steps = self._send_steps(HEALTH_CHECK, request, options)
+                response = yield from self._explained(steps, HEALTH_CHECK, options)
+                if (status := codec.decode_health(response)) == "SERVING":
+                    return
+                msg = f"expected the server at {self.address} to be SERVING, got {status}: it starts or stops"
+                failure = UnavailableError(msg, reason="NOT_SERVING")
+            except UnavailableError as error:
+                failure = error
+            except DeadlineExceededError as error:
+                raise failure or error from error.__cause__
+            except NotFoundError as error:
+                msg = f"expected a poolrpc server at {self.address}, got a gRPC server that lacks {POOL_SERVICE}: "
+                msg += "correct the address (--address, POOLRPC_ADDRESS)"
+                raise UnsupportedError(msg, reason="METHOD") from error.__cause__
+            remaining = options.time_remaining()
+            if remaining is not None and remaining <= pause:
+                raise failure
+            log.debug("%r is not ready, the next attempt is in %.2f s: %s", self, pause, failure)
+            yield Pause(pause)
+            pause = min(2 * pause, MAX_PAUSE)
+
+    def _explained(self, steps: Steps[T], method: str, options: CallOptions) -> Steps[T]:
+        """Perform the steps of a call; its error has the address, the timeout and what to try if it has no answer."""
+        try:
+            return (yield from steps)
+        except (UnavailableError, DeadlineExceededError, UnsupportedError) as error:
+            if self._closed or not is_transport_error(error):
+                raise
+            encrypted = self._credentials is not None
+            explained: PoolError = yield RunBlocking(
+                partial(explain, error, method, self.address, options.timeout, encrypted=encrypted)
+            )
+            log.debug("%s failed: %s", method, error)
+            raise explained from error.__cause__
 
     def _send_steps(self, method: str, message: object, options: CallOptions) -> Steps[Any]:
         with traced(method, self.address, options):

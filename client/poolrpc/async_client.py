@@ -13,7 +13,7 @@ from grpc import aio
 from poolrpc._base_client import IN_FLIGHT, BaseClient, Out
 from poolrpc._transport.channel import stream_method
 from poolrpc._transport.options import UNSET
-from poolrpc._transport.steps import Deliver, NextGroup, RunBlocking, Send, SendStream, Start, Wait
+from poolrpc._transport.steps import Deliver, NextGroup, Pause, RunBlocking, Send, SendStream, Start, Wait
 from poolrpc._transport.stream import StreamCall
 from poolrpc.addresses import grpc_target
 from poolrpc.errors import DeadlineExceededError, PoolError
@@ -196,6 +196,10 @@ class AsyncPoolClient(BaseClient):
         """Return the health of a service, by grpc.health.v1: see PoolClient.health."""
         return await self._run(self._health_steps(service, self._call_options(timeout, None, metadata)))
 
+    async def wait_until_ready(self, timeout: Timeout = UNSET) -> None:  # noqa: ASYNC109 - for all of its calls
+        """Wait until the server takes calls: see PoolClient.wait_until_ready."""
+        await self._run(self._ready_steps(self._call_options(timeout)))
+
     async def close(self) -> None:
         """Close the connection and cancel the calls in flight, which raise a CancelledError with the reason CLOSED."""
         self._close_arenas()
@@ -255,7 +259,7 @@ class AsyncPoolClient(BaseClient):
             value: T = stop.value
             return value
 
-    async def _perform(self, step: Send | SendStream | RunBlocking) -> Any:  # noqa: ANN401 - each step has its own result
+    async def _perform(self, step: Send | SendStream | RunBlocking | Pause) -> Any:  # noqa: ANN401 - each step has its own result
         match step:
             case Send():
                 return await self._send(step)
@@ -263,6 +267,8 @@ class AsyncPoolClient(BaseClient):
                 return await self._stream(step)
             case RunBlocking():
                 return await asyncio.to_thread(step.function)
+            case Pause():
+                return await asyncio.sleep(step.seconds)
 
     async def _send(self, step: Send) -> Any:  # noqa: ANN401 - the method's response
         try:

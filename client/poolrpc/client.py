@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 from poolrpc._base_client import IN_FLIGHT, BaseClient, Out
 from poolrpc._transport.channel import stream_method
 from poolrpc._transport.options import UNSET
-from poolrpc._transport.steps import Deliver, NextGroup, RunBlocking, Send, SendStream, Start, Wait
+from poolrpc._transport.steps import Deliver, NextGroup, Pause, RunBlocking, Send, SendStream, Start, Wait
 from poolrpc._transport.stream import StreamCall
 
 if TYPE_CHECKING:
@@ -268,6 +268,21 @@ class PoolClient(BaseClient):
         """
         return self._run(self._health_steps(service, self._call_options(timeout, None, metadata)))
 
+    def wait_until_ready(self, timeout: Timeout = UNSET) -> None:
+        """Wait until the server takes calls, such as one that has just been started.
+
+        Args:
+            timeout: As in pool, for the whole wait.
+
+        Raises:
+            UnavailableError: The server is not ready within the timeout; the message says what was found.
+            FailedPreconditionError: There is a server that the client's settings do not fit, as with TLS on one side
+                only; this is raised at once.
+            PoolError: As in pool.
+
+        """
+        self._run(self._ready_steps(self._call_options(timeout)))
+
     def close(self) -> None:
         """Close the connection and cancel the calls in flight, which raise a CancelledError with the reason CLOSED."""
         self._close_arenas()
@@ -302,7 +317,7 @@ class PoolClient(BaseClient):
             value: T = stop.value
             return value
 
-    def _perform(self, step: Send | SendStream | RunBlocking) -> Any:  # noqa: ANN401 - each step has its own result
+    def _perform(self, step: Send | SendStream | RunBlocking | Pause) -> Any:  # noqa: ANN401 - each step has its own result
         match step:
             case Send():
                 try:
@@ -316,6 +331,8 @@ class PoolClient(BaseClient):
                 return call.run(step.progress)
             case RunBlocking():
                 return step.function()
+            case Pause():
+                return self._closing.wait(step.seconds)
 
     def _run_map(self, steps: MapSteps, groups: Iterator[Group], in_flight: int) -> Iterator[Any]:
         with futures.ThreadPoolExecutor(in_flight, "poolrpc-map") as executor, closing(steps):

@@ -6,6 +6,7 @@ PoolError
 ├── UnsupportedError (TypeError)          UNIMPLEMENTED       the layer lacks the dtype, or the server the method
 ├── LimitExceededError                    RESOURCE_EXHAUSTED  over a fixed limit: final; see .metadata
 ├── UnavailableError (ConnectionError)    UNAVAILABLE         unreachable, full or draining; see .retry_delay
+├── FailedPreconditionError (ConnectionError)  FAILED_PRECONDITION  a server that the settings do not fit: final
 ├── DeadlineExceededError (TimeoutError)  DEADLINE_EXCEEDED   no result within the timeout
 ├── CancelledError                        CANCELLED           the call was cancelled
 ├── UnauthenticatedError                  UNAUTHENTICATED     no token, or a wrong one
@@ -179,6 +180,13 @@ class UnavailableError(PoolError, ConnectionError):
         self.retry_delay = retry_delay
 
 
+class FailedPreconditionError(PoolError, ConnectionError):
+    """The address has a server that the client's settings do not fit, such as TLS on one side only: final."""
+
+    code = "FAILED_PRECONDITION"
+    default_reason = "FAILED_PRECONDITION"
+
+
 class DeadlineExceededError(PoolError, TimeoutError):
     """No result arrived within the timeout."""
 
@@ -233,6 +241,7 @@ BY_CODE: dict[str, type[PoolError]] = {
         UnsupportedError,
         LimitExceededError,
         UnavailableError,
+        FailedPreconditionError,
         DeadlineExceededError,
         CancelledError,
         UnauthenticatedError,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import operator
 import os
 import re
 import tomllib
@@ -312,7 +313,7 @@ class Config:
     log_format: str = _setting("text", f"Format of the log: {' or '.join(CHOICES['log_format'])}.")
     log_level: str = _setting("info", f"Lowest level of the log lines: {', '.join(CHOICES['log_level'])}.")
 
-    def __post_init__(self) -> None:
+    def __post_init__(self) -> None:  # noqa: C901 - one check after the other
         object.__setattr__(self, "listen", tuple(self.listen))
         self._check_addresses()
         object.__setattr__(self, "model", tuple(self.model))
@@ -326,6 +327,9 @@ class Config:
         for setting in fields(self):
             name, value, unit = setting.name, getattr(self, setting.name), setting.metadata["unit"]
             minimum, maximum = setting.metadata["minimum"], setting.metadata["maximum"]
+            if unit:  # from Python, such as embedded(threads=...), it may be of any type
+                value = _number(name, value, whole=setting.type == "int")
+                object.__setattr__(self, name, value)
             if unit and not value >= minimum:  # so that NaN is rejected too
                 raise ConfigError(f"{name}: expected at least {minimum} {self.unit(name, minimum)}, got {value}")
             if unit and value > maximum:
@@ -354,6 +358,19 @@ class Config:
         """Return the unit of a setting, in the singular for a count of 1; empty if the setting is not a number."""
         unit = next(str(each.metadata["unit"]) for each in fields(Config) if each.name == name)
         return unit.removesuffix("es" if unit == "processes" else "s") if str(count) == "1" else unit
+
+
+def _number(name: str, value: object, *, whole: bool) -> float:
+    """Return a number of any type as an int or a float."""
+    try:
+        if isinstance(value, bool | str | bytes):
+            raise TypeError  # noqa: TRY301 - the same as for any other object
+        if whole:
+            return operator.index(value)  # type: ignore[arg-type]  # TypeError is caught
+        return value if type(value) in (int, float) else float(value)  # type: ignore[return-value, arg-type]  # the same
+    except (TypeError, ValueError, OverflowError):
+        kind = "an integer" if whole else "a number"
+        raise ConfigError(f"{name}: expected {kind}, got {value!r} ({type(value).__name__})") from None
 
 
 def _free_memory(config: Config) -> int:

@@ -117,7 +117,7 @@ INVALID: dict[str, tuple[dict[str, Any], type[PoolError], str]] = {
         poolrpc.InvalidArgumentError,
         "indices.shape: expected the input's (1, 3, 8, 8) in NCHW, got (1, 3, 8, 4) in NCHW",
     ),
-    "indices that are no array": (
+    "indices of another type": (
         {"layers": MaxUnpool2d(2), "indices": object()},
         poolrpc.InvalidArgumentError,
         "indices: expected an array, a tensor or a nested list of numbers, got 'object'",

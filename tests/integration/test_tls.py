@@ -45,10 +45,10 @@ def others(tmp_path: Path) -> Authority:
 
 
 def assert_no_handshake(address: str, credentials: grpc.ChannelCredentials | None) -> None:
-    """Check that a client fails at the handshake, which it reports like an address without a server."""
+    """Check that a client fails at the handshake, which it reports as final."""
     with (
         PoolClient(address, credentials=credentials, options=OWN_CONNECTION, timeout=30) as client,
-        pytest.raises(poolrpc.UnavailableError),
+        pytest.raises(poolrpc.FailedPreconditionError),
     ):
         client.server_info()
 

@@ -223,8 +223,9 @@ def times(seen: ReceivedSpan) -> tuple[int, int]:
 def test_errors_in_spans(collector: Collector) -> None:
     """A caller's mistake is an error of the client's span alone, a server's fault an error of both spans."""
     program = """
+from poolrpc import AdaptiveAvgPool2d
 try:
-    PoolClient(address).pool(x, MaxPool2d(9))
+    PoolClient(address).pool(x, AdaptiveAvgPool2d(4096))  # over a limit, which only the server checks
 except PoolError as error:
     print(error.code)
 """
@@ -241,15 +242,15 @@ except grpc.RpcError as error:
     print(error.code().name)
 """
     with serving(env=sending(collector.endpoint)) as server:
-        assert run(program, server.address, collector.endpoint) == "INVALID_ARGUMENT\n"
+        assert run(program, server.address, collector.endpoint) == "RESOURCE_EXHAUSTED\n"
         assert run(unknown, server.address, collector.endpoint) == "INTERNAL\n"
         (theirs,) = collector.wait_for(1, kind=CLIENT)
         bad, broken = collector.wait_for(2)
-    assert theirs.attributes["rpc.grpc.status_code"] == 3
+    assert theirs.attributes["rpc.grpc.status_code"] == 8
     assert theirs.span.status.code == ERROR
     assert bad.span.parent_span_id == theirs.span.span_id
-    assert bad.attributes["rpc.grpc.status_code"] == 3
-    assert bad.attributes["error.type"] == "INVALID_ARGUMENT"
+    assert bad.attributes["rpc.grpc.status_code"] == 8
+    assert bad.attributes["error.type"] == "RESOURCE_EXHAUSTED"
     assert "expected" in bad.attributes["poolrpc.error"]
     assert bad.span.status.code == UNSET
     assert not collector.below(bad)

@@ -29,7 +29,10 @@ SERVICE_CONFIG = {
     # this client cancels is not retried. Streams have retries of their own, in poolrpc._transport.stream.
     "methodConfig": [
         {
-            "name": [{"service": POOL_SERVICE, "method": method} for method in ("Pool", "InferShape", "GetServerInfo")],
+            "name": [
+                *({"service": POOL_SERVICE, "method": method} for method in ("Pool", "InferShape", "GetServerInfo")),
+                {"service": HEALTH_CHECK.partition("/")[0]},
+            ],
             "retryPolicy": {
                 "maxAttempts": 5,
                 "initialBackoff": "0.1s",

@@ -137,11 +137,15 @@ class CallOptions:
         timeout: Seconds from now to the deadline, as `seconds` returns it. None: no deadline.
         metadata: Pairs sent with every attempt.
 
+    Attributes:
+        timeout: The timeout, in seconds. None: there is none.
+
     """
 
-    __slots__ = ("_deadline", "_metadata")
+    __slots__ = ("_deadline", "_metadata", "timeout")
 
     def __init__(self, timeout: float | None, metadata: tuple[Pair, ...]) -> None:
+        self.timeout = timeout
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._metadata = metadata
 

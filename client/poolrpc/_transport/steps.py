@@ -63,7 +63,13 @@ class RunBlocking(NamedTuple):
     function: Callable[[], Any]
 
 
-Steps: TypeAlias = Generator[Send | SendStream | RunBlocking, Any, T]
+class Pause(NamedTuple):
+    """A step that waits for some seconds, or until the client is closed."""
+
+    seconds: float
+
+
+Steps: TypeAlias = Generator[Send | SendStream | RunBlocking | Pause, Any, T]
 """The steps of a call that returns T."""
 
 

@@ -6,6 +6,7 @@ nothing but grpcio on both sides). So streams have no retry policy in gRPC's ser
 
 from __future__ import annotations
 
+import logging
 from threading import TIMEOUT_MAX, Event
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,8 @@ MAX_ATTEMPTS = 5
 
 INITIAL_BACKOFF, MAX_BACKOFF = 0.1, 2.0
 """The longest pause after the first attempt, and after any, in seconds; each pause is a random fraction of it."""
+
+log = logging.getLogger("poolrpc")
 
 RETRYABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 """The status codes of a server that is full or stopping; CANCELLED is for calls that it has not started."""
@@ -94,6 +97,8 @@ class StreamCall:
                 # The delay that a server requests may be longer than a clock can wait.
                 pause = min(max(pause, getattr(translate_rpc_error(error), "retry_delay", None) or 0), TIMEOUT_MAX)
                 remaining = self._options.time_remaining()
+                cause = f"{error.code()}: {error.details()}"
+                log.debug("attempt %d of a stream failed (%s), the next is in %.2f s", attempt + 1, cause, pause)
                 if (remaining is not None and pause >= remaining) or self._cancelled.wait(pause) or self._is_closed():
                     raise
         raise AssertionError("unreachable: the last attempt returns or raises")

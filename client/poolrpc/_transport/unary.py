@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from itertools import repeat
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from poolrpc._transport.steps import Steps
     from poolrpc.tensors import Array, Bytes, TensorSpec
 
+log = logging.getLogger("poolrpc")
+
 BROKEN_CONNECTION = ("Stream removed", "Socket closed", "Connection reset", "recvmsg")
 """The possible beginnings of gRPC's message if a connection broke during an answer. gRPC does not retry such a call."""
 
@@ -50,6 +53,7 @@ def unary_steps(
     except UnavailableError as error:
         if not (retry and error.message.startswith(BROKEN_CONNECTION)):
             raise
+        log.debug("the connection broke during an answer (%s), the call is sent again", error.message)
         response = yield send
     return decode_message(transfer, response, progress)
 

@@ -99,7 +99,7 @@ async def test_an_async_client_takes_a_path_object():
     ],
 )
 def test_what_is_not_an_address_is_rejected_with_the_valid_form(address, hint):
-    """The error is raised at construction, with what was received and, where there is one, what was meant."""
+    """The error is raised at construction, with what was received and, if it is clear, what was meant."""
     with pytest.raises(InvalidArgumentError, match=hint) as raised:
         PoolClient(address)
     assert raised.value.violations[0].field == "address"

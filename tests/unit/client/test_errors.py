@@ -25,6 +25,7 @@ BUILTINS = {
     "ExpressionError": ValueError,
     "UnsupportedError": TypeError,
     "UnavailableError": ConnectionError,
+    "FailedPreconditionError": ConnectionError,
     "DeadlineExceededError": TimeoutError,
     "NotFoundError": LookupError,
 }

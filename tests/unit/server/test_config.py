@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from poolrpc._shapes.limits import MAX_MESSAGE_BYTES, MAX_PAYLOAD_BYTES
@@ -694,3 +695,23 @@ def test_variables_of_kubernetes_are_known():
     names = ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_GRPC", "PORT", "PORT_50051_TCP", "PORT_50051_TCP_ADDR")
     names += ("METRICS_SERVICE_HOST",)
     assert unknown_variables({f"POOLRPC_{name}": address for name in names}) == {}
+
+
+@pytest.mark.parametrize("value", ["2", b"2", 2.5, None, True, [2], np.ones(2)], ids=repr)
+def test_a_number_of_another_type_is_rejected_by_name(value):
+    """From Python, as in embedded(threads=...), a setting may be of any type."""
+    with pytest.raises(ConfigError, match=r"^threads: expected an integer, got "):
+        Config(threads=value)
+
+
+@pytest.mark.parametrize("value", ["2", b"2", None, True, [2.0]], ids=repr)
+def test_seconds_of_another_type_are_rejected_by_name(value):
+    """A time is any number."""
+    with pytest.raises(ConfigError, match=r"^shutdown_grace: expected a number, got "):
+        Config(shutdown_grace=value)
+
+
+def test_numpys_numbers_are_converted():
+    """A setting is Python's int or float."""
+    config = Config(threads=np.int64(2), shutdown_grace=np.float32(2))
+    assert (type(config.threads), type(config.shutdown_grace)) == (int, float)
