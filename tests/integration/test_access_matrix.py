@@ -261,7 +261,8 @@ def outcome(method: Callable[[Peer], object], caller: Peer) -> str:
     try:
         return "OK" if method(caller) else "a wrong result"
     except poolrpc.PoolError as error:
-        return error.code
+        # What the client has found out to be final is UNAVAILABLE for gRPC's own.
+        return DOWN if isinstance(error, poolrpc.FailedPreconditionError) else error.code
     except grpc.RpcError as error:
         return str(error.code().name)
 

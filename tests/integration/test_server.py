@@ -26,7 +26,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 import poolrpc
 import poolrpc_server
-from poolrpc import AvgPool2d, GlobalPool2d, LPPool2d, MaxPool2d, PoolClient
+from poolrpc import AdaptiveAvgPool2d, AvgPool2d, GlobalPool2d, LPPool2d, MaxPool2d, PoolClient
 from poolrpc.v1 import pool_pb2, pool_pb2_grpc
 from poolrpc_server.cli import main
 from scripts.server_process import serving
@@ -95,8 +95,8 @@ def test_each_call_is_a_line_in_the_log() -> None:
     """A call's line has method, layers, shape, dtype, status and duration, an error's reason, and no contents."""
     with serving("--drain-seconds", "0") as server, PoolClient(server.address) as client:
         client.pool(np.full((1, 1, 2, 2), 1234567.0, np.float32), MaxPool2d(2))
-        with pytest.raises(poolrpc.InvalidArgumentError):
-            client.pool(X, MaxPool2d(99))
+        with pytest.raises(poolrpc.LimitExceededError):
+            client.pool(X, AdaptiveAvgPool2d(65535))
         client.output_shape(X.shape, MaxPool2d(2))
         client.health()
         server.process.send_signal(signal.SIGTERM)
@@ -107,8 +107,8 @@ def test_each_call_is_a_line_in_the_log() -> None:
     assert (first["status"], first["dtype"], first["layers"]) == ("OK", "float32", "((MaxPool2d(2),),)")
     assert (first["shape"], first["output"]) == ([1, 1, 2, 2], [[1, 1, 1, 1]])
     assert first["ms"] > 0
-    assert (second["status"], second["reason"]) == ("INVALID_ARGUMENT", "INVALID_ARGUMENT")
-    assert "kernel_size" in second["error"]
+    assert (second["status"], second["reason"]) == ("RESOURCE_EXHAUSTED", "OUTPUT_TOO_LARGE")
+    assert "bytes of AdaptiveAvgPool2d's output" in second["error"]
     assert "output" not in second
     assert "1234567" not in json.dumps(server.log)
 
@@ -279,7 +279,7 @@ def test_reflection_lists_the_services(address: str) -> None:
 
 
 def test_credentials_use_tls() -> None:
-    """A client with credentials uses TLS; one without raises UnavailableError at the same server."""
+    """A client with credentials uses TLS; one without raises an error that says so at the same server."""
     authority = trustme.CA()
     certificate = authority.issue_cert("localhost")
     key, chain = certificate.private_key_pem.bytes(), b"".join(each.bytes() for each in certificate.cert_chain_pems)
@@ -295,7 +295,7 @@ def test_credentials_use_tls() -> None:
     trusted = grpc.ssl_channel_credentials(authority.cert_pem.bytes())
     with PoolClient(f"localhost:{port}", credentials=trusted) as client:
         assert client.server_info().version == "tls"
-    with PoolClient(f"localhost:{port}", timeout=10) as client, pytest.raises(poolrpc.UnavailableError):
+    with PoolClient(f"localhost:{port}", timeout=10) as client, pytest.raises(poolrpc.FailedPreconditionError):
         client.server_info()
     server.stop(0).wait()
 

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 import poolrpc
-from poolrpc import AsyncPoolClient, GlobalPool2d, MaxPool2d, PoolClient
+from poolrpc import AdaptiveAvgPool2d, AsyncPoolClient, GlobalPool2d, MaxPool2d, PoolClient
 from poolrpc_server.app import FAILED
 from poolrpc_server.config import Config, ConfigError
 from poolrpc_server.workers.supervisor import supervise
@@ -392,8 +392,8 @@ def test_the_log_of_workers() -> None:
         ]
         assert listening == [port, port]
         client.pool(SMALL, MaxPool2d(2))
-        with pytest.raises(poolrpc.InvalidArgumentError):
-            client.pool(SMALL, MaxPool2d(99))
+        with pytest.raises(poolrpc.LimitExceededError):
+            client.pool(SMALL, AdaptiveAvgPool2d(65535))
         server.process.send_signal(signal.SIGTERM)
         server.wait()
     without = [each["event"] for each in server.log if "worker" not in each]
