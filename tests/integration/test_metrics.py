@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry
 
 import poolrpc
 import poolrpc_server
-from poolrpc import InternalError, InvalidArgumentError, MaxPool2d, PoolClient
+from poolrpc import AdaptiveAvgPool2d, InternalError, LimitExceededError, MaxPool2d, PoolClient
 from poolrpc_server.cli import main
 from poolrpc_server.telemetry.metrics_server import MetricsServer
 from scripts.server_process import serving
@@ -39,15 +39,15 @@ def test_calls_are_counted() -> None:
         address = server.start_line["metrics"]
         client.pool(X, MaxPool2d(2))
         client.pool(X, MaxPool2d(2), transport="stream")
-        with pytest.raises(InvalidArgumentError):
-            client.pool(X, MaxPool2d(50))
+        with pytest.raises(LimitExceededError):
+            client.pool(X, AdaptiveAvgPool2d(65535))
         with grpc.insecure_channel(server.address) as channel:
             health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
             with pytest.raises(grpc.RpcError, match="UNIMPLEMENTED"):
                 channel.unary_unary("/poolrpc.v1.PoolService/Nothing")(b"")
         shown = Scrape(address)
         assert shown("grpc_server_handled_total", **POOL, grpc_code="OK") == 1
-        assert shown("grpc_server_handled_total", **POOL, grpc_code="InvalidArgument") == 1
+        assert shown("grpc_server_handled_total", **POOL, grpc_code="ResourceExhausted") == 1
         assert shown("grpc_server_handling_seconds_count", **POOL) == 2
         stream = POOL | {"grpc_type": "bidi_stream", "grpc_method": "PoolStream"}
         assert shown("grpc_server_handled_total", **stream, grpc_code="OK") == 1
