@@ -77,7 +77,7 @@ def test_shapes_info_and_health(client: p.PoolClient) -> None:
 @pytest.mark.parametrize("transport", ["unary", "stream"])
 def test_errors_are_the_servers(client: p.PoolClient, transport: str) -> None:
     """Class, message, reason and metadata of an error that only the server finds pass through Ray's proxy."""
-    with pytest.raises(p.LimitExceededError, match="expected at most .* bytes of AdaptiveAvgPool2d's output") as wrong:
+    with pytest.raises(p.LimitExceededError, match=r"expected at most .* bytes of AdaptiveAvgPool2d's output") as wrong:
         client.pool(np.zeros((1, 1, 8, 8), np.float32), p.AdaptiveAvgPool2d(65535), transport=transport)
     assert wrong.value.reason == "OUTPUT_TOO_LARGE"
     assert int(wrong.value.metadata["actual"]) > int(wrong.value.metadata["limit"])
