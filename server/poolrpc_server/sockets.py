@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 
 from poolrpc._wire.arena_packets import SUFFIX
-from poolrpc.credentials import unix_path
+from poolrpc.addresses import unix_path
 
 MAX_PATH_BYTES = 107
 """Maximum length of a unix socket's path on Linux."""

@@ -15,7 +15,7 @@ from poolrpc import (
     AvgPool2d,
     AvgPool3d,
     FractionalMaxPool2d,
-    GlobalMaxPool,
+    GlobalPool2d,
     MaxPool2d,
     MaxUnpool2d,
     PoolError,
@@ -51,9 +51,9 @@ INVALID: dict[str, tuple[dict[str, Any], type[PoolError], str]] = {
         "input.shape: expected every dim to be 1 to",
     ),
     "rank of a global layer": (
-        {"x": X[0, 0], "layers": GlobalMaxPool()},
+        {"x": X[0, 0], "layers": GlobalPool2d("max")},
         poolrpc.InvalidArgumentError,
-        "input.shape: expected a batched tensor",
+        "input.shape: expected 4 dims",
     ),
     "kernel": (
         {"layers": [TWICE, MaxPool2d(9)]},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterable, Mapping
 from enum import Enum
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from poolrpc._shapes.parameters import integer, real
 from poolrpc._shapes.rules import clip
+from poolrpc.credentials import check_metadata, has_token
 from poolrpc.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -68,9 +68,6 @@ PRIORITY = "priority"
 LAST_PRIORITY = 2
 """The priority of calls that go after all others; 0 is that of calls that go first."""
 
-CALL_KEY = re.compile(r"(?!grpc-)[0-9a-z_.-]+")
-"""A key of a call's metadata, in lower case; gRPC has the others for itself."""
-
 Pair: TypeAlias = tuple[str, str | bytes]
 Pairs: TypeAlias = Mapping[str, str | bytes] | Iterable[Pair]
 """Metadata of a call; the value of a key that ends with -bin is bytes."""
@@ -106,28 +103,10 @@ def pairs(metadata: object) -> tuple[Pair, ...]:
             belongs to the client. No message has a value, which may be secret.
 
     """
-    items = metadata.items() if isinstance(metadata, Mapping) else metadata
-    if isinstance(items, str | bytes) or not isinstance(items, Iterable):
-        raise InvalidArgumentError(f"expected a dict or pairs, got {type(metadata).__name__}", field="metadata")
-    return tuple(map(_pair, items))
-
-
-def _pair(pair: object) -> Pair:
-    if not isinstance(pair, tuple | list) or len(pair) != 2:  # noqa: PLR2004 - a key and a value
-        raise InvalidArgumentError(f"expected a key and a value, got {type(pair).__name__}", field="metadata")
-    key, value = pair[0].lower() if isinstance(pair[0], str) else "", pair[1]
-    if not CALL_KEY.fullmatch(key):
-        raise InvalidArgumentError(f"expected a key that gRPC can send, got {clip(pair[0])}", field="metadata")
-    if key == "authorization":
+    checked = check_metadata(metadata)
+    if has_token(checked):
         raise InvalidArgumentError("expected a token only of the client, got one of a call", field="metadata")
-    if key.endswith("-bin"):
-        fits, expected = isinstance(value, bytes), "bytes"
-    else:
-        fits, expected = isinstance(value, str) and value.isascii() and value.isprintable(), "printable ASCII text"
-    if not fits:
-        msg = f"expected {expected} for {clip(key)}, got another value ({type(value).__name__})"
-        raise InvalidArgumentError(msg, field="metadata")
-    return key, value
+    return checked
 
 
 class CallOptions:
