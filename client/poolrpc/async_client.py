@@ -56,7 +56,7 @@ class AsyncPoolClient(BaseClient):
     """
 
     _forked = False
-    _loop: asyncio.AbstractEventLoop | None = None
+    _loop: object = None
 
     async def pool(  # noqa: PLR0913 - options, all by keyword
         self,

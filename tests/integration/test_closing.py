@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import poolrpc
-from poolrpc import AsyncPoolClient, GlobalMaxPool, MaxPool2d, PoolClient
+from poolrpc import AsyncPoolClient, GlobalPool2d, MaxPool2d, PoolClient
 from tests.integration.connections import server
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def assert_closed(error: BaseException | None) -> None:
 def test_a_call_in_flight_ends_with_the_client(own_address: str, gate: Gate, transport: str) -> None:
     """A call in another thread raises a CancelledError with the reason CLOSED when the client is closed."""
     with ThreadPoolExecutor(1) as threads, PoolClient(own_address) as client:
-        call = threads.submit(client.pool, X, GlobalMaxPool(), transport=transport)
+        call = threads.submit(client.pool, X, GlobalPool2d("max"), transport=transport)
         assert gate.entered.wait(60)
         client.close()
         error = call.exception(60)
@@ -61,7 +61,7 @@ def test_a_call_in_flight_ends_with_the_client(own_address: str, gate: Gate, tra
 async def test_a_task_in_flight_ends_with_the_client(own_address: str, gate: Gate, transport: str) -> None:
     """The same holds for a task, which is not itself cancelled."""
     async with AsyncPoolClient(own_address) as client:
-        call = asyncio.create_task(client.pool(X, GlobalMaxPool(), transport=transport))  # type: ignore[arg-type]  # a name
+        call = asyncio.create_task(client.pool(X, GlobalPool2d("max"), transport=transport))  # type: ignore[arg-type]  # a name
         assert await asyncio.to_thread(gate.entered.wait, 60)
         await client.close()
         (error,) = await asyncio.wait_for(asyncio.gather(call, return_exceptions=True), 60)
@@ -73,7 +73,7 @@ async def test_a_task_in_flight_ends_with_the_client(own_address: str, gate: Gat
 async def test_a_task_that_is_cancelled_stays_cancelled(own_address: str, gate: Gate) -> None:
     """Cancelling a task of an open client, or of one that is closed meanwhile, raises asyncio's own error."""
     async with AsyncPoolClient(own_address) as client:
-        call = asyncio.create_task(client.pool(X, GlobalMaxPool(), transport="unary"))
+        call = asyncio.create_task(client.pool(X, GlobalPool2d("max"), transport="unary"))
         assert await asyncio.to_thread(gate.entered.wait, 60)
         call.cancel()
         await client.close()
