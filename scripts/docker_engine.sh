@@ -14,9 +14,9 @@ start)
   # Such a machine can't pull the genuine base image, so the script builds a replacement of the same name.
   { "$engine" install && "$engine" start && "$engine" base python:3.11-slim-bookworm; } >&2
   "$engine" env
-  echo 'export POOLRPC_ENGINE_STARTED=1'
+  echo 'export DOCKER_ENGINE_STARTED=1'
   ;;
 stop)
-  if [ -n "${POOLRPC_ENGINE_STARTED:-}" ]; then "$engine" stop; fi
+  if [ -n "${DOCKER_ENGINE_STARTED:-}" ]; then "$engine" stop; fi
   ;;
 esac

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import threading
 from contextlib import ExitStack
 from functools import partial
@@ -128,6 +129,14 @@ def client(address: str) -> Iterator[PoolClient]:
     """Return a client of that server."""
     with poolrpc.PoolClient(address) as made:
         yield made
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Let commands receive SIGINT: a test run in the background of a shell ignores it, and its children would too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

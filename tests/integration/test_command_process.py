@@ -60,6 +60,7 @@ def test_python_runs_the_package(start: Start) -> None:
     assert outcome(start("shape", "1x1x4x4", "MaxPool2d(2)")) == (0, "MaxPool2d(2) -> (1, 1, 2, 2)\n", "")
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(
     ("command", "said"),
     [

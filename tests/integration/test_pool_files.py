@@ -254,6 +254,7 @@ def test_a_terminal_has_a_progress_bar(address: str, tmp_path: Path) -> None:
     assert piped.communicate() == ("3 files: 3 pooled\n", "")
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_thousand_images_interrupted_and_resumed(
