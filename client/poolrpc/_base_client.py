@@ -251,7 +251,7 @@ class BaseClient:
     def _translate(self, error: BaseException) -> BaseException:
         """Return the PoolError for an error of a step, if it has one."""
         translation = translate(error)
-        if self._closed and isinstance(translation, CancelledError):
+        if self._closed and isinstance(translation, CancelledError | UnavailableError):
             closed = self._closed_during_call()
             closed.__cause__ = error
             return closed

@@ -31,7 +31,7 @@ def test_a_minute_of_fuzzing_finds_nothing(tmp_path: Path) -> None:
     assert set(row["endings"]) == set(SHARES)
     for target, endings in row["endings"].items():
         assert endings["OK"] > 0, target
-        assert len(endings) > 3, target
+        assert len(endings) > 2, target
 
 
 @pytest.mark.slow

@@ -35,6 +35,9 @@ PROBE_SECONDS = 1.0
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 """What a client of HTTP/2 sends first: the preface, and settings without any."""
 
+KINDS = ("other", "tls", "plaintext", "silent")
+"""What may be at an address that can be connected to."""
+
 SETTINGS_FRAME = 4
 TLS_ALERT = 0x15
 
@@ -70,7 +73,12 @@ def explain(  # noqa: PLR0911 - one error after the other
 
     """
     within = "" if timeout is None else f" within {timeout:g} s"
+    expected = f"expected a poolrpc server at {address}, got "
     if isinstance(error, DeadlineExceededError):
+        # With a short timeout gRPC's attempts to connect take all of it. This look at the address takes no time.
+        found = _look_at(address, encrypted=encrypted) if is_local(address) else ""
+        if found not in ("", *KINDS):
+            return UnavailableError(f"{expected}no connection ({found}): {START}, or {CORRECT}")
         return DeadlineExceededError(
             f"expected an answer from {address} to {method}{within}, got none: set a longer timeout=, or look at the "
             f"server with: poolrpc health --address {address}"
@@ -81,7 +89,6 @@ def explain(  # noqa: PLR0911 - one error after the other
     if not error.message.startswith(NOT_CONNECTED):
         return error
     found = _look_at(address, encrypted=encrypted)
-    expected = f"expected a poolrpc server at {address}, got "
     if found == "other":
         msg = f"{expected}one that does not speak gRPC, such as a web server: {CORRECT}"
         return FailedPreconditionError(msg, reason="PROTOCOL")
@@ -93,7 +100,7 @@ def explain(  # noqa: PLR0911 - one error after the other
     if found == "silent":
         return UnavailableError(f"{expected}a connection on which nothing answers{within}: {START}, or {CORRECT}")
     reason = found if found not in ("", "plaintext") else _last(error)
-    return UnavailableError(f"{expected}no connection{within} ({reason}): {START}, or {CORRECT}")
+    return UnavailableError(f"{expected}no connection ({reason}): {START}, or {CORRECT}")
 
 
 def _untrusted(error: PoolError) -> str:
