@@ -258,7 +258,7 @@ def test_a_terminal_has_a_progress_bar(address: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_thousand_images_interrupted_and_resumed(
-    address: str, tmp_path: Path, patch_family: Callable[..., None]
+    address: str, tmp_path: Path, patch_operation: Callable[..., None]
 ) -> None:
     """Images of mixed sizes, interrupted in the middle: what is there is whole, and --skip-existing does the rest."""
     sizes = np.random.default_rng(7).integers(2, 200, (2000, 2)).tolist()
@@ -277,7 +277,7 @@ def test_two_thousand_images_interrupted_and_resumed(
 
         return held
 
-    patch_family("max_pool", hold)
+    patch_operation("max_pool", hold)
     arguments = (tmp_path / "in", *LAYER, "--save", tmp_path / "out", "--address", address)
     process = start(*arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert reached.wait(300)

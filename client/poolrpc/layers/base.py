@@ -2,6 +2,7 @@
 
 from dataclasses import MISSING, fields
 from math import prod
+from types import FunctionType
 from typing import ClassVar, Self
 
 from poolrpc._shapes.limits import MAX_NUMEL
@@ -44,6 +45,18 @@ class Layer:
     dtypes: ClassVar[tuple[str, ...]] = FLOATS
     spatial_dims: ClassVar[int]
     takes_indices: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        """Name the constructor of a public class after it: Python's errors of missing arguments have that name."""
+        inherited = cls.__init__
+        if isinstance(inherited, FunctionType) and not cls.__name__.startswith(
+            "_"
+        ):  # dataclass makes the private ones'
+            code, closure = inherited.__code__, inherited.__closure__
+            own = FunctionType(code, inherited.__globals__, "__init__", inherited.__defaults__, closure)
+            own.__kwdefaults__, own.__annotations__ = inherited.__kwdefaults__, inherited.__annotations__
+            own.__qualname__ = f"{cls.__name__}.__init__"
+            cls.__init__ = own  # type: ignore[method-assign]  # the same function
 
     @property
     def name(self) -> str:

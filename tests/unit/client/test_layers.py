@@ -451,3 +451,10 @@ def test_at_plane_changes_only_fractional_layers(layer, first):
         return
     assert replace(moved, seed=layer.seed) == layer
     assert (moved.seed == layer.seed) == (first == 0)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_missing_parameter_is_reported_with_the_name_of_the_class(name):
+    """Python's error has the class that the user wrote, not a private base class of it."""
+    with pytest.raises(TypeError, match=rf"^{name}\.__init__\(\) missing \d required positional argument"):
+        LAYERS[name]()
