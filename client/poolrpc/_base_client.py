@@ -97,6 +97,13 @@ _METHOD_OF = {"unary": POOL, "stream": POOL_STREAM, "arena": POOL}
 _clients: WeakSet[BaseClient] = WeakSet()
 """The clients of this process, for the child of a fork."""
 
+callers: set[int] = set()
+"""The threads that are in a call of a blocking client."""
+
+forked = threading.Event()
+"""Set in a process that was forked while a thread was in a call: gRPC then skips what it has to do for the child, whose
+calls would hang, with any client, or crash it."""
+
 
 class BaseClient:
     """The settings of a client, and its calls as steps that a subclass drives.
@@ -136,6 +143,7 @@ class BaseClient:
                 proxy without TLS, or a file that the environment names cannot be read.
 
         """
+        self._check_fork()
         self.address = address = check_address(address)
         self.timeout = seconds("timeout", timeout)
         self.max_message_bytes = integer("max_message_bytes", max_message_bytes, 1, MAX_MESSAGE_LIMIT)
@@ -236,6 +244,15 @@ class BaseClient:
         if self._arenas is not None:
             self._arenas.close()
 
+    @staticmethod
+    def _check_fork() -> None:
+        if forked.is_set():
+            msg = (
+                "expected a process that was forked while no thread was in a call, got one in which gRPC is unusable; "
+                "use multiprocessing's spawn or forkserver"
+            )
+            raise PoolError(msg, reason="FORKED")
+
     def _after_fork(self) -> None:
         """Leave what the client shares with its server to the parent; grpcio connects again in the child."""
         self._processes_lock = threading.Lock()  # a thread of the parent may have held it
@@ -258,6 +275,7 @@ class BaseClient:
         return translation
 
     def _call_options(self, timeout: Timeout, priority: int | None = None, metadata: Pairs = ()) -> CallOptions:
+        self._check_fork()
         if self._closed:
             msg = f"{self!r} is closed"
             raise PoolError(msg, reason="CLOSED")
@@ -485,6 +503,9 @@ def _indices_array(indices: object) -> Array:
 
 
 def _after_fork() -> None:
+    if callers - {threading.get_ident()}:
+        forked.set()
+    callers.clear()
     for client in list(_clients):
         client._after_fork()  # noqa: SLF001 - of the class above
 

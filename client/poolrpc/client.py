@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent import futures
 from contextlib import closing
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
-from poolrpc._base_client import IN_FLIGHT, BaseClient, Out
+from poolrpc._base_client import IN_FLIGHT, BaseClient, Out, callers
 from poolrpc._transport.channel import stream_method
 from poolrpc._transport.options import UNSET
 from poolrpc._transport.steps import Deliver, NextGroup, Pause, RunBlocking, Send, SendStream, Start, Wait
@@ -304,6 +305,8 @@ class PoolClient(BaseClient):
         return self._open_blocking_channel(address)
 
     def _run(self, steps: Steps[T]) -> T:
+        thread = threading.get_ident()
+        callers.add(thread)
         try:
             step = next(steps)
             while True:
@@ -316,6 +319,8 @@ class PoolClient(BaseClient):
         except StopIteration as stop:
             value: T = stop.value
             return value
+        finally:
+            callers.discard(thread)
 
     def _perform(self, step: Send | SendStream | RunBlocking | Pause) -> Any:  # noqa: ANN401 - each step has its own result
         match step:

@@ -83,6 +83,40 @@ asyncio.run(main())
 """
 
 
+BUSY = """
+import os, socket, sys, threading
+import numpy as np
+from poolrpc import MaxPool2d, PoolClient, PoolError
+
+x = np.ones((1, 1, 8, 8), np.float32)
+silent = socket.create_server(("127.0.0.1", 0))
+busy = PoolClient(f"127.0.0.1:{silent.getsockname()[1]}")
+
+def wait():
+    try:
+        busy.pool(x, MaxPool2d(2))
+    except PoolError:
+        pass  # the client is closed at the end
+
+with PoolClient(sys.argv[1]) as client:
+    thread = threading.Thread(target=wait)
+    thread.start()
+    silent.accept()
+    child = os.fork()
+    if not child:
+        for attempt in (lambda: client.pool(x, MaxPool2d(2)), lambda: PoolClient(sys.argv[1])):
+            try:
+                attempt()
+            except PoolError as error:
+                print(error.reason, flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+    print(client.pool(x, MaxPool2d(2)).output.all(), flush=True)
+    busy.close()
+    thread.join()
+"""
+
+
 @pytest.fixture(scope="module")
 def addresses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Return the addresses of a server process: of a port and of a unix socket."""
@@ -123,3 +157,11 @@ def test_an_asyncio_client_of_the_parent_raises_an_error_in_the_child(addresses:
     client = f"AsyncPoolClient({addresses[address]!r})"
     expected = f"FORKED expected a client that was created in this process, got {client} of its parent\nOK\n"
     assert output_of(ASYNC, addresses[address]) == expected
+
+
+@pytest.mark.parametrize("address", ["unix", "port"])
+def test_a_fork_during_a_call_of_another_thread_is_an_error_in_the_child(
+    addresses: dict[str, str], address: str
+) -> None:
+    """GRPC cannot be used there: calls and new clients say so instead of hanging, and the parent goes on."""
+    assert output_of(BUSY, addresses[address]) == "FORKED\nFORKED\nTrue\n"
