@@ -8,14 +8,13 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from functools import partial
 from random import Random
 from typing import Any
 
 from fuzz import arena_sockets, client_responses
 from fuzz.findings import Report
 from fuzz.mutate import Case, mutated
-from fuzz.resource_usage import check_at_rest, check_growth, check_soon, measured
+from fuzz.resource_usage import check_at_rest, check_growth, measured
 from fuzz.seeds import LIMITS, MODELS, SEEDS, SHARES, seeds
 from fuzz.server_calls import Peer
 from scripts.server_process import ServerProcess, serving
@@ -114,7 +113,7 @@ def _fuzzed(server: ServerProcess, path: str, seconds: float, seed: int) -> dict
         cases, duration = run.report.cases, time.monotonic() - started
         try:
             peer.check_calls()
-            check_soon(partial(check_at_rest, server.start_line["metrics"]))
+            check_at_rest(server.start_line["metrics"])
             check_growth(*samples)
             check_log(server)
         except Exception as error:  # noqa: BLE001 - every exception is a finding
