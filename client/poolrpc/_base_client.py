@@ -372,39 +372,30 @@ class BaseClient:
     ) -> MapSteps:
         """Check the settings of a map, and return its steps."""
         in_flight = integer("in_flight", in_flight, 1, MAX_IN_FLIGHT)
-        return self._checked_map_steps(
-            tensors, in_flight=in_flight, progress=progress, return_exceptions=return_exceptions, options=options
-        )
+
+        def steps() -> MapSteps:
+            from poolrpc._transport.coalesce import Order, progress_bar  # noqa: PLC0415 - keeps `import poolrpc` fast
+
+            order, started = Order(return_exceptions=return_exceptions), deque[Any]()
+            with progress_bar(tensors, shown=progress) as advance:
+                try:
+                    while (group := (yield NextGroup())) is not None:
+                        started.append((yield Start(self._group_steps(group, options))))
+                        if len(started) > in_flight:
+                            yield Deliver(order.deliver((yield Wait(started.popleft())), advance))
+                    while started:
+                        yield Deliver(order.deliver((yield Wait(started.popleft())), advance))
+                finally:
+                    for future in started:
+                        future.cancel()
+
+        return steps()
 
     def _map_options(self, timeout: Timeout, priority: int | None, metadata: Pairs) -> Callable[[], CallOptions]:
         """Check the options of a map's calls, and return a function that returns those of a call that starts now."""
         checked, own = timeout if timeout is UNSET else seconds("timeout", timeout), pairs(metadata)
         call_metadata(self._metadata, priority, own)  # raises if the priority is not valid
         return partial(self._call_options, checked, priority, own)
-
-    def _checked_map_steps(
-        self,
-        tensors: object,
-        *,
-        in_flight: int,
-        progress: bool,
-        return_exceptions: bool,
-        options: Callable[[], CallOptions],
-    ) -> MapSteps:
-        from poolrpc._transport.coalesce import Order, progress_bar  # noqa: PLC0415 - keeps `import poolrpc` fast
-
-        order, started = Order(return_exceptions=return_exceptions), deque[Any]()
-        with progress_bar(tensors, shown=progress) as advance:
-            try:
-                while (group := (yield NextGroup())) is not None:
-                    started.append((yield Start(self._group_steps(group, options))))
-                    if len(started) > in_flight:
-                        yield Deliver(order.deliver((yield Wait(started.popleft())), advance))
-                while started:
-                    yield Deliver(order.deliver((yield Wait(started.popleft())), advance))
-            finally:
-                for future in started:
-                    future.cancel()
 
     def _group_steps(self, group: Group, options: Callable[[], CallOptions]) -> Steps[list[Outcome]]:
         try:

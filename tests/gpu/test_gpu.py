@@ -13,23 +13,20 @@ import pytest
 import torch
 
 import poolrpc as p
-from poolrpc._wire.codec import Request
-from poolrpc.tensors import TensorSpec
 from poolrpc_server import Config
 from poolrpc_server.app import FAILED, Server
-from poolrpc_server.calls.validate import Limits, check_request
 from poolrpc_server.compute import overlap
 from poolrpc_server.compute.device import DeviceStreams, PageLocks
-from poolrpc_server.compute.engine import Engine, Run
+from poolrpc_server.compute.engine import Engine
+from tests.engine_run import run_of
 from tests.parity.grid import GRID, cases
 from tests.parity.reference import assert_same, reference, values
 from tests.scrape import Scrape
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
     from pathlib import Path
 
-WIDE = Limits(2**40, 2**40, 2**40, 2**50)
 BLOCKED = (
     p.MaxPool2d(3, 2, 1),
     p.MaxPool2d(2, return_indices=True),
@@ -61,32 +58,14 @@ def engine(cuda: torch.device) -> Iterator[Engine]:
     made.close()
 
 
-def a_run(engine: Engine, layer: p.Layer, x: torch.Tensor, indices: torch.Tensor | None = None) -> Run:
-    """Return a run of one layer, whose result is its outputs."""
-    dtype = str(x.dtype).removeprefix("torch.")
-    second = None if indices is None else TensorSpec("int64", tuple(indices.shape))
-    request = Request(TensorSpec(dtype, tuple(x.shape)), ((layer,),), second)
-    checked = check_request(request, WIDE, engine.schedule)
-    parts = [x] if indices is None else [x, indices]
-    payload = b"".join(each.contiguous().view(torch.uint8).numpy().tobytes() for each in parts)
-
-    def finish(outputs: Sequence[memoryview]) -> list[torch.Tensor]:
-        return [
-            torch.frombuffer(bytearray(data), dtype=getattr(torch, spec.dtype)).reshape(spec.shape)
-            for data, spec in zip(outputs, checked.outputs, strict=True)
-        ]
-
-    return engine.run(checked.schedule, payload, finish)
-
-
 def assert_parity(engine: Engine, layer: p.Layer, x: torch.Tensor, indices: torch.Tensor | None = None) -> None:
     """Compute a request alone and in a batch of two, and compare it with torch's result on the same device."""
     # CUDA has no max of integers: these are computed on the CPU.
     device = "cuda" if x.is_floating_point() else "cpu"
     on_device = [None if each is None else each.to(device) for each in (x, indices)]
     expected = [each.cpu() for each in reference(layer, *on_device) if each is not None]
-    run = a_run(engine, layer, x, indices)
-    groups = [[run]] if run.key is None else [[run], [run, a_run(engine, layer, x, indices)]]
+    run = run_of(engine, layer, x, indices)
+    groups = [[run]] if run.key is None else [[run], [run, run_of(engine, layer, x, indices)]]
     for runs in groups:
         for outputs in engine.execute(runs):
             for got, other in zip(outputs, expected, strict=True):
@@ -125,11 +104,11 @@ def test_host_memory_is_pinned_and_reused(cuda: torch.device, monkeypatch: pytes
     monkeypatch.setattr(DeviceStreams, "allocate", recorded)
     engine = Engine(str(cuda), 1)
     x = values((4, 16, 64, 64), "float32", 0)
-    engine.execute([a_run(engine, p.MaxPool2d(2), x)])
+    engine.execute([run_of(engine, p.MaxPool2d(2), x)])
     first = len(made)
     assert first > 0
     for _ in range(10):
-        engine.execute([a_run(engine, p.MaxPool2d(2), x)])
+        engine.execute([run_of(engine, p.MaxPool2d(2), x)])
     assert len(made) == first
     assert all(torch.frombuffer(each, dtype=torch.uint8).is_pinned() for each in made)
     engine.close()
@@ -215,9 +194,9 @@ def test_a_call_that_exceeds_the_memory_is_computed_in_smaller_blocks(engine: En
     x = torch.zeros(1, 32, 1024, 1024)
     try:
         with pytest.raises(p.LimitExceededError) as raised:
-            engine.execute([a_run(engine, p.AdaptiveAvgPool2d(7), x)])
+            engine.execute([run_of(engine, p.AdaptiveAvgPool2d(7), x)])
         assert raised.value.reason == "DEVICE_MEMORY"
-        (outputs,) = engine.execute([a_run(engine, p.MaxPool2d(2), x)])
+        (outputs,) = engine.execute([run_of(engine, p.MaxPool2d(2), x)])
         assert outputs[0].shape == (1, 32, 512, 512)
         assert_parity(engine, p.MaxPool2d(2), values((1, 3, 16, 16), "float32", 0))
     finally:

@@ -179,8 +179,6 @@ def _shake_hands(family: socket.AddressFamily, sockaddr: object) -> str:
     except TimeoutError:
         return "silent"
     except ssl.SSLError as error:
-        return (
-            "plaintext" if error.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST") else "tls"
-        )
+        return "plaintext" if error.reason in NOT_TLS else "tls"
     except OSError as error:
         return error.strerror or str(error)

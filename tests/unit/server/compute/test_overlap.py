@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 import poolrpc as p
 from poolrpc._wire.codec import Request
 from poolrpc.tensors import TensorSpec
-from poolrpc_server.calls.validate import Limits, check_request
+from poolrpc_server.calls.validate import check_request
 from poolrpc_server.compute import overlap
 from poolrpc_server.compute.engine import Engine
 from poolrpc_server.compute.kernels import eager
 from poolrpc_server.compute.overlap import AHEAD, planes_of_block, run_in_blocks
+from tests.engine_run import WIDE, run_of
 from tests.parity.reference import assert_same, reference, values
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
     from poolrpc_server.compute.device import Event, Stream
 
-WIDE = Limits(2**40, 2**40, 2**40, 2**50)
 STREAMS = 3
 
 
@@ -114,19 +114,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def pool(engine: Engine, layer: p.Layer, x: torch.Tensor, indices: torch.Tensor | None = None) -> list[torch.Tensor]:
     """Return the layer's outputs, as the engine computes them."""
-    dtype = str(x.dtype).removeprefix("torch.")
-    second = None if indices is None else TensorSpec("int64", tuple(indices.shape))
-    checked = check_request(Request(TensorSpec(dtype, tuple(x.shape)), ((layer,),), second), WIDE, engine.schedule)
-    parts = [x] if indices is None else [x, indices]
-    payload = b"".join(each.contiguous().view(torch.uint8).numpy().tobytes() for each in parts)
-
-    def finish(outputs: Sequence[memoryview]) -> list[torch.Tensor]:
-        return [
-            torch.frombuffer(bytearray(data), dtype=getattr(torch, spec.dtype)).reshape(spec.shape)
-            for data, spec in zip(outputs, checked.outputs, strict=True)
-        ]
-
-    (outputs,) = engine.execute([engine.run(checked.schedule, payload, finish)])
+    (outputs,) = engine.execute([run_of(engine, layer, x, indices)])
     return outputs
 
 
