@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
+from poolrpc._interrupt import INTERRUPTED
 from poolrpc._shapes.rules import clip
 from poolrpc._version import __version__
 from poolrpc.chains import branch_shapes
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return 141
             _note(f"the output can't be written: {describe(error.__cause__ or error)}")
         except KeyboardInterrupt:
-            return 130
+            return INTERRUPTED
         except (PoolError, OSError, MemoryError) as error:
             _note(describe(error))
         return 1

@@ -1,8 +1,16 @@
-"""Run the command `poolrpc-server` as `python -m poolrpc_server`."""
+"""The command `poolrpc-server`, also as `python -m poolrpc_server`."""
 
 import sys
 
-from poolrpc_server.cli import main
+from poolrpc._interrupt import interrupt_ends_process
+
+
+def main() -> int:
+    """Run the command and return its exit status."""
+    with interrupt_ends_process():
+        from poolrpc_server import cli  # noqa: PLC0415 - takes tenths of a second
+    return cli.main()
+
 
 if __name__ == "__main__":
     sys.exit(main())

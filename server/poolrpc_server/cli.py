@@ -6,6 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from poolrpc._interrupt import INTERRUPTED, interrupt_ends_process
 from poolrpc_server.standard_streams import open_standard_streams
 
 try:
@@ -30,8 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line. None: that of the process.
 
     Returns:
-        0 after a clean stop, 1 if the workers do not start or had to be killed, 2 if a setting is wrong. A server that
-        fails and should be started again ends the process itself, with the status app.FAILED.
+        0 after a clean stop, 1 if the workers do not start or had to be killed, 2 if a setting is wrong, 130 after
+        Ctrl-C before the server serves. A server that fails and should be started again ends the process itself, with
+        the status app.FAILED.
 
     """
     open_standard_streams()
@@ -51,10 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return supervisor.WORKERS_FAILED
         _require_free_addresses(settings)
         log_starting(settings.listen, settings.workers)
-        # Imported once the settings are known to be valid: torch takes a second or two to import.
-        from poolrpc_server.app import serve  # noqa: PLC0415
+        with interrupt_ends_process():
+            # Imported once the settings are known to be valid: torch takes a second or two to import.
+            from poolrpc_server.app import serve  # noqa: PLC0415
 
         return serve(settings)
+    except KeyboardInterrupt:  # before the server handles SIGINT itself
+        return INTERRUPTED
     except config.ConfigError as error:
         print(f"poolrpc-server: {error}", file=sys.stderr)  # noqa: T201 - a command's output
         return 2

@@ -81,6 +81,52 @@ def test_ctrl_c_ends_with_status_130_and_no_traceback(
         assert outcome(process) == (130, "", said)
 
 
+PAUSE_AT_IMPORT = """
+import os, sys
+class Pause:
+    def find_spec(self, name, *_):
+        if name == os.environ["PAUSE_AT"]:
+            os.write(1, b"importing\\n")
+            os.read(0, 1)
+sys.meta_path.insert(0, Pause())
+"""
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize(
+    ("package", "module"),
+    [
+        ("poolrpc", "poolrpc.cli"),
+        ("poolrpc", "numpy"),
+        ("poolrpc", "grpc._cython"),
+        ("poolrpc", "poolrpc.v1"),
+        ("poolrpc_server", "poolrpc_server.config"),
+        ("poolrpc_server", "structlog"),
+        ("poolrpc_server", "torch"),
+        ("poolrpc_server", "torch.nn"),
+    ],
+)
+def test_ctrl_c_during_imports_ends_with_status_130_and_no_traceback(tmp_path: Path, package: str, module: str) -> None:
+    """SIGINT while a command imports its packages ends it with status 130, and no traceback is on stderr."""
+    (tmp_path / "sitecustomize.py").write_text(PAUSE_AT_IMPORT)
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    process = subprocess.Popen(  # noqa: S603 - our own command
+        [sys.executable, "-m", package, *(["--listen", "127.0.0.1:0"] if package == "poolrpc_server" else ["info"])],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path, "PAUSE_AT": module},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    status, _, error = outcome(process)
+    assert status == 130
+    assert "Traceback" not in error
+    assert "KeyboardInterrupt" not in error
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["info"], ["info", "--json"], ["shape", "1x1x4x4", "MaxPool2d(2)"]])
 def test_a_reader_that_is_gone_ends_with_status_141(start: Start, arguments: list[str]) -> None:
     """If the reader of the output is gone, as head is, the status is that of SIGPIPE, and nothing is on stderr."""
