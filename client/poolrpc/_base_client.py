@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections import deque
@@ -42,7 +41,19 @@ from poolrpc._transport.options import (
     transport_by_size,
 )
 from poolrpc._transport.request import Transfer, prepare, prepare_single
-from poolrpc._transport.steps import Deliver, NextGroup, Pause, RunBlocking, Send, SendStream, Start, Wait, translate
+from poolrpc._transport.steps import (
+    Deliver,
+    NextGroup,
+    Pause,
+    RunBlocking,
+    Send,
+    SendStream,
+    Start,
+    Wait,
+    log,
+    log_retries,
+    translate,
+)
 from poolrpc._transport.unary import unary_steps
 from poolrpc._wire import codec
 from poolrpc.addresses import check_address, grpc_target, unix_path
@@ -89,7 +100,6 @@ FIRST_PAUSE, MAX_PAUSE = 0.1, 1.0
 
 T = TypeVar("T")
 
-log = logging.getLogger("poolrpc")
 
 _METHOD_OF = {"unary": POOL, "stream": POOL_STREAM, "arena": POOL}
 
@@ -267,6 +277,8 @@ class BaseClient:
 
     def _translate(self, error: BaseException) -> BaseException:
         """Return the PoolError for an error of a step, if it has one."""
+        if isinstance(error, grpc.RpcError):
+            log_retries(error.trailing_metadata())
         translation = translate(error)
         if self._closed and isinstance(translation, CancelledError | UnavailableError):
             closed = self._closed_during_call()

@@ -13,7 +13,17 @@ from grpc import aio
 from poolrpc._base_client import IN_FLIGHT, BaseClient, Out
 from poolrpc._transport.channel import stream_method
 from poolrpc._transport.options import UNSET
-from poolrpc._transport.steps import Deliver, NextGroup, Pause, RunBlocking, Send, SendStream, Start, Wait
+from poolrpc._transport.steps import (
+    Deliver,
+    NextGroup,
+    Pause,
+    RunBlocking,
+    Send,
+    SendStream,
+    Start,
+    Wait,
+    log_retries,
+)
 from poolrpc._transport.stream import StreamCall
 from poolrpc.addresses import grpc_target
 from poolrpc.errors import DeadlineExceededError, PoolError
@@ -272,7 +282,9 @@ class AsyncPoolClient(BaseClient):
 
     async def _send(self, step: Send) -> Any:  # noqa: ANN401 - the method's response
         try:
-            return await self._method(step)(step.message, **step.options.arguments())
+            call = self._method(step)(step.message, **step.options.arguments())
+            response = await call
+            log_retries(await call.trailing_metadata())
         except aio.UsageError:  # grpc.aio's error for a channel that is closed
             if self._closed:
                 raise self._closed_during_call() from None
@@ -283,6 +295,7 @@ class AsyncPoolClient(BaseClient):
             if self._closed and not (task and task.cancelling()):
                 raise self._closed_during_call() from None
             raise
+        return response
 
     @cached_property
     def _stream_resources(self) -> tuple[grpc.Channel, futures.ThreadPoolExecutor]:

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 from poolrpc._base_client import IN_FLIGHT, BaseClient, Out, callers
 from poolrpc._transport.channel import stream_method
 from poolrpc._transport.options import UNSET
-from poolrpc._transport.steps import Deliver, NextGroup, Pause, RunBlocking, Send, SendStream, Start, Wait
+from poolrpc._transport.steps import (
+    Deliver,
+    NextGroup,
+    Pause,
+    RunBlocking,
+    Send,
+    SendStream,
+    Start,
+    Wait,
+    log_retries,
+)
 from poolrpc._transport.stream import StreamCall
 
 if TYPE_CHECKING:
@@ -326,11 +336,13 @@ class PoolClient(BaseClient):
         match step:
             case Send():
                 try:
-                    return self._method(step)(step.message, **step.options.arguments())
+                    response, call = self._method(step).with_call(step.message, **step.options.arguments())
                 except ValueError:  # gRPC's error for a channel that is closed
                     if self._closed:
                         raise self._closed_during_call() from None
                     raise
+                log_retries(call.trailing_metadata())
+                return response
             case SendStream():
                 call = StreamCall(stream_method(self._channel), step.transfer, step.options, self._is_closed)
                 return call.run(step.progress)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import re
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
@@ -304,18 +307,39 @@ def test_a_call_is_rejected_before_its_message_is_read(serve: Any, load: Load, c
     load.release(0)
 
 
-def test_a_client_with_its_default_retries_is_answered(serve: Any, load: Load, callers: Any) -> None:
-    """A rejected call is tried again, and answered once there is room."""
+def pool_async(address: str, x: Any, layer: p.Layer) -> p.PoolResult:
+    """Pool by an asyncio client of its own."""
+
+    async def pool() -> p.PoolResult:
+        async with p.AsyncPoolClient(address) as client:
+            return await client.pool(x, layer)
+
+    return asyncio.run(pool())
+
+
+def pool_blocking(address: str, x: Any, layer: p.Layer) -> p.PoolResult:
+    """Pool by a blocking client of its own."""
+    with p.PoolClient(address) as client:
+        return client.pool(x, layer)
+
+
+@pytest.mark.parametrize("pool", [pool_blocking, pool_async])
+def test_a_client_with_its_default_retries_is_answered(
+    serve: Any, load: Load, callers: Any, pool: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A rejected call is tried again, and answered once there is room; the logger poolrpc has the attempts at DEBUG."""
     server = serve(max_queue=1)
     asked = callers(server)
     asked.occupy()
     asked.wait(4)
     x = values((1, 2, 8, 8), "float32", 0)
-    with p.PoolClient(server.addresses[0]) as client, ThreadPoolExecutor(1) as threads:
-        answer = threads.submit(client.pool, x, p.MaxPool2d(2))
+    with ThreadPoolExecutor(1) as threads, caplog.at_level(logging.DEBUG, "poolrpc"):
+        answer = threads.submit(pool, server.addresses[0], x, p.MaxPool2d(2))
         load.await_events(load.rejected)
         load.release(0)
         assert_same(answer.result(PATIENCE).output, reference(p.MaxPool2d(2), x)[0], "retried")
+    (logged,) = [each.getMessage() for each in caplog.records if each.name == "poolrpc"]
+    assert re.fullmatch(r"gRPC tried a call again; attempts before the one with the answer: [1-4]", logged)
 
 
 def test_priorities_in_metadata(serve: Any, load: Load, callers: Any) -> None:

@@ -7,12 +7,13 @@ awaited, and translates gRPC's errors.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import grpc
 
-from poolrpc._wire.status import translate_rpc_error
+from poolrpc._wire.status import ATTEMPTS_KEY, translate_rpc_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from poolrpc._transport.result import PoolResult, Progress
 
 T = TypeVar("T")
+
+log = logging.getLogger("poolrpc")
 
 
 class Send(NamedTuple):
@@ -106,3 +109,15 @@ def translate(error: BaseException) -> BaseException:
     translation = translate_rpc_error(error)
     translation.__cause__ = error
     return translation
+
+
+def log_retries(metadata: Iterable[Any] | None) -> None:
+    """Log at DEBUG how often gRPC tried a call, if it tried it more than once.
+
+    Args:
+        metadata: The metadata that the server sent with the status, as pairs.
+
+    """
+    for key, attempts in metadata or ():
+        if key == ATTEMPTS_KEY:
+            log.debug("gRPC tried a call again; attempts before the one with the answer: %s", attempts)

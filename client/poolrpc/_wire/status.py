@@ -56,6 +56,10 @@ ENDED_BY_SERVER = (
 ENDED_RETRY_DELAY = 0.1
 """Seconds to wait before a call that the server has ended is tried again."""
 
+ATTEMPTS_KEY = "grpc-previous-rpc-attempts"
+"""Metadata of gRPC's retries (gRFC A6): the attempts before this one. The server sends it back with the status, because
+gRPC tells a client nothing of its own retries."""
+
 DETAILS_KEY = "grpc-status-details-bin"
 """The metadata key of the details, which is the same for gRPC's clients in every language."""
 

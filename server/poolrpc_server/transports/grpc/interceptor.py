@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
 
 import grpc
 
+from poolrpc._wire.status import ATTEMPTS_KEY
 from poolrpc_server.calls.call import CallContext, StatusError
 from poolrpc_server.calls.method import UNKNOWN_METHOD
 
@@ -27,9 +28,16 @@ class GrpcContext(CallContext):
 
     _context: grpc.ServicerContext | None = None
 
+    @property
+    def _retried(self) -> tuple[tuple[str, str | bytes], ...]:
+        """What gRPC says of the call's earlier attempts, which goes back to the caller; empty for the first one."""
+        return tuple(each for each in self.metadata if each[0] == ATTEMPTS_KEY)
+
     def bind(self, context: grpc.ServicerContext) -> None:
         """Add grpcio's own context, which exists once a thread handles the call, and release the ticket at its end."""
         self._context = context
+        if self._retried:
+            context.set_trailing_metadata(self._retried)
         if not context.add_callback(self.ticket.release):
             self.ticket.release()
 
@@ -59,7 +67,7 @@ class GrpcContext(CallContext):
     def abort(self, status: StatusError) -> NoReturn:
         """End the call with a status, from the function that handles it."""
         assert self._context is not None  # noqa: S101 - a thread handles the call
-        self._context.set_trailing_metadata(status.trailing)
+        self._context.set_trailing_metadata((*self._retried, *status.trailing))
         self._context.abort(grpc.StatusCode[status.code], status.message)
 
 
