@@ -4,6 +4,7 @@ import asyncio
 import gc
 import threading
 import weakref
+from functools import partial
 
 import grpc
 import numpy as np
@@ -37,25 +38,46 @@ class RpcError(grpc.RpcError):
         return ()
 
 
+class BlockingMethod:
+    """A method of grpc that a function answers."""
+
+    def __init__(self, answer):
+        self._answer = answer
+
+    def with_call(self, message, **arguments):
+        """Return the answer and an object with the metadata of the call: the error has the same as a call."""
+        return self._answer(message, **arguments), RpcError()
+
+
+class AsyncCall:
+    """A call of grpc.aio that a function answers."""
+
+    def __init__(self, answer, message, **arguments):
+        self._answer = lambda: answer(message, **arguments)
+
+    def __await__(self):
+        """Return the answer."""
+        yield from asyncio.sleep(0).__await__()
+        return self._answer()
+
+    async def trailing_metadata(self):
+        """Return no metadata."""
+        return ()
+
+
 def run_blocking(steps, methods=()):
     """Drive steps with a PoolClient that has other methods."""
     with PoolClient("localhost:1") as client:
-        client._methods.update(methods)  # noqa: SLF001 - in place of a server
+        client._methods.update((name, BlockingMethod(method)) for name, method in dict(methods).items())  # noqa: SLF001 - in place of a server
         return client._run(steps(client))  # noqa: SLF001 - what is tested
 
 
 def run_async(steps, methods=()):
     """Drive steps with an AsyncPoolClient that has other methods."""
 
-    def awaited(method):
-        async def call(message, **arguments):
-            return method(message, **arguments)
-
-        return call
-
     async def run():
         async with AsyncPoolClient("localhost:1") as client:
-            client._methods.update((name, awaited(method)) for name, method in dict(methods).items())  # noqa: SLF001 - as above
+            client._methods.update((name, partial(AsyncCall, method)) for name, method in dict(methods).items())  # noqa: SLF001 - as above
             return await client._run(steps(client))  # noqa: SLF001 - as above
 
     return asyncio.run(run())
@@ -195,7 +217,7 @@ def test_a_map_keeps_its_requests_in_flight():
         raise RpcError
 
     with PoolClient("localhost:1") as client:
-        client._methods[POOL] = pool  # noqa: SLF001 - in place of a server
+        client._methods[POOL] = BlockingMethod(pool)  # noqa: SLF001 - in place of a server
         shapes = [(1, 1, 4, 4 + i) for i in range(5)]  # of different plane sizes, so that none are grouped
         results = client.map((np.zeros(shape) for shape in shapes), MaxPool2d(2), in_flight=2, return_exceptions=True)
         threading.Timer(0.05, release.set).start()
