@@ -32,7 +32,8 @@ PORTABLE = 1
 TORCH_VERSION = str(torch.__version__)
 """The version of torch that the kernels run with."""
 
-_LOST_DEVICE: type[Exception] | tuple[()] = getattr(torch, "AcceleratorError", ())
+_LOST_DEVICE: type[Exception] | None = getattr(torch, "AcceleratorError", None)
+"""The class of a device's errors, since torch 2.8."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -59,6 +60,8 @@ def is_device_lost(error: BaseException) -> bool:
 
     Running out of memory is not such an error.
     """
+    if _LOST_DEVICE is None:
+        return type(error) is RuntimeError and str(error).startswith("CUDA error: ")
     return isinstance(error, _LOST_DEVICE)
 
 
