@@ -23,6 +23,8 @@ from poolrpc._shapes.rules import clip
 from poolrpc._version import __version__
 from poolrpc.chains import branch_shapes
 from poolrpc.client import PoolClient
+from poolrpc.command.bench import add_arguments as add_bench_arguments
+from poolrpc.command.bench import bench, parse_shape
 from poolrpc.command.explain import WINDOWS, explain, format_lines
 from poolrpc.command.inputs import find_inputs, output_paths
 from poolrpc.command.pool import Work, count_files, describe, pool_file, pool_files, step_lines, steps
@@ -74,7 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     data, text, status = options.run(options)
-    _write([json.dumps(_to_json(data), allow_nan=False)] if options.json else text)
+    line = json.dumps(_to_json(data), allow_nan=False) if options.json else ""
+    if isinstance(options.json, Path):
+        options.json.write_text(f"{line}\n")
+    _write([line] if options.json is True else text)
     return int(status)
 
 
@@ -146,7 +151,8 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Any, help: str, *, remote: bool = True) -> argparse.ArgumentParser:  # noqa: A002, ANN401 - argparse's own name; any function
         subparser = commands.add_parser(name, help=help, description=help, parents=[server] if remote else [])
-        subparser.add_argument("--json", action="store_true", help="print the result as JSON")
+        if run is not bench:  # which also write it to a file
+            subparser.add_argument("--json", action="store_true", help="print the result as JSON")
         subparser.set_defaults(run=run)
         return subparser
 
@@ -213,6 +219,9 @@ def _parser() -> argparse.ArgumentParser:
         "--timeout", type=float, default=60.0, metavar="SECONDS", help="deadline of that call, in seconds [default: 60]"
     )
 
+    add_bench_arguments(
+        command("bench", bench, "Measure calls per second and latencies of a server under a load."), LAYER_HELP
+    )
     command("info", _info, "Print a server's versions, device, layers with their dtypes, and limits.")
     health = command("health", _health, "Print a server's health; the exit status is 0 if it is SERVING, and else 1.")
     health.add_argument(
@@ -254,13 +263,8 @@ def _pool(options: argparse.Namespace) -> tuple[object, Sequence[str], int]:
 
 
 def _shape(options: argparse.Namespace) -> tuple[object, list[str], int]:
-    parts = options.shape.lower().split("x")
-    if not all(part.isdecimal() and len(part) <= 10 for part in parts):  # noqa: PLR2004 - the digits of 2**31
-        raise InvalidArgumentError(
-            f"expected sizes with x between them, such as 8x64x56x56, got {clip(options.shape)}", field="shape"
-        )
     chain = parse_chain(options.layer)
-    shapes = branch_shapes(tuple(map(int, parts)), [chain], options.layout)[0]
+    shapes = branch_shapes(parse_shape(options.shape), [chain], options.layout)[0]
     return steps(chain, shapes), step_lines(chain, shapes), 0
 
 

@@ -9,6 +9,7 @@ import poolrpc
 from poolrpc.cli import main
 
 PLANE = "[[1, 3, 2, 4], [5, 6, 8, 7], [4, 2, 1, 0], [9, 7, 3, 2]]"
+BENCH = ["bench", "--shape", "1x3x8x8", "--layer", "MaxPool2d(2)"]
 
 
 def run(capsys, *arguments):
@@ -138,6 +139,20 @@ def test_infinities_and_nan_are_valid_json(capsys, layer, plane):
         (["pool", "x.npy", "y.npy", "--layer", "MaxPool2d(2)", "--save", "z.npy"], "expected a folder for the outputs"),
         (["pool", "a/x.npy", "b/x.npy", "--layer", "MaxPool2d(2)", "--save", "z"], "an output of its own for each"),
         (["pool", "no-such-file.png", "--layer", "MaxPool2d(2)"], "no-such-file.png"),
+        ([*BENCH, "--concurrency", "0"], "concurrency: expected 1 to 4096, got 0"),
+        ([*BENCH, "--concurrency", "2", "--processes", "3"], "concurrency: expected 3 to 4096, got 2"),
+        ([*BENCH, "--connections", "1", "--processes", "2"], "connections: expected 2 to 1024, got 1"),
+        ([*BENCH, "--processes", "0"], "processes: expected 1 to 4096, got 0"),
+        ([*BENCH, "--rate", "0"], "rate: expected a number above 0, got 0.0"),
+        ([*BENCH, "--rate", "nan"], "rate: expected a number above 0, got nan"),
+        ([*BENCH, "--rate", "2e6"], "rate: expected at most 1e+06 calls per second, got 2e+06"),
+        ([*BENCH, "--duration", "0"], "duration: expected a number above 0, got 0.0"),
+        ([*BENCH, "--duration", "inf"], "duration: expected at most 86400 seconds, got inf"),
+        ([*BENCH, "--warmup", "-1"], "warmup: expected a number above 0, got -1.0"),
+        ([*BENCH, "--dtype", "float8"], "dtype: expected one of float16, bfloat16, float32, float64, uint8"),
+        ([*BENCH, "--shape", "8"], "expected 4 dims"),
+        (["bench", "--shape", "8x3x-4x4", "--layer", "MaxPool2d(2)"], "shape: expected sizes with x between them"),
+        (["bench", "--shape", "8x3x4x4", "--layer", "MaxUnpool2d(2)"], "layer: expected layers that need no indices"),
         (["pool", "no-such-file.npy", "--layer", "MaxPool2d()"], "column 1: expected the parameter kernel_size of"),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
@@ -164,6 +179,8 @@ def test_an_error_is_one_line(capsys, arguments, words, as_json):
         ["explain", "MaxPool2d(1)"],
         ["pool", "x.npy"],
         ["info", "--timeout", "soon"],
+        ["bench", "--shape", "1x1x4x4"],
+        ["bench", "--layer", "MaxPool2d(2)"],
     ],
     ids=" ".join,
 )
@@ -184,8 +201,8 @@ def test_version_prints_the_packages_version(capsys):
 
 
 def test_help_names_every_command(capsys):
-    """--help lists the five commands."""
+    """--help lists the commands."""
     with pytest.raises(SystemExit):
         main(["--help"])
     printed = capsys.readouterr().out
-    assert all(f"\n    {name} " in printed for name in ("pool", "shape", "explain", "info", "health"))
+    assert all(f"\n    {name} " in printed for name in ("pool", "shape", "explain", "bench", "info", "health"))
