@@ -28,6 +28,7 @@ from poolrpc.command.bench import bench, parse_shape
 from poolrpc.command.explain import WINDOWS, explain, format_lines
 from poolrpc.command.inputs import find_inputs, output_paths
 from poolrpc.command.pool import Work, count_files, describe, pool_file, pool_files, step_lines, steps
+from poolrpc.command.tune import add_tune_arguments, tune
 from poolrpc.errors import InvalidArgumentError, PoolError
 from poolrpc.expression import parse_chain, parse_layer
 from poolrpc.tensors import LAYOUTS
@@ -151,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Any, help: str, *, remote: bool = True) -> argparse.ArgumentParser:  # noqa: A002, ANN401 - argparse's own name; any function
         subparser = commands.add_parser(name, help=help, description=help, parents=[server] if remote else [])
-        if run is not bench:  # which also write it to a file
+        if run not in {bench, _tune}:  # which also write it to a file
             subparser.add_argument("--json", action="store_true", help="print the result as JSON")
         subparser.set_defaults(run=run)
         return subparser
@@ -222,6 +223,15 @@ def _parser() -> argparse.ArgumentParser:
     add_bench_arguments(
         command("bench", bench, "Measure calls per second and latencies of a server under a load."), LAYER_HELP
     )
+    add_tune_arguments(
+        command(
+            "tune",
+            _tune,
+            "Try flags of poolrpc-server on this machine under a load, in less than three minutes, and print the best.",
+            remote=False,
+        ),
+        LAYER_HELP,
+    )
     command("info", _info, "Print a server's versions, device, layers with their dtypes, and limits.")
     health = command("health", _health, "Print a server's health; the exit status is 0 if it is SERVING, and else 1.")
     health.add_argument(
@@ -260,6 +270,10 @@ def _pool(options: argparse.Namespace) -> tuple[object, Sequence[str], int]:
     for name, error in summary.failures:
         _note(f"{name} failed: {error}")
     return data, [str(summary)], 1 if summary.failures else 0
+
+
+def _tune(options: argparse.Namespace) -> tuple[object, Sequence[str], int]:
+    return tune(options, _note)
 
 
 def _shape(options: argparse.Namespace) -> tuple[object, list[str], int]:

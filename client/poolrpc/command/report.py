@@ -130,10 +130,10 @@ class LoadReport:
             *(self._request_line(each) for each in data["requests"]),
             f"calls: {calls}, {load.seconds:g} s, {_count(load.connections, 'connection')}, {processes}",
             "",
-            f"answered   {len(result.answered):,}, {_number(result.rate)} per second"
+            f"answered   {len(result.answered):,}, {number(result.rate)} per second"
             + (", all as the first" if load.expected is not None and not data["failed"] else ""),
-            f"sent       {_number(data['sent_bytes_per_second'] / 1e6)} MB/s",
-            f"received   {_number(data['received_bytes_per_second'] / 1e6)} MB/s",
+            f"sent       {number(data['sent_bytes_per_second'] / 1e6)} MB/s",
+            f"received   {number(data['received_bytes_per_second'] / 1e6)} MB/s",
             f"latency    {_spelled(data['latency_ms'])}",
         ]
         if load.rate is not None:
@@ -151,8 +151,8 @@ class LoadReport:
         chains = [each[0] if len(each) == 1 else f"[{', '.join(each)}]" for each in request["branches"]]
         shape = "x".join(map(str, request["shape"]))
         line = (
-            f"{' and '.join(chains)} of {self.load.dtype} {shape}: {_number(request['input_bytes'] / 1e6)} MB, "
-            f"answered with {_number(request['output_bytes'] / 1e6)} MB, {request['transport']}"
+            f"{' and '.join(chains)} of {self.load.dtype} {shape}: {number(request['input_bytes'] / 1e6)} MB, "
+            f"answered with {number(request['output_bytes'] / 1e6)} MB, {request['transport']}"
         )
         if len(self.load.requests) > 1:
             line += f": {request['answered']:,} answered, {_spelled(request['latency_ms'])}"
@@ -179,10 +179,10 @@ def _percentiles(seconds: Array) -> dict[str, float | None]:
 
 
 def _spelled(percentiles: dict[str, float | None]) -> str:
-    return ", ".join(f"{name} {'-' if ms is None else f'{_number(ms)} ms'}" for name, ms in percentiles.items())
+    return ", ".join(f"{name} {'-' if ms is None else f'{number(ms)} ms'}" for name, ms in percentiles.items())
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Return a number with three digits or more."""
     digits = 3 if abs(value) < 1 else 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0  # noqa: PLR2004 - powers of ten
     return f"{value:,.{digits}f}"
@@ -194,7 +194,7 @@ def _count(count: int, what: str) -> str:
 
 def _bars(histogram: list[tuple[float, float, int]]) -> list[str]:
     most = max(calls for _, _, calls in histogram)
-    limits = [f"{_number(low)} to {_number(high)} ms" for low, high, _ in histogram]
+    limits = [f"{number(low)} to {number(high)} ms" for low, high, _ in histogram]
     width = max(map(len, limits))
     return [
         f"{limit:>{width}} | {'#' * -(-calls * BAR_WIDTH // most)} {calls or ''}".rstrip()

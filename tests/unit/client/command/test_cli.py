@@ -10,6 +10,7 @@ from poolrpc.cli import main
 
 PLANE = "[[1, 3, 2, 4], [5, 6, 8, 7], [4, 2, 1, 0], [9, 7, 3, 2]]"
 BENCH = ["bench", "--shape", "1x3x8x8", "--layer", "MaxPool2d(2)"]
+TUNE = ["tune", *BENCH[1:]]
 
 
 def run(capsys, *arguments):
@@ -153,6 +154,11 @@ def test_infinities_and_nan_are_valid_json(capsys, layer, plane):
         ([*BENCH, "--shape", "8"], "expected 4 dims"),
         (["bench", "--shape", "8x3x-4x4", "--layer", "MaxPool2d(2)"], "shape: expected sizes with x between them"),
         (["bench", "--shape", "8x3x4x4", "--layer", "MaxUnpool2d(2)"], "layer: expected layers that need no indices"),
+        ([*TUNE, "--p99", "1"], "rate: expected calls per second, or a concurrency, got neither"),
+        ([*TUNE, "--p99", "0", "--concurrency", "1"], "p99: expected a number above 0, got 0.0"),
+        ([*TUNE, "--p99", "1", "--rate", "5"], "rate: expected at least 10 calls per second"),
+        ([*TUNE, "--p99", "1", "--rate", "50", "--duration", "0"], "duration: expected a number above 0"),
+        ([*TUNE, "--p99", "1", "--rate", "50", "--dtype", "x"], "dtype: expected one of"),
         (["pool", "no-such-file.npy", "--layer", "MaxPool2d()"], "column 1: expected the parameter kernel_size of"),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
@@ -181,6 +187,7 @@ def test_an_error_is_one_line(capsys, arguments, words, as_json):
         ["info", "--timeout", "soon"],
         ["bench", "--shape", "1x1x4x4"],
         ["bench", "--layer", "MaxPool2d(2)"],
+        ["tune", "--shape", "1x1x4x4", "--layer", "MaxPool2d(2)", "--rate", "50"],
     ],
     ids=" ".join,
 )
@@ -205,4 +212,4 @@ def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     printed = capsys.readouterr().out
-    assert all(f"\n    {name} " in printed for name in ("pool", "shape", "explain", "bench", "info", "health"))
+    assert all(f"\n    {name} " in printed for name in ("pool", "shape", "explain", "bench", "tune", "info", "health"))
