@@ -11,9 +11,11 @@ import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import yaml
 
+import poolrpc_server.config
 from poolrpc.layers import FLOATS, INTEGERS, LAYERS, WIDE_FLOATS, Layer
 from poolrpc_server.config import Config
 from poolrpc_server.telemetry.metrics import Metrics
@@ -38,6 +40,17 @@ GPU_WAYS = {
     "the engine on the CPU": "one CPU thread",
 }
 PATHS = ("unary", "stream", "arena", "arena, no copies")
+
+MIB = 2**20
+MEMORY_MIB = (384, 512, 1024, 2048, 4096, 8192, 16384)
+CALL_BYTES = (12_288, 602_112, 6_422_528)
+"""Inputs of calls whose number at a time is shown for each memory; larger ones are streams."""
+
+BUSY_SHARE = 0.7
+"""The utilization of the cores for which the sizing page plans."""
+
+EXAMPLE_RATE, EXAMPLE_P99, EXAMPLE_BYTES, EXAMPLE_WORKERS = 1000, 0.05, 602_112, 2
+"""The worked example of the sizing page."""
 
 
 def main() -> None:
@@ -182,8 +195,89 @@ def gpu() -> str:
     return table(("case", "upload, ms", *GPU_WAYS.values()), rows)
 
 
+def processes() -> str:
+    """The memory of idle processes and connections."""
+    idle, connections = _sizing("idle"), _sizing("connections")
+    rows = [
+        (
+            f"`{row['case']}`",
+            f"{row['started_mib']:.0f} MiB",
+            f"{row['served_mib']:.0f} MiB",
+            f"{row['served_mib'] / row['workers']:.0f} MiB",
+        )
+        for row in idle
+    ]
+    files = max(row["files_mib"] for row in idle)
+    rows.append(("files of libraries, once for all processes", "", f"{files:.0f} MiB", "-"))
+    rows += [(row["case"], "", "", f"{row['kib_each']:.0f} KiB") for row in connections]
+    return table(("what", "after its start", "after calls", "each"), rows)
+
+
+def calls() -> str:
+    """What calls of each size take, by transport."""
+    rows = (
+        (
+            f"{row['bytes']:,}",
+            f"{row['transport']}, {row['way']}",
+            row["concurrency"],
+            f"{row['server_cpu_ms']:.2f}",
+            f"{row['bytes'] / 1e3 / row['server_cpu_ms']:,.0f}",
+            f"{row['grew_mib']:.0f}",
+            f"{row['grew_times']:.1f}" if row["bytes"] >= CALL_BYTES[1] else "-",
+        )
+        for row in _sizing("calls")
+    )
+    header = ("bytes", "transport", "at a time", "CPU ms each", "MB per CPU second", "MiB more", "times their bytes")
+    return table(header, rows)
+
+
+def memory() -> str:
+    """What a server of one process takes at a time by default, for each memory."""
+    rows = []
+    for mib in MEMORY_MIB:
+        with patch.object(poolrpc_server.config, "memory_bytes", return_value=mib * MIB):
+            config = Config()
+        at_a_time = (min(config.call_threads, config.max_inflight_bytes // reserved(nbytes)) for nbytes in CALL_BYTES)
+        sizes = (config.max_inflight_bytes, config.max_arena_bytes, config.max_message_bytes)
+        rows.append((f"{mib:,} MiB", *(f"{each // MIB:,} MiB" for each in sizes), *at_a_time, config.max_streams))
+    counts = (f"calls of {nbytes:,} bytes" for nbytes in CALL_BYTES)
+    return table(("memory", "in flight", "arenas", "message", *counts, "streams"), rows)
+
+
+def reserved(nbytes: int) -> int:
+    """Return the bytes that a call with MaxPool2d(2) reserves: while it arrives, and while it is computed."""
+    return max(2 * nbytes, nbytes + 2 * nbytes // 4)
+
+
+def example() -> str:
+    """The worked example of the sizing page."""
+    cpu = next(
+        row["server_cpu_ms"]
+        for row in _sizing("calls")
+        if (row["bytes"], row["transport"], row["concurrency"]) == (EXAMPLE_BYTES, "unary", 4)
+    )
+    busy = EXAMPLE_RATE * cpu / 1000
+    at_a_time = EXAMPLE_RATE * EXAMPLE_P99
+    in_flight = at_a_time * reserved(EXAMPLE_BYTES) / MIB
+    own = EXAMPLE_WORKERS * poolrpc_server.config.PROCESS_BYTES / MIB
+    rows = (
+        ("cores that are busy", f"{EXAMPLE_RATE:,} x {cpu:.2f} ms", f"{busy:.2f}"),
+        (f"cores, {BUSY_SHARE:.0%} of which are busy", f"{busy:.2f} / {BUSY_SHARE}", f"{busy / BUSY_SHARE:.1f}"),
+        ("calls at a time", f"{EXAMPLE_RATE:,} x {EXAMPLE_P99 * 1000:g} ms", f"{at_a_time:.0f}"),
+        ("bytes in flight", f"{at_a_time:.0f} x {reserved(EXAMPLE_BYTES):,}", f"{in_flight:.0f} MiB"),
+        ("processes", f"{EXAMPLE_WORKERS} x {own / EXAMPLE_WORKERS:.0f} MiB", f"{own:.0f} MiB"),
+        ("memory", f"{own:.0f} + 2 x {in_flight:.0f} MiB", f"{own + 2 * in_flight:.0f} MiB"),
+    )
+    return table(("what", "from", "result"), rows)
+
+
+def _sizing(kind: str) -> list[dict[str, Any]]:
+    return [row for row in _results("sizing") if row["kind"] == kind]
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    each.__name__: each for each in (layers, shapes, flags, metrics, alerts, kernels, paths, rest, gpu)
+    each.__name__: each
+    for each in (layers, shapes, flags, metrics, alerts, kernels, paths, rest, gpu, processes, calls, memory, example)
 }
 """The function that writes each table, by the name in the page's comment."""
 
