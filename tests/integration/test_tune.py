@@ -81,3 +81,9 @@ def test_without_the_server_package_it_says_so(
     assert capsys.readouterr().err == (
         "poolrpc: expected the server on this machine, got the client only; pip install 'poolrpc[server]'\n"
     )
+
+
+def test_a_file_that_cannot_be_written_is_an_error_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """A file for the figures that can't be written ends the command before anything is measured."""
+    assert main(["tune", *SMALL, "--rate", "50", "--p99", "1", "--json", "/nowhere/x.json"]) == 1
+    assert capsys.readouterr().err == "poolrpc: [Errno 2] No such file or directory: '/nowhere/x.json'\n"

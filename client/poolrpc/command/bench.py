@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from poolrpc.chains import Shape
 
 MAX_RATE, MAX_DURATION = 1e6, 86_400.0
+MAX_CALLS = 10**7
+"""The largest number of calls of a rate: the times at which they are due are drawn before, with 0.1 KB for each."""
+
 MAX_CONCURRENCY, MAX_CONNECTIONS = 4096, 1024
 CONCURRENCY = {False: 1, True: 128}
 """The largest number of calls at a time, without a rate and with one, which rarely needs as many."""
@@ -151,6 +154,9 @@ def load_of(options: Namespace, seconds: float, warmup: float) -> Load:
     rate = None if options.rate is None else real("rate", options.rate)
     if rate is not None and rate > MAX_RATE:
         raise InvalidArgumentError(f"expected at most {MAX_RATE:g} calls per second, got {rate:g}", field="rate")
+    if rate is not None and rate * (seconds + warmup) > MAX_CALLS:
+        msg = f"expected at most {MAX_CALLS:,} calls in all, got {rate * (seconds + warmup):,.0f}"
+        raise InvalidArgumentError(msg, field="rate")
     chosen = options.concurrency
     if chosen is None:
         chosen = max(CONCURRENCY[rate is not None], processes)
@@ -176,9 +182,7 @@ def bench(options: Namespace) -> tuple[object, Sequence[str], int]:
     """Run a load, and return its figures as data and as lines, and the exit status."""
     seconds = _seconds("duration", options.duration)
     load = load_of(options, seconds, _seconds("warmup", options.warmup) if options.warmup else 0.0)
-    for file in (options.plot, options.json):
-        if isinstance(file, Path):  # one that can't be written is an error before the load, not after it
-            file.open("a").close()
+    check_files(options.plot, options.json)
     answers = first_answers(options.address, load)
     if options.check:
         load = dataclasses.replace(load, expected=tuple(map(arrays_of, answers)))
@@ -195,6 +199,13 @@ def bench(options: Namespace) -> tuple[object, Sequence[str], int]:
     if not status and (not len(result.answered) or DIFFERENT in result.errors):
         status = 1
     return report.data(), report.text(), status
+
+
+def check_files(*files: object) -> None:
+    """Check that the files among these can be written, before a load and not after it."""
+    for file in files:
+        if isinstance(file, Path):
+            file.open("a").close()
 
 
 def _seconds(name: str, value: float) -> float:

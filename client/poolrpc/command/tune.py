@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from poolrpc._shapes.parameters import real
 from poolrpc.client import PoolClient
-from poolrpc.command.bench import add_load_arguments, load_of
+from poolrpc.command.bench import add_load_arguments, check_files, load_of
 from poolrpc.command.load_processes import LoadProcesses
 from poolrpc.command.load_run import arrays_of, first_answers
 from poolrpc.command.local_server import local_server, without_settings
@@ -259,6 +259,7 @@ def tune(options: Namespace, note: Callable[[str], None]) -> tuple[object, Seque
         msg = f"expected at least {MIN_RATE:g} calls per second, of which some seconds have a p99, got {options.rate:g}"
         raise InvalidArgumentError(msg, field="rate")
     p99, duration = real("p99", options.p99), real("duration", options.duration)
+    check_files(options.json)
     load = load_of(options, TRIAL_SECONDS, TRIAL_WARMUP)
     with without_settings(), LoadProcesses(options.processes) as processes:
         tuning = Tuning(processes, load, p99, duration, note)

@@ -147,6 +147,7 @@ def test_infinities_and_nan_are_valid_json(capsys, layer, plane):
         ([*BENCH, "--rate", "0"], "rate: expected a number above 0, got 0.0"),
         ([*BENCH, "--rate", "nan"], "rate: expected a number above 0, got nan"),
         ([*BENCH, "--rate", "2e6"], "rate: expected at most 1e+06 calls per second, got 2e+06"),
+        ([*BENCH, "--rate", "1e6", "--duration", "60"], "rate: expected at most 10,000,000 calls in all"),
         ([*BENCH, "--duration", "0"], "duration: expected a number above 0, got 0.0"),
         ([*BENCH, "--duration", "inf"], "duration: expected at most 86400 seconds, got inf"),
         ([*BENCH, "--warmup", "-1"], "warmup: expected a number above 0, got -1.0"),
