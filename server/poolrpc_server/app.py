@@ -183,7 +183,6 @@ def _grpc_settings(config: Config) -> GrpcSettings:
         keepalive_timeout_seconds=config.keepalive_timeout_seconds,
         min_ping_seconds=config.min_ping_seconds,
         max_connection_age_seconds=config.max_connection_age_seconds,
-        max_connection_age_grace_seconds=config.shutdown_grace,
         max_connection_idle_seconds=config.max_connection_idle_seconds,
         lookahead_bytes=max(MIN_LOOKAHEAD_BYTES, min(config.max_inflight_bytes // 1024, MAX_LOOKAHEAD_BYTES)),
         share_ports=config.workers > 1,

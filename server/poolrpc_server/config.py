@@ -261,8 +261,8 @@ class Config:
     )
     max_connection_age_seconds: float = _setting(
         0.0,
-        "Age at which a connection is closed, so that its client connects again, possibly to another server, in "
-        "seconds; calls have --shutdown-grace to finish. 0: no limit.",
+        "Age of a connection at which its client is asked to connect again, and so to look up the server's name again, "
+        "in seconds, varied by a tenth. The connection is closed when its calls have ended. 0: no limit.",
         "seconds",
         minimum=0,
         maximum=7 * DAY,

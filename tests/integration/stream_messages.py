@@ -49,6 +49,10 @@ class OpenStream:
         for message in messages:
             self._queue.put(message)
 
+    def put(self, message: bytes) -> None:
+        """Send a message."""
+        self._queue.put(message)
+
     def end(self) -> None:
         """End the stream."""
         self._queue.put(None)

@@ -10,8 +10,11 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import poolrpc
-from poolrpc import PoolClient
+from poolrpc import MaxPool2d, PoolClient
+from poolrpc._wire.codec import Request, encode_request
+from poolrpc.tensors import TensorSpec
 from tests.integration.connections import OWN_CONNECTION, server
+from tests.integration.stream_messages import METHOD, OpenStream, block, header
 
 
 def test_metadata_is_bounded() -> None:
@@ -75,3 +78,54 @@ def test_a_connection_ends_by_its_age_or_idle_time(limit: str) -> None:
         assert check(health_pb2.HealthCheckRequest(), timeout=30).status
         assert ended.wait(60)
         assert check(health_pb2.HealthCheckRequest(), timeout=30, wait_for_ready=True).status
+
+
+def test_a_connection_that_ends_by_its_age_loses_no_call() -> None:
+    """Callers without retries keep their connection busy while it ends many times: each call gets its answer."""
+    own_connection = [("grpc.use_local_subchannel_pool", 1)]
+    request = encode_request(Request(TensorSpec("float32", (1, 4, 64, 64)), ((MaxPool2d(2),),)))
+    request.payload = bytes(4 * 4 * 64 * 64)
+    message = request.SerializeToString()
+    connections = threading.Semaphore(0)
+    enough = threading.Event()
+    with (
+        server(max_connection_age_seconds=0.2, shutdown_grace=0.0) as address,
+        grpc.insecure_channel(address, own_connection) as channel,
+    ):
+        channel.subscribe(lambda state: connections.release() if state == grpc.ChannelConnectivity.READY else None)
+        pool = channel.unary_unary("/poolrpc.v1.PoolService/Pool")
+
+        def call(_: int) -> None:
+            while not enough.is_set():
+                assert pool(message, timeout=60)
+
+        with ThreadPoolExecutor(4) as threads:
+            calls = threads.map(call, range(4))
+            try:
+                assert all(connections.acquire(timeout=60) for _ in range(8))
+            finally:
+                enough.set()
+            list(calls)
+
+
+def test_a_call_that_takes_longer_than_the_age_is_finished() -> None:
+    """A stream that is open while its connection reaches its age gets its answer, with no grace for a shutdown."""
+    with (
+        server(max_connection_age_seconds=0.5, shutdown_grace=0.0) as address,
+        grpc.insecure_channel(address, [*OWN_CONNECTION.items()]) as channel,
+    ):
+        connected, ended = threading.Event(), threading.Event()
+
+        def on_state(state: grpc.ChannelConnectivity) -> None:
+            if state == grpc.ChannelConnectivity.READY:
+                connected.set()
+            elif connected.is_set():
+                ended.set()
+
+        channel.subscribe(on_state)
+        stream = OpenStream(header((2, 3, 4, 4)))
+        responses = channel.stream_stream(METHOD)(stream, timeout=60)
+        assert ended.wait(60)
+        stream.put(block(6 * 64))
+        stream.end()
+        assert list(responses)

@@ -53,8 +53,7 @@ class GrpcSettings:
         keepalive_seconds: Idle time before the server sends a keepalive ping.
         keepalive_timeout_seconds: Seconds to wait for the ping's acknowledgement.
         min_ping_seconds: Minimum time between a client's pings; a client that sends them more often is disconnected.
-        max_connection_age_seconds: Age at which clients are asked to reconnect.
-        max_connection_age_grace_seconds: Seconds that calls may still take after that.
+        max_connection_age_seconds: Age at which clients are asked to reconnect; calls in flight may finish.
         max_connection_idle_seconds: Time without calls after which a connection is closed.
         lookahead_bytes: Bytes of a message that gRPC takes before a handler asks for the message.
         share_ports: Whether other processes may listen on the same ports.
@@ -70,7 +69,6 @@ class GrpcSettings:
     keepalive_timeout_seconds: float
     min_ping_seconds: float
     max_connection_age_seconds: float
-    max_connection_age_grace_seconds: float
     max_connection_idle_seconds: float
     lookahead_bytes: int
     share_ports: bool = False
@@ -86,7 +84,6 @@ class GrpcSettings:
         }
         return [
             *((name, round(value * 1000)) for name, value in seconds.items() if value),
-            ("grpc.max_connection_age_grace_ms", round(self.max_connection_age_grace_seconds * 1000)),
             # The peer of a connection without calls may be gone too.
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.max_concurrent_streams", self.max_connection_calls),
