@@ -51,7 +51,7 @@ def _is_open(connection: socket.socket) -> bool:
 
 @attack(variants=("tcp", "unix", "tokens", "workers"), descriptors=LIMIT, alone=True, new_connections_fail=True)
 def silent_connections(target: Target, until: Event) -> None:
-    """Open 256 silent connections at `ulimit -n 256` (row M3: new clients and /healthz timed out, a thread spun).
+    """Open 256 silent connections at `ulimit -n 256` (row M3: new clients and /livez timed out, a thread spun).
 
     Sent: connections without a byte.
     Aims at: descriptors.

@@ -55,7 +55,7 @@ def main(settings: dict[str, Any]) -> None:
 
     def pages() -> None:
         while not recorder.until.is_set():
-            for name in ("healthz", "readyz", "metrics"):
+            for name in ("livez", "readyz", "metrics"):
                 recorder.measure(name, partial(page, name))
             recorder.until.wait(0.3)
 

@@ -8,6 +8,7 @@ import signal
 import sys
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from poolrpc import PoolClient
@@ -28,7 +29,7 @@ from poolrpc_server.service import Service
 from poolrpc_server.signals import STOP_SIGNALS, preserved_handlers
 from poolrpc_server.telemetry.logs import log
 from poolrpc_server.telemetry.metrics import WATCHDOG_SERVICE
-from poolrpc_server.telemetry.metrics_server import MetricsServer
+from poolrpc_server.telemetry.monitoring_server import open_monitoring
 from poolrpc_server.telemetry.traces import start_tracing
 from poolrpc_server.transports.grpc.server import GrpcServer, GrpcSettings
 from poolrpc_server.transports.grpc.tls import Certificates
@@ -63,6 +64,7 @@ class Server:
         service: The service.
         addresses: The addresses on which it listens, with the actual number in place of port 0.
         metrics_address: The address of its metrics, "host:port"; empty if they are not served.
+        probes_address: The address of its probes, "host:port"; empty if they have none of their own.
 
     """
 
@@ -81,7 +83,8 @@ class Server:
         """
         certificates = _certificates(config)
         self._arenas: list[ArenaListener] = []
-        self._metrics_server: MetricsServer | None = None
+        self._answered: float | None = None
+        self._silent_seconds = config.watchdog_seconds / 3
         self.service = Service(config, spans, self._arenas, arena_finder(self._arenas))
         try:
             self._grpc = GrpcServer(
@@ -95,10 +98,16 @@ class Server:
             self.service.close()
             raise ConfigError(f"listen: {error}") from None
         self.addresses = self._grpc.addresses[: len(config.listen)]
-        # With several workers, the supervisor serves the sums of their metrics.
-        if config.metrics and config.workers == 1:
-            self._metrics_server = self._serve_metrics(config.metrics)
-        self.metrics_address = self._metrics_server.address if self._metrics_server else ""
+        # With several workers, the supervisor has these addresses, and serves the sums of their metrics.
+        addresses = (config.metrics, config.probes) if config.workers == 1 else ("", "")
+        try:
+            self._monitoring = open_monitoring(*addresses, self.service.metrics.collect, self.is_ready)
+        except ValueError as error:
+            self._end(0)
+            raise ConfigError(str(error)) from None
+        self.metrics_address, self.probes_address = (
+            self._monitoring[name].address if name in self._monitoring else "" for name in ("metrics", "probes")
+        )
         if config.max_arena_bytes:
             self._share_memory(config)
         if private:
@@ -108,6 +117,15 @@ class Server:
     def info(self) -> ServerInfo:
         """The description of the server, as GetServerInfo returns it."""
         return self.service.info
+
+    def is_ready(self) -> bool:
+        """Return whether calls should be sent here: it takes them, and answers its watchdog if it has one."""
+        silent = 0.0 if self._answered is None else monotonic() - self._answered
+        return self.service.health.serving and silent <= self._silent_seconds
+
+    def answered(self) -> None:
+        """Record that the server has answered its watchdog."""
+        self._answered = monotonic()
 
     def start(self) -> None:
         """Serve."""
@@ -125,6 +143,11 @@ class Server:
 
     def stop(self, grace: float) -> None:
         """Reject new calls, finish the accepted ones within `grace` seconds, and end."""
+        self._end(grace)
+        for each in self._monitoring.values():
+            each.close()
+
+    def _end(self, grace: float) -> None:
         self.drain()
         # Calls that are still queued after the grace get UNAVAILABLE, and STOPPING_SECONDS to receive it.
         stopped = self._grpc.stop(grace + STOPPING_SECONDS if grace else 0)
@@ -134,15 +157,6 @@ class Server:
         self.close_arenas()
         self._grpc.close()
         self.service.close(grace)
-        if self._metrics_server:
-            self._metrics_server.close()
-
-    def _serve_metrics(self, address: str) -> MetricsServer:
-        try:
-            return MetricsServer(address, self.service.metrics.collect, lambda: self.service.health.serving)
-        except (OSError, UnicodeError) as error:  # the latter for a name that no host can have
-            self.stop(0)
-            raise ConfigError(f"metrics: expected a free address, got {address!r}: {error}") from None
 
     def _share_memory(self, config: Config) -> None:
         paths = list(filter(None, map(unix_path, self.addresses)))
@@ -199,6 +213,7 @@ def _start_facts(server: Server) -> dict[str, Any]:
         "threads": info.threads,
         **info.features,
         "metrics": server.metrics_address,
+        "probes": server.probes_address,
         "models": list(server.service.models),
         **{name: limit.value for name, limit in info.limits.items()},
     }
@@ -243,8 +258,14 @@ def serve(config: Config, *, control: ProcessControl | None = None) -> int:
             for number in STOP_SIGNALS:
                 signal.signal(number, on_signal)
             server.start()
+
+            def answered() -> None:
+                server.answered()
+                control.answered()
+
             for address in private:
-                watchdog = Watchdog(address, WATCHDOG.name, config.watchdog_seconds, control.answered, exit_now)
+                server.answered()  # silence is counted from now on
+                watchdog = Watchdog(address, WATCHDOG.name, config.watchdog_seconds, answered, exit_now)
                 serving.callback(watchdog.close)
             facts = _start_facts(server) | {"watchdog": "on" if private else "off"}
             control.serving(facts, server.service.metrics.collect)

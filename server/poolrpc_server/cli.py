@@ -66,9 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _require_free_addresses(settings: config.Config) -> None:
-    for name, addresses in (("listen", settings.listen), ("metrics", filter(None, [settings.metrics]))):
-        for address in addresses:
-            try:
+    addresses = [("listen", each) for each in settings.listen]
+    addresses += [("metrics", settings.metrics), ("probes", settings.probes)]
+    for name, address in addresses:
+        try:
+            if address:
                 require_free(address)
-            except ValueError as error:
-                raise config.ConfigError(f"{name}: {error}") from None
+        except ValueError as error:
+            raise config.ConfigError(f"{name}: {error}") from None

@@ -87,7 +87,8 @@ class Config:
     """Every setting of the server, validated when it is made.
 
     Raises:
-        ConfigError: A setting is out of its range, or an address is public without TLS and tokens or `insecure`.
+        ConfigError: A setting is out of its range, or an address is public without TLS and tokens, `insecure` or
+            `insecure_metrics`.
 
     """
 
@@ -123,8 +124,8 @@ class Config:
     )
     insecure: bool = _setting(
         False,
-        "Allow a public address without TLS and tokens. Everyone who can reach the address may then call the server "
-        "and read its traffic.",
+        "Allow a public address of --listen without TLS and tokens. Everyone who can reach the address may then call "
+        "the server and read its traffic.",
     )
     device: str = _setting(
         "auto", "Device to compute on: auto (the first available of cuda, mps and cpu) or torch's name of a device."
@@ -292,7 +293,17 @@ class Config:
         8192, "Limit on the metadata (HTTP/2 headers) of a call, in bytes.", "bytes", maximum=C_INT
     )
     metrics: str = _setting(
-        "", "Address of the HTTP endpoints /metrics, /healthz and /readyz: host:port. Not served if empty."
+        "", "Address of the HTTP endpoints /metrics, /livez and /readyz: host:port. Not served if empty."
+    )
+    insecure_metrics: bool = _setting(
+        False,
+        "Allow a public address of --metrics, which has neither TLS nor tokens. Everyone who can reach the address may "
+        "then read the metrics.",
+    )
+    probes: str = _setting(
+        "",
+        "Address of the HTTP endpoints /livez (the process answers) and /readyz (it takes calls) alone: host:port. It "
+        "may be public, for it has no TLS, needs no token and says nothing else. Not served if empty.",
     )
     drain_seconds: float = _setting(
         2.0,
@@ -351,7 +362,9 @@ class Config:
         for address in self.listen:
             _check_address("listen", address, protections, insecure=self.insecure)
         if self.metrics:
-            _check_address("metrics", self.metrics, (), insecure=self.insecure)
+            _check_address("metrics", self.metrics, (), insecure=self.insecure_metrics)
+        if self.probes:
+            _check_address("probes", self.probes, (), insecure=True)
 
     @staticmethod
     def unit(name: str, count: object = None) -> str:
@@ -441,7 +454,7 @@ def _check_address(name: str, address: str, protections: Sequence[str], *, insec
     if name == "metrics":
         raise ConfigError(
             f"metrics: expected a loopback address, because metrics have neither TLS nor tokens, got {address!r}. Use "
-            "127.0.0.1, or --insecure if a network or a proxy protects the address"
+            "127.0.0.1, or --insecure-metrics if a network or a proxy protects the address"
         )
     raise ConfigError(
         "listen: expected TLS and tokens (--tls-cert, --tls-key and --token-file) for a public address, got "

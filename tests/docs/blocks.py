@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
 FENCES = RawFencedCodeBlockLexer(re.compile(r"(?P<language>[^\n]*)$\n", re.MULTILINE))
 
-ADDRESS, METRICS, SOCKETS = "127.0.0.1:50051", "127.0.0.1:9464", "/run/poolrpc"
+ADDRESS, METRICS, PROBES, SOCKETS = "127.0.0.1:50051", "127.0.0.1:9464", "127.0.0.1:9465", "/run/poolrpc"
 """The addresses of servers in the docs. Tests use others, because these may be in use."""
 
 ENVIRONMENT = {
@@ -238,8 +238,9 @@ class Page:
     def _serve(self, source: str) -> None:
         """Run commands that end with a server, and wait until it serves; the page's previous server ends."""
         self._server.close()
-        command = re.sub(r"(--(?:listen|metrics) )[\w.]+:\d+", r"\g<1>127.0.0.1:0", source)
-        own = {"POOLRPC_LISTEN": "127.0.0.1:0", "POOLRPC_METRICS": "127.0.0.1:0", "POOLRPC_LOG_FORMAT": "json"}
+        command = re.sub(r"(--(?:listen|metrics|probes) )[\w.]+:\d+", r"\g<1>127.0.0.1:0", source)
+        addresses = {f"POOLRPC_{name}": "127.0.0.1:0" for name in ("LISTEN", "METRICS", "PROBES")}
+        own = {**addresses, "POOLRPC_LOG_FORMAT": "json"}
         process = subprocess.Popen(  # noqa: S603 - our own docs
             ["bash", "-euc", command],  # noqa: S607 - found by PATH
             cwd=self.folder,
@@ -258,6 +259,7 @@ class Page:
             raise AssertionError(f"expected a server that starts, got {made.log}")
         tcp = (each for each in made.start_line["addresses"] if not each.startswith("unix:"))
         self._actual |= {ADDRESS: next(tcp, ADDRESS), METRICS: made.start_line["metrics"] or METRICS}
+        self._actual[PROBES] = made.start_line["probes"] or PROBES
 
 
 def parse(document: Document) -> Iterator[Region]:

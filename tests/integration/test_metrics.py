@@ -20,7 +20,7 @@ import poolrpc
 import poolrpc_server
 from poolrpc import AdaptiveAvgPool2d, InternalError, LimitExceededError, MaxPool2d, PoolClient
 from poolrpc_server.cli import main
-from poolrpc_server.telemetry.metrics_server import MetricsServer
+from poolrpc_server.telemetry.monitoring_server import MonitoringServer
 from scripts.server_process import serving
 from tests.integration.injection import injected
 from tests.scrape import Scrape, get
@@ -56,7 +56,7 @@ def test_calls_are_counted() -> None:
         server.process.send_signal(signal.SIGTERM)
         assert server.wait() == 0
     with pytest.raises(urllib.error.URLError):
-        get(address, "healthz")
+        get(address, "livez")
 
 
 def test_readiness_follows_the_health_of_the_server() -> None:
@@ -70,7 +70,7 @@ def test_readiness_follows_the_health_of_the_server() -> None:
             server.process.send_signal(signal.SIGTERM)
             assert next(watched).status == health_pb2.HealthCheckResponse.NOT_SERVING
             assert get(address, "readyz") == (503, "not ready\n")
-            assert get(address, "healthz") == (200, "ok\n")
+            assert get(address, "livez") == (200, "ok\n")
             assert Scrape(address).samples
             watched.cancel()
 
@@ -168,13 +168,13 @@ def test_a_server_without_descriptors_answers_probes(tmp_path: Path, workers: st
             host, port = address.split(":")
             for _ in range(300):
                 silent.enter_context(socket.create_connection((host, int(port)), timeout=60))
-        for page in ("healthz", "readyz", "metrics"):
+        for page in ("livez", "readyz", "metrics"):
             assert get(server.start_line["metrics"], page)[0] == 200
 
 
 def test_an_address_in_use_ends_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     """The command ends with status 2 and one line, before it serves."""
-    other = MetricsServer("127.0.0.1:0", CollectorRegistry, lambda: True)
+    other = MonitoringServer("127.0.0.1:0", CollectorRegistry, lambda: True)
     try:
         assert main(["--listen", "127.0.0.1:0", "--metrics", other.address]) == 2
     finally:

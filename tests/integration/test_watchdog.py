@@ -109,7 +109,7 @@ def test_a_server_without_a_worker_that_answers_is_not_ready() -> None:
         while not server.lines("worker killed: it does not answer"):
             pages.append(get(address, "readyz"))
             assert get(address, "metrics")[0] == 200
-            assert get(address, "healthz")[0] == 200
+            assert get(address, "livez")[0] == 200
         assert pages[0] == (200, "ready\n")
         assert pages[-1] == (503, "not ready\n")
         server.wait_for("worker serving", 4)

@@ -35,7 +35,7 @@ log: structlog.stdlib.BoundLogger = structlog.wrap_logger(
 )
 
 
-START_FACTS = ("addresses", "metrics", "device", "threads", "workers", "tls", "tokens", "version", "torch")
+START_FACTS = ("addresses", "metrics", "probes", "device", "threads", "workers", "tls", "tokens", "version", "torch")
 """Facts of the start line that are shown as text: what an operator looks for first."""
 
 Line = tuple[int, float, dict[str, object]]

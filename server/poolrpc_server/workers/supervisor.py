@@ -98,17 +98,19 @@ def supervise(config: Config) -> int:
         except ValueError as error:
             raise ConfigError(f"listen: {error}") from None
         supervisor = Supervisor(config, addresses)
-        if config.metrics:
-            from poolrpc_server.telemetry.metrics_server import MetricsServer  # noqa: PLC0415 - not needed without
+        if config.metrics or config.probes:
+            from poolrpc_server.telemetry.monitoring_server import open_monitoring  # noqa: PLC0415 - not needed without
             from poolrpc_server.telemetry.summed_metrics import SummedMetrics  # noqa: PLC0415 - the same
 
-            supervisor.metrics = SummedMetrics(lambda: supervisor.restarts)
+            if config.metrics:
+                supervisor.metrics = SummedMetrics(lambda: supervisor.restarts)
             try:
-                server = MetricsServer(config.metrics, supervisor.collect, supervisor.is_ready)
-            except (OSError, UnicodeError) as error:
-                raise ConfigError(f"metrics: expected a free address, got {config.metrics!r}: {error}") from None
-            resources.enter_context(closing(server))
-            supervisor.metrics_address = server.address
+                servers = open_monitoring(config.metrics, config.probes, supervisor.collect, supervisor.is_ready)
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
+            for name, server in servers.items():
+                resources.enter_context(closing(server))
+                supervisor.monitoring[name] = server.address
         log_starting(config.listen, config.workers)
         status = asyncio.run(supervisor.run())
     if supervisor.ended_by:
@@ -131,7 +133,7 @@ class Supervisor:
         restarts: The number of times that a worker was started again.
         ended_by: The signal that killed the workers, which is to end this process too; 0 if there was none.
         metrics: The sums of the workers' metrics; None if no one reads them.
-        metrics_address: Where they are served, for the log.
+        monitoring: The addresses of metrics and probes, for the log.
 
     """
 
@@ -147,7 +149,7 @@ class Supervisor:
         self.restarts = 0
         self.ended_by = 0
         self.metrics: SummedMetrics | None = None
-        self.metrics_address = ""
+        self.monitoring: dict[str, str] = {}
         self._config = config
         self._addresses = addresses
         self._policy = policy or RestartPolicy()
@@ -302,7 +304,7 @@ class Supervisor:
         if not self._started and serving == self._config.workers:
             self._started = True
             addresses = [address.address for address in self._addresses]
-            log_serving(facts | {"addresses": addresses, "metrics": self.metrics_address, "workers": serving})
+            log_serving(facts | {"addresses": addresses, **self.monitoring, "workers": serving})
 
     async def _rotate_forever(self) -> None:
         while True:

@@ -221,6 +221,8 @@ OTHER_VALUES = {
     "max_connection_calls": ("11", 11),
     "max_metadata_bytes": ("4096", 4096),
     "metrics": ("127.0.0.1:9464", "127.0.0.1:9464"),
+    "insecure_metrics": ("true", True),
+    "probes": ("127.0.0.1:9465", "127.0.0.1:9465"),
     "drain_seconds": ("0.5", 0.5),
     "shutdown_grace": ("6", 6.0),
     "log_format": ("json", "json"),
@@ -425,22 +427,36 @@ def test_an_invalid_address_is_rejected(address, insecure):
 
 @pytest.mark.parametrize("address", ["127.0.0.1:0", "localhost:9464", "[::1]:9464"])
 def test_a_loopback_address_of_metrics_is_safe(address):
-    """The address of the metrics is host:port; a loopback address does not need --insecure."""
+    """The address of the metrics is host:port; a loopback address does not need --insecure-metrics."""
     assert Config(metrics=address).metrics == address
 
 
 @pytest.mark.parametrize(
     ("address", "words"),
     [
-        ("0.0.0.0:9464", "metrics: expected a loopback address, .* got '0.0.0.0:9464'.*--insecure"),
+        ("0.0.0.0:9464", "metrics: expected a loopback address, .* got '0.0.0.0:9464'.*--insecure-metrics"),
         ("9464", "metrics: expected host:port"),
         ("unix:/tmp/x", "metrics: expected host:port, got 'unix:/tmp/x'$"),
     ],
 )
 def test_other_addresses_of_metrics_are_rejected(address, words):
-    """A public address needs --insecure; metrics are not served on a unix socket."""
+    """A public address needs --insecure-metrics; metrics are not served on a unix socket."""
     with pytest.raises(ConfigError, match=f"^{words}"):
-        Config(metrics=address)
+        Config(metrics=address, insecure=True)
+
+
+def test_a_public_address_of_metrics_leaves_that_of_calls_protected():
+    """--insecure-metrics allows a public address of the metrics, and none of the calls."""
+    assert Config(metrics="0.0.0.0:9464", insecure_metrics=True).metrics == "0.0.0.0:9464"
+    with pytest.raises(ConfigError, match=r"^listen: .* for a public address, got neither .*--insecure "):
+        Config(listen=("0.0.0.0:1",), insecure_metrics=True)
+
+
+def test_the_probes_may_have_a_public_address():
+    """The address of the probes is host:port, which may be public: kubelet calls the pod's address."""
+    assert Config(probes="0.0.0.0:9465").probes == "0.0.0.0:9465"
+    with pytest.raises(ConfigError, match=r"^probes: expected host:port, got 'unix:/x'$"):
+        Config(probes="unix:/x")
 
 
 def test_a_server_needs_an_address():

@@ -179,7 +179,7 @@ def test_threads_lose_no_count():
 def test_a_supervisor_needs_neither_torch_nor_grpc():
     """Importing the metrics imports neither torch nor grpc."""
     program = (
-        "import poolrpc_server.telemetry.summed_metrics, poolrpc_server.telemetry.metrics_server, sys; "
+        "import poolrpc_server.telemetry.summed_metrics, poolrpc_server.telemetry.monitoring_server, sys; "
         "sys.exit(bool({'torch', 'grpc', 'numpy'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0  # noqa: S603 - ours

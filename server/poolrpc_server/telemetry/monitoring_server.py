@@ -1,4 +1,4 @@
-"""The HTTP server of /metrics, /healthz and /readyz."""
+"""The HTTP server of the probes /livez and /readyz, and of /metrics."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ RETRY_SECONDS = 0.05
 TEXT = ("Content-Type", "text/plain; charset=utf-8")
 
 
-class MetricsServer:
-    """An HTTP server of /metrics, /healthz (the process answers) and /readyz (it should get calls).
+class MonitoringServer:
+    """An HTTP server of /livez (the process answers), /readyz (it should get calls) and, if there are any, /metrics.
 
     One thread has every connection, and another one renders metrics. Neither connections that send nothing nor a
     process without free descriptors keep a probe from its answer: for a new connection, the oldest one that has not
@@ -44,12 +44,14 @@ class MetricsServer:
 
     """
 
-    def __init__(self, address: str, collect: Callable[[], CollectorRegistry], ready: Callable[[], bool]) -> None:
+    def __init__(
+        self, address: str, collect: Callable[[], CollectorRegistry] | None, ready: Callable[[], bool]
+    ) -> None:
         """Start the server.
 
         Args:
             address: "host:port"; port 0: a free one.
-            collect: Returns the registry to show, for each request.
+            collect: Returns the registry to show, for each request. None: there are only the probes.
             ready: Returns whether calls should be sent here.
 
         Raises:
@@ -170,34 +172,63 @@ class MetricsServer:
         if method not in ("GET", "HEAD"):
             return _response("405 Method Not Allowed", f"expected GET, got {method or first!r}\n")
         match path:
-            case "/metrics":
+            case "/metrics" if self._collect:
                 headers = {
                     name.strip().lower(): value.strip() for name, _, value in (each.partition(":") for each in lines)
                 }
-                answer = await self._loop.run_in_executor(self._renderer, self._render, query, headers)
-            case "/healthz":
+                answer = await self._loop.run_in_executor(self._renderer, _render, self._collect, query, headers)
+            case "/livez":
                 answer = _response("200 OK", "ok\n")
             case "/readyz" if self._ready():
                 answer = _response("200 OK", "ready\n")
             case "/readyz":
                 answer = _response("503 Service Unavailable", "not ready\n")
             case _:
-                answer = _response("404 Not Found", f"expected /metrics, /healthz or /readyz, got {path}\n")
+                pages = "/metrics, /livez or /readyz" if self._collect else "/livez or /readyz"
+                answer = _response("404 Not Found", f"expected {pages}, got {path}\n")
         return answer if method == "GET" else answer.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
 
-    def _render(self, query: str, headers: dict[str, str]) -> bytes:
-        # prometheus_client's application chooses the format and the compression.
-        started: list[Any] = []
-        application = make_wsgi_app(self._collect())
-        environment = {
-            "REQUEST_METHOD": "GET",
-            "PATH_INFO": "/metrics",
-            "QUERY_STRING": query,
-            "HTTP_ACCEPT": headers.get("accept", ""),
-            "HTTP_ACCEPT_ENCODING": headers.get("accept-encoding", ""),
-        }
-        body = b"".join(application(environment, lambda *response: started.extend(response)))
-        return _response(started[0], body, *started[1])
+
+def open_monitoring(
+    metrics: str, probes: str, collect: Callable[[], CollectorRegistry], ready: Callable[[], bool]
+) -> dict[str, MonitoringServer]:
+    """Start the HTTP servers of a server's addresses, and return them by the name of the setting.
+
+    Args:
+        metrics: Address of /metrics and the probes. Empty: they are not served.
+        probes: Address of the probes alone. Empty: they are not served.
+        collect: Returns the registry to show, for each request.
+        ready: Returns whether calls should be sent here.
+
+    Raises:
+        ValueError: An address is in use, or not one of this machine; the message says which.
+
+    """
+    servers: dict[str, MonitoringServer] = {}
+    for name, address, shown in (("metrics", metrics, collect), ("probes", probes, None)):
+        try:
+            if address:
+                servers[name] = MonitoringServer(address, shown, ready)
+        except (OSError, UnicodeError) as error:  # the latter for a name that no host can have
+            for server in servers.values():
+                server.close()
+            raise ValueError(f"{name}: expected a free address, got {address!r}: {error}") from None
+    return servers
+
+
+def _render(collect: Callable[[], CollectorRegistry], query: str, headers: dict[str, str]) -> bytes:
+    # prometheus_client's application chooses the format and the compression.
+    started: list[Any] = []
+    application = make_wsgi_app(collect())
+    environment = {
+        "REQUEST_METHOD": "GET",
+        "PATH_INFO": "/metrics",
+        "QUERY_STRING": query,
+        "HTTP_ACCEPT": headers.get("accept", ""),
+        "HTTP_ACCEPT_ENCODING": headers.get("accept-encoding", ""),
+    }
+    body = b"".join(application(environment, lambda *response: started.extend(response)))
+    return _response(started[0], body, *started[1])
 
 
 def _response(status: str, body: str | bytes, *headers: tuple[str, str]) -> bytes:
