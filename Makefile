@@ -9,7 +9,7 @@ QUICK := not slow and not docker and not ray and not conformance and not browser
 # tests/integration come first.
 PARALLEL := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo test test-slow test-all gpu gpu-wheels check docs format generate bench dist clean
+.PHONY: help setup demo test test-slow test-all gpu gpu-wheels check docs format generate lock bench dist clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -78,6 +78,9 @@ format: setup  ## Format the code and apply the linter's fixes.
 generate:  ## Generate the Python code of protos/.
 	scripts/generate.sh
 
+lock:  ## Write server/requirements/, the packages of the images with their hashes, after a change of constraints.txt or pyproject.toml.
+	scripts/lock.sh
+
 bench: setup  ## Run a benchmark and store its results: make bench NAME=kernels
 	$(BIN)/python -m benchmarks $(NAME) --json benchmarks/results/$(NAME).json
 
@@ -85,4 +88,4 @@ dist: setup  ## Build the source distribution and the wheel into dist/.
 	$(BIN)/python -m hatchling build --clean -d dist
 
 clean:  ## Remove everything that the other targets create.
-	rm -rf .venv .venv-generate .venv-triton .venv-ray .debs demo dist gpu-results gpu-wheels site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv .venv-generate .venv-lock .venv-triton .venv-ray .debs demo dist gpu-results gpu-wheels site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fill wheelhouse/ with every package that the images install, so that they can be built without a registry:
+# Fill wheelhouse/ with the packages of server/requirements/, so that the images can be built without a registry:
 #   scripts/wheelhouse.sh [cpu|cuda]
 #   docker build --build-arg PIP_NO_INDEX=1 ...
 # torch comes from wherever pip is configured to look: PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS or pip's configuration files.
@@ -10,9 +10,10 @@ cd "$(dirname "$0")/.."
 variant=${1:-cpu}
 python=${PYTHON:-python3}
 mkdir -p "wheelhouse/$variant"
-requirements=$(mktemp)
-trap 'rm -f "$requirements"' EXIT
-"$python" scripts/requirements.py pyproject.toml server otel >"$requirements"
-"$python" -m pip download -q --dest wheelhouse --find-links "wheelhouse/$variant" --constraint constraints.txt \
-  --only-binary=:all: --python-version 3.11 --requirement "$requirements" hatchling
+for name in build client server "torch-$variant"; do
+  # Files that pip finds in the folder are not downloaded again.
+  "$python" -m pip download -q --dest wheelhouse --require-hashes --no-deps \
+    --only-binary=:all: --python-version 3.11 --find-links wheelhouse --find-links "wheelhouse/$variant" \
+    --requirement "server/requirements/$name.txt"
+done
 mv wheelhouse/torch-*.whl "wheelhouse/$variant/"

@@ -7,6 +7,7 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 from poolrpc import __version__
+from tests.docker.conftest import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,11 +25,17 @@ def python(engine: Callable[..., str], image: str, code: str) -> str:
     return engine("run", "--rm", *hardened, "--entrypoint=python", image, "-c", code)
 
 
+def locked(name: str) -> set[str]:
+    """Return the packages of a file in server/requirements/, as NAME==VERSION."""
+    lines = (ROOT / f"server/requirements/{name}.txt").read_text().splitlines()
+    return {each.removesuffix(" \\") for each in lines if "==" in each}
+
+
 def test_the_configuration_of_the_servers_image(engine: Callable[..., str], server_image: str) -> None:
     """It runs as user 10001, has a health check, stops on SIGTERM, and has labels for its version and license."""
     config = inspect(engine, server_image)["Config"]
     assert config["User"] == "10001:10001"
-    assert config["Healthcheck"]["Test"] == ["CMD", "poolrpc", "health", "--timeout", "3"]
+    assert config["Healthcheck"]["Test"] == ["CMD", "healthcheck.sh"]
     assert config["StopSignal"] == "SIGTERM"
     assert config["Entrypoint"] == ["poolrpc-server"]
     assert config["Labels"]["org.opencontainers.image.title"] == "poolrpc"
@@ -44,6 +51,24 @@ def test_the_package_is_not_writable(engine: Callable[..., str], server_image: s
         " any(folder.glob('__pycache__/app.*.pyc')))"
     )
     assert python(engine, server_image, code) == "10001 0 False True"
+
+
+def test_packages_are_those_of_the_lock(engine: Callable[..., str], server_image: str) -> None:
+    """The image has the packages and versions of server/requirements/, whose hashes pip has checked, and poolrpc."""
+    code = "import importlib.metadata as m; print(*(f'{d.name}=={d.version}' for d in m.distributions()), sep='\\n')"
+    installed = {each.lower().replace("_", "-") for each in python(engine, server_image, code).split()}
+    assert installed == locked("torch-cpu") | locked("server") | {f"poolrpc=={__version__}"}
+
+
+def test_nothing_that_serves_nothing_is_in_the_image(engine: Callable[..., str], server_image: str) -> None:
+    """There are no tests, headers, static libraries or programs of torch's, except the one that it looks for."""
+    code = (
+        "import pathlib, sysconfig; folder = pathlib.Path(sysconfig.get_path('purelib'));"
+        "patterns = '**/tests', '**/*.a', 'torch/test', 'torch/include', 'torch/share';"
+        "useless = [path for pattern in patterns for path in folder.glob(pattern)];"
+        "print([path.name for path in folder.glob('torch/bin/*') if path.is_file()], useless)"
+    )
+    assert python(engine, server_image, code) == "['torch_shm_manager'] []"
 
 
 def test_the_clients_image_has_no_torch(engine: Callable[..., str], client_image: str, server_image: str) -> None:
