@@ -14,11 +14,9 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end }}
 
-{{/* kubelet's gRPC probe does not support TLS, so with TLS the image's command checks over the unix socket. */}}
-{{- define "poolrpc.probe" -}}
-{{- if .Values.tls.secretName -}}
-exec: {command: [poolrpc, health, --timeout, "3"]}
-{{- else -}}
-grpc: {port: 50051}
-{{- end }}
+{{/* The releases' tags: VERSION, and VERSION-cuda for GPUs. */}}
+{{- define "poolrpc.image" -}}
+{{- $variant := ternary "-cuda" "" (gt (int .Values.gpu.count) 0) -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default (print .Chart.AppVersion $variant) }}
+{{- with .Values.image.digest }}@{{ . }}{{ end }}
 {{- end }}
