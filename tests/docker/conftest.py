@@ -139,7 +139,13 @@ class Project:
     def __init__(self, name: str, environment: dict[str, str]) -> None:
         self.name = name
         ports = dict.fromkeys(("POOLRPC_PORT", "POOLRPC_CLUSTER_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT"), "0")
-        self._environment = {**ports, "COMPOSE_PROFILES": "*", **environment}
+        # The images are those that the fixtures have built.
+        own = {"COMPOSE_PROFILES": "*", "POOLRPC_PULL_POLICY": "missing"}
+        self._environment = {**ports, **own, **environment}
+
+    def environment(self, **variables: str) -> dict[str, str]:
+        """Return the variables of this project, and others, for commands of the docs."""
+        return {**self._environment, "COMPOSE_PROJECT_NAME": self.name, **variables}
 
     def compose(self, *arguments: str) -> str:
         """Run `docker compose`."""

@@ -1,8 +1,12 @@
-"""Two replicas behind Envoy, under load, while one of them is stopped or killed."""
+"""Replicas behind Envoy and behind dns:///, under load, while some are stopped, killed, added or replaced."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import threading
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +14,39 @@ import numpy as np
 import pytest
 
 import poolrpc
+from tests.docker.conftest import ROOT, run
+from tests.docs.blocks import blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 LAYER = poolrpc.MaxPool2d(2)
+
+DISCOVERY_SECONDS = 60
+"""The time within which clients of dns:/// must use a new replica."""
+
+DNS_LOAD = """
+import json, signal, threading
+import numpy as np
+import poolrpc
+
+ending = threading.Event()
+signal.signal(signal.SIGTERM, lambda *_: ending.set())
+x = np.random.default_rng(0).standard_normal((1, 16, 64, 64), np.float32)
+expected = x.reshape(1, 16, 32, 2, 32, 2).max((3, 5))
+correct, failures = 0, []
+with poolrpc.PoolClient("dns:///replica:50051") as client:
+    client.wait_until_ready(timeout=60)
+    print("ready", flush=True)
+    while not ending.is_set():
+        try:
+            output = client.pool(x, poolrpc.MaxPool2d(2), timeout=30).output
+            correct += np.array_equal(output, expected)
+        except poolrpc.PoolError as error:
+            failures.append(str(error))
+print(json.dumps([int(correct), failures]))
+"""
+"""A program that makes calls until SIGTERM, and prints the number of correct results and the errors."""
 
 
 class Load:
@@ -109,3 +141,80 @@ def test_a_killed_replica_causes_no_errors(cluster: Any) -> None:
     with loaded(cluster, {}) as load:
         cluster.kill("replica")
     assert load.failures == []
+
+
+@contextmanager
+def loaded_by_name(cluster: Any, client_image: str) -> Iterator[list[Any]]:
+    """Call dns:///replica:50051 from a container of the cluster; the list then has the correct calls and the errors."""
+    network = f"--network={cluster.name}_default"
+    client = run("docker", "run", "-d", "--init", network, "--entrypoint=python", client_image, "-u", "-c", DNS_LOAD)
+    outcome: list[Any] = []
+    try:
+        wait_for_line(client, "ready", 60)
+        yield outcome
+        run("docker", "stop", "--time=60", client)
+        outcome += json.loads(run("docker", "logs", client).splitlines()[-1])
+    finally:
+        run("docker", "rm", "-f", client)
+
+
+def wait_for_line(container: str, text: str, seconds: float) -> None:
+    """Follow a container's log until a line has the text, for so many seconds at most."""
+    command = ["docker", "logs", "--follow", container]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:  # noqa: S603 - Docker
+        timer = threading.Timer(seconds, process.kill)
+        timer.start()
+        try:
+            assert process.stdout
+            assert any(text in line for line in process.stdout), f"no {text} within {seconds:.0f} seconds"
+        finally:
+            timer.cancel()
+            process.kill()
+
+
+def test_clients_of_a_name_use_new_replicas(cluster: Any, client_image: str) -> None:
+    """A client of dns:/// calls replicas that were started after it connected, within a minute, and loses no call."""
+    with loaded_by_name(cluster, client_image) as outcome:
+        before = {each["Id"] for each in cluster.containers("replica")}
+        cluster.up("--scale", "replica=4", "--no-recreate", "replica")
+        deadline = time.monotonic() + DISCOVERY_SECONDS
+        for each in {each["Id"] for each in cluster.containers("replica")} - before:
+            wait_for_line(each, "/poolrpc.v1.PoolService/Pool", deadline - time.monotonic())
+    correct, failures = outcome
+    assert correct
+    assert failures == []
+
+
+@pytest.fixture
+def next_image(engine: Callable[..., str], server_image: str) -> Iterator[str]:
+    """The name of an image of another version."""
+    container = engine("create", server_image)
+    engine("commit", "--change=LABEL org.opencontainers.image.version=next", container, "poolrpc:test-next")
+    engine("rm", container)
+    yield "poolrpc:test-next"
+    engine("image", "rm", "poolrpc:test-next")
+
+
+def test_an_upgrade_loses_no_call(next_image: str, cluster: Any, client_image: str) -> None:
+    """The commands of the docs replace both replicas by those of another image, under load behind Envoy and dns:///."""
+    (block,) = (each for each in blocks("docker") if each.page == "docs/upgrading.md")
+    environment = cluster.environment(POOLRPC_IMAGE=next_image)
+    before = {each["Id"] for each in cluster.containers("replica")}
+    with loaded_by_name(cluster, client_image) as outcome, loaded(cluster, {"grpc.enable_retries": 0}) as load:
+        done = subprocess.run(  # noqa: S603 - our own docs
+            ["bash", "-euo", "pipefail", "-c", block.source],  # noqa: S607 - found on the PATH
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, **environment},
+        )
+        assert not done.returncode, done.stdout + done.stderr
+    after = cluster.containers("replica")
+    assert len(after) == len(before) == 2
+    assert not before & {each["Id"] for each in after}
+    assert {each["Config"]["Labels"]["org.opencontainers.image.version"] for each in after} == {"next"}
+    assert load.failures == []
+    correct, failures = outcome
+    assert correct
+    assert failures == []

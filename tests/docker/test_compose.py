@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import numpy as np
 import pytest
 import torch
+import trustme
 
 import poolrpc
+from poolrpc_server.process import FAILED
+from tests.docker.conftest import BASE_IMAGE, run, succeeds
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 SLOW = poolrpc.AvgPool2d(31, stride=1)  # takes seconds for the shape below on any machine, because of its large kernel
 SLOW_SHAPE = (1, 2, 1200, 1200)
@@ -23,6 +32,127 @@ def test_each_profile_is_valid(project: Callable[..., Any], profile: str) -> Non
     """Compose accepts the file with each profile."""
     with project("config", COMPOSE_PROFILES=profile) as running:
         running.compose("config", "-q")
+
+
+def test_settings_are_passed_on(project: Callable[..., Any]) -> None:
+    """Variables of the host reach the build and the server; those that are not set are left to the image's defaults."""
+    arguments = {"PIP_EXTRA_INDEX_URL": "https://packages.example/simple", "VERSION": "1.2.3", "TORCH_CPU_INDEX": "x"}
+    variables = {"POOLRPC_LOG_LEVEL": "debug", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector.example:4317"}
+    with project("settings", COMPOSE_PROFILES="", POOLRPC_PULL_POLICY="", **arguments, **variables) as running:
+        server = json.loads(running.compose("config", "--format", "json"))["services"]["server"]
+    assert server["build"]["args"].items() >= arguments.items()
+    assert server["environment"].items() >= variables.items()
+    assert "REVISION" not in server["build"]["args"]
+    assert server["environment"]["OTEL_TRACES_SAMPLER"] is None
+    assert server["pull_policy"] == "build"
+
+
+def test_up_builds_the_image(project: Callable[..., Any], server_image: str) -> None:
+    """`up` builds with the host's settings, here from wheelhouse/ alone, and does not look for the image elsewhere."""
+    assert server_image
+    if not succeeds("docker", "buildx", "version"):
+        pytest.skip("Compose builds with BuildKit only if Docker has the plugin buildx")
+    settings = {"PIP_NO_INDEX": "1", "BASE_IMAGE": BASE_IMAGE, "VERSION": "test-up", "POOLRPC_IMAGE": "poolrpc:test-up"}
+    with project("build", POOLRPC_PULL_POLICY="", POOLRPC_MEMORY="1g", POOLRPC_CPUS="1", **settings) as running:
+        running.compose("up", "-d", "--wait", "server")
+        (container,) = running.containers("server")
+        assert container["Config"]["Labels"]["org.opencontainers.image.version"] == "test-up"
+    run("docker", "image", "rm", "poolrpc:test-up")
+
+
+def test_logs_are_rotated(project: Callable[..., Any], server_image: str) -> None:
+    """Docker keeps at most 200 MB of a container's log."""
+    assert server_image
+    with project("logging") as running:
+        running.compose("create", "--no-build", "server")
+        (container,) = running.containers("server")
+    assert container["HostConfig"]["LogConfig"] == {
+        "Type": "json-file",
+        "Config": {"max-file": "4", "max-size": "50m"},
+    }
+
+
+@pytest.fixture
+def secrets(tmp_path: Path) -> Path:
+    """A folder with a certificate for this machine, its authority and the token "token", for the overlay of TLS."""
+    folder = tmp_path / "secrets"
+    folder.mkdir()
+    authority = trustme.CA()
+    pair = authority.issue_cert("localhost", "127.0.0.1")
+    authority.cert_pem.write_to_path(folder / "ca.crt")
+    pair.private_key_pem.write_to_path(folder / "tls.key")
+    pair.cert_chain_pems[0].write_to_path(folder / "tls.crt")
+    (folder / "tokens").write_text(f"alice {hashlib.sha256(b'token').hexdigest()}\n")
+    for each in folder.iterdir():
+        each.chmod(0o644)  # the container's user is another one
+    folder.chmod(0o755)
+    return folder
+
+
+TLS = ("docker-compose.yml", "deploy/compose/tls.yml")
+
+
+def test_a_server_with_tls_and_tokens_is_healthy(project: Callable[..., Any], server_image: str, secrets: Path) -> None:
+    """With the overlay, `up --wait` succeeds, calls need TLS and a token, and health checks leave the log JSON."""
+    assert server_image
+    files = {"COMPOSE_FILE": os.pathsep.join(TLS), "POOLRPC_SECRETS": str(secrets)}
+    credentials = grpc.ssl_channel_credentials((secrets / "ca.crt").read_bytes())
+    with project("tls", POOLRPC_MEMORY="1g", POOLRPC_CPUS="1", **files) as running:
+        running.up("server")
+        (container,) = running.containers("server")
+        address = running.address("server")
+        assert address.startswith("127.0.0.1:")
+        with poolrpc.PoolClient(address, credentials=credentials, token="token") as client:  # noqa: S106 - the test's
+            assert client.pool(np.ones((1, 1, 2, 2), np.float32), poolrpc.MaxPool2d(2)).output == 1
+        with (
+            poolrpc.PoolClient(address, credentials=credentials) as client,
+            pytest.raises(poolrpc.UnauthenticatedError),
+        ):
+            client.pool(np.ones((1, 1, 2, 2), np.float32), poolrpc.MaxPool2d(2))
+        checks = container["State"]["Health"]["Log"]
+        assert {each["ExitCode"] for each in checks if each["Output"] == ""} == {0}
+        lines = running.compose("logs", "--no-log-prefix", "--no-color", "server").splitlines()
+        assert lines
+        assert [line for line in lines if not line.startswith("{")] == []
+        with poolrpc.PoolClient(address) as client, pytest.raises(poolrpc.PoolError):
+            client.server_info()
+
+
+def test_a_server_that_hangs_is_restarted(
+    project: Callable[..., Any], server_image: str, secrets: Path, tmp_path: Path
+) -> None:
+    """The thread that serves waits for a file that is never written: the server ends itself, and serves again."""
+    assert server_image
+    override = tmp_path / "watchdog.yml"
+    override.write_text("services: {server: {environment: {POOLRPC_WATCHDOG_SECONDS: 3}}}")
+    files = {"COMPOSE_FILE": os.pathsep.join([*TLS, str(override)]), "POOLRPC_SECRETS": str(secrets)}
+    credentials = grpc.ssl_channel_credentials((secrets / "ca.crt").read_bytes())
+    tokens = secrets / "tokens"
+    good = tokens.read_text()
+    with project("hang", POOLRPC_MEMORY="1g", POOLRPC_CPUS="1", **files) as running:
+        running.up("server")
+        container = running.containers("server")[0]["Id"]
+        with poolrpc.PoolClient(running.address("server"), credentials=credentials, token="token") as client:  # noqa: S106 - the test's
+
+            def call() -> None:
+                with suppress(poolrpc.PoolError):
+                    client.server_info(timeout=30)
+
+            client.server_info()
+            tokens.unlink()
+            os.mkfifo(tokens)
+            caller = threading.Thread(target=call)
+            caller.start()
+            assert run("docker", "wait", container) == str(FAILED)
+            (secrets / "new").write_text(good)
+            (secrets / "new").rename(tokens)
+            caller.join(60)
+        running.up("server")
+        # Docker has chosen another port.
+        with poolrpc.PoolClient(running.address("server"), credentials=credentials, token="token") as client:  # noqa: S106 - the test's
+            assert client.server_info()
+        (after,) = running.containers("server")
+        assert (after["Id"], after["RestartCount"]) == (container, 1)
 
 
 def test_a_client_on_the_host_pools(project: Callable[..., Any], server_image: str) -> None:
