@@ -38,7 +38,7 @@ DRY_RUN = """
 helm() {
   local verb=$1 arguments=()
   shift
-  for each; do [ "$each" = --reuse-values ] || arguments+=("$each"); done
+  for each; do [ "$each" = --reset-then-reuse-values ] || arguments+=("$each"); done
   [ "$verb" = rollback ] || "$HELM" template "${arguments[@]}"
 }
 kubectl() { [ "$1" = rollout ] || { echo --- && "$KUBECTL" "$@" --dry-run=client --output=yaml; }; }

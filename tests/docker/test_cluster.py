@@ -41,10 +41,13 @@ with poolrpc.PoolClient("dns:///replica:50051") as client:
     while not ending.is_set():
         try:
             output = client.pool(x, poolrpc.MaxPool2d(2), timeout=30).output
-            correct += np.array_equal(output, expected)
+            if np.array_equal(output, expected):
+                correct += 1
+            else:
+                failures.append("differs")
         except poolrpc.PoolError as error:
             failures.append(str(error))
-print(json.dumps([int(correct), failures]))
+print(json.dumps([correct, failures]))
 """
 """A program that makes calls until SIGTERM, and prints the number of correct results and the errors."""
 
