@@ -13,7 +13,7 @@ from poolrpc_server.compute.kernels.blocks import KEPT_BYTES, Cells, DoubleBuffe
 from poolrpc_server.compute.planes import check_indices
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from poolrpc_server.compute.kernels import Plan
 
@@ -42,6 +42,7 @@ class Branch:
 
     Attributes:
         steps: The plan of each layer, and the kernel that computes it; None for torch's own operators.
+        whole: Whether a single operator of torch computes all planes at once.
         planes: The number of planes of the input; of images, if channels are last.
         block: The most planes to compute at a time.
         work: The work of all planes.
@@ -50,28 +51,30 @@ class Branch:
 
     """
 
-    def __init__(self, plans: Sequence[Plan], planes: int, threads: int) -> None:
+    def __init__(self, plans: Sequence[Plan], planes: int, threads: int, *, bound: bool = False) -> None:
         """Choose kernels and the size of blocks.
 
         Args:
             plans: The plan of each layer.
             planes: The number of planes of the input; of images, if channels are last.
             threads: The most threads that may compute the branch.
+            bound: Whether its programs will be kept, and run many times.
 
         """
         self.planes = self.block = planes
-        self.steps = [(plan, plan.choose(planes)) for plan in plans]
+        self.steps = [(plan, plan.choose(planes, bound=bound)) for plan in plans]
         self.work = sum(plan.work(row, planes) for plan, row in self.steps)
         self.threads, self.scratch_bytes = 1, 0
+        self.whole = False
         if plans[0].device != "cpu":
             return
         between = max((prod(plan.result_shape) for plan in plans[:-1]), default=0)
         plane_bytes = max(between * plans[0].dtype.itemsize, *(plan.plane_bytes(row) for plan, row in self.steps))
         self._plane_bytes = max(plane_bytes, -(-self.work * blocks.TARGET_BYTES // (BLOCK_WORK * planes)))
         self.block = max(1, min(planes, blocks.TARGET_BYTES // self._plane_bytes))
-        whole = len(plans) == 1 and self.steps[0][1] is None and self.work <= BLOCK_WORK
-        if whole and plans[0].eager_scratch(planes) <= WHOLE_BYTES:
-            self.block = planes
+        if len(plans) == 1 and self.steps[0][1] is None and self.work <= BLOCK_WORK:
+            self.whole = plans[0].eager_scratch(planes) <= WHOLE_BYTES
+            self.block = planes if self.whole else self.block
         self._between = between
         kernels = [(self.block + 1) * row.scratch(plan) for plan, row in self.steps if row is not None]
         self._shared_bytes = 0
@@ -87,36 +90,25 @@ class Branch:
         program = PROGRAM_BYTES if self.block < planes else 0
         self.scratch_bytes = self.threads * (copied + own + eager + program)
 
-    @property
-    def leaves_output(self) -> bool:
-        """Whether the output may stay in memory that torch's operator allocated."""
-        return self.block == self.planes and self.steps[-1][1] is None
-
-    def compute(
-        self,
-        x: torch.Tensor,
-        indices: torch.Tensor | None,
-        targets: Sequence[torch.Tensor],
-        check: Callable[[], None] | None,
+    def compute_whole(
+        self, x: torch.Tensor, indices: torch.Tensor | None, check: Callable[[], None] | None
     ) -> Sequence[torch.Tensor]:
-        """Compute all planes at once.
+        """Compute all planes at once, by the single operator of a branch that is `whole`.
 
         Args:
             x: The input, batched.
-            indices: The indices for MaxUnpool.
-            targets: Memory for the output and the indices of the maxima, if the last layer returns them.
-            check: Called before each layer; what it raises ends the computation.
+            indices: The indices for MaxUnpool, checked.
+            check: Called before; what it raises ends the computation.
 
         Returns:
-            The output, and the indices if there is a target for them: the targets, or memory that torch allocated.
+            The output, and the indices of the maxima if the layer returns them, in memory that torch allocated.
 
         """
-        last = len(self.steps) - 1
-        for number, (plan, row) in enumerate(self.steps):
-            if check is not None:
-                check()
-            x, indices = plan.compute(row, x, indices, outputs=targets if number == last else ())
-        return (x,) if indices is None else (x, indices)
+        if check is not None:
+            check()
+        plan = self.steps[0][0]
+        output, chosen = plan.eager(x, indices, 0, self.planes * (plan.channels or 1))
+        return (output,) if chosen is None else (output, chosen)
 
     def compute_on_device(
         self, x: torch.Tensor, indices: torch.Tensor | None, first: int
@@ -157,21 +149,32 @@ class Branch:
             stop: The number of the plane after the last.
 
         """
+        for program in self.programs(x, indices, targets, start, stop):
+            program.run(check)
+
+    def programs(
+        self,
+        x: torch.Tensor,
+        indices: torch.Tensor | None,
+        targets: Sequence[torch.Tensor],
+        start: int,
+        stop: int,
+    ) -> Iterator[Program]:
+        """Yield the programs that compute a range of planes, one after the other; all else is as for compute_range."""
         count = -(-(stop - start) // (PROGRAM_BLOCKS * self.block))
         for first, end in pairwise(start + (stop - start) * i // count for i in range(count + 1)):
             program = Program(end - first, self._plane_bytes, self._shared_bytes)
             source, written = Cells(program, x[first:end]), [Cells(program, target[first:end]) for target in targets]
             given = None if indices is None else Cells(program, indices[first:end])
-            self._append(program, source, given, written, check, first)
-            program.run()
+            self._append(program, source, given, written, first)
+            yield program
 
-    def _append(  # noqa: PLR0913, PLR0917 - what a program reads and writes
+    def _append(
         self,
         program: Program,
         source: Cells,
         indices: Cells | None,
         targets: Sequence[Cells],
-        check: Callable[[], None] | None,
         first: int,
     ) -> None:
         """Append the calls of every layer to a program for the planes from number `first` on."""
@@ -181,8 +184,7 @@ class Branch:
         buffers = DoubleBuffer(program, plan.dtype, (program.step + 1) * self._between) if len(self.steps) > 1 else None
         program.begin_layers()
         for number, (plan, row) in enumerate(self.steps):
-            if check is not None:
-                program.calls.append(lambda _: check())
+            program.begin_layer()
             last = number == len(self.steps) - 1
             target = targets[0] if last or buffers is None else buffers.swap(plan.result_shape)
             if row is None:

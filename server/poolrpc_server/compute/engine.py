@@ -35,17 +35,21 @@ if TYPE_CHECKING:
     from poolrpc_server.compute.schedule import BatchKey
     from poolrpc_server.telemetry.stage_times import StageTimes
 
-WORKSPACE_LIMIT = 32 * 2**20
+WORKSPACE_LIMIT = 64 * 2**20
 """The default limit of the memory of cached workspaces, in bytes."""
 
-IDLE_LIMIT = 128 * 2**20
+WORKSPACE_SHARE = 2
+"""No workspace takes more than this part of it."""
+
+IDLE_LIMIT = 96 * 2**20
 """The default limit of the memory of idle buffers, in bytes."""
 
 RETRIED_SHARE = 4
 """After a device ran out of memory, a request is computed once more in blocks of this part of the size."""
 
-BATCH_SCHEDULES, BATCH_WORKSPACE_BYTES = 256, 128 * 2**10
-"""The number of batches' schedules to remember, and the size up to which their workspaces are cached."""
+BATCH_SCHEDULES, BATCH_WORKSPACE_BYTES = 256, 2 * 2**20
+"""The number of batches' schedules to remember, and the size up to which their workspaces are cached. There are more of
+these schedules than of requests': one for each number of planes."""
 
 
 class Slots(Protocol):
@@ -148,6 +152,7 @@ class Engine:
         self.page_locks = PageLocks(self.device, page_lock_limit)
         self._buffers = Buffers(idle_limit, self._streams.allocate)
         self._workspaces = WorkspaceCache(workspace_limit, threads)
+        self._workspace_bytes = workspace_limit // WORKSPACE_SHARE
         self._batch_schedule = lru_cache(BATCH_SCHEDULES)(self._create_batch_schedule)
         self._local = local()
 
@@ -164,7 +169,7 @@ class Engine:
     def schedule(self, request: Request, spatial_dims: int, results: Sequence[BranchResult]) -> Schedule:
         """Determine how to compute a request, and so how much work it is."""
         device = self._device_for(request.input.dtype)
-        return Schedule(request, spatial_dims, results, device, self.threads)
+        return Schedule(request, spatial_dims, results, device, self.threads, self._workspace_bytes)
 
     def run(self, schedule: Schedule, payload: Bytes, finish: Callable[[Sequence[memoryview]], Any]) -> Run:
         """Return the run of a request.
@@ -203,6 +208,8 @@ class Engine:
         for run in runs:
             if run.times is not None:
                 run.times.compute_started(len(runs), planes)
+        if not self._streams.overlapped:
+            return self._execute_batch(runs, ()) if len(runs) > 1 else [self._execute_alone(runs[0])]
         with self._streams.borrow() as streams:
             # On a GPU, a batch of one uses page-locked memory too.
             batched = len(runs) > 1 or (runs[0].key is not None and self._is_overlapped(runs[0].schedule))
@@ -212,23 +219,31 @@ class Engine:
         """Stop the helper threads."""
         self._helpers.shutdown()
 
-    def _execute_alone(self, run: Run, streams: Sequence[Stream]) -> Any:  # noqa: ANN401 - what the run's finish returns
+    def _execute_alone(self, run: Run, streams: Sequence[Stream] = ()) -> Any:  # noqa: ANN401 - what the run's finish returns
         schedule = run.schedule
         if self._is_overlapped(schedule):
             given = run.outputs
             with self._buffers.borrow(schedule.outputs) if given is None else nullcontext(given) as outputs:
                 workspace = Workspace(schedule, run.inputs, outputs)
                 return run.finish(self._compute_on_device(workspace, streams, run.check))
+        if schedule.cached:
+            return self._execute_in_workspace(run)
         if run.outputs is not None:
             workspace = Workspace(schedule, run.inputs, run.outputs)
             return run.finish(workspace.run(self._parallel_for, run.check, in_place=True))
-        if schedule.cached:
-            with self._borrow_workspace(schedule) as workspace:
-                for buffer, data in zip(workspace.inputs, run.inputs, strict=True):
-                    buffer[:] = data
-                return run.finish(workspace.run(self._parallel_for, run.check))
+        if schedule.whole:
+            return run.finish(Workspace(schedule, run.inputs).run(self._parallel_for, run.check))
         with self._buffers.borrow(schedule.outputs) as outputs:
             return run.finish(Workspace(schedule, run.inputs, outputs).run(self._parallel_for, run.check))
+
+    def _execute_in_workspace(self, run: Run) -> Any:  # noqa: ANN401 - what the run's finish returns
+        with self._borrow_workspace(run.schedule) as workspace:
+            for buffer, data in zip(workspace.inputs, run.inputs, strict=True):
+                buffer[:] = data
+            outputs = workspace.run(self._parallel_for, run.check)
+            for given, computed in zip(run.outputs or (), outputs, strict=False):
+                given[:] = computed
+            return run.finish(outputs)
 
     def _is_overlapped(self, schedule: Schedule) -> bool:
         return self._streams.overlapped and schedule.device == self.device
@@ -296,7 +311,8 @@ class Engine:
     def _create_batch_schedule(self, key: BatchKey, planes: int) -> Schedule:
         dims = key.spatial_dims
         request = block_of(key.plane, Planes(key.plane.input, dims), planes, 0)
-        return Schedule(request, dims, request.results(), key.device, self.threads, BATCH_WORKSPACE_BYTES)
+        nbytes = min(BATCH_WORKSPACE_BYTES, self._workspace_bytes)
+        return Schedule(request, dims, request.results(), key.device, self.threads, nbytes)
 
     def _parallel_for(self, part: Callable[[int, int], None], planes: int, threads: int) -> None:
         borrowed = self.slots.borrow(threads - 1) if self.slots is not None and threads > 1 else 0

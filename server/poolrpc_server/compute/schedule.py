@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from poolrpc._wire.codec import BranchResult, Request
     from poolrpc_server.compute.workspace import Workspace
 
-WORKSPACE_BYTES = 16 * 2**10
-"""A request of at most this many bytes, outputs included, gets a cached workspace: creating torch's views of its memory
-takes longer than pooling it."""
+WORKSPACE_BYTES, EAGER_WORKSPACE_BYTES = 4 * 2**20, 64 * 2**10
+"""The largest input of a request that gets a cached workspace: copying it there takes less time than creating a program
+and its views. The second is for requests that torch's operators compute without a program."""
 
 CPU_BATCHED_BYTES, DEVICE_BATCHED_BYTES = 256 * 2**10, 8 * 2**20
 """The largest request, outputs included, that shares a batch. On the CPU, copying larger ones together costs more than
@@ -34,6 +34,9 @@ BATCH_KEYS, BATCHED_LAYERS = 1024, 16
 
 CALL_SECONDS, LAYER_SECONDS, WORK_SECONDS = 30e-6, 25e-6, 1e-9
 """The duration estimated before the first execution: for a request, each of its layers, and each unit of its work."""
+
+CACHED_CALL_SECONDS, CACHED_LAYER_SECONDS = 8e-6, 5e-6
+"""The first two for a request with a cached workspace, in which all views and programs are made already."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,6 +61,7 @@ class Schedule:
         nbytes: The size of inputs and outputs.
         planes: The number of planes; of images, if channels are last.
         branches: How each branch is computed; empty if the input has no cells.
+        whole: Whether a single operator of torch computes each branch at once, on the CPU.
         divisible: Whether the planes have the same outputs, bit for bit, if they are computed in blocks.
         work: The number of cells that the kernels visit, each weighted by what it costs in nanoseconds of one thread.
         scratch_bytes: An upper bound of the memory that an execution takes, on all of its threads, in addition to its
@@ -76,7 +80,7 @@ class Schedule:
         results: Sequence[BranchResult],
         device: torch.device,
         threads: int,
-        workspace_bytes: int = WORKSPACE_BYTES,
+        workspace_bytes: int,
     ) -> None:
         self.request = request
         self.spatial_dims = spatial_dims
@@ -87,7 +91,7 @@ class Schedule:
         self.outputs = payload_specs(results)
         self.nbytes = self.input_bytes + sum(spec.nbytes for spec in self.outputs)
         self.planes = Planes(request.input, spatial_dims).count
-        self.cached = device.type == "cpu" and self.nbytes <= workspace_bytes
+        self.cached = device.type == "cpu" and self.input_bytes <= min(WORKSPACE_BYTES, workspace_bytes)
         self.workspaces: list[Workspace] = []
         self.branches: list[Branch] = []
         if request.input.numel:  # An empty tensor has no planes, and may have axes longer than torch allows.
@@ -95,7 +99,7 @@ class Schedule:
             dtype: torch.dtype = getattr(torch, request.input.dtype)
             for chain in steps(request, spatial_dims, results):
                 plans = [plan_for(layer, dtype, plane, channels, device.type) for layer, _, plane in chain]
-                self.branches.append(Branch(plans, self.planes, threads))
+                self.branches.append(Branch(plans, self.planes, threads, bound=self.cached))
         self.work = sum(branch.work for branch in self.branches)
         self.divisible = all(layer.splittable for chain in request.branches for layer in chain)
         if device.type != "cpu":
@@ -105,12 +109,19 @@ class Schedule:
         self.key = self._key()
         self.scratch_bytes = max((branch.scratch_bytes for branch in self.branches), default=0)
         for branch, result in zip(self.branches, results, strict=False):
-            if branch.leaves_output:
+            if branch.whole or device.type != "cpu":  # it stays where torch allocated it
                 self.scratch_bytes += sum(spec.nbytes for spec in result.specs)
+        # A program for one thread can't be divided among several.
+        self.cached &= all(branch.threads == 1 for branch in self.branches)
+        self.cached &= self.nbytes + self.scratch_bytes <= workspace_bytes
+        self.whole = bool(self.branches) and all(branch.whole for branch in self.branches)
+        if self.whole:
+            self.cached &= self.input_bytes <= EAGER_WORKSPACE_BYTES
         if self.key is not None or self.cached:  # Inputs and outputs are copied, for a batch or a cached workspace.
             self.scratch_bytes += self.nbytes
         layers = sum(len(branch.steps) for branch in self.branches)
-        self.seconds = CALL_SECONDS + LAYER_SECONDS * layers + WORK_SECONDS * self.work
+        call, layer = (CACHED_CALL_SECONDS, CACHED_LAYER_SECONDS) if self.cached else (CALL_SECONDS, LAYER_SECONDS)
+        self.seconds = call + layer * layers + WORK_SECONDS * self.work
 
     def record_duration(self, seconds: float) -> None:
         """Correct the estimate by the duration of an execution."""

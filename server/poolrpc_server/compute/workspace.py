@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
 import torch
 
 from poolrpc_server.compute.branch import checked_indices
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from poolrpc.tensors import Bytes, TensorSpec
     from poolrpc_server.compute.branch import Branch
     from poolrpc_server.compute.device import Stream
+    from poolrpc_server.compute.kernels.blocks import Program
     from poolrpc_server.compute.schedule import Schedule
 
 ParallelFor: TypeAlias = "Callable[[Callable[[int, int], None], int, int], None]"
@@ -35,48 +36,54 @@ KEPT_SHARE = 0.75
 """The share of its limit that the cache keeps when it drops workspaces, so that it doesn't sort them on every miss."""
 
 
+with warnings.catch_warnings():
+    # torch warns, once in a process, of a tensor of memory that is not writable. The engine never writes to inputs.
+    warnings.simplefilter("ignore")
+    torch.frombuffer(b"\0", dtype=torch.uint8)
+
+
 class Workspace:
     """Memory for the input and output tensors of one execution, with torch's views of it.
 
     Attributes:
         schedule: The schedule that it is for.
         inputs: The bytes of each input tensor.
-        outputs: The bytes of each output tensor.
+        outputs: The bytes of each output tensor; empty if torch's operators allocate them.
         last_used: A number that grows with every use of any workspace of the cache.
+        nbytes: The memory that the workspace takes, in bytes, with that of its programs.
 
     """
 
     def __init__(
-        self, schedule: Schedule, inputs: Sequence[Any], outputs: Sequence[memoryview], *, reused: bool = False
+        self, schedule: Schedule, inputs: Sequence[Any], outputs: Sequence[memoryview] = (), *, reused: bool = False
     ) -> None:
         """Create a workspace.
 
         Args:
             schedule: The schedule that it is for.
             inputs: The bytes of each input tensor.
-            outputs: The bytes of each output tensor.
-            reused: Whether it will run many times, so that a kernel should be bound to its memory.
+            outputs: Memory for each output tensor; it may be left out if the schedule is `whole`.
+            reused: Whether it will run many times, so that programs are made once and kept.
 
         """
         self.schedule, self.inputs, self.outputs = schedule, inputs, outputs
         self.last_used = 0
-        self._bound: Callable[[], None] | None = None
+        self._programs: list[list[Program] | None] = [None] * len(schedule.branches)
         branches = schedule.branches
         if branches:
             self._x = self._tensor(inputs[0], schedule.inputs[0])
             self._aligned = self._x.data_ptr() % self._x.element_size() == 0
             if not self._aligned:  # Vectorised code may fail on such an address: planes are copied first.
                 self._x = self._bytes(0)
-            targets = iter(self._tensor(*output) for output in zip(outputs, schedule.outputs, strict=True))
-            self._targets = [[next(targets) for _ in result.specs] for result in schedule.results]
-            # Only a single layer can be bound: a chain's intermediate tensors have no fixed memory.
-            if reused and [len(branch.steps) for branch in branches] == [1] and schedule.device.type == "cpu":
-                self._bound = branches[0].steps[0][0].bind(self._x, self._targets[0][0])
-
-    @property
-    def nbytes(self) -> int:
-        """The memory that the workspace takes, in bytes."""
-        return self.schedule.nbytes + OVERHEAD_BYTES
+            targets = iter(self._tensor(*output) for output in zip(outputs, schedule.outputs, strict=bool(outputs)))
+            self._targets = [list(islice(targets, len(result.specs))) for result in schedule.results]
+            if reused:
+                self._programs = [
+                    None if branch.whole else list(branch.programs(*self._operands(branch, targets), 0, branch.planes))
+                    for branch, targets in zip(branches, self._targets, strict=True)
+                ]
+        kept = sum(program.nbytes for programs in self._programs for program in programs or ())
+        self.nbytes = schedule.nbytes + OVERHEAD_BYTES + kept
 
     def run(
         self, parallel_for: ParallelFor, check: Callable[[], None] | None = None, *, in_place: bool = False
@@ -96,32 +103,25 @@ class Workspace:
             InvalidArgumentError: The indices for MaxUnpool are out of range.
 
         """
-        if self._bound is not None:
-            self._bound()
-            return self.outputs
         schedule = self.schedule
         if not schedule.branches:
             return self.outputs
-        outputs = list(self.outputs)
-        end = 0
-        for branch, targets in zip(schedule.branches, self._targets, strict=True):
-            if branch.block == branch.planes:
-                results = branch.compute(self._input(), self._checked_indices(branch), targets, check)
-                for number, (target, result) in enumerate(zip(targets, results, strict=True), end):
-                    if result is target:
-                        continue
-                    if not in_place and target.nbytes >= LEFT_BYTES and result.dtype != torch.bfloat16:
-                        outputs[number] = result.contiguous().numpy().reshape(-1).view(np.uint8).data
-                    else:
-                        target.copy_(result)
+        outputs: list[memoryview] = []
+        for branch, targets, programs in zip(schedule.branches, self._targets, self._programs, strict=True):
+            if programs is not None:
+                for program in programs:
+                    program.run(check)
+            elif branch.whole:
+                results = branch.compute_whole(self._input(), self._checked_indices(branch), check)
+                if not targets or (not in_place and targets[0].nbytes >= LEFT_BYTES):
+                    outputs += map(_memory, results)
+                    continue
+                for target, result in zip(targets, results, strict=True):
+                    target.copy_(result)
             else:
-                first = branch.steps[0][0]
-                x = self._x.view(-1, *first.plane_shape) if self._aligned else self._x
-                indices = self._bytes(1) if first.layer.takes_indices else None
-                written = [target.view(-1, *branch.steps[-1][0].result_shape) for target in targets]
-                part = partial(branch.compute_range, x, indices, written, check)
+                part = partial(branch.compute_range, *self._operands(branch, targets), check)
                 parallel_for(part, branch.planes, branch.threads)
-            end += len(targets)
+            outputs += self.outputs[len(outputs) : len(outputs) + len(targets)]
         return outputs
 
     @property
@@ -166,6 +166,15 @@ class Workspace:
                 written = target.view(-1, *branch.steps[-1][0].result_shape)[start:stop]
                 written.copy_(result.view(written.shape), non_blocking=True)
 
+    def _operands(
+        self, branch: Branch, targets: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
+        """Return the planes of a branch's input, indices and outputs, as its programs take them."""
+        first, last = branch.steps[0][0], branch.steps[-1][0]
+        x = self._x.view(-1, *first.plane_shape) if self._aligned else self._x
+        indices = self._bytes(1) if first.layer.takes_indices else None
+        return x, indices, [target.view(-1, *last.result_shape) for target in targets]
+
     def _input(self) -> torch.Tensor:
         """Return the input as the first layers take it: batched and aligned."""
         if self._aligned:
@@ -180,13 +189,11 @@ class Workspace:
 
     def _tensor(self, data: Bytes, spec: TensorSpec) -> torch.Tensor:
         """Return a tensor's memory, batched, without a copy."""
-        memory = np.asarray(_WritableView(data))
-        return self._batched(torch.frombuffer(memory, dtype=getattr(torch, spec.dtype)), spec)
+        return self._batched(torch.frombuffer(data, dtype=getattr(torch, spec.dtype)), spec)
 
     def _bytes(self, number: int) -> torch.Tensor:
         """Return the bytes of each plane of an input, without a copy."""
-        memory = np.asarray(_WritableView(self.inputs[number]))
-        return torch.frombuffer(memory, dtype=torch.uint8).view(self.schedule.planes, -1)
+        return torch.frombuffer(self.inputs[number], dtype=torch.uint8).view(self.schedule.planes, -1)
 
     def _batched(self, cells: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
         dims = self.schedule.spatial_dims
@@ -273,10 +280,6 @@ class WorkspaceCache:
         self._nbytes -= workspace.nbytes
 
 
-class _WritableView:
-    """A read-only buffer presented to NumPy as writable: torch requires that, and the engine never writes to inputs."""
-
-    def __init__(self, data: Bytes) -> None:
-        address = np.frombuffer(data, np.uint8).__array_interface__["data"][0]
-        self._data = data  # Keeps the memory alive as long as an array views it.
-        self.__array_interface__ = {"version": 3, "shape": (len(data),), "typestr": "|u1", "data": (address, False)}
+def _memory(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a tensor, which are copied if they are not contiguous."""
+    return tensor.contiguous().view(torch.uint8).numpy().data.cast("B")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from poolrpc_server.compute.kernels.blocks import TARGET_BYTES, Call, Cells, copy, maximum, scratch
-from poolrpc_server.compute.kernels.cost import CALL, PREDICTED, UNPREDICTED, Case, Cost
+from poolrpc_server.compute.kernels.cost import PREDICTED, UNPREDICTED, Case, Cost
 from poolrpc_server.compute.kernels.eager import HALVES
 from poolrpc_server.compute.kernels.plan import Plan, Row
 from poolrpc_server.compute.kernels.separable_max import add_max, scratch_cells
@@ -111,15 +111,15 @@ def _pays(_: Plan, case: Case) -> bool:
     else:
         eager = cells * 0.8 + outputs * 8
     if Windows.dividing(case.plane, case.result) is not None:
-        ours = 2 * CALL + cells * (0.45 + 8 / case.plane[-1]) * max(item, 2) / 4
+        ours = 2 * case.call + cells * (0.45 + 8 / case.plane[-1]) * max(item, 2) / 4
     else:
         # Each index of the last axis costs a call within torch, for each block.
         calls = case.result[-1] * (1 + cells * item / TARGET_BYTES)
-        ours = 4 * CALL + (cells * (0.8 + 10 / case.plane[-1]) + outputs * 2.5) * max(1.0, item / 4) + calls * 300
+        ours = 4 * case.call + (cells * (0.8 + 10 / case.plane[-1]) + outputs * 2.5) * max(1.0, item / 4) + calls * 300
     return ours < 0.85 * eager
 
 
-GLOBAL_COST, COPY_COST, EVEN_COST = Cost(2.0, 0.1, 0.3), Cost(0.5, 0.1, 0.1), Cost(1.5, 0.5, 0.5)
+GLOBAL_COST, COPY_COST, EVEN_COST = Cost(10.0, 0.1, 0.3), Cost(0.5, 0.1, 0.1), Cost(1.5, 0.5, 0.5)
 JOINED_COST = Cost(0.0, 2.0, 2.0)
 """The work for whole planes, windows of one cell, windows of one size, and windows of different sizes."""
 

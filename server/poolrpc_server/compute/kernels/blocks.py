@@ -10,6 +10,9 @@ from torch import Tensor
 from poolrpc.tensors import ALIGNMENT
 from poolrpc_server.compute.kernels.windows import Windows
 
+VIEW_BYTES = 640
+"""The memory of a view of a tensor: measured, with torch 2.13."""
+
 KEPT_BYTES = 1 << 24
 """The most memory of a chain's program that layers don't share, since its padding is filled once for all blocks."""
 
@@ -39,7 +42,8 @@ class Program:
         step: The number of planes of a full block.
         full: The number of full blocks.
         tail: The number of planes of the last block, if it is not full; else 0.
-        calls: The calls, in order. Their operands are lists with one view for each block.
+        calls: The calls of the layer that is being appended, in order. Their operands are lists with one view for each
+            block.
 
     """
 
@@ -57,12 +61,26 @@ class Program:
         self.step = -(-planes // -(-planes // most))
         self.full, self.tail = divmod(planes, self.step)
         self.calls: list[Call] = []
+        self._layers = [self.calls]
         self._shared = torch.empty(shared_bytes, dtype=torch.uint8) if shared_bytes else None
+        self._shared_bytes = shared_bytes
         self._begin = self._used = self._kept = 0
+
+    @property
+    def nbytes(self) -> int:
+        """The scratch memory that the program keeps, in bytes, with an estimate of its views' own."""
+        # A call has about two operands that no other call has.
+        views = 2 * (self.full + (self.tail > 0)) * sum(map(len, self._layers))
+        return self._shared_bytes + self._kept + VIEW_BYTES * views
 
     def begin_layers(self) -> None:
         """Keep the memory that has been allocated so far for all layers."""
         self._begin = self._used
+
+    def begin_layer(self) -> None:
+        """Append the calls that follow to a further layer."""
+        self.calls = []
+        self._layers.append(self.calls)
 
     def end_layer(self) -> None:
         """Let the next layer use the scratch memory of this one."""
@@ -90,12 +108,22 @@ class Program:
             self.calls.append(lambda _: made.fill_(fill))
         return made
 
-    def run(self) -> None:
-        """Make every call on every block."""
-        calls = self.calls
+    def run(self, check: Callable[[], None] | None = None) -> None:
+        """Make every call on every block; it may be run any number of times.
+
+        Args:
+            check: Called before each layer of each block; what it raises ends the run. None: nothing is called.
+
+        """
+        first, *layers = self._layers
         for number in range(self.full + (self.tail > 0)):
-            for call in calls:
+            for call in first:
                 call(number)
+            for calls in layers:
+                if check is not None:
+                    check()
+                for call in calls:
+                    call(number)
 
 
 class Cells:

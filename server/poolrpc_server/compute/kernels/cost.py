@@ -13,11 +13,14 @@ import torch
 
 from poolrpc_server.compute.kernels.windows import Sizes, Windows
 
-CALL = 40_000
-"""The cost of calling any of these kernels, before it reads a cell."""
+CALL, BOUND_CALL = 40_000, 1_500
+"""The cost of calling any of these kernels, before it reads a cell, if its program has to be made and if it is kept."""
 
-STEP = 9_000
-"""The cost of each torch call in a kernel."""
+STEP, BOUND_STEP = 9_000, 1_300
+"""The cost of each torch call in a kernel, likewise."""
+
+EAGER_CALL = 2_000
+"""The cost of calling one of torch's operators."""
 
 PREDICTED, UNPREDICTED = 8_192, 16_384
 """Output cells of torch's max: up to the first number the CPU predicts its branches, from the second on it doesn't."""
@@ -65,6 +68,7 @@ class Case:
         plane: The shape of an input plane, with its channels if they are last.
         result: The shape of an output plane, likewise.
         windows: The windows over every axis of `plane`.
+        bound: Whether the kernel's program is kept, and run many times.
 
     """
 
@@ -73,6 +77,17 @@ class Case:
     plane: Sizes
     result: Sizes
     windows: Windows
+    bound: bool = False
+
+    @property
+    def call(self) -> int:
+        """The cost of the call, before it reads a cell."""
+        return BOUND_CALL if self.bound else CALL
+
+    @property
+    def step(self) -> int:
+        """The cost of each torch call in it."""
+        return BOUND_STEP if self.bound else STEP
 
     @property
     def cells(self) -> int:
@@ -89,4 +104,4 @@ def eager_max(case: Case) -> float:
     """Estimate the cost of torch's own max over windows."""
     outputs = case.outputs
     mispredicted = 2 if outputs >= UNPREDICTED else 1.5 if outputs >= PREDICTED else 1
-    return outputs * (6 + 0.6 * prod(case.windows.kernel)) * mispredicted
+    return EAGER_CALL + outputs * (6 + 0.6 * prod(case.windows.kernel)) * mispredicted

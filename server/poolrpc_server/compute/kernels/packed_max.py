@@ -6,7 +6,7 @@ from math import prod
 import torch
 
 from poolrpc_server.compute.kernels.blocks import Cells, padded_axes, scratch
-from poolrpc_server.compute.kernels.cost import CALL, STEP, Case, Cost, eager_max
+from poolrpc_server.compute.kernels.cost import Case, Cost, eager_max
 from poolrpc_server.compute.kernels.plan import Plan, Row
 from poolrpc_server.compute.kernels.separable_max import add_max, count_passes, scratch_cells
 from poolrpc_server.compute.kernels.windows import Windows
@@ -53,7 +53,7 @@ def add_max_indices(plan: Plan, source: Cells, target: Cells, indices: Cells | N
         ordered = Cells(program, values.tensor.view(number), reused=True).at()
         program.calls += [
             # Any NaN makes the sum NaN. So may infinities: then the block is computed twice, which does no harm.
-            lambda i: skipped.add(i) if read[i].sum().isnan() else None,
+            lambda i: skipped.add(i) if read[i].sum().isnan() else skipped.discard(i),
             # -0.0 becomes 0.0, since they are equal.
             lambda i: torch.add(read[i], 0.0, out=value[i]),
             # The other bits of negative floats are inverted, so that they have the same order as integers.
@@ -125,7 +125,7 @@ def _pays(_: Plan, case: Case) -> bool:
     short = case.dtype.itemsize <= 2 and prod(case.plane) <= 1 << 16
     cell = 1.5 + 12 / width + 0.12 * passes if short else 2.6 + 20 / width + 0.25 * passes
     eager = eager_max(case) / (2 if len(case.plane) == 1 else 1)
-    return 3 * CALL + STEP * (passes + 14) + case.cells * cell < 0.95 * eager
+    return 3 * case.call + case.step * (passes + 14) + case.cells * cell < 0.95 * eager
 
 
 PACKED_COST = Cost(5.5, 1.1, 1.2, 0.08)

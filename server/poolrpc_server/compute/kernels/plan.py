@@ -7,16 +7,17 @@ from functools import cached_property
 from math import ceil, prod
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from poolrpc_server.compute.kernels.blocks import Cells, Program
 from poolrpc_server.compute.kernels.cost import Case
-from poolrpc_server.compute.kernels.eager import Operator, Pooled, bind, eager_bytes, operation
+from poolrpc_server.compute.kernels.eager import Operator, bind, eager_bytes, operation
 from poolrpc_server.compute.kernels.eager_cost import eager_work
 from poolrpc_server.compute.kernels.windows import Sizes, Windows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    import torch
+
+    from poolrpc_server.compute.kernels.blocks import Cells
 
 MAX_GROWTH = 64
 """The most scratch memory of a kernel, as a multiple of its input and output: long windows on short axes need more."""
@@ -40,7 +41,6 @@ class Row:
         plane_bytes: Returns the bytes of a plane, which determine how many are in a block.
         channels_last: Whether it also takes (planes, *plane, C).
         indices: Whether it returns the indices of the maxima.
-        bind: Prepares computing (plan, input, output) in fixed memory many times. None: the kernel has no such form.
 
     """
 
@@ -54,14 +54,6 @@ class Row:
     plane_bytes: Callable[[Plan], int] = lambda plan: plan.cells * plan.dtype.itemsize
     channels_last: bool = False
     indices: bool = False
-    bind: Callable[[Plan, torch.Tensor, torch.Tensor], Callable[[], None]] | None = None
-
-    def run(self, plan: Plan, x: torch.Tensor, output: torch.Tensor, indices: torch.Tensor | None) -> None:
-        """Compute planes; each tensor is of (planes, *shape)."""
-        program = Program(x.shape[0], self.plane_bytes(plan))
-        chosen = None if indices is None else Cells(program, indices)
-        self.add(plan, Cells(program, x), Cells(program, output), chosen)
-        program.run()
 
 
 @dataclass(frozen=True)
@@ -131,9 +123,15 @@ class Plan:
         """The number of cells of an input plane, with the channels if they are last."""
         return prod(self.plane_shape)
 
-    def choose(self, planes: int) -> Row | None:
-        """Return the row to use for a number of planes; None for torch's own operators."""
-        case = Case(self.dtype, planes, self.plane_shape, self.result_shape, self.windows)
+    def choose(self, planes: int, *, bound: bool = False) -> Row | None:
+        """Return the row to use for a number of planes; None for torch's own operators.
+
+        Args:
+            planes: The number of planes.
+            bound: Whether the row's program will be kept, and run many times.
+
+        """
+        case = Case(self.dtype, planes, self.plane_shape, self.result_shape, self.windows, bound)
         return next((row for row in self.rows if row.pays(self, case)), None)
 
     def work(self, row: Row | None, planes: int) -> int:
@@ -175,40 +173,6 @@ class Plan:
                 choices.append((name, planes))
         return head + ", ".join(f"{name} from {planes}" for name, planes in choices) + " planes on, by estimate"
 
-    def compute(
-        self,
-        row: Row | None,
-        x: torch.Tensor,
-        indices: torch.Tensor | None = None,
-        *,
-        outputs: Sequence[torch.Tensor] = (),
-    ) -> Pooled:
-        """Compute the layer on all planes of a tensor.
-
-        Args:
-            row: The kernel, one of `rows`; None for torch's own operators.
-            x: The input, batched and contiguous, with no axis of 0, in the plan's layout: (N, C, *plane), or
-                (N, *plane, C).
-            indices: The indices for MaxUnpool, of x's shape and in range.
-            outputs: Contiguous memory that the output, and the indices of the maxima, may be written to.
-
-        Returns:
-            The output, batched and contiguous in the same layout, and the indices if the layer returns them: either the
-            given tensors, or others, which the caller then copies.
-
-        """
-        planes = x.numel() // self.cells
-        if row is None:
-            return self.eager(x, indices, 0, planes * (self.channels or 1))
-        if outputs:
-            output, output_indices = outputs[0], outputs[1] if row.indices else None
-        else:
-            output = x.new_empty((*x.shape[: x.ndim - len(self.plane_shape)], *self.result_shape))
-            output_indices = x.new_empty(output.shape, dtype=torch.int64) if row.indices else None
-        chosen = None if output_indices is None else output_indices.view(planes, *self.result_shape)
-        row.run(self, x.view(planes, *self.plane_shape), output.view(planes, *self.result_shape), chosen)
-        return output, output_indices
-
     def batched(self, planes: torch.Tensor) -> torch.Tensor:
         """Return a tensor of (planes, *plane_shape) as torch's operators take it."""
         return planes if self.channels is not None else planes.unsqueeze(0)
@@ -244,14 +208,3 @@ class Plan:
                     self.batched(write[i]).copy_(result)
 
         source.program.calls.append(call)
-
-    def bind(self, x: torch.Tensor, output: torch.Tensor) -> Callable[[], None] | None:
-        """Return a function that computes the layer from and to fixed memory; None if the kernel has no such form.
-
-        The tensors are as for compute.
-        """
-        planes = x.numel() // self.cells
-        row = self.choose(planes)
-        if row is None or row.bind is None:
-            return None
-        return row.bind(self, x.view(planes, *self.plane_shape), output.view(planes, *self.result_shape))

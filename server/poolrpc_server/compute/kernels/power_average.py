@@ -6,7 +6,7 @@ import torch
 
 from poolrpc_server.compute.kernels import raster_average, separable_max
 from poolrpc_server.compute.kernels.blocks import Cells, scratch
-from poolrpc_server.compute.kernels.cost import Case, Cost
+from poolrpc_server.compute.kernels.cost import EAGER_CALL, Case, Cost
 from poolrpc_server.compute.kernels.eager import HALVES
 from poolrpc_server.compute.kernels.plan import Plan, Row
 from poolrpc_server.compute.kernels.raster_average import add_average, can_divide, divisor, sum_dtype
@@ -58,9 +58,13 @@ def _pays(plan: Plan, case: Case) -> bool:
         return separable_max.pays(plan, case)
     ours, eager = raster_average.costs(case)
     wide = case.dtype.itemsize / 4
+    eager += EAGER_POWER_CALLS * EAGER_CALL
     eager += case.cells if case.dtype in HALVES else (0.5 * case.cells + 1.5 * case.outputs) * wide
     return ours + (0.15 * case.cells + 0.3 * case.outputs) * wide < 0.9 * eager
 
+
+EAGER_POWER_CALLS = 5
+"""Operators that torch calls in addition to the average."""
 
 POWER_COST = Cost(6.5, 0.45, 0.1)
 """The work in addition to that of an average or of a max."""

@@ -21,7 +21,7 @@ from poolrpc_server.compute.kernels.blocks import (
     scratch,
     strided_copy,
 )
-from poolrpc_server.compute.kernels.cost import CALL, STEP, UNPREDICTED, Case, Cost
+from poolrpc_server.compute.kernels.cost import EAGER_CALL, UNPREDICTED, Case, Cost
 from poolrpc_server.compute.kernels.eager import HALVES
 from poolrpc_server.compute.kernels.plan import Plan, Row
 from poolrpc_server.compute.kernels.windows import Sizes, Windows
@@ -34,6 +34,9 @@ SHORT_RUN = 64
 
 MAX_TAPS = 1024
 """Windows of more cells than this are left to torch: each cell of a window is a torch call."""
+
+BOUND_SHARE = 0.6
+"""The part of the cost of float32 cells that remains if the program is kept, and its memory is in the cache."""
 
 MAX_DIVISORS = 1 << 17
 """Output planes of more cells than this are left to torch if their cells have different divisors."""
@@ -227,11 +230,15 @@ def costs(case: Case) -> tuple[float, float]:
     for size, length, s in zip(case.plane[:-1], result[:-1], stride[:-1], strict=True):
         waste *= size / length if s == 1 else 1.0
     copied = any(windows.padding) or case.plane[-1] % stride[-1] or case.dtype in HALVES
-    ours: float = CALL + STEP * (taps + 3)
-    ours += case.outputs * (taps * spread * waste * add * wide + 2 * wide + 4 / result[-1])
-    ours += case.cells * (0.15 + 6 / case.plane[-1]) if copied else 0
+    cells: float = case.outputs * (taps * spread * waste * add * wide + 2 * wide + 4 / result[-1])
+    cells += case.cells * (0.15 + 6 / case.plane[-1]) if copied else 0
+    ours = (
+        case.call
+        + case.step * (taps + 3)
+        + cells * (BOUND_SHARE if case.bound and case.dtype == torch.float32 else 1.0)
+    )
     ours *= 1.5 if len(result) == 3 else 1.0
-    return ours, case.outputs * (6.0 + 1.3 * taps if len(result) == 1 else 4.5 + 0.55 * taps)
+    return ours, EAGER_CALL + case.outputs * (6.0 + 1.3 * taps if len(result) == 1 else 4.5 + 0.55 * taps)
 
 
 def is_faster(case: Case) -> bool:

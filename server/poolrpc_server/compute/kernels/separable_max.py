@@ -26,7 +26,7 @@ from poolrpc_server.compute.kernels.blocks import (
     scratch,
     strided_copy,
 )
-from poolrpc_server.compute.kernels.cost import CALL, PREDICTED, STEP, Case, Cost, eager_max
+from poolrpc_server.compute.kernels.cost import PREDICTED, Case, Cost, eager_max
 from poolrpc_server.compute.kernels.eager import HALVES
 from poolrpc_server.compute.kernels.plan import Plan, Row
 from poolrpc_server.compute.kernels.windows import Windows, reading_windows
@@ -316,7 +316,7 @@ def pays(plan: Plan, case: Case) -> bool:
             return all(s == 1 for s in stride) and prod(kernel) >= 9 and outputs >= 1 << 18
         return outputs >= (PREDICTED if plan.channels <= 8 else 1 << 16)
     width, passes = case.plane[-1], count_passes(windows)
-    fixed = CALL + STEP * passes
+    fixed = case.call + case.step * passes
     if len(kernel) == 1 and case.dtype.is_floating_point:
         # torch's max_pool1d computes a whole row for each cell of the window, and vectorises stride 1.
         if case.dtype in HALVES:

@@ -23,7 +23,7 @@ MAX_READS, MAX_TINY_TAPS = 2_048, 16
 """The most cells to read, each counted in every window that it is in, and the most cells of a window."""
 
 
-def bind(plan: Plan, x: torch.Tensor, out: torch.Tensor) -> Callable[[], None]:
+def _bind(plan: Plan, x: torch.Tensor, out: torch.Tensor) -> Callable[[], None]:
     """Return a function that pools the planes of x (P, *plane) into out (P, *output_plane) each time it is called.
 
     The views of both tensors' memory are created once.
@@ -59,7 +59,7 @@ def bind(plan: Plan, x: torch.Tensor, out: torch.Tensor) -> Callable[[], None]:
 
 def add_tiny_max(plan: Plan, source: Cells, target: Cells, _: object) -> None:
     """Append the call that pools the source's cells into the target."""
-    runs = [bind(plan, x, out) for x, out in zip(source.at(), target.at(), strict=True)]
+    runs = [_bind(plan, x, out) for x, out in zip(source.at(), target.at(), strict=True)]
     source.program.calls.append(lambda i: runs[i]())
 
 
@@ -80,5 +80,4 @@ TINY_MAX = Row(
     work=lambda plan: TINY_COST.of(plan.dtype, plan.cells, prod(plan.result_shape), plan.layer.work(plan.plane)),
     fits=lambda plan: plan.dtype in TINY_DTYPES,
     channels_last=True,
-    bind=bind,
 )

@@ -2,12 +2,18 @@
 
 import pytest
 
-from poolrpc import AvgPool2d, FractionalMaxPool2d, MaxPool2d
+from poolrpc import AvgPool2d, FractionalMaxPool2d, LPPool2d, MaxPool2d
 from poolrpc._wire.codec import Request
 from poolrpc.tensors import TensorSpec
 from poolrpc_server.calls.validate import Limits, check_request
-from poolrpc_server.compute.engine import Engine
-from poolrpc_server.compute.schedule import BATCHED_LAYERS, CPU_BATCHED_BYTES, WORK_SECONDS, WORKSPACE_BYTES
+from poolrpc_server.compute.engine import WORKSPACE_SHARE, Engine
+from poolrpc_server.compute.schedule import (
+    BATCHED_LAYERS,
+    CPU_BATCHED_BYTES,
+    EAGER_WORKSPACE_BYTES,
+    WORK_SECONDS,
+    WORKSPACE_BYTES,
+)
 
 LIMITS = Limits(2**24, 2**24, 64, 10**9)
 
@@ -66,8 +72,47 @@ def test_large_dependent_and_empty_requests_have_no_key(engine):
     assert schedule(engine, (1, 3, 8, 8), *[(MaxPool2d(1),)] * (BATCHED_LAYERS + 1)).key is None
 
 
-def test_only_small_requests_have_cached_workspaces(engine):
-    """The limit counts inputs and outputs."""
-    planes = WORKSPACE_BYTES // (256 + 64)
-    assert schedule(engine, (1, planes, 8, 8)).cached
-    assert not schedule(engine, (1, planes + 1, 8, 8)).cached
+@pytest.mark.parametrize(("layer", "limit"), [(MaxPool2d(2), WORKSPACE_BYTES), (AvgPool2d(7), EAGER_WORKSPACE_BYTES)])
+def test_only_small_requests_have_cached_workspaces(engine, layer, limit):
+    """The limit is for the input; it is lower for what torch's own operators compute."""
+    plane = 8 * 16 * 4
+    assert schedule(engine, (1, limit // plane, 8, 16), (layer,)).cached
+    assert not schedule(engine, (1, limit // plane + 1, 8, 16), (layer,)).cached
+
+
+def test_scratch_memory_counts_for_the_limit_of_workspaces():
+    """No workspace may take more than a share of all workspaces' memory, with the scratch memory of its program."""
+    request = (1, 3, 128, 128), (MaxPool2d(3, 1, 1),)
+    for limit, cached in ((2**20 * WORKSPACE_SHARE, False), (2**22 * WORKSPACE_SHARE, True)):
+        engine = Engine("cpu", 1, workspace_limit=limit)
+        made = schedule(engine, *request)
+        assert made.nbytes < 2**19
+        assert made.cached == cached
+        engine.close()
+
+
+def test_a_request_that_is_divided_among_threads_has_no_workspace():
+    """A workspace's program is for one thread."""
+    for threads in (1, 2):
+        engine = Engine("cpu", threads)
+        assert schedule(engine, (1, 140, 64, 64), (LPPool2d(2.0, 5, 1),)).cached == (threads == 1)
+        engine.close()
+
+
+def test_a_program_that_is_kept_is_chosen_for_smaller_requests():
+    """The kernel that is faster once its program is made is used if the request has a workspace, and else torch's."""
+    for limit, kernel in ((0, None), (2**26, "separable max")):
+        engine = Engine("cpu", 1, workspace_limit=limit)
+        ((_, row),) = schedule(engine, (1, 3, 64, 64)).branches[0].steps
+        assert (row and row.name) == kernel
+        engine.close()
+
+
+def test_a_request_with_a_workspace_is_estimated_to_take_less_time():
+    """What is made once does not count for each request."""
+    seconds = []
+    for limit in (0, 2**26):
+        engine = Engine("cpu", 1, workspace_limit=limit)
+        seconds.append(schedule(engine, (1, 1, 4, 4), (AvgPool2d(2),)).seconds)
+        engine.close()
+    assert seconds[1] < seconds[0] / 2

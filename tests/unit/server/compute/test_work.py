@@ -19,9 +19,6 @@ from poolrpc_server.compute.engine import Engine
 LIMITS = Limits(2**30, 2**30, 2**10, 2**40)
 FACTOR = 4
 ROUNDS = 6
-CALL = 50_000
-"""The work of a call itself, which schedules estimate separately."""
-
 REFERENCE = ("MaxPool2d(3, stride=2, padding=1)", "float32", (1, 64, 112, 112), "NCHW")
 SHAPES = {1: [(1, 128, 3000)], 2: [(1, 128, 56, 56), (1, 6000, 7, 7)], 3: [(1, 64, 8, 28, 28)]}
 LAYERS = {
@@ -45,7 +42,7 @@ def engine():
 
 
 def a_run(engine, layer, dtype, shape, layout):
-    """Return a run of a layer on random cells, and the work of it."""
+    """Return a run of a layer on random cells, and its estimated seconds."""
     plane_cells = np.prod(shape[2:])
     if layout == "NHWC":
         shape = (4, *shape[2:], shape[1] // 4)
@@ -57,7 +54,7 @@ def a_run(engine, layer, dtype, shape, layout):
     payload = cells.view(torch.uint8).numpy().tobytes()
     if indices is not None:
         payload += np.random.default_rng(0).integers(0, plane_cells, shape).tobytes()
-    return engine.run(schedule, payload, len), schedule.work
+    return engine.run(schedule, payload, len), schedule.seconds
 
 
 def seconds(engine, run):
@@ -69,10 +66,10 @@ def seconds(engine, run):
 
 def factor(engine, *case):
     """Return how many times too large the estimate for a case is, compared with that for the reference."""
-    (reference, expected), (run, work) = a_run(engine, *REFERENCE), a_run(engine, *case)
+    (reference, expected), (run, estimated) = a_run(engine, *REFERENCE), a_run(engine, *case)
     times = [(seconds(engine, reference), seconds(engine, run)) for _ in range(ROUNDS)]
     one, other = (min(each) for each in zip(*times, strict=True))
-    return (work + CALL) / (expected + CALL) * one / other
+    return estimated / expected * one / other
 
 
 def grid(dtypes, layouts, parameters=slice(None)):

@@ -5,11 +5,20 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from poolrpc import AvgPool2d, MaxPool2d
+from poolrpc import (
+    AdaptiveAvgPool2d,
+    AdaptiveMaxPool2d,
+    AvgPool2d,
+    FractionalMaxPool2d,
+    GlobalPool2d,
+    LPPool2d,
+    MaxPool2d,
+)
 from poolrpc._wire.codec import Request
 from poolrpc.tensors import TensorSpec
 from poolrpc_server.calls.validate import Limits, check_request
 from poolrpc_server.compute.engine import Engine
+from poolrpc_server.compute.kernels.blocks import VIEW_BYTES
 from poolrpc_server.compute.workspace import OVERHEAD_BYTES
 
 LIMITS = Limits(2**20, 2**20, 64, 10**7)
@@ -75,10 +84,114 @@ def test_a_dropped_workspace_is_created_again(engine):
 
 
 def test_a_workspace_counts_its_bytes_and_the_objects_for_them(engine):
-    """The engine's idle bytes are those of inputs, outputs and overhead."""
+    """The engine's idle bytes are those of inputs, outputs and overhead, and of the views of a kept program."""
     assert engine.idle_bytes == 0
-    execute(engine, schedule(engine, 8))
+    execute(engine, schedule(engine, 8, AvgPool2d(2)))
     assert engine.idle_bytes == 4 * 8 * 4 + 2 * 4 * 4 + OVERHEAD_BYTES
+    execute(engine, schedule(engine, 8))
+    views = engine.idle_bytes - 2 * (4 * 8 * 4 + 2 * 4 * 4 + OVERHEAD_BYTES)
+    assert VIEW_BYTES <= views < OVERHEAD_BYTES
+
+
+def test_a_workspace_counts_the_scratch_memory_of_its_program():
+    """The idle bytes of a padded max pooling are at least those of its padded copy too."""
+    engine = Engine("cpu", 1)
+    spec = TensorSpec("float32", (1, 4, 100, 100))
+    made = check_request(Request(spec, ((MaxPool2d(3, 1, 1),),)), LIMITS, engine.schedule).schedule
+    execute(engine, made)
+    assert engine.idle_bytes > made.nbytes + 4 * 100 * 101 * 4
+    assert engine.idle_bytes <= made.nbytes + made.scratch_bytes
+    engine.close()
+
+
+CHAIN = (MaxPool2d(3, 1, 1), AvgPool2d(2), LPPool2d(2.0, 2))
+REUSED = {
+    "max": ((MaxPool2d(3, 2, 1),),),
+    "tiny max": ((MaxPool2d(2, 1, 1, 3),),),
+    "max with indices": ((MaxPool2d(3, 1, 1, return_indices=True),),),
+    "average": ((AvgPool2d(3, 1, 1, count_include_pad=False),),),
+    "power average": ((LPPool2d(float("inf"), 3, 1),),),
+    "adaptive": ((AdaptiveMaxPool2d(5),), (AdaptiveMaxPool2d(8),), (AdaptiveAvgPool2d(8),)),
+    "fractional": ((FractionalMaxPool2d(2, 5, return_indices=True),),),
+    "chain and branches": (CHAIN, (GlobalPool2d("max"),), (LPPool2d(1.7, 3, 1), MaxPool2d(2))),
+}
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("shape", [(1, 2, 16, 16), (2, 40, 64, 64)], ids=["small", "middle"])
+@pytest.mark.parametrize("name", REUSED)
+def test_a_reused_workspace_holds_nothing_of_earlier_requests(name, shape, dtype, layout):
+    """The second, third and fourth input of a schedule give what an engine without workspaces gives, NaN included."""
+    spec = TensorSpec(dtype, shape if layout == "NCHW" else (shape[0], *shape[2:], shape[1]), layout)
+    engines = [Engine("cpu", 1, workspace_limit=limit) for limit in (2**28, 0)]
+    ours, fresh = (
+        check_request(Request(spec, REUSED[name]), Limits(2**24, 2**26, 64, 10**10), engine.schedule).schedule
+        for engine in engines
+    )
+    x = np.random.default_rng(0).standard_normal(spec.shape).astype(dtype)
+    nan, infinite = x.copy(), -x
+    nan.reshape(-1)[:: 500 if x.size > 1000 else 50] = np.nan
+    infinite.reshape(-1)[::7] = -np.inf
+    for each in (x, nan, infinite, x):
+        one, two = (
+            engine.execute([engine.run(made, each.tobytes(), lambda outputs: [bytes(part) for part in outputs])])[0]
+            for engine, made in zip(engines, (ours, fresh), strict=True)
+        )
+        for ours_part, fresh_part, output in zip(one, two, fresh.outputs, strict=True):
+            arrays = [np.frombuffer(part, output.dtype) for part in (ours_part, fresh_part)]
+            assert np.array_equal(*arrays, equal_nan=output.dtype == dtype)
+    assert not fresh.workspaces
+    for engine in engines:
+        engine.close()
+
+
+def test_threads_do_not_share_a_workspace():
+    """Executions of one schedule at the same time have the results of their own inputs, also if some are cancelled."""
+    engine = Engine("cpu", THREADS)
+    spec = TensorSpec("float32", (1, 8, 64, 64))
+    made = check_request(Request(spec, ((MaxPool2d(3, 1, 1), MaxPool2d(2)),)), LIMITS, engine.schedule).schedule
+    assert made.cached
+
+    def repeat(thread):
+        wrong = 0
+        for number in range(41):
+            value = np.float32(100 * thread + number)
+            run = engine.run(made, np.full(spec.shape, value).tobytes(), lambda outputs: bytes(outputs[0]))
+            if number % 5 == 4:
+                calls = iter([None])
+                run.check = lambda calls=calls: next(calls)  # ends the execution between the two layers
+                with pytest.raises(StopIteration):
+                    engine.execute([run])
+            else:
+                wrong += set(np.frombuffer(engine.execute([run])[0], np.float32)) != {value}
+        return wrong
+
+    with ThreadPoolExecutor(THREADS) as callers:
+        assert sum(callers.map(repeat, range(THREADS))) == 0
+    assert 1 <= len(made.workspaces) <= THREADS
+    assert engine.idle_bytes == sum(workspace.nbytes for workspace in made.workspaces)
+    engine.close()
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 8, 8), (2, 40, 64, 64)], ids=["small", "middle"])
+def test_outputs_in_the_callers_memory_need_no_program_of_their_own(shape):
+    """A request in place is computed in the cached workspace, and its outputs are copied to the caller's memory."""
+    engine = Engine("cpu", 1)
+    spec = TensorSpec("float32", shape)
+    made = check_request(
+        Request(spec, ((MaxPool2d(2, return_indices=True),), (AvgPool2d(2),))),
+        Limits(2**24, 2**24, 64, 10**8),
+        engine.schedule,
+    ).schedule
+    for seed in range(2):
+        payload = memoryview(np.random.default_rng(seed).standard_normal(shape, np.float32)).cast("B")
+        outputs = [memoryview(bytearray(each.nbytes)) for each in made.outputs]
+        engine.execute([engine.run_in_place(made, [payload], outputs)])
+        copied = engine.execute([engine.run(made, payload, lambda parts: [bytes(each) for each in parts])])[0]
+        assert [bytes(each) for each in outputs] == copied
+        assert len(made.workspaces) == 1
+    engine.close()
 
 
 def test_idle_memory_can_be_dropped(engine):
