@@ -8,7 +8,20 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-NAMES = ("batching", "capacity", "gpu", "kernels", "load", "memmap", "ray", "sizing", "soak", "threads", "transport")
+NAMES = (
+    "batching",
+    "callers",
+    "capacity",
+    "gpu",
+    "kernels",
+    "load",
+    "memmap",
+    "ray",
+    "sizing",
+    "soak",
+    "threads",
+    "transport",
+)
 
 
 def main() -> int:

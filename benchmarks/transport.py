@@ -47,7 +47,7 @@ LARGE = ("--max-message-bytes", str(2**30))
 ECHO, PLAIN = "/bare/Echo", "/bare/Pool"
 
 
-def bare(port: Connection) -> None:
+def bare(port: Connection, threads: int = 4) -> None:
     """Serve an echo that returns a quarter of its request, as MaxPool2d(2) does, and a plain pooling method."""
     torch.set_num_threads(1)
     module = torch.nn.MaxPool2d(2)
@@ -56,7 +56,7 @@ def bare(port: Connection) -> None:
         x = torch.from_numpy(np.frombuffer(request.payload, np.float32).reshape(tuple(request.input.shape)).copy())
         return pool_pb2.PoolResponse(payload=module(x).numpy().tobytes())
 
-    server = grpc.server(ThreadPoolExecutor(4), options=UNLIMITED)
+    server = grpc.server(ThreadPoolExecutor(threads), options=UNLIMITED)
     handlers = {
         "Echo": grpc.unary_unary_rpc_method_handler(lambda request, _: request[: len(request) // 4]),
         "Pool": grpc.unary_unary_rpc_method_handler(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import lru_cache
 from time import monotonic
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
@@ -84,8 +85,7 @@ class CallContext(ABC):
     @property
     def peer_address(self) -> str:
         """Address of the caller as people write it: "127.0.0.1:50051", "[::1]:50051" or "unix"; empty if unknown."""
-        kind, _, address = self.peer.partition(":")
-        return kind if kind == "unix" else unquote(address)
+        return _address_of(self.peer)
 
     @abstractmethod
     def time_remaining(self) -> float | None:
@@ -127,6 +127,12 @@ class CallContext(ABC):
             raise DeadlineExceededError("the deadline passed before the call was computed")
         if not self.is_active():
             raise CancelledError(ENDED)
+
+
+@lru_cache(1024)
+def _address_of(peer: str) -> str:
+    kind, _, address = peer.partition(":")
+    return kind if kind == "unix" else unquote(address)
 
 
 class DerivedContext(CallContext):

@@ -27,6 +27,7 @@ class GrpcContext(CallContext):
     """A call that grpcio received; until `bind`, only its method and its metadata are known."""
 
     _context: grpc.ServicerContext | None = None
+    _peer = ""
 
     @property
     def _retried(self) -> tuple[tuple[str, str | bytes], ...]:
@@ -36,6 +37,7 @@ class GrpcContext(CallContext):
     def bind(self, context: grpc.ServicerContext) -> None:
         """Add grpcio's own context, which exists once a thread handles the call, and release the ticket at its end."""
         self._context = context
+        self._peer = context.peer()
         if self._retried:
             context.set_trailing_metadata(self._retried)
         if not context.add_callback(self.ticket.release):
@@ -44,7 +46,7 @@ class GrpcContext(CallContext):
     @property
     def peer(self) -> str:
         """Address of the caller in gRPC's notation; empty until a thread handles the call."""
-        return "" if self._context is None else self._context.peer()
+        return self._peer
 
     def time_remaining(self) -> float | None:
         """Return the seconds until the deadline; None for no deadline."""
