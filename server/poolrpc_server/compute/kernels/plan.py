@@ -157,7 +157,7 @@ class Plan:
         return planes * eager_bytes(self.layer, self.dtype, self.cells, prod(self.result_shape), self.channels)
 
     def explain(self) -> str:
-        """Return one line that says what the output is and which kernel is used for how many planes."""
+        """Return one line that says what the output is and which kernel is used for how many planes, in a workspace."""
         shape, out = ("x".join(map(str, sizes)) for sizes in (self.plane, self.output_plane))
         layout = "NCHW" if self.channels is None else f"NHWC of {self.channels} channels"
         head = f"{self.layer!r} {str(self.dtype).removeprefix('torch.')} {shape} -> {out} {layout} on {self.device}: "
@@ -167,7 +167,7 @@ class Plan:
             return head + "eager torch, no kernel is known to equal it"
         choices: list[tuple[str, int]] = []
         for planes in EXPLAINED_PLANES:
-            row = self.choose(planes)
+            row = self.choose(planes, bound=True)
             name = row.name if row else "eager torch"
             if not choices or choices[-1][0] != name:
                 choices.append((name, planes))
