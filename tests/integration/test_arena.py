@@ -92,9 +92,9 @@ def test_arrays_of_objects_are_not_in_an_arena(client: PoolClient) -> None:
 
 
 def test_the_server_reads_an_array_in_place(gate: Gate) -> None:
-    """The server computes on what is in client.empty's array when it computes, because nothing is copied."""
+    """The server computes on what is in client.empty's array at that time: only a small one is copied."""
     with poolrpc_server.embedded(threads=2) as client, ThreadPoolExecutor(2) as threads:
-        x, y = client.empty((1, 1, 64, 64), np.float32), np.zeros((1, 1, 64, 64), np.float32)
+        x, y = client.empty((1, 1, 256, 256), np.float32), np.zeros((1, 1, 256, 256), np.float32)
         x[...] = 0
         results = [threads.submit(client.pool, each, HELD, transport="arena") for each in (x, y)]
         assert gate.entered.wait(60)
