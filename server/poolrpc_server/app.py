@@ -8,7 +8,6 @@ import signal
 import sys
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from poolrpc import PoolClient
@@ -83,8 +82,6 @@ class Server:
         """
         certificates = _certificates(config)
         self._arenas: list[ArenaListener] = []
-        self._answered: float | None = None
-        self._silent_seconds = config.watchdog_seconds / 3
         self.service = Service(config, spans, self._arenas, arena_finder(self._arenas))
         try:
             self._grpc = GrpcServer(
@@ -98,10 +95,12 @@ class Server:
             self.service.close()
             raise ConfigError(f"listen: {error}") from None
         self.addresses = self._grpc.addresses[: len(config.listen)]
+        if certificates:
+            self.service.certificates = certificates.expiry
         # With several workers, the supervisor has these addresses, and serves the sums of their metrics.
         addresses = (config.metrics, config.probes) if config.workers == 1 else ("", "")
         try:
-            self._monitoring = open_monitoring(*addresses, self.service.metrics.collect, self.is_ready)
+            self._monitoring = open_monitoring(*addresses, self.service.metrics.collect, self.service.is_ready)
         except ValueError as error:
             self._end(0)
             raise ConfigError(str(error)) from None
@@ -117,15 +116,6 @@ class Server:
     def info(self) -> ServerInfo:
         """The description of the server, as GetServerInfo returns it."""
         return self.service.info
-
-    def is_ready(self) -> bool:
-        """Return whether calls should be sent here: it takes them, and answers its watchdog if it has one."""
-        silent = 0.0 if self._answered is None else monotonic() - self._answered
-        return self.service.health.serving and silent <= self._silent_seconds
-
-    def answered(self) -> None:
-        """Record that the server has answered its watchdog."""
-        self._answered = monotonic()
 
     def start(self) -> None:
         """Serve."""
@@ -260,11 +250,11 @@ def serve(config: Config, *, control: ProcessControl | None = None) -> int:
             server.start()
 
             def answered() -> None:
-                server.answered()
+                server.service.answered()
                 control.answered()
 
             for address in private:
-                server.answered()  # silence is counted from now on
+                server.service.answered()  # silence is counted from now on
                 watchdog = Watchdog(address, WATCHDOG.name, config.watchdog_seconds, answered, exit_now)
                 serving.callback(watchdog.close)
             facts = _start_facts(server) | {"watchdog": "on" if private else "off"}

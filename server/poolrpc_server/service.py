@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+from dataclasses import fields
+from time import monotonic
 from typing import TYPE_CHECKING, Protocol
 
 from poolrpc import __version__
@@ -31,7 +34,7 @@ from poolrpc_server.telemetry.logs import CallLog, log
 from poolrpc_server.telemetry.metrics import Load, Metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from poolrpc.errors import PoolError
     from poolrpc_server.calls.dispatch import SharedMemory
@@ -52,6 +55,20 @@ CONFIGURED_LIMITS = (
     "max_arenas",
     "max_streams",
 )
+
+
+CAPACITIES = (
+    "threads",
+    "call_threads",
+    "max_inflight_bytes",
+    "max_queue",
+    "max_arena_bytes",
+    "max_page_locked_bytes",
+    "max_arenas",
+    "max_streams",
+    "max_connections",
+)
+"""Settings that limit what a process has at a time: of several processes, the metrics show the sums."""
 
 
 class ArenaCounts(Protocol):
@@ -75,6 +92,7 @@ class Service:
         models: Names of the models of the Open Inference Protocol.
         failure: Why the process cannot continue; empty if it can.
         on_failure: Called when it cannot continue.
+        certificates: Returns when the certificates of each setting's file expire first, in seconds since 1970.
 
     """
 
@@ -117,9 +135,13 @@ class Service:
         self.info = _describe(config, self._engine, spans)
         self.failure = ""
         self.on_failure: Callable[[], object] = lambda: None
+        self.certificates: Callable[[], Mapping[str, float]] = dict
+        self._answered: float | None = None
+        self._silent_seconds = config.watchdog_seconds / 3
         self._arenas = arenas
         self._device_error: Exception | None = None
         self.metrics = Metrics(enabled=bool(config.metrics))
+        self.metrics.describe(*_metrics_of(config, self.info), memory_bytes())
         self._admission = AdmissionControl(config.max_inflight_bytes, self._engine)
         self._reaper = Reaper(
             self._admission,
@@ -169,6 +191,19 @@ class Service:
             self.pipeline.add(protocol.methods())
         self.metrics.watch(self._load)
 
+    @property
+    def silent_seconds(self) -> float:
+        """Seconds since the server has answered its watchdog; 0 if it has none."""
+        return 0.0 if self._answered is None else monotonic() - self._answered
+
+    def answered(self) -> None:
+        """Record that the server has answered its watchdog, or that the watchdog starts."""
+        self._answered = monotonic()
+
+    def is_ready(self) -> bool:
+        """Return whether calls should be sent here: it takes them, and answers its watchdog if it has one."""
+        return self.health.serving and self.silent_seconds <= self._silent_seconds
+
     def fail(self, reason: str) -> None:
         """Record that this process cannot continue, because its device is lost, for example; for any thread.
 
@@ -213,7 +248,24 @@ class Service:
             page_locked_bytes=self._engine.page_locks.nbytes,
             page_lock_failures=self._engine.page_locks.failures,
             streams=self._streams.count,
+            calls=self._dispatcher.calls,
+            memory_bytes=resident_bytes(),
+            watchdog_silent_seconds=self.silent_seconds,
+            certificates=self.certificates(),
         )
+
+
+def _metrics_of(config: Config, info: ServerInfo) -> tuple[dict[str, str], dict[str, float], dict[str, float]]:
+    """Return what the metrics show of a build, of limits, and of capacities."""
+    build = {
+        "version": info.version,
+        "torch": info.torch_version,
+        "python": platform.python_version(),
+        "device": info.device,
+    }
+    numbers = {each.name: float(getattr(config, each.name)) for each in fields(config) if config.unit(each.name)}
+    capacities = {name: numbers.pop(name) for name in CAPACITIES}
+    return build, numbers, capacities
 
 
 def _describe(config: Config, engine: Engine, spans: Spans | None) -> ServerInfo:

@@ -8,20 +8,25 @@ import socket
 import subprocess
 import urllib.error
 from contextlib import ExitStack, suppress
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import numpy as np
+import psutil
 import pytest
+from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
 import poolrpc
 import poolrpc_server
 from poolrpc import AdaptiveAvgPool2d, InternalError, LimitExceededError, MaxPool2d, PoolClient
+from poolrpc_server import Config
 from poolrpc_server.cli import main
 from poolrpc_server.telemetry.monitoring_server import MonitoringServer
 from scripts.server_process import serving
+from tests.integration.certificates import Authority
 from tests.integration.injection import injected
 from tests.scrape import Scrape, get
 
@@ -57,6 +62,40 @@ def test_calls_are_counted() -> None:
         assert server.wait() == 0
     with pytest.raises(urllib.error.URLError):
         get(address, "livez")
+
+
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_a_server_describes_itself(tmp_path: Path, workers: str) -> None:
+    """The metrics have the build, every limit in force, and when the certificate expires, of all workers together.
+
+    A certificate that replaces another one is seen by the next scrape.
+    """
+    authority = Authority(tmp_path / "authority")
+    chain, key = authority.issue("localhost")
+    flags = ("--tls-cert", str(chain), "--tls-key", str(key), "--tls-client-ca", str(authority.ca))
+    limits = ("--workers", workers, "--max-inflight-bytes", "1GiB", "--max-queue", "8", "--threads", "2")
+    with serving(*flags, *limits, "--metrics", "127.0.0.1:0") as server:
+        address, line = server.start_line["metrics"], server.start_line
+        shown = Scrape(address)
+        (build,) = (each.labels for each in shown.samples if each.name == "poolrpc_build_info")
+        assert (build["version"], build["torch"], build["device"]) == (line["version"], line["torch"], "cpu")
+        settings = {each.labels["setting"] for each in shown.samples if "setting" in each.labels}
+        numbers = {each.name for each in fields(Config) if Config.unit(each.name)}
+        assert settings == numbers | {"tls_cert", "tls_client_ca"}
+        assert shown("poolrpc_capacity", setting="max_inflight_bytes") == 2**30
+        assert shown("poolrpc_capacity", setting="threads") == 2
+        assert shown("poolrpc_capacity", setting="max_queue") == 8 * int(workers)
+        assert shown("poolrpc_limit", setting="max_work") == line["max_work"]
+        assert 0 < shown("poolrpc_memory_bytes") < shown("poolrpc_memory_limit_bytes") <= psutil.virtual_memory().total
+        started = psutil.Process(server.process.pid).create_time()
+        assert shown("process_start_time_seconds") == pytest.approx(started, abs=2)
+        expiry = x509.load_pem_x509_certificate(chain.read_bytes()).not_valid_after_utc.timestamp()
+        assert shown("poolrpc_certificate_expiry_timestamp_seconds", setting="tls_cert") == expiry
+        newer, newer_key = authority.issue("127.0.0.1", expired=True)
+        newer_key.replace(key)
+        newer.replace(chain)
+        expired = x509.load_pem_x509_certificate(chain.read_bytes()).not_valid_after_utc.timestamp()
+        assert Scrape(address)("poolrpc_certificate_expiry_timestamp_seconds", setting="tls_cert") == expired < expiry
 
 
 def test_readiness_follows_the_health_of_the_server() -> None:

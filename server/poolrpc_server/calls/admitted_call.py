@@ -188,7 +188,10 @@ class AdmittedCall:
         ticket.shrink(len(message))
         if len(message) > ticket.nbytes and self.method.computes:
             ticket.reserve(len(message) - ticket.nbytes)
-        call.record.started = monotonic_ns()
+        arrived = monotonic_ns()
+        if self.method.computes:
+            self._observers.metrics.received((arrived - call.record.started) / 1e9)
+        call.record.started = arrived
         return message
 
     def _measured(self, messages: Iterator[bytes]) -> Iterator[bytes]:

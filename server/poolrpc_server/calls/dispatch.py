@@ -217,6 +217,11 @@ class Dispatcher:
         """
         return check_shapes(shape, branches, layout)
 
+    @property
+    def calls(self) -> int:
+        """Number of calls in flight."""
+        return self._calls.count
+
     def waiting(self) -> tuple[tuple[int, ...], float]:
         """Return the number of queued requests of each priority, and the age of the oldest in seconds."""
         return tuple(self._batcher.queue_lengths()), self._batcher.oldest_wait()

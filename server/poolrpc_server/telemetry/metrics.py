@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.metrics_core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 from poolrpc_server.telemetry.logs import dropped_lines
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
 T = TypeVar("T", bound="Counter | Histogram | _Nothing")
 
@@ -32,11 +32,28 @@ END_REASONS = ("MEMORY", "STALLED", "TIMEOUT")
 WATCHDOG_SERVICE = "poolrpc.v1.Watchdog"
 """The service that a server itself calls every second, which is not counted."""
 
-OLDEST = "poolrpc_queue_oldest_seconds"
-"""The gauge of which several processes show the largest value, not the sum."""
+SILENT = "poolrpc_watchdog_silent_seconds"
+SILENT_HELP = "Seconds since the server answered its own call; 0 without a watchdog."
+"""The gauge of the time since a server last answered its watchdog, and its help text."""
+
+NOT_SUMMED: dict[str, Callable[[float, float], float]] = {
+    "poolrpc_queue_oldest_seconds": max,
+    SILENT: max,
+    "poolrpc_build_info": max,
+    "poolrpc_limit": max,
+    "poolrpc_memory_limit_bytes": max,
+    "poolrpc_certificate_expiry_timestamp_seconds": min,
+    "process_start_time_seconds": min,
+    "process_max_fds": min,
+}
+"""The gauges of which several processes do not show the sum, with what they show of two values."""
 
 CANCELLATION_STAGES = ("receive", "arrival", "queue", "compute", "send")
 """The stages in which calls are cancelled."""
+
+
+FAILURES = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "INTERNAL")
+"""The status codes of calls that failed without their caller's fault."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +69,10 @@ class Load:
         streams: Open streams.
         page_locked_bytes: Bytes of arenas that are page-locked for a GPU.
         page_lock_failures: Arenas that could not be page-locked.
+        calls: Calls that compute or wait to be computed.
+        memory_bytes: Bytes of memory that the process has for itself.
+        watchdog_silent_seconds: Seconds since the server answered its watchdog; 0 without one.
+        certificates: When the certificates of a setting's file expire first, in seconds since 1970.
 
     """
 
@@ -63,6 +84,10 @@ class Load:
     streams: int = 0
     page_locked_bytes: int = 0
     page_lock_failures: int = 0
+    calls: int = 0
+    memory_bytes: int = 0
+    watchdog_silent_seconds: float = 0
+    certificates: Mapping[str, float] = field(default_factory=dict)
 
 
 class Metrics:
@@ -96,9 +121,21 @@ class Metrics:
         self._batch_planes = self._histogram("poolrpc_batch_planes", "Planes of a batch.", PLANES)
         self._compute = self._histogram("poolrpc_compute_seconds", "Duration of executions in seconds.", SECONDS)
         self._queue = self._histogram("poolrpc_queue_seconds", "Time of requests in the queue in seconds.", SECONDS)
+        self._receive = self._histogram(
+            "poolrpc_receive_seconds",
+            "Time until a call's message had arrived, with its wait for room, in seconds.",
+            SECONDS,
+        )
         self._gauges = {
             "inflight_bytes": self._gauge("poolrpc_inflight_bytes", "Bytes of inputs and outputs in flight."),
-            "queue_oldest_seconds": self._gauge(OLDEST, "Age of the oldest queued request in seconds."),
+            "calls": self._gauge("poolrpc_calls", "Calls that compute or wait to be computed."),
+            "queue_oldest_seconds": self._gauge(
+                "poolrpc_queue_oldest_seconds", "Age of the oldest queued request in seconds."
+            ),
+            "memory_bytes": self._gauge(
+                "poolrpc_memory_bytes", "Bytes of memory that the processes have for themselves, without files."
+            ),
+            "watchdog_silent_seconds": self._gauge(SILENT, SILENT_HELP),
             "arenas": self._gauge("poolrpc_arenas", "Arenas of shared memory that a client has."),
             "arena_bytes": self._gauge("poolrpc_arena_bytes", "Bytes of all arenas."),
             "page_locked_bytes": self._gauge(
@@ -110,8 +147,28 @@ class Metrics:
             "streams": self._gauge("poolrpc_streams", "Open streams."),
         }
         self._queue_length = self._gauge("poolrpc_queue_length", "Queued requests, by priority.", "priority")
+        self._certificates = self._gauge(
+            "poolrpc_certificate_expiry_timestamp_seconds",
+            "When a certificate expires, in seconds since 1970, by the setting of its file.",
+            "setting",
+        )
+        self._limits = self._gauge(
+            "poolrpc_limit", "Limits on each call or connection, in the unit of the setting, by setting.", "setting"
+        )
+        self._capacities = self._gauge(
+            "poolrpc_capacity",
+            "Limits on what all calls have at a time, in the unit of the setting, by setting.",
+            "setting",
+        )
+        self._memory = self._gauge(
+            "poolrpc_memory_limit_bytes", "Bytes of memory that the server may use, of its machine or container."
+        )
+        self._build = self._gauge(
+            "poolrpc_build_info", "1, with versions and device as labels.", "version", "torch", "python", "device"
+        )
         if self._registry:
             self._registry.register(DroppedLines())
+            ProcessCollector(registry=self._registry)
         # Prometheus does not see the rise of a counter that first appears with 1: all are shown from 0 on.
         for reason in REASONS:
             self._rejects.labels(reason)
@@ -120,13 +177,35 @@ class Metrics:
         for stage in CANCELLATION_STAGES:
             self._cancelled.labels(stage)
 
+    def describe(
+        self,
+        build: Mapping[str, str],
+        limits: Mapping[str, float],
+        capacities: Mapping[str, float],
+        memory_limit_bytes: int,
+    ) -> None:
+        """Show what does not change.
+
+        Args:
+            build: Versions of this package, of torch and of Python, and the device.
+            limits: Limits on each call or connection, by setting.
+            capacities: Limits on what all calls have at a time, by setting.
+            memory_limit_bytes: Bytes of memory that the server may use.
+
+        """
+        self._build.labels(**build).set(1)
+        self._memory.set(memory_limit_bytes)
+        for gauge, values in ((self._limits, limits), (self._capacities, capacities)):
+            for setting, value in values.items():
+                gauge.labels(setting).set(value)
+
     def expect(self, kind: str, service: str, method: str) -> None:
-        """Show a method before its first call, with 0 calls for the codes OK and INTERNAL."""
+        """Show a method before its first call, with 0 calls for OK and for the codes by which servers are judged."""
         if service == WATCHDOG_SERVICE:
             return
         self._started(kind, service, method)
         self._seconds(kind, service, method)
-        for code in ("OK", "INTERNAL"):
+        for code in ("OK", *FAILURES):
             self._handled(kind, service, method, _shown_code(code))
 
     def started(self, kind: str, service: str, method: str) -> None:
@@ -170,6 +249,10 @@ class Metrics:
         """Count the time that a request spent in the queue."""
         self._queue.observe(seconds)
 
+    def received(self, seconds: float) -> None:
+        """Count the time until the message of a call had arrived."""
+        self._receive.observe(seconds)
+
     def watch(self, read: Callable[[], Load]) -> None:
         """Take the gauges' values from `read` whenever they are collected."""
         self._read = read
@@ -183,6 +266,8 @@ class Metrics:
             gauge.set(getattr(load, name))
         for priority, length in enumerate(load.queue_lengths):
             self._queue_length.labels(priority).set(length)
+        for setting, expiry in load.certificates.items():
+            self._certificates.labels(setting).set(expiry)
         return self._registry
 
     def _counter(self, name: str, what: str, *labels: str) -> Counter | _Nothing:
@@ -209,7 +294,7 @@ class DroppedLines(Collector):
 class _Nothing:
     """A metric that counts nothing."""
 
-    def labels(self, *_: object) -> Self:
+    def labels(self, *_: object, **__: object) -> Self:
         return self
 
     def inc(self, amount: float = 1) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry
-from prometheus_client.metrics_core import CounterMetricFamily, Metric
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from poolrpc_server.telemetry.metrics import OLDEST, DroppedLines
+from poolrpc_server.telemetry.metrics import NOT_SUMMED, SILENT, SILENT_HELP, DroppedLines
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -43,14 +44,17 @@ class SummedMetrics(Collector):
 
     """
 
-    def __init__(self, restarts: Callable[[], int]) -> None:
+    def __init__(self, restarts: Callable[[], int], silent_seconds: Callable[[], float] = lambda: 0.0) -> None:
         """Make sums of no process.
 
         Args:
             restarts: Returns how many processes were restarted.
+            silent_seconds: Returns for how long the most silent of the processes has not answered its watchdog.
 
         """
         self._restarts = restarts
+        self._silent_seconds = silent_seconds
+        self._own = ProcessCollector(registry=None)
         self._lock = Lock()
         self._living: dict[int, Snapshot] = {}
         self._ended: Snapshot = []
@@ -73,7 +77,9 @@ class SummedMetrics(Collector):
         with self._lock:
             values = [*self._living.values(), self._ended]
         yield CounterMetricFamily("poolrpc_worker_restarts", "Workers that were restarted.", value=self._restarts())
-        yield from _sum([snapshot(DroppedLines().collect()), *values])
+        silent = GaugeMetricFamily(SILENT, SILENT_HELP, value=self._silent_seconds())
+        own = snapshot([*DroppedLines().collect(), *self._own.collect()])
+        yield from _sum([own, *values, snapshot([silent])])
 
 
 def _sum(snapshots: Iterable[Snapshot]) -> list[Metric]:
@@ -85,7 +91,8 @@ def _sum(snapshots: Iterable[Snapshot]) -> list[Metric]:
             family = sums.setdefault(name, {})
             for sample, labels, value in samples:
                 key = (sample, *labels.items())
-                family[key] = max(family.get(key, value), value) if name == OLDEST else family.get(key, 0) + value
+                aggregate: Callable[[float, float], float] = NOT_SUMMED.get(name, operator.add)
+                family[key] = aggregate(family[key], value) if key in family else value
     for name, family in sums.items():
         for (sample, *pairs), value in family.items():
             families[name].add_sample(sample, dict(pairs), value)

@@ -103,7 +103,7 @@ def supervise(config: Config) -> int:
             from poolrpc_server.telemetry.summed_metrics import SummedMetrics  # noqa: PLC0415 - the same
 
             if config.metrics:
-                supervisor.metrics = SummedMetrics(lambda: supervisor.restarts)
+                supervisor.metrics = SummedMetrics(lambda: supervisor.restarts, supervisor.silent_seconds)
             try:
                 servers = open_monitoring(config.metrics, config.probes, supervisor.collect, supervisor.is_ready)
             except ValueError as error:
@@ -191,6 +191,11 @@ class Supervisor:
     def is_ready(self) -> bool:
         """Return whether a worker serves and the server is not stopping; safe in any thread."""
         return not self._stopping.is_set() and bool(self._serving())
+
+    def silent_seconds(self) -> float:
+        """Return for how long the most silent worker has not answered its watchdog; safe in any thread."""
+        watched = [each for each in [*self._workers.values()] if each.watched and not each.draining]
+        return max((each.silent_seconds for each in watched), default=0.0)
 
     def collect(self) -> CollectorRegistry:
         """Return the sums of the workers' metrics, after asking for them; for another thread than that of `run`."""

@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 import ssl
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+from cryptography import x509
 
 from poolrpc_server.reloading_file import ReloadingFile
+from poolrpc_server.telemetry.logs import log
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Loaded:
+    """What was read from the files.
+
+    Attributes:
+        configuration: gRPC's form of it.
+        expiry: When the certificates of each setting's file expire first, in seconds since 1970.
+
+    """
+
+    configuration: grpc.ServerCertificateConfiguration
+    expiry: dict[str, float]
 
 
 class Certificates:
@@ -30,30 +47,34 @@ class Certificates:
     def __init__(self, cert: str, key: str, client_ca: str = "") -> None:
         self._paths = cert, key, client_ca
         paths = [path for path in self._paths if path]
-        self._configuration = ReloadingFile("the TLS files", paths, self._load)
+        self._files = ReloadingFile("the TLS files", paths, self._load)
+
+    def expiry(self) -> dict[str, float]:
+        """Return when the certificates of each setting's file expire first, in seconds since 1970."""
+        return self._files.get().expiry
 
     def credentials(self) -> grpc.ServerCredentials:
         """Return gRPC's credentials for one address.
 
         Every address needs credentials of its own, because they report each change of the files only once.
         """
-        current = self._configuration.get()
+        current = self._files.get()
 
         def changed() -> grpc.ServerCertificateConfiguration | None:
             nonlocal current
-            latest = self._configuration.get()
+            latest = self._files.get()
             if latest is current:
                 return None
             current = latest
-            return latest
+            return latest.configuration
 
         return grpc.dynamic_ssl_server_credentials(
-            current,
+            current.configuration,
             changed,  # type: ignore[arg-type]  # the stubs don't know that None means "no change"
             require_client_authentication=bool(self._paths[2]),
         )
 
-    def _load(self) -> grpc.ServerCertificateConfiguration:
+    def _load(self) -> _Loaded:
         cert, key, client_ca = self._paths
         # OpenSSL checks the files first: gRPC itself only reports that a handshake failed, and only in its own log.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -64,10 +85,22 @@ class Certificates:
         except ssl.SSLError as error:
             files = " and ".join(filter(None, self._paths))
             raise ValueError(f"expected a certificate and its key as PEM in {files}, got: {error}") from None
+        chain = Path(cert).read_bytes()
         authorities = Path(client_ca).read_bytes() if client_ca else None
-        return grpc.ssl_server_certificate_configuration(
-            [(Path(key).read_bytes(), Path(cert).read_bytes())], authorities
-        )
+        configuration = grpc.ssl_server_certificate_configuration([(Path(key).read_bytes(), chain)], authorities)
+        found = {"tls_cert": chain, "tls_client_ca": authorities}
+        return _Loaded(configuration, {setting: first for setting, pem in found.items() if (first := _expiry(pem))})
+
+
+def _expiry(pem: bytes | None) -> float | None:
+    """Return when the first certificate of a file expires; None if that is unknown."""
+    if not pem:
+        return None
+    try:
+        return min(each.not_valid_after_utc.timestamp() for each in x509.load_pem_x509_certificates(pem))
+    except ValueError as error:  # what OpenSSL accepts, and this library does not: it serves, unwatched
+        log.warning("expiry of a certificate unknown", error=str(error))
+        return None
 
 
 def _no_passphrase() -> str:

@@ -6,6 +6,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -15,7 +16,7 @@ from poolrpc_server.telemetry.metrics import CANCELLATION_STAGES, END_REASONS, R
 
 CALL = ("unary", "poolrpc.v1.PoolService", "Pool")
 LABELS = dict(zip(("grpc_type", "grpc_service", "grpc_method"), CALL, strict=True))
-LOAD = Load(1000, (2, 0, 1), 1.5, 3, 4096, 5)
+LOAD = Load(1000, (2, 0, 1), 1.5, 3, 4096, 5, calls=6, memory_bytes=7, certificates={"tls_cert": 1.9e9})
 
 
 def families(registry):
@@ -34,9 +35,13 @@ def found(pattern):
     return {match for source in sources for match in re.findall(pattern, source)}
 
 
+BUILD = {"version": "1", "torch": "2", "python": "3", "device": "cpu"}
+
+
 def busy():
     """Return metrics in which everything was counted once."""
     metrics = Metrics()
+    metrics.describe(BUILD, {"max_work": 5}, {"max_queue": 64}, 2**30)
     metrics.watch(lambda: LOAD)
     metrics.started(*CALL)
     metrics.handled(*CALL, "OK", 0.002)
@@ -46,6 +51,7 @@ def busy():
     metrics.ended("STALLED")
     metrics.executed(3, 24, 4096, 0.001)
     metrics.queued(0.003)
+    metrics.received(0.004)
     return metrics
 
 
@@ -59,7 +65,7 @@ def test_names_follow_prometheus_conventions():
     assert set(shown) >= {"grpc_server_started", "grpc_server_handled", "grpc_server_handling_seconds"}
     assert {"poolrpc_rejects", "poolrpc_validator_escapes", "poolrpc_cancelled", "poolrpc_ended"} < set(shown)
     for name, family in shown.items():
-        assert name.startswith(("grpc_server_", "poolrpc_"))
+        assert name.startswith(("grpc_server_", "poolrpc_", "process_"))
         assert name == name.lower()
         assert family.documentation.endswith(".")
         assert family.samples
@@ -117,7 +123,8 @@ def test_every_sample_is_shown_from_0_on():
     assert {value(shown, "poolrpc_cancelled_total", stage=each) for each in CANCELLATION_STAGES} == {0}
     assert {value(shown, "poolrpc_ended_total", reason=each) for each in END_REASONS} == {0}
     assert value(shown, "grpc_server_started_total", **LABELS) == 0
-    assert {value(shown, "grpc_server_handled_total", **LABELS, grpc_code=each) for each in ("OK", "Internal")} == {0}
+    codes = ("OK", "Unavailable", "DeadlineExceeded", "Internal")
+    assert {value(shown, "grpc_server_handled_total", **LABELS, grpc_code=each) for each in codes} == {0}
     assert value(shown, "grpc_server_handling_seconds_bucket", **LABELS, le="30.0") == 0
 
 
@@ -146,6 +153,20 @@ def test_gauges_are_read_when_they_are_collected():
     assert value(shown, "poolrpc_arenas") == 3
     assert value(shown, "poolrpc_arena_bytes") == 4096
     assert value(shown, "poolrpc_streams") == 5
+    assert value(shown, "poolrpc_calls") == 6
+    assert value(shown, "poolrpc_memory_bytes") == 7
+    assert value(shown, "poolrpc_certificate_expiry_timestamp_seconds", setting="tls_cert") == 1.9e9
+
+
+def test_what_does_not_change_is_described():
+    """The build, the limits and the memory are shown, and what the system says of the process."""
+    shown = busy().collect()
+    assert value(shown, "poolrpc_build_info", **BUILD) == 1
+    assert value(shown, "poolrpc_limit", setting="max_work") == 5
+    assert value(shown, "poolrpc_capacity", setting="max_queue") == 64
+    assert value(shown, "poolrpc_memory_limit_bytes") == 2**30
+    assert value(shown, "process_resident_memory_bytes") > 2**20
+    assert value(shown, "process_start_time_seconds") == pytest.approx(psutil.Process().create_time(), abs=2)
 
 
 def test_metrics_that_are_off_count_nothing():
@@ -160,6 +181,8 @@ def test_metrics_that_are_off_count_nothing():
     metrics.ended("STALLED")
     metrics.executed(1, 1, 1, 1)
     metrics.queued(1)
+    metrics.received(1)
+    metrics.describe(BUILD, {"max_work": 5}, {"max_queue": 64}, 2**30)
     assert families(metrics.collect()) == {}
 
 

@@ -16,7 +16,10 @@ LABELS = dict(zip(("grpc_type", "grpc_service", "grpc_method"), CALL, strict=Tru
 def counted(oldest):
     """Return the metrics of a process that counted one of each, with its oldest request in seconds."""
     metrics = Metrics()
-    metrics.watch(lambda: Load(1000, (2, 0, 1), oldest, 3, 4096, 5))
+    build = {"version": "1", "torch": "2", "python": "3", "device": "cpu"}
+    metrics.describe(build, {"max_work": 5}, {"max_queue": 64}, 2**30)
+    expiry = {"tls_cert": 1.9e9 + oldest}
+    metrics.watch(lambda: Load(1000, (2, 0, 1), oldest, 3, 4096, 5, certificates=expiry))
     metrics.started(*CALL)
     metrics.handled(*CALL, "OK", 0.002)
     metrics.executed(3, 24, 4096, 0.001)
@@ -36,7 +39,7 @@ def value(sums, name, **labels):
 @pytest.fixture
 def sums():
     """Return the sums of two processes, with oldest requests of 1.5 and 2.5 seconds."""
-    made = SummedMetrics(lambda: 7)
+    made = SummedMetrics(lambda: 7, lambda: 8.5)
     for process, oldest in enumerate((1.5, 2.5)):
         made.update(process, sent(counted(oldest)))
     return made
@@ -52,6 +55,21 @@ def test_processes_are_summed(sums):
     assert value(sums, "poolrpc_queue_length", priority="2") == 2
     assert value(sums, "poolrpc_queue_oldest_seconds") == 2.5
     assert value(sums, "poolrpc_worker_restarts_total") == 7
+
+
+def test_what_is_the_same_in_each_process_is_shown_once(sums):
+    """Capacities are summed; limits, the memory and the build are not, and the first expiry and start are shown.
+
+    The time without an answer to the watchdog is that of the most silent process, as its supervisor sees it.
+    """
+    assert value(sums, "poolrpc_capacity", setting="max_queue") == 128
+    assert value(sums, "poolrpc_limit", setting="max_work") == 5
+    assert value(sums, "poolrpc_memory_limit_bytes") == 2**30
+    assert value(sums, "poolrpc_build_info", version="1", torch="2", python="3", device="cpu") == 1
+    assert value(sums, "poolrpc_certificate_expiry_timestamp_seconds", setting="tls_cert") == 1.9e9 + 1.5
+    assert value(sums, "poolrpc_watchdog_silent_seconds") == 8.5
+    own = counted(1).collect().get_sample_value("process_resident_memory_bytes")
+    assert value(sums, "process_resident_memory_bytes") > 2.5 * own
 
 
 def test_the_sums_have_every_metric_of_a_process(sums):
