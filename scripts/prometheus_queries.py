@@ -22,14 +22,40 @@ RULES = DEPLOY / "prometheus/alerts.yml"
 # and metrics remain.
 _MATCHERS = re.compile(r'"[^"]*"|\{[^}]*\}|\[[^]]*\]')
 _LABELS = re.compile(r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)")
-_METRIC = re.compile(r"\b[a-z_][a-z_0-9]*\b(?!\s*\()")
-_OPERATORS = {"and", "or", "unless", "bool", "offset"}
+_METRIC = re.compile(r"\b[a-z_][a-z_0-9:]*\b(?!\s*\()")
+_OPERATORS = {"and", "or", "unless", "bool", "offset", "group_left", "group_right"}
+_WINDOW = re.compile(r"(\[|\bfor: )(\d+)([smhd])\b")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def alerts() -> dict[str, str]:
     """Return the expressions of the alerts, by name."""
-    rules = yaml.safe_load(RULES.read_text())["groups"]
-    return {rule["alert"]: str(rule["expr"]) for group in rules for rule in group["rules"]}
+    return _rules("alert")
+
+
+def recorded() -> dict[str, str]:
+    """Return the expressions that are recorded under names of their own, by name."""
+    return _rules("record")
+
+
+def _rules(kind: str) -> dict[str, str]:
+    groups = yaml.safe_load(RULES.read_text())["groups"]
+    return {rule[kind]: str(rule["expr"]) for group in groups for rule in group["rules"] if kind in rule}
+
+
+def scaled_rules(divisor: int) -> str:
+    """Return the file of the rules with every window and every `for` shorter, so that a test need not wait as long."""
+
+    def scale(match: re.Match[str]) -> str:
+        return f"{match[1]}{int(match[2]) * _SECONDS[match[3]] // divisor}s"
+
+    return _WINDOW.sub(scale, RULES.read_text())
+
+
+def used_metrics() -> set[str]:
+    """Return the names of the metrics that the dashboard and the rules use."""
+    expressions = (*alerts().values(), *recorded().values(), *panels().values())
+    return {name for expression in expressions for name in metric_names(expression)} - recorded().keys()
 
 
 def panels(interval: str = "1m") -> dict[str, str]:

@@ -136,9 +136,15 @@ def alerts() -> str:
     """Every alert: its severity, its condition, and how long the condition must hold."""
     groups = yaml.safe_load((ROOT / "deploy/prometheus/alerts.yml").read_text())["groups"]
     rows = (
-        (f"`{rule['alert']}`", rule["labels"]["severity"], f"`{' '.join(rule['expr'].split())}`", rule.get("for", "-"))
+        (
+            f"[`{rule['alert']}`](runbook.md#{rule['alert'].lower()})",
+            rule["labels"]["severity"],
+            f"`{' '.join(rule['expr'].split())}`",
+            rule.get("for", "-"),
+        )
         for group in groups
         for rule in group["rules"]
+        if "alert" in rule
     )
     return table(("alert", "severity", "condition", "for"), rows)
 

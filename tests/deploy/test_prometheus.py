@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import threading
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,9 +17,19 @@ import yaml
 import poolrpc
 from poolrpc import LPPool2d, MaxPool2d, PoolClient
 from poolrpc_server.protocols.triton.generated import open_inference_pb2
-from scripts.prometheus_queries import RULES, alerts, metric_names, panels, query_api, query_value, wait_for_scrape
+from scripts.prometheus_queries import (
+    RULES,
+    alerts,
+    metric_names,
+    panels,
+    query_api,
+    query_value,
+    recorded,
+    used_metrics,
+    wait_for_scrape,
+)
 from scripts.server_process import ServerProcess, serving
-from tests.installing import ROOT, install
+from tests.deploy.real_prometheus import CONFIG, prometheus
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,19 +37,10 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.conformance, pytest.mark.timeout(300)]
 
 CASES = Path(__file__).parent / "alerts"
-CONFIG = RULES.with_name("prometheus.yml")
-USED = {name for expression in (*alerts().values(), *panels().values()) for name in metric_names(expression)}
-ONLY_WITH_WORKERS = "poolrpc_worker_restarts_total"
-"""The only metric that requires a server with workers."""
+ONLY_WITH_WORKERS, ONLY_WITH_TLS = "poolrpc_worker_restarts_total", "poolrpc_certificate_expiry_timestamp_seconds"
+"""The metrics that require a server with workers, or with TLS."""
 
 X = np.random.default_rng(5).standard_normal((1, 16, 128, 128), np.float32)
-
-
-@pytest.fixture(scope="session")
-def programs() -> Path:
-    """Install prometheus and promtool, and return their folder."""
-    install("scripts/install_prometheus.sh", "Prometheus")
-    return ROOT / ".debs/prometheus/usr/bin"
 
 
 def promtool(programs: Path, *arguments: str | Path) -> str:
@@ -54,7 +54,9 @@ def promtool(programs: Path, *arguments: str | Path) -> str:
 def test_the_configuration_and_the_rules_are_valid(programs: Path) -> None:
     """Prometheus's own tool accepts both, and finds the alerts."""
     promtool(programs, "check", "config", CONFIG)
-    assert f"SUCCESS: {len(alerts())} rules found" in promtool(programs, "check", "rules", "--lint-fatal", RULES)
+    assert f"SUCCESS: {len(alerts()) + len(recorded())} rules found" in promtool(
+        programs, "check", "rules", "--lint-fatal", RULES
+    )
 
 
 @pytest.mark.parametrize("alert", alerts())
@@ -73,49 +75,9 @@ def test_a_wrong_rule_fails_its_test(programs: Path, tmp_path: Path) -> None:
     """If a rule has a status in gRPC's own spelling, which the server's metrics do not use, its test fails."""
     text = (CASES / "PoolrpcInternalErrors.yml").read_text()
     (tmp_path / "case.yml").write_text(text.replace("../../../deploy/prometheus/alerts.yml", "alerts.yml"))
-    (tmp_path / "alerts.yml").write_text(RULES.read_text().replace('"Internal"', '"INTERNAL"'))
+    (tmp_path / "alerts.yml").write_text(RULES.read_text().replace('grpc_code="Internal"', 'grpc_code="INTERNAL"'))
     with pytest.raises(AssertionError, match="FAILED"):
         promtool(programs, "test", "rules", tmp_path / "case.yml")
-
-
-@contextmanager
-def prometheus(programs: Path, folder: Path, target: str) -> Iterator[str]:
-    """Run Prometheus with our configuration, except for target and interval, and yield its address."""
-    config = yaml.safe_load(CONFIG.read_text())
-    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
-    config["rule_files"] = [str(RULES)]
-    (job,) = config["scrape_configs"]
-    del job["dns_sd_configs"]
-    job["static_configs"] = [{"targets": [target]}]
-    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-    flags = {"config.file": folder / "prometheus.yml", "storage.tsdb.path": folder / "data", "log.format": "json"}
-    process = subprocess.Popen(  # noqa: S603 - a program that we installed
-        [programs / "prometheus", "--web.listen-address=127.0.0.1:0", *(f"--{k}={v}" for k, v in flags.items())],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    lines: list[dict[str, str]] = []
-    ready = threading.Event()
-
-    def read() -> None:
-        for line in process.stderr or ():
-            lines.append(json.loads(line))
-            if lines[-1].get("msg", "").startswith("Server is ready"):
-                ready.set()
-        ready.set()
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    try:
-        assert ready.wait(60)
-        assert process.poll() is None, lines
-        yield next(each["address"] for each in lines if each.get("msg") == "Listening on")
-    finally:
-        process.terminate()
-        process.wait(60)
-        reader.join()
-        if process.stderr:
-            process.stderr.close()
 
 
 def open_too_many_streams(address: str) -> None:
@@ -159,9 +121,10 @@ def generate_traffic(server: ServerProcess) -> None:
     open_too_many_streams(tcp)
 
 
-def without_comparison(expression: str) -> str:
-    """Return the left side of an alert's comparison."""
-    return re.sub(r" (?:>|==) [0-9]+$", "", expression).removeprefix("absent")
+def compared(expression: str) -> list[str]:
+    """Return the left sides of an alert's comparisons."""
+    parts = re.split(r"\s+(?:or|and)\s+", expression)
+    return [re.sub(r" (?:>=|[><]|==) [0-9. *]+$", "", part).removeprefix("absent") for part in parts]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -179,8 +142,8 @@ def test_every_expression_has_values(programs: Path, tmp_path: Path, workers: in
     ):
         assert wait_for_scrape(lambda: query_value(address, "up") == 1)
         scraped = set(query_api(address, "label/__name__/values"))
-        missing = {ONLY_WITH_WORKERS} if workers == 1 else set()
-        assert USED - scraped == missing
+        missing = {ONLY_WITH_TLS, *([ONLY_WITH_WORKERS] if workers == 1 else [])}
+        assert used_metrics() - scraped == missing
         assert query_value(address, "sum(grpc_server_started_total)") == 0
         generate_traffic(server)
         for metric in ("poolrpc_rejects_total", "poolrpc_cancelled_total"):
@@ -190,19 +153,19 @@ def test_every_expression_has_values(programs: Path, tmp_path: Path, workers: in
                 samples = query_api(address, "query", query=expression)["result"]
                 assert samples, name
                 assert not any(each["value"][1] in {"NaN", "+Inf"} for each in samples), name
-        for name, expression in alerts().items():
-            query_api(address, "query", query=expression)
-            if not metric_names(expression) & missing:
-                assert query_api(address, "query", query=without_comparison(expression))["result"], name
-        rules = query_api(address, "rules")["groups"][0]["rules"]
-        assert {each["name"]: each["health"] for each in rules} == dict.fromkeys(alerts(), "ok")
-        assert not [each["name"] for each in rules if each["state"] == "firing"]
+        for name, expression in (alerts() | recorded()).items():
+            for part in compared(expression):
+                if not metric_names(part) & missing:
+                    assert query_api(address, "query", query=part)["result"], (name, part)
+        rules = [each for group in query_api(address, "rules")["groups"] for each in group["rules"]]
+        assert {each["name"]: each["health"] for each in rules} == dict.fromkeys(alerts() | recorded(), "ok")
+        assert not [each["name"] for each in rules if each.get("state") == "firing"]
 
 
 def test_the_metrics_of_an_expression_are_found(programs: Path, tmp_path: Path) -> None:
     """The metric names of an expression are unchanged if Prometheus formats the expression."""
     with prometheus(programs, tmp_path, "127.0.0.1:1") as address:
-        for expression in (*alerts().values(), *panels().values()):
+        for expression in (*alerts().values(), *recorded().values(), *panels().values()):
             found = metric_names(expression)
             assert found
             assert metric_names(query_api(address, "format_query", query=expression)) == found

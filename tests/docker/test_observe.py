@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import poolrpc
-from scripts.prometheus_queries import alerts, metric_names, panels, query_api, query_value, wait_for_scrape
+from scripts.prometheus_queries import alerts, query_api, query_value, recorded, used_metrics, wait_for_scrape
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-USED = {name for expression in (*alerts().values(), *panels().values()) for name in metric_names(expression)}
+ELSEWHERE = {"poolrpc_worker_restarts_total", "poolrpc_certificate_expiry_timestamp_seconds"}
+"""Metrics that only a server with workers, or with TLS, has."""
 
 
 def test_the_rules_are_valid(engine: Callable[..., str], prometheus_image: str, root: Path) -> None:
@@ -21,7 +22,7 @@ def test_the_rules_are_valid(engine: Callable[..., str], prometheus_image: str, 
     folder = ("-v", f"{root}/deploy/prometheus:/etc/prometheus:ro")
     arguments = ("--rm", "--network=none", "--entrypoint=/bin/promtool", *folder, prometheus_image)
     output = engine("run", *arguments, "check", "config", "/etc/prometheus/prometheus.yml")
-    assert f"SUCCESS: {len(alerts())} rules found" in output
+    assert f"SUCCESS: {len(alerts()) + len(recorded())} rules found" in output
 
 
 def test_prometheus_has_every_metric(project: Callable[..., Any], server_image: str, prometheus_image: str) -> None:
@@ -35,8 +36,7 @@ def test_prometheus_has_every_metric(project: Callable[..., Any], server_image: 
         prometheus = running.address("prometheus", 9090)
         assert wait_for_scrape(lambda: query_value(prometheus, "sum(grpc_server_handled_total)") >= 1)
         assert [each["health"] for each in query_api(prometheus, "targets", state="active")["activeTargets"]] == ["up"]
-        rules = query_api(prometheus, "rules")["groups"][0]["rules"]
-        assert {each["name"] for each in rules} == set(alerts())
+        rules = [each for group in query_api(prometheus, "rules")["groups"] for each in group["rules"]]
+        assert {each["name"] for each in rules} == alerts().keys() | recorded().keys()
         assert {each["health"] for each in rules} <= {"ok", "unknown"}
-        # Only a server with workers has this metric.
-        assert USED - {"poolrpc_worker_restarts_total"} <= set(query_api(prometheus, "label/__name__/values"))
+        assert used_metrics() - ELSEWHERE <= set(query_api(prometheus, "label/__name__/values"))

@@ -6,10 +6,13 @@ import re
 from typing import TYPE_CHECKING
 
 import pytest
+import yaml
 from sybil import Document
 
 from poolrpc.errors import BY_CODE
 from poolrpc_server.telemetry.metrics import Metrics
+from scripts.prometheus_queries import RULES as ALERTS
+from scripts.prometheus_queries import alerts
 from scripts.tables import TABLES, pages, written
 from tests.docs.blocks import PAGES, ROOT, RULES, read
 
@@ -65,3 +68,20 @@ def test_paths_on_a_page_exist(page: Path) -> None:
     folders = "benchmarks|client|deploy|docs|examples|fuzz|protos|scripts|server|tests"
     named = set(re.findall(rf"`((?:{folders})/[\w./-]*)`", page.read_text()))
     assert {path for path in named if not (ROOT / path).exists()} == set()
+
+
+@pytest.mark.parametrize("alert", alerts())
+def test_every_alert_has_a_section_of_the_runbook(alert: str) -> None:
+    """The alert's annotation leads to the section, which says what the alert means, how to look, and what to do."""
+    groups = yaml.safe_load(ALERTS.read_text())["groups"]
+    (rule,) = (each for group in groups for each in group["rules"] if each.get("alert") == alert)
+    assert rule["annotations"]["runbook"] == f"docs/runbook.md#{alert.lower()}"
+    text = (ROOT / "docs/runbook.md").read_text()
+    (section,) = re.findall(rf"^## {alert}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    assert re.findall(r"^\*\*(\w+)\.\*\*", section, re.MULTILINE) == ["Meaning", "Look", "Do"]
+
+
+def test_the_runbook_has_no_other_sections() -> None:
+    """A section whose alert was removed is removed too."""
+    sections = re.findall(r"^## (\w+)$", (ROOT / "docs/runbook.md").read_text(), re.MULTILINE)
+    assert set(sections) == set(alerts())
