@@ -26,7 +26,7 @@ def prometheus(programs: Path, folder: Path, target: str, divisor: int = 1) -> I
     Args:
         programs: The folder of the program.
         folder: A folder for its files.
-        target: The address of the metrics.
+        target: The address of the metrics. Empty: there is none.
         divisor: By how much the windows of the rules are shortened.
 
     """
@@ -37,7 +37,7 @@ def prometheus(programs: Path, folder: Path, target: str, divisor: int = 1) -> I
     config["rule_files"] = [str(rules)]
     (job,) = config["scrape_configs"]
     del job["dns_sd_configs"]
-    job["static_configs"] = [{"targets": [target]}]
+    job["static_configs"] = [{"targets": [target] if target else []}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     flags = {"config.file": folder / "prometheus.yml", "storage.tsdb.path": folder / "data", "log.format": "json"}
     process = subprocess.Popen(  # noqa: S603 - a program that we installed

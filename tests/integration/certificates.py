@@ -27,10 +27,10 @@ class Authority:
         folder.mkdir()
         self._authority.cert_pem.write_to_path(self.ca)
 
-    def issue(self, name: str, *, expired: bool = False) -> tuple[Path, Path]:
-        """Return the files of a new certificate and its key."""
+    def issue(self, name: str, *, expired: bool = False, days: int = 1) -> tuple[Path, Path]:
+        """Return the files of a new certificate and its key, which is valid for so many days or has expired."""
         now = dt.datetime.now(dt.UTC)
-        begin, end = now - dt.timedelta(days=2), now + dt.timedelta(days=-1 if expired else 1)
+        begin, end = now - dt.timedelta(days=2), now + dt.timedelta(days=-1 if expired else days)
         issued = self._authority.issue_cert(name, not_before=begin, not_after=end)
         chain, key = self._folder / f"{name}.{expired}.pem", self._folder / f"{name}.{expired}.key"
         chain.write_bytes(b"".join(each.bytes() for each in issued.cert_chain_pems))
