@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from poolrpc._interrupt import INTERRUPTED, interrupt_ends_process
+from poolrpc_server.log_format import find_log_format
 from poolrpc_server.standard_streams import open_standard_streams
 
 try:
@@ -37,9 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     """
     open_standard_streams()
+    log_format = find_log_format(arguments)
     try:
         settings = config.parse(arguments)
         logs.configure(settings.log_format, settings.log_level)
+        if arguments is None:
+            logs.adopt_process()
         for variable, closest in config.unknown_variables(os.environ).items():
             hint = f"did you mean {closest}?" if closest else "poolrpc-server --help has all names"
             logs.log.warning("unknown environment variable", variable=variable, hint=hint)
@@ -49,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             try:
                 return supervisor.supervise(settings)
             except supervisor.WorkersError as error:
-                print(f"poolrpc-server: {error}", file=sys.stderr)  # noqa: T201 - a command's output
+                _report(error, log_format)
                 return supervisor.WORKERS_FAILED
         _require_free_addresses(settings)
         log_starting(settings.listen, settings.workers)
@@ -61,8 +65,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # before the server handles SIGINT itself
         return INTERRUPTED
     except config.ConfigError as error:
-        print(f"poolrpc-server: {error}", file=sys.stderr)  # noqa: T201 - a command's output
+        _report(error, log_format)
         return 2
+
+
+def _report(error: Exception, log_format: str) -> None:
+    """Write why the server does not start: as a line of text or, if the log is JSON, of JSON."""
+    if log_format == "json":
+        logs.configure(log_format, "info")
+        logs.log.critical("failed", reason=str(error))
+    else:
+        print(f"poolrpc-server: {error}", file=sys.stderr)  # noqa: T201 - a command's output
 
 
 def _require_free_addresses(settings: config.Config) -> None:

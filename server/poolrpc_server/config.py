@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from fractions import Fraction
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import configargparse
 
@@ -20,6 +20,7 @@ from poolrpc._shapes.limits import MAX_MESSAGE_BYTES, MAX_PAYLOAD_BYTES
 from poolrpc._shapes.rules import clip
 from poolrpc.addresses import MAX_SOCKET_PATH, unix_path
 from poolrpc.credentials import CA, CLIENT_CERT, CLIENT_KEY, TOKEN, is_loopback
+from poolrpc_server.log_format import find_log_format
 from poolrpc_server.presets import read_presets
 from poolrpc_server.resources import cpu_count, max_descriptors, memory_bytes
 
@@ -574,6 +575,19 @@ def _add_text(texts: dict[str, str | list[str]], key: str, value: object) -> Non
             raise ConfigError(f"{key}: expected {expected}, got {clip(value)}")
 
 
+class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]  # the package has no types
+    """A parser that raises its errors if the log is JSON, and otherwise prints its usage with them, as commands do."""
+
+    raises = False
+
+    def error(self, message: str) -> NoReturn:
+        """End with an error."""
+        if self.raises:
+            raise ConfigError(message)
+        super().error(message)
+        raise AssertionError("unreachable: the parser ends the process")
+
+
 def parse(arguments: Sequence[str] | None = None) -> Config:
     """Return the Config given by flags, by environment variables and by a configuration file, in this order.
 
@@ -584,7 +598,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
         ConfigError: A setting is wrong.
 
     """
-    parser = configargparse.ArgumentParser(
+    parser = _Parser(
         prog="poolrpc-server",
         usage="%(prog)s [--config FILE] [--listen ADDRESS] [further flags]",
         description="Serve PyTorch's pooling layers over gRPC.",
@@ -597,6 +611,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
         config_file_parser_class=_ConfigFile,
         config_file_open_func=partial(open, mode="rb"),  # TOML is UTF-8 in any locale
     )
+    parser.raises = find_log_format(arguments) == "json"
     parser.add_argument(
         "--version", action="version", version=f"poolrpc-server {__version__}", help="Print the version and exit."
     )

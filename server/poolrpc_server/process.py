@@ -7,7 +7,6 @@ import fcntl
 import os
 import resource
 import shutil
-import sys
 import tempfile
 import threading
 from contextlib import contextmanager, suppress
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from poolrpc import __version__
 from poolrpc_server.signals import SignalEvent
-from poolrpc_server.telemetry.logs import log, log_serving
+from poolrpc_server.telemetry.logs import log, log_serving, log_stacks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -101,9 +100,7 @@ def exit_now(reason: str) -> NoReturn:
         # To memory first: faulthandler holds the interpreter while it writes.
         faulthandler.dump_traceback(stacks)
         stacks.seek(0)
-        with suppress(OSError):
-            sys.stderr.write(stacks.read())
-            sys.stderr.flush()
+        log_stacks(stacks.read())
     os._exit(FAILED)
 
 

@@ -47,7 +47,8 @@ def test_a_server_whose_serving_thread_hangs_ends_itself(tmp_path: Path) -> None
     (line,) = server.lines("failed")
     assert line["level"] == "critical"
     assert line["reason"] == "the server has not answered its own calls for 3 seconds"
-    assert any("reloading_file.py" in each["text"] for each in server.lines("text")), "the stacks are shown"
+    assert "reloading_file.py" in server.lines("stacks")[0]["stacks"]
+    assert not server.lines("text"), "all lines are JSON"
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ from threading import Event
 from time import monotonic_ns
 from typing import TYPE_CHECKING, NoReturn
 
-from poolrpc._shapes.rules import clip
 from poolrpc._wire.status import DETAILS_KEY, encode_error
 from poolrpc.errors import (
     InternalError,
@@ -240,8 +239,13 @@ class AdmittedCall:
         if peer := self._call.peer_address:
             line["peer"] = peer
         line |= record.facts
-        if observers.spans is not None and not self.method.probe:
-            line["trace_id"] = observers.spans.add(record, self._call.metadata, self._call.peer)
+        trace_id = (
+            observers.spans.add(record, self._call.metadata, self._call.peer)
+            if observers.spans is not None and not self.method.probe
+            else self._call.trace_id
+        )
+        if trace_id:
+            line["trace_id"] = trace_id
         observers.call_log.add(self._level, line)
         observers.metrics.handled(*self.method.labels, record.status, nanoseconds / 1e9)
 
@@ -250,14 +254,17 @@ class AdmittedCall:
         if not isinstance(error, PoolError):
             error = observers.translate(error) or error
         if isinstance(error, PoolError):
-            record.note({"reason": error.reason, "error": clip(error.message, MAX_ERROR_CHARS)})
+            record.note({"reason": error.reason, "error": _cut(error.message)})
             if isinstance(error, UnauthenticatedError | PermissionDeniedError):
                 self._level = logging.INFO  # a probe's, too
             if isinstance(error, UnavailableError):
                 observers.metrics.rejected(error.reason)
         else:
             error_id = secrets.token_hex(6)
-            log.exception("unexpected error", method=self.method.name, error_id=error_id)
+            facts = {"method": self.method.name, "error_id": error_id, "peer": self._call.peer_address}
+            if trace_id := self._call.trace_id:
+                facts["trace_id"] = trace_id
+            log.exception("unexpected error", **facts)
             if not self.method.probe:
                 observers.metrics.escaped()
             record.note({"error_id": error_id, "error": type(error).__name__})
@@ -281,6 +288,10 @@ def status_of(error: PoolError) -> StatusError:
     if isinstance(error, UnavailableError) and error.retry_delay is not None:
         trailing += ((PUSHBACK_KEY, str(round(error.retry_delay * 1000))),)
     return StatusError(error.code, message, trailing)
+
+
+def _cut(message: str) -> str:
+    return message if len(message) <= MAX_ERROR_CHARS else f"{message[: MAX_ERROR_CHARS - 3]}..."
 
 
 def _milliseconds(nanoseconds: int) -> float:

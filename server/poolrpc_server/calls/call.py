@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from functools import lru_cache
 from time import monotonic
@@ -30,6 +31,10 @@ MAX_FACT_AXES = 16
 
 MAX_FACT_OUTPUTS = 16
 """Outputs whose shapes the log line shows."""
+
+
+TRACE_CONTEXT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
+"""The metadata traceparent, as W3C's Trace Context defines it: version, trace id, parent id, flags."""
 
 
 class StatusError(Exception):
@@ -86,6 +91,12 @@ class CallContext(ABC):
     def peer_address(self) -> str:
         """Address of the caller as people write it: "127.0.0.1:50051", "[::1]:50051" or "unix"; empty if unknown."""
         return _address_of(self.peer)
+
+    @property
+    def trace_id(self) -> str:
+        """Id of the trace that the caller's metadata name, in hexadecimal; empty if they name none."""
+        found = (TRACE_CONTEXT.fullmatch(str(value)) for key, value in self.metadata if key == "traceparent")
+        return next((each[1] for each in found if each), "")
 
     @abstractmethod
     def time_remaining(self) -> float | None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from io import UnsupportedOperation
 from queue import SimpleQueue
@@ -20,6 +21,7 @@ from poolrpc_server.standard_streams import open_standard_streams
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
+    from types import TracebackType
 
 _LOGGER = logging.getLogger("poolrpc_server")
 
@@ -217,9 +219,23 @@ def pieces(lines: Iterable[str], limit: int) -> Iterator[str]:
         yield "".join(piece)
 
 
+def _is_text() -> bool:
+    return any(isinstance(handler, _Stderr) and handler.text for handler in _LOGGER.handlers)
+
+
+def log_stacks(stacks: str) -> None:
+    """Write the stacks of the process's threads: as they are, or as a line of JSON."""
+    if not _is_text():
+        log.critical("stacks", stacks=stacks)
+        return
+    with suppress(OSError):
+        sys.stderr.write(stacks)
+        sys.stderr.flush()
+
+
 def log_serving(facts: Mapping[str, Any]) -> None:
     """Log the start line: as text, the facts that a person needs, and all of them in a second line at level debug."""
-    if any(isinstance(handler, _Stderr) and handler.text for handler in _LOGGER.handlers):
+    if _is_text():
         log.info("serving", **{name: facts[name] for name in START_FACTS if facts.get(name)})
         log.debug("settings", **facts)
     else:
@@ -284,3 +300,25 @@ def configure(log_format: str, level: str, *, worker: int | None = None) -> None
     _LOGGER.handlers[:] = [handler]
     _LOGGER.setLevel(level.upper())
     _LOGGER.propagate = False
+
+
+def adopt_process() -> None:
+    """Send what else this process writes to where this log goes: for a process that has nothing but a server.
+
+    These are the warnings of other packages and, in JSON, exceptions that no one catches.
+    """
+    adopt("")
+    logging.captureWarnings(capture=True)
+    if not _is_text():
+        sys.excepthook = _log_uncaught
+        threading.excepthook = _log_uncaught_in_thread
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    log.critical("unexpected error", exc_info=(kind, error, traceback))
+
+
+def _log_uncaught_in_thread(arguments: threading.ExceptHookArgs) -> None:
+    if arguments.exc_value is not None:
+        found = (arguments.exc_type, arguments.exc_value, arguments.exc_traceback)
+        log.error("unexpected error", thread_name=arguments.thread and arguments.thread.name, exc_info=found)

@@ -94,6 +94,7 @@ def run(descriptor: int) -> int:
     lines = control.makefile("rb")
     index, config = pickle.load(lines)  # noqa: S301 - sent by the supervisor, whose process made the socket
     logs.configure(config.log_format, config.log_level, worker=index)
+    logs.adopt_process()
     worker = WorkerControl(control, lines)
     from poolrpc_server.app import serve  # noqa: PLC0415 - imports torch, while the thread above already listens
 

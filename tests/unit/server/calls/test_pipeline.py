@@ -156,13 +156,13 @@ def test_a_computed_call_is_logged_with_its_stages(log):
     ids=lambda error: error.code,
 )
 def test_a_pool_error_becomes_its_status(log, error):
-    """The caller gets the error with its details, and the line has the status, the reason and the message, quoted."""
+    """The caller gets the error with its details, and the line has the status, the reason and the message."""
     status = unary(log, raising(error))
     got = error_of(status)
     assert (type(got), str(got), got.reason, got.metadata) == (type(error), str(error), error.reason, error.metadata)
     ((level, facts),) = log.lines
     assert level == logging.INFO
-    assert (facts["status"], facts["reason"], facts["error"]) == (error.code, error.reason, repr(error.message))
+    assert (facts["status"], facts["reason"], facts["error"]) == (error.code, error.reason, error.message)
 
 
 @pytest.mark.parametrize(("delay", "pushback"), [(0.25, {"grpc-retry-pushback-ms": "250"}), (None, {})])
