@@ -25,6 +25,7 @@ _LABELS = re.compile(r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\([
 _METRIC = re.compile(r"\b[a-z_][a-z_0-9:]*\b(?!\s*\()")
 _OPERATORS = {"and", "or", "unless", "bool", "offset", "group_left", "group_right"}
 _WINDOW = re.compile(r"(\[|\bfor: )(\d+)([smhd])\b")
+_VARIABLE = re.compile(r"\$(?:instance|method)\b")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -59,10 +60,10 @@ def used_metrics() -> set[str]:
 
 
 def panels(interval: str = "1m") -> dict[str, str]:
-    """Return the expressions of the dashboard, by panel and letter, with Grafana's variable replaced by `interval`."""
+    """Return the expressions of the dashboard, by panel and letter, with `interval` and any value for its variables."""
     dashboard = json.loads((DEPLOY / "grafana/dashboards/poolrpc.json").read_text())
     return {
-        f"{panel['title']} {target['refId']}": target["expr"].replace("$__rate_interval", interval)
+        f"{panel['title']} {target['refId']}": _VARIABLE.sub(".*", target["expr"].replace("$__rate_interval", interval))
         for panel in dashboard["panels"]
         for target in panel["targets"]
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import threading
@@ -160,6 +161,17 @@ def test_every_expression_has_values(programs: Path, tmp_path: Path, workers: in
         rules = [each for group in query_api(address, "rules")["groups"] for each in group["rules"]]
         assert {each["name"]: each["health"] for each in rules} == dict.fromkeys(alerts() | recorded(), "ok")
         assert not [each["name"] for each in rules if each.get("state") == "firing"]
+
+
+def test_the_dashboard_can_be_limited() -> None:
+    """Every panel is limited to the chosen instances, and those of calls to the chosen methods."""
+    dashboard = json.loads((RULES.parents[1] / "grafana/dashboards/poolrpc.json").read_text())
+    assert [each["name"] for each in dashboard["templating"]["list"]] == ["instance", "method"]
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    for expression in expressions:
+        if not metric_names(expression) & recorded().keys():
+            assert expression.count('instance=~"$instance"') == len(re.findall(r"\{", expression)) > 0
+            assert expression.count('grpc_method=~"$method"') == expression.count("grpc_server_")
 
 
 def test_the_metrics_of_an_expression_are_found(programs: Path, tmp_path: Path) -> None:

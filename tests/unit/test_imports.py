@@ -30,7 +30,7 @@ TIERS = (
     {"process", "reloading_file"},
     {"telemetry"},
     {"config", "sockets"},
-    {"presets", "resources", "signals", "standard_streams"},
+    {"log_format", "presets", "resources", "signals", "standard_streams"},
 )
 DEPTH = {module: depth for depth, tier in enumerate(TIERS) for module in tier}
 MAY_IMPORT_GRPC = {"cli", "workers", "app", "transports"}
