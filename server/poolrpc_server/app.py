@@ -255,6 +255,7 @@ def serve(config: Config, *, control: ProcessControl | None = None) -> int:
 
             for address in private:
                 server.service.answered()  # silence is counted from now on
+                serving.callback(server.service.end_watch)
                 watchdog = Watchdog(address, WATCHDOG.name, config.watchdog_seconds, answered, exit_now)
                 serving.callback(watchdog.close)
             facts = _start_facts(server) | {"watchdog": "on" if private else "off"}

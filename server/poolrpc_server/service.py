@@ -137,7 +137,7 @@ class Service:
         self.on_failure: Callable[[], object] = lambda: None
         self.certificates: Callable[[], Mapping[str, float]] = dict
         self._answered: float | None = None
-        self._silent_seconds = config.watchdog_seconds / 3
+        self._ready_silence = config.watchdog_seconds / 3
         self._arenas = arenas
         self._device_error: Exception | None = None
         self.metrics = Metrics(enabled=bool(config.metrics))
@@ -200,9 +200,13 @@ class Service:
         """Record that the server has answered its watchdog, or that the watchdog starts."""
         self._answered = monotonic()
 
+    def end_watch(self) -> None:
+        """Record that the watchdog has ended: the server may stop answering it."""
+        self._answered = None
+
     def is_ready(self) -> bool:
         """Return whether calls should be sent here: it takes them, and answers its watchdog if it has one."""
-        return self.health.serving and self.silent_seconds <= self._silent_seconds
+        return self.health.serving and self.silent_seconds <= self._ready_silence
 
     def fail(self, reason: str) -> None:
         """Record that this process cannot continue, because its device is lost, for example; for any thread.
@@ -265,6 +269,8 @@ def _metrics_of(config: Config, info: ServerInfo) -> tuple[dict[str, str], dict[
     }
     numbers = {each.name: float(getattr(config, each.name)) for each in fields(config) if config.unit(each.name)}
     capacities = {name: numbers.pop(name) for name in CAPACITIES}
+    if capacities["max_page_locked_bytes"] < 0:  # all arenas
+        capacities["max_page_locked_bytes"] = capacities["max_arena_bytes"]
     return build, numbers, capacities
 
 

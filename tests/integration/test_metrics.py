@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import urllib.error
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -112,6 +113,32 @@ def test_readiness_follows_the_health_of_the_server() -> None:
             assert get(address, "livez") == (200, "ok\n")
             assert Scrape(address).samples
             watched.cancel()
+
+
+def test_a_server_that_stops_is_not_silent(tmp_path: Path) -> None:
+    """While calls are finished after the drain, the watchdog has ended, and its time is 0."""
+    program = """
+    import time
+    from poolrpc_server.compute.engine import Engine
+    execute = Engine.execute
+    Engine.execute = lambda *arguments: time.sleep(3) or execute(*arguments)
+"""
+    flags = ("--metrics", "127.0.0.1:0", "--drain-seconds", "0")
+    with serving(*flags, env=injected(tmp_path, program)) as server, PoolClient(server.address) as client:
+        address = server.start_line["metrics"]
+        with ThreadPoolExecutor(1) as threads:
+            call = threads.submit(client.pool, X, MaxPool2d(2))
+            while not Scrape(address)("poolrpc_calls"):
+                assert Scrape(address)("poolrpc_watchdog_silent_seconds") > 0
+            server.process.send_signal(signal.SIGTERM)
+            while get(address, "readyz")[0] == 200:
+                pass
+            silences = []
+            while not call.done():
+                with suppress(urllib.error.URLError, ConnectionError):
+                    silences.append(Scrape(address)("poolrpc_watchdog_silent_seconds"))
+            assert call.result().shape == (2, 3, 4, 5)
+    assert silences[-1] == 0
 
 
 def test_unexpected_errors_are_counted_as_escapes(patch_operation: Callable[..., None]) -> None:
