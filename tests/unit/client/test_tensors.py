@@ -219,6 +219,7 @@ def test_other_objects_are_rejected(x):
     assert type(x).__name__ in str(raised.value)
 
 
+@torch.enable_grad()  # an engine that ran in this thread has switched it off
 def tensors_with_a_gradient():
     """Return tensors whose gradient torch records, in each of the ways in which it does."""
     leaf = torch.from_numpy(VALUES.copy()).requires_grad_()
@@ -236,7 +237,7 @@ def test_a_tensor_that_needs_a_gradient_is_rejected(kind):
     """A model with a remote layer in it would not learn, and nothing would say so; without gradients it is taken."""
     x = tensors_with_a_gradient()[kind]
     with (
-        torch.enable_grad(),  # an engine that ran in this thread has switched it off
+        torch.enable_grad(),
         pytest.raises(InvalidArgumentError, match=r"^input: .*requires_grad.*detach\(\), or torch.no_grad\(\)"),
     ):
         as_array(x)
