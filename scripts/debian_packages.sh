@@ -13,6 +13,9 @@ fi
 # shellcheck source=/dev/null
 own="$(. /etc/os-release && echo "$VERSION_CODENAME")"
 suite="${SUITE:-$own}"
+mkdir -p "$(dirname "$folder")"
+exec 9>"$folder.lock"
+flock 9  # tests in several processes call this at the same time
 done_file="$folder/.done"
 if [ "$(cat "$done_file" 2>/dev/null)" = "$suite $*" ]; then
   exit

@@ -73,8 +73,8 @@ def assert_raised(address: str, *names: str) -> None:
 def watching(programs: Path, folder: Path, target: str) -> Iterator[str]:
     """Run Prometheus for a server that it finds well, and yield Prometheus's address."""
     with prometheus(programs, folder, target, DIVISOR) as address:
-        assert wait_for_scrape(lambda: query_value(address, "up") == 1, ALERT_SECONDS)
-        assert not firing(address)
+        # On a busy machine the first scrape may fail, which raises an alert for a moment.
+        assert wait_for_scrape(lambda: query_value(address, "up") == 1 and not firing(address), ALERT_SECONDS)
         yield address
 
 
