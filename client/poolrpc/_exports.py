@@ -25,6 +25,7 @@ from poolrpc.errors import (
 from poolrpc.expression import parse_branches, parse_chain, parse_layer
 from poolrpc.layers import (
     LAYERS,
+    STEPS,
     AdaptiveAvgPool1d,
     AdaptiveAvgPool2d,
     AdaptiveAvgPool3d,
@@ -49,10 +50,14 @@ from poolrpc.layers import (
     MaxUnpool1d,
     MaxUnpool2d,
     MaxUnpool3d,
+    Normalize,
+    Round,
+    ToDtype,
 )
 
 __all__ = [
     "LAYERS",
+    "STEPS",
     "AdaptiveAvgPool1d",
     "AdaptiveAvgPool2d",
     "AdaptiveAvgPool3d",
@@ -87,12 +92,15 @@ __all__ = [
     "MaxUnpool1d",
     "MaxUnpool2d",
     "MaxUnpool3d",
+    "Normalize",
     "NotFoundError",
     "PermissionDeniedError",
     "PoolClient",
     "PoolError",
     "PoolResult",
+    "Round",
     "ServerInfo",
+    "ToDtype",
     "UnauthenticatedError",
     "UnavailableError",
     "UnsupportedError",

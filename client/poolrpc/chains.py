@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import lcm, prod
 from typing import TypeAlias
 
 from poolrpc._shapes.rules import check_shape, clip
@@ -107,19 +107,28 @@ def from_channels_first(shape: Shape, spatial_dims: int, layout: Layout) -> Shap
 
 
 def spatial_dims(branches: Sequence[Chain]) -> int:
-    """Return the number of spatial axes that all layers of a call share.
+    """Return the number of spatial axes that all layers of a call share; element-wise steps take any number.
 
     Raises:
-        InvalidArgumentError: Two layers have different numbers of spatial axes.
+        InvalidArgumentError: Two layers have different numbers of spatial axes, or all of them are element-wise steps.
 
     """
-    dims = branches[0][0].spatial_dims
+    dims = 0
     for i, chain in enumerate(branches):
         for j, layer in enumerate(chain):
-            if layer.spatial_dims != dims:
+            dims = dims or layer.spatial_dims
+            if layer.spatial_dims not in {0, dims}:
                 msg = f"expected a {dims}d layer like the ones before, got {layer.name}"
                 raise InvalidArgumentError(msg, field=layer_path(i, j, layer))
+    if not dims:
+        msg = f"expected a pooling layer too, which says how many spatial axes there are, got {clip(list(branches[0]))}"
+        raise InvalidArgumentError(msg, field=layer_path(0, len(branches[0]) - 1, branches[0][-1]))
     return dims
+
+
+def period(branches: Iterable[Chain]) -> int:
+    """Return the number of planes after which every layer treats planes alike again: 1 if always, 0 if never."""
+    return lcm(*(layer.period for chain in branches for layer in chain))
 
 
 def branch_shapes(
@@ -144,8 +153,25 @@ def branch_shapes(
         [((8, 64, 28, 28), (8, 64, 14, 14)), ((8, 64, 1, 1),)]
 
     """
+    return shapes_of(shape, as_branches(branches), layout)
+
+
+def shapes_of(
+    shape: Shape, chains: Sequence[Chain], layout: Layout, *, is_block: bool = False
+) -> list[tuple[Shape, ...]]:
+    """Return the shapes of `branch_shapes`.
+
+    Args:
+        shape: The shape of the input.
+        chains: The branches.
+        layout: The layout.
+        is_block: Whether the input is some of the planes of a tensor, whose number is not that of the channels.
+
+    Raises:
+        InvalidArgumentError: The layers don't fit the shape or each other.
+
+    """
     check_layout(layout)
-    chains = as_branches(branches)
     dims = check_shape(shape, spatial_dims(chains))
     first = to_channels_first(shape, dims, layout)
     results = []
@@ -160,6 +186,8 @@ def branch_shapes(
                 msg = f"expected return_indices only on the last layer of a chain, got it on {layer.name}"
                 raise InvalidArgumentError(msg, field=f"{path}.return_indices")
             try:
+                if not is_block:
+                    layer.check_channels(first[-dims - 1])
                 plane = layer.output_plane(plane)
             except InvalidArgumentError as error:
                 raise error.with_prefix(path) from None

@@ -15,7 +15,7 @@ from typing import Any
 from poolrpc._shapes.limits import MAX_BRANCHES, MAX_CHAIN, MAX_EXPRESSION_CHARS
 from poolrpc._shapes.rules import clip
 from poolrpc.errors import ExpressionError, InvalidArgumentError
-from poolrpc.layers import LAYERS, Layer
+from poolrpc.layers import LAYERS, STEPS, Layer
 
 INVALID = re.compile(
     r"[^\w\s,.=()\[\]+*'\"-]|[^\x00-\x7f]|(?:[0-9]\.?[jJ]?|0[xX][0-9a-fA-F_]+)(?:and|else|for|if|in|is|not|or)"
@@ -25,8 +25,11 @@ INVALID = re.compile(
 GLOBAL = re.compile(r"Global_?(Max|Avg|Average)?_?Pool(?:ing)?_?([123]?)d?", re.IGNORECASE)
 """The names of global layers in ONNX, Keras and elsewhere."""
 
-TORCH_PREFIX = re.compile(r"^(?:torch\.)?nn\.(?:modules\.)?(?:pooling\.)?")
-"""What may precede the name of a layer: the module of torch that has it."""
+TORCH_PREFIX = re.compile(r"^(?:(?:torch\.)?nn\.(?:modules\.)?(?:pooling\.)?|(?:torchvision\.transforms\.)?v2\.)")
+"""What may precede the name of a layer: the module of torch or torchvision that has it."""
+
+NAMES: dict[str, type[Layer]] = {**LAYERS, **STEPS}
+"""Every layer and element-wise step by its name."""
 
 
 def parse_layer(text: str) -> Layer:
@@ -108,7 +111,7 @@ def _similar_layers(name: str) -> list[str]:
         return [f"GlobalPool{named[2] or 2}d({reduce!r})"]
     import difflib  # noqa: PLC0415 - keeps `import poolrpc` fast
 
-    by_key = {each.lower(): each for each in LAYERS}
+    by_key = {each.lower(): each for each in NAMES}
     key = name.rpartition(".")[2].lower().replace("_", "").replace("pooling", "pool").replace("average", "avg")
     ranks = [layer for each, layer in by_key.items() if re.fullmatch(rf"{re.escape(key)}[123]d", each)]
     near = [key] if key in by_key else difflib.get_close_matches(key, by_key, n=1)
@@ -160,11 +163,11 @@ class _Parser:
             raise self.error(f"expected a layer such as MaxPool2d(2), got {clip(self.source(node))}", node)
         written = self.source(node.func)
         name = TORCH_PREFIX.sub("", written)
-        if name not in LAYERS:
+        if name not in NAMES:
             near = _similar_layers(written)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"the layers are {', '.join(LAYERS)}"
+            hint = f"did you mean {' or '.join(near)}?" if near else f"the layers are {', '.join(NAMES)}"
             raise self.error(f"expected the name of a layer, got {clip(written)}; {hint}", node.func)
-        cls = LAYERS[name]
+        cls = NAMES[name]
         names = [each.name for each in fields(cls)]  # type: ignore[arg-type]  # every layer is a dataclass
         nodes: dict[str, ast.AST] = {}
         values: dict[str, Any] = {}

@@ -30,6 +30,7 @@ ITEM_BYTES: dict[str, int] = {
     "float32": 4,
     "float64": 8,
     "uint8": 1,
+    "uint16": 2,
     "int8": 1,
     "int16": 2,
     "int32": 4,
@@ -216,7 +217,7 @@ def dtype_name(dtype: np.dtype[Any]) -> str:
     """
     name = "bfloat16" if dtype == BFLOAT16_BITS else dtype.name
     if name not in ITEM_BYTES:
-        names = [each for each in ITEM_BYTES if each != "bool"]  # which no layer takes
+        names = [*ITEM_BYTES]
         msg = f"expected one of {', '.join(names)}, got {clip(name)}"
         raise UnsupportedError(msg, reason="DTYPE", metadata={"dtypes": ",".join(names)})
     return name

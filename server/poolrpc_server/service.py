@@ -11,7 +11,7 @@ from poolrpc import __version__
 from poolrpc._shapes.limits import MAX_BRANCHES, MAX_CHAIN, MAX_FRACTIONAL_AXIS, MAX_NUMEL, MAX_PARAMETER
 from poolrpc._wire.codec import Limit, ServerInfo
 from poolrpc.errors import UnavailableError
-from poolrpc.layers import LAYERS
+from poolrpc.layers import LAYERS, STEPS
 from poolrpc.tensors import keep_freed_memory
 from poolrpc_server.calls.admission import AdmissionControl
 from poolrpc_server.calls.dispatch import Dispatcher, no_arena
@@ -280,7 +280,7 @@ def _describe(config: Config, engine: Engine, spans: Spans | None) -> ServerInfo
         torch_version=TORCH_VERSION,
         device=str(engine.device),
         threads=engine.threads,
-        layers={name: layer.dtypes for name, layer in LAYERS.items()},
+        layers={name: layer.dtypes for name, layer in (LAYERS | STEPS).items()},
         limits={
             **{name: Limit(getattr(config, name), config.unit(name)) for name in CONFIGURED_LIMITS},
             "max_tensor_cells": Limit(MAX_NUMEL, "cells"),

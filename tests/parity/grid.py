@@ -60,11 +60,11 @@ GRID: dict[str, list[p.Layer]] = {
     "MaxPool3d": [*windows(p.MaxPool3d, **MAXES), p.MaxPool3d((2, 3, 1), stride=(1, 2, 3), padding=(1, 1, 0))],
     "AvgPool1d": windows(p.AvgPool1d, **MEANS),
     "AvgPool2d": [
-        *windows(p.AvgPool2d, **MEANS, divisor_override=[None, 3]),
+        *windows(p.AvgPool2d, **MEANS, divisor_override=[None, 3, -2]),
         p.AvgPool2d((3, 2), stride=(1, 2), padding=(1, 0), count_include_pad=False),
     ],
     "AvgPool3d": [
-        *windows(p.AvgPool3d, **MEANS, divisor_override=[None, 3]),
+        *windows(p.AvgPool3d, **MEANS, divisor_override=[None, -3]),
         p.AvgPool3d((2, 3, 1), padding=(1, 0, 0)),
     ],
     "LPPool1d": windows(p.LPPool1d, **POWERS),

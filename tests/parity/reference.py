@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,8 +22,10 @@ def values(shape: tuple[int, ...], dtype: str, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     kind: torch.dtype = getattr(torch, dtype)
     if not kind.is_floating_point:
-        info = torch.iinfo(kind)
-        return torch.randint(info.min, info.max, shape, generator=generator, dtype=kind)
+        # torch draws no uint16, and bool has no range.
+        info = torch.iinfo(kind) if dtype != "bool" else SimpleNamespace(min=0, max=2)
+        wide = torch.int32 if dtype in {"uint16", "bool"} else kind
+        return torch.randint(info.min, info.max, shape, generator=generator, dtype=wide).to(kind)
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
     x = torch.where(torch.rand(shape, generator=generator) < 0.2, x.round(), x).to(kind)
     special = torch.tensor([torch.nan, -torch.nan, torch.inf, -torch.inf, 0.0, -0.0], dtype=kind)
@@ -42,11 +46,18 @@ def samples(seed: int, planes: int, axes: int) -> list[list[float]]:
     return [drawn[i : i + axes] for i in range(0, len(drawn), axes)]
 
 
-def reference(
+def reference(  # noqa: C901, PLR0911 - a case for each family
     layer: p.Layer, x: torch.Tensor, indices: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return torch.nn's output, and its indices if the layer returns them."""
+    """Return torch.nn's output, and its indices if the layer returns them; that of a step is of (N, C, spatial...)."""
     dims = layer.spatial_dims
+    if not dims:
+        return step(layer, x), None
+    if layer.family == "max_unpool" and not x.is_floating_point():
+        return unpooled(layer, x, indices), None
+    if x.dtype == torch.uint16:  # of which torch has no maximum
+        output, chosen = reference(layer, x.to(torch.int32))
+        return output.to(torch.uint16), chosen
     parameters = {each.name: getattr(layer, each.name) for each in fields(layer)}
     if layer.family.startswith("global"):
         if not x.is_floating_point():
@@ -79,6 +90,56 @@ def reference(
         del parameters["norm_type"]
     answer = getattr(torch.nn, name)(**parameters)(x)
     return answer if isinstance(answer, tuple) else (answer, None)
+
+
+def unpooled(layer: p.Layer, x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Return the result of MaxUnpool for integers, which torch lacks: each value at its index, zeros elsewhere."""
+    shape = layer.output_shape(tuple(x.shape))
+    planes = int(np.prod(x.shape[: -layer.spatial_dims]))
+    output = np.zeros((planes, int(np.prod(shape[-layer.spatial_dims :]))), dtype=x.numpy().dtype)
+    for plane, cells, places in zip(output, x.reshape(planes, -1), indices.reshape(planes, -1), strict=True):
+        plane[places.numpy()] = cells.numpy()
+    return torch.from_numpy(output.reshape(shape))
+
+
+def step(layer: p.Layer, x: torch.Tensor) -> torch.Tensor:  # noqa: PLR0911 - a case for each rule
+    """Return what torchvision.transforms.v2 (0.29) and torch.round compute, with channels first."""
+    if layer.name == "Round":
+        return torch.round(x)
+    if layer.name == "Normalize":
+        numbers = (torch.as_tensor(np.atleast_1d(each), dtype=torch.float64) for each in (layer.mean, layer.std))
+        mean, std = (each.to(x.dtype).view(-1, *(1,) * (x.ndim - 2)) for each in numbers)
+        return x.sub(mean).div_(std)
+    dtype: torch.dtype = getattr(torch, layer.dtype)
+    floats = x.is_floating_point(), dtype.is_floating_point
+    if x.dtype == dtype:
+        return x
+    if floats == (True, False):
+        return truncated(x.mul(torch.iinfo(dtype).max + 1.0 - 1e-3) if layer.scale else x, dtype)
+    if not layer.scale or floats == (True, True):
+        return x.to(dtype)
+    if dtype.is_floating_point:
+        return x.to(dtype).mul_(1.0 / (1 if x.dtype == torch.bool else torch.iinfo(x.dtype).max))
+    bits = {"uint8": 8, "int8": 7, "int16": 15, "uint16": 16, "int32": 31, "int64": 63}
+    by = bits[layer.dtype] - bits[str(x.dtype).removeprefix("torch.")]
+    if by < 0:
+        return (x / 2**-by).to(dtype) if x.dtype == torch.uint16 else x.bitwise_right_shift(-by).to(dtype)
+    return x.to(dtype) * 2**by if dtype == torch.uint16 else x.to(dtype).bitwise_left_shift_(by)
+
+
+def truncated(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return floats as integers by the definition of ToDtype: truncated, cut to the range, and 0 for NaN."""
+    limits = torch.iinfo(dtype)
+
+    def integer(cell: float) -> int:
+        if math.isnan(cell):
+            return 0
+        if math.isinf(cell):
+            return limits.max if cell > 0 else limits.min
+        return min(max(int(cell), limits.min), limits.max)
+
+    cells = [integer(cell) for cell in x.double().reshape(-1).tolist()]
+    return torch.from_numpy(np.array(cells, str(dtype).removeprefix("torch."))).reshape(x.shape)
 
 
 def as_torch(array: np.ndarray) -> torch.Tensor:

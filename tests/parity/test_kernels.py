@@ -19,6 +19,7 @@ import poolrpc as p
 from poolrpc_server.compute.kernels import blocks, plan_for
 from poolrpc_server.compute.kernels.table import TABLE
 from tests.parity.reference import assert_same, reference, values
+from tests.unit.strategies import steps
 
 if TYPE_CHECKING:
     from poolrpc_server.compute.kernels.plan import Plan, Row
@@ -53,7 +54,7 @@ def sliding(draw: st.DrawFn, family: str) -> tuple[p.Layer, tuple[int, ...]]:
         return cls(kernel, stride, padding, dilation, draw(st.booleans()), ceil), plane
     if family == "LPPool":
         return cls(draw(st.sampled_from((1.0, 2.0, inf))), kernel, stride, ceil), plane
-    more = {"divisor_override": draw(st.none() | st.integers(1, 9))} if dims > 1 else {}
+    more = {"divisor_override": draw(st.none() | st.integers(-9, 9).filter(bool))} if dims > 1 else {}
     return cls(kernel, stride, padding, ceil, draw(st.booleans()), **more), plane
 
 
@@ -75,6 +76,14 @@ def whole() -> st.SearchStrategy[tuple[p.Layer, tuple[int, ...]]]:
     return planes.map(lambda plane: (p.LAYERS[f"GlobalPool{len(plane)}d"]("max"), plane))
 
 
+@st.composite
+def element_wise(draw: st.DrawFn) -> tuple[p.Layer, tuple[int, ...]]:
+    """Draw an element-wise step and a plane of any rank; test_steps.py has numbers that depend on the channel."""
+    step = draw(steps().filter(lambda step: step.period == 1))
+    dims = draw(st.sampled_from(RANKS))
+    return step, tuple(draw(st.integers(1, LARGEST[dims])) for _ in range(dims))
+
+
 DRAWS = {
     "MaxPool": sliding("MaxPool"),
     "AvgPool": sliding("AvgPool"),
@@ -82,12 +91,14 @@ DRAWS = {
     "AdaptiveMaxPool": adaptive("AdaptiveMaxPool"),
     "AdaptiveAvgPool": adaptive("AdaptiveAvgPool"),
     "GlobalPool": whole(),
+    "steps": element_wise(),
 }
 
 
 def test_every_row_is_drawn_for() -> None:
     """Every operation of the table is compared with torch here."""
-    drawn = {"global_pool, max", *(p.LAYERS[f"{name}2d"].family for name in DRAWS)}
+    drawn = {"global_pool, max", *(each.family for each in p.STEPS.values())}
+    drawn |= {p.LAYERS[f"{name}2d"].family for name in DRAWS if name != "steps"}
     assert {operation for row in TABLE for operation in row.operations} <= drawn
 
 
@@ -129,7 +140,7 @@ def compare_rows(name: str, data: st.DataObject, seed: int, size: int) -> None:
     made = plan_for(layer, x.dtype, plane, channels, "cpu")
     memory = (x if channels is None else x.movedim(1, -1)).reshape(-1, *made.plane_shape).contiguous()
     for row in made.rows:
-        output = memory.new_full((memory.shape[0], *made.result_shape), 7)
+        output = torch.full((memory.shape[0], *made.result_shape), 7, dtype=made.output_dtype)
         chosen = torch.full(output.shape, -1) if row.indices else None
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(blocks, "TARGET_BYTES", size)

@@ -5,10 +5,10 @@ from functools import cache
 
 from hypothesis import strategies as st
 
-from poolrpc import LAYERS
-from poolrpc._shapes.limits import MAX_NUMEL, MAX_PARAMETER
+from poolrpc import LAYERS, STEPS
+from poolrpc._shapes.limits import MAX_NORMALIZED_CHANNELS, MAX_NUMEL, MAX_PARAMETER
 from poolrpc._shapes.parameters import per_axis
-from poolrpc.layers import REDUCTIONS
+from poolrpc.layers import FLOATS, INTEGERS, REDUCTIONS
 
 CLASSES = tuple(LAYERS.values())
 
@@ -49,7 +49,7 @@ def layers(draw, among=CLASSES, *, most=MAX_PARAMETER, most_output=MAX_NUMEL, in
         "ceil_mode": st.booleans,
         "count_include_pad": st.booleans,
         "return_indices": st.booleans if indices else lambda: st.just(False),
-        "divisor_override": lambda: st.none() | st.integers(1, MAX_NUMEL),
+        "divisor_override": lambda: st.none() | st.integers(-(2**63), 2**63 - 1).filter(bool),
         "norm_type": lambda: st.floats(0.01, 1000) | st.just(float("inf")),
         "output_size": output_size,
         "output_ratio": lambda: one_or_per_axis(st.floats(0, 1, exclude_min=True, exclude_max=True), dims),
@@ -63,6 +63,22 @@ def layers(draw, among=CLASSES, *, most=MAX_PARAMETER, most_output=MAX_NUMEL, in
             continue
         arguments[name] = draw(makers[name]())
     return cls(**arguments)
+
+
+NUMBERS = st.floats(-(10**6), 10**6, width=32)
+
+
+@st.composite
+def steps(draw):
+    """Draw an element-wise step."""
+    name = draw(st.sampled_from(sorted(STEPS)))
+    if name == "ToDtype":
+        return STEPS[name](draw(st.sampled_from(FLOATS + INTEGERS)), draw(st.booleans()))
+    if name == "Round":
+        return STEPS[name]()
+    channels = draw(st.integers(1, MAX_NORMALIZED_CHANNELS))
+    mean, std = (draw(each | st.tuples(*[each] * channels)) for each in (NUMBERS, NUMBERS.filter(bool)))
+    return STEPS[name](mean, std)
 
 
 def nearly(low, most):

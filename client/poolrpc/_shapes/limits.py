@@ -19,6 +19,9 @@ MAX_FRACTIONAL_AXIS = 2**22
 MAX_NORM = 32768
 """Largest norm of an LPPool, and the inverse of the smallest: torch raises for norms that float16 can't represent."""
 
+MAX_NORMALIZED_CHANNELS = 64
+"""Maximum number of channels that a Normalize has numbers for; their text fits MAX_EXPRESSION_CHARS."""
+
 MAX_RANK = 5
 """Maximum number of axes of a tensor: N, C and three spatial axes."""
 

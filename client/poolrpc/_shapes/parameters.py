@@ -6,7 +6,7 @@ import math
 import operator
 from typing import Any, TypeAlias
 
-from poolrpc._shapes.limits import MAX_PARAMETER
+from poolrpc._shapes.limits import MAX_NORMALIZED_CHANNELS, MAX_PARAMETER
 from poolrpc._shapes.rules import clip
 from poolrpc.errors import InvalidArgumentError
 
@@ -60,6 +60,14 @@ def choice(name: str, value: object, among: tuple[str, ...]) -> str:
 
 def real(name: str, value: object) -> float:
     """Return `value` as a float above 0, which may be infinite; bools are rejected."""
+    number = _number(name, value)
+    if not number > 0:
+        raise InvalidArgumentError(f"expected a number above 0, got {clip(value)}", field=name)
+    return number
+
+
+def _number(name: str, value: object) -> float:
+    """Return `value` as a float, NaN if it is an integer beyond its range; bools are rejected."""
     value = _unwrapped(value)
     # A value with a length is a string, an array or another container.
     rejected = type(value).__name__ in ("bool", "bool_") or hasattr(value, "__len__")
@@ -71,9 +79,24 @@ def real(name: str, value: object) -> float:
         number = None
     if number is None:
         raise InvalidArgumentError(f"expected a number, got {clip(value)} ({type(value).__name__})", field=name)
-    if not number > 0:
-        raise InvalidArgumentError(f"expected a number above 0, got {clip(value)}", field=name)
     return number
+
+
+def finite_numbers(name: str, value: object) -> float | tuple[float, ...]:
+    """Return a float, or a tuple of several, one per channel; all are finite."""
+    value = _unwrapped(value)
+    if hasattr(value, "__len__") and not isinstance(value, str | bytes | dict | set):
+        values: tuple[Any, ...] = tuple(value)  # type: ignore[arg-type]  # a sequence or an array
+        if not 1 <= len(values) <= MAX_NORMALIZED_CHANNELS:
+            msg = f"expected 1 to {MAX_NORMALIZED_CHANNELS} numbers, got {len(values)}"
+            raise InvalidArgumentError(msg, field=name)
+    else:
+        values = (value,)
+    numbers = tuple(_number(name, each) for each in values)
+    for number in numbers:
+        if not math.isfinite(number):
+            raise InvalidArgumentError(f"expected a finite number, got {clip(number)}", field=name)
+    return numbers[0] if len(numbers) == 1 else numbers
 
 
 def sequence(name: str, value: object, dims: int) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ from poolrpc._shapes.rules import check_shape
 from poolrpc._transport.request import Transfer, prepare
 from poolrpc._transport.result import PoolResult
 from poolrpc._wire import codec
-from poolrpc.chains import check_layout, spatial_dims
+from poolrpc.chains import check_layout, period, spatial_dims
 from poolrpc.errors import InternalError, InvalidArgumentError, LimitExceededError, PoolError
 from poolrpc.tensors import TensorSpec, as_array, spec_of
 
@@ -62,7 +62,8 @@ class Group:
         if len(self.tensors) > 1:
             tail = _plane_axes(spec, self._chain)
             planes = sum(prod(each.shape[:-tail]) for each in self.tensors)
-            lead = (1, planes) if self._layout == "NCHW" else (planes,)
+            channels = spec.shape[-tail - 1] if period((self._chain,)) > 1 else planes
+            lead = (planes // channels, channels) if self._layout == "NCHW" else (planes,)
             spec = TensorSpec(spec.dtype, (*lead, *spec.shape[-tail:]), self._layout)
         return Transfer(prepare(codec.Request(spec, (self._chain,))), self.tensors)
 
@@ -114,9 +115,9 @@ class Grouping:
     def __init__(self, chain: Chain, layout: Layout, *, group_bytes: int = GROUP_BYTES) -> None:
         check_layout(layout)
         self._chain, self._layout = chain, layout
-        # A layer whose result depends on the number of a plane needs the planes of each tensor counted from 0.
-        uniform = all(layer.at_plane(1) is layer and layer.splittable for layer in chain)
-        self._group_bytes = group_bytes if uniform else 0
+        # A layer whose result depends on the number of any plane needs the planes of each tensor counted from 0.
+        groups = period((chain,)) and all(layer.splittable for layer in chain)
+        self._group_bytes = group_bytes if groups else 0
         self._waiting: list[Array] = []
         self._size = 0
         self._key: object = None
@@ -169,7 +170,11 @@ class Grouping:
             axes = _plane_axes(spec, self._chain)
         except InvalidArgumentError:
             return None
-        return (spec.dtype, spec.shape[-axes:]) if spec.numel else None
+        if not spec.numel:
+            return None
+        # A layer that treats channels differently needs the same ones in all tensors.
+        channels = spec.shape[-axes - 1] if spec.layout == "NCHW" and period((self._chain,)) > 1 else None
+        return spec.dtype, channels, spec.shape[-axes:]
 
 
 def _plane_axes(spec: TensorSpec, chain: Chain) -> int:

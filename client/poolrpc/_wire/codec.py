@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from poolrpc._shapes.limits import MAX_RANK
 from poolrpc._shapes.rules import clip
-from poolrpc._wire.layer_codec import decode_branches, encode_branches
-from poolrpc.chains import branch_shapes, layer_path
+from poolrpc._wire.layer_codec import DTYPE_FROM_WIRE, DTYPE_TO_WIRE, decode_branches, encode_branches
+from poolrpc.chains import layer_path, shapes_of
 from poolrpc.errors import InvalidArgumentError, UnsupportedError
 from poolrpc.tensors import Layout, TensorSpec
 from poolrpc.v1 import pool_pb2, standard_pb2
@@ -18,13 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from poolrpc.chains import Chain, Shape
+    from poolrpc.layers import Layer
 
-DTYPE_TO_WIRE: dict[str, pool_pb2.DataType.ValueType] = {
-    name.removeprefix("DATA_TYPE_").lower(): number
-    for name, number in pool_pb2.DataType.items()
-    if number != pool_pb2.DATA_TYPE_UNSPECIFIED
-}
-DTYPE_FROM_WIRE = {number: name for name, number in DTYPE_TO_WIRE.items()}
 LAYOUT_TO_WIRE: dict[Layout, pool_pb2.Layout.ValueType] = {
     "NCHW": pool_pb2.LAYOUT_CHANNELS_FIRST,
     "NHWC": pool_pb2.LAYOUT_CHANNELS_LAST,
@@ -43,12 +39,14 @@ class Request:
         input: The spec of the input.
         branches: The chains to apply to the input.
         indices: The spec of MaxUnpool's indices; None if there are none.
+        is_block: Whether the input is some of the planes of a tensor, whose number is not that of the channels.
 
     """
 
     input: TensorSpec
     branches: tuple[Chain, ...]
     indices: TensorSpec | None = None
+    is_block: bool = False
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:
@@ -61,19 +59,23 @@ class Request:
         Client and server both call this, so that a request has the same error wherever it is found.
 
         Raises:
-            UnsupportedError: A layer does not take the input's dtype.
+            UnsupportedError: A layer does not take the dtype that it gets.
             InvalidArgumentError: A shape is invalid, or does not fit a layer, or the indices do not fit the input.
 
         """
         for i, chain in enumerate(self.branches):
-            for j, layer in enumerate(chain):
-                if self.input.dtype not in layer.dtypes:
-                    dtypes = ", ".join(layer.dtypes)
-                    msg = f"{layer_path(i, j, layer)}: {layer.name} takes {dtypes}, got {self.input.dtype}"
-                    raise UnsupportedError(msg, reason="DTYPE", metadata={"layer": layer.name, "dtypes": dtypes})
+            for j, (layer, dtype) in enumerate(zip(chain, self.dtypes(chain), strict=False)):
+                if dtype not in layer.dtypes:
+                    dtypes, name = ", ".join(layer.dtypes), layer.name
+                    msg = f"{layer_path(i, j, layer)}: {name} takes {dtypes}, got {dtype}{_helpful_step(layer, dtype)}"
+                    raise UnsupportedError(msg, reason="DTYPE", metadata={"layer": name, "dtypes": dtypes})
         results = self.results()
         self._check_indices()
         return results
+
+    def dtypes(self, chain: Chain) -> list[str]:
+        """Return the dtype of the input, and of the output of each layer of a chain."""
+        return [*accumulate(chain, lambda dtype, layer: layer.output_dtype(dtype), initial=self.input.dtype)]
 
     def _check_indices(self) -> None:
         required = any(chain[0].takes_indices for chain in self.branches)
@@ -99,7 +101,7 @@ class Request:
 
         """
         try:
-            return branch_shapes(self.input.shape, self.branches, self.input.layout)
+            return shapes_of(self.input.shape, self.branches, self.input.layout, is_block=self.is_block)
         except InvalidArgumentError as error:
             raise error.with_prefix("input") if error.violations[0].field == "shape" else error from None
 
@@ -109,11 +111,19 @@ class Request:
         return tuple(
             BranchResult(
                 steps,
-                TensorSpec(spec.dtype, steps[-1], spec.layout),
+                TensorSpec(self.dtypes(chain)[-1], steps[-1], spec.layout),
                 TensorSpec("int64", steps[-1], spec.layout) if chain[-1].returns_indices else None,
             )
             for chain, steps in zip(self.branches, self.shapes(), strict=True)
         )
+
+
+def _helpful_step(layer: Layer, dtype: str) -> str:
+    """Return what to put before a layer that does not take a dtype; "" if no conversion helps."""
+    if layer.family == "to_dtype":
+        return ""
+    widened = "uint8" if dtype == "bool" and "uint8" in layer.dtypes else "float32"
+    return f"; put ToDtype({widened!r}) before it"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from poolrpc._shapes.limits import MAX_BRANCHES, MAX_CHAIN, MAX_RANK
+from poolrpc._shapes.limits import MAX_BRANCHES, MAX_CHAIN, MAX_NORMALIZED_CHANNELS, MAX_RANK
 from poolrpc._shapes.parameters import per_axis
 from poolrpc.errors import InvalidArgumentError, LimitExceededError
-from poolrpc.layers import LAYERS, REDUCTIONS, Layer
+from poolrpc.layers import LAYERS, REDUCTIONS, STEPS, Layer
 from poolrpc.v1 import pool_pb2
 
 if TYPE_CHECKING:
@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
     from poolrpc.chains import Chain
 
+DTYPE_TO_WIRE: dict[str, pool_pb2.DataType.ValueType] = {
+    name.removeprefix("DATA_TYPE_").lower(): number
+    for name, number in pool_pb2.DataType.items()
+    if number != pool_pb2.DATA_TYPE_UNSPECIFIED
+}
+DTYPE_FROM_WIRE = {number: name for name, number in DTYPE_TO_WIRE.items()}
 REDUCTION_TO_WIRE = {name: pool_pb2.Reduction.Value(f"REDUCTION_{name.upper()}") for name in REDUCTIONS}
 REDUCTION_FROM_WIRE = {number: name for name, number in REDUCTION_TO_WIRE.items()}
 
@@ -27,11 +33,11 @@ ABSENT: Any = object()
 """The decoded value of a parameter that the message leaves to the layer's default."""
 
 
-def _values(message: Any, name: str) -> tuple[Any, ...]:  # noqa: ANN401 - any family's message
+def _values(message: Any, name: str, most: int = MAX_RANK, each: str = "axis") -> tuple[Any, ...]:  # noqa: ANN401 - any family's message
     # Counted before they are copied, since a message can hold millions.
     values = getattr(message, name)
-    if len(values) > MAX_RANK:
-        raise InvalidArgumentError(f"expected one value or one per axis, got {len(values)}", field=name)
+    if len(values) > most:
+        raise InvalidArgumentError(f"expected one value or one per {each}, got {len(values)}", field=name)
     return tuple(values)
 
 
@@ -105,6 +111,28 @@ class _Reduce:
         return REDUCTION_FROM_WIRE.get(number, number or None)
 
 
+class _Numbers:
+    """One number or one per channel."""
+
+    def encode(self, message: Any, name: str, value: Any) -> None:  # noqa: ANN401
+        getattr(message, name).extend(per_axis(value, 1))
+
+    def decode(self, message: Any, name: str) -> Any:  # noqa: ANN401
+        return _values(message, name, MAX_NORMALIZED_CHANNELS, f"channel, for at most {MAX_NORMALIZED_CHANNELS}")
+
+
+class _Dtype:
+    """A dtype by its name."""
+
+    def encode(self, message: Any, name: str, value: Any) -> None:  # noqa: ANN401
+        setattr(message, name, DTYPE_TO_WIRE[value])
+
+    def decode(self, message: Any, name: str) -> Any:  # noqa: ANN401
+        number = getattr(message, name)
+        # The layer rejects None, and the number of a dtype that this version lacks.
+        return DTYPE_FROM_WIRE.get(number, number or None)
+
+
 FIELD_CODECS: dict[str, Any] = {
     "kernel_size": _RequiredIntegers(),
     "stride": _Integers(),
@@ -118,6 +146,10 @@ FIELD_CODECS: dict[str, Any] = {
     "divisor_override": _OptionalScalar(),
     "output_ratio": _Wrapped("ratios"),
     "reduce": _Reduce(),
+    "dtype": _Dtype(),
+    "scale": _Scalar(),
+    "mean": _Numbers(),
+    "std": _Numbers(),
     "adaptive_max_pool.output_size": _AdaptiveSizes(),
     "adaptive_avg_pool.output_size": _AdaptiveSizes(),
     "fractional_max_pool.output_size": _Wrapped("cells"),
@@ -131,9 +163,10 @@ def _parameters(cls: type[Layer]) -> dict[str, Any]:
     return {name: FIELD_CODECS.get(f"{cls.family}.{name}") or FIELD_CODECS[name] for name in names}
 
 
-PARAMETER_CODECS = {cls: _parameters(cls) for cls in LAYERS.values()}
+CLASSES: tuple[type[Layer], ...] = (*LAYERS.values(), *STEPS.values())
+PARAMETER_CODECS = {cls: _parameters(cls) for cls in CLASSES}
 BY_FAMILY: dict[str, dict[int, type[Layer]]] = {}
-for _cls in LAYERS.values():
+for _cls in CLASSES:
     BY_FAMILY.setdefault(_cls.family, {})[_cls.spatial_dims] = _cls
 
 
@@ -141,7 +174,9 @@ def encode_layer(layer: Layer) -> pool_pb2.Layer:
     """Return the message of a layer."""
     message = pool_pb2.Layer()
     family = getattr(message, layer.family)
-    family.spatial_dims = layer.spatial_dims
+    family.SetInParent()  # a step may have no parameter
+    if layer.spatial_dims:
+        family.spatial_dims = layer.spatial_dims
     for name, codec in PARAMETER_CODECS[type(layer)].items():
         value = getattr(layer, name)
         if value is not None:
@@ -165,7 +200,7 @@ def decode_layer(message: pool_pb2.Layer, path: str) -> Layer:
         raise InvalidArgumentError("expected a layer, got none that this version has", field=path)
     family, by_dims = getattr(message, name), BY_FAMILY[name]
     path = f"{path}.{name}"
-    cls = by_dims.get(family.spatial_dims)
+    cls = by_dims.get(getattr(family, "spatial_dims", 0))
     if cls is None:
         msg = f"expected one of {', '.join(map(str, by_dims))}, got {family.spatial_dims}"
         raise InvalidArgumentError(msg, field=f"{path}.spatial_dims")

@@ -1,5 +1,7 @@
 """The pooling layers: frozen values with torch.nn's names, parameters, order and defaults, that compute their shapes.
 
+The element-wise steps of a chain are layers too, with torchvision's names.
+
 A layer holds parameters; the server computes its output. Without torch, a layer knows the dtypes that it
 supports (`dtypes`), the shape of its output (`output_shape`), and the work of a call (`work`).
 """
@@ -14,6 +16,7 @@ from poolrpc.layers.adaptive_pool import (
 )
 from poolrpc.layers.avg_pool import AvgPool1d, AvgPool2d, AvgPool3d
 from poolrpc.layers.base import FLOATS, INTEGERS, WIDE_FLOATS, Layer
+from poolrpc.layers.element_wise import STEPS, Normalize, Round, ToDtype
 from poolrpc.layers.fractional_max_pool import SEED_STEP, FractionalMaxPool2d, FractionalMaxPool3d
 from poolrpc.layers.global_pool import REDUCTIONS, GlobalPool1d, GlobalPool2d, GlobalPool3d
 from poolrpc.layers.lp_pool import LPPool1d, LPPool2d, LPPool3d
@@ -26,6 +29,7 @@ __all__ = [
     "LAYERS",
     "REDUCTIONS",
     "SEED_STEP",
+    "STEPS",
     "WIDE_FLOATS",
     "AdaptiveAvgPool1d",
     "AdaptiveAvgPool2d",
@@ -51,6 +55,9 @@ __all__ = [
     "MaxUnpool1d",
     "MaxUnpool2d",
     "MaxUnpool3d",
+    "Normalize",
+    "Round",
+    "ToDtype",
 ]
 
 LAYERS: dict[str, type[Layer]] = {
@@ -81,4 +88,4 @@ LAYERS: dict[str, type[Layer]] = {
         GlobalPool3d,
     )
 }
-"""Every layer class by its name."""
+"""Every pooling layer by its name."""

@@ -3,14 +3,18 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from poolrpc._shapes.limits import MAX_NUMEL
 from poolrpc._shapes.parameters import Axes, boolean, integer
-from poolrpc.layers.base import WIDE_FLOATS, SlidingWindowLayer
+from poolrpc.errors import InvalidArgumentError
+from poolrpc.layers.base import FLOATS, WIDE_FLOATS, SlidingWindowLayer
+
+MAX_DIVISOR = 2**63 - 1
+"""The largest divisor_override that torch takes."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class _AvgPool(SlidingWindowLayer):
     family: ClassVar[str] = "avg_pool"
+    dtypes: ClassVar[tuple[str, ...]] = (*FLOATS, "int64")
     kernel_size: Axes
     stride: Axes | None = None
     padding: Axes = 0
@@ -33,8 +37,10 @@ class _AvgPoolWithDivisor(_AvgPool):
     def __post_init__(self) -> None:
         _AvgPool.__post_init__(self)
         if self.divisor_override is not None:
-            # torch accepts negative divisors and negates the output (PyTorch PR 185361); they are rejected here.
-            self._set(divisor_override=integer("divisor_override", self.divisor_override, 1, MAX_NUMEL))
+            divisor = integer("divisor_override", self.divisor_override, -MAX_DIVISOR - 1, MAX_DIVISOR)
+            if not divisor:
+                raise InvalidArgumentError("expected an integer other than 0, got 0", field="divisor_override")
+            self._set(divisor_override=divisor)
 
 
 class AvgPool1d(_AvgPool):
@@ -64,7 +70,8 @@ class AvgPool1d(_AvgPool):
 class AvgPool2d(_AvgPoolWithDivisor):
     """The mean of each window of a 2d input, as torch.nn.AvgPool2d computes it.
 
-    Padding counts as zeros. The dtypes are float16, bfloat16, float32 and float64; the output has the input's.
+    Padding counts as zeros. The dtypes are float16, bfloat16, float32, float64 and int64; the output has the input's,
+    and the mean of integers is truncated towards zero. For other integers, put a ToDtype before the layer.
 
     Args:
         kernel_size: Size of a window in cells, 1 to 65535: an int for both axes, or (height, width).
@@ -73,8 +80,8 @@ class AvgPool2d(_AvgPoolWithDivisor):
         ceil_mode: Whether to round the output's size up instead of down, which adds a last, partial window on an axis
             if it starts in the input or the left padding. Default: False.
         count_include_pad: Whether cells of the padding count in the divisor. Default: True.
-        divisor_override: What the sum of a window is divided by, 1 to 2**31 - 1. Default: None, which is the number of
-            the window's cells.
+        divisor_override: What the sum of a window is divided by, any integer of 64 bits but 0. Default: None, which is
+            the number of the window's cells.
 
     Shape:
         Input: (N, C, H, W) or (C, H, W). Output: (N, C, H_out, W_out) or (C, H_out, W_out), where
@@ -105,7 +112,8 @@ class AvgPool3d(_AvgPoolWithDivisor):
     """The mean of each window of a 3d input, as torch.nn.AvgPool3d computes it.
 
     The parameters and errors are those of AvgPool2d, with one value for all axes or (depth, height, width). The dtypes
-    are float32 and float64. As in torch, and unlike in other layers, kernel_size must fit the input without padding.
+    are float32, float64 and int64. As in torch, and unlike in other layers, kernel_size must fit the input without
+    padding.
 
     Shape:
         Input: (N, C, D, H, W) or (C, D, H, W). Output: (N, C, D_out, H_out, W_out) or (C, D_out, H_out, W_out), where
@@ -122,7 +130,7 @@ class AvgPool3d(_AvgPoolWithDivisor):
     """
 
     __slots__ = ()
-    dtypes = WIDE_FLOATS
+    dtypes = (*WIDE_FLOATS, "int64")
     spatial_dims = 3
 
     def output_plane(self, plane: tuple[int, ...]) -> tuple[int, ...]:

@@ -11,11 +11,11 @@ from poolrpc._shapes.rules import check_shape, pooled_size
 from poolrpc.errors import InvalidArgumentError
 
 # A layer's dtypes are those that torch has on the CPU, the same for every device. torch pools integers only on the CPU,
-# so a server with a GPU computes them on its CPU. Two kinds are left out: averages of integers (torch has only int64,
-# only on the CPU, and truncates), and half precision for 3d averages (torch has it only on CUDA).
+# so a server with a GPU computes them on its CPU. Half precision for 3d averages is left out (torch has it only on
+# CUDA). torch's own layers do not pool uint16; its maxima are those of the same numbers in a wider dtype.
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 WIDE_FLOATS = ("float32", "float64")
-INTEGERS = ("uint8", "int8", "int16", "int32", "int64")
+INTEGERS = ("uint8", "uint16", "int8", "int16", "int32", "int64")
 
 
 class Layer:
@@ -25,9 +25,9 @@ class Layer:
 
     Attributes:
         family: Name of the layer's field in the proto's `oneof layer`, shared by its 1d, 2d and 3d classes.
-        dtypes: Names of the dtypes that the layer takes, the same on every device. The output has the input's. Of a
-            class whose dtypes depend on a parameter: those for any value of it.
-        spatial_dims: Number of spatial axes: 1, 2 or 3.
+        dtypes: Names of the dtypes that the layer takes, the same on every device. Of a class whose dtypes depend on a
+            parameter: those for any value of it.
+        spatial_dims: Number of spatial axes: 1, 2 or 3; 0 for an element-wise step, which takes any number of them.
         takes_indices: Whether the layer needs the indices of a MaxPool in addition to its input.
 
     Examples:
@@ -69,6 +69,11 @@ class Layer:
         return True
 
     @property
+    def period(self) -> int:
+        """The number of planes after which the layer treats planes alike again: 1 if always, 0 if never."""
+        return 1
+
+    @property
     def returns_indices(self) -> bool:
         """Whether the result has the indices of the maxima too."""
         return bool(getattr(self, "return_indices", False))
@@ -87,9 +92,25 @@ class Layer:
             InvalidArgumentError: The layer can't pool a tensor of this shape.
 
         """
-        shape = tuple(integer("shape", size, 0, MAX_NUMEL) for size in shape)
+        shape = self._checked_sizes(shape)
         dims = check_shape(shape, self.spatial_dims)
         return shape[:-dims] + self.output_plane(shape[-dims:])
+
+    @staticmethod
+    def _checked_sizes(shape: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(integer("shape", size, 0, MAX_NUMEL) for size in shape)
+
+    def output_dtype(self, dtype: str) -> str:
+        """Return the name of the output's dtype, given that of the input: the same, except for ToDtype."""
+        return dtype
+
+    def check_channels(self, channels: int) -> None:
+        """Check that the layer takes a tensor with this number of channels.
+
+        Raises:
+            InvalidArgumentError: It does not.
+
+        """
 
     def output_plane(self, plane: tuple[int, ...]) -> tuple[int, ...]:
         """Return the spatial shape of the output.
@@ -174,6 +195,8 @@ class SlidingWindowLayer(Layer):
     def _check_window(self) -> None:
         dims = self.spatial_dims
         self._set(kernel_size=axes("kernel_size", self.kernel_size, dims))
+        if isinstance(self.stride, tuple | list) and not self.stride:  # which torch reads as None
+            self._set(stride=None)
         if self.stride is not None:
             self._set(stride=axes("stride", self.stride, dims))
 

@@ -65,6 +65,10 @@ class _FractionalMaxPool(Layer):
     def window(self, plane: tuple[int, ...]) -> tuple[int, ...]:
         return per_axis(self.kernel_size, len(plane))
 
+    @property
+    def period(self) -> int:
+        return 0
+
     def at_plane(self, first: int) -> Self:
         # Each plane takes one step of the generator per axis, and n steps add n * SEED_STEP to its state.
         return replace(self, seed=(self.seed + first * self.spatial_dims * SEED_STEP) % 2**64)

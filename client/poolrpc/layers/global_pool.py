@@ -62,7 +62,7 @@ class GlobalPool2d(_GlobalPool):
 
     The output is that of torch's AdaptiveMaxPool2d or AdaptiveAvgPool2d with an output size of 1. If a plane contains
     NaN, its maximum and its mean are NaN. The dtypes are float16, bfloat16, float32 and float64, and for the maximum
-    also uint8, int8, int16, int32 and int64; the output has the input's.
+    also uint8, uint16, int8, int16, int32 and int64; the output has the input's.
 
     Args:
         reduce: What becomes of a plane's cells: "max" or "mean".

@@ -56,7 +56,7 @@ class MaxPool2d(_MaxPool):
     """The maximum of each window of a 2d input, as torch.nn.MaxPool2d computes it.
 
     Padding counts as minus infinity. If a window contains NaN, its maximum is NaN. The dtypes are float16, bfloat16,
-    float32, float64, uint8, int8, int16, int32 and int64; the output has the input's.
+    float32, float64, uint8, uint16, int8, int16, int32 and int64; the output has the input's.
 
     Args:
         kernel_size: Size of a window in cells, 1 to 65535: an int for both axes, or (height, width).

@@ -7,12 +7,13 @@ from poolrpc._shapes.limits import MAX_NUMEL
 from poolrpc._shapes.parameters import Axes, axes, per_axis
 from poolrpc._shapes.rules import unpooled_size
 from poolrpc.errors import InvalidArgumentError
-from poolrpc.layers.base import SlidingWindowLayer
+from poolrpc.layers.base import FLOATS, INTEGERS, SlidingWindowLayer
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class _MaxUnpool(SlidingWindowLayer):
     family: ClassVar[str] = "max_unpool"
+    dtypes: ClassVar[tuple[str, ...]] = FLOATS + INTEGERS
     kernel_size: Axes
     stride: Axes | None = None
     padding: Axes = 0
@@ -70,7 +71,8 @@ class MaxUnpool2d(_MaxUnpool):
 
     Each value of the input is written to the position that its index names, and all other cells are zero. The indices
     are a second input of the call (`indices=`): int64, of the input's shape, from a MaxPool2d with return_indices. The
-    dtypes are float16, bfloat16, float32 and float64; the output has the input's.
+    dtypes are those of MaxPool2d: float16, bfloat16, float32, float64, uint8, uint16, int8, int16, int32 and int64; the
+    output has the input's.
 
     Args:
         kernel_size: That of the MaxPool2d, 1 to 65535: an int for both axes, or (height, width).

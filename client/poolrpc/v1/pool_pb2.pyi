@@ -53,7 +53,9 @@ class _DataTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DataType.Val
     DATA_TYPE_INT64: _DataType.ValueType  # 9
     """Signed integer, 8 bytes."""
     DATA_TYPE_BOOL: _DataType.ValueType  # 10
-    """Boolean, 1 byte. No layer supports it; it has a number so that errors can name it."""
+    """Boolean, 1 byte. Only ToDtype takes it."""
+    DATA_TYPE_UINT16: _DataType.ValueType  # 11
+    """Unsigned integer, 2 bytes."""
 
 class DataType(_DataType, metaclass=_DataTypeEnumTypeWrapper):
     """DataType is the type of a tensor's elements."""
@@ -79,7 +81,9 @@ DATA_TYPE_INT32: DataType.ValueType  # 8
 DATA_TYPE_INT64: DataType.ValueType  # 9
 """Signed integer, 8 bytes."""
 DATA_TYPE_BOOL: DataType.ValueType  # 10
-"""Boolean, 1 byte. No layer supports it; it has a number so that errors can name it."""
+"""Boolean, 1 byte. Only ToDtype takes it."""
+DATA_TYPE_UINT16: DataType.ValueType  # 11
+"""Unsigned integer, 2 bytes."""
 Global___DataType: _TypeAlias = DataType  # noqa: Y015
 
 class _Layout:
@@ -610,8 +614,11 @@ Global___BranchShapes: _TypeAlias = BranchShapes  # noqa: Y015
 
 @_typing.final
 class Layer(_message.Message):
-    """Layer is one pooling layer. A repeated parameter of a layer with d spatial axes has 1 or d values; a single value
-    applies to every axis.
+    """Layer is one pooling layer, or an element-wise step. A repeated parameter of a layer with d spatial axes has 1 or d
+    values; a single value applies to every axis.
+
+    An element-wise step may stand wherever a layer may, for any number of spatial axes, as long as the request has a
+    pooling layer too. The dtype that a layer gets is the one that the step before it returns.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -624,6 +631,9 @@ class Layer(_message.Message):
     ADAPTIVE_AVG_POOL_FIELD_NUMBER: _builtins.int
     MAX_UNPOOL_FIELD_NUMBER: _builtins.int
     GLOBAL_POOL_FIELD_NUMBER: _builtins.int
+    TO_DTYPE_FIELD_NUMBER: _builtins.int
+    NORMALIZE_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def max_pool(self) -> Global___MaxPool:
         """MaxPool1d, MaxPool2d, MaxPool3d."""
@@ -656,6 +666,18 @@ class Layer(_message.Message):
     def global_pool(self) -> Global___GlobalPool:
         """GlobalPool1d, GlobalPool2d, GlobalPool3d."""
 
+    @_builtins.property
+    def to_dtype(self) -> Global___ToDtype:
+        """Converts the dtype."""
+
+    @_builtins.property
+    def normalize(self) -> Global___Normalize:
+        """Subtracts a mean and divides by a standard deviation."""
+
+    @_builtins.property
+    def round(self) -> Global___Round:
+        """Rounds to the nearest integer."""
+
     def __init__(
         self,
         *,
@@ -667,12 +689,15 @@ class Layer(_message.Message):
         adaptive_avg_pool: Global___AdaptiveAvgPool | None = ...,
         max_unpool: Global___MaxUnpool | None = ...,
         global_pool: Global___GlobalPool | None = ...,
+        to_dtype: Global___ToDtype | None = ...,
+        normalize: Global___Normalize | None = ...,
+        round: Global___Round | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adaptive_avg_pool", b"adaptive_avg_pool", "adaptive_max_pool", b"adaptive_max_pool", "avg_pool", b"avg_pool", "fractional_max_pool", b"fractional_max_pool", "global_pool", b"global_pool", "layer", b"layer", "lp_pool", b"lp_pool", "max_pool", b"max_pool", "max_unpool", b"max_unpool"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adaptive_avg_pool", b"adaptive_avg_pool", "adaptive_max_pool", b"adaptive_max_pool", "avg_pool", b"avg_pool", "fractional_max_pool", b"fractional_max_pool", "global_pool", b"global_pool", "layer", b"layer", "lp_pool", b"lp_pool", "max_pool", b"max_pool", "max_unpool", b"max_unpool", "normalize", b"normalize", "round", b"round", "to_dtype", b"to_dtype"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptive_avg_pool", b"adaptive_avg_pool", "adaptive_max_pool", b"adaptive_max_pool", "avg_pool", b"avg_pool", "fractional_max_pool", b"fractional_max_pool", "global_pool", b"global_pool", "layer", b"layer", "lp_pool", b"lp_pool", "max_pool", b"max_pool", "max_unpool", b"max_unpool"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptive_avg_pool", b"adaptive_avg_pool", "adaptive_max_pool", b"adaptive_max_pool", "avg_pool", b"avg_pool", "fractional_max_pool", b"fractional_max_pool", "global_pool", b"global_pool", "layer", b"layer", "lp_pool", b"lp_pool", "max_pool", b"max_pool", "max_unpool", b"max_unpool", "normalize", b"normalize", "round", b"round", "to_dtype", b"to_dtype"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_layer: _TypeAlias = _typing.Literal["max_pool", "avg_pool", "lp_pool", "fractional_max_pool", "adaptive_max_pool", "adaptive_avg_pool", "max_unpool", "global_pool"]  # noqa: Y015
+    _WhichOneofReturnType_layer: _TypeAlias = _typing.Literal["max_pool", "avg_pool", "lp_pool", "fractional_max_pool", "adaptive_max_pool", "adaptive_avg_pool", "max_unpool", "global_pool", "to_dtype", "normalize", "round"]  # noqa: Y015
     _WhichOneofArgType_layer: _TypeAlias = _typing.Literal["layer", b"layer"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_layer) -> _WhichOneofReturnType_layer | None: ...
 
@@ -752,7 +777,7 @@ class AvgPool(_message.Message):
     count_include_pad: _builtins.bool
     """Whether the padding counts in the divisor. Unset: true."""
     divisor_override: _builtins.int
-    """The divisor of the sum. Unset: the number of cells. Not for the 1d layer."""
+    """The divisor of the sum, not 0. Unset: the number of cells. Not for the 1d layer."""
     @_builtins.property
     def kernel_size(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The window's size in cells."""
@@ -1118,6 +1143,83 @@ class Reduce(_message.Message):
 Global___Reduce: _TypeAlias = Reduce  # noqa: Y015
 
 @_typing.final
+class ToDtype(_message.Message):
+    """ToDtype converts every cell to another dtype. Integers wrap around, as in torch. Floats that become integers are
+    truncated towards zero; what is out of range becomes the nearest value of the dtype, and NaN becomes 0.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DTYPE_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    dtype: Global___DataType.ValueType
+    """The dtype of the output, any but bool. Required."""
+    scale: _builtins.bool
+    """Whether values are scaled between the ranges of the dtypes, 0 to 1 for floats and 0 to the largest value for
+    integers, by the arithmetic of torchvision.transforms.v2.functional.to_dtype.
+    """
+    def __init__(
+        self,
+        *,
+        dtype: Global___DataType.ValueType = ...,
+        scale: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "scale", b"scale"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ToDtype: _TypeAlias = ToDtype  # noqa: Y015
+
+@_typing.final
+class Normalize(_message.Message):
+    """Normalize subtracts a mean from every cell, and then divides by a standard deviation; both are rounded to the dtype."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEAN_FIELD_NUMBER: _builtins.int
+    STD_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def mean(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """The mean, one for all channels or one per channel."""
+
+    @_builtins.property
+    def std(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """The standard deviation, one for all channels or one per channel; not 0."""
+
+    def __init__(
+        self,
+        *,
+        mean: _abc.Iterable[_builtins.float] | None = ...,
+        std: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mean", b"mean", "std", b"std"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Normalize: _TypeAlias = Normalize  # noqa: Y015
+
+@_typing.final
+class Round(_message.Message):
+    """Round rounds every cell to the nearest integer, and halves to the nearest even one. The dtype stays."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Round: _TypeAlias = Round  # noqa: Y015
+
+@_typing.final
 class GetServerInfoRequest(_message.Message):
     """GetServerInfoRequest asks for information about the server."""
 
@@ -1217,10 +1319,10 @@ class LayerInfo(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     DTYPES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """The layer's name in torch.nn."""
+    """The layer's name in torch.nn, or the name of an element-wise step."""
     @_builtins.property
     def dtypes(self) -> _containers.RepeatedScalarFieldContainer[Global___DataType.ValueType]:
-        """The dtypes, the same on every device."""
+        """The dtypes that it takes with any parameters, the same on every device."""
 
     def __init__(
         self,

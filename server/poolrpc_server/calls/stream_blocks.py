@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from math import gcd
 from typing import TYPE_CHECKING
 
+from poolrpc.chains import period
 from poolrpc.errors import InvalidArgumentError
 from poolrpc_server.compute.planes import block_of
 
@@ -15,8 +17,9 @@ if TYPE_CHECKING:
     from poolrpc.chains import Planes
     from poolrpc_server.calls.validate import CheckedRequest
 
-REMEMBERED_SIZES = 2
-"""Number of sizes of blocks whose validated request a stream remembers: all but its last block have the same size."""
+REMEMBERED_SIZES = 4
+"""Number of blocks whose validated request a stream remembers: all but its last block have the same size, and begin at
+one of the three channels of an image, if there is a Normalize."""
 
 BLOCK_BYTES = 8 * 2**20
 """Maximum size of a block of several planes, in bytes."""
@@ -56,9 +59,14 @@ class StreamBlocks:
         self.max_planes = max(1, min(planes.count, block_bytes // self.plane_bytes))
         self._check = check
         self._received = 0
-        # Blocks of equal size are equal requests, unless a layer depends on the number of the plane.
-        self._reusable = all(layer.at_plane(1) is layer for chain in request.branches for layer in chain)
-        self._check_count = lru_cache(REMEMBERED_SIZES)(lambda count: check(block_of(request, planes, count, 0)))
+        # Blocks of equal size are equal requests if they begin at the same plane of the layers' period; an image with
+        # channels last counts as one plane.
+        channels = request.input.shape[-1] if request.input.layout == "NHWC" else 1
+        repeats = period(request.branches)
+        self._period = repeats // gcd(repeats, channels)
+        self._check_count = lru_cache(REMEMBERED_SIZES)(
+            lambda count, first: check(block_of(request, planes, count, first))
+        )
 
     def next_block(self, nbytes: int) -> CheckedRequest:
         """Return the validated request of the next block.
@@ -78,9 +86,9 @@ class StreamBlocks:
         first, self._received = self._received, self._received + count
         if self._received > self.planes.count:
             raise self._wrong_count()
-        if not self._reusable:
+        if not self._period:
             return self._check(block_of(self.request, self.planes, count, first))
-        return self._check_count(count)
+        return self._check_count(count, first % self._period)
 
     def finish(self) -> None:
         """Check that all planes have arrived.

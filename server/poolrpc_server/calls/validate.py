@@ -86,7 +86,7 @@ def check_request(
             schedule's `work` is the number of cells that its kernels visit, weighted by their cost.
 
     Raises:
-        UnsupportedError: A layer does not support the input's dtype.
+        UnsupportedError: A layer does not support the dtype that it gets.
         InvalidArgumentError: A shape is invalid, or does not fit a layer.
         LimitExceededError: A limit is exceeded.
 
@@ -112,7 +112,7 @@ def check_stream(
     The tensor may have any size. The limits apply to each block, and so to one plane.
 
     Raises:
-        UnsupportedError: A layer does not support the input's dtype.
+        UnsupportedError: A layer does not support the dtype that it gets.
         InvalidArgumentError: A shape is invalid, or does not fit a layer.
         LimitExceededError: One plane exceeds a limit.
 
@@ -163,12 +163,11 @@ def _check_numel(shape: Shape) -> None:
 
 
 def _check_outputs(request: Request, shapes: list[tuple[Shape, ...]], limits: Limits) -> int:
-    item_bytes = ITEM_BYTES[request.input.dtype]
     total = 0
     for chain, chain_shapes in zip(request.branches, shapes, strict=True):
-        for layer, shape in zip(chain, chain_shapes, strict=True):
+        for layer, dtype, shape in zip(chain, request.dtypes(chain)[1:], chain_shapes, strict=True):
             numel, output = math.prod(shape), f"{layer.name}'s output {clip(shape)}"
-            nbytes = numel * (item_bytes + (ITEM_BYTES["int64"] if layer.returns_indices else 0))
+            nbytes = numel * (ITEM_BYTES[dtype] + (ITEM_BYTES["int64"] if layer.returns_indices else 0))
             _check_limit("OUTPUT_TOO_LARGE", f"bytes of {output}", nbytes, limits.output_bytes)
             _check_limit("TENSOR_TOO_LARGE", f"elements of {output}", numel, MAX_NUMEL)
         total += nbytes  # of the last layer

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from poolrpc.tensors import align
 from poolrpc_server.compute.kernels import blocks
 from poolrpc_server.compute.kernels.blocks import KEPT_BYTES, Cells, DoubleBuffer, Program, scratch
 from poolrpc_server.compute.planes import check_indices
@@ -68,8 +69,8 @@ class Branch:
         self.whole = False
         if plans[0].device != "cpu":
             return
-        between = max((prod(plan.result_shape) for plan in plans[:-1]), default=0)
-        plane_bytes = max(between * plans[0].dtype.itemsize, *(plan.plane_bytes(row) for plan, row in self.steps))
+        between = max((prod(plan.result_shape) * plan.output_dtype.itemsize for plan in plans[:-1]), default=0)
+        plane_bytes = max(between, *(plan.plane_bytes(row) for plan, row in self.steps))
         self._plane_bytes = max(plane_bytes, -(-self.work * blocks.TARGET_BYTES // (BLOCK_WORK * planes)))
         self.block = max(1, min(planes, blocks.TARGET_BYTES // self._plane_bytes))
         if len(plans) == 1 and self.steps[0][1] is None and self.work <= BLOCK_WORK:
@@ -79,7 +80,7 @@ class Branch:
         kernels = [(self.block + 1) * row.scratch(plan) for plan, row in self.steps if row is not None]
         self._shared_bytes = 0
         if len(plans) > 1:
-            buffers = 2 * (self.block + 1) * between * plans[0].dtype.itemsize
+            buffers = 2 * (self.block + 1) * between
             self._shared_bytes = buffers + max(kernels, default=0) + ALIGNMENT_BYTES
         if self.block < planes and self.work >= PARALLEL_WORK:
             self.threads = min(threads, planes)
@@ -163,7 +164,7 @@ class Branch:
         """Yield the programs that compute a range of planes, one after the other; all else is as for compute_range."""
         count = -(-(stop - start) // (PROGRAM_BLOCKS * self.block))
         for first, end in pairwise(start + (stop - start) * i // count for i in range(count + 1)):
-            program = Program(end - first, self._plane_bytes, self._shared_bytes)
+            program = Program(end - first, self._plane_bytes, self._shared_bytes, first)
             source, written = Cells(program, x[first:end]), [Cells(program, target[first:end]) for target in targets]
             given = None if indices is None else Cells(program, indices[first:end])
             self._append(program, source, given, written, first)
@@ -181,12 +182,14 @@ class Branch:
         plan = self.steps[0][0]
         if source.tensor.dtype != plan.dtype:  # Vectorised code may fail on an address that is not aligned.
             source = _aligned(source, plan)
-        buffers = DoubleBuffer(program, plan.dtype, (program.step + 1) * self._between) if len(self.steps) > 1 else None
+        buffers = None
+        if len(self.steps) > 1:
+            buffers = DoubleBuffer(program, torch.uint8, align((program.step + 1) * self._between))
         program.begin_layers()
         for number, (plan, row) in enumerate(self.steps):
             program.begin_layer()
             last = number == len(self.steps) - 1
-            target = targets[0] if last or buffers is None else buffers.swap(plan.result_shape)
+            target = targets[0] if last or buffers is None else buffers.swap(plan.result_shape, plan.output_dtype)
             if row is None:
                 read = None if indices is None or number else _read_indices(indices, plan)
                 plan.add_eager(

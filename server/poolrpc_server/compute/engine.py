@@ -17,7 +17,7 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 import torch
 
 from poolrpc.chains import Planes
-from poolrpc.layers import INTEGERS
+from poolrpc.layers import FLOATS, INTEGERS
 from poolrpc.tensors import split_tensors
 from poolrpc_server.compute.buffers import Buffers
 from poolrpc_server.compute.device import DeviceStreams, PageLocks, resolve_device
@@ -168,7 +168,7 @@ class Engine:
 
     def schedule(self, request: Request, spatial_dims: int, results: Sequence[BranchResult]) -> Schedule:
         """Determine how to compute a request, and so how much work it is."""
-        device = self._device_for(request.input.dtype)
+        device = self._device_for(request)
         return Schedule(request, spatial_dims, results, device, self.threads, self._workspace_bytes)
 
     def run(self, schedule: Schedule, payload: Bytes, finish: Callable[[Sequence[memoryview]], Any]) -> Run:
@@ -331,11 +331,16 @@ class Engine:
             if borrowed and self.slots is not None:
                 self.slots.release(borrowed)
 
-    def _device_for(self, dtype: str) -> torch.device:
-        # CUDA has no max of integers, and Metal no float64. These are computed on the CPU, so that the server supports
-        # the same dtypes on every device.
-        if dtype in INTEGERS or (dtype == "float64" and self.device.type == "mps"):
-            return torch.device("cpu")
+    def _device_for(self, request: Request) -> torch.device:
+        # CUDA has no max and no mean of integers, and Metal no float64. These are computed on the CPU, so that the
+        # server supports the same dtypes on every device. Integers that are converted first are uploaded as they are.
+        if self.device.type == "cpu":
+            return self.device
+        for chain in request.branches:
+            dtypes = request.dtypes(chain)
+            pooled = {dtype for layer, dtype in zip(chain, dtypes, strict=False) if layer.spatial_dims}
+            if pooled & {*INTEGERS} or (self.device.type == "mps" and not {*dtypes} <= {*FLOATS} - {"float64"}):
+                return torch.device("cpu")
         return self.device
 
 

@@ -25,7 +25,7 @@ def block_of(request: Request, planes: Planes, count: int, first: int) -> Reques
     channels = spec.shape[-1] if spec.layout == "NHWC" else 1
     branches = tuple(tuple(layer.at_plane(first * channels) for layer in chain) for chain in request.branches)
     indices = None if request.indices is None else TensorSpec("int64", spec.shape, spec.layout)
-    return Request(spec, branches, indices)
+    return Request(spec, branches, indices, is_block=True)
 
 
 def steps(
@@ -36,8 +36,8 @@ def steps(
     for chain, result in zip(request.branches, results, strict=True):
         shapes = (spec.shape, *result.shapes)
         yield (
-            (layer, TensorSpec(spec.dtype, shape, spec.layout), to_channels_first(shape, dims, spec.layout)[-dims:])
-            for layer, shape in zip(chain, shapes, strict=False)
+            (layer, TensorSpec(dtype, shape, spec.layout), to_channels_first(shape, dims, spec.layout)[-dims:])
+            for layer, dtype, shape in zip(chain, request.dtypes(chain), shapes, strict=False)
         )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from poolrpc._wire.codec import payload_specs
-from poolrpc.chains import Planes
+from poolrpc.chains import Planes, period
 from poolrpc_server.compute.branch import Branch
 from poolrpc_server.compute.kernels import plan_for
 from poolrpc_server.compute.kernels.eager import SIZE_DEPENDENT, operation
@@ -96,9 +96,11 @@ class Schedule:
         self.branches: list[Branch] = []
         if request.input.numel:  # An empty tensor has no planes, and may have axes longer than torch allows.
             channels = request.input.shape[-1] if request.input.layout == "NHWC" else None
-            dtype: torch.dtype = getattr(torch, request.input.dtype)
             for chain in steps(request, spatial_dims, results):
-                plans = [plan_for(layer, dtype, plane, channels, device.type) for layer, _, plane in chain]
+                plans = [
+                    plan_for(layer, getattr(torch, spec.dtype), plane, channels, device.type)
+                    for layer, spec, plane in chain
+                ]
                 self.branches.append(Branch(plans, self.planes, threads, bound=self.cached))
         self.work = sum(branch.work for branch in self.branches)
         self.divisible = all(layer.splittable for chain in request.branches for layer in chain)
@@ -129,9 +131,10 @@ class Schedule:
 
     def _key(self) -> BatchKey | None:
         request = self.request
-        independent = self.divisible and all(
-            layer.at_plane(1) is layer for chain in request.branches for layer in chain
-        )
+        repeats = period(request.branches)
+        channels = request.input.shape[-1] if request.input.layout == "NHWC" else 1
+        # The planes of the next request follow: they must begin where the layers' period begins.
+        independent = self.divisible and repeats and self.planes * channels % repeats == 0
         on_cpu = self.device.type == "cpu"
         limit = CPU_BATCHED_BYTES if on_cpu else DEVICE_BATCHED_BYTES
         layers = sum(len(branch.steps) for branch in self.branches)

@@ -99,6 +99,8 @@ def test_every_pooling_layer_of_torch_nn_exists():
 )
 def test_an_invalid_size_is_rejected_by_name(name, value):
     """A bool, a float, a string, a wrong length, and a value out of bounds are rejected with the parameter's name."""
+    if name == "stride" and isinstance(value, tuple) and not value:
+        pytest.skip("torch reads an empty stride as none")
     for cls, others in (case.values for case in with_parameter(name)):
         with pytest.raises(InvalidArgumentError, match=f"^{name}: expected") as raised:
             cls(**others, **{name: value})
@@ -130,7 +132,7 @@ def test_an_array_is_rejected_as_an_integer(make, value):
         ("dilation", 1, MAX_PARAMETER),
         ("padding", 0, 3),
         ("seed", 0, 2**64 - 1),
-        ("divisor_override", 1, MAX_NUMEL),
+        ("divisor_override", -(2**63), 2**63 - 1),
         ("output_size", 1, MAX_NUMEL),
     ],
 )
@@ -304,24 +306,31 @@ def run(cls, dtype, dims):
 def excluded(cls, dtype):
     """Return why a layer excludes a dtype that torch runs on the CPU, as the comment in layers/base.py explains."""
     if dtype == "bool":
-        return "no layer takes bool"
-    if cls.family == "avg_pool" and dtype == "int64":
-        return "torch has int64 alone, on the CPU alone, truncated"
+        return "only ToDtype takes bool"
     if cls.family == "lp_pool" and dtype in INTEGERS:
         return "torch returns float32"
+    return ""
+
+
+def added(cls, dtype):
+    """Return why a layer has a dtype that torch does not run."""
+    if cls.family == "max_unpool" and dtype in INTEGERS:
+        return "torch unpools floats alone, but its max pooling returns integers too"
+    if dtype == "uint16":
+        return "images and frames have it; its maxima are those of the same numbers in a wider dtype"
     return ""
 
 
 @pytest.mark.parametrize("dtype", ITEM_BYTES)
 @pytest.mark.parametrize("cls", CLASSES)
 def test_the_dtypes_are_those_that_torch_runs(cls, dtype):
-    """PyTorch runs every dtype of a layer and returns it; others that it runs are excluded for a reason."""
+    """PyTorch runs every dtype of a layer and returns it; others are excluded, or added, for a reason."""
     try:
         runs = run(cls, getattr(torch, dtype), cls.spatial_dims).dtype == getattr(torch, dtype)
     except (RuntimeError, NotImplementedError):
         runs = False
     if dtype in cls.dtypes:
-        assert runs
+        assert runs or added(cls, dtype)
     elif runs:
         assert excluded(cls, dtype)
 
@@ -377,9 +386,8 @@ def test_a_global_layer_rejects_another_rank(layer, shape):
 
 
 def test_the_reasons_for_excluded_dtypes_hold():
-    """PyTorch truncates the mean of integers, and returns float32 for the power average of integers."""
+    """PyTorch returns float32 for the power average of integers."""
     ones = torch.tensor([[[1, 2]]])
-    assert nn.AvgPool1d(2)(ones).tolist() == [[[1]]]
     assert nn.LPPool1d(2.0, 2)(ones).dtype == torch.float32
     assert all(set(cls.dtypes) <= {*FLOATS, *INTEGERS} for cls in CLASSES)
 

@@ -236,7 +236,7 @@ def test_a_forward_assigned_to_torchs_own_class_is_rejected(monkeypatch):
     ("module", "field"),
     [
         (nn.MaxPool2d(0), "layers.kernel_size"),
-        (nn.AvgPool2d(2, divisor_override=-1), "layers.divisor_override"),
+        (nn.AvgPool2d(2, divisor_override=0), "layers.divisor_override"),
         (nn.Sequential(nn.MaxPool2d(2), nn.MaxPool2d(2, padding=2)), "layers[1].padding"),
     ],
 )

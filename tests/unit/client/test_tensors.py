@@ -308,7 +308,7 @@ def test_a_tensor_that_numpy_cannot_represent_is_rejected(x):
     "array",
     [
         np.zeros(2, np.complex64),
-        np.zeros(2, np.uint16),
+        np.zeros(2, np.uint32),
         np.zeros(2, np.longdouble),
         np.array(["a" * 10_000]),
         np.array([None]),
@@ -323,7 +323,7 @@ def test_an_unsupported_dtype_is_named(array):
     with pytest.raises(UnsupportedError, match=r"^expected one of float16, bfloat16, float32, ") as raised:
         spec_of(array)
     assert raised.value.reason == "DTYPE"
-    assert raised.value.metadata == {"dtypes": ",".join(name for name in ITEM_BYTES if name != "bool")}
+    assert raised.value.metadata == {"dtypes": ",".join(ITEM_BYTES)}
     assert len(str(raised.value)) < 300
 
 

@@ -42,24 +42,27 @@ class Program:
         step: The number of planes of a full block.
         full: The number of full blocks.
         tail: The number of planes of the last block, if it is not full; else 0.
+        first: The number of the first plane in the whole tensor.
         calls: The calls of the layer that is being appended, in order. Their operands are lists with one view for each
             block.
 
     """
 
-    def __init__(self, planes: int, bytes_per_plane: int, shared_bytes: int = 0) -> None:
+    def __init__(self, planes: int, bytes_per_plane: int, shared_bytes: int = 0, first: int = 0) -> None:
         """Divide planes into blocks.
 
         Args:
             planes: The number of planes.
             bytes_per_plane: The size of a plane, which determines how many are in a block.
             shared_bytes: The scratch memory that the layers of a chain share. 0: a single layer has memory of its own.
+            first: The number of the first plane in the whole tensor.
 
         """
         most = max(1, min(planes, TARGET_BYTES // max(1, bytes_per_plane)))
         # Blocks of about the same size: a last block of a few planes would cost almost as much as a full one.
         self.step = -(-planes // -(-planes // most))
         self.full, self.tail = divmod(planes, self.step)
+        self.first = first
         self.calls: list[Call] = []
         self._layers = [self.calls]
         self._shared = torch.empty(shared_bytes, dtype=torch.uint8) if shared_bytes else None
@@ -176,10 +179,10 @@ class DoubleBuffer:
         self.program = program
         self.memories = [program.allocate(cells, dtype) for _ in range(2)]
 
-    def swap(self, shape: Sequence[int]) -> Cells:
-        """Return the block that was not returned last, as cells of a shape."""
+    def swap(self, shape: Sequence[int], dtype: torch.dtype | None = None) -> Cells:
+        """Return the block that was not returned last, as cells of a shape, and of another dtype if one is given."""
         self.memories.reverse()
-        memory = self.memories[0]
+        memory = self.memories[0] if dtype is None else self.memories[0].view(dtype)
         tensor = memory[: self.program.step * prod(shape)].view(self.program.step, *shape)
         return Cells(self.program, tensor, reused=True, memory=memory)
 

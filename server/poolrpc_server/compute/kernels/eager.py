@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from poolrpc._shapes.parameters import per_axis
 from poolrpc.layers import SEED_STEP
+from poolrpc_server.compute.kernels.cells import channel_numbers, convert, flip
 
 if TYPE_CHECKING:
     from poolrpc.layers import Layer
@@ -39,7 +40,7 @@ SAMPLE_BYTES = 48
 """The memory that drawing a sample takes."""
 
 HALVES = (torch.float16, torch.bfloat16)
-NARROW_INTEGERS = (torch.uint8, torch.int8, torch.int16)
+NARROW_INTEGERS = (torch.uint8, torch.uint16, torch.int8, torch.int16)
 LAYOUT_INDEPENDENT = ("max_pool", "avg_pool", "global_pool, max")
 """The operations whose values torch computes equally in either layout."""
 
@@ -75,7 +76,13 @@ def bind(layer: Layer, dtype: torch.dtype, plane: tuple[int, ...], *, channels_l
         channels_last: Whether inputs and outputs are (N, spatial..., C).
 
     """
-    run = OPERATIONS[operation(layer)](layer, dtype, plane)
+    name = operation(layer)
+    if name == "max_unpool" and not dtype.is_floating_point:
+        run = _unpool_integers(layer, dtype, plane)
+    elif dtype == torch.uint16 and layer.spatial_dims:
+        run = _max_unsigned(OPERATIONS[name](layer, torch.int16, plane))
+    else:
+        run = OPERATIONS[name](layer, dtype, plane)
     return _in_channels_last(layer, dtype, run) if channels_last else run
 
 
@@ -128,13 +135,15 @@ def _max_pool(layer: Any, dtype: torch.dtype, plane: tuple[int, ...]) -> Operato
     return lambda x, *_: (operator(x, *arguments), None)
 
 
-def _avg_pool(layer: Any, _: torch.dtype, plane: tuple[int, ...]) -> Operator:  # noqa: ANN401
+def _avg_pool(layer: Any, dtype: torch.dtype, plane: tuple[int, ...]) -> Operator:  # noqa: ANN401
     kernel, stride, padding, _dilation = zip(*layer.geometry(), strict=True)
     ceil, include = layer.ceil_mode, layer.count_include_pad
     operator = getattr(functional, f"avg_pool{len(plane)}d")
     if len(plane) == 1:  # avg_pool1d has no divisor_override
         return lambda x, *_: (operator(x, kernel, stride, padding, ceil, include), None)
     divisor = layer.divisor_override
+    if divisor == -1 and dtype == torch.int64:  # The CPU traps the division of the lowest integer by -1.
+        return lambda x, *_: (operator(x, kernel, stride, padding, ceil, include, 1).neg_(), None)
     return lambda x, *_: (operator(x, kernel, stride, padding, ceil, include, divisor), None)
 
 
@@ -244,6 +253,59 @@ def _max_unpool(layer: Any, _: torch.dtype, plane: tuple[int, ...]) -> Operator:
     return lambda x, indices, *_: (function(x, indices, layer.kernel_size, layer.stride, layer.padding, plane), None)
 
 
+FLOAT_OF_SIZE = {2: torch.float16, 4: torch.float32, 8: torch.float64}
+"""A dtype of floats for each item size."""
+
+
+def _unpool_integers(layer: Any, dtype: torch.dtype, plane: tuple[int, ...]) -> Operator:  # noqa: ANN401
+    # torch unpools floats alone, but only moves them: so the bits of integers can be moved as floats.
+    integers = torch.int16 if dtype.itemsize == 1 else dtype
+    unpool = _max_unpool(layer, dtype, plane)
+
+    def run(x: torch.Tensor, indices: torch.Tensor | None, first: int, count: int) -> Pooled:
+        floats = x.to(integers).view(FLOAT_OF_SIZE[integers.itemsize])
+        return unpool(floats, indices, first, count)[0].view(integers).to(dtype), None
+
+    return run
+
+
+def _max_unsigned(run: Operator) -> Operator:
+    """Return the operator for uint16 of a maximum, given that for int16."""
+
+    def run_flipped(x: torch.Tensor, _: object, first: int, count: int) -> Pooled:
+        output, chosen = run(flip(x), None, first, count)
+        return flip(output), chosen
+
+    return run_flipped
+
+
+def _to_dtype(layer: Any, dtype: torch.dtype, _: object) -> Operator:  # noqa: ANN401
+    target: torch.dtype = getattr(torch, layer.output_dtype(str(dtype).removeprefix("torch.")))
+
+    def run(x: torch.Tensor, *_: object) -> Pooled:
+        output = torch.empty_like(x, dtype=target)
+        convert(x, output, scale=layer.scale)
+        return output, None
+
+    return run
+
+
+def _normalize(layer: Any, _: torch.dtype, plane: tuple[int, ...]) -> Operator:  # noqa: ANN401
+    def run(x: torch.Tensor, _: object, first: int, __: int) -> Pooled:
+        start = first % layer.period
+        mean, deviation = (
+            channel_numbers(each, start + x.shape[1], x)[start:].view(-1, *(1,) * len(plane))
+            for each in (layer.mean, layer.std)
+        )
+        return x.sub(mean).div_(deviation), None
+
+    return run
+
+
+def _round(*_: object) -> Operator:
+    return lambda x, *_: (torch.round(x), None)
+
+
 def _global_max_pool(_: Any, __: torch.dtype, plane: tuple[int, ...]) -> Operator:  # noqa: ANN401
     axes = tuple(range(2, 2 + len(plane)))
     return lambda x, *_: (x.amax(axes, keepdim=True), None)
@@ -265,6 +327,10 @@ def eager_bytes(layer: Layer, dtype: torch.dtype, cells: int, outputs: int, chan
     indexed = layer.returns_indices or not (layer.spatial_dims == 1 and dtype.is_floating_point)  # max_pool1d's are not
     if family in INDEXED and (indexed or family != "max_pool"):
         nbytes += outputs * INDEX_BYTES
+    if dtype == torch.uint16:  # as int16 of the same order
+        nbytes += (cells + outputs) * item
+    if family == "max_unpool" and not dtype.is_floating_point:  # converted to a wider dtype and back, if they are bytes
+        nbytes += (cells + outputs) * (torch.int16.itemsize if item == 1 else 0)
     if family == "lp_pool":  # the powers; or the sums, their sizes, and the roots; the indices of the norm infinity
         nbytes += (cells + 2 * outputs) * item + outputs * INDEX_BYTES
     if family == "fractional_max_pool":
@@ -294,5 +360,8 @@ OPERATIONS: dict[str, Callable[[Any, torch.dtype, tuple[int, ...]], Operator]] =
     "max_unpool": _max_unpool,
     "global_pool, max": _global_max_pool,
     "global_pool, mean": _adaptive_avg_pool,
+    "to_dtype": _to_dtype,
+    "normalize": _normalize,
+    "round": _round,
 }
 """The function that binds the layers of each operation to torch's operator."""

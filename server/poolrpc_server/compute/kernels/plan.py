@@ -7,6 +7,8 @@ from functools import cached_property
 from math import ceil, prod
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from poolrpc_server.compute.kernels.cost import Case
 from poolrpc_server.compute.kernels.eager import Operator, bind, eager_bytes, operation
 from poolrpc_server.compute.kernels.eager_cost import eager_work
@@ -14,8 +16,6 @@ from poolrpc_server.compute.kernels.windows import Sizes, Windows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    import torch
 
     from poolrpc_server.compute.kernels.blocks import Cells
 
@@ -35,6 +35,7 @@ class Row:
         operations: The operations that it computes, as `operation` names them.
         add: Appends the calls that compute (plan, source, target, indices) to the source's program.
         pays: Returns whether it is estimated to be faster than torch on a case.
+        takes: Returns whether it computes cells of a dtype.
         fits: Returns whether it gives a plan's result.
         work: Returns its estimated work for a plane, in nanoseconds of one thread.
         scratch: Returns an upper bound of its scratch memory for each plane of a block, in bytes.
@@ -49,6 +50,7 @@ class Row:
     add: Callable[[Plan, Cells, Cells, Cells | None], None]
     pays: Callable[[Plan, Case], bool]
     work: Callable[[Plan], float]
+    takes: Callable[[torch.dtype], bool] = lambda dtype: dtype != torch.uint16  # of which torch has no maximum
     fits: Callable[[Plan], bool] = lambda _: True
     scratch: Callable[[Plan], int] = lambda _: 0
     plane_bytes: Callable[[Plan], int] = lambda plan: plan.cells * plan.dtype.itemsize
@@ -66,7 +68,7 @@ class Plan:
         plane: The spatial shape of the input.
         channels: The number of channels if they are last in memory, None if they are first.
         device: The type of the device: "cpu", "cuda", "mps".
-        output_plane: The spatial shape of the output, in the same dtype.
+        output_plane: The spatial shape of the output.
         table: The rows to choose from, in the order in which they are tried.
 
     """
@@ -90,6 +92,12 @@ class Plan:
         return self.output_plane if self.channels is None else (*self.output_plane, self.channels)
 
     @cached_property
+    def output_dtype(self) -> torch.dtype:
+        """The dtype of the output."""
+        dtype: torch.dtype = getattr(torch, self.layer.output_dtype(str(self.dtype).removeprefix("torch.")))
+        return dtype
+
+    @cached_property
     def windows(self) -> Windows:
         """The windows over every axis of `plane_shape`; for an adaptive or global layer, an approximation."""
         geometry = getattr(self.layer, "geometry", None)
@@ -107,6 +115,7 @@ class Plan:
             row
             for row in self.table
             if operation(self.layer) in row.operations
+            and row.takes(self.dtype)
             and (row.channels_last or self.channels is None)
             and row.indices == self.layer.returns_indices
             and row.fits(self)
@@ -177,7 +186,7 @@ class Plan:
         """Return a tensor of (planes, *plane_shape) as torch's operators take it."""
         return planes if self.channels is not None else planes.unsqueeze(0)
 
-    def add_eager(  # noqa: PLR0913, PLR0917 - as compute
+    def add_eager(  # noqa: PLR0913, PLR0917 - what the operator reads and writes
         self,
         source: Cells,
         target: Cells,

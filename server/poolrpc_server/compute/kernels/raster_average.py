@@ -38,6 +38,9 @@ MAX_TAPS = 1024
 BOUND_SHARE = 0.6
 """The part of the cost of float32 cells that remains if the program is kept, and its memory is in the cache."""
 
+EXACT_DIVISOR = 2**53
+"""Larger integers are rounded twice here, but once by torch: to float64, and then to the dtype of the sums."""
+
 MAX_DIVISORS = 1 << 17
 """Output planes of more cells than this are left to torch if their cells have different divisors."""
 
@@ -212,7 +215,10 @@ def can_divide(plan: Plan) -> bool:
     windows, layer = plan.windows, plan.layer
     if prod(windows.kernel) > MAX_TAPS:
         return False
-    if getattr(layer, "divisor_override", None) is not None or prod(plan.result_shape) <= MAX_DIVISORS:
+    override = getattr(layer, "divisor_override", None)
+    if override is not None and abs(override) > EXACT_DIVISOR:
+        return False
+    if override is not None or prod(plan.result_shape) <= MAX_DIVISORS:
         return True
     include_pad = getattr(layer, "count_include_pad", True)
     counts = _axis_counts(plan.plane_shape, windows, plan.result_shape, include_pad=include_pad)
@@ -282,5 +288,6 @@ RASTER_AVERAGE = Row(
     plane_bytes=lambda plan: plan.cells * sum_dtype(plan.dtype).itemsize,
     pays=_pays,
     fits=can_divide,
+    takes=lambda dtype: dtype.is_floating_point,
     channels_last=True,
 )

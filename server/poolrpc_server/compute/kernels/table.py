@@ -8,12 +8,14 @@ import torch
 from poolrpc.layers import Layer
 from poolrpc_server.compute.kernels.adaptive_average import ADAPTIVE_AVERAGE
 from poolrpc_server.compute.kernels.adaptive_max import ADAPTIVE_MAX, GLOBAL_MAX
+from poolrpc_server.compute.kernels.element_wise import ELEMENT_WISE
 from poolrpc_server.compute.kernels.packed_max import PACKED_MAX
 from poolrpc_server.compute.kernels.plan import Plan
 from poolrpc_server.compute.kernels.power_average import POWER_AVERAGE
 from poolrpc_server.compute.kernels.raster_average import RASTER_AVERAGE
 from poolrpc_server.compute.kernels.separable_max import SEPARABLE_MAX
 from poolrpc_server.compute.kernels.tiny_max import TINY_MAX
+from poolrpc_server.compute.kernels.unsigned_max import unsigned
 from poolrpc_server.compute.kernels.windows import Sizes
 from poolrpc_server.telemetry.logs import log
 
@@ -29,6 +31,9 @@ TABLE = (
     GLOBAL_MAX,
     ADAPTIVE_MAX,
     ADAPTIVE_AVERAGE,
+    unsigned(SEPARABLE_MAX),
+    unsigned(PACKED_MAX),
+    ELEMENT_WISE,
 )
 """Every kernel, in the order in which they are tried: the first that fits and pays is used, or else torch's operators.
 

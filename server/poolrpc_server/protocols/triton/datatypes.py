@@ -3,6 +3,7 @@
 DATATYPES = {
     "BOOL": "bool",
     "UINT8": "uint8",
+    "UINT16": "uint16",
     "INT8": "int8",
     "INT16": "int16",
     "INT32": "int32",
@@ -17,12 +18,13 @@ DATATYPES = {
 DATATYPE_OF = {dtype: name for name, dtype in DATATYPES.items()}
 """The datatype of each dtype."""
 
-UNSUPPORTED_DATATYPES = ("UINT16", "UINT32", "UINT64", "BYTES")
+UNSUPPORTED_DATATYPES = ("UINT32", "UINT64", "BYTES")
 """The protocol's other datatypes."""
 
 CONTENTS_FIELDS = {
     "bool": "bool_contents",
     "uint8": "uint_contents",
+    "uint16": "uint_contents",
     "int8": "int_contents",
     "int16": "int_contents",
     "int32": "int_contents",

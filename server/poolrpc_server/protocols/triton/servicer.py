@@ -276,7 +276,8 @@ class TritonServicer:
         return model
 
     def _prepare(self, signature: requests.InferSignature, call: CallContext) -> _PreparedInfer:
-        request = Request(signature.inputs[0], self._branches(signature), *signature.inputs[1:])
+        tensor, *others = signature.inputs
+        request = Request(tensor, self._branches(signature), others[0] if others else None)
         facts = request_facts(request)
         call.record.note(facts)  # before the checks, so that the log shows what was rejected
         checked = self._dispatcher.check(request)

@@ -51,11 +51,6 @@ REJECTED = (
         (poolrpc.FractionalMaxPool2d, {"kernel_size": 0, "output_size": 2}, (1, 1, 4, 4)),
     ),
     (
-        "a divisor is negative",
-        "torch negates the output",
-        (poolrpc.AvgPool2d, {"kernel_size": 2, "divisor_override": -1}, (1, 1, 4, 4)),
-    ),
-    (
         "a norm is negative",
         "torch returns values that are not norms",
         (poolrpc.LPPool2d, {"norm_type": -1.0, "kernel_size": 2}, (1, 1, 4, 4)),
@@ -120,7 +115,6 @@ def rejections(cls, arguments, shape):
         0 in sizes
         or (ratios is not None and 0 in map(int, map(float.__mul__, map(float, plane), per_axis(ratios, dims)))),
         cls.family == "fractional_max_pool" and min(kernel) < 1,
-        (arguments.get("divisor_override") or 0) < 0,
         not arguments.get("norm_type", 1) > 0,
         any(d > size + 2 * p for d, size, p in zip(dilation, plane, padding, strict=True)),
         unpool and (min(kernel) < 1 or min(stride) < 1 or min(padding) < 0),

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from poolrpc import (
     LAYERS,
+    STEPS,
     AdaptiveAvgPool2d,
     AvgPool1d,
     AvgPool2d,
@@ -42,7 +43,7 @@ from poolrpc._wire.codec import (
 from poolrpc._wire.layer_codec import decode_branches, decode_layer, encode_branches, encode_layer
 from poolrpc.tensors import ITEM_BYTES, TensorSpec
 from poolrpc.v1 import pool_pb2
-from tests.unit.strategies import layers
+from tests.unit.strategies import layers, steps
 
 DIMS = st.integers(-(2**63), 2**63 - 1)
 SHAPES = st.lists(DIMS, max_size=MAX_RANK).map(tuple)
@@ -62,6 +63,35 @@ def test_a_layer_round_trips(layer):
     assert decode_layer(round_trip(encode_layer(layer)), "layer") == layer
 
 
+@given(steps())
+def test_a_step_round_trips(step):
+    """Any element-wise step decodes to the same class and parameters, and its message has no spatial_dims."""
+    message = round_trip(encode_layer(step))
+    assert decode_layer(message, "layer") == step
+    assert "spatial_dims" not in getattr(message, step.family).DESCRIPTOR.fields_by_name
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        (pool_pb2.Layer(to_dtype=pool_pb2.ToDtype()), "layer.to_dtype.dtype"),
+        (pool_pb2.Layer(to_dtype=pool_pb2.ToDtype(dtype=pool_pb2.DATA_TYPE_BOOL)), "layer.to_dtype.dtype"),
+        (pool_pb2.Layer(to_dtype=pool_pb2.ToDtype(dtype=77)), "layer.to_dtype.dtype"),
+        (pool_pb2.Layer(normalize=pool_pb2.Normalize(std=[1])), "layer.normalize.mean"),
+        (pool_pb2.Layer(normalize=pool_pb2.Normalize(mean=[1])), "layer.normalize.std"),
+        (pool_pb2.Layer(normalize=pool_pb2.Normalize(mean=[1], std=[0])), "layer.normalize.std"),
+        (pool_pb2.Layer(normalize=pool_pb2.Normalize(mean=[1, 2], std=[1, 2, 3])), "layer.normalize.std"),
+        (pool_pb2.Layer(normalize=pool_pb2.Normalize(mean=[1] * 65, std=[1])), "layer.normalize.mean"),
+        (pool_pb2.Layer(normalize=pool_pb2.Normalize(mean=[float("nan")], std=[1])), "layer.normalize.mean"),
+    ],
+)
+def test_an_invalid_step_is_rejected_with_its_field(message, field):
+    """A message without a dtype, with one that is no output, or with wrong numbers is rejected by name."""
+    with pytest.raises(InvalidArgumentError) as raised:
+        decode_layer(message, "layer")
+    assert [each.field for each in raised.value.violations] == [field]
+
+
 @pytest.mark.parametrize("cls", LAYERS.values())
 def test_a_layers_message_has_its_family_and_rank(cls):
     """A layer's family is a field of the oneof, with spatial_dims."""
@@ -76,7 +106,7 @@ def test_a_layers_message_has_its_family_and_rank(cls):
 def test_the_proto_has_no_family_without_a_layer():
     """Every field of the oneof is the family of a layer."""
     families = {field.name for field in pool_pb2.Layer.DESCRIPTOR.oneofs_by_name["layer"].fields}
-    assert families == {cls.family for cls in LAYERS.values()}
+    assert families == {cls.family for cls in (*LAYERS.values(), *STEPS.values())}
 
 
 UINT64 = st.integers(0, 2**64 - 1)

@@ -15,6 +15,7 @@ from poolrpc import (
     LimitExceededError,
     MaxPool2d,
     MaxUnpool2d,
+    Normalize,
 )
 from poolrpc._wire.codec import Request
 from poolrpc.tensors import TensorSpec
@@ -46,7 +47,7 @@ def test_block_becomes_a_request_for_its_planes():
     assert (stream.planes.count, stream.plane_bytes, stream.max_planes) == (6, PLANE, 6)
     for count in (1, 3, 2):
         checked = stream.next_block(count * PLANE)
-        assert checked.request == Request(TensorSpec("float32", (1, count, 4, 4)), ((MaxPool2d(2),),))
+        assert checked.request == Request(TensorSpec("float32", (1, count, 4, 4)), ((MaxPool2d(2),),), is_block=True)
         assert checked.outputs == (TensorSpec("float32", (1, count, 2, 2)),)
     stream.finish()
 
@@ -97,12 +98,12 @@ def test_blocks_of_equal_size_are_validated_once():
 
 
 def test_only_the_last_sizes_of_blocks_are_remembered():
-    """However many sizes the blocks of a stream have, it holds on to the validated requests of two of them."""
+    """However many sizes the blocks of a stream have, it holds on to the validated requests of four of them."""
     spec = TensorSpec("float32", (1000, 4, 4))
     stream = begin(MaxPool2d(2), spec=spec)
     seen = [weakref.ref(stream.next_block(count * PLANE).schedule) for count in range(1, 40)]
     gc.collect()
-    assert len([each for each in seen if each() is not None]) == 2
+    assert len([each for each in seen if each() is not None]) == 4
 
 
 @pytest.mark.parametrize(("layout", "first", "count"), [("NCHW", 1, 4), ("NHWC", 3, 1)])
@@ -113,6 +114,25 @@ def test_fractional_layer_starts_at_the_first_plane_of_its_block(layout, first, 
     stream = begin(layer, MaxPool2d(2), spec=spec)
     assert stream.next_block(stream.plane_bytes).request.branches == ((layer,), (MaxPool2d(2),))
     assert stream.next_block(count * stream.plane_bytes).request.branches == ((layer.at_plane(first),), (MaxPool2d(2),))
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_a_normalize_starts_at_the_channel_of_its_block(layout):
+    """A block has the numbers of its planes' channels, and blocks that begin at the same channel share a request."""
+    step, layer = Normalize((1, 2, 3), (4, 5, 6)), MaxPool2d(2)
+    checks = []
+    spec = SPEC if layout == "NCHW" else TensorSpec("float32", (6, 4, 4, 3), layout)
+    request = Request(spec, ((step, layer),))
+    planes, results = check_stream(request, WIDE, EagerSchedule)
+    stream = StreamBlocks(
+        request, planes, results, lambda block: checks.append(block) or check_request(block, WIDE, EagerSchedule)
+    )
+    found = [stream.next_block(stream.plane_bytes).request.branches[0][0] for _ in range(6)]
+    if layout == "NHWC":
+        assert (found, len(checks)) == ([step] * 6, 1)
+        return
+    assert found == [step, Normalize((2, 3, 1), (5, 6, 4)), Normalize((3, 1, 2), (6, 4, 5))] * 2
+    assert len(checks) == 3
 
 
 def test_image_with_channels_last_is_one_plane():

@@ -270,7 +270,7 @@ def test_output_of_2_to_the_31_elements_is_too_large():
 
 @pytest.mark.parametrize(
     ("layer", "dtype"),
-    [(AvgPool2d(2), "int64"), (MaxPool2d(2), "bool"), (AvgPool3d(2), "float16"), (GlobalPool2d("mean"), "uint8")],
+    [(AvgPool2d(2), "int32"), (MaxPool2d(2), "bool"), (AvgPool3d(2), "float16"), (GlobalPool2d("mean"), "uint8")],
     ids=repr,
 )
 @pytest.mark.parametrize("check", [check_request, check_stream])
