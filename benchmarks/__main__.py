@@ -16,6 +16,7 @@ NAMES = (
     "kernels",
     "load",
     "memmap",
+    "narrow",
     "ray",
     "sizing",
     "soak",

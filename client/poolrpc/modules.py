@@ -1,4 +1,7 @@
-"""Modules of torch.nn as layers: recognised by their class, and read by their attributes, without importing torch."""
+"""Modules of torch.nn and torchvision as layers: recognised by their class, and read by their attributes.
+
+Neither torch nor torchvision is imported.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,17 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 from poolrpc.errors import InvalidArgumentError
-from poolrpc.layers import LAYERS, Layer
+from poolrpc.layers import LAYERS, STEPS, Layer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 POOLING = "torch.nn.modules.pooling"
 CONTAINER = "torch.nn.modules.container"
+
+TRANSFORMS = "torchvision.transforms.v2"
+TRANSFORM_STEPS = ("ToDtype", "Normalize")
+"""The transforms of torchvision that are element-wise steps."""
 
 NOT_IN_TORCH = {"fractional_max_pool": "seed", "max_unpool": "output_size"}
 """The parameter of a family that its modules lack: in torch, MaxUnpool's output_size is an argument of the call."""
@@ -42,7 +49,9 @@ def pooling_name(module: object) -> str:
 
 
 def layers_of(module: Any, path: str = "layers") -> tuple[Layer, ...]:  # noqa: ANN401 - a torch.nn.Module
-    """Return the layers that compute what a pooling module, or a Sequential of pooling modules, computes.
+    """Return the layers that compute what a pooling module computes, or a Sequential of pooling modules.
+
+    ToDtype and Normalize of torchvision.transforms.v2, and a Compose of these, may be among the modules.
 
     Args:
         module: The module.
@@ -63,6 +72,16 @@ def _walk(module: Any, path: str) -> Iterator[Layer]:  # noqa: ANN401 - a torch.
         for position, child in enumerate(module):
             yield from _walk(child, f"{path}[{position}]")
         return
+    if name := _transform_name(module):
+        if name == "Compose":
+            _check_call(module, f"{TRANSFORMS}._container", name, path)
+            for position, child in enumerate(module.transforms):
+                yield from _walk(child, f"{path}[{position}]")
+            return
+        _check_call(module, f"{TRANSFORMS}._transform", "Transform", path)
+        _check_method(module, "transform", f"{TRANSFORMS}._misc", name, path)
+        yield _step(module, name, path)
+        return
     name = pooling_name(module)
     if not name:
         raise InvalidArgumentError(f"expected a pooling layer of torch.nn, got {_class_name(module)}", field=path)
@@ -70,18 +89,47 @@ def _walk(module: Any, path: str) -> Iterator[Layer]:  # noqa: ANN401 - a torch.
     yield _layer(module, name, path)
 
 
+def _transform_name(module: object) -> str:
+    """Return the name of the torchvision class that a transform has or inherits from; "" if it is no known one."""
+    for cls in type(module).__mro__:
+        known = {f"{TRANSFORMS}._misc": TRANSFORM_STEPS, f"{TRANSFORMS}._container": ("Compose",)}
+        if cls.__name__ in known.get(cls.__module__, ()):
+            return cls.__name__
+    return ""
+
+
+def _step(module: Any, name: str, path: str) -> Layer:  # noqa: ANN401 - a transform of torchvision
+    cls = STEPS[name]
+    values = {each.name: getattr(module, each.name) for each in fields(cls)}  # type: ignore[arg-type]  # as in _layer
+    try:
+        return cls(**values)
+    except InvalidArgumentError as error:
+        raise error.with_prefix(path) from None
+
+
 def _check_call(module: Any, origin: str, name: str, path: str) -> None:  # noqa: ANN401 - a torch.nn.Module
     """Check that calling a module runs the forward of torch.nn's class, and nothing else."""
-    # An override may be in a subclass, in the instance, or assigned to torch's own class.
-    forward = getattr(module.forward, "__func__", None)
-    defined = getattr(forward, "__module__", ""), getattr(forward, "__qualname__", "")
+    _check_method(module, "forward", origin, name, path)
     base = next(cls for cls in type(module).__mro__ if cls.__name__ == "Module")
-    if defined != (origin, f"{name}.forward") or type(module).__call__ is not base.__call__:
-        msg = f"expected the forward of torch.nn.{name}, got {_class_name(module)} with one of its own"
-        raise InvalidArgumentError(msg, field=path)
+    if type(module).__call__ is not base.__call__:
+        raise _overridden(module, "forward", origin, name, path)
     if module._forward_hooks or module._forward_pre_hooks:  # noqa: SLF001 - torch has no public way to read them
         msg = f"expected a module without forward hooks, got {_class_name(module)} with some"
         raise InvalidArgumentError(msg, field=path)
+
+
+def _check_method(module: Any, method: str, origin: str, name: str, path: str) -> None:  # noqa: ANN401 - as above
+    # An override may be in a subclass, in the instance, or assigned to torch's own class.
+    function = getattr(getattr(module, method), "__func__", None)
+    defined = getattr(function, "__module__", ""), getattr(function, "__qualname__", "")
+    if defined != (origin, f"{name}.{method}"):
+        raise _overridden(module, method, origin, name, path)
+
+
+def _overridden(module: object, method: str, origin: str, name: str, path: str) -> InvalidArgumentError:
+    package = TRANSFORMS if origin.startswith(TRANSFORMS) else "torch.nn"
+    msg = f"expected the {method} of {package}.{name}, got {_class_name(module)} with one of its own"
+    return InvalidArgumentError(msg, field=path)
 
 
 def _layer(module: Any, name: str, path: str) -> Layer:  # noqa: ANN401 - a torch.nn.Module

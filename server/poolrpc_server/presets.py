@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from poolrpc._shapes.rules import clip
+from poolrpc._wire.codec import Request
 from poolrpc.chains import spatial_dims
 from poolrpc.errors import InvalidArgumentError
 from poolrpc.expression import parse_branches
+from poolrpc.tensors import TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -56,10 +58,14 @@ class Preset:
 
     @property
     def outputs(self) -> dict[str, str]:
-        """The names of the outputs, each with one of its possible dtypes."""
-        if not self.branches:
-            return {"output": "float32"}
-        return {name: "int64" if name.startswith("indices") else "float32" for name in output_names(self.branches)}
+        """The names of the outputs, each with the dtype that it has for an input of float32."""
+        request = Request(TensorSpec("float32", ()), self.branches)
+        dtypes = [
+            dtype
+            for chain in self.branches
+            for dtype in [request.dtypes(chain)[-1], *["int64"] * chain[-1].returns_indices]
+        ]
+        return dict(zip(output_names(self.branches), dtypes, strict=True)) or {"output": "float32"}
 
 
 def output_names(branches: Iterable[Chain]) -> list[str]:

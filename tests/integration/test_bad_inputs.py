@@ -175,7 +175,6 @@ INVALID = {
         "kernel_size",
     ),
     "B27 divisor 0": (message(layer_of("avg_pool", 2, kernel_size=[2], divisor_override=0)), "divisor_override"),
-    "B28 divisor -1": (message(layer_of("avg_pool", 2, kernel_size=[2], divisor_override=UM)), "divisor_override"),
     "B31 avg3d over the input": (
         message(layer_of("avg_pool", 3, kernel_size=[3], padding=[1]), (1, 1, 2, 2, 2)),
         "kernel_size",
@@ -406,7 +405,6 @@ def test_a_large_message_of_a_method_that_does_not_compute(server: ServerProcess
         (max2d(), pool_pb2.DATA_TYPE_BOOL),
         (layer_of("avg_pool", 2, kernel_size=[2]), pool_pb2.DATA_TYPE_INT32),
         (layer_of("avg_pool", 2, kernel_size=[2]), U8),
-        (layer_of("avg_pool", 2, kernel_size=[2]), I64),
         (layer_of("avg_pool", 3, kernel_size=[2]), pool_pb2.DATA_TYPE_FLOAT16),
         (layer_of("lp_pool", 2, kernel_size=[2], norm_type=2.0), pool_pb2.DATA_TYPE_INT16),
     ],

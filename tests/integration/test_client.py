@@ -158,10 +158,10 @@ def test_output_shape(client: PoolClient) -> None:
 
 
 def test_server_info(client: PoolClient) -> None:
-    """The server's description has every layer of this client with its dtypes, and the limits with their units."""
+    """The server's description has every layer and step of this client with its dtypes, and limits with their units."""
     info = client.server_info()
     assert info.version == poolrpc.__version__
-    assert info.layers == {name: layer.dtypes for name, layer in poolrpc.LAYERS.items()}
+    assert info.layers == {name: layer.dtypes for name, layer in (poolrpc.LAYERS | poolrpc.STEPS).items()}
     assert info.limits["max_message_bytes"].unit == "bytes"
     assert 2**20 <= info.limits["max_message_bytes"].value <= 513 * 2**20
     assert str(info.limits["max_work"]).endswith(" cells")

@@ -172,6 +172,22 @@ def test_results_are_those_of_our_client(caller: TritonClient, client: poolrpc.P
         assert_same(arrays_of(caller.infer(message))["output"], expected)
 
 
+def test_steps_have_the_results_of_our_client(caller: TritonClient, client: poolrpc.PoolClient) -> None:
+    """Integers are converted in the server, from raw and typed tensors, and outputs have the dtypes of their chains."""
+    x = (X * 50).astype(np.uint16)
+    layer = "[[ToDtype('float32'), AvgPool2d(2), Round(), ToDtype('uint8')], [MaxPool2d(2), ToDtype('float64')]]"
+    expected = [each.output for each in client.pool_each(x, layer)]
+    for typed in (False, True):
+        message = request(x, layer=layer)
+        if typed:
+            del message.raw_input_contents[:]
+            message.inputs[0].contents.uint_contents.extend(x.reshape(-1).tolist())
+        outputs = arrays_of(caller.infer(message))
+        for name, array in zip(("output", "output_1"), expected, strict=True):
+            assert_same(outputs[name], array)
+    assert [each.dtype for each in expected] == [np.uint8, np.float64]
+
+
 def test_branches_are_outputs_by_name(caller: TritonClient, client: poolrpc.PoolClient) -> None:
     """Branches, chains and indices have output names; a request lists the outputs that it wants, in order."""
     one, two = client.pool_each(

@@ -18,6 +18,7 @@ from poolrpc._shapes.rules import clip
 from poolrpc.chains import spatial_dims
 from poolrpc.command.images import check_format, encode_image, read_image
 from poolrpc.errors import InvalidArgumentError
+from poolrpc.layers import ToDtype
 from poolrpc.tensors import LAYOUTS
 
 if TYPE_CHECKING:
@@ -26,13 +27,15 @@ if TYPE_CHECKING:
     from poolrpc._transport.result import PoolResult
     from poolrpc.chains import Chain
     from poolrpc.command.images import ImageKind
+    from poolrpc.layers import Layer
     from poolrpc.tensors import Array, Layout
 
 STDIN = Path("-")
 """The name that stands for the standard input."""
 
 WIDER = {"uint8": "float32", "uint16": "float32", "int32": "float64"}
-"""The dtype that represents an image's integers exactly, for layers that do not take these."""
+"""The dtype that represents an image's integers exactly, to which they are converted for layers that do not take these.
+"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,25 +72,37 @@ class Source:
             raise InvalidArgumentError(msg, field="layout")
         return self.layout or chosen or "NCHW"
 
-    def tensor_for(self, branches: Sequence[Chain]) -> Array:
-        """Return the tensor of a call: an image's integers as floats of the same values, if a layer takes no such ones.
+    def layers_for(self, branches: Sequence[Chain]) -> tuple[Chain, ...]:
+        """Return the layers of a call, with a conversion before each that does not take an image's integers.
+
+        The image is sent as it is; the server converts it.
 
         Args:
-            branches: The layers of the call.
+            branches: The layers that the user chose.
 
         Raises:
             InvalidArgumentError: The tensor is an image, and the layers are not 2d.
 
         """
         if self.image is None:
-            return self.x
+            return (*branches,)
         if spatial_dims(branches) != 2:  # noqa: PLR2004 - the axes of an image
             layer = branches[0][0]
             msg = f"expected 2d layers for an image, which is (H, W, C), got {layer!r}"
             raise InvalidArgumentError(msg, field="layer")
-        name = self.x.dtype.name
-        taken = all(name in layer.dtypes for chain in branches for layer in chain)
-        return self.x if taken else self.x.astype(WIDER.get(name, name))
+        return tuple(_with_conversions(chain, self.x.dtype.name) for chain in branches)
+
+
+def _with_conversions(chain: Chain, dtype: str) -> Chain:
+    made: list[Layer] = []
+    for layer in chain:
+        wider = WIDER.get(dtype)
+        if dtype not in layer.dtypes and wider in layer.dtypes:
+            made.append(ToDtype(wider))
+            dtype = wider
+        made.append(layer)
+        dtype = layer.output_dtype(dtype)
+    return tuple(made)
 
 
 def load(path: Path) -> Source:

@@ -145,25 +145,23 @@ def pool_file(client: PoolClient, path: Path, output: Path | None, work: Work) -
         OSError: A file can't be read or written.
 
     """
-    branches = work.branches
-    if work.skip_existing and output and all(each.exists() for each in paths_of(output, len(branches))):
+    if work.skip_existing and output and all(each.exists() for each in paths_of(output, len(work.branches))):
         return Outcome(str(path), {"skipped": True}, (f"skipped, since {output} exists",), skipped=True)
     source = load(path)
-    layout, x = source.layout_for(work.layout), source.tensor_for(branches)
+    layout, x, branches = source.layout_for(work.layout), source.x, source.layers_for(work.branches)
     target = target_for(output, source, branches, work.layout) if output else None
     indices, notes = _indices_for(source, branches)
     results = client.pool_each(x, branches, indices=indices, layout=layout)
     if target:
         notes += target.save(results)
-    sent = "" if x.dtype == source.x.dtype else f", sent as {x.dtype.name}"
-    text = [f"input: {source.x.dtype.name} {source.x.shape} {layout}{sent}"]
+    text = [f"input: {x.dtype.name} {x.shape} {layout}"]
     for chain, result in zip(branches, results, strict=True):
         text += step_lines(chain, result.shapes)
         text += _value_lines(result)
     saved = target.paths if target else ()
     text += [f"saved {each}{target.remark if target else ''}" for each in saved]
     data = {
-        "input": {"shape": source.x.shape, "dtype": source.x.dtype.name, "layout": layout, "sent_as": x.dtype.name},
+        "input": {"shape": x.shape, "dtype": x.dtype.name, "layout": layout},
         "branches": [
             {"steps": steps(chain, result.shapes), "dtype": result.output.dtype.name, **_values(result)}
             for chain, result in zip(branches, results, strict=True)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections import OrderedDict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 import poolrpc
-from poolrpc import LAYERS, AvgPool2d, InvalidArgumentError, MaxPool2d
+from poolrpc import LAYERS, AvgPool2d, InvalidArgumentError, MaxPool2d, Normalize, ToDtype
 from poolrpc.chains import as_branches, as_chain
 
 MAX = nn.MaxPool2d(3, stride=2, padding=1, dilation=1, return_indices=True, ceil_mode=True)
@@ -270,3 +271,78 @@ def test_torchs_repr_is_what_it_says():
     assert as_chain(AVERAGE) == (AvgPool2d(3, 1, 1, ceil_mode=True, count_include_pad=False, divisor_override=7),)
     assert not poolrpc.parse_layer(repr(MAX)).return_indices
     assert as_chain(MAX)[0].return_indices
+
+
+TRANSFORM = """
+from torch import nn
+
+class Transform(nn.Module):
+    def forward(self, *inputs):
+        return self.transform(*inputs)
+"""
+MISC = """
+class ToDtype(Transform):
+    def __init__(self, dtype, scale=False):
+        super().__init__()
+        self.dtype, self.scale = dtype, scale
+
+    def transform(self, inpt):
+        return inpt
+
+class Normalize(Transform):
+    def __init__(self, mean, std, inplace=False):
+        super().__init__()
+        self.mean, self.std, self.inplace = list(mean), list(std), inplace
+
+    def transform(self, inpt):
+        return inpt
+"""
+CONTAINER = """
+class Compose(Transform):
+    def __init__(self, transforms):
+        super().__init__()
+        self.transforms = transforms
+
+    def forward(self, *inputs):
+        for each in self.transforms:
+            inputs = (each(*inputs),)
+        return inputs[0]
+"""
+
+
+@pytest.fixture(scope="module")
+def v2():
+    """Classes with the modules, names and attributes of torchvision 0.29's, which needs another build of torch."""
+    names = {}
+    for module, source in (("_transform", TRANSFORM), ("_misc", MISC), ("_container", CONTAINER)):
+        names["__name__"] = f"torchvision.transforms.v2.{module}"
+        exec(source, names)  # noqa: S102 - the classes above
+    return SimpleNamespace(**names)
+
+
+def test_transforms_of_torchvision_are_steps(v2):
+    """ToDtype and Normalize, alone, in a Sequential or in a Compose, become the steps of the same parameters."""
+    scaled, normalized = v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5, 0.25, 1], [1, 2, 4])
+    steps = ToDtype("float32", scale=True), Normalize((0.5, 0.25, 1), (1, 2, 4))
+    for modules in ([scaled, normalized], [v2.Compose([scaled, normalized])], [v2.Compose([scaled]), normalized]):
+        assert as_chain(nn.Sequential(*modules, nn.AvgPool2d(2))) == (*steps, AvgPool2d(2, 2))
+    assert as_chain([scaled, "MaxPool2d(2)"]) == (steps[0], MaxPool2d(2))
+
+
+def test_another_transform_is_rejected(v2):
+    """A transform with another arithmetic, dtypes by class, or a dtype of no output is rejected with its path."""
+    own = type("Own", (v2.ToDtype,), {"transform": lambda _, inpt: inpt})(torch.float32)
+    with pytest.raises(
+        InvalidArgumentError, match=r"layers\[1\]: expected the transform of torchvision\..*ToDtype, got"
+    ):
+        as_chain(nn.Sequential(nn.MaxPool2d(2), own))
+    forward = type("Own", (v2.Compose,), {"forward": lambda _, inpt: inpt})([])
+    with pytest.raises(
+        InvalidArgumentError, match=r"expected the forward of torchvision\.transforms\.v2\.Compose, got"
+    ):
+        as_chain(forward)
+    for dtype in ({torch.Tensor: torch.float32}, torch.complex64, torch.bool):
+        with pytest.raises(InvalidArgumentError, match=r"^layers\.dtype: expected 'float16' or"):
+            as_chain(v2.ToDtype(dtype))
+    with pytest.raises(InvalidArgumentError, match=r"^layers\.std: expected numbers other than 0"):
+        as_chain(v2.Normalize([0.5], [0]))

@@ -80,6 +80,12 @@ def test_invalid_file_is_rejected(tmp_path, text, words):
             {"input": "float32"},
             {"output": "float32", "output_1": "float32", "indices_1": "int64"},
         ),
+        (
+            "[[AvgPool2d(2), Round(), ToDtype('uint8')], [ToDtype('float64'), MaxPool2d(2, return_indices=True)]]",
+            4,
+            {"input": "float32"},
+            {"output": "uint8", "output_1": "float64", "indices_1": "int64"},
+        ),
     ],
 )
 def test_preset_reports_its_inputs_and_outputs(layer, rank, inputs, outputs):

@@ -224,8 +224,8 @@ def test_a_device_is_written_in_place(tmp_path, name):
     assert (tmp_path / name).is_symlink()
 
 
-def test_only_an_image_becomes_float():
-    """An array is sent as it is, whatever the layers take."""
+def test_only_an_image_is_converted():
+    """The layers of an array are those of the user, whatever they take."""
     x = np.ones((1, 1, 4, 4), np.uint8)
-    assert Source(x).tensor_for(MEAN) is x
-    assert Source(x).tensor_for([(MaxUnpool2d(2),)]) is x
+    assert Source(x).layers_for(MEAN) == (*MEAN,)
+    assert Source(x).layers_for([(MaxUnpool2d(2),)]) == ((MaxUnpool2d(2),),)

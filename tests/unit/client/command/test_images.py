@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from poolrpc import AvgPool2d, InvalidArgumentError, MaxPool1d, MaxPool2d, MaxPool3d, PoolResult
+from poolrpc import (
+    AvgPool2d,
+    InvalidArgumentError,
+    MaxPool1d,
+    MaxPool2d,
+    MaxPool3d,
+    Normalize,
+    PoolResult,
+    Round,
+    ToDtype,
+)
 from poolrpc.command.files import Source, load, target_for
 from poolrpc.command.images import FORMATS, MODES, SUFFIXES, ImageKind
 from poolrpc.command.inputs import find_inputs
@@ -255,41 +265,32 @@ def test_later_frames_are_left_out_with_a_note(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("mode", "layers", "dtype"),
+    ("mode", "layers", "converted"),
     [
-        ("RGB", MAX, "uint8"),
-        ("RGB", MEAN, "float32"),
-        ("RGB", MAX + MEAN, "float32"),
-        ("RGB", [(*MAX[0], *MEAN[0])], "float32"),
-        ("I;16", MEAN, "float32"),
-        ("I", MAX, "int32"),
-        ("I", MEAN, "float64"),
-        ("F", MAX, "float32"),
-        ("F", MEAN, "float32"),
+        ("RGB", MAX, MAX),
+        ("RGB", MEAN, [(ToDtype("float32"), *MEAN[0])]),
+        ("RGB", MAX + MEAN, [MAX[0], (ToDtype("float32"), *MEAN[0])]),
+        ("RGB", [(*MAX[0], *MEAN[0], *MEAN[0])], [(*MAX[0], ToDtype("float32"), *MEAN[0], *MEAN[0])]),
+        ("RGB", [(ToDtype("float16"), *MEAN[0])], [(ToDtype("float16"), *MEAN[0])]),
+        ("RGB", [(Round(), Normalize(1, 2), *MAX[0])], [(Round(), ToDtype("float32"), Normalize(1, 2), *MAX[0])]),
+        ("I;16", MAX, MAX),
+        ("I;16", MEAN, [(ToDtype("float32"), *MEAN[0])]),
+        ("I", MAX, MAX),
+        ("I", MEAN, [(ToDtype("float64"), *MEAN[0])]),
+        ("F", MAX, MAX),
+        ("F", MEAN, MEAN),
     ],
 )
-def test_an_image_is_sent_as_a_dtype_that_every_layer_takes(mode, layers, dtype):
-    """Integers that a layer does not take are sent as floats of the same values."""
-    pixels = random_pixels(mode)
-    tensor = Source(pixels, "NHWC", None, ImageKind(mode)).tensor_for(layers)
-    assert tensor.dtype == dtype
-    assert np.array_equal(tensor.astype(np.float64), pixels.astype(np.float64))
-
-
-def test_16_bits_are_sent_as_uint16_if_every_layer_takes_it(monkeypatch):
-    """uint16 is sent as it is to layers that have it, and else as float32."""
-    pixels = random_pixels("I;16")
-    source = Source(pixels, "NHWC", None, ImageKind("I;16"))
-    assert source.tensor_for(MAX).dtype == ("uint16" if "uint16" in MaxPool2d.dtypes else "float32")
-    monkeypatch.setattr(MaxPool2d, "dtypes", (*MaxPool2d.dtypes, "uint16"))
-    assert source.tensor_for(MAX) is pixels
+def test_integers_are_converted_before_a_layer_that_does_not_take_them(mode, layers, converted):
+    """An image is sent as it is: the layers get a step to floats that have the same values, where they need one."""
+    assert Source(random_pixels(mode), "NHWC", None, ImageKind(mode)).layers_for(layers) == (*converted,)
 
 
 @pytest.mark.parametrize("layer", [MaxPool1d(2), MaxPool3d(1)])
 def test_only_2d_layers_pool_an_image(layer):
     """A layer of another rank would take the rows for images, or the channels for an axis: it is rejected."""
     with pytest.raises(InvalidArgumentError, match="layer: expected 2d layers for an image"):
-        Source(PIXELS, "NHWC", None, ImageKind("RGB")).tensor_for([(layer,)])
+        Source(PIXELS, "NHWC", None, ImageKind("RGB")).layers_for([(layer,)])
 
 
 @pytest.mark.parametrize(
