@@ -12,7 +12,7 @@ from poolrpc._wire.status import encode_error
 from poolrpc.chains import Planes, spatial_dims
 from poolrpc.errors import InvalidArgumentError, LimitExceededError, UnavailableError
 from poolrpc.expression import parse_branches
-from poolrpc.tensors import TensorSpec
+from poolrpc.tensors import ITEM_BYTES, TensorSpec
 from poolrpc.v1 import pool_pb2
 from poolrpc_server.protocols.triton.datatypes import CONTENTS_FIELDS, DATATYPE_OF
 from poolrpc_server.protocols.triton.generated import open_inference_pb2 as pb
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from fuzz.mutate import Case
+    from poolrpc.chains import Chain
 
 EXPRESSIONS = (
     "MaxPool1d(2)",
@@ -53,6 +54,8 @@ EXPRESSIONS = (
     "GlobalPool3d('max')",
     "[MaxPool2d(2), AvgPool2d(2, stride=1), GlobalPool2d('max')]",
     "[[AdaptiveAvgPool2d(1)], [MaxPool2d(2), AdaptiveAvgPool2d(2)]]",
+    "[ToDtype('float32', scale=True), Normalize(0.5, 0.25), AvgPool2d(2)]",
+    "[[ToDtype('float64'), AvgPool1d(2), Round(), ToDtype('uint8')], [MaxPool1d(2)]]",
     "[[MaxPool1d(2, return_indices=True)], [AvgPool1d(2)], [GlobalPool1d('mean')]]",
 )
 LIMITS = {
@@ -83,7 +86,7 @@ def requests(rng: Random, rounds: int = 2) -> Iterator[tuple[str, codec.Request,
     for text in EXPRESSIONS * rounds:
         branches = parse_branches(text)
         dims = spatial_dims(branches)
-        dtypes = sorted(set.intersection(*(set(layer.dtypes) for chain in branches for layer in chain)))
+        dtypes = [each for each in ITEM_BYTES if all(_takes(chain, each) for chain in branches)]
         shape = (rng.randrange(1, 3), rng.randrange(1, 4), *(rng.randrange(4, 8) for _ in range(dims)))
         spec = TensorSpec(rng.choice(dtypes), shape[rng.randrange(2) :], rng.choice(("NCHW", "NCHW", "NHWC")))
         unpools = any(chain[0].takes_indices for chain in branches)
@@ -93,6 +96,11 @@ def requests(rng: Random, rounds: int = 2) -> Iterator[tuple[str, codec.Request,
         except InvalidArgumentError:
             continue  # the layer does not fit the shape
         yield text, request, rng.randbytes(spec.nbytes) + bytes(request.specs[-1].nbytes if unpools else 0)
+
+
+def _takes(chain: Chain, dtype: str) -> bool:
+    given = codec.Request(TensorSpec(dtype, ()), (chain,)).dtypes(chain)
+    return all(each in layer.dtypes for layer, each in zip(chain, given, strict=False))
 
 
 def pool(rng: Random) -> Iterator[Case]:

@@ -14,16 +14,17 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from poolrpc import Layer
+    from poolrpc.chains import Chain
     from poolrpc_server.compute.engine import Engine, Run
 
 WIDE = Limits(2**40, 2**40, 2**40, 2**50)
 
 
-def run_of(engine: Engine, layer: Layer, x: torch.Tensor, indices: torch.Tensor | None = None) -> Run:
-    """Return a run of one layer, whose result is its outputs as tensors."""
+def run_of(engine: Engine, layer: Layer | Chain, x: torch.Tensor, indices: torch.Tensor | None = None) -> Run:
+    """Return a run of a layer or a chain, whose result is its outputs as tensors."""
     dtype = str(x.dtype).removeprefix("torch.")
     second = None if indices is None else TensorSpec("int64", tuple(indices.shape))
-    request = Request(TensorSpec(dtype, tuple(x.shape)), ((layer,),), second)
+    request = Request(TensorSpec(dtype, tuple(x.shape)), ((layer if isinstance(layer, tuple) else (layer,)),), second)
     checked = check_request(request, WIDE, engine.schedule)
     parts = [x] if indices is None else [x, indices]
     payload = b"".join(each.contiguous().view(torch.uint8).numpy().tobytes() for each in parts)

@@ -86,8 +86,8 @@ def test_unpool_parity_on_cuda(engine: Engine, name: str) -> None:
     """Unpooling the result of a MaxPool is torch's on CUDA too."""
     for turn, (layer, shape, dtype) in enumerate(cases(name)):
         full = values(layer.output_shape(shape), dtype, turn)
-        pool = getattr(torch.nn, f"MaxPool{layer.spatial_dims}d")
-        x, indices = pool(layer.kernel_size, layer.stride, layer.padding, return_indices=True)(full)
+        pool = p.LAYERS[f"MaxPool{layer.spatial_dims}d"]
+        x, indices = reference(pool(layer.kernel_size, layer.stride, layer.padding, return_indices=True), full)
         sized = type(layer)(layer.kernel_size, layer.stride, layer.padding, tuple(full.shape[-layer.spatial_dims :]))
         assert_parity(engine, sized, x, indices)
 
@@ -143,6 +143,23 @@ def test_blocks_have_the_bits_of_the_whole(engine: Engine, monkeypatch: pytest.M
     monkeypatch.setattr(overlap, "PAGEABLE_BLOCK_BYTES", 2**16)
     for turn in range(4):
         assert_parity(engine, layer, values((32, 33, 24, 20 + turn), "float32", turn))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int64", "bool", "float16"])
+def test_integers_are_uploaded_as_they_are_and_converted_there(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """Steps that convert a tensor before its layers run on the device, in any blocks, with torch's bits."""
+    monkeypatch.setattr(overlap, "PAGEABLE_BLOCK_BYTES", 2**16)
+    x = values((32, 3, 24, 20), dtype, 0)
+    text = "[ToDtype('float32', scale=True), Normalize((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)), MaxPool2d(2), Round(), "
+    for chain in map(p.parse_chain, (f"{text}AvgPool2d(2)]", f"{text}ToDtype('uint8')]")):
+        run = run_of(engine, chain, x)
+        assert run.schedule.device.type == "cuda"
+        expected = x.to("cuda")
+        for layer in chain:
+            expected, _ = reference(layer, expected)
+        assert_same(engine.execute([run])[0][0], expected.cpu(), (chain, dtype))
 
 
 def test_memory_is_page_locked(cuda: torch.device) -> None:

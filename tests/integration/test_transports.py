@@ -24,7 +24,10 @@ from poolrpc import (
     MaxPool2d,
     MaxPool3d,
     MaxUnpool2d,
+    Normalize,
     PoolClient,
+    Round,
+    ToDtype,
 )
 
 if TYPE_CHECKING:
@@ -73,6 +76,7 @@ CHAINS: dict[str, list[poolrpc.Layer]] = {
     "adaptive average": [AdaptiveAvgPool2d((None, 5))],
     "fractional": [FractionalMaxPool2d(2, output_size=5, return_indices=True, seed=11)],
     "fractional ratio": [FractionalMaxPool2d(3, output_ratio=0.6, seed=2**63)],
+    "steps": [ToDtype("float16"), Normalize((1, 2, 3, 4, 5), 3), AvgPool2d(2), Round(), ToDtype("int16")],
     "chain": [MaxPool2d(2), AvgPool2d(2, stride=1)],
     "chain with fractional": [AvgPool2d(2, 1), FractionalMaxPool2d(2, output_size=4, seed=3), MaxPool2d(2)],
 }
@@ -89,7 +93,7 @@ CASES = {
 for each in ("NCHW", "NHWC"):
     everything = [*CHAINS.values(), GlobalPool2d("max"), [MaxPool2d(2), GlobalPool2d("mean")]]
     CASES[f"branches, {each}"] = Case(in_layout(X, each), everything, {"layout": each})
-for each in ("float16", "float32", "float64", "uint8", "int8", "int16", "int32", "int64", "bfloat16"):
+for each in ("float16", "float32", "float64", "uint8", "uint16", "int8", "int16", "int32", "int64", "bfloat16"):
     kind = ml_dtypes.bfloat16 if each == "bfloat16" else each
     layers = [MaxPool2d(2, return_indices=True), MaxPool2d(5, 3)]
     layers += [AvgPool2d(2), LPPool2d(2, 2), AdaptiveMaxPool2d(1)] if "float" in each else []

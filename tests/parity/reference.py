@@ -108,7 +108,7 @@ def step(layer: p.Layer, x: torch.Tensor) -> torch.Tensor:  # noqa: PLR0911 - a 
         return torch.round(x)
     if layer.name == "Normalize":
         numbers = (torch.as_tensor(np.atleast_1d(each), dtype=torch.float64) for each in (layer.mean, layer.std))
-        mean, std = (each.to(x.dtype).view(-1, *(1,) * (x.ndim - 2)) for each in numbers)
+        mean, std = (each.to(x.device, x.dtype).view(-1, *(1,) * (x.ndim - 2)) for each in numbers)
         return x.sub(mean).div_(std)
     dtype: torch.dtype = getattr(torch, layer.dtype)
     floats = x.is_floating_point(), dtype.is_floating_point
@@ -139,7 +139,7 @@ def truncated(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return min(max(int(cell), limits.min), limits.max)
 
     cells = [integer(cell) for cell in x.double().reshape(-1).tolist()]
-    return torch.from_numpy(np.array(cells, str(dtype).removeprefix("torch."))).reshape(x.shape)
+    return torch.from_numpy(np.array(cells, str(dtype).removeprefix("torch."))).reshape(x.shape).to(x.device)
 
 
 def as_torch(array: np.ndarray) -> torch.Tensor:

@@ -79,11 +79,9 @@ def test_unpool_parity(client: p.PoolClient, name: str, grid: Callable[[str], It
     """Unpooling the result of torch's MaxPool is torch.nn's MaxUnpool, in both layouts, for any output size."""
     for turn, (layer, shape, dtype) in enumerate(grid(name)):
         dims = layer.spatial_dims
-        pooled = torch.nn.__dict__[f"MaxPool{dims}d"](
-            layer.kernel_size, layer.stride, layer.padding, return_indices=True
-        )
+        pooling = p.LAYERS[f"MaxPool{dims}d"](layer.kernel_size, layer.stride, layer.padding, return_indices=True)
         full = values(layer.output_shape(shape), dtype, turn)
-        y, indices = pooled(full)
+        y, indices = reference(pooling, full)
         for size in (None, tuple(full.shape[-dims:]), tuple(s + 1 for s in full.shape[-dims:])):
             sized = type(layer)(layer.kernel_size, layer.stride, layer.padding, size)
             try:

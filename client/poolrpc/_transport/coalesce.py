@@ -62,8 +62,10 @@ class Group:
         if len(self.tensors) > 1:
             tail = _plane_axes(spec, self._chain)
             planes = sum(prod(each.shape[:-tail]) for each in self.tensors)
-            channels = spec.shape[-tail - 1] if period((self._chain,)) > 1 else planes
-            lead = (planes // channels, channels) if self._layout == "NCHW" else (planes,)
+            lead: Shape = (planes,)
+            if self._layout == "NCHW":
+                channels = planes if period((self._chain,)) == 1 else spec.shape[-tail - 1]
+                lead = (planes // channels, channels)
             spec = TensorSpec(spec.dtype, (*lead, *spec.shape[-tail:]), self._layout)
         return Transfer(prepare(codec.Request(spec, (self._chain,))), self.tensors)
 
