@@ -16,7 +16,7 @@ from unittest.mock import patch
 import yaml
 
 import poolrpc_server.config
-from poolrpc.layers import FLOATS, INTEGERS, LAYERS, WIDE_FLOATS, Layer
+from poolrpc.layers import FLOATS, INTEGERS, LAYERS, STEPS, WIDE_FLOATS, Layer
 from poolrpc_server.config import Config
 from poolrpc_server.telemetry.metrics import Metrics
 
@@ -39,6 +39,7 @@ GPU_WAYS = {
     "the engine": "bytes from the network",
     "the engine on the CPU": "one CPU thread",
 }
+NARROW_BASELINES = ("float32", "converted here", "torch", "NumPy", "layer alone")
 PATHS = ("unary", "stream", "arena", "arena, no copies")
 
 MIB = 2**20
@@ -77,8 +78,8 @@ def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 
 
 def layers() -> str:
-    """Every layer with its parameters, and its dtypes."""
-    return table(("layer", "dtypes"), ((f"`{_call(each)}`", _dtypes(each)) for each in LAYERS.values()))
+    """Every layer and element-wise step with its parameters, and its dtypes."""
+    return table(("layer", "dtypes"), ((f"`{_call(each)}`", _dtypes(each)) for each in (LAYERS | STEPS).values()))
 
 
 def _call(layer: type[Layer]) -> str:
@@ -92,7 +93,14 @@ def _call(layer: type[Layer]) -> str:
 def _dtypes(layer: type[Layer]) -> str:
     if layer.family == "global_pool":
         return "floats; for 'max' also integers"
-    names = {FLOATS: "floats", FLOATS + INTEGERS: "floats, integers", WIDE_FLOATS: ", ".join(WIDE_FLOATS)}
+    names = {
+        FLOATS: "floats",
+        FLOATS + INTEGERS: "floats, integers",
+        (*FLOATS, *INTEGERS, "bool"): "floats, integers, bool",
+        (*FLOATS, "int64"): "floats, int64",
+        WIDE_FLOATS: ", ".join(WIDE_FLOATS),
+        (*WIDE_FLOATS, "int64"): ", ".join((*WIDE_FLOATS, "int64")),
+    }
     return names[layer.dtypes]
 
 
@@ -175,6 +183,18 @@ def paths() -> str:
                 yield (case, baseline, *(ratio(case, path, baseline) for path in PATHS))
 
     return table(("tensor", "times the speed of", *PATHS), lines())
+
+
+def narrow() -> str:
+    """How many times the speed of each baseline a call from integers has, and the engine's steps alone."""
+    ratios: dict[tuple[str, str], dict[str, float]] = {}
+    for row in _results("narrow"):
+        ratios.setdefault((row["case"], row["contender"]), {})[row["baseline"]] = row["ratio"]
+    rows = (
+        (case, way, *(f"{found[each]:.2f}" if each in found else "-" for each in NARROW_BASELINES))
+        for (case, way), found in ratios.items()
+    )
+    return table(("steps and input", "by", *NARROW_BASELINES), rows)
 
 
 def rest() -> str:
@@ -283,7 +303,22 @@ def _sizing(kind: str) -> list[dict[str, Any]]:
 
 TABLES: dict[str, Callable[[], str]] = {
     each.__name__: each
-    for each in (layers, shapes, flags, metrics, alerts, kernels, paths, rest, gpu, processes, calls, memory, example)
+    for each in (
+        layers,
+        shapes,
+        flags,
+        metrics,
+        alerts,
+        kernels,
+        paths,
+        narrow,
+        rest,
+        gpu,
+        processes,
+        calls,
+        memory,
+        example,
+    )
 }
 """The function that writes each table, by the name in the page's comment."""
 

@@ -90,7 +90,7 @@ def _walk(module: Any, path: str) -> Iterator[Layer]:  # noqa: ANN401 - a torch.
 
 
 def _transform_name(module: object) -> str:
-    """Return the name of the torchvision class that a transform has or inherits from; "" if it is no known one."""
+    """Return the name of the torchvision class that a transform has or inherits from; "" if it is not a known one."""
     for cls in type(module).__mro__:
         known = {f"{TRANSFORMS}._misc": TRANSFORM_STEPS, f"{TRANSFORMS}._container": ("Compose",)}
         if cls.__name__ in known.get(cls.__module__, ()):

@@ -9,10 +9,10 @@ from tests.docs.blocks import ROOT
 
 
 def test_the_reference_page_has_every_public_name() -> None:
-    """The page documents every export once, and names the two without a docstring."""
+    """The page documents every export once, and names those without a docstring."""
     page = (ROOT / "docs/reference.md").read_text()
     documented = re.findall(r"^::: (\S+)$", page, re.MULTILINE)
-    plain = {"poolrpc.LAYERS", "poolrpc.__version__"}
+    plain = {"poolrpc.LAYERS", "poolrpc.STEPS", "poolrpc.__version__"}
     public = {
         f"{package.__name__}.{name}" for package in (poolrpc, poolrpc.torch, poolrpc_server) for name in package.__all__
     }

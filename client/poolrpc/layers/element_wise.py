@@ -21,7 +21,7 @@ UNSAFE_SCALES = {"int32": ("float32",), "int64": ("float32", "float64")}
 class ElementWiseStep(Layer):
     """The base class of steps that compute each cell from the same cell of the input, for any number of spatial axes.
 
-    They may stand wherever a layer may in a chain, as long as the call has a pooling layer too, which determines the
+    They may be anywhere in a chain, as long as the call has a pooling layer too, which determines the
     number of spatial axes.
     """
 

@@ -617,7 +617,7 @@ class Layer(_message.Message):
     """Layer is one pooling layer, or an element-wise step. A repeated parameter of a layer with d spatial axes has 1 or d
     values; a single value applies to every axis.
 
-    An element-wise step may stand wherever a layer may, for any number of spatial axes, as long as the request has a
+    An element-wise step may be wherever a layer may be, for any number of spatial axes, as long as the request has a
     pooling layer too. The dtype that a layer gets is the one that the step before it returns.
     """
 

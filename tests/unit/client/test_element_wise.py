@@ -142,7 +142,7 @@ def test_a_shape_without_spatial_axes_is_rejected(shape):
 
 
 def test_shapes_of_chains_with_steps():
-    """A step may stand first, between layers and last; the spatial axes are those of the layers."""
+    """A step may be first, between layers and last; the spatial axes are those of the layers."""
     chain = [ToDtype("float32"), AvgPool2d(2), Round(), ToDtype("uint8"), MaxPool2d(2), Round()]
     shape, half, quarter = (2, 3, 8, 12), (2, 3, 4, 6), (2, 3, 2, 3)
     assert branch_shapes(shape, [chain]) == [(shape, half, half, half, quarter, quarter)]

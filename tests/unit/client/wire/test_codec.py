@@ -86,7 +86,7 @@ def test_a_step_round_trips(step):
     ],
 )
 def test_an_invalid_step_is_rejected_with_its_field(message, field):
-    """A message without a dtype, with one that is no output, or with wrong numbers is rejected by name."""
+    """A message without a dtype, with one that no output has, or with wrong numbers is rejected by name."""
     with pytest.raises(InvalidArgumentError) as raised:
         decode_layer(message, "layer")
     assert [each.field for each in raised.value.violations] == [field]
