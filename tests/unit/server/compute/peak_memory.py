@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from poolrpc._wire.codec import Request
+from poolrpc.chains import spatial_dims
 from poolrpc.expression import parse_branches
 from poolrpc.tensors import TensorSpec
 from poolrpc_server.compute.engine import Engine
@@ -43,7 +44,7 @@ def measure(engine: Engine, layers: str, dtype: str, shape: list[int], layout: A
     takes_indices = any(chain[0].takes_indices for chain in branches)
     request = Request(spec, branches, TensorSpec("int64", spec.shape, layout) if takes_indices else None)
     results = request.results()
-    schedule = engine.schedule(request, branches[0][0].spatial_dims, results)
+    schedule = engine.schedule(request, spatial_dims(branches), results)
     # Neither NaN nor equal cells, and not aligned.
     cells = np.tile(np.frombuffer(np.arange(1, 101, dtype=np.float16), np.uint8), -(-spec.nbytes // 200))
     payload = memoryview(b"".join((b"-", cells[: spec.nbytes].tobytes(), bytes(schedule.input_bytes - spec.nbytes))))[

@@ -28,6 +28,8 @@ CHAINS = (
     "[MaxPool2d(3, stride=1, padding=1), AvgPool2d(3, stride=1, padding=1), LPPool2d(1.7, 2, stride=1)]",
     "[LPPool2d(2.0, 2, stride=1), MaxPool2d(2, stride=1), MaxPool2d(5, stride=1, padding=2, return_indices=True)]",
     "[[AvgPool2d(2)], [MaxPool2d(2), AdaptiveMaxPool2d(5)], [FractionalMaxPool2d(2, output_ratio=0.9)]]",
+    "[ToDtype('int64'), MaxPool2d(3, stride=1, padding=1), ToDtype('uint16', scale=True), MaxPool2d(2, stride=1)]",
+    "[Round(), Normalize(0.5, 0.25), ToDtype('uint16'), MaxPool2d(3, stride=1, padding=1, return_indices=True)]",
     repr(list(parse_chain("[MaxPool2d(3, stride=1, padding=1), AvgPool2d(3, stride=1, padding=1)]") * 12)),
 )
 HUGE = (
@@ -36,6 +38,10 @@ HUGE = (
     ("MaxPool2d(1, stride=1)", "uint8", (1, 1, 4096, 4096), "NCHW"),
     ("MaxPool2d(3, stride=1, padding=1)", "uint8", (1, 4096, 4096, 3), "NHWC"),
     ("MaxPool2d(3, stride=1, return_indices=True)", "uint8", (1, 2, 4096, 2048), "NCHW"),
+    ("[ToDtype('float64', scale=True), MaxPool2d(1)]", "uint8", (1, 1, 4096, 4096), "NCHW"),
+    ("[ToDtype('int64'), MaxPool2d(1)]", "float32", (1, 1, 2048, 2048), "NCHW"),
+    ("MaxPool2d(3, stride=1, padding=1)", "uint16", (1, 2048, 2048, 3), "NHWC"),
+    ("MaxUnpool2d(1)", "uint8", (1, 1, 4096, 4096), "NCHW"),
     ("AdaptiveMaxPool2d((4096, 1))", "float32", (1, 1, 1, 2**20), "NCHW"),
     ("MaxPool2d((1, 65535), stride=1, padding=(0, 32767))", "float32", (1, 1, 2**16, 1), "NCHW"),
     ("AvgPool2d((1001, 1), stride=1, padding=(500, 0))", "float32", (1, 1, 1, 2**14), "NCHW"),

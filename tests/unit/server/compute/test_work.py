@@ -102,6 +102,33 @@ def test_every_family_is_estimated_within_a_factor_of_four(engine):
     assert_close(engine, grid(["float32"], ["NCHW", "NHWC"], slice(2)))
 
 
+def test_steps_are_estimated_within_a_factor_of_four(engine):
+    """Every element-wise step, maxima of uint16, means and unpooling of integers, in both layouts."""
+    numbers = "(0.485, 0.456, 0.406, 0.5), (0.229, 0.224, 0.225, 0.5)"
+    chains = [
+        ("[ToDtype('float32'), MaxPool2d(1)]", "uint8"),
+        ("[ToDtype('float32', scale=True), MaxPool2d(1)]", "uint16"),
+        ("[ToDtype('uint8'), MaxPool2d(1)]", "float32"),
+        ("[ToDtype('int64'), MaxPool2d(1)]", "float32"),
+        ("[ToDtype('int32', scale=True), MaxPool2d(1)]", "uint16"),
+        ("[Normalize(0.5, 0.25), MaxPool2d(1)]", "float32"),
+        (f"[ToDtype('float32', scale=True), Normalize({numbers}), AvgPool2d(2), Round()]", "uint8"),
+        ("MaxPool2d(3, stride=1, padding=1)", "uint16"),
+        ("MaxPool2d(2, return_indices=True)", "uint16"),
+        ("GlobalPool2d('max')", "uint16"),
+        ("AvgPool2d(2)", "int64"),
+        ("MaxUnpool2d(2)", "uint8"),
+    ]
+    shapes = {"NCHW": (1, 128, 56, 56), "NHWC": (1, 128, 56, 56)}
+    of_four_channels = {"NCHW": (32, 4, 56, 56), "NHWC": (1, 16, 56, 56)}
+    cases = [
+        (text, dtype, shape, layout)
+        for text, dtype in chains
+        for layout, shape in (of_four_channels if numbers in text else shapes).items()
+    ]
+    assert_close(engine, cases)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
