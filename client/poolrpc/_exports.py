@@ -113,5 +113,5 @@ __all__ = [
 
 # Reprs, tracebacks and pickles name the package that exports a class, not the file that defines it.
 for _name in __all__:
-    if hasattr(globals()[_name], "__module__"):  # every export but LAYERS and __version__
+    if hasattr(globals()[_name], "__module__"):  # every export but LAYERS, STEPS and __version__
         globals()[_name].__module__ = "poolrpc"

@@ -106,6 +106,31 @@ def test_a_batch_of_chains_and_branches_has_their_results(engine: Engine, layout
         assert_batch_is_equal(engine, runs, (layout, dtype, seed))
 
 
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "bool", "float16"])
+def test_a_batch_of_steps_has_their_results(engine: Engine, layout: str, dtype: str) -> None:
+    """Whole images share a batch although a Normalize treats their channels differently."""
+    numbers = p.Normalize((0.1, 0.5, 3.0), (1, 2, 3))
+    branches = [
+        (p.ToDtype("float32"), numbers, p.AvgPool2d(2)),
+        (p.ToDtype("float64"), numbers, p.Round(), p.ToDtype("int16"), p.MaxPool2d(3, 2, return_indices=True)),
+    ]
+    shapes = [(2, 3, 17, 14), (1, 3, 17, 14), (3, 17, 14)]
+    if layout == "NHWC":
+        shapes = [(2, 17, 14, 3), (1, 17, 14, 3), (17, 14, 3)]
+    runs = [a_run(engine, branches, TensorSpec(dtype, shape, layout), seed) for seed, shape in enumerate(shapes)]
+    assert_batch_is_equal(engine, runs, (layout, dtype))
+
+
+def test_a_part_of_an_image_shares_no_batch(engine: Engine) -> None:
+    """The planes of a stream's block need not be whole images: what follows them in a batch would begin elsewhere."""
+    chain = p.ToDtype("float32"), p.Normalize((0.1, 0.5, 3.0), (1, 2, 3)), p.AvgPool2d(2)
+    for count, shares in ((1, False), (2, False), (3, True), (6, True)):
+        request = Request(TensorSpec("uint8", (1, count, 8, 8)), (chain,), is_block=True)
+        schedule = check_request(request, LIMITS, engine.schedule).schedule
+        assert (schedule.key is not None) == shares
+
+
 @pytest.mark.parametrize("count", [2, 7, 64])
 def test_a_batch_may_have_any_number_of_requests(engine: Engine, count: int) -> None:
     """Batches of 2 to 64 requests, of different numbers of planes, have the results of their requests."""
