@@ -78,7 +78,7 @@ INVALID: dict[str, tuple[dict[str, Any], type[PoolError], str]] = {
     "dtype": (
         {"x": X.astype(np.int32), "layers": AvgPool2d(2)},
         poolrpc.UnsupportedError,
-        "branches[0].layers[0].avg_pool: AvgPool2d takes float16, bfloat16, float32, float64, got int32",
+        "branches[0].layers[0].avg_pool: AvgPool2d takes float16, bfloat16, float32, float64, int64, got int32; put ",
     ),
     "dtype of a later layer": (
         {"x": X.astype(np.uint8), "layers": [TWICE, AdaptiveAvgPool2d(1)]},
