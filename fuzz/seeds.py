@@ -90,7 +90,10 @@ def requests(rng: Random, rounds: int = 2) -> Iterator[tuple[str, codec.Request,
         shape = (rng.randrange(1, 3), rng.randrange(1, 4), *(rng.randrange(4, 8) for _ in range(dims)))
         spec = TensorSpec(rng.choice(dtypes), shape[rng.randrange(2) :], rng.choice(("NCHW", "NCHW", "NHWC")))
         unpools = any(chain[0].takes_indices for chain in branches)
-        request = codec.Request(spec, branches, TensorSpec("int64", spec.shape, spec.layout) if unpools else None)
+        steps = [sorted(rng.sample(range(len(chain)), rng.randint(1, len(chain)))) for chain in branches]
+        outputs = tuple(map(tuple, steps)) if rng.randrange(2) else ()
+        indices = TensorSpec("int64", spec.shape, spec.layout) if unpools else None
+        request = codec.Request(spec, branches, indices, outputs)
         try:
             request.results()
         except InvalidArgumentError:

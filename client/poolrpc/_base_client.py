@@ -80,7 +80,7 @@ if TYPE_CHECKING:
     from poolrpc._transport.options import Pairs, Timeout, Transport
     from poolrpc._transport.result import PoolResult, Progress
     from poolrpc._transport.steps import MapSteps, Steps
-    from poolrpc.chains import ChainLike, LayerLike, Shape
+    from poolrpc.chains import ChainLike, LayerLike, Outputs, Shape
     from poolrpc.tensors import Layout
 
 Out: TypeAlias = Array | tuple[Array, Array]
@@ -308,25 +308,28 @@ class BaseClient:
                 self._processes[step.socket] = channel, unary_methods(channel)
             return self._processes[step.socket][1][step.method]
 
-    def _transfer(
+    def _transfer(  # noqa: PLR0913, PLR0917 - the tensors of a call and its layers
         self,
         x: object,
         branches: LayerLike | Iterable[ChainLike],
         indices: object,
         layout: Layout,
         out: Sequence[Out | None] | None,
+        outputs: tuple[Outputs, ...] = (),
     ) -> Transfer:
         check_layout(layout)
         chains = as_branches(branches)
         flat = [part for each in out or () for part in (each if isinstance(each, tuple) else (each,))]
         array = as_array(x, layout)
         if indices is None:
-            return Transfer(prepare_single(dtype_name(array.dtype), array.shape, layout, chains), [array], flat)
+            return Transfer(
+                prepare_single(dtype_name(array.dtype), array.shape, layout, chains, outputs), [array], flat
+            )
         second = _indices_array(indices)
-        request = codec.Request(spec_of(array, layout), chains, spec_of(second, layout))
+        request = codec.Request(spec_of(array, layout), chains, spec_of(second, layout), outputs)
         return Transfer(prepare(request), [array, second], flat)
 
-    def _pool_steps(
+    def _call_steps(
         self,
         transfer: Transfer,
         options: CallOptions,
@@ -411,7 +414,7 @@ class BaseClient:
 
     def _group_steps(self, group: Group, options: Callable[[], CallOptions]) -> Steps[list[Outcome]]:
         try:
-            return group.outcomes((yield from self._pool_steps(group.transfer(), options()))[0])
+            return group.outcomes((yield from self._call_steps(group.transfer(), options()))[0])
         except PoolError as error:
             if not group.may_be_one_tensors_fault(error):
                 return group.failed(error)

@@ -26,6 +26,7 @@ from poolrpc._transport.steps import (
 )
 from poolrpc._transport.stream import StreamCall
 from poolrpc.addresses import grpc_target
+from poolrpc.chains import as_steps
 from poolrpc.errors import DeadlineExceededError, PoolError
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class AsyncPoolClient(BaseClient):
         """Run a layer, or a chain of layers, on a tensor: see PoolClient.pool for the arguments."""
         transfer = self._transfer(x, (layers,), indices, layout, None if out is None else (out,))
         options = self._call_options(timeout, priority, metadata)
-        return (await self._run(self._pool_steps(transfer, options, transport, progress, copy=copy)))[0]
+        return (await self._run(self._call_steps(transfer, options, transport, progress, copy=copy)))[0]
 
     async def pool_each(  # noqa: PLR0913 - options, all by keyword
         self,
@@ -106,7 +107,29 @@ class AsyncPoolClient(BaseClient):
         """Run each of several layers or chains on the same tensor, which is sent once: see PoolClient.pool_each."""
         transfer = self._transfer(x, branches, indices, layout, out)
         options = self._call_options(timeout, priority, metadata)
-        return await self._run(self._pool_steps(transfer, options, transport, progress, copy=copy))
+        return await self._run(self._call_steps(transfer, options, transport, progress, copy=copy))
+
+    async def pool_steps(  # noqa: PLR0913 - options, all but the first three by keyword
+        self,
+        x: object,
+        layers: ChainLike,
+        steps: Iterable[int] | None = None,
+        *,
+        indices: object = None,
+        layout: Layout = "NCHW",
+        out: Sequence[Out | None] | None = None,
+        timeout: Timeout = UNSET,  # noqa: ASYNC109 - gRPC's deadline, which the server sees too
+        priority: int | None = None,
+        metadata: Pairs = (),
+        transport: Transport | None = None,
+        copy: bool = True,
+        progress: Progress | None = None,
+    ) -> list[PoolResult]:
+        """Run a chain of layers on a tensor, and return the outputs of several steps: see PoolClient.pool_steps."""
+        chain, outputs = as_steps(layers, steps)
+        transfer = self._transfer(x, (chain,), indices, layout, out, (outputs,))
+        options = self._call_options(timeout, priority, metadata)
+        return await self._run(self._call_steps(transfer, options, transport, progress, copy=copy))
 
     @overload
     def map(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import lcm, prod
 from typing import TypeAlias
 
+from poolrpc._shapes.limits import MAX_OUTPUTS
+from poolrpc._shapes.parameters import integer
 from poolrpc._shapes.rules import check_shape, clip
-from poolrpc.errors import ExpressionError, InvalidArgumentError
+from poolrpc.errors import ExpressionError, InvalidArgumentError, LimitExceededError
 from poolrpc.expression import parse_branches, parse_chain
 from poolrpc.layers import Layer
 from poolrpc.modules import TorchModule, is_module, layers_of
@@ -16,6 +19,8 @@ from poolrpc.tensors import ITEM_BYTES, LAYOUTS, Layout, TensorSpec
 
 Shape: TypeAlias = tuple[int, ...]
 Chain: TypeAlias = tuple[Layer, ...]
+Outputs: TypeAlias = tuple[int, ...]
+"""The numbers of the layers of a chain whose outputs are returned, in ascending order; empty: the last one."""
 
 
 LayerLike: TypeAlias = Layer | str | TorchModule
@@ -72,6 +77,25 @@ def as_branches(branches: LayerLike | Iterable[ChainLike]) -> tuple[Chain, ...]:
         msg = f"expected at least one branch, got {clip(branches)}"
         raise InvalidArgumentError(msg, field="branches")
     return chains
+
+
+def as_steps(layers: ChainLike, steps: Iterable[int] | None) -> tuple[Chain, Outputs]:
+    """Return a chain, and the numbers of its layers whose outputs are returned; None stands for all layers.
+
+    Raises:
+        InvalidArgumentError: `as_chain` does not take the layers, there is no number, or the chain has no such layer.
+        ExpressionError: A string is not an expression.
+
+    """
+    chain = as_chain(layers)
+    if steps is None:
+        return chain, tuple(range(len(chain)))
+    if not isinstance(steps, Iterable):
+        raise InvalidArgumentError(f"expected the numbers of layers, got {clip(steps)}", field="steps")
+    outputs = tuple(integer("steps", step, 0, len(chain) - 1) for step in steps)
+    if not outputs:
+        raise InvalidArgumentError("expected the number of at least one layer, got none", field="steps")
+    return chain, outputs
 
 
 def _as_layers(value: object) -> Chain | None:
@@ -131,8 +155,36 @@ def period(branches: Iterable[Chain]) -> int:
     return lcm(*(layer.period for chain in branches for layer in chain))
 
 
+def returned_steps(chain: Chain, outputs: Outputs) -> Outputs:
+    """Return the numbers of the layers of a chain whose outputs are returned."""
+    return outputs or (len(chain) - 1,)
+
+
+def check_outputs(branches: Sequence[Chain], outputs: Sequence[Outputs]) -> None:
+    """Check which outputs of each branch are returned; `outputs` is empty if it is the last of each.
+
+    Raises:
+        InvalidArgumentError: A branch has no such layers, or they are not in ascending order.
+        LimitExceededError: There are more than MAX_OUTPUTS outputs.
+
+    """
+    for i, (chain, numbers) in enumerate(zip(branches, outputs, strict=False)):
+        ascending = all(one < other for one, other in pairwise(numbers))
+        if numbers and not (ascending and numbers[0] >= 0 and numbers[-1] < len(chain)):
+            msg = f"expected numbers of layers in ascending order, each in 0..{len(chain) - 1}, got {clip(numbers)}"
+            raise InvalidArgumentError(msg, field=f"branches[{i}].outputs")
+    if (count := sum(len(numbers) or 1 for numbers in outputs)) > MAX_OUTPUTS:
+        msg = f"branches: expected at most {MAX_OUTPUTS} outputs in all, got {count}"
+        raise LimitExceededError(
+            msg, reason="TOO_MANY_OUTPUTS", metadata={"limit": str(MAX_OUTPUTS), "actual": str(count)}
+        )
+
+
 def branch_shapes(
-    shape: Shape, branches: LayerLike | Iterable[ChainLike], layout: Layout = "NCHW"
+    shape: Shape,
+    branches: LayerLike | Iterable[ChainLike],
+    layout: Layout = "NCHW",
+    outputs: Sequence[Outputs] = (),
 ) -> list[tuple[Shape, ...]]:
     """Return, for each branch, the shape after every layer of its chain, exactly as torch computes it.
 
@@ -140,12 +192,16 @@ def branch_shapes(
         shape: The shape of the input, in the order of `layout`.
         branches: The branches, as PoolClient.pool_each takes them.
         layout: "NCHW" (channels first) or "NHWC" (channels last), for any number of spatial axes. Default: "NCHW".
+        outputs: For each branch, the numbers of the layers whose outputs are returned, counted from 0 and in ascending
+            order; only these layers may return indices. An empty tuple stands for the last layer. Default: the last
+            layer of each branch.
 
     Returns:
         A list with one tuple of shapes per branch, in the order of `layout`.
 
     Raises:
-        InvalidArgumentError: The layers don't fit the shape or each other.
+        InvalidArgumentError: The layers don't fit the shape or each other, or a branch has no such outputs.
+        LimitExceededError: There are too many outputs.
 
     Examples:
         >>> from poolrpc import AvgPool2d, GlobalPool2d, MaxPool2d, branch_shapes
@@ -153,11 +209,11 @@ def branch_shapes(
         [((8, 64, 28, 28), (8, 64, 14, 14)), ((8, 64, 1, 1),)]
 
     """
-    return shapes_of(shape, as_branches(branches), layout)
+    return shapes_of(shape, as_branches(branches), layout, outputs)
 
 
 def shapes_of(
-    shape: Shape, chains: Sequence[Chain], layout: Layout, *, is_block: bool = False
+    shape: Shape, chains: Sequence[Chain], layout: Layout, outputs: Sequence[Outputs] = (), *, is_block: bool = False
 ) -> list[tuple[Shape, ...]]:
     """Return the shapes of `branch_shapes`.
 
@@ -165,25 +221,34 @@ def shapes_of(
         shape: The shape of the input.
         chains: The branches.
         layout: The layout.
+        outputs: For each branch, the numbers of the layers whose outputs are returned. Empty: the last of each.
         is_block: Whether the input is some of the planes of a tensor, whose number is not that of the channels.
 
     Raises:
-        InvalidArgumentError: The layers don't fit the shape or each other.
+        InvalidArgumentError: The layers don't fit the shape or each other, or a branch has no such outputs.
+        LimitExceededError: There are too many outputs.
 
     """
     check_layout(layout)
+    check_outputs(chains, outputs)
     dims = check_shape(shape, spatial_dims(chains))
     first = to_channels_first(shape, dims, layout)
     results = []
     for i, chain in enumerate(chains):
         plane, shapes = first[-dims:], []
+        returned = returned_steps(chain, outputs[i] if outputs else ())
         for j, layer in enumerate(chain):
             path = layer_path(i, j, layer)
             if layer.takes_indices and j > 0:
                 msg = f"expected {layer.name} first in its chain, since its indices belong to the input, got layer {j}"
                 raise InvalidArgumentError(msg, field=path)
-            if layer.returns_indices and j < len(chain) - 1:
-                msg = f"expected return_indices only on the last layer of a chain, got it on {layer.name}"
+            if layer.returns_indices and j < returned[-1] and j not in returned:
+                which = (
+                    f"layers {clip(returned)}, whose outputs are returned"
+                    if any(outputs)
+                    else "the last layer of a chain"
+                )
+                msg = f"expected return_indices only on {which}, got it on {layer.name}"
                 raise InvalidArgumentError(msg, field=f"{path}.return_indices")
             try:
                 if not is_block:

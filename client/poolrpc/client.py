@@ -23,6 +23,7 @@ from poolrpc._transport.steps import (
     log_retries,
 )
 from poolrpc._transport.stream import StreamCall
+from poolrpc.chains import as_steps
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -107,7 +108,7 @@ class PoolClient(BaseClient):
         """
         transfer = self._transfer(x, (layers,), indices, layout, None if out is None else (out,))
         options = self._call_options(timeout, priority, metadata)
-        return self._run(self._pool_steps(transfer, options, transport, progress, copy=copy))[0]
+        return self._run(self._call_steps(transfer, options, transport, progress, copy=copy))[0]
 
     def pool_each(  # noqa: PLR0913 - options, all by keyword
         self,
@@ -149,7 +150,62 @@ class PoolClient(BaseClient):
         """
         transfer = self._transfer(x, branches, indices, layout, out)
         options = self._call_options(timeout, priority, metadata)
-        return self._run(self._pool_steps(transfer, options, transport, progress, copy=copy))
+        return self._run(self._call_steps(transfer, options, transport, progress, copy=copy))
+
+    def pool_steps(  # noqa: PLR0913 - options, all but the first three by keyword
+        self,
+        x: object,
+        layers: ChainLike,
+        steps: Iterable[int] | None = None,
+        *,
+        indices: object = None,
+        layout: Layout = "NCHW",
+        out: Sequence[Out | None] | None = None,
+        timeout: Timeout = UNSET,
+        priority: int | None = None,
+        metadata: Pairs = (),
+        transport: Transport | None = None,
+        copy: bool = True,
+        progress: Progress | None = None,
+    ) -> list[PoolResult]:
+        """Run a chain of layers on a tensor, and return the outputs of several steps, such as the levels of a pyramid.
+
+        All of them are computed in one pass: a layer reads what the one before has written while that is in the cache.
+
+        Args:
+            x: As in pool.
+            layers: As in pool.
+            steps: The numbers of the layers whose outputs are returned, counted from 0 and in ascending order. Layers
+                after the last of them are not computed. None: all layers.
+            indices: As in pool.
+            layout: As in pool.
+            out: For each of these steps, an `out` as in pool. None: new arrays for all of them.
+            timeout: As in pool.
+            priority: As in pool.
+            metadata: As in pool.
+            transport: As in pool.
+            copy: As in pool.
+            progress: As in pool.
+
+        Returns:
+            The result of each of these steps, in order, with the indices if its layer returns them.
+
+        Raises:
+            PoolError: As in pool.
+
+        Examples:
+            >>> import numpy as np
+            >>> from poolrpc import AvgPool2d, PoolClient
+            >>> with PoolClient("127.0.0.1:50051") as client:
+            ...     levels = client.pool_steps(np.zeros((1, 64, 512, 512), np.float32), [AvgPool2d(2)] * 3)
+            >>> [level.shape for level in levels]
+            [(1, 64, 256, 256), (1, 64, 128, 128), (1, 64, 64, 64)]
+
+        """
+        chain, outputs = as_steps(layers, steps)
+        transfer = self._transfer(x, (chain,), indices, layout, out, (outputs,))
+        options = self._call_options(timeout, priority, metadata)
+        return self._run(self._call_steps(transfer, options, transport, progress, copy=copy))
 
     @overload
     def map(

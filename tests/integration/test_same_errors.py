@@ -184,6 +184,42 @@ def test_a_bad_input_has_one_error_by_every_path(connect: Connect, unix_address:
 
 
 @pytest.mark.parametrize(
+    ("layers", "steps", "text"),
+    [
+        ([TWICE] * 2, [2], "steps: expected 0 to 1, got 2"),
+        ([TWICE] * 2, [-1], "steps: expected 0 to 1, got -1"),
+        ([TWICE] * 2, [0.0], "steps: expected an integer, got 0.0"),
+        ([TWICE] * 2, [True], "steps: expected an integer, got True"),
+        ([TWICE] * 2, "01", "steps: expected an integer, got '0'"),
+        ([TWICE] * 2, 1, "steps: expected the numbers of layers, got 1"),
+        ([TWICE] * 2, [], "steps: expected the number of at least one layer, got none"),
+        ([TWICE] * 2, [1, 0], "branches[0].outputs: expected numbers of layers in ascending order, each in 0..1, got"),
+        ([TWICE] * 2, [1, 1], "branches[0].outputs: expected numbers of layers in ascending order, each in 0..1, got"),
+        (
+            [MaxPool2d(2, return_indices=True), TWICE],
+            [1],
+            "branches[0].layers[0].max_pool.return_indices: expected return_indices only on layers (1,), whose outputs",
+        ),
+        ([TWICE, AvgPool3d(2)], None, "branches[0].layers[1].avg_pool: expected a 2d layer"),
+        ([], None, "layers: expected a layer or a sequence of layers"),
+    ],
+    ids=repr,
+)
+def test_steps_are_checked_before_they_are_sent(
+    connect: Connect, unix_address: str, layers: Any, steps: Any, text: str
+) -> None:
+    """pool_steps raises one error by every transport, with a server and without one."""
+    errors = []
+    for client in (connect(unix_address), connect("127.0.0.1:1", timeout=5)):
+        for transport in (None, "unary", "stream", "arena"):
+            with pytest.raises(poolrpc.InvalidArgumentError) as raised:
+                client.pool_steps(X, layers, steps, transport=transport)
+            errors.append(repr(described(raised.value)))
+    assert len(set(errors)) == 1
+    assert raised.value.message.startswith(text)
+
+
+@pytest.mark.parametrize(
     "case", ["rank", "no channels", "kernel", "dtype", "bool", "indices in the middle", "numbers of axes"]
 )
 def test_the_command_has_the_same_error(tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:

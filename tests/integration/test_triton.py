@@ -205,6 +205,68 @@ def test_branches_are_outputs_by_name(caller: TritonClient, client: poolrpc.Pool
     assert_same(found["output"], expected["output"])
 
 
+PYRAMID = "[MaxPool2d(2, return_indices=True), AvgPool2d(2), MaxPool2d(2, return_indices=True)]"
+
+
+@pytest.mark.parametrize("method", ["infer", "stream"])
+def test_the_steps_of_a_chain_are_outputs_by_name(
+    caller: TritonClient, client: poolrpc.PoolClient, method: str
+) -> None:
+    """A name with the number of a layer is its output or its indices; one without is that of the last layer."""
+    steps = client.pool_steps(X, PYRAMID)
+    expected = {
+        "output.0": steps[0].output,
+        "indices.0": steps[0].indices,
+        "output.1": steps[1].output,
+        "output.2": steps[2].output,
+        "output": steps[2].output,
+        "indices.2": steps[2].indices,
+        "indices": steps[2].indices,
+    }
+    for names in (list(expected), ["indices", "output.0"], ["output.1", "indices.0"], ["output.0"]):
+        message = request(X, layer=PYRAMID, outputs=names)
+        answer = caller.infer(message) if method == "infer" else next(caller.stream(iter([message]))).infer_response
+        found = arrays_of(answer)
+        assert list(found) == names
+        for name, array in found.items():
+            assert_same(array, expected[name])
+
+
+def test_steps_of_several_branches_and_of_a_preset(caller: TritonClient, client: poolrpc.PoolClient) -> None:
+    """The number of a branch precedes that of its layer; branches whose outputs are not named are still checked."""
+    one, two = client.pool_each(X, [MaxPool2d(2), AvgPool2d(2)])
+    found = arrays_of(caller.infer(request(X, model="two", outputs=["output_1.0", "output", "output_1"])))
+    assert list(found) == ["output_1.0", "output", "output_1"]
+    assert_same(found["output_1.0"], two.output)
+    assert_same(found["output"], one.output)
+    assert_same(found["output_1"], client.pool(two.output, MaxPool2d(2)).output)
+
+
+@pytest.mark.parametrize(
+    "name", ["output.3", "output.-1", "output.00", "output_0.0", "output_1.0", "indices.1", "output."]
+)
+def test_a_step_that_there_is_not(caller: TritonClient, name: str) -> None:
+    """A name of another form or of a layer that the chain lacks is an error of the output's name."""
+    error = caller.fail(request(X, layer="[MaxPool2d(2), AvgPool2d(2), MaxPool2d(2)]", outputs=["output.0", name]))
+    assert isinstance(error, poolrpc.InvalidArgumentError)
+    assert (
+        error.message
+        == f"outputs[1].name: expected one of output, or a layer's such as output.0, each once, got '{name}'"
+    )
+
+
+def test_a_step_goes_to_shared_memory(caller: TritonClient, client: poolrpc.PoolClient, region: Path) -> None:
+    """The output of a step may be written to the client's memory."""
+    message = request(X, layer="[MaxPool2d(2), AvgPool2d(2)]", outputs=["output.0", "output"])
+    expected = client.pool_steps(X, "[MaxPool2d(2), AvgPool2d(2)]")
+    for key, value in {"shared_memory_region": "it", "shared_memory_byte_size": expected[0].output.nbytes}.items():
+        kind = "string_param" if isinstance(value, str) else "int64_param"
+        setattr(message.outputs[0].parameters[key], kind, value)
+    answer = caller.infer(message)
+    assert region.read_bytes()[16 : 16 + expected[0].output.nbytes] == expected[0].output.tobytes()
+    assert answer.raw_output_contents[1] == expected[1].output.tobytes()
+
+
 def test_unpool_takes_indices(caller: TritonClient, client: poolrpc.PoolClient) -> None:
     """MaxUnpool has two inputs, in either order."""
     pooled = client.pool(X, MaxPool2d(2, return_indices=True))

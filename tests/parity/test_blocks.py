@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import replace
 from math import inf, prod
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -63,13 +66,14 @@ def compute(  # noqa: PLR0913, PLR0917 - what an execution depends on
     layout: str = "NCHW",
     indices: torch.Tensor | None = None,
     shift: int = 0,
+    outputs: Sequence[tuple[int, ...]] = (),
 ) -> list[torch.Tensor]:
     """Return the outputs of an execution in blocks, whose input's address is `shift` bytes after an aligned one."""
     tensors = [
         each.movedim(1, -1).contiguous() if layout == "NHWC" else each for each in (x, indices) if each is not None
     ]
     specs = [TensorSpec(str(each.dtype).removeprefix("torch."), tuple(each.shape), layout) for each in tensors]
-    request = Request(specs[0], tuple(branches), specs[1] if indices is not None else None)
+    request = Request(specs[0], tuple(branches), specs[1] if indices is not None else None, tuple(outputs))
     checked = check_request(request, LIMITS, engine.schedule)
     if blocks.TARGET_BYTES == 1:
         assert all(made.block == 1 for made in checked.schedule.branches)
@@ -157,6 +161,52 @@ def test_chains_and_branches_in_blocks(engine: Engine, small: Callable[[int], No
         expected += [output] if indices is None else [output, indices]
     for one, other in zip(compute(engine, x, branches, layout), expected, strict=True):
         assert_same(one, other, (dtype, layout))
+
+
+def random_chain(rng: Random, dims: int, plane: tuple[int, ...], dtype: str) -> tuple[Chain, tuple[int, ...]]:
+    """Return a chain of 1 to 5 layers that fit a plane and a dtype, and the numbers of some of them."""
+    chain: list[p.Layer] = []
+    candidates = [layer for layer in layers(dims) if dtype in layer.dtypes]
+    for layer in rng.choices(candidates, k=5):
+        with suppress(p.InvalidArgumentError):
+            plane = layer.output_plane(plane)
+            chain.append(layer)
+    steps = tuple(sorted(rng.sample(range(len(chain)), rng.randint(1, len(chain)))))
+    silent = [
+        replace(layer, return_indices=False) if layer.returns_indices and number not in steps else layer
+        for number, layer in enumerate(chain)
+    ]
+    return tuple(silent), steps
+
+
+def expected_steps(x: torch.Tensor, chain: Chain, steps: tuple[int, ...]) -> list[torch.Tensor]:
+    """Return torch's output, and its indices, of some layers of a chain that are computed one after the other."""
+    expected: list[torch.Tensor] = []
+    for number, layer in enumerate(chain):
+        x, indices = reference(layer, x)
+        if number in steps:
+            expected += [x] if indices is None else [x, indices]
+    return expected
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_outputs_of_several_steps_in_blocks(
+    engine: Engine, small: Callable[[int], None], dims: int, layout: str
+) -> None:
+    """Each returned step of random chains, of two branches, has torch's values and indices, step by step."""
+    rng = Random(dims)  # noqa: S311 - reproducible chains
+    for turn in range(12):
+        dtype = rng.choice(["float32", "float64", "float16", "uint8", "int16"])
+        x = values(SHAPES[dims], dtype, turn)
+        small(prod(x.shape[2:]) * x.element_size())
+        drawn = [random_chain(rng, dims, tuple(x.shape[2:]), dtype) for _ in range(2)]
+        expected = [each for chain, steps in drawn for each in expected_steps(x, chain, steps)]
+        branches, outputs = zip(*drawn, strict=True)
+        for shift in (0, 1):
+            got = compute(engine, x, branches, layout, shift=shift, outputs=outputs)
+            for one, other in zip(got, expected, strict=True):
+                assert_same(one, other, (drawn, dtype, layout, shift))
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])

@@ -92,6 +92,10 @@ def client(client: PoolClient) -> None:
     assert_type(result, PoolResult)
     assert_type(result.shapes, tuple[tuple[int, ...], ...])
     assert_type(client.pool_each(X, [MaxPool2d(2), [MaxPool2d(2), GlobalPool2d("mean")]]), list[PoolResult])
+    assert_type(client.pool_steps(X, "[MaxPool2d(2), AvgPool2d(2)]"), list[PoolResult])
+    assert_type(client.pool_steps(X, [MaxPool2d(2)] * 3, [0, 2], out=[None, (X, X)]), list[PoolResult])
+    client.pool_steps(X, MaxPool2d(2), 0)  # type: ignore[arg-type]
+    client.pool_steps(X, MaxPool2d(2), out=X)  # type: ignore[arg-type]
     assert_type(client.map([X], MaxPool2d(2)), Iterator[PoolResult])
     assert_type(client.map([X], MaxPool2d(2), return_exceptions=False), Iterator[PoolResult])
     assert_type(client.map([X], MaxPool2d(2), return_exceptions=True), Iterator[PoolResult | PoolError])
@@ -128,6 +132,7 @@ async def async_client(client: AsyncPoolClient) -> None:
     """The client for asyncio has the same types."""
     assert_type(await client.pool(X, MaxPool2d(2)), PoolResult)
     assert_type(await client.pool_each(X, [MaxPool2d(2)]), list[PoolResult])
+    assert_type(await client.pool_steps(X, [MaxPool2d(2)], range(1)), list[PoolResult])
     assert_type(await client.pool(X, [nn.MaxPool2d(2), "AvgPool2d(2)"]), PoolResult)
     assert_type(client.map([X], MaxPool2d(2)), AsyncIterator[PoolResult])
     assert_type(client.map([X], MaxPool2d(2), return_exceptions=True), AsyncIterator[PoolResult | PoolError])

@@ -33,3 +33,6 @@ MAX_BRANCHES = 64
 
 MAX_CHAIN = 64
 """Maximum number of layers of a branch."""
+
+MAX_OUTPUTS = 128
+"""Maximum number of outputs of all branches of a request."""

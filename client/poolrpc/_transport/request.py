@@ -9,7 +9,7 @@ import numpy as np
 
 from poolrpc._shapes.rules import check_shape, clip
 from poolrpc._wire import codec, framing
-from poolrpc.chains import Chain, Planes, Shape, spatial_dims
+from poolrpc.chains import Chain, Outputs, Planes, Shape, spatial_dims
 from poolrpc.errors import InternalError, InvalidArgumentError
 from poolrpc.tensors import Array, Layout, TensorSpec, numpy_dtype
 from poolrpc.v1 import pool_pb2
@@ -98,9 +98,11 @@ prepare = lru_cache(4096)(PreparedRequest)
 
 
 @lru_cache(4096)
-def prepare_single(dtype: str, shape: Shape, layout: Layout, branches: tuple[Chain, ...]) -> PreparedRequest:
+def prepare_single(
+    dtype: str, shape: Shape, layout: Layout, branches: tuple[Chain, ...], outputs: tuple[Outputs, ...] = ()
+) -> PreparedRequest:
     """Return the prepared request of a call on one tensor."""
-    return prepare(codec.Request(TensorSpec(dtype, shape, layout), branches))
+    return prepare(codec.Request(TensorSpec(dtype, shape, layout), branches, None, outputs))
 
 
 class Transfer:
@@ -140,7 +142,7 @@ def not_an_answer(cls: type[Message]) -> InternalError:
 
 def _check_out(specs: Sequence[TensorSpec], out: Sequence[object]) -> None:
     if len(out) != len(specs):
-        msg = f"expected {len(specs)} arrays, for each branch an output or (output, indices), got {len(out)}"
+        msg = f"expected {len(specs)} arrays, for each result an output or (output, indices), got {len(out)}"
         raise InvalidArgumentError(msg, field="out")
     for spec, array in zip(specs, out, strict=True):
         if array is None:

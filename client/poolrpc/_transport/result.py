@@ -17,13 +17,13 @@ Progress: TypeAlias = Callable[[int, int], object]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PoolResult:
-    """The result of one branch.
+    """The result of a layer or a chain, or of one step of a chain.
 
     Attributes:
         output: The output, of the input's dtype and layout.
-        shapes: The shape after every layer of the chain.
-        indices: The indices of the maxima (int64, the output's shape) if the last layer has return_indices, as torch
-            counts them: in the flattened channels-first input plane. Otherwise None.
+        shapes: The shape after every layer of the chain, up to the one of the output.
+        indices: The indices of the maxima (int64, the output's shape) if that layer has return_indices, as torch
+            counts them: in its flattened channels-first input plane. Otherwise None.
         transport: How the tensors were sent: "unary", "stream" or "arena".
 
     """
@@ -57,7 +57,7 @@ class PoolResult:
 def make_results(
     branches: Sequence[codec.BranchResult], arrays: Sequence[Array], transport: Transport
 ) -> list[PoolResult]:
-    """Return the result of each branch, given the output tensors of all branches in order."""
+    """Return the results of all branches, given their output tensors in order."""
     if len(arrays) == len(branches):
         return [PoolResult(array, each.shapes, None, transport) for each, array in zip(branches, arrays, strict=True)]
     remaining = iter(arrays)

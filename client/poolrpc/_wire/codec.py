@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, islice, repeat
 from typing import TYPE_CHECKING
 
 from poolrpc._shapes.limits import MAX_RANK
 from poolrpc._shapes.rules import clip
-from poolrpc._wire.layer_codec import DTYPE_FROM_WIRE, DTYPE_TO_WIRE, decode_branches, encode_branches
-from poolrpc.chains import layer_path, shapes_of
+from poolrpc._wire.layer_codec import (
+    DTYPE_FROM_WIRE,
+    DTYPE_TO_WIRE,
+    decode_branches,
+    decode_outputs,
+    encode_branches,
+)
+from poolrpc.chains import layer_path, returned_steps, shapes_of
 from poolrpc.errors import InvalidArgumentError, UnsupportedError
 from poolrpc.tensors import Layout, TensorSpec
 from poolrpc.v1 import pool_pb2, standard_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
-    from poolrpc.chains import Chain, Shape
+    from poolrpc.chains import Chain, Outputs, Shape
     from poolrpc.layers import Layer
 
 LAYOUT_TO_WIRE: dict[Layout, pool_pb2.Layout.ValueType] = {
@@ -39,6 +45,7 @@ class Request:
         input: The spec of the input.
         branches: The chains to apply to the input.
         indices: The spec of MaxUnpool's indices; None if there are none.
+        outputs: For each branch, the numbers of the layers whose outputs are returned. Empty: the last of each.
         is_block: Whether the input is some of the planes of a tensor, whose number is not that of the channels.
 
     """
@@ -46,6 +53,7 @@ class Request:
     input: TensorSpec
     branches: tuple[Chain, ...]
     indices: TensorSpec | None = None
+    outputs: tuple[Outputs, ...] = ()
     is_block: bool = False
 
     @property
@@ -101,21 +109,31 @@ class Request:
 
         """
         try:
-            return shapes_of(self.input.shape, self.branches, self.input.layout, is_block=self.is_block)
+            return shapes_of(self.input.shape, self.branches, self.input.layout, self.outputs, is_block=self.is_block)
         except InvalidArgumentError as error:
             raise error.with_prefix("input") if error.violations[0].field == "shape" else error from None
 
     def results(self) -> tuple[BranchResult, ...]:
         """Return the results that the branches will have; raises the same errors as `shapes`."""
-        spec = self.input
-        return tuple(
-            BranchResult(
-                steps,
-                TensorSpec(self.dtypes(chain)[-1], steps[-1], spec.layout),
-                TensorSpec("int64", steps[-1], spec.layout) if chain[-1].returns_indices else None,
-            )
-            for chain, steps in zip(self.branches, self.shapes(), strict=True)
-        )
+        results, layout = [], self.input.layout
+        for (chain, steps), shapes in zip(self.returned(), self.shapes(), strict=True):
+            dtypes = self.dtypes(chain)
+            for step in steps:
+                indices = TensorSpec("int64", shapes[step], layout) if chain[step].returns_indices else None
+                output = TensorSpec(dtypes[step + 1], shapes[step], layout)
+                results.append(BranchResult(shapes[: step + 1], output, indices))
+        return tuple(results)
+
+    def returned(self) -> Iterator[tuple[Chain, Outputs]]:
+        """Yield each branch with the numbers of the layers whose outputs are returned."""
+        for chain, outputs in zip(self.branches, self.outputs or repeat(()), strict=False):
+            yield chain, returned_steps(chain, outputs)
+
+    def by_branch(self, results: Iterable[BranchResult]) -> Iterator[tuple[Chain, list[BranchResult]]]:
+        """Yield the layers that each branch computes, and its results, of which the last has the shapes after each."""
+        remaining = iter(results)
+        for chain, steps in self.returned():
+            yield chain[: steps[-1] + 1], list(islice(remaining, len(steps)))
 
 
 def _helpful_step(layer: Layer, dtype: str) -> str:
@@ -144,12 +162,12 @@ class ArenaRanges:
 
 @dataclass(frozen=True, slots=True)
 class BranchResult:
-    """The result of a branch without its payload.
+    """An output of a branch without its payload.
 
     Attributes:
-        shapes: The shape after every layer.
+        shapes: The shape after every layer up to the one whose output it is.
         output: The spec of the output.
-        indices: The spec of the indices; None if the last layer doesn't return them.
+        indices: The spec of the indices; None if that layer doesn't return them.
 
     """
 
@@ -229,7 +247,7 @@ def encode_request(request: Request) -> pool_pb2.PoolRequest:
     return pool_pb2.PoolRequest(
         input=encode_spec(request.input),
         indices=None if request.indices is None else encode_spec(request.indices),
-        branches=encode_branches(request.branches),
+        branches=encode_branches(request.branches, request.outputs),
     )
 
 
@@ -265,6 +283,7 @@ def decode_request(message: pool_pb2.PoolRequest) -> Request:
         branches=decode_branches(message.branches),
         input=decode_spec(message.input, "input"),
         indices=decode_spec(message.indices, "indices") if message.HasField("indices") else None,
+        outputs=decode_outputs(message.branches),
     )
 
 
@@ -299,8 +318,10 @@ def encode_shape_request(shape: Shape, branches: Iterable[Chain], layout: Layout
     )
 
 
-def decode_shape_request(message: pool_pb2.InferShapeRequest) -> tuple[Shape, tuple[Chain, ...], Layout]:
-    """Return the shape, the branches and the layout of a request for shapes.
+def decode_shape_request(
+    message: pool_pb2.InferShapeRequest,
+) -> tuple[Shape, tuple[Chain, ...], Layout, tuple[Outputs, ...]]:
+    """Return the shape, the branches, the layout and the outputs that are returned of a request for shapes.
 
     Raises:
         InvalidArgumentError: A field is invalid.
@@ -311,6 +332,7 @@ def decode_shape_request(message: pool_pb2.InferShapeRequest) -> tuple[Shape, tu
         _decode_sizes(message.shape.dims, "shape"),
         decode_branches(message.branches),
         decode_layout(message.layout, "layout"),
+        decode_outputs(message.branches),
     )
 
 

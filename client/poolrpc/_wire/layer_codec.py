@@ -7,6 +7,7 @@ FIELD_CODECS has the representation of each parameter in the message.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from poolrpc._shapes.limits import MAX_BRANCHES, MAX_CHAIN, MAX_NORMALIZED_CHANNELS, MAX_RANK
@@ -18,7 +19,7 @@ from poolrpc.v1 import pool_pb2
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from poolrpc.chains import Chain
+    from poolrpc.chains import Chain, Outputs
 
 DTYPE_TO_WIRE: dict[str, pool_pb2.DataType.ValueType] = {
     name.removeprefix("DATA_TYPE_").lower(): number
@@ -216,8 +217,12 @@ def decode_layer(message: pool_pb2.Layer, path: str) -> Layer:
         raise error.with_prefix(path) from None
 
 
-def encode_branches(branches: Iterable[Chain]) -> list[pool_pb2.Branch]:
+def encode_branches(branches: Iterable[Chain], outputs: Sequence[Outputs] = ()) -> list[pool_pb2.Branch]:
     """Return the messages of branches.
+
+    Args:
+        branches: The branches.
+        outputs: For each branch, the numbers of the layers whose outputs are returned. Empty: the last of each.
 
     Raises:
         InvalidArgumentError: There is no branch, or a branch has no layer.
@@ -226,7 +231,10 @@ def encode_branches(branches: Iterable[Chain]) -> list[pool_pb2.Branch]:
     """
     chains = tuple(branches)
     _check_counts([len(chain) for chain in chains])
-    return [pool_pb2.Branch(layers=map(encode_layer, chain)) for chain in chains]
+    return [
+        pool_pb2.Branch(layers=map(encode_layer, chain), outputs=returned)
+        for chain, returned in zip(chains, outputs or repeat(()), strict=False)
+    ]
 
 
 def decode_branches(messages: Sequence[pool_pb2.Branch]) -> tuple[Chain, ...]:
@@ -242,6 +250,21 @@ def decode_branches(messages: Sequence[pool_pb2.Branch]) -> tuple[Chain, ...]:
         tuple(decode_layer(layer, f"branches[{i}].layers[{j}]") for j, layer in enumerate(branch.layers))
         for i, branch in enumerate(messages)
     )
+
+
+def decode_outputs(messages: Sequence[pool_pb2.Branch]) -> tuple[Outputs, ...]:
+    """Return, for each branch, the numbers of the layers whose outputs are returned; empty if it is the last of each.
+
+    Raises:
+        LimitExceededError: A branch has more than MAX_CHAIN outputs.
+
+    """
+    for i, branch in enumerate(messages):
+        # Counted before they are copied, since a message can hold millions.
+        if branch.outputs:
+            _check_count(f"branches[{i}].outputs", len(branch.outputs), MAX_CHAIN)
+    outputs = tuple(tuple(branch.outputs) for branch in messages)
+    return outputs if any(outputs) else ()
 
 
 def _check_counts(layers: Sequence[int]) -> None:

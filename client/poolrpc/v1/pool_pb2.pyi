@@ -222,7 +222,7 @@ Global___PoolRequest: _TypeAlias = PoolRequest  # noqa: Y015
 
 @_typing.final
 class PoolResponse(_message.Message):
-    """PoolResponse holds the result of each branch, in the order of the request."""
+    """PoolResponse holds the results of each branch, in the order of the request."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -232,7 +232,7 @@ class PoolResponse(_message.Message):
     """For each result, the bytes of its output, then those of its indices. Empty if they were written to an arena."""
     @_builtins.property
     def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___BranchResult]:
-        """One result per branch."""
+        """For each branch, one result per output that it returns."""
 
     def __init__(
         self,
@@ -301,7 +301,7 @@ class PoolStreamResponse(_message.Message):
     """For each result, the bytes of the block's planes of its output, then of its indices."""
     @_builtins.property
     def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___BranchResult]:
-        """Only in the first message: one result per branch."""
+        """Only in the first message: the results, as in PoolResponse."""
 
     def __init__(
         self,
@@ -451,18 +451,26 @@ class Branch(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     LAYERS_FIELD_NUMBER: _builtins.int
+    OUTPUTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Layer]:
         """The layers, in order; at least one."""
+
+    @_builtins.property
+    def outputs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The numbers of the layers whose outputs are returned, counted from 0 and in ascending order. Empty: the last one.
+        Layers after the last of these are checked, but not computed.
+        """
 
     def __init__(
         self,
         *,
         layers: _abc.Iterable[Global___Layer] | None = ...,
+        outputs: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "outputs", b"outputs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -470,7 +478,7 @@ Global___Branch: _TypeAlias = Branch  # noqa: Y015
 
 @_typing.final
 class BranchResult(_message.Message):
-    """BranchResult is the result of one branch."""
+    """BranchResult is one output of a branch."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -479,16 +487,16 @@ class BranchResult(_message.Message):
     INDICES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def shapes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Shape]:
-        """The computed shape after every layer of the chain, in the layout of the input."""
+        """The computed shape after every layer of the chain up to the one of this output, in the layout of the input."""
 
     @_builtins.property
     def output(self) -> Global___TensorSpec:
-        """The output of the last layer."""
+        """The output of that layer."""
 
     @_builtins.property
     def indices(self) -> Global___TensorSpec:
-        """The indices of the maxima, if the last layer has return_indices: int64, with the shape of the output. As in torch,
-        an index is the cell's position in the flattened channels-first plane of the layer's input.
+        """The indices of the maxima, if that layer has return_indices: int64, with the shape of the output. As in torch, an
+        index is the cell's position in the flattened channels-first plane of the layer's input.
         """
 
     def __init__(
@@ -590,7 +598,7 @@ Global___InferShapeResponse: _TypeAlias = InferShapeResponse  # noqa: Y015
 
 @_typing.final
 class BranchShapes(_message.Message):
-    """BranchShapes is the computed shape after every layer of a chain."""
+    """BranchShapes is the computed shape after every layer of a chain, whichever outputs it returns."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -719,7 +727,7 @@ class MaxPool(_message.Message):
     spatial_dims: _builtins.int
     """1, 2 or 3: the 1d, 2d or 3d layer."""
     return_indices: _builtins.bool
-    """Whether the indices of the maxima are returned too. Only for the last layer of a chain."""
+    """Whether the indices of the maxima are returned too. Only for layers whose outputs are returned."""
     ceil_mode: _builtins.bool
     """Whether a last, partial window is included."""
     @_builtins.property
@@ -875,7 +883,7 @@ class FractionalMaxPool(_message.Message):
     spatial_dims: _builtins.int
     """2 or 3: the 2d or 3d layer."""
     return_indices: _builtins.bool
-    """Whether the indices of the maxima are returned too. Only for the last layer of a chain."""
+    """Whether the indices of the maxima are returned too. Only for layers whose outputs are returned."""
     seed: _builtins.int
     """The seed: the same seed, layer and tensor give the same output."""
     @_builtins.property
@@ -994,7 +1002,7 @@ class AdaptiveMaxPool(_message.Message):
     spatial_dims: _builtins.int
     """1, 2 or 3: the 1d, 2d or 3d layer."""
     return_indices: _builtins.bool
-    """Whether the indices of the maxima are returned too. Only for the last layer of a chain."""
+    """Whether the indices of the maxima are returned too. Only for layers whose outputs are returned."""
     @_builtins.property
     def output_size(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdaptiveSize]:
         """The output's spatial size."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from poolrpc._wire.codec import ArenaRanges, Request, ServerInfo
-    from poolrpc.chains import Chain, Shape
+    from poolrpc.chains import Chain, Outputs, Shape
     from poolrpc.tensors import Bytes, Layout, TensorSpec
     from poolrpc_server.calls.call import CallContext
     from poolrpc_server.calls.validate import CheckedRequest, Limits
@@ -208,14 +208,16 @@ class Dispatcher:
         answer: T = self._run(run, call, admitted=True)
         return answer
 
-    def shapes(self, shape: Shape, branches: Sequence[Chain], layout: Layout) -> list[tuple[Shape, ...]]:
+    def shapes(
+        self, shape: Shape, branches: Sequence[Chain], layout: Layout, outputs: Sequence[Outputs] = ()
+    ) -> list[tuple[Shape, ...]]:
         """Return the shape after every layer of each branch.
 
         Raises:
             InvalidArgumentError: The layers cannot pool such a tensor.
 
         """
-        return check_shapes(shape, branches, layout)
+        return check_shapes(shape, branches, layout, outputs)
 
     @property
     def calls(self) -> int:

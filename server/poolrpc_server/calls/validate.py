@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from poolrpc._wire.codec import BranchResult
-    from poolrpc.chains import Shape
+    from poolrpc.chains import Outputs, Shape
 
 FREE_OUTPUT_BYTES = 4 * 2**20
 """Total size up to which outputs are exempt from the growth limit, in bytes: small inputs often grow a lot."""
@@ -56,7 +56,7 @@ class CheckedRequest:
     Attributes:
         request: The request.
         spatial_dims: Number of spatial axes of its tensors.
-        results: Shapes and specs of each branch's results.
+        results: Shapes and specs of the results of all branches.
         output_bytes: Size of all outputs and returned indices, in bytes.
         schedule: How the request is computed.
 
@@ -93,9 +93,8 @@ def check_request(
     """
     shape = request.input.shape
     results = request.check()
-    shapes = [result.shapes for result in results]
     _check_numel(shape)
-    output_bytes = _check_outputs(request, shapes, limits)
+    output_bytes = _check_outputs(request, results, limits)
     dims = check_shape(shape, spatial_dims(request.branches))
     scheduled = schedule(request, dims, results)
     _check_limit(
@@ -145,15 +144,17 @@ def check_message(nbytes: int, limits: Limits, kind: str) -> None:
     _check_limit("MESSAGE_TOO_LARGE", f"bytes of {kind} in a message (--max-message-bytes)", nbytes, limits.input_bytes)
 
 
-def check_shapes(shape: Shape, branches: Sequence[Chain], layout: Layout) -> list[tuple[Shape, ...]]:
-    """Check a shape and return the shapes after each layer of each branch.
+def check_shapes(
+    shape: Shape, branches: Sequence[Chain], layout: Layout, outputs: Sequence[Outputs] = ()
+) -> list[tuple[Shape, ...]]:
+    """Check a shape and return the shapes after each layer of each branch, which returns these outputs.
 
     Raises:
-        InvalidArgumentError: The shape is invalid, or does not fit a layer.
-        LimitExceededError: The tensor has too many elements.
+        InvalidArgumentError: The shape is invalid, or does not fit a layer, or a branch has no such outputs.
+        LimitExceededError: The tensor has too many elements, or there are too many outputs.
 
     """
-    shapes = branch_shapes(shape, branches, layout)
+    shapes = branch_shapes(shape, branches, layout, outputs)
     _check_numel(shape)
     return shapes
 
@@ -162,15 +163,14 @@ def _check_numel(shape: Shape) -> None:
     _check_limit("TENSOR_TOO_LARGE", f"elements of the input {clip(shape)}", math.prod(shape), MAX_NUMEL)
 
 
-def _check_outputs(request: Request, shapes: list[tuple[Shape, ...]], limits: Limits) -> int:
-    total = 0
-    for chain, chain_shapes in zip(request.branches, shapes, strict=True):
-        for layer, dtype, shape in zip(chain, request.dtypes(chain)[1:], chain_shapes, strict=True):
+def _check_outputs(request: Request, results: Sequence[BranchResult], limits: Limits) -> int:
+    total = sum(spec.nbytes for spec in payload_specs(results))
+    for chain, returned in request.by_branch(results):
+        for layer, dtype, shape in zip(chain, request.dtypes(chain)[1:], returned[-1].shapes, strict=True):
             numel, output = math.prod(shape), f"{layer.name}'s output {clip(shape)}"
             nbytes = numel * (ITEM_BYTES[dtype] + (ITEM_BYTES["int64"] if layer.returns_indices else 0))
             _check_limit("OUTPUT_TOO_LARGE", f"bytes of {output}", nbytes, limits.output_bytes)
             _check_limit("TENSOR_TOO_LARGE", f"elements of {output}", numel, MAX_NUMEL)
-        total += nbytes  # of the last layer
     _check_limit("OUTPUT_TOO_LARGE", "bytes of all outputs", total, limits.output_bytes)
     input_bytes = request.input.nbytes
     limit = max(FREE_OUTPUT_BYTES, limits.output_growth * input_bytes)

@@ -44,6 +44,7 @@ class Branch:
     Attributes:
         steps: The plan of each layer, and the kernel that computes it; None for torch's own operators.
         whole: Whether a single operator of torch computes all planes at once.
+        outputs: The numbers of the layers whose outputs are returned; the last layer is one of them.
         planes: The number of planes of the input; of images, if channels are last.
         block: The most planes to compute at a time.
         work: The work of all planes.
@@ -52,16 +53,20 @@ class Branch:
 
     """
 
-    def __init__(self, plans: Sequence[Plan], planes: int, threads: int, *, bound: bool = False) -> None:
+    def __init__(  # noqa: PLR0913 - what the branch computes, and how
+        self, plans: Sequence[Plan], planes: int, threads: int, outputs: Sequence[int] = (), *, bound: bool = False
+    ) -> None:
         """Choose kernels and the size of blocks.
 
         Args:
             plans: The plan of each layer.
             planes: The number of planes of the input; of images, if channels are last.
             threads: The most threads that may compute the branch.
+            outputs: The numbers of the layers whose outputs are returned, with the last layer. Empty: the last alone.
             bound: Whether its programs will be kept, and run many times.
 
         """
+        self.outputs = tuple(outputs) or (len(plans) - 1,)
         self.planes = self.block = planes
         self.steps = [(plan, plan.choose(planes, bound=bound)) for plan in plans]
         self.work = sum(plan.work(row, planes) for plan, row in self.steps)
@@ -69,8 +74,10 @@ class Branch:
         self.whole = False
         if plans[0].device != "cpu":
             return
-        between = max((prod(plan.result_shape) * plan.output_dtype.itemsize for plan in plans[:-1]), default=0)
-        plane_bytes = max(between, *(plan.plane_bytes(row) for plan, row in self.steps))
+        # What one layer writes and the next one reads is in the cache; it is in an output, or else in a buffer.
+        sizes = [prod(plan.result_shape) * plan.output_dtype.itemsize for plan in plans]
+        between = max((size for i, size in enumerate(sizes) if i not in self.outputs), default=0)
+        plane_bytes = max(*sizes[:-1], *(plan.plane_bytes(row) for plan, row in self.steps), 0)
         self._plane_bytes = max(plane_bytes, -(-self.work * blocks.TARGET_BYTES // (BLOCK_WORK * planes)))
         self.block = max(1, min(planes, blocks.TARGET_BYTES // self._plane_bytes))
         if len(plans) == 1 and self.steps[0][1] is None and self.work <= BLOCK_WORK:
@@ -113,7 +120,7 @@ class Branch:
 
     def compute_on_device(
         self, x: torch.Tensor, indices: torch.Tensor | None, first: int
-    ) -> tuple[torch.Tensor] | tuple[torch.Tensor, torch.Tensor]:
+    ) -> list[Sequence[torch.Tensor]]:
         """Queue the layers' operators on some planes that are on a device.
 
         Args:
@@ -122,19 +129,22 @@ class Branch:
             first: The number of the first plane.
 
         Returns:
-            The output, and the indices of the maxima if the last layer returns them.
+            For each output, it and the indices of the maxima if the layer returns them.
 
         """
-        for plan, _ in self.steps:
+        results: list[Sequence[torch.Tensor]] = []
+        for number, (plan, _) in enumerate(self.steps):
             channels = plan.channels or 1
-            x, indices = plan.eager(x, indices, first * channels, self.planes * channels)
-        return (x,) if indices is None else (x, indices)
+            x, chosen = plan.eager(x, None if number else indices, first * channels, self.planes * channels)
+            if number in self.outputs:
+                results.append((x,) if chosen is None else (x, chosen))
+        return results
 
     def compute_range(  # noqa: PLR0913, PLR0917 - the last two are added by what divides the planes
         self,
         x: torch.Tensor,
         indices: torch.Tensor | None,
-        targets: Sequence[torch.Tensor],
+        targets: Sequence[Sequence[torch.Tensor]],
         check: Callable[[], None] | None,
         start: int,
         stop: int,
@@ -144,7 +154,7 @@ class Branch:
         Args:
             x: All planes of the input, (planes, *plane); or their bytes, (planes, bytes), if they are not aligned.
             indices: The bytes of their indices for MaxUnpool.
-            targets: Memory for all planes of the output, and of the indices of the maxima.
+            targets: For each output, memory for all planes of it, and of the indices of the maxima.
             check: Called before each layer of each block; what it raises ends the computation.
             start: The number of the first plane of the range.
             stop: The number of the plane after the last.
@@ -157,7 +167,7 @@ class Branch:
         self,
         x: torch.Tensor,
         indices: torch.Tensor | None,
-        targets: Sequence[torch.Tensor],
+        targets: Sequence[Sequence[torch.Tensor]],
         start: int,
         stop: int,
     ) -> Iterator[Program]:
@@ -165,7 +175,8 @@ class Branch:
         count = -(-(stop - start) // (PROGRAM_BLOCKS * self.block))
         for first, end in pairwise(start + (stop - start) * i // count for i in range(count + 1)):
             program = Program(end - first, self._plane_bytes, self._shared_bytes, first)
-            source, written = Cells(program, x[first:end]), [Cells(program, target[first:end]) for target in targets]
+            source = Cells(program, x[first:end])
+            written = [[Cells(program, target[first:end]) for target in each] for each in targets]
             given = None if indices is None else Cells(program, indices[first:end])
             self._append(program, source, given, written, first)
             yield program
@@ -175,28 +186,25 @@ class Branch:
         program: Program,
         source: Cells,
         indices: Cells | None,
-        targets: Sequence[Cells],
+        targets: Sequence[Sequence[Cells]],
         first: int,
     ) -> None:
         """Append the calls of every layer to a program for the planes from number `first` on."""
         plan = self.steps[0][0]
         if source.tensor.dtype != plan.dtype:  # Vectorised code may fail on an address that is not aligned.
             source = _aligned(source, plan)
-        buffers = None
-        if len(self.steps) > 1:
-            buffers = DoubleBuffer(program, torch.uint8, align((program.step + 1) * self._between))
+        buffers = DoubleBuffer(program, torch.uint8, align((program.step + 1) * self._between))
+        returned = dict(zip(self.outputs, targets, strict=True))
         program.begin_layers()
         for number, (plan, row) in enumerate(self.steps):
             program.begin_layer()
-            last = number == len(self.steps) - 1
-            target = targets[0] if last or buffers is None else buffers.swap(plan.result_shape, plan.output_dtype)
+            target, *rest = returned.get(number) or (buffers.swap(plan.result_shape, plan.output_dtype),)
+            chosen = rest[0] if rest else None
             if row is None:
                 read = None if indices is None or number else _read_indices(indices, plan)
-                plan.add_eager(
-                    source, target, targets[1] if last and len(targets) > 1 else None, read, first, self.planes
-                )
+                plan.add_eager(source, target, chosen, read, first, self.planes)
             else:
-                row.add(plan, source, target, targets[1] if row.indices else None)
+                row.add(plan, source, target, chosen)
             program.end_layer()
             source = target
 

@@ -25,16 +25,16 @@ def block_of(request: Request, planes: Planes, count: int, first: int) -> Reques
     channels = spec.shape[-1] if spec.layout == "NHWC" else 1
     branches = tuple(tuple(layer.at_plane(first * channels) for layer in chain) for chain in request.branches)
     indices = None if request.indices is None else TensorSpec("int64", spec.shape, spec.layout)
-    return Request(spec, branches, indices, is_block=True)
+    return Request(spec, branches, indices, request.outputs, is_block=True)
 
 
 def steps(
     request: Request, dims: int, results: Sequence[BranchResult]
 ) -> Iterator[Iterator[tuple[Layer, TensorSpec, Shape]]]:
-    """Yield each branch's layers, each with the spec of its input tensor and the shape of that tensor's planes."""
+    """Yield the layers that each branch computes, each with the spec and the planes' shape of its input tensor."""
     spec = request.input
-    for chain, result in zip(request.branches, results, strict=True):
-        shapes = (spec.shape, *result.shapes)
+    for chain, returned in request.by_branch(results):
+        shapes = (spec.shape, *returned[-1].shapes)
         yield (
             (layer, TensorSpec(dtype, shape, spec.layout), to_channels_first(shape, dims, spec.layout)[-dims:])
             for layer, dtype, shape in zip(chain, request.dtypes(chain), shapes, strict=False)

@@ -96,12 +96,12 @@ class Schedule:
         self.branches: list[Branch] = []
         if request.input.numel:  # An empty tensor has no planes, and may have axes longer than torch allows.
             channels = request.input.shape[-1] if request.input.layout == "NHWC" else None
-            for chain in steps(request, spatial_dims, results):
+            for chain, (_, outputs) in zip(steps(request, spatial_dims, results), request.returned(), strict=True):
                 plans = [
                     plan_for(layer, getattr(torch, spec.dtype), plane, channels, device.type)
                     for layer, spec, plane in chain
                 ]
-                self.branches.append(Branch(plans, self.planes, threads, bound=self.cached))
+                self.branches.append(Branch(plans, self.planes, threads, outputs, bound=self.cached))
         self.work = sum(branch.work for branch in self.branches)
         self.divisible = all(layer.splittable for chain in request.branches for layer in chain)
         if device.type != "cpu":
@@ -110,9 +110,9 @@ class Schedule:
             )
         self.key = self._key()
         self.scratch_bytes = max((branch.scratch_bytes for branch in self.branches), default=0)
-        for branch, result in zip(self.branches, results, strict=False):
-            if branch.whole or device.type != "cpu":  # it stays where torch allocated it
-                self.scratch_bytes += sum(spec.nbytes for spec in result.specs)
+        for branch, (_, returned) in zip(self.branches, request.by_branch(results), strict=False):
+            if branch.whole or device.type != "cpu":  # its outputs stay where torch allocated them
+                self.scratch_bytes += sum(spec.nbytes for result in returned for spec in result.specs)
         # A program for one thread can't be divided among several.
         self.cached &= all(branch.threads == 1 for branch in self.branches)
         self.cached &= self.nbytes + self.scratch_bytes <= workspace_bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from functools import partial
-from itertools import count, islice
+from itertools import chain, count, islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -76,7 +76,10 @@ class Workspace:
             if not self._aligned:  # Vectorised code may fail on such an address: planes are copied first.
                 self._x = self._bytes(0)
             targets = iter(self._tensor(*output) for output in zip(outputs, schedule.outputs, strict=bool(outputs)))
-            self._targets = [list(islice(targets, len(result.specs))) for result in schedule.results]
+            self._targets = [
+                [list(islice(targets, len(result.specs))) for result in results]
+                for _, results in schedule.request.by_branch(schedule.results)
+            ]
             if reused:
                 self._programs = [
                     None if branch.whole else list(branch.programs(*self._operands(branch, targets), 0, branch.planes))
@@ -113,15 +116,16 @@ class Workspace:
                     program.run(check)
             elif branch.whole:
                 results = branch.compute_whole(self._input(), self._checked_indices(branch), check)
-                if not targets or (not in_place and targets[0].nbytes >= LEFT_BYTES):
+                (written,) = targets
+                if not written or (not in_place and written[0].nbytes >= LEFT_BYTES):
                     outputs += map(_memory, results)
                     continue
-                for target, result in zip(targets, results, strict=True):
+                for target, result in zip(written, results, strict=True):
                     target.copy_(result)
             else:
                 part = partial(branch.compute_range, *self._operands(branch, targets), check)
                 parallel_for(part, branch.planes, branch.threads)
-            outputs += self.outputs[len(outputs) : len(outputs) + len(targets)]
+            outputs += self.outputs[len(outputs) : len(outputs) + sum(map(len, targets))]
         return outputs
 
     @property
@@ -162,18 +166,22 @@ class Workspace:
             if plan.layer.takes_indices:
                 indices = checked_indices(self._bytes(1)[start:stop], plan).to(schedule.device)
             results = branch.compute_on_device(x, indices, start)
-            for target, result in zip(targets, results, strict=True):
-                written = target.view(-1, *branch.steps[-1][0].result_shape)[start:stop]
+            for target, result in zip(chain.from_iterable(targets), chain.from_iterable(results), strict=True):
+                written = target.view(self.schedule.planes, -1)[start:stop]
                 written.copy_(result.view(written.shape), non_blocking=True)
 
     def _operands(
-        self, branch: Branch, targets: Sequence[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
+        self, branch: Branch, targets: Sequence[Sequence[torch.Tensor]]
+    ) -> tuple[torch.Tensor, torch.Tensor | None, list[list[torch.Tensor]]]:
         """Return the planes of a branch's input, indices and outputs, as its programs take them."""
-        first, last = branch.steps[0][0], branch.steps[-1][0]
+        first = branch.steps[0][0]
         x = self._x.view(-1, *first.plane_shape) if self._aligned else self._x
         indices = self._bytes(1) if first.layer.takes_indices else None
-        return x, indices, [target.view(-1, *last.result_shape) for target in targets]
+        written = [
+            [target.view(-1, *branch.steps[step][0].result_shape) for target in each]
+            for step, each in zip(branch.outputs, targets, strict=True)
+        ]
+        return x, indices, written
 
     def _input(self) -> torch.Tensor:
         """Return the input as the first layers take it: batched and aligned."""

@@ -119,9 +119,10 @@ class PoolServicer:
         """Return the shapes that Pool would return."""
         with decoding(message, call):
             request = parse(pool_pb2.InferShapeRequest, message)
-            shape, branches, layout = codec.decode_shape_request(request)
+            shape, branches, layout, outputs = codec.decode_shape_request(request)
             call.record.note({"layers": clip(branches, MAX_FACT_CHARS), "shape": shape_fact(shape)})
-            return codec.encode_shape_response(self._dispatcher.shapes(shape, branches, layout)).SerializeToString()
+            shapes = self._dispatcher.shapes(shape, branches, layout, outputs)
+            return codec.encode_shape_response(shapes).SerializeToString()
 
     def get_server_info(self, message: bytes, _: CallContext) -> bytes:
         """Return the description of the server."""

@@ -14,6 +14,7 @@ from poolrpc import (
     GlobalPool1d,
     GlobalPool2d,
     InvalidArgumentError,
+    LimitExceededError,
     MaxPool2d,
     MaxUnpool2d,
     branch_shapes,
@@ -107,6 +108,36 @@ def test_indices_are_returned_last_and_taken_first():
         ((2, 3, 16, 16), (2, 3, 8, 8), (2, 3, 4, 4)),
         ((2, 3, 4, 4),),
     ]
+
+
+def test_indices_of_steps_that_are_returned():
+    """With `outputs`, the layers whose outputs are returned may return indices, and no others."""
+    chain = [WITH_INDICES, AvgPool2d(2), WITH_INDICES]
+    shapes = [((2, 3, 4, 4), (2, 3, 2, 2), (2, 3, 1, 1))]
+    for outputs in ([(0, 2)], [(0, 1, 2)], [(0,)]):  # what follows the last output is not computed
+        assert branch_shapes(SQUARE, [chain], outputs=outputs) == shapes
+    for outputs, number in (([(1, 2)], 0), ([(1,)], 0), ([()], 0)):
+        with pytest.raises(InvalidArgumentError, match="expected return_indices only on") as raised:
+            branch_shapes(SQUARE, [chain], outputs=outputs)
+        assert raised.value.violations[0].field == f"branches[0].layers[{number}].max_pool.return_indices"
+
+
+@pytest.mark.parametrize("numbers", [(2,), (0, 2), (-1,), (1, 0), (0, 0), (0, 1, 1), (2**32 - 1,)], ids=repr)
+def test_outputs_that_a_branch_does_not_have(numbers):
+    """Numbers of layers are in their range and in ascending order, so that none is repeated."""
+    with pytest.raises(InvalidArgumentError, match=r"in ascending order, each in 0..1, got") as raised:
+        branch_shapes(SQUARE, [[MaxPool2d(2)], [MaxPool2d(2), AvgPool2d(2)]], outputs=[(), numbers])
+    assert raised.value.violations[0].field == "branches[1].outputs"
+
+
+def test_a_request_has_a_limited_number_of_outputs():
+    """Two branches may return every step of 64 layers; with a third there are too many outputs."""
+    chain, steps = [MaxPool2d(1)] * 64, tuple(range(64))
+    assert len(branch_shapes(SQUARE, [chain] * 2, outputs=[steps] * 2)) == 2
+    with pytest.raises(LimitExceededError, match="at most 128 outputs in all, got 129") as raised:
+        branch_shapes(SQUARE, [chain] * 3, outputs=[steps, steps, ()])
+    assert raised.value.reason == "TOO_MANY_OUTPUTS"
+    assert raised.value.metadata == {"limit": "128", "actual": "129"}
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 8, 3), (8, 8, 3)])

@@ -17,6 +17,7 @@ from poolrpc_server.presets import POOL_PRESET, output_names
 from poolrpc_server.protocols.messages import parse
 from poolrpc_server.protocols.triton import requests, responses
 from poolrpc_server.protocols.triton.generated import open_inference_pb2 as pb
+from poolrpc_server.protocols.triton.outputs import output_numbers, requested_steps
 from poolrpc_server.protocols.triton.shared_memory import BYTE_SIZE, SharedMemoryRange
 from poolrpc_server.protocols.triton.statistics import ModelStatistics
 
@@ -277,19 +278,19 @@ class TritonServicer:
 
     def _prepare(self, signature: requests.InferSignature, call: CallContext) -> _PreparedInfer:
         tensor, *others = signature.inputs
-        request = Request(tensor, self._branches(signature), others[0] if others else None)
+        branches = self._branches(signature)
+        steps = requested_steps(branches, signature.outputs)
+        request = Request(tensor, branches, others[0] if others else None, steps)
         facts = request_facts(request)
         call.record.note(facts)  # before the checks, so that the log shows what was rejected
         checked = self._dispatcher.check(request)
-        found = {
-            name: (number, name, spec)
-            for number, (name, spec) in enumerate(zip(output_names(request.branches), checked.outputs, strict=True))
-        }
+        numbers, names = output_numbers(request), output_names(branches)
         for i, name in enumerate(signature.outputs):
-            if name not in found or name in signature.outputs[:i]:
-                msg = f"expected one of {', '.join(found)}, each once, got {clip(name)}"
+            if name not in numbers or name in signature.outputs[:i]:
+                expected = f"one of {', '.join(names)}, or a layer's such as {names[0]}.0, each once"
+                msg = f"expected {expected}, got {clip(name)}"
                 raise InvalidArgumentError(msg, field=f"outputs[{i}].name")
-        outputs = tuple(found[name] for name in signature.outputs or found)
+        outputs = tuple((numbers[name], name, checked.outputs[numbers[name]]) for name in signature.outputs or names)
         head = responses.encode_infer_head(signature.model, [(name, spec) for _, name, spec in outputs], {})
         prepared = _PreparedInfer(checked, outputs, facts | result_facts(checked.results), head)
         if len(self._prepared) >= REMEMBERED_REQUESTS:

@@ -113,10 +113,14 @@ UINT64 = st.integers(0, 2**64 - 1)
 RANGES = st.builds(ArenaRanges, st.binary(max_size=20), st.tuples(UINT64, UINT64), st.tuples(UINT64, UINT64))
 
 
-@given(SPECS, st.none() | SPECS, BRANCHES, st.none() | RANGES)
-def test_a_request_round_trips(spec, indices, branches, ranges):
-    """Any request decodes to the same request, with or without the ranges of an arena."""
-    request = Request(spec, branches, indices)
+NUMBERS = st.lists(st.integers(0, 2**32 - 1), max_size=64).map(tuple)
+
+
+@given(SPECS, st.none() | SPECS, BRANCHES, st.none() | RANGES, st.data())
+def test_a_request_round_trips(spec, indices, branches, ranges, data):
+    """Any request decodes to the same request, with or without the ranges of an arena, whatever outputs it returns."""
+    drawn = data.draw(st.tuples(*[NUMBERS] * len(branches)))
+    request = Request(spec, branches, indices, drawn if any(drawn) else ())
     data = encode_request(request).SerializeToString() + (b"" if ranges is None else encode_ranges(ranges))
     message = pool_pb2.PoolRequest.FromString(data)
     assert decode_request(message) == request
@@ -134,7 +138,7 @@ def test_results_round_trip(results):
 def test_shapes_round_trip(shape, branches, layout, answer):
     """A request for shapes and its response decode to the same values."""
     message = round_trip(encode_shape_request(shape, branches, layout))
-    assert decode_shape_request(message) == (shape, branches, layout)
+    assert decode_shape_request(message) == (shape, branches, layout, ())
     assert decode_shape_response(round_trip(encode_shape_response(answer))) == answer
 
 

@@ -37,12 +37,15 @@ class Slots:
         """Take them back."""
 
 
-def measure(engine: Engine, layers: str, dtype: str, shape: list[int], layout: Any) -> tuple[int, int]:
+def measure(  # noqa: PLR0913 - a case
+    engine: Engine, layers: str, dtype: str, shape: list[int], layout: Any, *, every_step: bool = False
+) -> tuple[int, int]:
     """Return what an execution takes in addition to inputs and outputs, and what its schedule says that it takes."""
     branches = parse_branches(layers)
     spec = TensorSpec(dtype, tuple(shape), layout)
     takes_indices = any(chain[0].takes_indices for chain in branches)
-    request = Request(spec, branches, TensorSpec("int64", spec.shape, layout) if takes_indices else None)
+    outputs = tuple(tuple(range(len(chain))) for chain in branches) if every_step else ()
+    request = Request(spec, branches, TensorSpec("int64", spec.shape, layout) if takes_indices else None, outputs)
     results = request.results()
     schedule = engine.schedule(request, spatial_dims(branches), results)
     # Neither NaN nor equal cells, and not aligned.
@@ -56,8 +59,7 @@ def measure(engine: Engine, layers: str, dtype: str, shape: list[int], layout: A
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM starts again from here
     engine.execute([engine.run(schedule, payload, lambda _: None)])
-    outputs = sum(output.nbytes for output in schedule.outputs)
-    return memory("VmHWM") - before - outputs, schedule.scratch_bytes
+    return memory("VmHWM") - before - sum(output.nbytes for output in schedule.outputs), schedule.scratch_bytes
 
 
 def main() -> None:
@@ -65,7 +67,7 @@ def main() -> None:
     engine = Engine("cpu", 2)
     engine.slots = Slots()
     measure(engine, "[MaxPool2d(2), LPPool2d(3.5, 2)]", "float32", [64, 64, 64, 64], "NCHW")  # what is made only once
-    print(json.dumps([measure(engine, *case) for case in json.load(sys.stdin)]))  # noqa: T201 - its result
+    print(json.dumps([measure(engine, *case[:4], every_step=len(case) > 4) for case in json.load(sys.stdin)]))  # noqa: T201 - its result
     engine.close()
 
 

@@ -28,6 +28,7 @@ from tests.parity.reference import assert_same, reference, values
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from poolrpc.tensors import Layout
     from poolrpc_server.compute.device import Event, Stream
 
 STREAMS = 3
@@ -168,6 +169,36 @@ def test_no_work_is_queued_any_more_when_a_failure_is_raised(streams: list[LateS
         run_in_blocks(streams, 100, 1, work, check)
     assert all(stream.submitted == stream.done for stream in streams)
     assert sum(stream.done for stream in streams) < 100
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_the_steps_of_a_chain_are_downloaded_block_by_block(engine: Engine, layout: Layout) -> None:
+    """Each returned output and its indices have torch's values on a device, and the others stay there."""
+    x = values((3, 5, 24, 20), "float32", 0)
+    chain = (
+        p.MaxPool2d(2, return_indices=True),
+        p.AvgPool2d(2),
+        p.AvgPool2d(2, 1),
+        p.MaxPool2d(2, return_indices=True),
+    )
+    expected, output = [], x
+    for step, layer in enumerate(chain):
+        output, indices = reference(layer, output)
+        expected += [output] * (step != 1) + ([] if indices is None else [indices])
+    memory = x if layout == "NCHW" else x.movedim(1, -1).contiguous()
+    request = Request(TensorSpec("float32", tuple(memory.shape), layout), (chain,), None, ((0, 2, 3),))
+    checked = check_request(request, WIDE, engine.schedule)
+
+    def finish(outputs: Sequence[memoryview]) -> list[torch.Tensor]:
+        return [
+            torch.frombuffer(bytearray(data), dtype=getattr(torch, spec.dtype)).reshape(spec.shape)
+            for data, spec in zip(outputs, checked.outputs, strict=True)
+        ]
+
+    run = engine.run(checked.schedule, memory.view(torch.uint8).numpy().tobytes(), finish)
+    for one, other in zip(engine.execute([run])[0], expected, strict=True):
+        assert_same(one if layout == "NCHW" else one.movedim(-1, 1), other, layout)
 
 
 class Lost:
