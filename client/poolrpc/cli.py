@@ -21,7 +21,7 @@ import numpy as np
 from poolrpc._interrupt import INTERRUPTED
 from poolrpc._shapes.rules import clip
 from poolrpc._version import __version__
-from poolrpc.chains import branch_shapes
+from poolrpc.chains import as_steps, branch_shapes
 from poolrpc.client import PoolClient
 from poolrpc.command.bench import add_arguments as add_bench_arguments
 from poolrpc.command.bench import bench, parse_shape
@@ -35,6 +35,8 @@ from poolrpc.tensors import LAYOUTS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from poolrpc.chains import Chain, Outputs
 
 ADDRESS = "127.0.0.1:50051"
 LAYER_HELP = "layer expression: 'MaxPool2d(2)', or for a chain '[MaxPool2d(2), AvgPool2d(2)]'"
@@ -173,6 +175,12 @@ def _parser() -> argparse.ArgumentParser:
         help=f"{LAYER_HELP}; repeat the flag to run several branches on the same input",
     )
     pool.add_argument(
+        "--steps",
+        metavar="STEPS",
+        help="layers of the chain whose outputs are kept, such as the levels of a pyramid: all, or their numbers, which "
+        "count from 0, such as 0,2 [default: the last one]",
+    )
+    pool.add_argument(
         "--layout",
         choices=LAYOUTS,
         help="layout of an array [default: the one that a .npz states, or else NCHW; images are NHWC]",
@@ -247,7 +255,9 @@ def _client(options: argparse.Namespace) -> PoolClient:
 
 
 def _pool(options: argparse.Namespace) -> tuple[object, Sequence[str], int]:
-    work = Work(tuple(map(parse_chain, options.layer)), options.layout, options.skip_existing)
+    branches = tuple(map(parse_chain, options.layer))
+    steps = None if options.steps is None else _steps(options.steps, branches)
+    work = Work(branches, options.layout, options.skip_existing, steps)
     inputs = find_inputs(options.files, options.save)
     inputs = dataclasses.replace(inputs, several=inputs.several or bool(options.save and options.save.is_dir()))
     for flag, given in (("save", options.skip_existing), ("save", options.suffix)):
@@ -274,6 +284,16 @@ def _pool(options: argparse.Namespace) -> tuple[object, Sequence[str], int]:
 
 def _tune(options: argparse.Namespace) -> tuple[object, Sequence[str], int]:
     return tune(options, _note)
+
+
+def _steps(text: str, branches: Sequence[Chain]) -> Outputs:
+    """Return the numbers of the layers that --steps names."""
+    if len(branches) > 1:
+        raise InvalidArgumentError(f"expected one --layer, which is a chain, got {len(branches)}", field="steps")
+    numbers = text.split(",")
+    if text != "all" and not all(number.isdecimal() and len(number) <= 3 for number in numbers):  # noqa: PLR2004 - of 64 layers
+        raise InvalidArgumentError(f"expected all, or numbers of layers such as 0,2, got {clip(text)}", field="steps")
+    return as_steps(branches[0], None if text == "all" else map(int, numbers))[1]
 
 
 def _shape(options: argparse.Namespace) -> tuple[object, list[str], int]:

@@ -80,6 +80,67 @@ def test_a_global_layer_pools_an_image(run: Run, image: Path) -> None:
     np.testing.assert_allclose(np.load(out).ravel(), np.asarray(Image.open(image)).mean((0, 1)), rtol=1e-6)
 
 
+PYRAMID = "[MaxPool2d(1), MaxPool2d(2), MaxPool2d((3, 1))]"
+
+
+def test_the_steps_of_a_chain_are_saved_one_by_one(run: Run, image: Path) -> None:
+    """--steps all keeps the output of every layer, each in a numbered file, and prints each layer once."""
+    out = image.with_name("o.png")
+    status, output, _ = run("pool", image, "--layer", PYRAMID, "--steps", "all", "--save", out)
+    assert status == 0
+    assert [line for line in output.splitlines() if line.startswith(("input", "Max", "  then", "saved"))] == [
+        "input: uint8 (6, 4, 3) NHWC",
+        "MaxPool2d(1) -> (6, 4, 3)",
+        "  then MaxPool2d(2) -> (3, 2, 3)",
+        "  then MaxPool2d((3, 1)) -> (1, 2, 3)",
+        *(f"saved {image.with_name(f'o-{number}.png')}" for number in range(3)),
+    ]
+    pixels = np.asarray(Image.open(image))
+    half = pixels.reshape(3, 2, 2, 2, 3).max((1, 3))
+    for number, level in enumerate((pixels, half, half.max(0, keepdims=True))):
+        np.testing.assert_array_equal(Image.open(image.with_name(f"o-{number}.png")), level)
+
+
+def test_some_steps_are_kept_with_their_indices(run: Run, tmp_path: Path) -> None:
+    """--steps 0,2 keeps these two; the report has the layers that lead to each; a .npz has the indices of its step."""
+    x = np.random.default_rng(3).standard_normal((2, 16, 16)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    chain = "[MaxPool2d(2, return_indices=True), AvgPool2d(2), MaxPool2d(2, return_indices=True)]"
+    status, output, _ = run(
+        "pool", tmp_path / "x.npy", "--layer", chain, "--steps", "0,2", "--save", tmp_path / "y.npz", "--json"
+    )
+    assert status == 0
+    assert [len(each["steps"]) for each in json.loads(output)["branches"]] == [1, 3]
+    with np.load(tmp_path / "y-0.npz") as first, np.load(tmp_path / "y-1.npz") as last:
+        np.testing.assert_array_equal(first["x"], x.reshape(2, 8, 2, 8, 2).max((2, 4)))
+        np.testing.assert_array_equal(
+            np.take_along_axis(x.reshape(2, -1), first["indices"].reshape(2, -1), 1).ravel(), first["x"].ravel()
+        )
+        assert last["indices"].shape == last["x"].shape == (2, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("steps", "text"),
+    [
+        ("3", "steps: expected 0 to 2, got 3"),
+        ("first", "steps: expected all, or numbers of layers such as 0,2, got 'first'"),
+        ("0,,1", "steps: expected all, or numbers of layers such as 0,2, got '0,,1'"),
+        ("-1", "steps: expected all, or numbers of layers such as 0,2, got '-1'"),
+        ("1,0", "branches[0].outputs: expected numbers of layers in ascending order, each in 0..2, got (1, 0)"),
+    ],
+)
+def test_steps_that_there_are_not(run: Run, image: Path, steps: str, text: str) -> None:
+    """Numbers of no layer, and what is not a list of numbers, are one line on stderr."""
+    status, _, error = run("pool", image, "--layer", PYRAMID, f"--steps={steps}")
+    assert (status, error) == (1, f"poolrpc: {text}\n")
+
+
+def test_steps_need_one_chain(run: Run, image: Path) -> None:
+    """Several --layer are branches, to which --steps does not apply."""
+    status, _, error = run("pool", image, "--layer", "MaxPool2d(2)", "--layer", "MaxPool2d(1)", "--steps", "all")
+    assert (status, error) == (1, "poolrpc: steps: expected one --layer, which is a chain, got 2\n")
+
+
 def test_branches_are_saved_one_by_one(run: Run, image: Path) -> None:
     """Several --layer are branches, whose files are numbered."""
     status, output, _ = run(

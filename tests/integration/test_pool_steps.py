@@ -247,7 +247,7 @@ def test_shapes_are_inferred_of_every_layer(address: str) -> None:
 
 
 def test_layers_after_the_last_output_are_checked_but_not_computed(connect: Connect, gate: Gate) -> None:
-    """A step that nobody asked for takes no time, but must fit."""
+    """A step that was not asked for takes no time, but must fit."""
     with poolrpc_server.embedded() as own:
         client = connect(own.address)
         results = client.pool_steps(X, [AvgPool2d(2), AvgPool2d(2), MaxPool2d(2)], [0, 1])

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from poolrpc._transport.result import PoolResult
-    from poolrpc.chains import Chain, Shape
+    from poolrpc.chains import Chain, Outputs, Shape
     from poolrpc.client import PoolClient
     from poolrpc.command.files import Source
     from poolrpc.command.inputs import Inputs
@@ -44,12 +44,21 @@ class Work:
         branches: The layers.
         layout: The layout that the user chose; None if none.
         skip_existing: Whether a file whose outputs exist is skipped.
+        steps: The numbers of the layers of the one branch whose outputs are kept; None: the last of each branch.
 
     """
 
     branches: tuple[Chain, ...]
     layout: Layout | None
     skip_existing: bool
+    steps: Outputs | None = None
+
+    @property
+    def chains(self) -> tuple[Chain, ...]:
+        """The layers that lead to each result."""
+        if self.steps is None:
+            return self.branches
+        return tuple(self.branches[0][: step + 1] for step in self.steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,26 +154,34 @@ def pool_file(client: PoolClient, path: Path, output: Path | None, work: Work) -
         OSError: A file can't be read or written.
 
     """
-    if work.skip_existing and output and all(each.exists() for each in paths_of(output, len(work.branches))):
+    if work.skip_existing and output and all(each.exists() for each in paths_of(output, len(work.chains))):
         return Outcome(str(path), {"skipped": True}, (f"skipped, since {output} exists",), skipped=True)
     source = load(path)
-    layout, x, branches = source.layout_for(work.layout), source.x, source.layers_for(work.branches)
-    target = target_for(output, source, branches, work.layout) if output else None
+    layout, x = source.layout_for(work.layout), source.x
+    branches, chains = source.layers_for(work.branches), source.layers_for(work.chains)
+    target = target_for(output, source, chains, work.layout) if output else None
     indices, notes = _indices_for(source, branches)
-    results = client.pool_each(x, branches, indices=indices, layout=layout)
+    if work.steps is None:
+        results = client.pool_each(x, branches, indices=indices, layout=layout)
+    else:
+        # An image's layers may have conversions between them, after which the numbers are others.
+        numbers = [len(chain) - 1 for chain in chains]
+        results = client.pool_steps(x, branches[0], numbers, indices=indices, layout=layout)
     if target:
         notes += target.save(results)
     text = [f"input: {x.dtype.name} {x.shape} {layout}"]
-    for chain, result in zip(branches, results, strict=True):
-        text += step_lines(chain, result.shapes)
+    shown = 0
+    for chain, result in zip(chains, results, strict=True):
+        text += step_lines(chain, result.shapes)[shown:]
         text += _value_lines(result)
+        shown = 0 if work.steps is None else len(chain)
     saved = target.paths if target else ()
     text += [f"saved {each}{target.remark if target else ''}" for each in saved]
     data = {
         "input": {"shape": x.shape, "dtype": x.dtype.name, "layout": layout},
         "branches": [
             {"steps": steps(chain, result.shapes), "dtype": result.output.dtype.name, **_values(result)}
-            for chain, result in zip(branches, results, strict=True)
+            for chain, result in zip(chains, results, strict=True)
         ],
         "saved": [str(each) for each in saved],
     }
