@@ -17,6 +17,7 @@ NAMES = (
     "load",
     "memmap",
     "narrow",
+    "pyramid",
     "ray",
     "sizing",
     "soak",

@@ -177,8 +177,8 @@ def _parser() -> argparse.ArgumentParser:
     pool.add_argument(
         "--steps",
         metavar="STEPS",
-        help="layers of the chain whose outputs are kept, such as the levels of a pyramid: all, or their numbers, which "
-        "count from 0, such as 0,2 [default: the last one]",
+        help="layers of the chain whose outputs are kept, such as the levels of a pyramid: all, or their numbers "
+        "from 0 on, such as 0,2 [default: the last one]",
     )
     pool.add_argument(
         "--layout",
