@@ -3,7 +3,8 @@
 One compute thread on each side. `level one` is a call that computes the first level alone, `five branches` one call of
 chains of one to five layers, `five calls` one call for each level from the one before; all of these leave their tensors
 in the arena. `torch` and `numpy` compute the levels in this process, and so does `tinybrain`, which makes pyramids for
-Neuroglancer, if it is installed (`pip install tinybrain`).
+Neuroglancer, if it is installed (`pip install tinybrain`). Levels of integers are rounded averages of the level before;
+those of tinybrain are truncated.
 
 The last row is a pyramid of 4 GiB from one file to five by a stream. It has the peak growth of the resident memory of
 client and server, without the pages of the mapped files.
@@ -23,7 +24,7 @@ import torch
 
 from benchmarks.memmap import Peak
 from benchmarks.rounds import interleave, row
-from poolrpc import AvgPool2d, MaxPool2d, PoolClient, branch_shapes
+from poolrpc import AvgPool2d, MaxPool2d, PoolClient, Round, ToDtype, branch_shapes
 from scripts.server_process import serving
 
 if TYPE_CHECKING:
@@ -46,8 +47,23 @@ def run(rounds: int) -> Iterator[dict[str, Any]]:
         PoolClient(server.address, timeout=600) as client,
     ):
         yield from compared(client, "average", "float32", [AvgPool2d(2)] * LEVELS, rounds)
+        yield from compared(client, "average", "uint8", averages("uint8"), rounds)
         yield from compared(client, "max", "uint8", [MaxPool2d(2)] * LEVELS, rounds)
     yield from_file_to_files()
+
+
+def averages(dtype: str) -> list[Layer]:
+    """Return the steps of a pyramid of integers: each level has the averages of the one before, rounded."""
+    return [ToDtype("float32"), AvgPool2d(2), Round(), ToDtype(dtype)] * LEVELS
+
+
+def torch_level(name: str, level: torch.Tensor) -> torch.Tensor:
+    """Return the level after one, computed by torch."""
+    if name == "max":
+        return torch.nn.functional.max_pool2d(level, 2)
+    if level.is_floating_point():
+        return torch.nn.functional.avg_pool2d(level, 2)
+    return torch.nn.functional.avg_pool2d(level.float(), 2).round().to(level.dtype)
 
 
 def compared(client: PoolClient, name: str, dtype: str, chain: list[Layer], rounds: int) -> Iterator[dict[str, Any]]:
@@ -84,13 +100,12 @@ def compared(client: PoolClient, name: str, dtype: str, chain: list[Layer], roun
 
 def local_pyramids(name: str, x: np.ndarray) -> dict[str, Callable[[], list[np.ndarray]]]:
     """Return the functions that compute the levels in this process."""
-    function = torch.nn.functional.avg_pool2d if name == "average" else torch.nn.functional.max_pool2d
 
     def by_torch() -> list[np.ndarray]:
         level, levels = torch.from_numpy(x), []
         with torch.inference_mode():
             for _ in range(LEVELS):
-                level = function(level, 2)
+                level = torch_level(name, level)
                 levels.append(level.numpy())
         return levels
 
@@ -99,7 +114,12 @@ def local_pyramids(name: str, x: np.ndarray) -> dict[str, Callable[[], list[np.n
         for _ in range(LEVELS):
             n, c, height, width = level.shape
             windows = level.reshape(n, c, height // 2, 2, width // 2, 2)
-            level = windows.mean((3, 5)) if name == "average" else windows.max((3, 5))
+            if name == "max":
+                level = windows.max((3, 5))
+            elif x.dtype.kind == "f":
+                level = windows.mean((3, 5))
+            else:
+                level = np.rint(windows.mean((3, 5), np.float32)).astype(x.dtype)
             levels.append(level)
         return levels
 
@@ -115,20 +135,21 @@ def local_pyramids(name: str, x: np.ndarray) -> dict[str, Callable[[], list[np.n
 
 def from_file_to_files() -> dict[str, Any]:
     """Return the row of a file of 4 GiB, compared with eager torch, which pools the same file in pieces."""
-    chain = [MaxPool2d(2)] * LEVELS
+    chain = averages("uint16")
+    ends = range(3, len(chain), 4)
     with tempfile.TemporaryDirectory(dir=".") as folder, serving("--threads", "1") as server:
-        x = np.memmap(Path(folder) / "x", np.int16, "w+", shape=FILE_SHAPE)
+        x = np.memmap(Path(folder) / "x", np.uint16, "w+", shape=FILE_SHAPE)
         planes = x.reshape(PIECES, -1, *FILE_SHAPE[2:])
-        piece = np.random.default_rng(0).integers(-(2**14), 2**14, planes.shape[1:], np.int16)
+        piece = np.random.default_rng(0).integers(0, 2**15, planes.shape[1:], np.uint16)
         for i in range(PIECES):
             planes[i] = piece + i
         shapes = branch_shapes(FILE_SHAPE, [chain])[0]
-        out = [np.memmap(Path(folder) / f"y{i}", np.int16, "w+", shape=shape) for i, shape in enumerate(shapes)]
+        out = [np.memmap(Path(folder) / f"y{i}", np.uint16, "w+", shape=shapes[i]) for i in ends]
         with PoolClient(server.address, timeout=600) as client:
-            client.pool_steps(piece[None], chain, transport="stream")
+            client.pool_steps(piece[None], chain, ends, transport="stream")
             peaks = [Peak(psutil.Process().pid), Peak(server.process.pid)]
             started = time.perf_counter()
-            results = client.pool_steps(x, chain, out=out)
+            results = client.pool_steps(x, chain, ends, out=out)
             seconds = time.perf_counter() - started
             grown = [peak.growth() for peak in peaks]
         torchs, equal = 0.0, all(result.output is each for result, each in zip(results, out, strict=True))
@@ -136,11 +157,11 @@ def from_file_to_files() -> dict[str, Any]:
             level = torch.from_numpy(np.asarray(planes[i]))
             for each in out:
                 started = time.perf_counter()
-                level = torch.nn.functional.max_pool2d(level, 2)
+                level = torch_level("average", level)
                 torchs += time.perf_counter() - started
                 equal &= np.array_equal(level.numpy(), each.reshape(PIECES, -1, *each.shape[2:])[i])
         return {
-            "case": f"max of int16 {'x'.join(map(str, FILE_SHAPE))}, {LEVELS} levels, from a file to files",
+            "case": f"average of uint16 {'x'.join(map(str, FILE_SHAPE))}, {LEVELS} levels, from a file to files",
             "contender": results[0].transport,
             "baseline": "torch",
             "ratio": round(torchs / seconds, 3),

@@ -101,6 +101,18 @@ def test_the_steps_of_a_chain_are_saved_one_by_one(run: Run, image: Path) -> Non
         np.testing.assert_array_equal(Image.open(image.with_name(f"o-{number}.png")), level)
 
 
+def test_the_steps_of_averages_of_an_image(run: Run, image: Path) -> None:
+    """Conversions that the command puts between the layers do not change their numbers."""
+    out = image.with_name("o.npy")
+    chain = "[MaxPool2d(1), AvgPool2d(2), MaxPool2d((3, 1))]"
+    status, output, _ = run("pool", image, "--layer", chain, "--steps", "1,2", "--save", out)
+    assert status == 0
+    assert "  then AvgPool2d(2) -> (3, 2, 3)" in output.splitlines()
+    half = np.asarray(Image.open(image)).reshape(3, 2, 2, 2, 3).mean((1, 3)).astype(np.float32).transpose(2, 0, 1)
+    np.testing.assert_array_equal(np.load(image.with_name("o-0.npy")), half)
+    np.testing.assert_array_equal(np.load(image.with_name("o-1.npy")), half.max(1, keepdims=True))
+
+
 def test_some_steps_are_kept_with_their_indices(run: Run, tmp_path: Path) -> None:
     """--steps 0,2 keeps these two; the report has the layers that lead to each; a .npz has the indices of its step."""
     x = np.random.default_rng(3).standard_normal((2, 16, 16)).astype(np.float32)

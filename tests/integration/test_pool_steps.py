@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 import torch
 
 import poolrpc
 import poolrpc_server
-from poolrpc import AvgPool2d, GlobalPool2d, MaxPool2d, MaxUnpool2d, PoolClient
+from benchmarks.memmap import Peak
+from poolrpc import AvgPool2d, GlobalPool2d, MaxPool2d, MaxUnpool2d, PoolClient, Round, ToDtype
 from poolrpc._wire import codec, framing
 from poolrpc._wire.status import translate_rpc_error
 from poolrpc.tensors import TensorSpec
 from poolrpc.v1 import pool_pb2
+from scripts.server_process import serving
 from tests.parity.reference import as_torch, assert_same, reference
 
 if TYPE_CHECKING:
@@ -96,6 +100,17 @@ def test_each_step_has_torchs_bits(pool_steps: Callable[..., list[poolrpc.PoolRe
     assert [result.shapes for result in results] == [
         shapes[: step + 1] for step in (range(len(chain)) if steps is None else steps)
     ]
+
+
+@pytest.mark.parametrize("steps", [None, [3, 7], [0, 1, 2, 7]], ids=repr)
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_a_pyramid_of_rounded_averages(
+    pool_steps: Callable[..., list[poolrpc.PoolResult]], dtype: str, steps: list[int] | None
+) -> None:
+    """The outputs may have several dtypes, and levels of integers are averages of the level before, rounded."""
+    x = (np.random.default_rng(3).random(X.shape) * 2 ** (8 * np.dtype(dtype).itemsize)).astype(dtype)
+    chain = [ToDtype("float32"), AvgPool2d(2), Round(), ToDtype(dtype)] * 2
+    assert_equal(pool_steps(x, chain, steps), expected_of(x, chain, steps), "NCHW")
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "float16", "float64"])
@@ -305,3 +320,29 @@ def test_small_requests_share_a_batch_and_one_fails_alone(address: str) -> None:
         assert_equal(results, [(first, None), *expected_of(first.numpy(), chain[1:])], "NCHW")
     for x, results in zip(xs, pyramids, strict=True):
         assert_equal(results, expected_of(x, [AvgPool2d(2)] * 2), "NCHW")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory without the pages of files is measured by /proc")
+def test_a_pyramid_of_a_file_takes_little_memory(tmp_path: Path) -> None:
+    """From one file of 768 MiB to three by a stream, client and server grow by less than 200 MB each."""
+    shape = (3, 64, 1024, 2048)
+    x = np.memmap(tmp_path / "x", np.uint16, "w+", shape=shape)
+    plane = np.random.default_rng(0).integers(0, 2**15, shape[2:], np.uint16)
+    for i, each in enumerate(x.reshape(-1, *shape[2:])):
+        each[...] = plane + i
+    chain: list[Layer] = [ToDtype("float32"), AvgPool2d(2), Round(), ToDtype("uint16")] * 3
+    shapes, ends = poolrpc.branch_shapes(shape, [chain])[0], (3, 7, 11)
+    out = [np.memmap(tmp_path / f"y{i}", np.uint16, "w+", shape=shapes[i]) for i in ends]
+    with serving("--threads", "1") as server, PoolClient(server.address) as client:
+        client.pool_steps(x[:1, :8], chain, ends, transport="stream")
+        peaks = [Peak(psutil.Process().pid), Peak(server.process.pid)]
+        results = client.pool_steps(x, chain, ends, out=out)
+        grown = [peak.growth() for peak in peaks]
+    assert results[0].transport == "stream"
+    assert max(grown) < 200_000_000
+    for number in (0, 100, 191):
+        source = x.reshape(-1, *shape[2:])[number][None, None]
+        expected = expected_of(source, chain, ends)
+        for (level, _), written in zip(expected, out, strict=True):
+            assert_same(written.reshape(-1, *written.shape[2:])[number], level[0, 0], number)

@@ -164,13 +164,15 @@ def test_chains_and_branches_in_blocks(engine: Engine, small: Callable[[int], No
 
 
 def random_chain(rng: Random, dims: int, plane: tuple[int, ...], dtype: str) -> tuple[Chain, tuple[int, ...]]:
-    """Return a chain of 1 to 5 layers that fit a plane and a dtype, and the numbers of some of them."""
+    """Return a chain of 1 to 6 layers that fit a plane and a dtype, and the numbers of some of them."""
     chain: list[p.Layer] = []
-    candidates = [layer for layer in layers(dims) if dtype in layer.dtypes]
-    for layer in rng.choices(candidates, k=5):
+    conversions = [p.ToDtype(each) for each in ("float32", "float16", "uint8", "uint16")]
+    while not chain or len(chain) < rng.randint(1, 6):
+        layer = rng.choice(layers(dims)) if rng.randrange(3) or not chain else rng.choice([*conversions, p.Round()])
         with suppress(p.InvalidArgumentError):
-            plane = layer.output_plane(plane)
-            chain.append(layer)
+            if dtype in layer.dtypes:
+                plane, dtype = layer.output_plane(plane), layer.output_dtype(dtype)
+                chain.append(layer)
     steps = tuple(sorted(rng.sample(range(len(chain)), rng.randint(1, len(chain)))))
     silent = [
         replace(layer, return_indices=False) if layer.returns_indices and number not in steps else layer
@@ -197,7 +199,7 @@ def test_outputs_of_several_steps_in_blocks(
     """Each returned step of random chains, of two branches, has torch's values and indices, step by step."""
     rng = Random(dims)  # noqa: S311 - reproducible chains
     for turn in range(12):
-        dtype = rng.choice(["float32", "float64", "float16", "uint8", "int16"])
+        dtype = rng.choice(["float32", "float64", "float16", "uint8", "uint16", "int16"])
         x = values(SHAPES[dims], dtype, turn)
         small(prod(x.shape[2:]) * x.element_size())
         drawn = [random_chain(rng, dims, tuple(x.shape[2:]), dtype) for _ in range(2)]
