@@ -63,7 +63,7 @@ WORDS = (
         "priority",
         folders=("server/poolrpc_server/calls/", "tests/unit/server/calls/"),
     ),
-    _name(r"\b_?Level\b|\b_?levels\b|\blevel = priority\b", "priority"),
+    _name(r"\b_?Level\b|\blevel = priority\b", "priority"),
     _name(r"\bclass _?Bounds\b", "QueueLimits"),
     _name(r"\bclass _Entry\b", "Pending (a queued request)"),
     _name(r"\bclass _?Alike\b", "BatchKey"),
