@@ -53,7 +53,7 @@ class Branch:
 
     """
 
-    def __init__(  # noqa: PLR0913 - what the branch computes, and how
+    def __init__(
         self, plans: Sequence[Plan], planes: int, threads: int, outputs: Sequence[int] = (), *, bound: bool = False
     ) -> None:
         """Choose kernels and the size of blocks.

@@ -111,6 +111,11 @@ class Program:
             self.calls.append(lambda _: made.fill_(fill))
         return made
 
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Count an operand that belongs to the program as memory that it keeps, and return it."""
+        self._kept += tensor.nbytes
+        return tensor
+
     def run(self, check: Callable[[], None] | None = None) -> None:
         """Make every call on every block; it may be run any number of times.
 

@@ -39,22 +39,24 @@ def _add_normalize(plan: Plan, source: Cells, target: Cells) -> None:
     read, write = source.at(), target.at()
     if plan.channels is not None:
         means, deviations = (
-            [channel_numbers(each, source.shape[-1], write[0])] * len(write) for each in (layer.mean, layer.std)
+            [program.keep(channel_numbers(each, source.shape[-1], write[0]))] * len(write)
+            for each in (layer.mean, layer.std)
         )
     else:
         starts = [(program.first + i * program.step) % layer.period for i in range(len(write))]
         axes = (-1, *(1,) * len(source.shape))
-        cycles = (channel_numbers(each, layer.period + program.step, write[0]) for each in (layer.mean, layer.std))
+        cycles = (
+            program.keep(channel_numbers(each, layer.period + program.step, write[0]))
+            for each in (layer.mean, layer.std)
+        )
         means, deviations = (
             [cycle[start : start + len(out)].view(axes) for start, out in zip(starts, write, strict=True)]
             for cycle in cycles
         )
-
-    def call(i: int) -> None:
-        torch.sub(read[i], means[i], out=write[i])
-        write[i].div_(deviations[i])
-
-    program.calls.append(call)
+    program.calls += [
+        lambda i: torch.sub(read[i], means[i], out=write[i]),
+        lambda i: write[i].div_(deviations[i]),
+    ]
 
 
 def _add_round(_: Plan, source: Cells, target: Cells) -> None:
@@ -78,6 +80,10 @@ def _work(plan: Plan) -> float:
 
 
 def _scratch(plan: Plan) -> int:
+    if plan.layer.family == "normalize":
+        # Two numbers for each channel of a row; or for each plane of a block, and for as many channels at most.
+        row = 2 if plan.channels is None else plan.plane_shape[-2] * plan.channels
+        return 2 * row * plan.output_dtype.itemsize
     if plan.layer.family != "to_dtype" or plan.dtype == plan.output_dtype:
         return 0
     shifts = plan.layer.scale and not plan.dtype.is_floating_point and not plan.output_dtype.is_floating_point

@@ -1,6 +1,7 @@
 """Workspaces: reused by requests of one schedule, limited in bytes over all schedules."""
 
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 
 import numpy as np
 import pytest
@@ -13,6 +14,10 @@ from poolrpc import (
     GlobalPool2d,
     LPPool2d,
     MaxPool2d,
+    MaxUnpool2d,
+    Normalize,
+    Round,
+    ToDtype,
 )
 from poolrpc._wire.codec import Request
 from poolrpc.tensors import TensorSpec
@@ -144,6 +149,79 @@ def test_a_reused_workspace_holds_nothing_of_earlier_requests(name, shape, dtype
     assert not fresh.workspaces
     for engine in engines:
         engine.close()
+
+
+FLOATS = ToDtype("float32", scale=True)
+NUMBERS = tuple(number / 7 for number in range(1, 41))
+STEPS = {
+    "preprocessing": ((FLOATS, Normalize(NUMBERS, NUMBERS[::-1]), AvgPool2d(2)),),
+    "normalized twice": ((FLOATS, Normalize(NUMBERS, 0.5), MaxPool2d(3, 1, 1), Normalize(0.5, NUMBERS)),),
+    "thumbnail": ((ToDtype("float32"), AvgPool2d(2), Round(), ToDtype("uint8")),),
+    "shifts": ((ToDtype("uint16", scale=True), MaxPool2d(3, 1, 1), ToDtype("int64", scale=True), AvgPool2d(2)),),
+    "maxima": ((MaxPool2d(3, 1, 1), MaxPool2d(2, return_indices=True)), (ToDtype("int8", scale=True),)),
+    "unpooled": ((MaxUnpool2d(1), ToDtype("float64"), AvgPool2d(3, 1, 1)),),
+    "pyramid": ((ToDtype("float32"), AvgPool2d(2), Round(), ToDtype("uint16"), MaxPool2d(2, return_indices=True)),),
+    "two pyramids": ((MaxPool2d(2, return_indices=True),) * 3, (FLOATS, MaxPool2d(3, 1, 1), AvgPool2d(2))),
+}
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16"])
+@pytest.mark.parametrize("shape", [(1, 40, 8, 8), (2, 40, 64, 64)], ids=["small", "middle"])
+@pytest.mark.parametrize("name", STEPS)
+def test_a_reused_workspace_of_steps_holds_nothing_of_earlier_requests(name, shape, dtype, layout):
+    """The same for steps that change the dtype or depend on the channel, and for the outputs of several layers."""
+    spec = TensorSpec(dtype, shape if layout == "NCHW" else (shape[0], *shape[2:], shape[1]), layout)
+    indices = TensorSpec("int64", spec.shape, layout) if name == "unpooled" else None
+    outputs = tuple(tuple(range(len(chain))) for chain in STEPS[name]) if "pyramid" in name else ()
+    engines = [Engine("cpu", 1, workspace_limit=limit) for limit in (2**28, 0)]
+    ours, fresh = (
+        check_request(
+            Request(spec, STEPS[name], indices, outputs), Limits(2**24, 2**26, 64, 10**10), engine.schedule
+        ).schedule
+        for engine in engines
+    )
+    assert ours.cached
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        payload = rng.bytes(spec.nbytes)
+        if indices is not None:
+            payload += rng.integers(0, prod(shape[2:]), spec.shape).tobytes()
+        one, two = (
+            engine.execute([engine.run(made, payload, lambda parts: [bytes(part) for part in parts])])[0]
+            for engine, made in zip(engines, (ours, fresh), strict=True)
+        )
+        assert one == two
+    assert len(ours.workspaces) == 1
+    assert engines[0].idle_bytes <= ours.nbytes + ours.scratch_bytes
+    for engine in engines:
+        engine.close()
+
+
+def test_a_workspace_counts_the_numbers_of_a_normalize():
+    """A mean and a deviation for each cell of a row with channels last are memory that a kept program takes."""
+    nbytes = []
+    for step in (Round(), Normalize((0.5,) * 8, 0.25)):
+        engine = Engine("cpu", 1)
+        spec = TensorSpec("float32", (1, 2, 500, 8), "NHWC")
+        made = check_request(Request(spec, ((step, ToDtype("int16"), MaxPool2d(2)),)), LIMITS, engine.schedule).schedule
+        execute(engine, made)
+        nbytes.append(engine.idle_bytes)
+        assert engine.idle_bytes <= made.nbytes + made.scratch_bytes
+        engine.close()
+    assert nbytes[1] - nbytes[0] >= 2 * 500 * 8 * 4
+
+
+def test_a_workspace_counts_every_output():
+    """The workspace of a pyramid takes at least the memory of all of its levels."""
+    engine = Engine("cpu", 1)
+    spec, chain = TensorSpec("float32", (1, 4, 64, 64)), (MaxPool2d(2, return_indices=True),) * 4
+    made = check_request(
+        Request(spec, (chain,), None, ((0, 1, 2, 3),)), Limits(2**20, 2**20, 64, 10**7), engine.schedule
+    ).schedule
+    execute(engine, made)
+    assert engine.idle_bytes > sum(each.nbytes for each in (*made.inputs, *made.outputs)) + VIEW_BYTES * 4
+    engine.close()
 
 
 def test_threads_do_not_share_a_workspace():
