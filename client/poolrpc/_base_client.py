@@ -6,6 +6,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -30,6 +31,7 @@ from poolrpc._transport.channel import (
     unary_methods,
 )
 from poolrpc._transport.connection import explain, is_transport_error
+from poolrpc._transport.local import LocalConnections, local_steps, send_steps
 from poolrpc._transport.options import (
     UNSET,
     CallOptions,
@@ -75,6 +77,8 @@ from poolrpc.v1 import pool_pb2, standard_pb2
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from google.protobuf.message import Message
+
     from poolrpc._transport.arena_memory import Arenas
     from poolrpc._transport.coalesce import Group, Grouping, Outcome
     from poolrpc._transport.options import Pairs, Timeout, Transport
@@ -101,7 +105,13 @@ FIRST_PAUSE, MAX_PAUSE = 0.1, 1.0
 T = TypeVar("T")
 
 
-_METHOD_OF = {"unary": POOL, "stream": POOL_STREAM, "arena": POOL}
+LOCAL_RESPONSES: dict[str, Any] = {
+    INFER_SHAPE: pool_pb2.InferShapeResponse,
+    GET_SERVER_INFO: pool_pb2.GetServerInfoResponse,
+}
+"""The methods besides Pool that are called by packets, with the classes of their responses."""
+
+_METHOD_OF = {"unary": POOL, "stream": POOL_STREAM, "arena": POOL, "local": POOL}
 
 
 _clients: WeakSet[BaseClient] = WeakSet()
@@ -181,10 +191,12 @@ class BaseClient:
         self._processes_lock = threading.Lock()
         path = unix_path(address)
         self._arenas: Arenas | None = None
+        self._local: LocalConnections | None = None
         if path:
             from poolrpc._transport.arena_memory import Arenas  # noqa: PLC0415 - keeps `import poolrpc` fast
 
             self._arenas = Arenas(path)
+            self._local = LocalConnections(path)
         self._channel: Any = None
         self._methods: dict[str, Any] = {}
         self._connect()
@@ -253,6 +265,8 @@ class BaseClient:
         self._closing.set()
         if self._arenas is not None:
             self._arenas.close()
+        if self._local is not None:
+            self._local.close()
 
     @staticmethod
     def _check_fork() -> None:
@@ -268,6 +282,8 @@ class BaseClient:
         self._processes_lock = threading.Lock()  # a thread of the parent may have held it
         if self._arenas is not None:
             self._arenas.leave_to_parent()
+        if self._local is not None:
+            self._local.leave_to_parent()
 
     def _is_closed(self) -> bool:
         return self._closed
@@ -352,16 +368,23 @@ class BaseClient:
     ) -> Steps[list[PoolResult]]:
         required = transport is not None
         check_transport(transport)
-        chosen = transport or default_transport(transfer, self._arenas, self.max_message_bytes)
+        local = self._local is not None and self._local.available
+        chosen = transport or default_transport(transfer, self._arenas, self.max_message_bytes, local=local)
         with traced(_METHOD_OF[chosen], self.address, options, transfer.prepared.request) as span:
             results: list[PoolResult] | None = None
-            if chosen == "arena":
+            if chosen == "local":
+                results = yield from local_steps(
+                    transfer, self._arenas, options, progress, copy=copy, required=required
+                )
+                if results is None:
+                    chosen = default_transport(transfer, self._arenas, self.max_message_bytes)
+            if results is None and chosen == "arena":
                 results = yield from arena_steps(
                     transfer, self._arenas, options, progress, copy=copy, required=required
                 )
                 if results is None:
                     chosen = transport_by_size(transfer, self.max_message_bytes)
-            if chosen == "stream":
+            if results is None and chosen == "stream":
                 results = yield SendStream(transfer, options, progress)
             if results is None:
                 results = yield from unary_steps(
@@ -487,8 +510,12 @@ class BaseClient:
             log.debug("%s failed: %s", method, error)
             raise explained from error.__cause__
 
-    def _send_steps(self, method: str, message: object, options: CallOptions) -> Steps[Any]:
+    def _send_steps(self, method: str, message: Message, options: CallOptions) -> Steps[Any]:
         with traced(method, self.address, options):
+            if self._local is not None and self._local.available and method in LOCAL_RESPONSES:
+                with suppress(UnavailableError):
+                    response = yield from send_steps(method, (message.SerializeToString(),), options)
+                    return LOCAL_RESPONSES[method].FromString(response)
             return (yield Send(method, message, options))
 
 

@@ -12,6 +12,7 @@ from grpc import aio
 
 from poolrpc._base_client import IN_FLIGHT, BaseClient, Out
 from poolrpc._transport.channel import stream_method
+from poolrpc._transport.local import lost, translated
 from poolrpc._transport.options import UNSET
 from poolrpc._transport.steps import (
     Deliver,
@@ -19,12 +20,14 @@ from poolrpc._transport.steps import (
     Pause,
     RunBlocking,
     Send,
+    SendLocal,
     SendStream,
     Start,
     Wait,
     log_retries,
 )
 from poolrpc._transport.stream import StreamCall
+from poolrpc._wire.local_packets import MAX_PACKET_BYTES, decode_answer
 from poolrpc.addresses import grpc_target
 from poolrpc.chains import as_steps
 from poolrpc.errors import DeadlineExceededError, PoolError
@@ -292,10 +295,12 @@ class AsyncPoolClient(BaseClient):
             value: T = stop.value
             return value
 
-    async def _perform(self, step: Send | SendStream | RunBlocking | Pause) -> Any:  # noqa: ANN401 - each step has its own result
+    async def _perform(self, step: Send | SendLocal | SendStream | RunBlocking | Pause) -> Any:  # noqa: ANN401 - each step has its own result
         match step:
             case Send():
                 return await self._send(step)
+            case SendLocal():
+                return await self._send_local(step)
             case SendStream():
                 return await self._stream(step)
             case RunBlocking():
@@ -325,6 +330,21 @@ class AsyncPoolClient(BaseClient):
         # Streams run on a blocking channel, in threads: if a stream ends while it is written to, grpc.aio reports an
         # internal error instead of the status that the server ended it with (seen in 1.85: set_internal_error).
         return self._open_blocking_channel(self.address), futures.ThreadPoolExecutor(MAX_STREAMS, "poolrpc-stream")
+
+    async def _send_local(self, step: SendLocal) -> bytes:
+        assert self._local is not None  # noqa: S101 - the steps asked
+        loop = asyncio.get_running_loop()
+        if not self._local.idle(step.process):
+            await asyncio.to_thread(self._local.prepare, step.process)
+        with self._local.borrow(step.process) as connection, translated():
+            connection.socket.setblocking(False)
+            # A packet is sent as a whole or not at all.
+            await loop.sock_sendall(connection.socket, b"".join(step.packet))
+            received = loop.sock_recv(connection.socket, MAX_PACKET_BYTES)
+            answer = await asyncio.wait_for(received, step.options.time_remaining())
+            if not answer:
+                raise lost()
+        return decode_answer(answer)
 
     async def _stream(self, step: SendStream) -> list[PoolResult]:
         if self._closed:

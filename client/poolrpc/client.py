@@ -17,6 +17,7 @@ from poolrpc._transport.steps import (
     Pause,
     RunBlocking,
     Send,
+    SendLocal,
     SendStream,
     Start,
     Wait,
@@ -92,7 +93,7 @@ class PoolClient(BaseClient):
                 tokens, 0 needs one that allows it. None: the client's, or else 1.
             metadata: A dict or pairs, sent with this call in addition to the client's, and in place of those of the
                 client that have the same keys.
-            transport: "unary", "stream" or "arena". None: the fastest one for the size and the address.
+            transport: "unary", "stream", "arena" or "local". None: the fastest one for the size and the address.
             copy: Whether results that arrive in an arena are copied out of it. If not, they stay there, and its memory
                 is reserved while they, or views of them, exist.
             progress: Called with the number of planes that are done and the number of all planes, whenever some are
@@ -388,7 +389,7 @@ class PoolClient(BaseClient):
         finally:
             callers.discard(thread)
 
-    def _perform(self, step: Send | SendStream | RunBlocking | Pause) -> Any:  # noqa: ANN401 - each step has its own result
+    def _perform(self, step: Send | SendLocal | SendStream | RunBlocking | Pause) -> Any:  # noqa: ANN401 - each step has its own result
         match step:
             case Send():
                 try:
@@ -399,6 +400,9 @@ class PoolClient(BaseClient):
                     raise
                 log_retries(call.trailing_metadata())
                 return response
+            case SendLocal():
+                assert self._local is not None  # noqa: S101 - the steps asked
+                return self._local.call(step.process, step.packet, step.options.time_remaining())
             case SendStream():
                 call = StreamCall(stream_method(self._channel), step.transfer, step.options, self._is_closed)
                 return call.run(step.progress)

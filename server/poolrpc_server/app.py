@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from poolrpc import PoolClient
 from poolrpc.addresses import unix_path
 from poolrpc_server.calls.method import Method
+from poolrpc_server.calls.pipeline import CONTROL_CALLS
 from poolrpc_server.compute.buffers import use_one_heap
 from poolrpc_server.config import Config, ConfigError
 from poolrpc_server.process import (
@@ -34,6 +35,7 @@ from poolrpc_server.transports.grpc.server import GrpcServer, GrpcSettings
 from poolrpc_server.transports.grpc.tls import Certificates
 from poolrpc_server.transports.grpc.watchdog import Watchdog
 from poolrpc_server.transports.local.arenas import ArenaListener, arena_finder
+from poolrpc_server.transports.local.calls import LocalCalls
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,6 +84,7 @@ class Server:
         """
         certificates = _certificates(config)
         self._arenas: list[ArenaListener] = []
+        self._local: LocalCalls | None = None
         self.service = Service(config, spans, self._arenas, arena_finder(self._arenas))
         try:
             self._grpc = GrpcServer(
@@ -130,6 +133,8 @@ class Server:
         """End all arenas and their listeners; calls in flight keep the memory that they use."""
         for listener in self._arenas:
             listener.close()
+        if self._local is not None:
+            self._local.stop()
 
     def stop(self, grace: float) -> None:
         """Reject new calls, finish the accepted ones within `grace` seconds, and end."""
@@ -139,17 +144,28 @@ class Server:
 
     def _end(self, grace: float) -> None:
         self.drain()
+        if self._local is not None:
+            self._local.stop()
         # Calls that are still queued after the grace get UNAVAILABLE, and STOPPING_SECONDS to receive it.
         stopped = self._grpc.stop(grace + STOPPING_SECONDS if grace else 0)
-        if not stopped.wait(grace):
+        ended = stopped.wait(grace)
+        if not (ended and (self._local is None or self._local.wait(grace))):
             self.service.stop_queue()
             stopped.wait()
         self.close_arenas()
+        if self._local is not None:
+            self._local.close()
         self._grpc.close()
         self.service.close(grace)
 
     def _share_memory(self, config: Config) -> None:
         paths = list(filter(None, map(unix_path, self.addresses)))
+        if paths and sys.platform == "linux" and not config.disable_local_calls:
+            self._local = LocalCalls(
+                self.service.pipeline,
+                max_threads=config.call_threads + CONTROL_CALLS,
+                max_connections=config.max_connections,
+            )
         for path in paths:
             try:
                 listener = ArenaListener(
@@ -159,6 +175,7 @@ class Server:
                     max_arenas=max(1, config.max_arenas // len(paths)),
                     # A worker does not have the arenas of another one.
                     call_socket=Path(path).name if config.workers > 1 else "",
+                    calls=self._local,
                     page_lock=self.service.page_lock,
                 )
             except ValueError as error:

@@ -222,6 +222,10 @@ class Config:
         "bytes",
         minimum=-1,
     )
+    disable_local_calls: bool = _setting(
+        False,
+        "Serve no calls as packets on the socket of the arenas; clients on unix sockets send all their calls by gRPC.",
+    )
     max_page_locked_bytes: int = _setting(
         -1,
         "Limit on the memory of arenas that is page-locked for a CUDA device, which then copies from and to them "

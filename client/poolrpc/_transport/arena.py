@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from poolrpc._transport.channel import POOL
 from poolrpc._transport.result import make_results
 from poolrpc._transport.steps import RunBlocking
 from poolrpc._transport.unary import announced, decode_response
@@ -16,14 +17,17 @@ from poolrpc.errors import InvalidArgumentError, LimitExceededError, NotFoundErr
 from poolrpc.tensors import align, aligned_ranges, numpy_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from typing import TypeAlias
 
     from poolrpc._transport.arena_memory import Arenas, Span
-    from poolrpc._transport.options import CallOptions
+    from poolrpc._transport.options import CallOptions, Transport
     from poolrpc._transport.request import Transfer
     from poolrpc._transport.result import PoolResult, Progress
     from poolrpc._transport.steps import Steps
     from poolrpc.tensors import Array
+
+    SendSteps: TypeAlias = Callable[[str, Sequence[bytes], CallOptions, str], Steps[bytes]]
 
 
 def arena_steps(  # noqa: PLR0913 - the call, and what its caller chose
@@ -34,6 +38,8 @@ def arena_steps(  # noqa: PLR0913 - the call, and what its caller chose
     *,
     copy: bool,
     required: bool,
+    send: SendSteps | None = None,
+    transport: Transport = "arena",
 ) -> Steps[list[PoolResult] | None]:
     """Pool tensors through an arena; return None if there is none, or its process is gone.
 
@@ -44,6 +50,8 @@ def arena_steps(  # noqa: PLR0913 - the call, and what its caller chose
         progress: Called when all planes are done.
         copy: Whether the results are copied out of the arena.
         required: Whether to raise an error instead of returning None.
+        send: The steps that send the message and return the response. None: by gRPC.
+        transport: The transport that the results name.
 
     """
     call = None
@@ -57,13 +65,17 @@ def arena_steps(  # noqa: PLR0913 - the call, and what its caller chose
             raise UnavailableError(f"expected an arena, got none: {reason}", reason="ARENA")
         return None
     try:
-        response = yield announced(call.message, options, call.socket)
+        if send is None:
+            response = yield announced(call.message, options, call.socket)
+        else:
+            response = yield from send(POOL, (call.message,), options, call.socket)
     except BaseException as error:
         call.release(error)
-        if required or not call.lost(error):
+        unreachable = send is not None and isinstance(error, UnavailableError)
+        if required or not (unreachable or call.lost(error)):
             raise
         return None
-    return call.results(response, copy=copy, progress=progress)
+    return call.results(response, copy=copy, progress=progress, transport=transport)
 
 
 class ArenaCall:
@@ -128,13 +140,16 @@ class ArenaCall:
             memory[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
         return cls(transfer, arenas, (span, span.offset, size), output)
 
-    def results(self, message: bytes, *, copy: bool, progress: Progress | None = None) -> list[PoolResult]:
+    def results(
+        self, message: bytes, *, copy: bool, progress: Progress | None = None, transport: Transport = "arena"
+    ) -> list[PoolResult]:
         """Return the results, given the response.
 
         Args:
             message: The response.
             copy: Whether the results are copied to arrays of their own, rather than left in the arena.
             progress: Called when all planes are done.
+            transport: The transport that the results name.
 
         Raises:
             InternalError: The message is not an answer to the request.
@@ -154,7 +169,7 @@ class ArenaCall:
                     array[...] = view
                 arrays.append(array)
         self._transfer.report_done(progress)
-        return make_results(prepared.results, arrays, "arena")
+        return make_results(prepared.results, arrays, transport)
 
     def lost(self, error: BaseException) -> bool:
         """Return whether an error means that the process that had the arena is gone, or was replaced by another."""

@@ -93,7 +93,8 @@ def _receive(connection: socket.socket, size: int, path: Path) -> tuple[bytes, m
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             descriptors.frombytes(data[: len(data) // descriptors.itemsize * descriptors.itemsize])
     try:
-        arena_id, arena_bytes, call_socket = decode_attach_response(packet)
+        response = decode_attach_response(packet)
+        arena_id, arena_bytes, call_socket = response.arena_id, response.size, response.socket
         if len(descriptors) != 1 or flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC) or len(arena_id) != ID_BYTES:
             raise unexpected("an arena and 1 descriptor", f"{len(packet)} bytes and {len(descriptors)} descriptors")
         seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW

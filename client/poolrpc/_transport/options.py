@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from poolrpc._transport.arena_memory import Arenas
     from poolrpc._transport.request import Transfer
 
-Transport: TypeAlias = Literal["unary", "stream", "arena"]
-"""How tensors are sent: in one message each way, as a stream of blocks, or through memory shared with the server."""
+Transport: TypeAlias = Literal["unary", "stream", "arena", "local"]
+"""How tensors are sent: in one message each way, as a stream of blocks, through memory shared with the server, or as
+packets to a server on the same machine, which share memory with it if they are large."""
 
 TRANSPORTS: tuple[Transport, ...] = get_args(Transport)
 
@@ -132,6 +133,11 @@ class CallOptions:
         """Send further pairs with the attempts that follow, in place of those with the same keys."""
         self._metadata = (*(pair for pair in self._metadata if pair[0] not in metadata), *metadata.items())
 
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """Pairs sent with every attempt."""
+        return self._metadata
+
     def time_remaining(self) -> float | None:
         """Return the seconds until the deadline, or None if there is no deadline."""
         return None if self._deadline is None else self._deadline - time.monotonic()
@@ -148,21 +154,24 @@ def check_transport(transport: str | None) -> None:
         raise InvalidArgumentError(msg, field="transport")
 
 
-def default_transport(transfer: Transfer, arenas: Arenas | None, max_message_bytes: int) -> Transport:
+def default_transport(
+    transfer: Transfer, arenas: Arenas | None, max_message_bytes: int, *, local: bool = False
+) -> Transport:
     """Return the transport of a call that does not specify one.
 
     Args:
         transfer: The tensors of the call.
         arenas: The arenas of the client; None if its address is not a unix socket.
         max_message_bytes: The largest message that the client sends, in bytes.
+        local: Whether the server may be called by packets.
 
     """
     nbytes = transfer.prepared.nbytes
-    if arenas is None or nbytes < ARENA_MIN_BYTES:
+    if arenas is None or (nbytes < ARENA_MIN_BYTES and not local):
         return transport_by_size(transfer, max_message_bytes)
     # A tensor that is already in an arena needs no copy, however large it is.
     fits = nbytes <= ARENA_MAX_BYTES or arenas.find(transfer.arrays[0]) is not None
-    return "arena" if fits else transport_by_size(transfer, max_message_bytes)
+    return ("local" if local else "arena") if fits else transport_by_size(transfer, max_message_bytes)
 
 
 def transport_by_size(

@@ -16,11 +16,12 @@ import grpc
 from poolrpc._wire.status import ATTEMPTS_KEY, translate_rpc_error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from poolrpc._transport.options import CallOptions
     from poolrpc._transport.request import Transfer
     from poolrpc._transport.result import PoolResult, Progress
+    from poolrpc.tensors import Bytes
 
 T = TypeVar("T")
 
@@ -43,6 +44,21 @@ class Send(NamedTuple):
     message: Any
     options: CallOptions
     socket: str = ""
+
+
+class SendLocal(NamedTuple):
+    """A step that sends a call as a packet to a server on the same machine; its result is the response.
+
+    Attributes:
+        packet: The parts of the packet.
+        options: The options of the call.
+        process: The name of the socket of the server process to call; empty: any process.
+
+    """
+
+    packet: Sequence[Bytes]
+    options: CallOptions
+    process: str = ""
 
 
 class SendStream(NamedTuple):
@@ -72,7 +88,7 @@ class Pause(NamedTuple):
     seconds: float
 
 
-Steps: TypeAlias = Generator[Send | SendStream | RunBlocking | Pause, Any, T]
+Steps: TypeAlias = Generator[Send | SendLocal | SendStream | RunBlocking | Pause, Any, T]
 """The steps of a call that returns T."""
 
 

@@ -22,7 +22,7 @@ from poolrpc.v1 import pool_pb2
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from poolrpc._transport.options import CallOptions
+    from poolrpc._transport.options import CallOptions, Transport
     from poolrpc._transport.request import PreparedRequest, Transfer
     from poolrpc._transport.result import PoolResult, Progress
     from poolrpc._transport.steps import Steps
@@ -83,7 +83,9 @@ def encode_message(transfer: Transfer, max_message_bytes: int) -> bytes:
     return b"".join((transfer.prepared.head, *map(array_bytes, transfer.arrays)))
 
 
-def decode_message(transfer: Transfer, message: bytes, progress: Progress | None = None) -> list[PoolResult]:
+def decode_message(
+    transfer: Transfer, message: bytes, progress: Progress | None = None, transport: Transport = "unary"
+) -> list[PoolResult]:
     """Return the results in the response to a unary call, written to `transfer.out` or to new arrays.
 
     Raises:
@@ -93,7 +95,7 @@ def decode_message(transfer: Transfer, message: bytes, progress: Progress | None
     prepared = transfer.prepared
     arrays = copy_tensors(prepared.outputs, decode_response(prepared, message), transfer.out)
     transfer.report_done(progress)
-    return make_results(prepared.results, arrays, "unary")
+    return make_results(prepared.results, arrays, transport)
 
 
 def decode_response(prepared: PreparedRequest, message: bytes) -> memoryview:

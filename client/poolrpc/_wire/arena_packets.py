@@ -28,25 +28,33 @@ def peer_uid(connection: sockets.socket) -> int:
     return uid
 
 
+def peer_pid(connection: sockets.socket) -> int:
+    """Return the id of the process that connected the other end of a unix socket (Linux); 0 if it isn't visible."""
+    credentials = connection.getsockopt(sockets.SOL_SOCKET, sockets.SO_PEERCRED, _CREDENTIALS.size)
+    pid: int = _CREDENTIALS.unpack(credentials)[0]
+    return pid
+
+
 def encode_attach_request(size: int) -> bytes:
-    """Return the packet that requests an arena of `size` bytes."""
-    return pool_pb2.AttachRequest(size=size).SerializeToString()
+    """Return the packet that requests an arena of `size` bytes; of 0 bytes: a connection that carries calls."""
+    return pool_pb2.AttachRequest(size=size, calls=not size).SerializeToString()
 
 
-def decode_attach_request(packet: bytes) -> int:
-    """Return the size, in bytes, that a packet requests.
+def decode_attach_request(packet: bytes) -> tuple[int, bool]:
+    """Return the size, in bytes, that a packet requests, and whether it requests a connection that carries calls.
 
     Raises:
         InvalidArgumentError: The packet is not an AttachRequest.
 
     """
     try:
-        return pool_pb2.AttachRequest.FromString(packet).size
+        request = pool_pb2.AttachRequest.FromString(packet)
     except DecodeError:
         raise InvalidArgumentError("expected an AttachRequest, got another packet", field="request") from None
+    return request.size, request.calls
 
 
-def encode_attach_response(arena_id: bytes, size: int, socket: str = "") -> bytes:
+def encode_attach_response(arena_id: bytes, size: int, socket: str = "", *, calls: bool = False) -> bytes:
     """Return the packet that accompanies the descriptor of an arena.
 
     Args:
@@ -54,9 +62,10 @@ def encode_attach_response(arena_id: bytes, size: int, socket: str = "") -> byte
         size: The size of the arena, in bytes.
         socket: The name of the socket, in the same directory as the server's, that serves calls which use the arena;
             empty for the server's own.
+        calls: Whether the connection carries calls, and there is no arena.
 
     """
-    return pool_pb2.AttachResponse(arena_id=arena_id, size=size, socket=socket).SerializeToString()
+    return pool_pb2.AttachResponse(arena_id=arena_id, size=size, socket=socket, calls=calls).SerializeToString()
 
 
 def encode_attach_error(error: PoolError) -> bytes:
@@ -66,8 +75,8 @@ def encode_attach_error(error: PoolError) -> bytes:
     return response.SerializeToString()
 
 
-def decode_attach_response(packet: bytes) -> tuple[bytes, int, str]:
-    """Return the id, the size and the socket of the arena that a packet describes.
+def decode_attach_response(packet: bytes) -> pool_pb2.AttachResponse:
+    """Return the response that a packet is.
 
     Raises:
         PoolError: The packet rejects the request.
@@ -81,7 +90,7 @@ def decode_attach_response(packet: bytes) -> tuple[bytes, int, str]:
     if response.HasField("error"):
         code = _ERROR_CODES.get(response.error.code, "UNKNOWN")
         raise decode_error(code, response.error.message, response.error.SerializeToString())
-    return response.arena_id, response.size, response.socket
+    return response
 
 
 def unexpected(expected: str, received: str) -> UnavailableError:

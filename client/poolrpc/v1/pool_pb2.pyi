@@ -389,16 +389,20 @@ class AttachRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SIZE_FIELD_NUMBER: _builtins.int
+    CALLS_FIELD_NUMBER: _builtins.int
     size: _builtins.int
     """The size in bytes."""
+    calls: _builtins.bool
+    """True asks for no arena, but for a connection that carries calls: see LocalCall."""
     def __init__(
         self,
         *,
         size: _builtins.int = ...,
+        calls: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "size", b"size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -416,6 +420,7 @@ class AttachResponse(_message.Message):
     SIZE_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     SOCKET_FIELD_NUMBER: _builtins.int
+    CALLS_FIELD_NUMBER: _builtins.int
     arena_id: _builtins.bytes
     """The arena's id, for requests of this client: 16 random bytes."""
     size: _builtins.int
@@ -424,6 +429,8 @@ class AttachResponse(_message.Message):
     """The name of the gRPC socket of the worker process that has the arena, in the folder of the socket that the client
     connected to: other workers don't know the arena. Empty: the socket that the client connected to.
     """
+    calls: _builtins.bool
+    """True if the connection carries calls; there is no arena then."""
     @_builtins.property
     def error(self) -> _standard_pb2.Status:
         """Set if the request was rejected; the other fields are then absent."""
@@ -435,14 +442,52 @@ class AttachResponse(_message.Message):
         size: _builtins.int = ...,
         error: _standard_pb2.Status | None = ...,
         socket: _builtins.str = ...,
+        calls: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena_id", b"arena_id", "error", b"error", "size", b"size", "socket", b"socket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena_id", b"arena_id", "calls", b"calls", "error", b"error", "size", b"size", "socket", b"socket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AttachResponse: _TypeAlias = AttachResponse  # noqa: Y015
+
+@_typing.final
+class LocalCall(_message.Message):
+    """LocalCall is the header of a call that is sent as a packet on a connection to the arena socket, one at a time. The
+    packet is the header's length (2 bytes, little-endian), the header, and the request as gRPC would carry it. The answer
+    is a packet too: a byte 0 and the response, or a byte 1 and the error as a Status.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    METHOD_FIELD_NUMBER: _builtins.int
+    TIMEOUT_FIELD_NUMBER: _builtins.int
+    METADATA_FIELD_NUMBER: _builtins.int
+    method: _builtins.str
+    """"/package.Service/Method"."""
+    timeout: _builtins.int
+    """The microseconds that are left until the deadline. Absent: there is no deadline."""
+    @_builtins.property
+    def metadata(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """gRPC's metadata: keys and values in turn."""
+
+    def __init__(
+        self,
+        *,
+        method: _builtins.str = ...,
+        timeout: _builtins.int | None = ...,
+        metadata: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_timeout", b"_timeout", "timeout", b"timeout"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_timeout", b"_timeout", "metadata", b"metadata", "method", b"method", "timeout", b"timeout"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__timeout: _TypeAlias = _typing.Literal["timeout"]  # noqa: Y015
+    _WhichOneofArgType__timeout: _TypeAlias = _typing.Literal["_timeout", b"_timeout"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__timeout) -> _WhichOneofReturnType__timeout | None: ...
+
+Global___LocalCall: _TypeAlias = LocalCall  # noqa: Y015
 
 @_typing.final
 class Branch(_message.Message):

@@ -30,7 +30,14 @@ from poolrpc._wire.arena_packets import (
     encode_attach_response,
     peer_uid,
 )
-from poolrpc.errors import InvalidArgumentError, LimitExceededError, NotFoundError, PermissionDeniedError, PoolError
+from poolrpc.errors import (
+    InvalidArgumentError,
+    LimitExceededError,
+    NotFoundError,
+    PermissionDeniedError,
+    PoolError,
+    UnsupportedError,
+)
 from poolrpc.tensors import ALIGNMENT
 from poolrpc_server.calls.dispatch import no_arena
 from poolrpc_server.telemetry.logs import log
@@ -42,6 +49,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from poolrpc_server.calls.dispatch import SharedMemory
+    from poolrpc_server.transports.local.calls import LocalCalls
 
 MAX_PENDING = 64
 """Maximum number of connections without an arena; further connections are closed at once."""
@@ -53,7 +61,7 @@ PAUSE_SECONDS = 1.0
 """Seconds without accepting after a failed accept, for example without free descriptors, unless a connection ends."""
 
 MAX_REQUEST_BYTES = 64
-"""Maximum size of a request packet, in bytes. The longest valid request has 11 bytes."""
+"""Maximum size of a request packet, in bytes. The longest valid request has 13 bytes."""
 
 
 class _Mapping(mmap.mmap):
@@ -112,6 +120,7 @@ class ArenaListener:
         allowed_uid: The user id that may connect. None: the user of this process.
         call_socket: The name of the socket, in the same folder, to which clients send the calls that use an arena.
             Empty: the server's socket.
+        calls: Answers the calls of connections without an arena. None: there are no such connections.
         page_lock: Page-locks the memory of an arena for a GPU, and returns the function that unlocks it. None: no
             memory is locked.
         max_pending: Maximum number of connections without an arena.
@@ -131,6 +140,7 @@ class ArenaListener:
         max_arenas: int,
         allowed_uid: int | None = None,
         call_socket: str = "",
+        calls: LocalCalls | None = None,
         page_lock: Callable[[mmap.mmap], Callable[[], None]] | None = None,
         max_pending: int = MAX_PENDING,
         attach_seconds: float = ATTACH_SECONDS,
@@ -139,6 +149,7 @@ class ArenaListener:
         if sys.platform != "linux":
             raise ValueError("arenas need Linux: other systems have no memfd")
         self._call_socket = call_socket
+        self._calls = calls
         self._page_lock = page_lock
         self._max_bytes = max_bytes
         self._max_arenas = max_arenas
@@ -268,6 +279,9 @@ class ArenaListener:
 
     def _attach(self, connection: socket.socket) -> None:
         size = _receive_size(connection)
+        if size is None:
+            self._carry_calls(connection)
+            return
         self._check_quota(size)
         arena_id = secrets.token_bytes(ID_BYTES)
         descriptor = os.memfd_create("poolrpc-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -287,6 +301,15 @@ class ArenaListener:
             socket.send_fds(connection, [encode_attach_response(arena_id, size, self._call_socket)], [descriptor])
         finally:
             os.close(descriptor)
+
+    def _carry_calls(self, connection: socket.socket) -> None:
+        if self._calls is None:
+            raise UnsupportedError("expected a request for an arena, got one for calls, which are not served here")
+        self._calls.check_room()
+        connection.send(encode_attach_response(b"", 0, self._call_socket, calls=True))
+        self._selector.unregister(connection)
+        del self._pending[connection]
+        self._calls.adopt(connection)
 
     def _check_quota(self, size: int) -> None:
         nbytes, count = self.nbytes, len(self._mapped_bytes)
@@ -340,12 +363,15 @@ def arena_finder(listeners: Sequence[ArenaListener]) -> Callable[[bytes], Shared
     return find
 
 
-def _receive_size(connection: socket.socket) -> int:
+def _receive_size(connection: socket.socket) -> int | None:
+    """Return the size of the arena that a client requests, in bytes; None if it requests a connection for calls."""
     # There is no ancillary buffer, so the kernel closes any descriptors that the client sent.
     packet, _, flags, _ = connection.recvmsg(MAX_REQUEST_BYTES)
-    size = decode_attach_request(packet)
+    size, calls = decode_attach_request(packet)
     if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
         raise InvalidArgumentError("expected a packet with a size and no more, got a larger one", field="request")
+    if calls:
+        return None
     if size == 0:  # also of an empty packet, and if the client has closed the connection
         raise InvalidArgumentError("expected at least 1 byte, got 0", field="size")
     return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE

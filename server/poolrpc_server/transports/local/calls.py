@@ -1,0 +1,275 @@
+"""The local transport: calls as packets on connections to the arena socket, from clients on the same machine.
+
+A connection carries one call at a time. Threads wait for packets on one epoll, which wakes one of them for each packet:
+no thread belongs to a connection, and none is handed a packet by another. While a call is in flight, its connection is
+watched for its end, which cancels the call.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import threading
+from contextlib import suppress
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from poolrpc._shapes.rules import clip
+from poolrpc._wire.arena_packets import peer_pid
+from poolrpc._wire.framing import MESSAGE_BYTES_KEY
+from poolrpc._wire.local_packets import MAX_PACKET_BYTES, decode_call, encode_answer, encode_failure
+from poolrpc._wire.status import DETAILS_KEY, encode_error
+from poolrpc.errors import InvalidArgumentError, LimitExceededError, UnsupportedError
+from poolrpc_server.calls.admitted_call import status_of
+from poolrpc_server.calls.call import CallContext, StatusError
+from poolrpc_server.telemetry.logs import log
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from poolrpc._wire.local_packets import ReceivedCall
+    from poolrpc_server.calls.pipeline import CallPipeline
+
+_NEXT_PACKET = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
+_END_ONLY = select.EPOLLRDHUP | select.EPOLLONESHOT
+
+
+class LocalContext(CallContext):
+    """A call that came as a packet.
+
+    Args:
+        received: The call.
+        peer: The client, "unix:pid=123".
+
+    """
+
+    def __init__(self, received: ReceivedCall, peer: str) -> None:
+        # The size that admission sees is that of the message, which is here already.
+        pairs = [pair for pair in received.metadata if pair[0] != MESSAGE_BYTES_KEY]
+        super().__init__(received.method, (*pairs, (MESSAGE_BYTES_KEY, str(len(received.message)))))
+        self._deadline = None if received.timeout is None else monotonic() + received.timeout
+        self._peer = peer
+        self._lock = threading.Lock()
+        self._callbacks: list[Callable[[], None]] | None = []
+
+    @property
+    def peer(self) -> str:
+        """The client, by its process."""
+        return self._peer
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the client is gone, or the server has ended the call."""
+        return self._callbacks is None
+
+    def time_remaining(self) -> float | None:
+        """Return the seconds until the deadline; None for no deadline."""
+        return None if self._deadline is None else self._deadline - monotonic()
+
+    def is_active(self) -> bool:
+        """Return whether the call has neither ended nor been cancelled, and its deadline has not passed."""
+        return self._callbacks is not None and (self._deadline is None or monotonic() < self._deadline)
+
+    def add_done_callback(self, callback: Callable[[], None]) -> bool:
+        """Register a callback for the end of the call; return False if the call has ended already."""
+        with self._lock:
+            if self._callbacks is None:
+                return False
+            self._callbacks.append(callback)
+            return True
+
+    def cancel(self) -> None:
+        """End the call: it was answered, its connection has ended, or the server ends it."""
+        with self._lock:
+            callbacks, self._callbacks = self._callbacks or [], None
+        for callback in callbacks:
+            callback()
+
+
+class _Connection:
+    """A connection that carries calls.
+
+    Attributes:
+        socket: The socket.
+        peer: The client, "unix:pid=123".
+        call: The call in flight; None between calls.
+
+    """
+
+    __slots__ = ("call", "peer", "socket")
+
+    def __init__(self, socket: socket.socket, peer: str) -> None:
+        self.socket, self.peer = socket, peer
+        self.call: LocalContext | None = None
+
+
+class LocalCalls:
+    """The connections that carry calls, and the threads that answer them.
+
+    Args:
+        pipeline: Answers the calls.
+        max_threads: Maximum number of threads; they are started when all others are busy.
+        max_connections: Maximum number of connections.
+
+    """
+
+    def __init__(self, pipeline: CallPipeline, *, max_threads: int, max_connections: int) -> None:
+        self._pipeline = pipeline
+        self._max_threads = max_threads
+        self._max_connections = max_connections
+        self._connections: dict[int, _Connection] = {}
+        self._epoll = select.epoll()
+        self._stop = os.eventfd(0)
+        self._epoll.register(self._stop, select.EPOLLIN)  # wakes every thread, since it is never read
+        self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        self._idle = 0
+        self._closed = False
+        self._start_thread()
+
+    @property
+    def count(self) -> int:
+        """The number of connections."""
+        return len(self._connections)
+
+    def check_room(self) -> None:
+        """Check that there may be another connection.
+
+        Raises:
+            LimitExceededError: There are as many as there may be.
+
+        """
+        if self.count >= self._max_connections:
+            msg = f"expected at most {self._max_connections} connections for calls, got another"
+            limits = {"limit": str(self._max_connections), "actual": str(self.count + 1)}
+            raise LimitExceededError(msg, reason="LOCAL_CONNECTIONS", metadata=limits)
+
+    def adopt(self, connection: socket.socket) -> None:
+        """Serve the calls of a connection, which doesn't block, from now on."""
+        self._connections[connection.fileno()] = _Connection(connection, f"unix:pid={peer_pid(connection)}")
+        self._epoll.register(connection, _NEXT_PACKET)
+
+    def stop(self) -> None:
+        """Receive no more calls; those in flight are answered."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                os.eventfd_write(self._stop, 1)
+
+    def wait(self, timeout: float) -> bool:
+        """Wait for the calls in flight, once it has stopped; return False after `timeout` seconds."""
+        deadline = monotonic() + timeout
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def close(self) -> None:
+        """Cancel the calls in flight, and end every connection."""
+        self.stop()
+        for connection in list(self._connections.values()):
+            if (call := connection.call) is not None:
+                call.cancel()
+        for thread in self._threads:
+            thread.join()
+        for connection in list(self._connections.values()):
+            self._drop(connection)
+        self._epoll.close()
+        os.close(self._stop)
+
+    def _start_thread(self) -> None:
+        # Called with the lock held, or before there are other threads.
+        thread = threading.Thread(target=self._run, name="poolrpc-local", daemon=True)
+        self._threads.append(thread)
+        self._idle += 1
+        thread.start()
+
+    def _run(self) -> None:
+        buffer = bytearray(MAX_PACKET_BYTES)
+        while True:
+            ((descriptor, _),) = self._epoll.poll(maxevents=1)
+            if descriptor == self._stop:
+                return
+            with self._lock:
+                self._idle -= 1
+                if not self._idle and len(self._threads) < self._max_threads and not self._closed:
+                    self._start_thread()
+            try:
+                self._serve(descriptor, buffer)
+            except Exception:  # noqa: BLE001 - the thread must go on for the other clients
+                log.exception("local transport failed")
+            with self._lock:
+                self._idle += 1
+
+    def _serve(self, descriptor: int, buffer: bytearray) -> None:
+        connection = self._connections.get(descriptor)
+        if connection is None:  # it ended at this moment
+            return
+        if (call := connection.call) is not None:
+            call.cancel()  # the client is gone; the thread of the call drops the connection
+            return
+        try:
+            nbytes, _, flags, _ = connection.socket.recvmsg_into([buffer])
+        except BlockingIOError:
+            self._wait(connection, _NEXT_PACKET)
+            return
+        except OSError:
+            nbytes = 0
+        if not nbytes:
+            self._drop(connection)
+            return
+        try:
+            answer = self._answer(connection, memoryview(buffer)[:nbytes], flags)
+        except InvalidArgumentError as error:  # not a call: this client cannot be understood
+            self._send(connection, encode_failure(encode_error(error)[1]))
+            answer = None
+        if answer is None or not self._send(connection, answer) or self._closed:
+            self._drop(connection)
+        else:
+            self._wait(connection, _NEXT_PACKET)
+
+    def _answer(self, connection: _Connection, packet: memoryview, flags: int) -> Iterable[bytes] | None:
+        """Return the parts of the answer to a call; None if its client is gone, or the server has ended it."""
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            raise InvalidArgumentError(f"expected a packet of at most {MAX_PACKET_BYTES} bytes, got a larger one")
+        received = decode_call(packet)
+        call = connection.call = LocalContext(received, connection.peer)
+        self._wait(connection, _END_ONLY)
+        try:
+            answer = encode_answer(self._respond(call, received.message))
+            if answer is None:
+                msg = f"expected a response of less than {MAX_PACKET_BYTES} bytes for a packet, got a larger one"
+                answer = encode_failure(encode_error(LimitExceededError(msg, reason="LOCAL_PACKET"))[1])
+        except StatusError as status:
+            answer = encode_failure(dict(status.trailing)[DETAILS_KEY])  # type: ignore[arg-type]  # it is bytes
+        finally:
+            cancelled = call.cancelled
+            call.ticket.release()
+            call.cancel()
+            connection.call = None
+        return None if cancelled else answer
+
+    def _respond(self, call: LocalContext, message: bytes) -> bytes:
+        admitted = self._pipeline.admit(call)
+        if admitted is None:
+            raise status_of(UnsupportedError(f"expected a method of this server, got {clip(call.method)}"))
+        if admitted.error is not None:
+            admitted.reject()
+        if admitted.method.unary is None:
+            raise status_of(UnsupportedError(f"expected a method with one message each way, got {call.method}"))
+        return admitted.unary(iter((message,)))
+
+    def _send(self, connection: _Connection, parts: Iterable[bytes]) -> bool:
+        # A client that has read the last answer has room for this one. No other is waited for.
+        with suppress(OSError):
+            connection.socket.sendmsg(parts)
+            return True
+        return False
+
+    def _wait(self, connection: _Connection, events: int) -> None:
+        with suppress(OSError):  # it was dropped while the server closes
+            self._epoll.modify(connection.socket, events)
+
+    def _drop(self, connection: _Connection) -> None:
+        self._connections.pop(connection.socket.fileno(), None)
+        connection.socket.close()
