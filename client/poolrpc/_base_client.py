@@ -373,6 +373,9 @@ class BaseClient:
         with traced(_METHOD_OF[chosen], self.address, options, transfer.prepared.request) as span:
             results: list[PoolResult] | None = None
             if chosen == "local":
+                if self._local is None:
+                    msg = f"expected the address of a unix socket for the local transport, got {self.address}"
+                    raise UnavailableError(msg, reason="LOCAL")
                 results = yield from local_steps(
                     transfer, self._arenas, options, progress, copy=copy, required=required
                 )

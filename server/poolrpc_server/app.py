@@ -35,7 +35,7 @@ from poolrpc_server.transports.grpc.server import GrpcServer, GrpcSettings
 from poolrpc_server.transports.grpc.tls import Certificates
 from poolrpc_server.transports.grpc.watchdog import Watchdog
 from poolrpc_server.transports.local.arenas import ArenaListener, arena_finder
-from poolrpc_server.transports.local.calls import LocalCalls
+from poolrpc_server.transports.local.calls import Connection, LocalCalls
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -124,6 +124,10 @@ class Server:
         """Serve."""
         self._grpc.start()
         self.service.health.set_serving(True)
+
+    def local_connections(self) -> tuple[Connection, ...]:
+        """Return the connections of clients on this machine that carry calls."""
+        return () if self._local is None else self._local.connections
 
     def drain(self) -> None:
         """Report NOT_SERVING to health checks; calls are still served."""

@@ -48,6 +48,8 @@ TRANSPORTS: dict[str, dict[str, Any]] = {
     "stream": {"transport": "stream"},
     "arena": {"transport": "arena"},
     "arena without copy": {"transport": "arena", "copy": False},
+    "local": {"transport": "local"},
+    "local without copy": {"transport": "local", "copy": False},
 }
 
 
@@ -138,7 +140,7 @@ def pool_each(
     """Return pool_each of either client, through each transport."""
     options = TRANSPORTS[request.param]
     stream_in(1900, 500)  # two or three planes of X in a block, and less than a plane in a message
-    used = connect(addresses[options["transport"] == "arena"])
+    used = connect(addresses[options["transport"] in ("arena", "local")])
 
     def call(x: np.ndarray, branches: list[Any], **more: Any) -> list[poolrpc.PoolResult]:
         results = used.pool_each(x, branches, **options, **more)
@@ -204,13 +206,13 @@ def test_errors_are_the_same(pool_each: Callable[..., list[poolrpc.PoolResult]])
 
 
 def test_the_transport_is_chosen_by_size(connect: Connect, address: str, unix_address: str) -> None:
-    """Over TCP a large tensor is streamed; on a unix socket one of 256 KiB or more is put into the arena."""
+    """Over TCP a large tensor is streamed; on a unix socket calls are local, whatever the size."""
     tcp, unix = connect(address), connect(unix_address)
     (small,), (large,) = tcp.pool_each(X, [MaxPool2d(2)]), tcp.pool_each(LARGE, [MaxPool2d(2)])
     assert (small.transport, large.transport) == ("unary", "stream")
     assert_same([large], tcp.pool_each(LARGE, [MaxPool2d(2)], transport="unary"))
-    for side, transport in ((255, "unary"), (256, "arena"), (2048, "arena")):
-        assert unix.pool(np.ones((1, 1, side, side), np.float32), MaxPool2d(2)).transport == transport
+    for side in (4, 255, 256, 2048):
+        assert unix.pool(np.ones((1, 1, side, side), np.float32), MaxPool2d(2)).transport == "local"
 
 
 def test_map_uses_the_arena(connect: Connect, unix_address: str, client: PoolClient) -> None:
@@ -218,11 +220,13 @@ def test_map_uses_the_arena(connect: Connect, unix_address: str, client: PoolCli
     given = [RNG.standard_normal((n, 3, 9, 7), np.float32) for n in range(1, 120)]
     layer = MaxPool2d(2, return_indices=True)
     results = list(connect(unix_address).map(given, layer))
-    assert {result.transport for result in results} == {"arena"}
+    assert {result.transport for result in results} == {"local"}
     assert_same(results, [client.pool(each, layer, transport="unary") for each in given])
 
 
 def test_an_unknown_transport_is_rejected(connect: Connect, address: str) -> None:
     """The error names the transports that there are."""
-    with pytest.raises(poolrpc.InvalidArgumentError, match=r"expected one of unary, stream, arena.*, got 'pigeon'"):
+    with pytest.raises(
+        poolrpc.InvalidArgumentError, match=r"expected one of unary, stream, arena, local.*, got 'pigeon'"
+    ):
         connect(address).pool(X, MaxPool2d(2), transport="pigeon")  # type: ignore[arg-type]

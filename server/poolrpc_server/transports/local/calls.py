@@ -87,7 +87,7 @@ class LocalContext(CallContext):
             callback()
 
 
-class _Connection:
+class Connection:
     """A connection that carries calls.
 
     Attributes:
@@ -118,7 +118,7 @@ class LocalCalls:
         self._pipeline = pipeline
         self._max_threads = max_threads
         self._max_connections = max_connections
-        self._connections: dict[int, _Connection] = {}
+        self._connections: dict[int, Connection] = {}
         self._epoll = select.epoll()
         self._stop = os.eventfd(0)
         self._epoll.register(self._stop, select.EPOLLIN)  # wakes every thread, since it is never read
@@ -129,9 +129,9 @@ class LocalCalls:
         self._start_thread()
 
     @property
-    def count(self) -> int:
-        """The number of connections."""
-        return len(self._connections)
+    def connections(self) -> tuple[Connection, ...]:
+        """The connections."""
+        return tuple(self._connections.copy().values())
 
     def check_room(self) -> None:
         """Check that there may be another connection.
@@ -140,14 +140,15 @@ class LocalCalls:
             LimitExceededError: There are as many as there may be.
 
         """
-        if self.count >= self._max_connections:
+        count = len(self._connections)
+        if count >= self._max_connections:
             msg = f"expected at most {self._max_connections} connections for calls, got another"
-            limits = {"limit": str(self._max_connections), "actual": str(self.count + 1)}
+            limits = {"limit": str(self._max_connections), "actual": str(count + 1)}
             raise LimitExceededError(msg, reason="LOCAL_CONNECTIONS", metadata=limits)
 
     def adopt(self, connection: socket.socket) -> None:
         """Serve the calls of a connection, which doesn't block, from now on."""
-        self._connections[connection.fileno()] = _Connection(connection, f"unix:pid={peer_pid(connection)}")
+        self._connections[connection.fileno()] = Connection(connection, f"unix:pid={peer_pid(connection)}")
         self._epoll.register(connection, _NEXT_PACKET)
 
     def stop(self) -> None:
@@ -228,9 +229,11 @@ class LocalCalls:
         else:
             self._wait(connection, _NEXT_PACKET)
 
-    def _answer(self, connection: _Connection, packet: memoryview, flags: int) -> Iterable[bytes] | None:
+    def _answer(self, connection: Connection, packet: memoryview, flags: int) -> Iterable[bytes] | None:
         """Return the parts of the answer to a call; None if its client is gone, or the server has ended it."""
-        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        if flags & socket.MSG_CTRUNC:  # there is no buffer for it, so the kernel has closed it
+            raise InvalidArgumentError("expected a packet, got a descriptor with it")
+        if flags & socket.MSG_TRUNC:
             raise InvalidArgumentError(f"expected a packet of at most {MAX_PACKET_BYTES} bytes, got a larger one")
         received = decode_call(packet)
         call = connection.call = LocalContext(received, connection.peer)
@@ -259,17 +262,17 @@ class LocalCalls:
             raise status_of(UnsupportedError(f"expected a method with one message each way, got {call.method}"))
         return admitted.unary(iter((message,)))
 
-    def _send(self, connection: _Connection, parts: Iterable[bytes]) -> bool:
+    def _send(self, connection: Connection, parts: Iterable[bytes]) -> bool:
         # A client that has read the last answer has room for this one. No other is waited for.
         with suppress(OSError):
             connection.socket.sendmsg(parts)
             return True
         return False
 
-    def _wait(self, connection: _Connection, events: int) -> None:
+    def _wait(self, connection: Connection, events: int) -> None:
         with suppress(OSError):  # it was dropped while the server closes
             self._epoll.modify(connection.socket, events)
 
-    def _drop(self, connection: _Connection) -> None:
+    def _drop(self, connection: Connection) -> None:
         self._connections.pop(connection.socket.fileno(), None)
         connection.socket.close()
