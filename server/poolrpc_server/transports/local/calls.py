@@ -254,6 +254,7 @@ class LocalCalls:
 
     def _respond(self, call: LocalContext, message: bytes) -> bytes:
         admitted = self._pipeline.admit(call)
+        call.add_done_callback(call.ticket.release)  # if the client leaves, at once, also while the call is queued
         if admitted is None:
             raise status_of(UnsupportedError(f"expected a method of this server, got {clip(call.method)}"))
         if admitted.error is not None:
