@@ -76,7 +76,8 @@ def _response_of(peer: socket.socket) -> str:
     try:
         if not packet:
             return "ended"
-        arena_id, size, _ = decode_attach_response(packet)
+        response = decode_attach_response(packet)
+        arena_id, size = response.arena_id, response.size
         if len(descriptors) != 1 or not arena_id or not size:
             raise FoundError(f"an arena of {size} bytes with {len(descriptors)} descriptors")
         if fcntl.fcntl(descriptors[0], fcntl.F_GET_SEALS) & SEALS != SEALS or os.fstat(descriptors[0]).st_size != size:

@@ -131,7 +131,7 @@ def test_an_arena_is_used_again(tmp_path: Path) -> None:
         kept: list[np.ndarray] = []
         for i in range(300):
             result = client.pool(x, MaxPool2d(2), copy=i % 2 == 0)
-            assert result.transport == "arena"
+            assert result.transport == "local"
             kept = [*kept[-3:], result.output]
             assert i % 50 or np.array_equal(result.output, expected)
         assert mappings(server.process.pid) == 1
@@ -194,7 +194,7 @@ def test_a_full_quota_falls_back_to_bytes() -> None:
     """Bytes are sent if another client has the quota, if the arena is full, and if a tensor is larger than an arena."""
     x, large = np.ones((1, 4, 128, 128), np.float32), np.ones((1, 256, 128, 128), np.float32)
     with poolrpc_server.embedded(max_arena_bytes=ARENA_BYTES) as first, PoolClient(first.address) as second:
-        assert first.pool(x, MaxPool2d(2)).transport == "arena"
+        assert first.pool(x, MaxPool2d(2)).transport == "local"
         assert [second.pool(each, MaxPool2d(2)).transport for each in (x, large)] == ["unary", "stream"]
         with pytest.raises(poolrpc.UnavailableError, match="at most 67108864 bytes of arenas") as caught:
             second.pool(x, MaxPool2d(2), transport="arena")
@@ -205,9 +205,9 @@ def test_a_full_quota_falls_back_to_bytes() -> None:
         assert not in_arena(first.empty(1024, np.uint8))
         assert first.pool(x, MaxPool2d(2)).transport == "unary"
         del taken
-        assert first.pool(x, MaxPool2d(2)).transport == "arena"
+        assert first.pool(x, MaxPool2d(2)).transport == "local"
         assert not in_arena(first.empty(ARENA_BYTES + 1, np.uint8))
-        assert first.pool(x, MaxPool2d(2)).transport == "arena"
+        assert first.pool(x, MaxPool2d(2)).transport == "local"
 
 
 # How arenas end
@@ -239,9 +239,9 @@ def test_a_restarted_server_has_a_new_arena(connect: Connect, restart: Callable[
     mine = client.empty(X.shape)
     mine[...] = X
     kept = client.pool(mine, MaxPool2d(2), copy=False)
-    assert kept.transport == "arena"
+    assert kept.transport == "local"
     restart()
-    for x, transport in ((mine, "unary"), (mine, "arena"), (X, "arena")):
+    for x, transport in ((mine, "arena"), (mine, "local"), (X, "local")):
         result = client.pool(x, MaxPool2d(2))
         assert result.transport == transport
         np.testing.assert_array_equal(result.output, halved(X))
@@ -251,7 +251,7 @@ def test_a_restarted_server_has_a_new_arena(connect: Connect, restart: Callable[
 def test_the_arena_of_a_restarted_server_is_not_found(connect: Connect, restart: Callable[[], str]) -> None:
     """With transport="arena" the first call after a restart raises NotFoundError, and the next one has a new arena."""
     client = connect(restart(), options=SOON)
-    assert client.pool(X, MaxPool2d(2)).transport == "arena"
+    assert client.pool(X, MaxPool2d(2), transport="arena").transport == "arena"
     restart()
     with pytest.raises(poolrpc.NotFoundError) as caught:
         client.pool(X, MaxPool2d(2), transport="arena")

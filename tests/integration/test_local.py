@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import poolrpc
+import poolrpc_server
 from poolrpc import AvgPool2d, FractionalMaxPool2d, MaxPool2d, PoolClient
 from poolrpc._wire.arena_packets import SUFFIX, encode_attach_request
 from poolrpc._wire.local_packets import MAX_PACKET_BYTES, decode_answer, encode_call

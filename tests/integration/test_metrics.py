@@ -169,7 +169,7 @@ def test_arenas_are_counted(tmp_path: Path) -> None:
     with serving(*flags, listen=f"unix:{tmp_path}/s") as server, PoolClient(server.address) as client:
         x = client.empty((1, 4, 256, 256), np.float32)
         x[...] = 1
-        assert client.pool(x, MaxPool2d(2)).transport == "arena"
+        assert client.pool(x, MaxPool2d(2), transport="arena").transport == "arena"
         shown = Scrape(server.start_line["metrics"])
         assert shown("poolrpc_arenas") == 1
         assert shown("poolrpc_arena_bytes") >= x.nbytes

@@ -146,14 +146,14 @@ def test_clients_do_not_notice_a_killed_worker(tmp_path: Path) -> None:
         calls.add(local, LARGE)
         calls.add(local, SMALL)
         calls.go_on()
-        calls.wait_for_transport(9, "arena")
+        calls.wait_for_transport(9, "local")
         for count, index in enumerate((0, 1), 1):
             os.kill(pids(server)[index], signal.SIGKILL)
             ended = server.wait_for("worker ended", count)[-1]
             assert (ended["worker"], ended["signal"], ended["restart_in"]) == (index, "SIGKILL", 0)
             assert len(server.wait_for("worker serving", 2 + count)) == 2 + count
             calls.go_on()
-        calls.wait_for_transport(9, "arena")
+        calls.wait_for_transport(9, "local")
         calls.end()
         assert calls.errors == []
         assert {each["worker"] for each in server.lines("call")} == {0, 1}
@@ -200,7 +200,7 @@ def test_calls_of_an_arena_go_to_its_worker(tmp_path: Path) -> None:
         mine = client.empty(LARGE.shape)
         mine[...] = LARGE
         result = client.pool(mine, MaxPool2d(2))
-        assert result.transport == "arena"
+        assert result.transport == "local"
         np.testing.assert_array_equal(result.output, halved(LARGE))
         assert server.wait_for("call", made + 1)[made]["worker"] == 1 - connected
         os.kill(pids(server)[1 - connected], signal.SIGKILL)
@@ -209,7 +209,7 @@ def test_calls_of_an_arena_go_to_its_worker(tmp_path: Path) -> None:
             client.pool(mine, MaxPool2d(2), transport="arena")
         again = client.pool(mine, MaxPool2d(2))
         np.testing.assert_array_equal(again.output, halved(LARGE))
-        assert client.pool(LARGE, MaxPool2d(2)).transport == "arena"
+        assert client.pool(LARGE, MaxPool2d(2)).transport == "local"
 
 
 def test_the_arena_of_a_dead_worker_is_replaced(tmp_path: Path) -> None:
@@ -218,13 +218,13 @@ def test_the_arena_of_a_dead_worker_is_replaced(tmp_path: Path) -> None:
 
     async def run(server: ServerProcess) -> None:
         async with AsyncPoolClient(address) as client:
-            assert (await client.pool(LARGE, MaxPool2d(2))).transport == "arena"
+            assert (await client.pool(LARGE, MaxPool2d(2))).transport == "local"
             worker = server.wait_for("call")[0]["worker"]
             os.kill(pids(server)[worker], signal.SIGKILL)
             server.wait_for("worker ended")
             result = await client.pool(LARGE, MaxPool2d(2))
             np.testing.assert_array_equal(result.output, halved(LARGE))
-            assert (await client.pool(LARGE, MaxPool2d(2))).transport == "arena"
+            assert (await client.pool(LARGE, MaxPool2d(2))).transport == "local"
 
     with serving("--workers", "2", *AT_ONCE, listen=address) as server:
         asyncio.run(run(server))

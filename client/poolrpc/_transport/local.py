@@ -250,7 +250,8 @@ class LocalConnections:
         try:
             connection = connect(f"{path}{SUFFIX}")
         except PoolError as error:
-            self._retry_at = time.monotonic() + RETRY_SECONDS
+            if not process:  # a process that has ended is replaced, and its arenas are forgotten
+                self._retry_at = time.monotonic() + RETRY_SECONDS
             if isinstance(error, UnavailableError):
                 raise
             # Whatever the reason is, calls can go through gRPC.

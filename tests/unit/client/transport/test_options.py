@@ -45,7 +45,9 @@ def test_an_unknown_transport_is_rejected(transport):
     """A transport is one of three, or None for the fastest."""
     for known in ("unary", "stream", "arena", None):
         check_transport(known)
-    with pytest.raises(InvalidArgumentError, match=r"^transport: expected one of unary, stream, arena or None, got"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"^transport: expected one of unary, stream, arena, local or None, got"
+    ):
         check_transport(transport)
 
 

@@ -22,14 +22,16 @@ from poolrpc.v1 import pool_pb2
 
 @given(st.integers(0, 2**64 - 1))
 def test_a_request_has_the_size(size):
-    """The size survives encoding and decoding."""
-    assert decode_attach_request(encode_attach_request(size)) == size
+    """The size survives encoding and decoding; without one the request is for a connection that carries calls."""
+    assert decode_attach_request(encode_attach_request(size)) == (size, not size)
 
 
 @given(st.binary(min_size=16, max_size=16), st.integers(0, 2**64 - 1), st.sampled_from(["", "pool.sock.2"]))
 def test_a_response_describes_the_arena(arena_id, size, name):
     """The id, the size and the socket survive encoding and decoding."""
-    assert decode_attach_response(encode_attach_response(arena_id, size, name)) == (arena_id, size, name)
+    response = decode_attach_response(encode_attach_response(arena_id, size, name))
+    assert (response.arena_id, response.size, response.socket, response.calls) == (arena_id, size, name, False)
+    assert decode_attach_response(encode_attach_response(b"", 0, name, calls=True)).calls
 
 
 @pytest.mark.parametrize(
