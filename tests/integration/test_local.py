@@ -280,7 +280,7 @@ def header(**fields: object) -> bytes:
         (b"\1", "expected the packet of a call"),
         (b"\xff\xff", "expected a header of 65535 bytes, got 0"),
         (b"\2\0\xff\xff", "expected the packet of a call"),
-        (header(method="/a", metadata=["key"]), "expected keys and values, got 1 texts"),
+        (header(method="/a", metadata=[b"key"]), "expected keys and values, got 1 texts"),
         (bytes(MAX_PACKET_BYTES + 1), "expected a packet of at most"),
         (os.urandom(1000), "expected "),
     ],

@@ -17,7 +17,7 @@ from poolrpc._transport.steps import SendLocal
 from poolrpc._transport.unary import decode_message
 from poolrpc._wire.arena_packets import SUFFIX, decode_attach_response, encode_attach_request, peer_uid, unexpected
 from poolrpc._wire.local_packets import MAX_PACKET_BYTES, decode_answer, encode_call
-from poolrpc.errors import DeadlineExceededError, PoolError, UnavailableError
+from poolrpc.errors import CancelledError, DeadlineExceededError, PoolError, UnavailableError
 from poolrpc.tensors import array_bytes
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ class LocalConnections:
             for each in (connection, *ended):  # an answer may still be on its way
                 each.socket.close()
             if self._closed and isinstance(error, LostError):
-                raise PoolError("the client was closed during the call", reason="CLOSED") from None
+                raise CancelledError("the client was closed during the call", reason="CLOSED") from None
             raise
         with self._lock:
             self._active.discard(connection)

@@ -134,7 +134,7 @@ class CallOptions:
         self._metadata = (*(pair for pair in self._metadata if pair[0] not in metadata), *metadata.items())
 
     @property
-    def metadata(self) -> tuple[tuple[str, str], ...]:
+    def metadata(self) -> tuple[Pair, ...]:
         """Pairs sent with every attempt."""
         return self._metadata
 

@@ -30,19 +30,19 @@ class ReceivedCall(NamedTuple):
     Attributes:
         method: "/package.Service/Method".
         timeout: Seconds until the deadline; None for no deadline.
-        metadata: Pairs of a key and a value.
+        metadata: Pairs of a key and a value: bytes if the key ends with "-bin", as in gRPC.
         message: The request.
 
     """
 
     method: str
     timeout: float | None
-    metadata: tuple[tuple[str, str], ...]
+    metadata: tuple[tuple[str, str | bytes], ...]
     message: bytes
 
 
 def encode_call(
-    method: str, timeout: float | None, metadata: Sequence[tuple[str, str]], message: Iterable[Bytes]
+    method: str, timeout: float | None, metadata: Sequence[tuple[str, str | bytes]], message: Iterable[Bytes]
 ) -> list[Bytes] | None:
     """Return the parts of a call's packet, or None if it is larger than MAX_PACKET_BYTES.
 
@@ -53,7 +53,8 @@ def encode_call(
         message: The parts of the request.
 
     """
-    call = pool_pb2.LocalCall(method=f"/{method}", metadata=[text for pair in metadata for text in pair])
+    texts = [text if isinstance(text, bytes) else text.encode() for pair in metadata for text in pair]
+    call = pool_pb2.LocalCall(method=f"/{method}", metadata=texts)
     if timeout is not None:
         call.timeout = max(0, round(timeout * 1e6))
     header = call.SerializeToString()
@@ -83,7 +84,16 @@ def decode_call(packet: memoryview) -> ReceivedCall:
     if len(texts) % 2:
         raise InvalidArgumentError(f"expected keys and values, got {len(texts)} texts", field="metadata")
     timeout = header.timeout / 1e6 if header.HasField("timeout") else None
-    return ReceivedCall(header.method, timeout, tuple(zip(texts[::2], texts[1::2], strict=True)), bytes(packet[start:]))
+    metadata = tuple(_pair(key, value) for key, value in zip(texts[::2], texts[1::2], strict=True))
+    return ReceivedCall(header.method, timeout, metadata, bytes(packet[start:]))
+
+
+def _pair(key: bytes, value: bytes) -> tuple[str, str | bytes]:
+    try:
+        name = key.decode("ascii")
+        return name, value if name.endswith("-bin") else value.decode("ascii")
+    except UnicodeDecodeError:
+        raise InvalidArgumentError("expected keys and values in ASCII, got other bytes", field="metadata") from None
 
 
 def encode_answer(response: bytes) -> list[bytes] | None:
