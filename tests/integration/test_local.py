@@ -89,6 +89,7 @@ def test_it_is_the_default_on_a_unix_socket(connect: Connect, server: Server, x:
     assert client.server_info().version == poolrpc.__version__
     assert client.output_shape((1, 1, 8, 8), MaxPool2d(2)) == (1, 1, 4, 4)
     assert all(each.transport == "local" for each in client.map([X] * 5, MaxPool2d(2)))
+    assert Scrape(server.metrics_address)("poolrpc_calls_total", transport="local") >= 4
 
 
 def test_no_grpc_connection_is_needed(server: Server) -> None:

@@ -224,7 +224,7 @@ class AdmittedCall:
 
     def _begin(self) -> None:
         self._call.record.started = monotonic_ns()
-        self._observers.metrics.started(*self.method.labels)
+        self._observers.metrics.started(*self.method.labels, self._call.transport)
 
     def _end(self) -> None:
         record, observers = self._call.record, self._observers

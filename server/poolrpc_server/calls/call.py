@@ -63,10 +63,12 @@ class CallContext(ABC):
         ticket: What the call holds until it ends; set by the pipeline.
         token: Name of the token that the call presented; empty without tokens.
         urgent: Whether the call may have priority 0.
+        transport: Name of the transport, for the metrics.
 
     """
 
     ticket: Ticket
+    transport = "grpc"
 
     def __init__(self, method: str, metadata: Sequence[tuple[str, str | bytes]] = ()) -> None:
         self.method = method

@@ -29,6 +29,9 @@ REASONS = ("CALLS", "DEVICE_FAILED", "IN_FLIGHT_BYTES", "QUEUE", "STOPPING", "ST
 END_REASONS = ("MEMORY", "STALLED", "TIMEOUT")
 """The reasons for which calls are ended: too much memory, a stalled caller while others wait, and a timeout."""
 
+TRANSPORTS = ("grpc", "local")
+"""The transports that every server may have."""
+
 WATCHDOG_SERVICE = "poolrpc.v1.Watchdog"
 """The service that a server itself calls every second, which is not counted."""
 
@@ -105,6 +108,7 @@ class Metrics:
         method = "grpc_type", "grpc_service", "grpc_method"
         self._started = _children(self._counter("grpc_server_started", "Calls that started.", *method))
         self._handled = _children(self._counter("grpc_server_handled", "Calls that ended.", *method, "grpc_code"))
+        self._transports = _children(self._counter("poolrpc_calls", "Calls that started, by transport.", "transport"))
         self._seconds = _children(
             self._histogram("grpc_server_handling_seconds", "Duration of calls in seconds.", SECONDS, *method)
         )
@@ -170,6 +174,8 @@ class Metrics:
             self._registry.register(DroppedLines())
             ProcessCollector(registry=self._registry)
         # Prometheus does not see the rise of a counter that first appears with 1: all are shown from 0 on.
+        for transport in TRANSPORTS:
+            self._transports(transport)
         for reason in REASONS:
             self._rejects.labels(reason)
         for reason in END_REASONS:
@@ -208,10 +214,11 @@ class Metrics:
         for code in ("OK", *FAILURES):
             self._handled(kind, service, method, _shown_code(code))
 
-    def started(self, kind: str, service: str, method: str) -> None:
-        """Count a call that starts; `kind` is "unary" or "bidi_stream"."""
+    def started(self, kind: str, service: str, method: str, transport: str = "grpc") -> None:
+        """Count a call that starts; `kind` is "unary" or "bidi_stream", `transport` "grpc", "local" or "ray"."""
         if service != WATCHDOG_SERVICE:
             self._started(kind, service, method).inc()
+            self._transports(transport).inc()
 
     def handled(self, kind: str, service: str, method: str, code: str, seconds: float) -> None:
         """Count a call that ended, with the name of its gRPC status code ("INVALID_ARGUMENT") and its duration."""

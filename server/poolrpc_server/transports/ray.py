@@ -104,6 +104,8 @@ def _mark_retryable(context: Any) -> None:  # noqa: ANN401 - as above
 class RayContext(CallContext):
     """A call that Ray's proxy forwarded. The proxy has the deadline, and cancels the call when it has passed."""
 
+    transport = "ray"
+
     def __init__(self, method: str, context: RayServegRPCContext) -> None:
         """Create the context of a call from Ray's own."""
         super().__init__(method, tuple(context.invocation_metadata() or ()))

@@ -44,6 +44,8 @@ class LocalContext(CallContext):
 
     """
 
+    transport = "local"
+
     def __init__(self, received: ReceivedCall, peer: str) -> None:
         # The size that admission sees is that of the message, which is here already.
         pairs = [pair for pair in received.metadata if pair[0] != MESSAGE_BYTES_KEY]
