@@ -79,7 +79,8 @@ def main(settings: dict[str, Any]) -> None:
                 "middle": partial(call, client, middle, "unary"),
                 "large": partial(call, client, large, "unary"),
                 "stream": partial(call, client, large, "stream"),
-                "arena": partial(call, local, middle),
+                "arena": partial(call, local, middle, "arena"),
+                "local": partial(call, local, middle),
                 "unix": partial(call, local, small),
             }
             while not recorder.until.is_set():

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tests.integration.conftest import Gate
 
 X = np.zeros((1, 4, 256, 256), np.float32)
-TRANSPORTS = ("unary", "stream", "arena")
+TRANSPORTS = ("unary", "stream", "arena", "local")
 CLIENTS = (PoolClient, AsyncPoolClient)
 
 

@@ -139,11 +139,12 @@ def output_of(script: str, *arguments: str) -> str:
         ("unix", "default"),
         ("unix", "unary"),
         ("unix", "stream"),
+        ("unix", "arena"),
         ("unix", "empty"),
         ("unix", "copy=False"),
         ("unix", "map"),
         ("port", "default"),
-        ("embedded", "arena"),
+        ("embedded", "local"),
     ],
 )
 def test_a_client_may_be_used_in_parent_and_child(addresses: dict[str, str], address: str, kind: str) -> None:

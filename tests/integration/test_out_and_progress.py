@@ -14,19 +14,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from poolrpc._transport.options import Transport
     from tests.integration.conftest import Connect
 
 RNG = np.random.default_rng(7)
 X = RNG.standard_normal((3, 5, 11, 14), np.float32)
 
 
-@pytest.fixture(params=["unary", "stream", "arena"])
+@pytest.fixture(params=["unary", "stream", "arena", "local"])
 def pool_each(
     request: pytest.FixtureRequest, connect: Connect, addresses: list[str], stream_in: Callable[..., None]
 ) -> Callable[..., list[poolrpc.PoolResult]]:
     """Return pool_each of either client, through each transport."""
     stream_in(1900, 500)  # two or three planes of X in a block, and less than a plane in a message
-    client = connect(addresses[request.param == "arena"])
+    client = connect(addresses[request.param in ("arena", "local")])
 
     def call(*arguments: Any, **options: Any) -> list[poolrpc.PoolResult]:
         results = client.pool_each(*arguments, transport=request.param, **options)
@@ -114,7 +115,7 @@ def test_progress_counts_planes(
     assert done == sorted(set(done))
     assert done[-1] == count
     assert len(calls) == (5 if layout == "NCHW" else 3)
-    for transport, address in (("unary", addresses[0]), ("arena", addresses[1])):
+    for transport, address in (("unary", addresses[0]), ("arena", addresses[1]), ("local", addresses[1])):
         calls.clear()
         connect(address).pool(x, MaxPool2d(2), layout=layout, transport=transport, progress=progress)
         assert calls == [(count, count)]
@@ -125,7 +126,7 @@ def test_an_out_on_the_input_is_rejected_by_every_transport(unix_address: str) -
     with PoolClient(unix_address) as client:
         for x in (client.empty((1, 1, 64, 64)), np.empty((1, 1, 64, 64), np.float32)):
             x[...] = 1
-            for transport in ("unary", "stream", "arena"):
+            for transport in ("unary", "stream", "arena", "local"):
                 with pytest.raises(poolrpc.InvalidArgumentError, match=r"^out: expected memory apart from the input"):
                     client.pool(x, MaxPool2d(3, 1, 1), transport=transport, out=x)
             assert (x == 1).all()
@@ -133,7 +134,10 @@ def test_an_out_on_the_input_is_rejected_by_every_transport(unix_address: str) -
 
 @pytest.mark.parametrize("source", ["inside", "outside"])
 @pytest.mark.parametrize("goal", ["inside", "outside", "same buffer", "pair"])
-def test_out_and_input_inside_and_outside_the_arena(unix_address: str, source: str, goal: str) -> None:
+@pytest.mark.parametrize("transport", ["arena", "local"])
+def test_out_and_input_inside_and_outside_the_arena(
+    unix_address: str, transport: Transport, source: str, goal: str
+) -> None:
     """An `out` is filled inside the arena, outside of it, or next to the input."""
     with PoolClient(unix_address) as client:
         buffer = client.empty((2, 2, 3, 64, 64))
@@ -148,9 +152,9 @@ def test_out_and_input_inside_and_outside_the_arena(unix_address: str, source: s
             "pair": (client.empty(x.shape), np.empty(x.shape, np.int64)),
         }[goal]
         for copy in (True, False):
-            result = client.pool(x, layer, transport="arena", out=out, copy=copy)
+            result = client.pool(x, layer, transport=transport, out=out, copy=copy)
             assert result.output is (out[0] if goal == "pair" else out)
-            assert result.transport == "arena"
+            assert result.transport == transport
             np.testing.assert_array_equal(result.output, expected.output)
             if expected.indices is not None:
                 assert result.indices is out[1]

@@ -138,7 +138,7 @@ INVALID: dict[str, tuple[dict[str, Any], type[PoolError], str]] = {
     ),
 }
 
-PATHS = ("default", "unary", "stream", "arena", "pool_each", "map")
+PATHS = ("default", "unary", "stream", "arena", "local", "pool_each", "map")
 
 
 def described(error: PoolError) -> tuple[object, ...]:
@@ -170,7 +170,7 @@ def error_by(client: Any, path: str, arguments: dict[str, Any]) -> PoolError:
 
 @pytest.mark.parametrize("case", INVALID)
 def test_a_bad_input_has_one_error_by_every_path(connect: Connect, unix_address: str, case: str) -> None:
-    """Unary, stream, arena, map and asyncio raise the same error, whether there is a server or not."""
+    """Unary, stream, arena, local, map and asyncio raise the same error, whether there is a server or not."""
     arguments, cls, text = INVALID[case]
     errors = [
         described(error_by(client, path, arguments))

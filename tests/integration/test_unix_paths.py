@@ -26,7 +26,7 @@ def test_a_path_may_have_any_character(connect: Connect, tmp_path: Path, name: s
     try:
         assert path.is_socket()
         for address in (f"unix:{path}", f"unix://{path}", path):
-            assert connect(address).pool(X, MaxPool2d(2)).transport == "arena"
+            assert connect(address).pool(X, MaxPool2d(2)).transport == "local"
     finally:
         server.stop(grace=0)
 
@@ -38,7 +38,7 @@ def test_an_embedded_server_finds_a_short_folder(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("TMPDIR", str(long))
     monkeypatch.setattr("tempfile.tempdir", None)
     with poolrpc_server.embedded() as client:
-        assert client.pool(X, MaxPool2d(2)).transport == "arena"
+        assert client.pool(X, MaxPool2d(2)).transport == "local"
         folder = Path(client.address.removeprefix("unix:")).parent
     assert not folder.exists()
 
