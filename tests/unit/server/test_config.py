@@ -188,6 +188,7 @@ OTHER_VALUES = {
     "token_file": ("tokens.txt", "tokens.txt"),
     "health_requires_token": ("true", True),
     "insecure": ("true", True),
+    "disable_local_calls": ("true", True),
     "model": ("stem=MaxPool2d(3, stride=2)", ("stem=MaxPool2d(3, stride=2)",)),
     "models": (MODELS, MODELS),
     "allow_client_shm": ("true", True),
