@@ -31,7 +31,8 @@ from poolrpc._transport.channel import (
     unary_methods,
 )
 from poolrpc._transport.connection import explain, is_transport_error
-from poolrpc._transport.local import LocalConnections, local_steps, send_steps
+from poolrpc._transport.local import local_steps, send_steps
+from poolrpc._transport.local_connections import LocalConnections, NotLocalError
 from poolrpc._transport.options import (
     UNSET,
     CallOptions,
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
 
     from google.protobuf.message import Message
 
+    from poolrpc._transport.arena import SendSteps
     from poolrpc._transport.arena_memory import Arenas
     from poolrpc._transport.coalesce import Group, Grouping, Outcome
     from poolrpc._transport.options import Pairs, Timeout, Transport
@@ -377,7 +379,13 @@ class BaseClient:
                     msg = f"expected the address of a unix socket for the local transport, got {self.address}"
                     raise UnavailableError(msg, reason="LOCAL")
                 results = yield from local_steps(
-                    transfer, self._arenas, options, progress, copy=copy, required=required
+                    transfer,
+                    self._arenas,
+                    options,
+                    progress,
+                    self._local_send_steps(self._local),
+                    copy=copy,
+                    required=required,
                 )
                 if results is None:
                     chosen = default_transport(transfer, self._arenas, self.max_message_bytes)
@@ -513,11 +521,15 @@ class BaseClient:
             log.debug("%s failed: %s", method, error)
             raise explained from error.__cause__
 
+    def _local_send_steps(self, connections: LocalConnections) -> SendSteps:
+        return partial(send_steps, connections, retry=self._retry)
+
     def _send_steps(self, method: str, message: Message, options: CallOptions) -> Steps[Any]:
         with traced(method, self.address, options):
             if self._local is not None and self._local.available and method in LOCAL_RESPONSES:
-                with suppress(UnavailableError):
-                    response = yield from send_steps(method, (message.SerializeToString(),), options)
+                with suppress(NotLocalError):
+                    send = self._local_send_steps(self._local)
+                    response = yield from send(method, (message.SerializeToString(),), options, "")
                     return LOCAL_RESPONSES[method].FromString(response)
             return (yield Send(method, message, options))
 

@@ -12,7 +12,6 @@ from grpc import aio
 
 from poolrpc._base_client import IN_FLIGHT, BaseClient, Out
 from poolrpc._transport.channel import stream_method
-from poolrpc._transport.local import lost, translated
 from poolrpc._transport.options import UNSET
 from poolrpc._transport.steps import (
     Deliver,
@@ -27,7 +26,6 @@ from poolrpc._transport.steps import (
     log_retries,
 )
 from poolrpc._transport.stream import StreamCall
-from poolrpc._wire.local_packets import MAX_PACKET_BYTES, decode_answer
 from poolrpc.addresses import grpc_target
 from poolrpc.chains import as_steps
 from poolrpc.errors import DeadlineExceededError, PoolError
@@ -332,19 +330,20 @@ class AsyncPoolClient(BaseClient):
         return self._open_blocking_channel(self.address), futures.ThreadPoolExecutor(MAX_STREAMS, "poolrpc-stream")
 
     async def _send_local(self, step: SendLocal) -> bytes:
-        assert self._local is not None  # noqa: S101 - the steps asked
-        loop = asyncio.get_running_loop()
-        if not self._local.idle(step.process):
-            await asyncio.to_thread(self._local.prepare, step.process)
-        with self._local.borrow(step.process) as connection, translated():
+        local, loop = self._local, asyncio.get_running_loop()
+        assert local is not None  # noqa: S101 - the steps asked
+        while (connection := local.take(step.process)) is None:
+            await asyncio.to_thread(local.connect, step.process)
+        try:
             connection.socket.setblocking(False)
-            # A packet is sent as a whole or not at all.
-            await loop.sock_sendall(connection.socket, b"".join(step.packet))
-            received = loop.sock_recv(connection.socket, MAX_PACKET_BYTES)
-            answer = await asyncio.wait_for(received, step.options.time_remaining())
-            if not answer:
-                raise lost()
-        return decode_answer(answer)
+            async with asyncio.timeout(step.timeout):
+                # A packet is sent as a whole or not at all.
+                await loop.sock_sendall(connection.socket, b"".join(step.packet))
+                response = connection.answer(await loop.sock_recv_into(connection.socket, connection.buffer))
+        except BaseException as error:  # noqa: BLE001 - raised, or another in its place
+            raise local.failed(connection, error) from error.__cause__
+        local.put_back(connection)
+        return response
 
     async def _stream(self, step: SendStream) -> list[PoolResult]:
         if self._closed:

@@ -402,7 +402,7 @@ class PoolClient(BaseClient):
                 return response
             case SendLocal():
                 assert self._local is not None  # noqa: S101 - the steps asked
-                return self._local.call(step.process, step.packet, step.options.time_remaining())
+                return self._local.call(step.process, step.packet, step.timeout)
             case SendStream():
                 call = StreamCall(stream_method(self._channel), step.transfer, step.options, self._is_closed)
                 return call.run(step.progress)

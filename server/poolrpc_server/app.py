@@ -151,11 +151,14 @@ class Server:
         if self._local is not None:
             self._local.stop()
         # Calls that are still queued after the grace get UNAVAILABLE, and STOPPING_SECONDS to receive it.
+        deadline = monotonic() + grace
         stopped = self._grpc.stop(grace + STOPPING_SECONDS if grace else 0)
         ended = stopped.wait(grace)
-        if not (ended and (self._local is None or self._local.wait(grace))):
+        if not (ended and (self._local is None or self._local.wait(max(0.0, deadline - monotonic())))):
             self.service.stop_queue()
             stopped.wait()
+            if self._local is not None:
+                self._local.wait(STOPPING_SECONDS if grace else 0)
         self.close_arenas()
         if self._local is not None:
             self._local.close()

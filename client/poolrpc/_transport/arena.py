@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from poolrpc._transport.channel import POOL
+from poolrpc._transport.local_connections import NotLocalError
 from poolrpc._transport.result import make_results
 from poolrpc._transport.steps import RunBlocking
 from poolrpc._transport.unary import announced, decode_response
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
     from poolrpc._transport.request import Transfer
     from poolrpc._transport.result import PoolResult, Progress
     from poolrpc._transport.steps import Steps
-    from poolrpc.tensors import Array
+    from poolrpc.tensors import Array, Bytes
 
-    SendSteps: TypeAlias = Callable[[str, Sequence[bytes], CallOptions, str], Steps[bytes]]
+    SendSteps: TypeAlias = Callable[[str, Sequence[Bytes], CallOptions, str], Steps[bytes]]
 
 
 def arena_steps(  # noqa: PLR0913 - the call, and what its caller chose
@@ -71,8 +72,7 @@ def arena_steps(  # noqa: PLR0913 - the call, and what its caller chose
             response = yield from send(POOL, (call.message,), options, call.socket)
     except BaseException as error:
         call.release(error)
-        unreachable = send is not None and isinstance(error, UnavailableError)
-        if required or not (unreachable or call.lost(error)):
+        if required or not (isinstance(error, NotLocalError) or call.lost(error)):
             raise
         return None
     return call.results(response, copy=copy, progress=progress, transport=transport)

@@ -22,6 +22,15 @@ INFER_SHAPE = f"{POOL_SERVICE}/InferShape"
 GET_SERVER_INFO = f"{POOL_SERVICE}/GetServerInfo"
 HEALTH_CHECK = "grpc.health.v1.Health/Check"
 
+MAX_ATTEMPTS = 5
+"""The number of times that a call is sent at most."""
+
+FIRST_BACKOFF, MAX_BACKOFF = 0.1, 2.0
+"""The first and the longest time between two attempts, in seconds; each is twice as long as the one before."""
+
+MAX_RETRY_TOKENS, RETRY_TOKEN_RATIO = 1000, 0.5
+"""The budget of retries: a failure takes a token, a success returns this part of one, and below half there are none."""
+
 SERVICE_CONFIG = {
     "loadBalancingConfig": [{"round_robin": {}}],
     # Pooling changes nothing on the server, so gRPC retries a call that finds it full, draining or gone. A gRPC server
@@ -34,9 +43,9 @@ SERVICE_CONFIG = {
                 {"service": HEALTH_CHECK.partition("/")[0]},
             ],
             "retryPolicy": {
-                "maxAttempts": 5,
-                "initialBackoff": "0.1s",
-                "maxBackoff": "2s",
+                "maxAttempts": MAX_ATTEMPTS,
+                "initialBackoff": f"{FIRST_BACKOFF}s",
+                "maxBackoff": f"{MAX_BACKOFF}s",
                 "backoffMultiplier": 2,
                 "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
             },
@@ -44,7 +53,7 @@ SERVICE_CONFIG = {
     ],
     # No retries while most attempts fail. The budget is large, because a server process that dies may fail hundreds of
     # calls at once, which should all be retried.
-    "retryThrottling": {"maxTokens": 1000, "tokenRatio": 0.5},
+    "retryThrottling": {"maxTokens": MAX_RETRY_TOKENS, "tokenRatio": RETRY_TOKEN_RATIO},
 }
 
 

@@ -51,13 +51,13 @@ class SendLocal(NamedTuple):
 
     Attributes:
         packet: The parts of the packet.
-        options: The options of the call.
+        timeout: Seconds until the deadline; None for no deadline.
         process: The name of the socket of the server process to call; empty: any process.
 
     """
 
     packet: Sequence[Bytes]
-    options: CallOptions
+    timeout: float | None
     process: str = ""
 
 

@@ -106,7 +106,7 @@ def encode_failure(details: bytes) -> list[bytes]:
     return [_ERROR, details]
 
 
-def decode_answer(packet: bytes) -> bytes:
+def decode_answer(packet: Bytes) -> bytes:
     """Return the response that a packet contains.
 
     Raises:
@@ -115,8 +115,8 @@ def decode_answer(packet: bytes) -> bytes:
 
     """
     if packet[:1] == _OK:
-        return packet[1:]
-    raise _error(packet)
+        return bytes(packet[1:])
+    raise _error(bytes(packet))
 
 
 def _error(packet: bytes) -> PoolError:

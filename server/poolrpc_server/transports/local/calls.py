@@ -1,8 +1,9 @@
 """The local transport: calls as packets on connections to the arena socket, from clients on the same machine.
 
 A connection carries one call at a time. Threads wait for packets on one epoll, which wakes one of them for each packet:
-no thread belongs to a connection, and none is handed a packet by another. While a call is in flight, its connection is
-watched for its end, which cancels the call.
+no thread belongs to a connection, and none is handed a packet by another. The thread that receives a packet owns the
+connection until it waits for the next one: it alone sends on it and closes it. Meanwhile another thread is only woken
+if the client is gone, and cancels the call.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from poolrpc._wire.arena_packets import peer_pid
 from poolrpc._wire.framing import MESSAGE_BYTES_KEY
 from poolrpc._wire.local_packets import MAX_PACKET_BYTES, decode_call, encode_answer, encode_failure
 from poolrpc._wire.status import DETAILS_KEY, encode_error
-from poolrpc.errors import InvalidArgumentError, LimitExceededError, UnsupportedError
+from poolrpc.errors import InvalidArgumentError, LimitExceededError, UnavailableError, UnsupportedError
 from poolrpc_server.calls.admitted_call import status_of
 from poolrpc_server.calls.call import CallContext, StatusError
 from poolrpc_server.telemetry.logs import log
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
     from poolrpc._wire.local_packets import ReceivedCall
     from poolrpc_server.calls.pipeline import CallPipeline
 
-_NEXT_PACKET = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
-_END_ONLY = select.EPOLLRDHUP | select.EPOLLONESHOT
+_NEXT_PACKET = select.EPOLLIN | select.EPOLLONESHOT
+_END_ONLY = select.EPOLLONESHOT  # EPOLLHUP is always reported
 
 
 class LocalContext(CallContext):
@@ -122,12 +123,12 @@ class LocalCalls:
         self._max_connections = max_connections
         self._connections: dict[int, Connection] = {}
         self._epoll = select.epoll()
-        self._stop = os.eventfd(0)
-        self._epoll.register(self._stop, select.EPOLLIN)  # wakes every thread, since it is never read
+        self._ended = os.eventfd(0)
+        self._epoll.register(self._ended, select.EPOLLIN)  # wakes every thread, since it is never read
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._idle = 0
-        self._closed = False
+        self._stopped = False
         self._start_thread()
 
     @property
@@ -140,8 +141,11 @@ class LocalCalls:
 
         Raises:
             LimitExceededError: There are as many as there may be.
+            UnavailableError: The server is stopping.
 
         """
+        if self._stopped:
+            raise UnavailableError("the server is stopping", reason="STOPPING")
         count = len(self._connections)
         if count >= self._max_connections:
             msg = f"expected at most {self._max_connections} connections for calls, got another"
@@ -150,18 +154,25 @@ class LocalCalls:
 
     def adopt(self, connection: socket.socket) -> None:
         """Serve the calls of a connection, which doesn't block, from now on."""
-        self._connections[connection.fileno()] = Connection(connection, f"unix:pid={peer_pid(connection)}")
-        self._epoll.register(connection, _NEXT_PACKET)
+        with self._lock:
+            if not self._stopped:
+                self._connections[connection.fileno()] = Connection(connection, f"unix:pid={peer_pid(connection)}")
+                self._epoll.register(connection, _NEXT_PACKET)
+                return
+        connection.close()
 
     def stop(self) -> None:
-        """Receive no more calls; those in flight are answered."""
+        """Receive no more packets; those that have arrived are answered, and then their connections are closed."""
         with self._lock:
-            if not self._closed:
-                self._closed = True
-                os.eventfd_write(self._stop, 1)
+            self._stopped = True
+        for connection in self.connections:
+            with suppress(OSError):  # it has ended meanwhile
+                # To a thread that waits for its next packet, this is its end; its client cannot send any more.
+                connection.socket.shutdown(socket.SHUT_RD)
+        self._end_if_done()
 
     def wait(self, timeout: float) -> bool:
-        """Wait for the calls in flight, once it has stopped; return False after `timeout` seconds."""
+        """Wait until the calls in flight are answered, after `stop`; return False after `timeout` seconds."""
         deadline = monotonic() + timeout
         for thread in self._threads:
             thread.join(max(0.0, deadline - monotonic()))
@@ -170,15 +181,13 @@ class LocalCalls:
     def close(self) -> None:
         """Cancel the calls in flight, and end every connection."""
         self.stop()
-        for connection in list(self._connections.values()):
+        for connection in self.connections:
             if (call := connection.call) is not None:
                 call.cancel()
         for thread in self._threads:
             thread.join()
-        for connection in list(self._connections.values()):
-            self._drop(connection)
         self._epoll.close()
-        os.close(self._stop)
+        os.close(self._ended)
 
     def _start_thread(self) -> None:
         # Called with the lock held, or before there are other threads.
@@ -190,46 +199,40 @@ class LocalCalls:
     def _run(self) -> None:
         buffer = bytearray(MAX_PACKET_BYTES)
         while True:
-            ((descriptor, _),) = self._epoll.poll(maxevents=1)
-            if descriptor == self._stop:
+            ((descriptor, events),) = self._epoll.poll(maxevents=1)
+            if descriptor == self._ended:
                 return
             with self._lock:
                 self._idle -= 1
-                if not self._idle and len(self._threads) < self._max_threads and not self._closed:
+                if not self._idle and len(self._threads) < self._max_threads:
                     self._start_thread()
+            connection = self._connections.get(descriptor)
             try:
-                self._serve(descriptor, buffer)
+                if events & select.EPOLLIN:
+                    self._serve(self._connections[descriptor], buffer)
+                elif connection is not None:
+                    _cancel_if_gone(connection)
             except Exception:  # noqa: BLE001 - the thread must go on for the other clients
                 log.exception("local transport failed")
             with self._lock:
                 self._idle += 1
 
-    def _serve(self, descriptor: int, buffer: bytearray) -> None:
-        connection = self._connections.get(descriptor)
-        if connection is None:  # it ended at this moment
-            return
-        if (call := connection.call) is not None:
-            call.cancel()  # the client is gone; the thread of the call drops the connection
-            return
+    def _serve(self, connection: Connection, buffer: bytearray) -> None:
+        answer: Iterable[bytes] | None = None
         try:
             nbytes, _, flags, _ = connection.socket.recvmsg_into([buffer])
-        except BlockingIOError:
-            self._wait(connection, _NEXT_PACKET)
-            return
-        except OSError:
-            nbytes = 0
-        if not nbytes:
-            self._drop(connection)
-            return
-        try:
-            answer = self._answer(connection, memoryview(buffer)[:nbytes], flags)
+            if nbytes:
+                answer = self._answer(connection, memoryview(buffer)[:nbytes], flags)
         except InvalidArgumentError as error:  # not a call: this client cannot be understood
-            self._send(connection, encode_failure(encode_error(error)[1]))
-            answer = None
-        if answer is None or not self._send(connection, answer) or self._closed:
-            self._drop(connection)
-        else:
-            self._wait(connection, _NEXT_PACKET)
+            _send(connection, encode_failure(encode_error(error)[1]))
+        except OSError:  # the client is gone
+            pass
+        finally:
+            connection.call = None
+            if answer is not None and _send(connection, answer):
+                self._epoll.modify(connection.socket, _NEXT_PACKET)
+            else:
+                self._drop(connection)
 
     def _answer(self, connection: Connection, packet: memoryview, flags: int) -> Iterable[bytes] | None:
         """Return the parts of the answer to a call; None if its client is gone, or the server has ended it."""
@@ -239,7 +242,7 @@ class LocalCalls:
             raise InvalidArgumentError(f"expected a packet of at most {MAX_PACKET_BYTES} bytes, got a larger one")
         received = decode_call(packet)
         call = connection.call = LocalContext(received, connection.peer)
-        self._wait(connection, _END_ONLY)
+        self._epoll.modify(connection.socket, _END_ONLY)
         try:
             answer = encode_answer(self._respond(call, received.message))
             if answer is None:
@@ -251,7 +254,6 @@ class LocalCalls:
             cancelled = call.cancelled
             call.ticket.release()
             call.cancel()
-            connection.call = None
         return None if cancelled else answer
 
     def _respond(self, call: LocalContext, message: bytes) -> bytes:
@@ -265,17 +267,29 @@ class LocalCalls:
             raise status_of(UnsupportedError(f"expected a method with one message each way, got {call.method}"))
         return admitted.unary(iter((message,)))
 
-    def _send(self, connection: Connection, parts: Iterable[bytes]) -> bool:
-        # A client that has read the last answer has room for this one. No other is waited for.
-        with suppress(OSError):
-            connection.socket.sendmsg(parts)
-            return True
-        return False
-
-    def _wait(self, connection: Connection, events: int) -> None:
-        with suppress(OSError):  # it was dropped while the server closes
-            self._epoll.modify(connection.socket, events)
-
     def _drop(self, connection: Connection) -> None:
-        self._connections.pop(connection.socket.fileno(), None)
+        del self._connections[connection.socket.fileno()]
         connection.socket.close()
+        self._end_if_done()
+
+    def _end_if_done(self) -> None:
+        """End the threads, if the server has stopped and every connection is closed."""
+        if self._stopped and not self._connections:
+            os.eventfd_write(self._ended, 1)
+
+
+def _send(connection: Connection, parts: Iterable[bytes]) -> bool:
+    # A client that has read the last answer has room for this one. No other is waited for.
+    with suppress(OSError):
+        connection.socket.sendmsg(parts)
+        return True
+    return False
+
+
+def _cancel_if_gone(connection: Connection) -> None:
+    """Cancel the call of a connection that has ended; by now its descriptor may be that of another connection."""
+    poll = select.poll()
+    with suppress(ValueError):  # it is closed
+        poll.register(connection.socket, 0)
+        if poll.poll(0) and (call := connection.call) is not None:
+            call.cancel()
