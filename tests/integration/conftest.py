@@ -21,8 +21,10 @@ from poolrpc._wire import framing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from poolrpc import PoolClient
+    from poolrpc_server import Server
     from poolrpc_server.compute.kernels.eager import Operator
 
     Connect = Callable[..., PoolClient]
@@ -206,3 +208,14 @@ def gate(patch_operation: Callable[..., None]) -> Iterator[Gate]:
     made = Gate(patch_operation)
     yield made
     made.opened.set()
+
+
+@pytest.fixture
+def local_server(tmp_path: Path) -> Iterator[Server]:
+    """Return a server on a unix socket with one slot, and with metrics."""
+    from poolrpc_server import Config, Server  # noqa: PLC0415 - not if only the client is installed
+
+    made = Server(Config(listen=(f"unix:{tmp_path / 'pool.sock'}",), threads=1, metrics="127.0.0.1:0"))
+    made.start()
+    yield made
+    made.stop(0)

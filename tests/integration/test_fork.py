@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 CALLS = 100
+MANY_CALLS = 1000
 
 # What a process calls, and the numbers of the answers that are wrong. Every process has numbers of its own.
 SCRIPT = """
@@ -22,19 +23,22 @@ import numpy as np
 import poolrpc, poolrpc_server
 from poolrpc import MaxPool2d, PoolClient
 
-address, kind = sys.argv[1:]
-shape = (1, 4, 128, 128)
+address, kind, calls = sys.argv[1:]
+shape = (1, 1, 16, 16) if "small" in kind else (1, 4, 128, 128)
+copy = "copy=False" not in kind
+transport = kind if kind in ("unary", "stream", "arena", "local") else None
 
 def wrong(client, first):
     found, kept = 0, []
-    for number in range(first, first + CALLS):
-        x = client.empty(shape) if kind == "empty" else np.empty(shape, np.float32)
+    for number in range(first, first + int(calls)):
+        x = client.empty(shape) if "empty" in kind else np.empty(shape, np.float32)
         x[...] = number
         if kind == "map":
             found += sum(not (each.output == number).all() for each in client.map([x, x], MaxPool2d(2)))
             continue
-        transport = None if kind in ("default", "empty", "copy=False") else kind
-        kept.append((client.pool(x, MaxPool2d(2), copy=kind != "copy=False", transport=transport).output, number))
+        result = client.pool(x, MaxPool2d(2), copy=copy, transport=transport)
+        found += "unix" in address and transport is None and result.transport != "local"
+        kept.append((result.output, number))
         if len(kept) > 3:
             output, expected = kept.pop(0)
             found += not (output == expected).all()
@@ -43,7 +47,7 @@ def wrong(client, first):
 def both(client):
     before = client.pool(np.full(shape, 7, np.float32), MaxPool2d(2), copy=False).output
     child = os.fork()
-    first = 1000 if child else 2000
+    first = 10_000 if child else 20_000
     found = wrong(client, first)
     if not child:
         os._exit(min(found, 255))
@@ -56,7 +60,7 @@ if address == "embedded":
 else:
     with PoolClient(address, timeout=60) as client:
         both(client)
-""".replace("CALLS", str(CALLS))
+"""
 
 ASYNC = """
 import asyncio, os, sys
@@ -140,6 +144,9 @@ def output_of(script: str, *arguments: str) -> str:
         ("unix", "unary"),
         ("unix", "stream"),
         ("unix", "arena"),
+        ("unix", "local"),
+        ("unix", "small"),
+        ("unix", "small, empty, copy=False"),
         ("unix", "empty"),
         ("unix", "copy=False"),
         ("unix", "map"),
@@ -149,7 +156,14 @@ def output_of(script: str, *arguments: str) -> str:
 )
 def test_a_client_may_be_used_in_parent_and_child(addresses: dict[str, str], address: str, kind: str) -> None:
     """Both pool at the same time with the client from before the fork, and what the parent had keeps its values."""
-    assert output_of(SCRIPT, addresses[address], kind) == "0 0 True\n"
+    assert output_of(SCRIPT, addresses[address], kind, str(CALLS)) == "0 0 True\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["small", "default", "empty", "copy=False", "empty, copy=False"])
+def test_many_calls_in_parent_and_child(addresses: dict[str, str], kind: str) -> None:
+    """Of 1000 local calls each, none has a wrong answer or goes another way."""
+    assert output_of(SCRIPT, addresses["unix"], kind, str(MANY_CALLS)) == "0 0 True\n"
 
 
 @pytest.mark.parametrize("address", ["unix", "port"])
