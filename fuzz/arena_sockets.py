@@ -78,6 +78,8 @@ def _response_of(peer: socket.socket) -> str:
             return "ended"
         response = decode_attach_response(packet)
         arena_id, size = response.arena_id, response.size
+        if response.calls and not (descriptors or arena_id or size):
+            return "calls"
         if len(descriptors) != 1 or not arena_id or not size:
             raise FoundError(f"an arena of {size} bytes with {len(descriptors)} descriptors")
         if fcntl.fcntl(descriptors[0], fcntl.F_GET_SEALS) & SEALS != SEALS or os.fstat(descriptors[0]).st_size != size:

@@ -13,6 +13,7 @@ from poolrpc._transport.request import PreparedRequest, Transfer
 from poolrpc._transport.stream import StreamReader
 from poolrpc._transport.unary import decode_message
 from poolrpc._wire import codec
+from poolrpc._wire.local_packets import decode_answer
 from poolrpc._wire.status import decode_error
 from poolrpc.errors import BY_CODE, PoolError
 from poolrpc.tensors import numpy_dtype
@@ -30,7 +31,7 @@ def judge(case: Case) -> str:
 
     """
     first, response = (case[0] if case else b"") or b"\0", case[1:]
-    kind, question = first[0] % 5, first[1:]
+    kind, question = first[0] % 6, first[1:]
     try:
         if kind in (0, 1):
             return _results(QUESTIONS[(question or b"\0")[0] % len(QUESTIONS)], response, streamed=kind == 1)
@@ -41,6 +42,8 @@ def judge(case: Case) -> str:
             return f"{error.code}"
         if kind == 3:
             codec.decode_shape_response(pool_pb2.InferShapeResponse.FromString(whole))
+        elif kind == 5:
+            decode_answer(whole)
         else:
             codec.decode_info(pool_pb2.GetServerInfoResponse.FromString(whole))
     except DecodeError:

@@ -75,7 +75,7 @@ class Embedded:
         if self._count % REGISTER_EVERY == 0:
             self.peer.register()
         self._count += 1
-        return self.peer.judge(target, case)
+        return self.peer.converse(case) if target == "local" else self.peer.judge(target, case)
 
     def check_calls(self) -> None:
         """Check that the server answers valid calls and is idle."""

@@ -217,8 +217,10 @@ def quick(_: Random) -> Iterator[Case]:
 QUESTIONS = tuple(request for _, request, _ in requests(Random(7), 1))
 """The requests of a client to which the fuzzer responds."""
 
-FDS, NEW, READ, CLOSE, SHUT = 3, 4, 8, 16, 32
-"""Bits of the first byte of a step: descriptors to send, a new connection before it, and what to do after it."""
+FDS, NEW, READ, CLOSE, SHUT, WRONG, CUT = 3, 4, 8, 16, 32, 64, 128
+"""Bits of the first byte of a step: descriptors to send, a new connection before it, what to do after it, and what
+is wrong with a local call: the length of its header, or its end.
+"""
 
 
 def attach(rng: Random) -> Iterator[Case]:
@@ -229,6 +231,26 @@ def attach(rng: Random) -> Iterator[Case]:
             yield (bytes((flags,)) + packet,)
             yield bytes((NEW | READ,)) + packet, bytes((flags & ~NEW | rng.randrange(4),)) + packet
             yield bytes((NEW,)) + packet, bytes((NEW | READ,)) + packet, bytes((flags,)) + packet
+
+
+def local(rng: Random) -> Iterator[Case]:
+    """Yield local calls: of each, a byte of flags, its header and its request."""
+    methods = [("Pool", pool, True), ("InferShape", infer_shape, False), ("GetServerInfo", _empty, False)]
+    for method, cases, computes in methods:
+        for (request,) in cases(rng):
+            call = pool_pb2.LocalCall(method=f"/poolrpc.v1.PoolService/{method}")
+            if rng.randrange(2):
+                call.timeout = rng.choice((0, 10**6, 10**8))
+            if computes and rng.randrange(2):
+                call.metadata.extend((b"priority", str(rng.randrange(4)).encode(), b"x-bin", rng.randbytes(4)))
+            header, flags = call.SerializeToString(), rng.choice((READ, READ, READ, NEW | READ, 0, CLOSE))
+            yield bytes((flags,)), header, request
+            other = rng.choice((1, SHUT, WRONG, CUT, NEW, 0))
+            yield bytes((other | READ, len(header), 0)), header, request, bytes((READ,)), header, request
+
+
+def _empty(_: Random) -> Iterator[Case]:
+    yield (b"",)
 
 
 def answers(rng: Random) -> Iterator[Case]:
@@ -253,6 +275,8 @@ def answers(rng: Random) -> Iterator[Case]:
     yield b"\3", shapes.SerializeToString()
     info = pool_pb2.GetServerInfoResponse(version="1", layers=[{"name": "MaxPool2d", "dtypes": [1]}])
     yield b"\4", info.SerializeToString()
+    yield b"\5", b"\0", info.SerializeToString()
+    yield b"\5", b"\1", encode_error(UnavailableError("full", reason="QUEUE", retry_delay=0.25))[1]
 
 
 GIVEN_BYTES = 2**20
@@ -281,19 +305,21 @@ SEEDS = {
     "ModelStreamInfer": model_stream_infer,
     "quick": quick,
     "attach": attach,
+    "local": local,
     "answers": answers,
     "attached": attached,
 }
 
 
 SHARES = {
-    "Pool": 28,
+    "Pool": 24,
     "PoolStream": 6,
     "InferShape": 14,
-    "ModelInfer": 26,
+    "ModelInfer": 22,
     "ModelStreamInfer": 4,
     "quick": 8,
     "attach": 6,
+    "local": 8,
     "answers": 6,
     "attached": 2,
 }

@@ -14,6 +14,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 import poolrpc
+from fuzz import local_packets
 from fuzz.findings import FoundError
 from fuzz.seeds import ARENA_BYTES, ARENA_ID, REGION, REGION_BYTES, REGION_KEY
 from poolrpc._transport.arena_memory import Arenas
@@ -54,6 +55,7 @@ class Peer:
         """
         self._channel = grpc.insecure_channel(address)
         self._crowded = crowded
+        self._path = path
         self._arenas = Arenas(path, arena_bytes=ARENA_BYTES)
         span = self._arenas.allocate(ARENA_BYTES)
         if span is None:
@@ -114,6 +116,15 @@ class Peer:
         data = messages[0]
         return self._ended(lambda: judged(data, call(data, timeout=DEADLINE)), _parses(kind, data))
 
+    def converse(self, case: Case) -> str:
+        """Send the local calls of a case, and return how they ended.
+
+        Raises:
+            FoundError: They ended in a way that is a bug.
+
+        """
+        return local_packets.converse(self._path, case, self._with_ours)
+
     def check_calls(self) -> None:
         """Check that valid calls have the right results, bit for bit, through every transport and protocol.
 
@@ -123,7 +134,7 @@ class Peer:
         """
         x = np.random.default_rng(1).standard_normal((2, 3, 8, 8), np.float32)
         expected = x.reshape(2, 3, 4, 2, 4, 2).max((3, 5))
-        for transport in ("unary", "stream", "arena"):
+        for transport in ("unary", "stream", "arena", "local"):
             output = self._client.pool(x, poolrpc.MaxPool2d(2), transport=transport, timeout=DEADLINE).output
             np.testing.assert_array_equal(output, expected)
         message = pb.ModelInferRequest(model_name="pool", raw_input_contents=[x.tobytes()])

@@ -71,6 +71,8 @@ class Run:
             return client_responses.judge(case)
         if target == "attach":
             return arena_sockets.converse(self._arena_socket, case)
+        if target == "local":
+            return self._peer.converse(case)
         if target == "attached":
             with self._one_at_a_time:
                 return self._hostile.judge(case)

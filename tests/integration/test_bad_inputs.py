@@ -8,6 +8,7 @@ such as B01, only serves to name it.
 from __future__ import annotations
 
 import gzip
+import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -19,16 +20,71 @@ import pytest
 import poolrpc
 import poolrpc_server
 from poolrpc._wire import codec, layer_codec
+from poolrpc._wire.local_packets import MAX_PACKET_BYTES, encode_call
 from poolrpc._wire.status import DETAILS_KEY, decode_error
 from poolrpc.tensors import TensorSpec
-from poolrpc.v1 import pool_pb2, pool_pb2_grpc
+from poolrpc.v1 import pool_pb2, pool_pb2_grpc, standard_pb2
 from scripts.server_process import ServerProcess, serving
+from tests.integration.local_calls import packet_socket
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable, Iterator
+
+    from google.protobuf.message import Message
 
 IM, UM = 2**31 - 1, 2**32 - 1
 SIZES = {1: (8,), 2: (8, 8), 3: (8, 8, 8)}
+
+
+class LocalRpcError(grpc.RpcError):
+    """The error of a local call, with the methods of gRPC's."""
+
+    def __init__(self, packet: bytes) -> None:
+        self._packet = packet
+        self._status = standard_pb2.Status.FromString(packet)
+
+    def code(self) -> grpc.StatusCode:
+        """Return the status code."""
+        return next(each for each in grpc.StatusCode if each.value[0] == self._status.code)
+
+    def details(self) -> str:
+        """Return the message."""
+        return self._status.message
+
+    def trailing_metadata(self) -> list[tuple[str, bytes]]:
+        """Return the details, as gRPC has them."""
+        return [(DETAILS_KEY, self._packet)]
+
+    def __str__(self) -> str:
+        """Return the message."""
+        return self.details()
+
+
+class LocalStub:
+    """The methods of a stub, by packets on one connection, which lasts for as long as every packet is a call."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+
+    def Pool(self, request: pool_pb2.PoolRequest, timeout: float) -> pool_pb2.PoolResponse:  # noqa: N802 - the method's
+        """Call Pool."""
+        return pool_pb2.PoolResponse.FromString(self._call("Pool", request, timeout))
+
+    def InferShape(self, request: pool_pb2.InferShapeRequest, timeout: float) -> pool_pb2.InferShapeResponse:  # noqa: N802 - as above
+        """Call InferShape."""
+        return pool_pb2.InferShapeResponse.FromString(self._call("InferShape", request, timeout))
+
+    def _call(self, method: str, request: Message, timeout: float) -> bytes:
+        packet = encode_call(f"poolrpc.v1.PoolService/{method}", timeout, (), (request.SerializeToString(),))
+        if packet is None:
+            pytest.skip("the request is larger than a packet")
+        self._connection.sendmsg(packet)
+        answer = self._connection.recv(MAX_PACKET_BYTES)
+        assert answer, "the connection has ended"
+        if answer[0]:
+            raise LocalRpcError(answer[1:])
+        return answer[1:]
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +106,18 @@ def stubs(server: ServerProcess) -> Iterator[list[pool_pb2_grpc.PoolServiceStub]
         ]
 
 
-@pytest.fixture(params=["tcp", "unix"])
-def stub(request: pytest.FixtureRequest, stubs: list[pool_pb2_grpc.PoolServiceStub]) -> pool_pb2_grpc.PoolServiceStub:
-    """Return the stub on either address."""
-    return stubs[request.param == "unix"]
+@pytest.fixture(params=["tcp", "unix", "local"])
+def stub(
+    request: pytest.FixtureRequest, server: ServerProcess, stubs: list[pool_pb2_grpc.PoolServiceStub]
+) -> Iterator[pool_pb2_grpc.PoolServiceStub | LocalStub]:
+    """Return the stub on either address, or one that sends packets instead of gRPC's messages."""
+    if request.param != "local":
+        yield stubs[request.param == "unix"]
+        return
+    if sys.platform != "linux":
+        pytest.skip("local calls need Linux")
+    with packet_socket(server.start_line["addresses"][1]) as connection:
+        yield LocalStub(connection)
 
 
 @pytest.fixture(autouse=True)
