@@ -115,6 +115,7 @@ class Client:
         self._arguments, self._until = arguments, until
         self._drawn = np.random.default_rng([2, number])
         self.came: Counter[str] = Counter()
+        self.used: Counter[str] = Counter()
         self.wrong: list[str] = []
         self.late = self.killed = self.lost = 0
         self.thread = threading.Thread(target=self._lives)
@@ -155,6 +156,7 @@ class Client:
 
     def _ended(self, line: dict[str, Any]) -> None:
         self.came[f"{line['what']}: {line['came'].partition(' ')[0]}"] += 1
+        self.used.update(line["used"])
         if line["came"].startswith("wrong"):
             self.wrong.append(f"{line['what']}: {line['came']}")
         self.late += line["s"] > 2 * TIMEOUT + 1 if line["what"] == "good" else line["s"] > TIMEOUT + 1
@@ -226,6 +228,7 @@ def summary(minutes: float, clients: list[Client], samples: list[tuple[float, fl
         "ratio": round(came["good: right"] / max(good, 1), 4),
         "calls": sum(came.values()),
         "came": dict(sorted(came.items())),
+        "transports": dict(sum((client.used for client in clients), Counter())),
         "wrong": wrong[:20],
         "late": late,
         "lost": lost,

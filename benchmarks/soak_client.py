@@ -30,6 +30,10 @@ SHORT, CANCELLED, BAD = 0.06, 0.20, 0.10
 """The parts of the calls that have a short deadline, are cancelled, and are wrong."""
 
 
+used = threading.local()
+"""The transports of a thread's results since its call began, as `names`."""
+
+
 class WrongResultError(Exception):
     """A result that is not the expected one."""
 
@@ -43,6 +47,7 @@ class Case:
 
     def check(self, result: PoolResult) -> None:
         """Compare a result, bit by bit."""
+        used.names.append(result.transport)
         pairs = [(result.output, self.output), (result.indices, self.indices)]
         for got, expected in pairs:
             if expected is not None and (
@@ -63,7 +68,9 @@ class Worker:
         self._channel = grpc.insecure_channel(tcp)
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self._async_client = asyncio.run_coroutine_threadsafe(self._connect(tcp), self._loop).result()
+        self._async_clients = [
+            asyncio.run_coroutine_threadsafe(self._connect(each), self._loop).result() for each in (tcp, unix)
+        ]
         self._seed = seed
 
     @staticmethod
@@ -91,16 +98,19 @@ class Worker:
             else:
                 what, call, allowed = "good", self._good, ()
             report({"begin": name, "what": what})
-            started = time.monotonic()
-            report(
-                {"end": name, "what": what, "came": outcome_of(call, drawn, allowed), "s": time.monotonic() - started}
-            )
+            started, used.names = time.monotonic(), []
+            came = outcome_of(call, drawn, allowed)
+            line = {"end": name, "what": what, "came": came, "s": time.monotonic() - started}
+            report({**line, "used": sorted(set(used.names))})
 
     def _case(self, drawn: np.random.Generator) -> Case:
         return self._cases[drawn.integers(len(self._cases))]
 
     def _client(self, drawn: np.random.Generator) -> PoolClient:
         return self._clients[drawn.integers(2)]
+
+    def _async_client(self, drawn: np.random.Generator) -> AsyncPoolClient:
+        return self._async_clients[drawn.integers(2)]
 
     def _good(self, drawn: np.random.Generator) -> None:
         case, client = self._case(drawn), self._client(drawn)
@@ -116,7 +126,7 @@ class Worker:
                 for result in client.map([small.x] * 20, small.layer):
                     small.check(result)
             case 3:
-                wait = self._async_client.pool(case.x, case.layer)
+                wait = self._async_client(drawn).pool(case.x, case.layer)
                 case.check(asyncio.run_coroutine_threadsafe(wait, self._loop).result())
             case _:
                 for result in client.pool_each(case.x, [case.layer, case.layer]):
@@ -129,7 +139,7 @@ class Worker:
     def _cancelled(self, drawn: np.random.Generator) -> None:
         case = self._case(drawn)
         transport = "stream" if drawn.integers(5) == 0 else None
-        wait = self._async_client.pool(case.x, case.layer, transport=transport)
+        wait = self._async_client(drawn).pool(case.x, case.layer, transport=transport)
         future = asyncio.run_coroutine_threadsafe(wait, self._loop)
         # Cancels the call at a random moment.
         threading.Event().wait(float(drawn.exponential(0.005)))

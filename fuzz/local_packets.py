@@ -34,7 +34,7 @@ def converse(path: str, case: Case, prepare: Callable[[bytes], bytes]) -> str:
 
     Args:
         path: The path of the server's socket.
-        case: For each call its flags, its header and its request.
+        case: For each call its flags (a byte, a wrong length of its header, its deadline), its header and its request.
         prepare: Replaces placeholders in a request.
 
     Raises:
@@ -51,7 +51,7 @@ def converse(path: str, case: Case, prepare: Callable[[bytes], bytes]) -> str:
                 peers.append(opened.enter_context(_connected(path)))
             peer = peers[-1]
             length = int.from_bytes(flags[1:3], "little") if bits & WRONG else min(len(header), 0xFFFF)
-            packet = length.to_bytes(2, "little") + header + prepare(request)
+            packet = length.to_bytes(2, "little") + flags[3:11].ljust(8, b"\xff") + header + prepare(request)
             with suppress(ConnectionError):  # an earlier packet has ended it
                 _send(peer, packet[: len(packet) // 2] if bits & CUT else packet, bits & FDS)
                 if bits & SHUT:

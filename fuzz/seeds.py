@@ -239,12 +239,11 @@ def local(rng: Random) -> Iterator[Case]:
     for method, cases, computes in methods:
         for (request,) in cases(rng):
             call = pool_pb2.LocalCall(method=f"/poolrpc.v1.PoolService/{method}")
-            if rng.randrange(2):
-                call.timeout = rng.choice((0, 10**6, 10**8))
             if computes and rng.randrange(2):
                 call.metadata.extend((b"priority", str(rng.randrange(4)).encode(), b"x-bin", rng.randbytes(4)))
             header, flags = call.SerializeToString(), rng.choice((READ, READ, READ, NEW | READ, 0, CLOSE))
             yield bytes((flags,)), header, request
+            yield bytes((flags, 0, 0)) + rng.choice((0, 10**6, 10**8)).to_bytes(8, "little"), header, request
             other = rng.choice((1, SHUT, WRONG, CUT, NEW, 0))
             yield bytes((other | READ, len(header), 0)), header, request, bytes((READ,)), header, request
 

@@ -65,6 +65,7 @@ class Variant:
 VARIANTS = {
     "tcp": Variant("one process, attacked through TCP"),
     "unix": Variant("one process, attacked through its unix socket", unix=True),
+    "local": Variant("one process, attacked through local calls", unix=True),
     "tokens": Variant("one process that requires tokens, attacked without one", tokens=True),
     "insider": Variant("one process that requires tokens, attacked with a valid one", tokens=True, insider=True),
     "workers": Variant("two workers, attacked through TCP", workers=2),

@@ -31,15 +31,15 @@ INFO = "poolrpc.v1.PoolService/GetServerInfo"
 def header(**fields: object) -> bytes:
     """Return the packet of a call without a message."""
     call = pool_pb2.LocalCall(**fields).SerializeToString()
-    return struct.pack("<H", len(call)) + call
+    return struct.pack("<HQ", len(call), 0) + call
 
 
 @pytest.mark.parametrize(
     ("packet", "message"),
     [
         (b"\1", "expected the packet of a call"),
-        (b"\xff\xff", "expected a header of 65535 bytes, got 0"),
-        (b"\2\0\xff\xff", "expected the packet of a call"),
+        (b"\xff" * 10, "expected a header of 65535 bytes, got 0"),
+        (b"\2\0" + bytes(8) + b"\xff\xff", "expected the header of a call"),
         (header(method="/a", metadata=[b"key"]), "expected keys and values, got 1 texts"),
         (bytes(MAX_PACKET_BYTES + 1), "expected a packet of at most"),
         (os.urandom(1000), "expected "),

@@ -21,4 +21,5 @@ def test_a_minute_of_faults(tmp_path: Path) -> None:
     (row,) = json.loads(rows.read_text())
     assert row["broken"] == row["wrong"] == []
     assert min(row["workers_killed"], row["clients_killed"], row["connections_cut"]) > 0
+    assert {"unary", "stream", "local"} <= row["transports"].keys()
     assert row["came"]["good: right"] > row["came"].get("good: unavailable", 0)

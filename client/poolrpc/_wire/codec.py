@@ -424,13 +424,16 @@ def decode_info(message: pool_pb2.GetServerInfoResponse) -> ServerInfo:
         torch_version=message.torch_version,
         device=message.device,
         threads=message.threads,
-        layers={
-            each.name: tuple(DTYPE_FROM_WIRE[number] for number in each.dtypes if number in DTYPE_FROM_WIRE)
-            for each in message.layers
-        },
+        layers={each.name: _known_dtypes(tuple(each.dtypes)) for each in message.layers},
         limits={each.name: Limit(each.value, each.unit) for each in message.limits},
         features=dict(message.features),
     )
+
+
+@lru_cache(64)
+def _known_dtypes(numbers: tuple[pool_pb2.DataType.ValueType, ...]) -> tuple[str, ...]:
+    # Cached, since most layers have the same.
+    return tuple(DTYPE_FROM_WIRE[number] for number in numbers if number in DTYPE_FROM_WIRE)
 
 
 def decode_health(message: standard_pb2.HealthCheckResponse) -> str:

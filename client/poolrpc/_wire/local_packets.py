@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from google.protobuf.message import DecodeError
@@ -12,14 +13,19 @@ from poolrpc.errors import InternalError, InvalidArgumentError, PoolError
 from poolrpc.v1 import pool_pb2, standard_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from poolrpc.tensors import Bytes
 
 MAX_PACKET_BYTES = 128 * 2**10
 """The largest packet: the kernel's default for a socket's buffer, 208 KiB, has room for it with its own overhead."""
 
-_LENGTH = struct.Struct("<H")
+_START = struct.Struct("<HQ")
+"""What a packet starts with: the length of its header, and the microseconds that are left until the deadline."""
+
+_NO_DEADLINE = 2**64 - 1
+_MAX_HEADER_BYTES = 2**16 - 1
+
 _OK, _ERROR = b"\0", b"\1"
 _CODES = {number: name for name, number in STATUS_NUMBERS.items()}
 
@@ -42,7 +48,7 @@ class ReceivedCall(NamedTuple):
 
 
 def encode_call(
-    method: str, timeout: float | None, metadata: Sequence[tuple[str, str | bytes]], message: Iterable[Bytes]
+    method: str, timeout: float | None, metadata: tuple[tuple[str, str | bytes], ...], message: Iterable[Bytes]
 ) -> list[Bytes] | None:
     """Return the parts of a call's packet, or None if it is larger than MAX_PACKET_BYTES.
 
@@ -53,16 +59,19 @@ def encode_call(
         message: The parts of the request.
 
     """
-    texts = [text if isinstance(text, bytes) else text.encode() for pair in metadata for text in pair]
-    call = pool_pb2.LocalCall(method=f"/{method}", metadata=texts)
-    if timeout is not None:
-        call.timeout = max(0, round(timeout * 1e6))
-    header = call.SerializeToString()
-    parts: list[Bytes] = [b"", header, *message]
-    if sum(map(len, parts)) > MAX_PACKET_BYTES - _LENGTH.size or len(header) >= 2 ** (8 * _LENGTH.size):
+    header = _encode_header(method, metadata)
+    deadline = _NO_DEADLINE if timeout is None else max(0, round(timeout * 1e6))
+    if len(header) > _MAX_HEADER_BYTES:
         return None
-    parts[0] = _LENGTH.pack(len(header))
-    return parts
+    parts: list[Bytes] = [_START.pack(len(header), deadline), header, *message]
+    return parts if sum(map(len, parts)) <= MAX_PACKET_BYTES else None
+
+
+@lru_cache(64)
+def _encode_header(method: str, metadata: tuple[tuple[str, str | bytes], ...]) -> bytes:
+    # Cached, since most calls of a client have the same.
+    texts = [text if isinstance(text, bytes) else text.encode() for pair in metadata for text in pair]
+    return pool_pb2.LocalCall(method=f"/{method}", metadata=texts).SerializeToString()
 
 
 def decode_call(packet: memoryview) -> ReceivedCall:
@@ -73,19 +82,28 @@ def decode_call(packet: memoryview) -> ReceivedCall:
 
     """
     try:
-        (length,) = _LENGTH.unpack_from(packet)
-        start = _LENGTH.size + length
-        if start > len(packet):
-            raise InvalidArgumentError(f"expected a header of {length} bytes, got {len(packet) - _LENGTH.size}")
-        header = pool_pb2.LocalCall.FromString(bytes(packet[_LENGTH.size : start]))
-    except (struct.error, DecodeError):
+        length, deadline = _START.unpack_from(packet)
+    except struct.error:
         raise InvalidArgumentError("expected the packet of a call, got another one") from None
+    start = _START.size + length
+    if start > len(packet):
+        raise InvalidArgumentError(f"expected a header of {length} bytes, got {len(packet) - _START.size}")
+    method, metadata = _decode_header(bytes(packet[_START.size : start]))
+    timeout = None if deadline == _NO_DEADLINE else deadline / 1e6
+    return ReceivedCall(method, timeout, metadata, bytes(packet[start:]))
+
+
+@lru_cache(64)
+def _decode_header(data: bytes) -> tuple[str, tuple[tuple[str, str | bytes], ...]]:
+    # Cached for the same reason.
+    try:
+        header = pool_pb2.LocalCall.FromString(data)
+    except DecodeError:
+        raise InvalidArgumentError("expected the header of a call, got other bytes") from None
     texts = header.metadata
     if len(texts) % 2:
         raise InvalidArgumentError(f"expected keys and values, got {len(texts)} texts", field="metadata")
-    timeout = header.timeout / 1e6 if header.HasField("timeout") else None
-    metadata = tuple(_pair(key, value) for key, value in zip(texts[::2], texts[1::2], strict=True))
-    return ReceivedCall(header.method, timeout, metadata, bytes(packet[start:]))
+    return header.method, tuple(_pair(key, value) for key, value in zip(texts[::2], texts[1::2], strict=True))
 
 
 def _pair(key: bytes, value: bytes) -> tuple[str, str | bytes]:

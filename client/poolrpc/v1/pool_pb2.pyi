@@ -455,19 +455,17 @@ Global___AttachResponse: _TypeAlias = AttachResponse  # noqa: Y015
 @_typing.final
 class LocalCall(_message.Message):
     """LocalCall is the header of a call that is sent as a packet on a connection to the arena socket, one at a time. The
-    packet is the header's length (2 bytes, little-endian), the header, and the request as gRPC would carry it. The answer
-    is a packet too: a byte 0 and the response, or a byte 1 and the error as a Status.
+    packet is the header's length (2 bytes, little-endian), the microseconds that are left until the deadline (8 bytes,
+    little-endian; 2^64 - 1: there is no deadline), the header, and the request as gRPC would carry it. The answer is a
+    packet too: a byte 0 and the response, or a byte 1 and the error as a Status.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     METHOD_FIELD_NUMBER: _builtins.int
-    TIMEOUT_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
     method: _builtins.str
     """"/package.Service/Method"."""
-    timeout: _builtins.int
-    """The microseconds that are left until the deadline. Absent: there is no deadline."""
     @_builtins.property
     def metadata(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """gRPC's metadata: keys and values in turn."""
@@ -476,16 +474,13 @@ class LocalCall(_message.Message):
         self,
         *,
         method: _builtins.str = ...,
-        timeout: _builtins.int | None = ...,
         metadata: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_timeout", b"_timeout", "timeout", b"timeout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_timeout", b"_timeout", "metadata", b"metadata", "method", b"method", "timeout", b"timeout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["metadata", b"metadata", "method", b"method"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__timeout: _TypeAlias = _typing.Literal["timeout"]  # noqa: Y015
-    _WhichOneofArgType__timeout: _TypeAlias = _typing.Literal["_timeout", b"_timeout"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__timeout) -> _WhichOneofReturnType__timeout | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LocalCall: _TypeAlias = LocalCall  # noqa: Y015
 

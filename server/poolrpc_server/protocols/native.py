@@ -71,6 +71,7 @@ class PoolServicer:
         self._streams = streams
         self._prepared: dict[bytes, _PreparedPool] = {}
         self._splits: dict[int, tuple[bytes, bytes]] = {}  # by length, what precedes the payload, and the header
+        self._info = codec.encode_info(dispatcher.info).SerializeToString()
 
     def methods(self) -> tuple[Method, ...]:
         """Return the methods of the service."""
@@ -127,7 +128,7 @@ class PoolServicer:
     def get_server_info(self, message: bytes, _: CallContext) -> bytes:
         """Return the description of the server."""
         parse(pool_pb2.GetServerInfoRequest, message)
-        return codec.encode_info(self._dispatcher.info).SerializeToString()
+        return self._info
 
     def _split_again(self, message: bytes) -> tuple[bytes, memoryview]:
         """Return the header and the payload of a request, without reading the fields of one like an earlier one."""
