@@ -1,17 +1,19 @@
 """Loads from a tenth of the capacity to ten times it: what is answered, how soon, and how soon the rest is rejected.
 
 Open loop: several client processes send at random times that were drawn before, whether responses arrive or not, and
-without retries. Every response is compared with torch's, byte by byte. The layers of the mix take long for their size,
-because clients and server share the machine's cores: with large tensors the clients could not send ten times the
-capacity.
+without retries, by gRPC and then by local calls. Every response is compared with torch's, byte by byte. The layers of
+the mix take long for their size, because clients and server share the machine's cores: with large tensors the clients
+could not send ten times the capacity.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import tempfile
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,7 @@ import numpy as np
 import psutil
 import torch
 
-from poolrpc import AvgPool2d, LPPool2d, MaxPool2d
+from poolrpc import AvgPool2d, LPPool2d, MaxPool2d, PoolClient, PoolError
 from poolrpc._wire import framing
 from poolrpc._wire.codec import Request, encode_request, encode_results
 from poolrpc.tensors import TensorSpec
@@ -43,7 +45,9 @@ MIX: tuple[tuple[tuple[int, ...], Layer], ...] = (
 )
 """Up to about 80 ms of one thread, for up to 400 KB."""
 
-TIMES = (0.1, 0.5, 0.8, 1, 2, 5, 10)
+TIMES = {"grpc": (0.1, 0.5, 0.8, 1, 2, 5, 10), "local": (0.5, 1, 2, 10)}
+LOCAL_CALLS = 64
+"""Threads of a client that makes local calls, one for each call that it has in flight."""
 CLIENTS, CALLERS = 2, 4
 """Processes that send a load, and threads that measure the capacity."""
 QUEUE_SECONDS = 0.25
@@ -76,13 +80,82 @@ class Observed:
     seconds: float = 0.0
 
 
-def exchange(shape: tuple[int, ...], layer: Layer) -> tuple[bytes, bytes]:
-    """Return a request, and torch's response to it."""
-    x = np.random.default_rng(0).standard_normal(shape, np.float32)
-    request = Request(TensorSpec("float32", shape), ((layer,),))
+class GrpcCaller:
+    """Sends the requests of the mix by gRPC."""
+
+    def __init__(self, address: str) -> None:
+        self._mix = [exchange(*each) for each in MIX]
+        self._channel = grpc.insecure_channel(address, options=OPTIONS)
+        self._call = self._channel.unary_unary(METHOD)
+
+    def call(self, number: int) -> bool:
+        """Call, and return whether the response is torch's."""
+        request, expected = self._mix[number]
+        return bool(self._call(request, timeout=TIMEOUT) == expected)
+
+    def future(self, number: int) -> Any:  # noqa: ANN401 - a future of gRPC
+        """Begin a call."""
+        return self._call.future(self._mix[number][0], timeout=TIMEOUT)
+
+    def outcome(self, future: Any, number: int) -> tuple[str, bool]:  # noqa: ANN401 - as above
+        """Return the status of a call that has ended, and whether its response is torch's."""
+        code: str = future.code().name
+        return code, code == "OK" and future.result() == self._mix[number][1]
+
+    def close(self) -> None:
+        """Close the channel."""
+        self._channel.close()
+
+
+class LocalCaller:
+    """Makes local calls for the requests of the mix."""
+
+    def __init__(self, address: str) -> None:
+        self._mix = [(tensor(shape), layer, torchs(shape, layer).tobytes()) for shape, layer in MIX]
+        self._client = PoolClient(address, timeout=TIMEOUT, options=OPTIONS)
+        self._threads = ThreadPoolExecutor(LOCAL_CALLS)
+
+    def call(self, number: int) -> bool:
+        """Call, and return whether the result is torch's."""
+        x, layer, expected = self._mix[number]
+        return self._client.pool(x, layer, transport="local").output.tobytes() == expected
+
+    def future(self, number: int) -> Future[bool]:
+        """Begin a call."""
+        return self._threads.submit(self.call, number)
+
+    def outcome(self, future: Future[bool], _: int) -> tuple[str, bool]:
+        """Return the status of a call that has ended, and whether its result is torch's."""
+        error = future.exception()
+        if isinstance(error, PoolError):
+            return error.code, False
+        return "OK", future.result()
+
+    def close(self) -> None:
+        """Close the client."""
+        self._client.close()
+        self._threads.shutdown()
+
+
+CALLERS_OF: dict[str, type[GrpcCaller | LocalCaller]] = {"grpc": GrpcCaller, "local": LocalCaller}
+
+
+def tensor(shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """Return the input of a request of the mix."""
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+
+def torchs(shape: tuple[int, ...], layer: Layer) -> np.ndarray[Any, Any]:
+    """Return torch's output for a request of the mix."""
     names = {"kernel_size": layer.kernel_size, "stride": layer.stride}  # type: ignore[attr-defined]  # layers with windows
     names |= {"padding": layer.padding} if hasattr(layer, "padding") else {"norm_type": layer.norm_type}
-    output = getattr(torch.nn, layer.name)(**names)(torch.from_numpy(x)).numpy()
+    return np.asarray(getattr(torch.nn, layer.name)(**names)(torch.from_numpy(tensor(shape))))
+
+
+def exchange(shape: tuple[int, ...], layer: Layer) -> tuple[bytes, bytes]:
+    """Return a request, and torch's response to it."""
+    x, output = tensor(shape), torchs(shape, layer)
+    request = Request(TensorSpec("float32", shape), ((layer,),))
     answer = pool_pb2.PoolResponse(results=encode_results(request.results())).SerializeToString()
     return (
         framing.join(encode_request(request).SerializeToString(), [x.tobytes()]),
@@ -100,21 +173,22 @@ def arrivals(rate: float, seed: int) -> list[tuple[float, int]]:
     return times
 
 
-def send_load(address: str, rate: float, seed: int, begin: Barrier, results: Queue[Observed]) -> None:
+def send_load(server: tuple[str, str], rate: float, seed: int, begin: Barrier, results: Queue[Observed]) -> None:
     """Send so many calls per second, and report the results."""
     torch.set_num_threads(1)
-    times, mix, seen = arrivals(rate, seed), [exchange(*each) for each in MIX], Observed()
-    with grpc.insecure_channel(address, options=OPTIONS) as channel:
-        call = channel.unary_unary(METHOD)
-        call(mix[-1][0], timeout=TIMEOUT)
+    times, seen = arrivals(rate, seed), Observed()
+    transport, address = server
+    with closing(CALLERS_OF[transport](address)) as caller:
+        caller.call(len(MIX) - 1)
 
-        def ended(future: grpc.Future[bytes], sent: float, number: int) -> None:
-            seconds, code = time.perf_counter() - sent, future.code().name
+        def ended(future: Any, sent: float, number: int) -> None:  # noqa: ANN401 - a future of either caller
+            seconds = time.perf_counter() - sent
+            code, right = caller.outcome(future, number)
             seen.statuses[code] += 1
             if code == "UNAVAILABLE":
                 seen.rejected.append(seconds)
             elif code == "OK":
-                if future.result() == mix[number][1]:
+                if right:
                     seen.accepted.append(seconds)
                     seen.kinds[number] += 1
                 else:
@@ -127,7 +201,7 @@ def send_load(address: str, rate: float, seed: int, begin: Barrier, results: Que
             if wait > 0:
                 time.sleep(wait)
             seen.late = max(seen.late, -wait)
-            future, sent = call.future(mix[number][0], timeout=TIMEOUT), time.perf_counter()
+            sent, future = time.perf_counter(), caller.future(number)
             future.add_done_callback(lambda each, sent=sent, number=number: ended(each, sent, number))
             futures.append(future)
         for future in futures:
@@ -136,12 +210,12 @@ def send_load(address: str, rate: float, seed: int, begin: Barrier, results: Que
     results.put(seen)
 
 
-def measure(address: str, rate: float) -> Observed:
+def measure(server: tuple[str, str], rate: float) -> Observed:
     """Send a load from several processes, and return their results together."""
     spawn = multiprocessing.get_context("spawn")
     begin, results = spawn.Barrier(CLIENTS), spawn.Queue()
     clients = [
-        spawn.Process(target=send_load, args=(address, rate / CLIENTS, seed, begin, results)) for seed in range(CLIENTS)
+        spawn.Process(target=send_load, args=(server, rate / CLIENTS, seed, begin, results)) for seed in range(CLIENTS)
     ]
     for client in clients:
         client.start()
@@ -159,14 +233,14 @@ def measure(address: str, rate: float) -> Observed:
     )
 
 
-def capacity(call: Callable[[bytes], bytes], mix: list[tuple[bytes, bytes]]) -> float:
+def capacity(call: Callable[[int], bool]) -> float:
     """Return the calls per second of a few callers, each of which sends its next call when it has a response."""
     until, counts = time.perf_counter() + SECONDS, [0] * CALLERS
 
     def send(caller: int) -> None:
         drawn = np.random.default_rng(caller)
         while time.perf_counter() < until:
-            call(mix[drawn.integers(len(mix))][0])
+            call(int(drawn.integers(len(MIX))))
             counts[caller] += 1
 
     with ThreadPoolExecutor(CALLERS) as callers:
@@ -174,16 +248,15 @@ def capacity(call: Callable[[bytes], bytes], mix: list[tuple[bytes, bytes]]) -> 
     return sum(counts) / SECONDS
 
 
-def alone(call: Callable[[bytes], bytes], mix: list[tuple[bytes, bytes]], count: int = 300) -> list[float]:
+def alone(call: Callable[[int], bool], count: int = 300) -> list[float]:
     """Return the seconds of calls in a row."""
     seconds = []
     for number in range(count):
-        request, expected = mix[number % len(mix)]
         started = time.perf_counter()
-        answer = call(request)
+        right = call(number % len(MIX))
         seconds.append(time.perf_counter() - started)
-        if answer != expected:
-            raise ValueError(f"expected torch's response, got another one, for {MIX[number % len(mix)]}")
+        if not right:
+            raise ValueError(f"expected torch's response, got another one, for {MIX[number % len(MIX)]}")
     return seconds
 
 
@@ -193,46 +266,54 @@ def quantile(values: list[float], part: float) -> float | None:
 
 
 def run(_: int) -> Iterator[dict[str, Any]]:
-    """Yield the rows, one for each load."""
-    mix = [exchange(*each) for each in MIX]
-    with serving("--threads", "1", "--max-queue-seconds", str(QUEUE_SECONDS)) as server:
-        process = psutil.Process(server.process.pid)
-        with grpc.insecure_channel(server.address, options=OPTIONS) as channel:
-            call = channel.unary_unary(METHOD)
-            alone(call, mix, 50)
-            unloaded = alone(call, mix)
-            most = capacity(call, mix)
-        # A disturbance only makes a call longer.
-        mix_ms = [quantile(unloaded[number :: len(mix)], 0.25) or 0.0 for number in range(len(mix))]
-        rows = []
-        for times in TIMES:
-            cpu, seen = process.cpu_times(), measure(server.address, times * most)
-            spent = process.cpu_times()
-            rows.append(
-                {
-                    "case": f"{times:g} times capacity",
-                    "offered": round(times * most, 1),
-                    "goodput": round(len(seen.accepted) / seen.seconds, 1),
-                    # Which calls are accepted is random, and some take a hundred times as long as others.
-                    "work": round(sum(mix_ms[kind] * n for kind, n in seen.kinds.items()) / 1000 / seen.seconds, 3),
-                    **{f"accepted_p{p:g}_ms": quantile(seen.accepted, p / 100) for p in (50, 99, 99.9)},
-                    **{f"rejected_p{p:g}_ms": quantile(seen.rejected, p / 100) for p in (50, 99)},
-                    "statuses": dict(seen.statuses),
-                    "wrong": seen.wrong,
-                    "clients_late_ms": round(seen.late * 1000, 1),
-                    "server_rss_mib": process.memory_info().rss >> 20,
-                    "server_cpus": round((spent.user + spent.system - cpu.user - cpu.system) / seen.seconds, 2),
-                }
-            )
-        peak = max(row["work"] for row in rows)
-        bound = 3 * (quantile(unloaded, 0.99) or 0) + QUEUE_SECONDS * 1000
-        for each in rows:
-            yield {
-                **each,
-                "baseline": "the most work that was done at any load",
-                "ratio": round(each["work"] / peak, 3),
-                "capacity": round(most, 1),
-                "unloaded_p99_ms": quantile(unloaded, 0.99),
-                "mix_ms": mix_ms,
-                "accepted_p99_bound_ms": round(bound, 1),
+    """Yield the rows, one for each transport and load."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"unix:{folder}/pool.sock"
+        flags = ("--threads", "1", "--max-queue-seconds", str(QUEUE_SECONDS), "--listen", path)
+        for transport in CALLERS_OF:
+            with serving(*flags) as server:
+                yield from loads(transport, {"grpc": server.address, "local": path}[transport], server.process.pid)
+
+
+def loads(transport: str, address: str, pid: int) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a transport."""
+    process = psutil.Process(pid)
+    with closing(CALLERS_OF[transport](address)) as caller:
+        alone(caller.call, 50)
+        unloaded = alone(caller.call)
+        most = capacity(caller.call)
+    # A disturbance only makes a call longer.
+    mix_ms = [quantile(unloaded[number :: len(MIX)], 0.25) or 0.0 for number in range(len(MIX))]
+    rows = []
+    for times in TIMES[transport]:
+        cpu, seen = process.cpu_times(), measure((transport, address), times * most)
+        spent = process.cpu_times()
+        rows.append(
+            {
+                "case": f"{times:g} times capacity" + (", local calls" if transport == "local" else ""),
+                "transport": transport,
+                "offered": round(times * most, 1),
+                "goodput": round(len(seen.accepted) / seen.seconds, 1),
+                # Which calls are accepted is random, and some take a hundred times as long as others.
+                "work": round(sum(mix_ms[kind] * n for kind, n in seen.kinds.items()) / 1000 / seen.seconds, 3),
+                **{f"accepted_p{p:g}_ms": quantile(seen.accepted, p / 100) for p in (50, 99, 99.9)},
+                **{f"rejected_p{p:g}_ms": quantile(seen.rejected, p / 100) for p in (50, 99)},
+                "statuses": dict(seen.statuses),
+                "wrong": seen.wrong,
+                "clients_late_ms": round(seen.late * 1000, 1),
+                "server_rss_mib": process.memory_info().rss >> 20,
+                "server_cpus": round((spent.user + spent.system - cpu.user - cpu.system) / seen.seconds, 2),
             }
+        )
+    peak = max(row["work"] for row in rows)
+    bound = 3 * (quantile(unloaded, 0.99) or 0) + QUEUE_SECONDS * 1000
+    for each in rows:
+        yield {
+            **each,
+            "baseline": "the most work that was done at any load",
+            "ratio": round(each["work"] / peak, 3),
+            "capacity": round(most, 1),
+            "unloaded_p99_ms": quantile(unloaded, 0.99),
+            "mix_ms": mix_ms,
+            "accepted_p99_bound_ms": round(bound, 1),
+        }

@@ -29,7 +29,7 @@ LOADS = (
 )
 BUSY = (0.3, 0.5, 0.7, 0.8, 0.9)
 MARK = "written by python -m benchmarks.plot -->\n"
-PATHS = ("unary", "stream", "unix unary", "unix stream", "arena", "arena, no copies")
+PATHS = ("unary", "stream", "unix unary", "unix stream", "arena", "arena, no copies", "local", "local, no copies")
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def write(name: str, *parts: list[str]) -> None:
 
 def load() -> None:
     """Draw the goodput and the latencies over the load; write the table."""
-    rows = read("load")
+    rows = [row for row in read("load") if row.get("transport", "grpc") == "grpc"]
     offered = [row["offered"] for row in rows]
     figure, (answered, latency) = plt.subplots(2, figsize=(9, 7), sharex=True, layout="constrained")
     answered.plot(offered, [row["goodput"] for row in rows], "o-", label="correct results per second")
@@ -156,7 +156,7 @@ def scaling() -> None:
         *(
             f"| {row['case'].removesuffix(' capacity')} | {row['goodput']} | {row['measured_goodput']} "
             f"| {row['p50_ms']} | {row['measured_p50_ms']} | {row['p99_ms']} | {row['measured_p99_ms']} |"
-            for row in map(capacity.compared, read("load"))
+            for row in map(capacity.compared, (row for row in read("load") if row.get("transport", "grpc") == "grpc"))
         ),
     ]
     write("scaling", cores, lines, loads, waits, checks)
@@ -229,11 +229,12 @@ def transport() -> None:
     names = list(dict.fromkeys(row["case"] for row in cases))
     size = {row["case"]: row["bytes"] for row in cases}
     tables = []
-    for baseline in ("torch", "echo", "plain server"):
-        table = [f"Speed relative to {baseline}:", "", f"| case | bytes | {' | '.join(PATHS)} |"]
-        table.append("| --- " * (len(PATHS) + 2) + "|")
+    for baseline in ("torch", "echo", "plain server", "unix unary", "arena"):
+        paths = [path for path in PATHS if (names[0], path, baseline) in ratios]
+        table = [f"Speed relative to {baseline}:", "", f"| case | bytes | {' | '.join(paths)} |"]
+        table.append("| --- " * (len(paths) + 2) + "|")
         for name in names:
-            figures = " | ".join(f"{ratios[name, path, baseline]:.2f}" for path in PATHS)
+            figures = " | ".join(f"{ratios[name, path, baseline]:.2f}" for path in paths)
             table.append(f"| {name} | {size[name]:,} | {figures} |")
         tables.append(table)
     even = ["Faster than local eager torch from:", "", "| transport | bytes |", "| --- | --- |"]

@@ -2,7 +2,9 @@
 
 One compute thread on each side, MaxPool2d(2), float32. The echo is grpc.server with identity serializers in a process
 of its own: the cost of gRPC in Python without protobuf, validation and computation. The plain server is that of a
-tutorial: one message with a bytes field, and eager torch. The last part is `map`, compared with one call per tensor.
+tutorial: one message with a bytes field, and eager torch. Local calls are also compared with gRPC on the same unix
+socket and with the arena of gRPC. The last parts are small calls of one thread and of eight, GetServerInfo, and `map`,
+compared with one call per tensor.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ import multiprocessing
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import grpc
 import numpy as np
@@ -33,6 +36,7 @@ SHAPES = [
     (1, 3, 32, 32),
     (1, 3, 64, 64),
     (1, 64, 28, 28),
+    (1, 3, 160, 160),
     (1, 3, 224, 224),
     (1, 64, 56, 56),
     (1, 64, 112, 112),
@@ -41,6 +45,8 @@ SHAPES = [
     (16, 64, 128, 128),
     (16, 64, 256, 256),
 ]
+SMALL = (1, 1, 4, 4)
+THREADS, CALLS = 8, 25
 MAPPED = (3, 32, 32), 20_000
 UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 LARGE = ("--max-message-bytes", str(2**30))
@@ -107,11 +113,18 @@ def contenders(
         "unix unary": lambda: unix.pool(x, layer, transport="unary").output,
         "unix stream": lambda: unix.pool(x, layer, transport="stream").output,
         "arena": lambda: unix.pool(x, layer, transport="arena").output,
+        "local": lambda: unix.pool(x, layer, transport="local").output,
     }
     shared = unix.empty(x.shape)
     shared[...] = x
-    runs["arena, no copies"] = lambda: unix.pool(shared, layer, transport="arena", copy=False).output
+    for transport in ("arena", "local"):
+        runs[f"{transport}, no copies"] = partial(in_place, unix, shared, transport)
     return runs
+
+
+def in_place(unix: PoolClient, shared: np.ndarray[Any, Any], transport: Literal["arena", "local"]) -> Any:  # noqa: ANN401 - an array
+    """Return the output of an array in the arena, which stays there."""
+    return unix.pool(shared, MaxPool2d(2), transport=transport, copy=False).output
 
 
 def run(rounds: int) -> Iterator[dict[str, Any]]:
@@ -132,11 +145,46 @@ def run(rounds: int) -> Iterator[dict[str, Any]]:
                 times = interleave(runs, rounds, least=0.05)
                 for name in list(runs)[3:]:
                     equal = bool(np.array_equal(runs[name](), expected))
-                    for baseline in ("torch", "echo", "plain server"):
+                    more = ("unix unary", "arena") if name.startswith("local") else ()
+                    for baseline in ("torch", "echo", "plain server", *more):
                         case = f"MaxPool2d(2) {'x'.join(map(str, shape))}"
                         yield row(case, baseline, name, times, bytes=x.nbytes, equal=equal)
+            yield from small_calls(path, unix, peer, rounds)
             for name, client in (("map", tcp), ("map, unix", unix)):
                 yield mapped(name, client, rounds)
+
+
+def small_calls(path: str, unix: PoolClient, peer: grpc.Channel, rounds: int) -> Iterator[dict[str, Any]]:
+    """Yield the rows of small calls of one thread and of several threads of a client, and of GetServerInfo."""
+    x, layer, echo = np.ones(SMALL, np.float32), MaxPool2d(2), peer.unary_unary(ECHO)
+    link = Path(f"{path.removeprefix('unix:')}.link")  # there is no socket for local calls next to it
+    link.symlink_to(link.with_suffix(""))
+    with PoolClient(f"unix:{link}") as grpc_only, ThreadPoolExecutor(THREADS) as threads:
+        calls: dict[str, Callable[[], object]] = {
+            "unix unary": lambda: unix.pool(x, layer, transport="unary"),
+            "local": lambda: unix.pool(x, layer, transport="local"),
+            "echo": lambda: echo(bytes(x.nbytes)),
+        }
+        info: dict[str, Callable[[], object]] = {
+            "unix unary": grpc_only.server_info,
+            "local": unix.server_info,
+            "echo": calls["echo"],
+        }
+
+        def by_all(call: Callable[[], object]) -> None:
+            list(threads.map(lambda _: [call() for _ in range(CALLS)], range(THREADS)))
+
+        cases = {
+            "calls of 64 bytes, 1 thread": calls,
+            f"calls of 64 bytes, {THREADS} threads of a client": {
+                name: partial(by_all, call) for name, call in calls.items()
+            },
+            "GetServerInfo": info,
+        }
+        for case, runs in cases.items():
+            times = interleave(runs, rounds, least=0.05)
+            for baseline in ("unix unary", "echo"):
+                yield row(case, baseline, "local", times, bytes=x.nbytes, equal=True)
 
 
 def mapped(name: str, client: PoolClient, rounds: int) -> dict[str, Any]:

@@ -40,7 +40,7 @@ GPU_WAYS = {
     "the engine on the CPU": "one CPU thread",
 }
 NARROW_BASELINES = ("float32", "converted here", "torch", "NumPy", "layer alone")
-PATHS = ("unary", "stream", "arena", "arena, no copies")
+PATHS = ("unary", "stream", "local", "local, no copies")
 
 MIB = 2**20
 MEMORY_MIB = (384, 512, 1024, 2048, 4096, 8192, 16384)

@@ -234,5 +234,5 @@ def test_the_arena_works_across_containers(project: Callable[..., Any], server_i
     assert client_image
     with project("arena") as running:
         running.up("server")
-        assert running.compose("run", "--rm", "demo").split() == ["arena", "(1,", "64,", "112,", "112)", "802816.0"]
+        assert running.compose("run", "--rm", "demo").split() == ["local", "(1,", "64,", "112,", "112)", "802816.0"]
         assert not any(each["HostConfig"]["IpcMode"] == "host" for each in running.containers("server"))

@@ -6,8 +6,8 @@ import hashlib
 import urllib.request
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING
+from functools import cache, partial
+from typing import TYPE_CHECKING, Literal
 
 import grpc
 import numpy as np
@@ -285,11 +285,17 @@ def test_access(secured: Callable[[str], Secured], row: tuple[str, ...]) -> None
         assert server.calls() == before
 
 
-def arena(caller: Peer) -> object:
-    """Pool through the arena."""
+def pool_by(transport: Literal["unary", "arena", "local"], caller: Peer) -> object:
+    """Pool by a transport."""
     with caller.client() as client:
-        result = client.pool(X, MaxPool2d(2), transport="arena")
-        return result.transport == "arena" and result.output.tobytes() == POOLED.tobytes()
+        result = client.pool(X, MaxPool2d(2), transport=transport)
+        return result.transport == transport and result.output.tobytes() == POOLED.tobytes()
+
+
+def local_info(caller: Peer) -> object:
+    """Ask for the description of the server, which goes by a local call."""
+    with caller.client() as client:
+        return client.server_info().version
 
 
 @pytest.mark.parametrize(
@@ -307,6 +313,7 @@ def arena(caller: Peer) -> object:
     ],
 )
 def test_access_by_the_unix_socket(secured: Callable[[str], Secured], kind: str, token: str, expected: str) -> None:
-    """The socket is plaintext whatever TLS the ports have, and requires tokens as they do, through the arena too."""
+    """The socket is plaintext whatever TLS the ports have, and requires tokens as they do, by every transport."""
     caller = secured(kind).caller("plaintext", token, unix=True)
-    assert {outcome(method, caller) for method in (pool, pool_stream, arena)} == {expected}
+    methods = [pool, pool_stream, local_info, *(partial(pool_by, each) for each in ("unary", "arena", "local"))]
+    assert {outcome(method, caller) for method in methods} == {expected}

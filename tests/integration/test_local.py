@@ -8,6 +8,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,12 +18,10 @@ import poolrpc
 import poolrpc_server
 from poolrpc import AvgPool2d, MaxPool2d, PoolClient
 from scripts.server_process import serving
-from tests.integration.local_calls import HELD, LARGE, X, halved
+from tests.integration.local_calls import HELD, LARGE, X, halved, wait_for
 from tests.scrape import Scrape
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from poolrpc_server import Server
     from tests.integration.conftest import Connect, Gate
 
@@ -42,10 +41,16 @@ def test_it_is_the_default_on_a_unix_socket(connect: Connect, local_server: Serv
     if x.size:
         both = client.pool_each(x, [MaxPool2d(2), [AvgPool2d(2), MaxPool2d(2)]])
         assert {each.transport for each in both} == {"local"}
+        maxima = client.pool(x, MaxPool2d(2, return_indices=True))
+        unpooled = client.pool(maxima.output, poolrpc.MaxUnpool2d(2), indices=maxima.indices)
+        np.testing.assert_array_equal(halved(np.where(unpooled.output, unpooled.output, -np.inf)), halved(x))
+        assert {each.transport for each in (maxima, unpooled)} == {"local"}
     assert client.server_info().version == poolrpc.__version__
     assert client.output_shape((1, 1, 8, 8), MaxPool2d(2)) == (1, 1, 4, 4)
     assert all(each.transport == "local" for each in client.map([X] * 5, MaxPool2d(2)))
-    assert Scrape(local_server.metrics_address)("poolrpc_calls_total", transport="local") >= 4
+    scrape = Scrape(local_server.metrics_address)
+    used = {each.labels["transport"] for each in scrape.samples if each.name == "poolrpc_calls_total" and each.value}
+    assert used == {"local"}
 
 
 def test_no_grpc_connection_is_needed(local_server: Server) -> None:
@@ -118,6 +123,24 @@ def test_idle_connections_take_no_thread(local_server: Server) -> None:
         mine = [thread for thread in threading.enumerate() if thread.name == "poolrpc-local"]
         assert len(mine) < 16
         assert threading.active_count() - before < 32
+
+
+def test_connections_leave_nothing(local_server: Server) -> None:
+    """Clients that come and go leave neither connections nor arenas, threads or descriptors."""
+
+    def come_and_go() -> tuple[int, int]:
+        for x in [X, LARGE] * 20:
+            with PoolClient(local_server.addresses[0]) as client:
+                assert client.pool(x, MaxPool2d(2)).transport == "local"
+        wait_for(local_server, "poolrpc_arenas", 0)
+        while local_server.local_connections():
+            pass
+        return threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
+
+    threads, descriptors = come_and_go()
+    more_threads, more_descriptors = come_and_go()
+    assert more_threads <= threads + 4
+    assert more_descriptors <= descriptors + 4
 
 
 def test_workers(tmp_path: Path) -> None:

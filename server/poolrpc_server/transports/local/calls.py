@@ -41,7 +41,7 @@ class LocalContext(CallContext):
 
     Args:
         received: The call.
-        peer: The client, "unix:pid=123".
+        peer: The client, "unix:pid=123"; "unix:" if its process is unknown.
 
     """
 
@@ -95,7 +95,7 @@ class Connection:
 
     Attributes:
         socket: The socket.
-        peer: The client, "unix:pid=123".
+        peer: The client, "unix:pid=123"; "unix:" if its process is unknown.
         call: The call in flight; None between calls.
 
     """
@@ -154,9 +154,11 @@ class LocalCalls:
 
     def adopt(self, connection: socket.socket) -> None:
         """Serve the calls of a connection, which doesn't block, from now on."""
+        # A process of another namespace is not visible, and has no identity among callers.
+        peer = f"unix:pid={pid}" if (pid := peer_pid(connection)) else "unix:"
         with self._lock:
             if not self._stopped:
-                self._connections[connection.fileno()] = Connection(connection, f"unix:pid={peer_pid(connection)}")
+                self._connections[connection.fileno()] = Connection(connection, peer)
                 self._epoll.register(connection, _NEXT_PACKET)
                 return
         connection.close()
