@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from google.protobuf.message import DecodeError
 
 from poolrpc._wire.status import STATUS_NUMBERS, decode_error
-from poolrpc.errors import InternalError, InvalidArgumentError, PoolError
+from poolrpc.errors import InternalError, InvalidArgumentError
 from poolrpc.v1 import pool_pb2, standard_pb2
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _NO_DEADLINE = 2**64 - 1
 _MAX_HEADER_BYTES = 2**16 - 1
 
 _OK, _ERROR = b"\0", b"\1"
-_CODES = {number: name for name, number in STATUS_NUMBERS.items()}
+_CODES = {number: name for name, number in STATUS_NUMBERS.items() if name != "OK"}
 
 
 class ReceivedCall(NamedTuple):
@@ -132,15 +132,13 @@ def decode_answer(packet: Bytes) -> bytes:
         InternalError: The packet is not an answer.
 
     """
-    if packet[:1] == _OK:
-        return bytes(packet[1:])
-    raise _error(bytes(packet))
-
-
-def _error(packet: bytes) -> PoolError:
+    kind, content = packet[:1], bytes(packet[1:])
+    if kind == _OK:
+        return content
     try:
-        status = standard_pb2.Status.FromString(packet[1:])
-        code = _CODES[status.code]
-    except (DecodeError, KeyError):
-        return InternalError("expected an answer, got another packet", reason="ANSWER")
-    return decode_error(code, status.message, packet[1:])
+        status = standard_pb2.Status.FromString(content)
+    except DecodeError:
+        status = standard_pb2.Status()
+    if kind != _ERROR or status.code not in _CODES:
+        raise InternalError("expected an answer, got another packet", reason="ANSWER")
+    raise decode_error(_CODES[status.code], status.message, content)
