@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from poolrpc.tensors import Bytes
 
 INLINE_BYTES = 64 * 2**10
-"""The largest input, and the largest output, that are in the packets themselves; larger ones are in an arena."""
+"""The largest input, and the largest output, that are in the packets themselves; larger ones are in an arena.
+
+Measured: up to 32 KiB an arena takes longer, from 48 KiB on both take the same time.
+"""
 
 
 def local_steps(  # noqa: PLR0913 - the call, and what its caller chose

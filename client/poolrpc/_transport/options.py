@@ -86,7 +86,7 @@ def call_metadata(own: tuple[Pair, ...], priority: object, metadata: object) -> 
         InvalidArgumentError: The priority or the metadata is not valid, or the metadata has a priority too.
 
     """
-    added = pairs(metadata)
+    added = () if metadata == () else pairs(metadata)
     keys = {key for key, _ in added}
     if priority is not None:
         if PRIORITY in keys:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 _NEXT_PACKET = select.EPOLLIN | select.EPOLLONESHOT
 _END_ONLY = select.EPOLLONESHOT  # EPOLLHUP is always reported
+# Plain integers: the operators of socket's enumerations take some microseconds.
+_HAS_DESCRIPTOR, _TRUNCATED = int(socket.MSG_CTRUNC), int(socket.MSG_TRUNC)
 
 
 class LocalContext(CallContext):
@@ -238,9 +240,9 @@ class LocalCalls:
 
     def _answer(self, connection: Connection, packet: memoryview, flags: int) -> Iterable[bytes] | None:
         """Return the parts of the answer to a call; None if its client is gone, or the server has ended it."""
-        if flags & socket.MSG_CTRUNC:  # there is no buffer for it, so the kernel has closed it
+        if flags & _HAS_DESCRIPTOR:  # there is no buffer for it, so the kernel has closed it
             raise InvalidArgumentError("expected a packet, got a descriptor with it")
-        if flags & socket.MSG_TRUNC:
+        if flags & _TRUNCATED:
             raise InvalidArgumentError(f"expected a packet of at most {MAX_PACKET_BYTES} bytes, got a larger one")
         received = decode_call(packet)
         call = connection.call = LocalContext(received, connection.peer)
