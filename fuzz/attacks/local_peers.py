@@ -86,7 +86,7 @@ def local_unread_answers(target: Target, until: Event) -> None:
 
 @attack(variants=("local",))
 def local_packets_that_are_not_calls(target: Target, until: Event) -> None:
-    """Send packets of every wrong kind, with descriptors that nobody asked for (of the kind of M3).
+    """Send packets of every wrong kind, with descriptors that no one asked for (of the kind of M3).
 
     Sent: halves of calls, wrong lengths, random bytes, packets that are too large, and descriptors.
     Aims at: descriptors that stay open, and threads that fail.
@@ -113,7 +113,7 @@ def local_calls_that_are_left(target: Target, until: Event) -> None:
     """Send calls, and close the connection before they are answered (of the kind of C4).
 
     Sent: calls of Pool with answers of 4 MiB, with a deadline of a millisecond or none, from eight threads.
-    Aims at: the slots, bytes and places in the queue of calls that nobody waits for.
+    Aims at: the slots, bytes and places in the queue of calls that no one waits for.
     """
 
     def leave() -> None:

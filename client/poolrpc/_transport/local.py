@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from poolrpc._transport.result import PoolResult, Progress
     from poolrpc._transport.steps import Steps
     from poolrpc.tensors import Bytes
+
+log = logging.getLogger("poolrpc")
 
 INLINE_BYTES = 64 * 2**10
 """The largest input, and the largest output, that are in the packets themselves; larger ones are in an arena.
@@ -110,6 +113,7 @@ def send_steps(  # noqa: PLR0913 - the call, and how its client sends it
             if lost or not (isinstance(error, LostError) and retry and connections.may_retry()):
                 raise
             lost = True
+            log.debug("%s is sent again: %s", method, error)
         except UnavailableError as error:
             attempts += 1
             if attempts == MAX_ATTEMPTS or not (retry and connections.may_retry()):
@@ -117,6 +121,7 @@ def send_steps(  # noqa: PLR0913 - the call, and how its client sends it
             pause = random.uniform(0.8, 1.2) * backoff if error.retry_delay is None else error.retry_delay  # noqa: S311 - no secret
             if remaining is not None and pause >= remaining:
                 raise
+            log.debug("%s is sent again in %.2f s: %s", method, pause, error)
             yield Pause(pause)
             backoff = min(2 * backoff, MAX_BACKOFF)
         else:
