@@ -100,7 +100,7 @@ def test_a_peer_that_never_reads(local_server: Server) -> None:
     wait_for(local_server, "poolrpc_inflight_bytes", 0)
 
 
-def test_descriptors_that_nobody_asked_for_are_closed(local_server: Server) -> None:
+def test_descriptors_that_no_one_asked_for_are_closed(local_server: Server) -> None:
     """A descriptor that comes with a call ends the connection, and does not stay in the server."""
     descriptors = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(20):

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 MAX_PACKET_BYTES = 128 * 2**10
 """The largest packet: the kernel's default for a socket's buffer, 208 KiB, has room for it with its own overhead."""
 
-_START = struct.Struct("<HQ")
+_PREFIX = struct.Struct("<HQ")
 """What a packet starts with: the length of its header, and the microseconds that are left until the deadline."""
 
 _NO_DEADLINE = 2**64 - 1
-_MAX_HEADER_BYTES = 2**16 - 1
+_MAX_LENGTH = 2**16 - 1
 
 _OK, _ERROR = b"\0", b"\1"
 _CODES = {number: name for name, number in STATUS_NUMBERS.items() if name != "OK"}
@@ -61,9 +61,9 @@ def encode_call(
     """
     header = _encode_header(method, metadata)
     deadline = _NO_DEADLINE if timeout is None else max(0, round(timeout * 1e6))
-    if len(header) > _MAX_HEADER_BYTES:
+    if len(header) > _MAX_LENGTH:
         return None
-    parts: list[Bytes] = [_START.pack(len(header), deadline), header, *message]
+    parts: list[Bytes] = [_PREFIX.pack(len(header), deadline), header, *message]
     return parts if sum(map(len, parts)) <= MAX_PACKET_BYTES else None
 
 
@@ -82,13 +82,13 @@ def decode_call(packet: memoryview) -> ReceivedCall:
 
     """
     try:
-        length, deadline = _START.unpack_from(packet)
+        length, deadline = _PREFIX.unpack_from(packet)
     except struct.error:
         raise InvalidArgumentError("expected the packet of a call, got another one") from None
-    start = _START.size + length
+    start = _PREFIX.size + length
     if start > len(packet):
-        raise InvalidArgumentError(f"expected a header of {length} bytes, got {len(packet) - _START.size}")
-    method, metadata = _decode_header(bytes(packet[_START.size : start]))
+        raise InvalidArgumentError(f"expected a header of {length} bytes, got {len(packet) - _PREFIX.size}")
+    method, metadata = _decode_header(bytes(packet[_PREFIX.size : start]))
     timeout = None if deadline == _NO_DEADLINE else deadline / 1e6
     return ReceivedCall(method, timeout, metadata, bytes(packet[start:]))
 
