@@ -57,10 +57,14 @@ class PreparedRequest:
         return codec.payload_specs(self.results)
 
     @cached_property
+    def response_header(self) -> bytes:
+        """The response of a poolrpc server without its payload, which is in an arena."""
+        return pool_pb2.PoolResponse(results=codec.encode_results(self.results)).SerializeToString()
+
+    @cached_property
     def response_prefix(self) -> bytes:
         """The bytes before the payload in the response of a poolrpc server."""
-        header = pool_pb2.PoolResponse(results=codec.encode_results(self.results)).SerializeToString()
-        return framing.message_prefix(header, self.output_nbytes)
+        return framing.message_prefix(self.response_header, self.output_nbytes)
 
     @cached_property
     def output_nbytes(self) -> int:

@@ -135,10 +135,11 @@ class CallContext(ABC):
             CancelledError: The caller has cancelled the call or closed its connection.
 
         """
-        left = self.time_remaining()
+        # In this order: a deadline that passes between the two must not look like a cancellation.
+        active, left = self.is_active(), self.time_remaining()
         if left is not None and left <= 0:
             raise DeadlineExceededError("the deadline passed before the call was computed")
-        if not self.is_active():
+        if not active:
             raise CancelledError(ENDED)
 
 

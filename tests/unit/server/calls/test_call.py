@@ -91,3 +91,25 @@ def test_priority_0_may_be_forbidden(urgent, priority):
         with pytest.raises(PermissionDeniedError):
             DerivedContext(whole, priority=priority)
     assert (call.priority, DerivedContext(call).priority) == (1, 1)
+
+
+def test_a_deadline_that_passes_during_the_check_is_no_cancellation():
+    """A transport may call a call inactive once its deadline has passed: the error is the deadline's."""
+
+    class Passing(Context):
+        """A call whose deadline passes after the first look at it."""
+
+        def time_remaining(self):
+            self.remaining -= 1.0
+            return self.remaining
+
+        def is_active(self):
+            return self.time_remaining() > 0
+
+    for remaining in (1.5, 2.5):
+        context = Passing(remaining=remaining)
+        try:
+            context.raise_if_cancelled()
+        except DeadlineExceededError:
+            continue
+        assert context.remaining > 0
