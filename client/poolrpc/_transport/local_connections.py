@@ -173,6 +173,7 @@ class LocalConnections:
                 self._rejected_until = time.monotonic() + RETRY_SECONDS
             raise NotLocalError(error.message) from error
         self._rejected_until = 0.0
+        connection.process = process or connection.process  # the name by which it is taken
         self.put_back(connection)
         if self._closed:
             raise NotLocalError("the client was closed")

@@ -168,6 +168,8 @@ class LocalCalls:
     def stop(self) -> None:
         """Receive no more packets; those that have arrived are answered, and then their connections are closed."""
         with self._lock:
+            if self._stopped:
+                return
             self._stopped = True
         for connection in self.connections:
             with suppress(OSError):  # it has ended meanwhile
@@ -184,6 +186,8 @@ class LocalCalls:
 
     def close(self) -> None:
         """Cancel the calls in flight, and end every connection."""
+        if self._epoll.closed:
+            return
         self.stop()
         for connection in self.connections:
             if (call := connection.call) is not None:
