@@ -108,7 +108,9 @@ class Metrics:
         method = "grpc_type", "grpc_service", "grpc_method"
         self._started = _children(self._counter("grpc_server_started", "Calls that started.", *method))
         self._handled = _children(self._counter("grpc_server_handled", "Calls that ended.", *method, "grpc_code"))
-        self._transports = _children(self._counter("poolrpc_calls", "Calls that started, by transport.", "transport"))
+        self._transports = _children(
+            self._counter("poolrpc_calls_started", "Calls that started, by transport.", "transport")
+        )
         self._seconds = _children(
             self._histogram("grpc_server_handling_seconds", "Duration of calls in seconds.", SECONDS, *method)
         )

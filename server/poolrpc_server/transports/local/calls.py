@@ -180,9 +180,10 @@ class LocalCalls:
     def wait(self, timeout: float) -> bool:
         """Wait until the calls in flight are answered, after `stop`; return False after `timeout` seconds."""
         deadline = monotonic() + timeout
-        for thread in self._threads:
+        threads = self._started_threads()
+        for thread in threads:
             thread.join(max(0.0, deadline - monotonic()))
-        return not any(thread.is_alive() for thread in self._threads)
+        return not any(thread.is_alive() for thread in threads)
 
     def close(self) -> None:
         """Cancel the calls in flight, and end every connection."""
@@ -192,10 +193,14 @@ class LocalCalls:
         for connection in self.connections:
             if (call := connection.call) is not None:
                 call.cancel()
-        for thread in self._threads:
+        for thread in self._started_threads():
             thread.join()
         self._epoll.close()
         os.close(self._ended)
+
+    def _started_threads(self) -> list[threading.Thread]:
+        with self._lock:  # a thread that is in the list but has not been started yet can't be joined
+            return list(self._threads)
 
     def _start_thread(self) -> None:
         # Called with the lock held, or before there are other threads.
