@@ -50,7 +50,9 @@ def test_it_is_the_default_on_a_unix_socket(connect: Connect, local_server: Serv
     assert all(each.transport == "local" for each in client.map([X] * 5, MaxPool2d(2)))
     scrape = Scrape(local_server.metrics_address)
     used = {
-        each.labels["transport"] for each in scrape.samples if each.name == "poolrpc_calls_started_total" and each.value
+        each.labels["transport"]
+        for each in scrape.samples
+        if each.name == "poolrpc_transport_calls_total" and each.value
     }
     assert used == {"local"}
 

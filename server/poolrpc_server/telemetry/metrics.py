@@ -109,7 +109,7 @@ class Metrics:
         self._started = _children(self._counter("grpc_server_started", "Calls that started.", *method))
         self._handled = _children(self._counter("grpc_server_handled", "Calls that ended.", *method, "grpc_code"))
         self._transports = _children(
-            self._counter("poolrpc_calls_started", "Calls that started, by transport.", "transport")
+            self._counter("poolrpc_transport_calls", "Calls that started, by transport.", "transport")
         )
         self._seconds = _children(
             self._histogram("grpc_server_handling_seconds", "Duration of calls in seconds.", SECONDS, *method)
