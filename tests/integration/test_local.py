@@ -41,10 +41,12 @@ def test_it_is_the_default_on_a_unix_socket(connect: Connect, local_server: Serv
     if x.size:
         both = client.pool_each(x, [MaxPool2d(2), [AvgPool2d(2), MaxPool2d(2)]])
         assert {each.transport for each in both} == {"local"}
+        steps = client.pool_steps(x, [MaxPool2d(2), MaxPool2d(2)])
+        np.testing.assert_array_equal(steps[1].output, halved(halved(x)))
         maxima = client.pool(x, MaxPool2d(2, return_indices=True))
         unpooled = client.pool(maxima.output, poolrpc.MaxUnpool2d(2), indices=maxima.indices)
         np.testing.assert_array_equal(halved(np.where(unpooled.output, unpooled.output, -np.inf)), halved(x))
-        assert {each.transport for each in (maxima, unpooled)} == {"local"}
+        assert {each.transport for each in (*steps, maxima, unpooled)} == {"local"}
     assert client.server_info().version == poolrpc.__version__
     assert client.output_shape((1, 1, 8, 8), MaxPool2d(2)) == (1, 1, 4, 4)
     assert all(each.transport == "local" for each in client.map([X] * 5, MaxPool2d(2)))
