@@ -290,4 +290,6 @@ class WorkspaceCache:
 
 def _memory(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a tensor, which are copied if they are not contiguous."""
-    return tensor.contiguous().view(torch.uint8).numpy().data.cast("B")
+    # torch calls a tensor contiguous whatever the stride of an axis of one cell, but does not view that one's bytes.
+    cells = tensor.contiguous().as_strided((tensor.numel(),), (1,))
+    return cells.view(torch.uint8).numpy().data

@@ -10,6 +10,7 @@ import torch
 
 from poolrpc import (
     LAYERS,
+    AdaptiveAvgPool3d,
     AdaptiveMaxPool2d,
     AvgPool2d,
     FractionalMaxPool2d,
@@ -17,7 +18,9 @@ from poolrpc import (
     InvalidArgumentError,
     LPPool2d,
     MaxPool2d,
+    MaxPool3d,
     MaxUnpool1d,
+    MaxUnpool2d,
 )
 from poolrpc._wire.codec import Request
 from poolrpc.tensors import TensorSpec, split_tensors
@@ -285,3 +288,32 @@ def test_a_check_is_not_called_for_a_batch_of_several(engine):
     for each in runs:
         each.check = pytest.fail
     assert engine.execute(runs) == [1, 1]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        MaxUnpool2d(2),
+        MaxPool3d(2, return_indices=True),
+        AdaptiveAvgPool3d(3),
+        FractionalMaxPool2d(2, 3, return_indices=True),
+        LPPool2d(1.7, 2),
+    ],
+    ids=lambda layer: layer.name,
+)
+def test_one_channel_last_is_the_same_as_one_channel_first(dtype, layer):
+    """A grey image with channels last has the outputs of one with channels first, whatever memory they are left in."""
+    engine = Engine("cpu", 1, workspace_limit=0)
+    for n, *plane in ((1, 5, 6, 8), (2, 8, 5, 6)):
+        spatial = tuple(plane[3 - layer.spatial_dims :])
+        payload = np.random.default_rng(0).standard_normal((n, *spatial)).astype(dtype).tobytes()
+        if layer.takes_indices:
+            payload += np.arange(np.prod(spatial)).tobytes() * n
+        answers = []
+        for layout, shape in (("NCHW", (n, 1, *spatial)), ("NHWC", (n, *spatial, 1))):
+            indices = TensorSpec("int64", shape, layout) if layer.takes_indices else None
+            checked = scheduled(engine, TensorSpec(dtype, shape, layout), layer, indices=indices)
+            answers.append(run(engine, checked, payload))
+        assert answers[0] == answers[1]
+    engine.close()
