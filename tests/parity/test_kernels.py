@@ -99,6 +99,7 @@ def test_every_row_is_drawn_for() -> None:
     """Every operation of the table is compared with torch here."""
     drawn = {"global_pool, max", *(each.family for each in p.STEPS.values())}
     drawn |= {p.LAYERS[f"{name}2d"].family for name in DRAWS if name != "steps"}
+    drawn |= {"rounded_average"}  # four steps, which test_rounded_average.py compares
     assert {operation for row in TABLE for operation in row.operations} <= drawn
 
 

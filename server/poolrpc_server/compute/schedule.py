@@ -13,6 +13,7 @@ from poolrpc.chains import Planes, period
 from poolrpc_server.compute.branch import Branch
 from poolrpc_server.compute.kernels import plan_for
 from poolrpc_server.compute.kernels.eager import SIZE_DEPENDENT, operation
+from poolrpc_server.compute.kernels.rounded_average import fuse
 from poolrpc_server.compute.planes import block_of, steps
 
 if TYPE_CHECKING:
@@ -96,10 +97,11 @@ class Schedule:
         self.branches: list[Branch] = []
         if request.input.numel:  # An empty tensor has no planes, and may have axes longer than torch allows.
             channels = request.input.shape[-1] if request.input.layout == "NHWC" else None
-            for chain, (_, outputs) in zip(steps(request, spatial_dims, results), request.returned(), strict=True):
+            for chain, (_, numbers) in zip(steps(request, spatial_dims, results), request.returned(), strict=True):
+                fused, outputs = fuse(tuple(chain), numbers, device.type)
                 plans = [
                     plan_for(layer, getattr(torch, spec.dtype), plane, channels, device.type)
-                    for layer, spec, plane in chain
+                    for layer, spec, plane in fused
                 ]
                 self.branches.append(Branch(plans, self.planes, threads, outputs, bound=self.cached))
         self.work = sum(branch.work for branch in self.branches)

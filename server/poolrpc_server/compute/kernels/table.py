@@ -13,6 +13,7 @@ from poolrpc_server.compute.kernels.packed_max import PACKED_MAX
 from poolrpc_server.compute.kernels.plan import Plan
 from poolrpc_server.compute.kernels.power_average import POWER_AVERAGE
 from poolrpc_server.compute.kernels.raster_average import RASTER_AVERAGE
+from poolrpc_server.compute.kernels.rounded_average import ROUNDED_AVERAGE, RoundedAverage
 from poolrpc_server.compute.kernels.separable_max import SEPARABLE_MAX
 from poolrpc_server.compute.kernels.tiny_max import TINY_MAX
 from poolrpc_server.compute.kernels.unsigned_max import unsigned
@@ -34,6 +35,7 @@ TABLE = (
     unsigned(SEPARABLE_MAX),
     unsigned(PACKED_MAX),
     ELEMENT_WISE,
+    ROUNDED_AVERAGE,
 )
 """Every kernel, in the order in which they are tried: the first that fits and pays is used, or else torch's operators.
 
@@ -43,7 +45,9 @@ the speed.
 
 
 @lru_cache(maxsize=PLANS)
-def plan_for(layer: Layer, dtype: torch.dtype, plane: Sizes, channels: int | None, device: str) -> Plan:
+def plan_for(
+    layer: Layer | RoundedAverage, dtype: torch.dtype, plane: Sizes, channels: int | None, device: str
+) -> Plan:
     """Return the plan of a layer; it is made once.
 
     Args:

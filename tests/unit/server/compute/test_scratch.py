@@ -41,6 +41,7 @@ HUGE = (
     ("MaxPool2d(3, stride=1, return_indices=True)", "uint8", (1, 2, 4096, 2048), "NCHW"),
     ("[ToDtype('float64', scale=True), MaxPool2d(1)]", "uint8", (1, 1, 4096, 4096), "NCHW"),
     ("[ToDtype('int64'), MaxPool2d(1)]", "float32", (1, 1, 2048, 2048), "NCHW"),
+    ("[ToDtype('float32'), AvgPool2d(2), Round(), ToDtype('uint16')]", "uint16", (1, 2, 2048, 2048), "NCHW"),
     ("MaxPool2d(3, stride=1, padding=1)", "uint16", (1, 2048, 2048, 3), "NHWC"),
     ("MaxUnpool2d(1)", "uint8", (1, 1, 4096, 4096), "NCHW"),
     ("AdaptiveMaxPool2d((4096, 1))", "float32", (1, 1, 1, 2**20), "NCHW"),

@@ -113,6 +113,10 @@ def test_steps_are_estimated_within_a_factor_of_four(engine):
         ("[ToDtype('int32', scale=True), MaxPool2d(1)]", "uint16"),
         ("[Normalize(0.5, 0.25), MaxPool2d(1)]", "float32"),
         (f"[ToDtype('float32', scale=True), Normalize({numbers}), AvgPool2d(2), Round()]", "uint8"),
+        *(
+            (f"[ToDtype('float32'), AvgPool2d(2), Round(), ToDtype('{dtype}')]", dtype)
+            for dtype in ("uint8", "uint16", "int16")
+        ),
         ("MaxPool2d(3, stride=1, padding=1)", "uint16"),
         ("MaxPool2d(2, return_indices=True)", "uint16"),
         ("GlobalPool2d('max')", "uint16"),
