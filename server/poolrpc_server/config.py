@@ -6,6 +6,7 @@ import argparse
 import operator
 import os
 import re
+import sys
 import tomllib
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -39,6 +40,9 @@ SERVICE_LINK = re.compile(r"(\w+_)?(SERVICE_(HOST|PORT)(_\w+)?|PORT_\d+_(TCP|UDP
 
 SIZE = re.compile(r"(-?\d+(?:\.\d+)?) ?(?:([kmgt])(i?b?))?", re.IGNORECASE | re.ASCII)
 """A number of bytes, with a unit or without."""
+
+FLAG_ERROR = re.compile(r"argument (--[a-z-]+): ")
+"""The beginning of argparse's errors of a flag's value."""
 
 CHOICES = {"log_format": ("text", "json"), "log_level": ("debug", "info", "warning", "error")}
 REQUIRES = {
@@ -580,12 +584,23 @@ def _add_text(texts: dict[str, str | list[str]], key: str, value: object) -> Non
 
 
 class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]  # the package has no types
-    """A parser that raises its errors if the log is JSON, and otherwise prints its usage with them, as commands do."""
+    """A parser that raises its errors if the log is JSON, and otherwise prints its usage with them, as commands do.
+
+    Attributes:
+        raises: Whether it raises its errors.
+        given: The command line.
+
+    """
 
     raises = False
+    given: Sequence[str] = ()
 
     def error(self, message: str) -> NoReturn:
-        """End with an error."""
+        """End with an error, which names the variable or the file that a value is from."""
+        if (match := FLAG_ERROR.match(message)) and not any(each.split("=")[0] == match[1] for each in self.given):
+            variable = _variable(match[1].removeprefix("--").replace("-", "_"))
+            source = variable if variable in os.environ else "the configuration file"
+            message = f"{message} (from {source})"
         if self.raises:
             raise ConfigError(message)
         super().error(message)
@@ -654,6 +669,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
             if isinstance(default, tuple):
                 options["action"] = "append"
         parser.add_argument(f"--{_flag(setting.name)}", **options)
+    parser.given = sys.argv[1:] if arguments is None else arguments
     values = vars(parser.parse_args(arguments))
     del values["config"]
     return Config(**{name: value for name, value in values.items() if value is not None})

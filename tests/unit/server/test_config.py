@@ -664,7 +664,7 @@ def test_a_wrong_setting_in_a_file_is_one_line(text, words, file, capsys):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("threads = 'many'", "argument --threads: invalid int value: 'many'"),
+        ("threads = 'many'", "argument --threads: invalid int value: 'many' (from the configuration file)"),
         ("threads = 1.5", "argument --threads: invalid int value: '1.5'"),
         ("max_batch_bytes = '1x'", "argument --max-batch-bytes: expected a size"),
         ("threads = -1", "threads: expected at least 0 threads, got -1"),
@@ -677,6 +677,22 @@ def test_a_setting_in_a_file_is_checked_as_a_flag(text, words, file, capsys):
     with suppress(SystemExit):
         assert main([file(text)]) == 2
     assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "argument --threads: invalid int value: 'x' (from POOLRPC_THREADS)"),
+        (["--threads", "y"], "argument --threads: invalid int value: 'y'"),
+        (["--threads=y"], "argument --threads: invalid int value: 'y'"),
+    ],
+)
+def test_an_error_names_the_variable_that_a_value_is_from(arguments, words, monkeypatch, capsys):
+    """An operator who set a variable finds it in the error; a flag that replaces it is named alone."""
+    monkeypatch.setenv("POOLRPC_THREADS", "x")
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert capsys.readouterr().err.splitlines()[-1].endswith(words)
 
 
 @pytest.mark.parametrize("name", ["none.toml", "."])
