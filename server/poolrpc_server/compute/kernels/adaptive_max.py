@@ -127,8 +127,11 @@ JOINED_COST = Cost(0.0, 2.0, 2.0)
 def _work(plan: Plan) -> float:
     if plan.plane == plan.output_plane:
         return COPY_COST.of(plan.dtype, plan.cells, plan.cells)
-    even = Windows.dividing(plan.plane, plan.output_plane) is not None
-    return (EVEN_COST if even else JOINED_COST).of(plan.dtype, plan.cells, prod(plan.output_plane))
+    if Windows.dividing(plan.plane, plan.output_plane) is not None:
+        return EVEN_COST.of(plan.dtype, plan.cells, prod(plan.output_plane))
+    # Cells of 16 bits are selected and compared as they are: they cost no more than those of 32.
+    dtype = torch.float32 if plan.dtype in HALVES else plan.dtype
+    return JOINED_COST.of(dtype, plan.cells, prod(plan.output_plane))
 
 
 GLOBAL_MAX = Row(

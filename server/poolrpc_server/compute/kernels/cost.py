@@ -31,6 +31,8 @@ WEIGHTS = {
     torch.bfloat16: 1.3,
     torch.float64: 1.6,
     torch.int64: 1.6,
+    torch.uint8: 0.75,
+    torch.int8: 0.75,
 }
 """How many times a cell of a dtype costs what a cell of float32 costs."""
 
