@@ -28,12 +28,12 @@ demo: setup  ## Start a server and pool a photograph with it; the pictures are w
 test: setup  ## Run the quick tests, in parallel. ARGS="..." is passed to pytest.
 	$(BIN)/pytest $(PARALLEL) -m "$(QUICK)" $(ARGS)
 
-# The large grids and fuzzing are independent of each other; what starts containers, Ray, attacks or a soak has the machine
-# to itself; the faults mostly wait for their alerts.
-GRIDS := tests/fuzz tests/parity tests/unit
+# Large grids, fuzzing and tests of single servers are independent of each other; what starts containers, Ray, attacks or a
+# soak has the machine to itself; the faults mostly wait for their alerts.
+GRIDS := tests/fuzz tests/integration tests/parity tests/unit
 FAULTS := tests/deploy/test_faults.py
 
-test-slow: setup  ## Run the other tests: large grids, fuzzing and faults in parallel, then the rest one after the other. ARGS="..." is for the rest.
+test-slow: setup  ## Run the other tests: grids, fuzzing, servers and faults in parallel, then the rest one after the other. ARGS="..." is for the rest.
 	@failed=0; \
 	$(BIN)/pytest -n auto --maxprocesses 8 -m "not ($(QUICK))" $(GRIDS) || failed=1; \
 	$(BIN)/pytest -n 6 $(FAULTS) || failed=1; \

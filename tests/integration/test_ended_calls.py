@@ -109,6 +109,7 @@ def test_a_call_that_succeeded_is_freed(address: str, transport: str) -> None:
         until(lambda: kept() <= before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("uncollected")
 def test_a_call_that_is_cancelled_while_it_sends_is_freed(channel: grpc.Channel) -> None:
     """Its wait for the message ends with an error that grpcio keeps."""

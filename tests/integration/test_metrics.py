@@ -115,6 +115,7 @@ def test_readiness_follows_the_health_of_the_server() -> None:
             watched.cancel()
 
 
+@pytest.mark.slow
 def test_a_server_that_stops_is_not_silent(tmp_path: Path) -> None:
     """While calls are finished after the drain, the watchdog has ended, and its time is 0."""
     program = """
@@ -197,6 +198,7 @@ def full_folder(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(folder)], check=True)  # noqa: S603, S607 - as above
 
 
+@pytest.mark.slow
 def test_workers_are_summed(full_folder: Path) -> None:
     """A scrape has the calls of all workers so far; a killed worker leaves its counts, though TMPDIR is full.
 

@@ -89,6 +89,7 @@ def test_the_health_check_costs_next_to_nothing() -> None:
     assert ours < python / 20, (ours, python)
 
 
+@pytest.mark.slow
 def test_a_server_that_hangs_is_not_ready(tmp_path: Path) -> None:
     """While gRPC's serving thread waits for a file that is never written, /readyz is 503; then the process is ended."""
     tokens = tmp_path / "tokens"

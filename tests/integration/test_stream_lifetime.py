@@ -395,6 +395,7 @@ def test_a_stopping_server_finishes_its_streams() -> None:
         assert server.wait() == 0
 
 
+@pytest.mark.slow
 def test_an_open_stream_does_not_keep_a_stopping_server() -> None:
     """A stream without messages ends with the grace, and then the server exits with 0 and without an error."""
     flags = ["--drain-seconds", "0", "--shutdown-grace", "1"]

@@ -205,6 +205,7 @@ def test_a_caller_that_does_not_read_its_answer_is_ended() -> None:
             assert client.pool(X, MaxPool2d(2)).output.all()
 
 
+@pytest.mark.slow
 def test_unread_answers_stay_within_the_bytes_in_flight() -> None:
     """Hundreds of small requests with answers of 4 MiB that are not read take no more memory than the limit allows."""
     limit = 64 * MIB
@@ -241,6 +242,7 @@ def test_unread_answers_stay_within_the_bytes_in_flight() -> None:
 # Callers that leave
 
 
+@pytest.mark.slow
 def test_nothing_is_counted_after_callers_have_left() -> None:
     """After calls that were abandoned at every stage, no bytes are in flight and no stream is open."""
     with served(max_inflight_bytes=64 * MIB, max_streams=8) as server:

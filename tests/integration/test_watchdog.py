@@ -22,6 +22,8 @@ from tests.scrape import Scrape, get
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow  # a watchdog waits for seconds in each test
+
 X = np.random.default_rng(7).standard_normal((2, 3, 8, 8), np.float32)
 WATCHED = ("--watchdog-seconds", "3", "--drain-seconds", "0")
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from scripts.server_process import ServerProcess
 
+pytestmark = pytest.mark.slow  # several processes start in each test
+
 SMALL = np.random.default_rng(5).standard_normal((2, 3, 16, 16), np.float32)
 LARGE = np.random.default_rng(6).standard_normal((2, 8, 128, 128), np.float32)
 """Large enough for the arena."""
