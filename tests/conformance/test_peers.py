@@ -56,7 +56,7 @@ def server() -> Iterator[ServerProcess]:
     ["describe", "infer", "unpool", "errors", "compression", "async_infer", "stream", "aio", "shared_memory_regions"],
 )
 def test_tritonclient(peers: Path, server: ServerProcess, case: str) -> None:
-    """The results of an unmodified tritonclient equal those of our client, bit for bit: triton_peer.py."""
+    """The results of an unmodified tritonclient equal those of our client: triton_peer.py."""
     run(peers / "bin/python", FOLDER / "triton_peer.py", case, server.address, env={"PYTHONPATH": str(ROOT / "client")})
 
 
