@@ -77,7 +77,10 @@ def build(engine: Callable[..., str]) -> Callable[..., str]:
         settings = (f"BASE_IMAGE={BASE_IMAGE}", "PIP_NO_INDEX=1", f"VERSION={__version__}")
         arguments = ("--network=none", *(f"--build-arg={each}" for each in settings))
         context = "-f", folder / "server/Dockerfile", f"--target={target}", "-t", tag, folder
-        return engine("build", "-q", *arguments, *context)
+        image = engine("build", "-q", *arguments, *context)
+        if folder == ROOT:
+            engine("tag", image, f"{tag}-tested")  # an image whose last name is removed is removed too
+        return image
 
     return build_target
 
