@@ -48,7 +48,7 @@ def converse(path: str, case: Case) -> str:
                 peers.append(peer)
             peer = peers[-1]
             with suppress(ConnectionError):
-                _send(peer, packet, flags & FDS)
+                send(peer, packet, flags & FDS)
                 if flags & SHUT:
                     peer.shutdown(socket.SHUT_WR)
                 if flags & READ:
@@ -58,7 +58,8 @@ def converse(path: str, case: Case) -> str:
     return ending
 
 
-def _send(peer: socket.socket, packet: bytes, count: int) -> None:
+def send(peer: socket.socket, packet: bytes, count: int) -> None:
+    """Send a packet with so many descriptors."""
     descriptors = [os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC) for _ in range(count)]
     try:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import array
-import os
 import socket
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 from google.protobuf.message import DecodeError
 
+from fuzz.arena_sockets import send
 from fuzz.findings import FoundError
 from fuzz.seeds import CLOSE, CUT, FDS, NEW, READ, SHUT, WRONG
 from poolrpc._wire.arena_packets import SUFFIX, decode_attach_response, encode_attach_request
@@ -53,7 +52,7 @@ def converse(path: str, case: Case, prepare: Callable[[bytes], bytes]) -> str:
             length = int.from_bytes(flags[1:3], "little") if bits & WRONG else min(len(header), 0xFFFF)
             packet = length.to_bytes(2, "little") + flags[3:11].ljust(8, b"\xff") + header + prepare(request)
             with suppress(ConnectionError):  # an earlier packet has ended it
-                _send(peer, packet[: len(packet) // 2] if bits & CUT else packet, bits & FDS)
+                send(peer, packet[: len(packet) // 2] if bits & CUT else packet, bits & FDS)
                 if bits & SHUT:
                     peer.shutdown(socket.SHUT_WR)
                 if bits & READ:
@@ -75,16 +74,6 @@ def _connected(path: str) -> socket.socket:
                     raise FoundError("no connection for calls")
                 return peer
         peer.close()
-
-
-def _send(peer: socket.socket, packet: bytes, count: int) -> None:
-    descriptors = [os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC) for _ in range(count)]
-    try:
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
-        peer.sendmsg([packet], rights)
-    finally:
-        for each in descriptors:
-            os.close(each)
 
 
 def _answer_of(peer: socket.socket) -> str:

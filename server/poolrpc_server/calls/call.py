@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from abc import ABC, abstractmethod
 from functools import lru_cache
 from time import monotonic
@@ -147,6 +148,34 @@ class CallContext(ABC):
 def _address_of(peer: str) -> str:
     kind, _, address = peer.partition(":")
     return kind if kind == "unix" else unquote(address)
+
+
+class EndingContext(CallContext):
+    """A call whose end no library reports: its transport calls `cancel`."""
+
+    def __init__(self, method: str, metadata: Sequence[tuple[str, str | bytes]] = ()) -> None:
+        super().__init__(method, metadata)
+        self._lock = threading.Lock()
+        self._callbacks: list[Callable[[], None]] | None = []
+
+    def is_active(self) -> bool:
+        """Return whether the call has neither ended nor been cancelled."""
+        return self._callbacks is not None
+
+    def add_done_callback(self, callback: Callable[[], None]) -> bool:
+        """Register a callback for the end of the call; return False if the call has ended already."""
+        with self._lock:
+            if self._callbacks is None:
+                return False
+            self._callbacks.append(callback)
+            return True
+
+    def cancel(self) -> None:
+        """End the call: it was answered, its caller has cancelled it or is gone, or the server ends it."""
+        with self._lock:
+            callbacks, self._callbacks = self._callbacks or [], None
+        for callback in callbacks:
+            callback()
 
 
 class DerivedContext(CallContext):

@@ -14,7 +14,7 @@ from ray import serve
 
 from poolrpc._wire.status import DETAILS_KEY
 from poolrpc.v1 import pool_pb2
-from poolrpc_server.calls.call import CallContext, StatusError
+from poolrpc_server.calls.call import EndingContext, StatusError
 from poolrpc_server.calls.pipeline import CONTROL_CALLS
 from poolrpc_server.config import Config, ConfigError
 from poolrpc_server.protocols.health import HEALTH_SERVICE
@@ -101,7 +101,7 @@ def _mark_retryable(context: Any) -> None:  # noqa: ANN401 - as above
         context.set_code(grpc.StatusCode.UNAVAILABLE)
 
 
-class RayContext(CallContext):
+class RayContext(EndingContext):
     """A call that Ray's proxy forwarded. The proxy has the deadline, and cancels the call when it has passed."""
 
     transport = "ray"
@@ -110,8 +110,6 @@ class RayContext(CallContext):
         """Create the context of a call from Ray's own."""
         super().__init__(method, tuple(context.invocation_metadata() or ()))
         self._context = context
-        self._lock = threading.Lock()
-        self._callbacks: list[Callable[[], None]] | None = []
 
     @property
     def peer(self) -> str:
@@ -120,25 +118,6 @@ class RayContext(CallContext):
 
     def time_remaining(self) -> float | None:
         """Return None: the deadline is Ray's."""
-
-    def is_active(self) -> bool:
-        """Return whether the call has neither ended nor been cancelled."""
-        return self._callbacks is not None
-
-    def add_done_callback(self, callback: Callable[[], None]) -> bool:
-        """Register a callback for the end of the call; return False if the call has ended already."""
-        with self._lock:
-            if self._callbacks is None:
-                return False
-            self._callbacks.append(callback)
-            return True
-
-    def cancel(self) -> None:
-        """End the call, which Ray has cancelled, or which has been answered."""
-        with self._lock:
-            callbacks, self._callbacks = self._callbacks or [], None
-        for callback in callbacks:
-            callback()
 
 
 class _Message:

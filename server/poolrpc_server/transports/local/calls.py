@@ -23,11 +23,11 @@ from poolrpc._wire.local_packets import MAX_PACKET_BYTES, decode_call, encode_an
 from poolrpc._wire.status import DETAILS_KEY, encode_error
 from poolrpc.errors import InvalidArgumentError, LimitExceededError, UnavailableError, UnsupportedError
 from poolrpc_server.calls.admitted_call import status_of
-from poolrpc_server.calls.call import CallContext, StatusError
+from poolrpc_server.calls.call import EndingContext, StatusError
 from poolrpc_server.telemetry.logs import log
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
     from poolrpc._wire.local_packets import ReceivedCall
     from poolrpc_server.calls.pipeline import CallPipeline
@@ -38,7 +38,7 @@ _END_ONLY = select.EPOLLONESHOT  # EPOLLHUP is always reported
 _HAS_DESCRIPTOR, _TRUNCATED = int(socket.MSG_CTRUNC), int(socket.MSG_TRUNC)
 
 
-class LocalContext(CallContext):
+class LocalContext(EndingContext):
     """A call that came as a packet.
 
     Args:
@@ -55,8 +55,6 @@ class LocalContext(CallContext):
         super().__init__(received.method, (*pairs, (MESSAGE_BYTES_KEY, str(len(received.message)))))
         self._deadline = None if received.timeout is None else monotonic() + received.timeout
         self._peer = peer
-        self._lock = threading.Lock()
-        self._callbacks: list[Callable[[], None]] | None = []
 
     @property
     def peer(self) -> str:
@@ -66,7 +64,7 @@ class LocalContext(CallContext):
     @property
     def cancelled(self) -> bool:
         """Whether the client is gone, or the server has ended the call."""
-        return self._callbacks is None
+        return not super().is_active()
 
     def time_remaining(self) -> float | None:
         """Return the seconds until the deadline; None for no deadline."""
@@ -74,22 +72,7 @@ class LocalContext(CallContext):
 
     def is_active(self) -> bool:
         """Return whether the call has neither ended nor been cancelled, and its deadline has not passed."""
-        return self._callbacks is not None and (self._deadline is None or monotonic() < self._deadline)
-
-    def add_done_callback(self, callback: Callable[[], None]) -> bool:
-        """Register a callback for the end of the call; return False if the call has ended already."""
-        with self._lock:
-            if self._callbacks is None:
-                return False
-            self._callbacks.append(callback)
-            return True
-
-    def cancel(self) -> None:
-        """End the call: it was answered, its connection has ended, or the server ends it."""
-        with self._lock:
-            callbacks, self._callbacks = self._callbacks or [], None
-        for callback in callbacks:
-            callback()
+        return super().is_active() and (self._deadline is None or monotonic() < self._deadline)
 
 
 class Connection:
