@@ -47,8 +47,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="seed of the mutations [default: 1]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="file to write the rows to")
     parser.add_argument("--jobs", type=int, default=1, help="number of targets to run at the same time [default: 1]")
-    parser.add_argument("--only", metavar="TARGET", help="run this target alone, in this process")
+    parser.add_argument("--only", metavar="TARGET", help="run this target alone, in this process; needs --cases")
     options = parser.parse_args()
+    if options.only and not options.cases:
+        parser.error("argument --only: expected --cases with it, got --seconds")
     if options.only:
         from fuzz.guided import fuzz  # noqa: PLC0415 - importing it instruments the packages
 

@@ -11,7 +11,8 @@ from poolrpc_server.log_format import find_log_format
 from poolrpc_server.standard_streams import open_standard_streams
 
 try:
-    from poolrpc_server import config
+    from poolrpc_server.config import Config, ConfigError
+    from poolrpc_server.config_sources import parse, unknown_variables
     from poolrpc_server.process import log_starting
     from poolrpc_server.sockets import require_free
     from poolrpc_server.telemetry import logs
@@ -40,11 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     open_standard_streams()
     log_format = find_log_format(arguments)
     try:
-        settings = config.parse(arguments)
+        settings = parse(arguments)
         logs.configure(settings.log_format, settings.log_level)
         if arguments is None:
             logs.adopt_process()
-        for variable, closest in config.unknown_variables(os.environ).items():
+        for variable, closest in unknown_variables(os.environ).items():
             hint = f"did you mean {closest}?" if closest else "poolrpc-server --help has all names"
             logs.log.warning("unknown environment variable", variable=variable, hint=hint)
         if settings.workers > 1:
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return serve(settings)
     except KeyboardInterrupt:  # before the server handles SIGINT itself
         return INTERRUPTED
-    except config.ConfigError as error:
+    except ConfigError as error:
         _report(error, log_format)
         return 2
 
@@ -78,7 +79,7 @@ def _report(error: Exception, log_format: str) -> None:
         print(f"poolrpc-server: {error}", file=sys.stderr)  # noqa: T201 - a command's output
 
 
-def _require_free_addresses(settings: config.Config) -> None:
+def _require_free_addresses(settings: Config) -> None:
     addresses = [("listen", each) for each in settings.listen]
     addresses += [("metrics", settings.metrics), ("probes", settings.probes)]
     for name, address in addresses:
@@ -86,4 +87,4 @@ def _require_free_addresses(settings: config.Config) -> None:
             if address:
                 require_free(address)
         except ValueError as error:
-            raise config.ConfigError(f"{name}: {error}") from None
+            raise ConfigError(f"{name}: {error}") from None

@@ -18,7 +18,7 @@ import trustme
 import yaml
 
 from poolrpc import __version__
-from poolrpc_server.config import parse
+from poolrpc_server.config_sources import parse
 from tests.docs.blocks import Block, blocks
 
 if TYPE_CHECKING:

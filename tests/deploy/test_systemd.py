@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from poolrpc_server.config import Config, parse
+from poolrpc_server.config import Config
+from poolrpc_server.config_sources import parse
 from scripts.server_process import serving
 from tests.installing import ROOT
 

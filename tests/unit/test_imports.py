@@ -29,6 +29,7 @@ TIERS = (
     {"compute"},
     {"process", "reloading_file"},
     {"telemetry"},
+    {"config_sources"},
     {"config", "sockets"},
     {"log_format", "presets", "resources", "signals", "standard_streams"},
 )
@@ -170,7 +171,7 @@ def test_only_compute_imports_torch(module):
 def test_only_what_builds_a_server_sees_the_config(module):
     """Only the command, the workers, the app, the service and the Ray transport import Config."""
     short = module.removeprefix("poolrpc_server.")
-    assert short in {"config", *MAY_IMPORT_CONFIG} or "poolrpc_server.config" not in imports(module)
+    assert short in {"config", "config_sources", *MAY_IMPORT_CONFIG} or "poolrpc_server.config" not in imports(module)
 
 
 def constants(module):

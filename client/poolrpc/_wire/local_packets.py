@@ -26,6 +26,9 @@ _PREFIX = struct.Struct("<HQ")
 _NO_DEADLINE = 2**64 - 1
 _MAX_LENGTH = 2**16 - 1
 
+_REMEMBERED_HEADER_BYTES = 1024
+"""The largest header that is remembered: a client chooses its size, and what is kept is counted nowhere."""
+
 _OK, _ERROR = b"\0", b"\1"
 _CODES = {number: name for name, number in STATUS_NUMBERS.items() if name != "OK"}
 
@@ -88,14 +91,13 @@ def decode_call(packet: memoryview) -> ReceivedCall:
     start = _PREFIX.size + length
     if start > len(packet):
         raise InvalidArgumentError(f"expected a header of {length} bytes, got {len(packet) - _PREFIX.size}")
-    method, metadata = _decode_header(bytes(packet[_PREFIX.size : start]))
+    header = bytes(packet[_PREFIX.size : start])
+    method, metadata = (_remembered_header if length <= _REMEMBERED_HEADER_BYTES else _decode_header)(header)
     timeout = None if deadline == _NO_DEADLINE else deadline / 1e6
     return ReceivedCall(method, timeout, metadata, bytes(packet[start:]))
 
 
-@lru_cache(64)
 def _decode_header(data: bytes) -> tuple[str, tuple[tuple[str, str | bytes], ...]]:
-    # Cached for the same reason.
     try:
         header = pool_pb2.LocalCall.FromString(data)
     except DecodeError:
@@ -104,6 +106,9 @@ def _decode_header(data: bytes) -> tuple[str, tuple[tuple[str, str | bytes], ...
     if len(texts) % 2:
         raise InvalidArgumentError(f"expected keys and values, got {len(texts)} texts", field="metadata")
     return header.method, tuple(_pair(key, value) for key, value in zip(texts[::2], texts[1::2], strict=True))
+
+
+_remembered_header = lru_cache(64)(_decode_header)  # for the same reason
 
 
 def _pair(key: bytes, value: bytes) -> tuple[str, str | bytes]:

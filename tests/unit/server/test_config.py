@@ -14,7 +14,8 @@ import pytest
 
 from poolrpc._shapes.limits import MAX_MESSAGE_BYTES, MAX_PAYLOAD_BYTES
 from poolrpc_server.cli import main
-from poolrpc_server.config import AUTOMATIC, Config, ConfigError, parse, parse_size, unknown_variables
+from poolrpc_server.config import AUTOMATIC, Config, ConfigError
+from poolrpc_server.config_sources import parse, parse_size, unknown_variables
 from poolrpc_server.resources import cpu_count
 
 NUMBERS = [each.name for each in fields(Config) if each.metadata["unit"]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 
 from poolrpc import InternalError, UnavailableError
@@ -41,6 +43,22 @@ def test_the_largest_packet() -> None:
     assert encode_call("a/b", None, (("key", "v" * 2**16),), ()) is None
     assert encode_answer(bytes(MAX_PACKET_BYTES - 1)) is not None
     assert encode_answer(bytes(MAX_PACKET_BYTES)) is None
+
+
+def test_large_headers_are_not_kept() -> None:
+    """A server remembers small headers only: a client cannot fill its memory with large ones."""
+    packets = [
+        memoryview(b"".join(encode_call("a/b", None, (("key", f"{number:060000}"),), ()) or ())) for number in range(64)
+    ]
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for packet in packets:
+            assert len(decode_call(packet).metadata[0][1]) == 60000
+        kept = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert kept < len(packets) * 2048
 
 
 def test_answers() -> None:
