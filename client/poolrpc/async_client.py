@@ -335,7 +335,6 @@ class AsyncPoolClient(BaseClient):
         while (connection := local.take(step.process)) is None:
             await asyncio.to_thread(local.connect, step.process)
         try:
-            connection.socket.setblocking(False)
             async with asyncio.timeout(step.timeout):
                 # A packet is sent as a whole or not at all.
                 await loop.sock_sendall(connection.socket, b"".join(step.packet))

@@ -21,6 +21,7 @@ LARGE = RNG.standard_normal((2, 3, 256, 256), np.float32)
 HELD = FractionalMaxPool2d(2, output_size=8)
 """A layer that the gate holds."""
 POOL = "poolrpc.v1.PoolService/Pool"
+SERVER_INFO = "poolrpc.v1.PoolService/GetServerInfo"
 
 
 def halved(x: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from poolrpc._wire.arena_packets import SUFFIX
 from poolrpc._wire.local_packets import MAX_PACKET_BYTES, decode_answer, encode_call
 from poolrpc_server import Config, Server
 from scripts.server_process import serving
-from tests.integration.local_calls import HELD, LARGE, POOL, X, halved, packet_socket, request_of, wait_for
+from tests.integration.local_calls import HELD, LARGE, POOL, SERVER_INFO, X, halved, packet_socket, request_of, wait_for
 from tests.scrape import Scrape
 
 if TYPE_CHECKING:
@@ -148,6 +148,25 @@ def test_what_a_killed_client_held_is_free(gate: Gate, local_server: Server, sha
     gate.opened.set()
     while local_server.local_connections():
         pass
+
+
+def test_a_client_that_leaves_after_it_has_sent_a_call(gate: Gate, local_server: Server) -> None:
+    """A client whose calls follow each other is noticed to be gone, though it left before its last call was read."""
+    with PoolClient(local_server.addresses[0]) as client, ThreadPoolExecutor(1) as threads:
+        held = threads.submit(client.pool, X, HELD)
+        assert gate.entered.wait(60)
+        for _ in range(100):
+            with packet_socket(local_server.addresses[0]) as peer:
+                for _ in range(8):
+                    peer.sendmsg(encode_call(SERVER_INFO, None, (), ()))
+                    assert decode_answer(peer.recv(MAX_PACKET_BYTES))
+                peer.sendmsg(encode_call(POOL, None, (), request_of(client, X)))
+        while len(local_server.local_connections()) > 1:
+            pass
+        assert gate.computed == 0
+        gate.opened.set()
+        held.result(60)
+    wait_for(local_server, "poolrpc_inflight_bytes", 0)
 
 
 def test_a_deadline_passes_though_the_peer_stays(gate: Gate, local_server: Server) -> None:

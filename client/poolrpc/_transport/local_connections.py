@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import sys
 import threading
 import time
 from contextlib import suppress
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 
 MAX_IDLE = 16
 """The connections to one process that a client keeps open between calls. Each carries one call at a time."""
+
+MAX_POLL_MS = 2**31 - 1
+"""The longest wait that the system knows, 24 days, in milliseconds."""
 
 CONNECT_SECONDS = 2.0
 """Seconds that the server may take for each step of accepting a connection."""
@@ -51,11 +56,32 @@ class LocalConnection:
 
     """
 
-    __slots__ = ("buffer", "process", "socket")
+    __slots__ = ("_answers", "buffer", "process", "socket")
 
     def __init__(self, connection: socket.socket, process: str) -> None:
         self.socket, self.process = connection, process
         self.buffer = bytearray(MAX_PACKET_BYTES)
+        self._answers = select.poll()
+        self._answers.register(connection, select.POLLIN)
+
+    def call(self, packet: Sequence[Bytes], timeout: float | None) -> bytes:
+        """Send a call, and return its response.
+
+        Args:
+            packet: The parts of the packet.
+            timeout: Seconds until the deadline; None for no deadline.
+
+        Raises:
+            PoolError: The call failed.
+            TimeoutError: The deadline passed.
+            OSError: The connection has ended.
+
+        """
+        # A socket with a timeout would be polled before it sends, too: there is room, since the last answer is here.
+        self.socket.sendmsg(packet)
+        if not self._answers.poll(None if timeout is None else min(ceil(timeout * 1000), MAX_POLL_MS)):
+            raise TimeoutError
+        return self.answer(self.socket.recv_into(self.buffer))
 
     def answer(self, nbytes: int) -> bytes:
         """Return the response in an answer of so many bytes, which was received into the buffer.
@@ -108,9 +134,7 @@ class LocalConnections:
         while (connection := self.take(process)) is None:
             self.connect(process)
         try:
-            connection.socket.settimeout(timeout)
-            connection.socket.sendmsg(packet)
-            response = connection.answer(connection.socket.recv_into(connection.buffer))
+            response = connection.call(packet, timeout)
         except BaseException as error:  # noqa: BLE001 - raised, or another in its place
             raise self.failed(connection, error) from error.__cause__
         self.put_back(connection)
@@ -223,7 +247,9 @@ def connect(path: str) -> LocalConnection:
     try:
         connection.settimeout(CONNECT_SECONDS)
         connection.connect(path)
-        return LocalConnection(connection, _handshake(connection))
+        process = _handshake(connection)
+        connection.setblocking(False)
+        return LocalConnection(connection, process)
     except OSError as error:
         connection.close()
         reason = getattr(error, "strerror", None) or str(error)

@@ -4,6 +4,10 @@ A connection carries one call at a time. Threads wait for packets on one epoll, 
 no thread belongs to a connection, and none is handed a packet by another. The thread that receives a packet owns the
 connection until it waits for the next one: it alone sends on it and closes it. Meanwhile another thread is only woken
 if the client is gone, and cancels the call.
+
+A client that calls again and again is answered by one thread: after an answer that thread waits on the connection
+itself for a moment, unless it is the last one that the others could need. This takes two system calls fewer, and no
+thread waits for another to release the interpreter.
 """
 
 from __future__ import annotations
@@ -34,6 +38,9 @@ if TYPE_CHECKING:
 
 _NEXT_PACKET = select.EPOLLIN | select.EPOLLONESHOT
 _END_ONLY = select.EPOLLONESHOT  # EPOLLHUP is always reported
+LINGER_MS = 2
+"""Milliseconds for which a thread waits for the next packet of a connection whose last packet came as soon."""
+
 # Plain integers: the operators of socket's enumerations take some microseconds.
 _HAS_DESCRIPTOR, _TRUNCATED = int(socket.MSG_CTRUNC), int(socket.MSG_TRUNC)
 
@@ -82,14 +89,24 @@ class Connection:
         socket: The socket.
         peer: The client, "unix:pid=123"; "unix:" if its process is unknown.
         call: The call in flight; None between calls.
+        gone: Whether the client is known to be gone.
+        answered_at: When the last answer was sent, by the monotonic clock.
 
     """
 
-    __slots__ = ("call", "peer", "socket")
+    __slots__ = ("_next_packet", "answered_at", "call", "gone", "peer", "socket")
 
     def __init__(self, socket: socket.socket, peer: str) -> None:
         self.socket, self.peer = socket, peer
         self.call: LocalContext | None = None
+        self.gone = False
+        self.answered_at = 0.0
+        self._next_packet = select.poll()
+        self._next_packet.register(socket, select.POLLIN)
+
+    def wait(self, milliseconds: int) -> bool:
+        """Wait for the next packet, or the end of the connection; return False if there is neither."""
+        return bool(self._next_packet.poll(milliseconds))
 
 
 class LocalCalls:
@@ -214,6 +231,23 @@ class LocalCalls:
                 self._idle += 1
 
     def _serve(self, connection: Connection, buffer: bytearray) -> None:
+        """Answer the packet of a connection, and those that follow it soon."""
+        lingers = monotonic() - connection.answered_at < LINGER_MS / 1000
+        released = False
+        try:
+            self._epoll.modify(connection.socket, _END_ONLY)
+            while self._serve_packet(connection, buffer):
+                # Another thread must be left for the other connections.
+                if not (lingers and self._idle and connection.wait(LINGER_MS)):
+                    released, connection.answered_at = True, monotonic()
+                    self._epoll.modify(connection.socket, _NEXT_PACKET)
+                    return
+        finally:
+            if not released:
+                self._drop(connection)
+
+    def _serve_packet(self, connection: Connection, buffer: bytearray) -> bool:
+        """Answer the packet of a connection; return False if it is the last one."""
         answer: Iterable[bytes] | None = None
         try:
             nbytes, _, flags, _ = connection.socket.recvmsg_into([buffer])
@@ -225,10 +259,7 @@ class LocalCalls:
             pass
         finally:
             connection.call = None
-            if answer is not None and _send(connection, answer):
-                self._epoll.modify(connection.socket, _NEXT_PACKET)
-            else:
-                self._drop(connection)
+        return answer is not None and _send(connection, answer)
 
     def _answer(self, connection: Connection, packet: memoryview, flags: int) -> Iterable[bytes] | None:
         """Return the parts of the answer to a call; None if its client is gone, or the server has ended it."""
@@ -238,7 +269,8 @@ class LocalCalls:
             raise InvalidArgumentError(f"expected a packet of at most {MAX_PACKET_BYTES} bytes, got a larger one")
         received = decode_call(packet)
         call = connection.call = LocalContext(received, connection.peer)
-        self._epoll.modify(connection.socket, _END_ONLY)
+        if connection.gone:  # noticed before there was a call to cancel
+            call.cancel()
         try:
             answer = encode_answer(self._respond(call, received.message))
             if answer is None:
@@ -287,5 +319,7 @@ def _cancel_if_gone(connection: Connection) -> None:
     poll = select.poll()
     with suppress(ValueError):  # it is closed
         poll.register(connection.socket, 0)
-        if poll.poll(0) and (call := connection.call) is not None:
-            call.cancel()
+        if poll.poll(0):
+            connection.gone = True
+            if (call := connection.call) is not None:
+                call.cancel()
