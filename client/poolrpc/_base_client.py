@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
@@ -219,8 +220,6 @@ class BaseClient:
 
     def __del__(self) -> None:
         if not self._closed:
-            import warnings  # noqa: PLC0415 - keeps `import poolrpc` fast
-
             text = f"unclosed {self!r}: use it in a with block, or close it"
             warnings.warn(text, ResourceWarning, stacklevel=2, source=self)
 
@@ -370,14 +369,15 @@ class BaseClient:
     ) -> Steps[list[PoolResult]]:
         required = transport is not None
         check_transport(transport)
+        if transport in ("arena", "local") and self._local is None:
+            msg = f"expected the address of a unix socket for {transport!r}, got {self.address}"
+            raise InvalidArgumentError(msg, field="transport")
         local = self._local is not None and self._local.available
         chosen = transport or default_transport(transfer, self._arenas, self.max_message_bytes, local=local)
         with traced(_METHOD_OF[chosen], self.address, options, transfer.prepared.request) as span:
             results: list[PoolResult] | None = None
             if chosen == "local":
-                if self._local is None:
-                    msg = f"expected the address of a unix socket for the local transport, got {self.address}"
-                    raise UnavailableError(msg, reason="LOCAL")
+                assert self._local is not None  # noqa: S101 - checked above
                 results = yield from local_steps(
                     transfer,
                     self._arenas,

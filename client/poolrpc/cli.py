@@ -195,7 +195,8 @@ def _parser() -> argparse.ArgumentParser:
     pool.add_argument(
         "--suffix",
         metavar="SUFFIX",
-        help="suffix of the outputs of several files, which selects their format [default: each file's own]",
+        help="suffix of the outputs of several files, which selects their format; one of images leaves .npy and .npz "
+        "as they are [default: each file's own]",
     )
     pool.add_argument(
         "--skip-existing", action="store_true", help="skip files whose outputs exist; continues an interrupted command"

@@ -16,6 +16,7 @@ Examples:
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -149,7 +150,8 @@ def replace_pooling(model: M, client: PoolClient) -> M | RemotePool:
     The outputs are the same, bit for bit if the server has the same kind of device. Two layers may differ in the last
     bits: averages of tensors in channels_last, which torch adds up in another order, and LPPool with a norm other than
     1, 2 and infinity. Two things stay as they are: functions such as torch.nn.functional.max_pool2d, and modules that
-    are not registered in the model (in a plain list, for example). If a module can't be replaced, nothing is.
+    are not registered in the model (in a plain list, for example). If a module can't be replaced, nothing is. A model
+    without pooling modules is returned as it is, with a warning.
 
     Args:
         model: The model. A module that it uses several times is replaced by one. To keep it, pass copy.deepcopy(model).
@@ -186,6 +188,9 @@ def replace_pooling(model: M, client: PoolClient) -> M | RemotePool:
         if id(module) not in made:
             made[id(module)] = RemotePool(client, layers_of(module, path)).train(module.training)
         found.append((name, made[id(module)]))
+    if not found and not any(isinstance(module, RemotePool) for module in model.modules()):
+        text = "the model has no pooling modules, and is unchanged; calls such as torch.nn.functional.max_pool2d stay"
+        warnings.warn(text, stacklevel=2)
     for name, remote in found:
         if not name:
             return remote

@@ -6,12 +6,11 @@ import gc
 import os
 import signal
 import sys
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from poolrpc import PoolClient
 from poolrpc.addresses import unix_path
 from poolrpc_server.calls.method import Method
 from poolrpc_server.calls.pipeline import CONTROL_CALLS
@@ -39,8 +38,6 @@ from poolrpc_server.transports.local.arenas import ArenaListener, arena_finder
 from poolrpc_server.transports.local.calls import Connection, LocalCalls
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from poolrpc._wire.codec import ServerInfo
     from poolrpc_server.telemetry.traces import Spans
 
@@ -317,26 +314,3 @@ def _private_addresses(resources: ExitStack) -> tuple[str, ...]:
     except OSError as error:
         log.warning("no watchdog: expected a temporary folder for its socket", error=str(error))
         return ()
-
-
-@contextmanager
-def embedded(**settings: Any) -> Iterator[PoolClient]:  # noqa: ANN401 - Config's fields
-    """Run a whole server in this process, on a private unix socket, and yield a client that is connected to it.
-
-    Args:
-        settings: Fields of Config: threads, device, limits. torch uses one thread on each of the server's own threads;
-            the number of the caller's threads is left alone.
-
-    Raises:
-        ConfigError: A setting is wrong.
-
-    """
-    with private_folder() as folder:  # not in TMPDIR if its path is too long for a socket
-        address = f"unix:{folder / 'pool.sock'}"
-        server = Server(Config(**{"listen": (address,), **settings}))
-        server.start()
-        try:
-            with PoolClient(server.addresses[0]) as client:
-                yield client
-        finally:
-            server.stop(grace=0)

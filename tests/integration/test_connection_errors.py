@@ -175,12 +175,19 @@ def test_waiting_for_a_server(connect: Connect, places: Places, place: str) -> N
     assert words.replace("30 s", "2 s") in raised.value.message
 
 
-@pytest.mark.parametrize("kind", ["tcp", "unix"])
+@pytest.mark.parametrize("kind", ["tcp", "tls", "unix"])
 def test_a_server_that_starts_is_waited_for(connect: Connect, places: Places, tmp_path: Path, kind: str) -> None:
     """wait_until_ready returns when the server serves, and the next call succeeds."""
-    address = places.nothing()[0] if kind == "tcp" else f"unix:{tmp_path / 'pool.sock'}"
-    client = connect(address, timeout=TIMEOUT)
-    made = poolrpc_server.Server(poolrpc_server.Config(listen=(address,)))
+    address = (
+        f"unix:{tmp_path / 'pool.sock'}" if kind == "unix" else places.nothing()[0].replace("127.0.0.1", "localhost")
+    )
+    ours, options = Authority(tmp_path / "own"), {}
+    settings = {"listen": (address.replace("localhost", "127.0.0.1"),)}
+    if kind == "tls":
+        settings |= tls_settings(ours.issue("localhost"))
+        options = {"credentials": ours.credentials()}
+    client = connect(address, timeout=TIMEOUT, **options)
+    made = poolrpc_server.Server(poolrpc_server.Config(**settings))
     try:
         threading.Timer(0.3, made.start).start()
         client.wait_until_ready(timeout=60)
@@ -189,6 +196,29 @@ def test_a_server_that_starts_is_waited_for(connect: Connect, places: Places, tm
         with pytest.raises(poolrpc.UnavailableError, match="to be SERVING, got NOT_SERVING") as raised:
             client.wait_until_ready(timeout=0.5)
         assert raised.value.reason == "NOT_SERVING"
+    finally:
+        made.stop(grace=0)
+
+
+def test_a_server_with_tls_that_starts_after_the_call(connect: Connect, places: Places, tmp_path: Path) -> None:
+    """A call that found no server does not report that TLS fails, though there is a server with TLS by now."""
+    ours = Authority(tmp_path / "own")
+    address, _ = places.nothing()
+    client = connect(address, credentials=ours.credentials())
+    for _ in range(2):  # gRPC repeats its last error until it connects again
+        with pytest.raises(poolrpc.UnavailableError, match="Connection refused"):
+            client.server_info()
+    made = poolrpc_server.Server(poolrpc_server.Config(listen=(address,), **tls_settings(ours.issue("127.0.0.1"))))
+    try:
+        made.start()
+        for _ in range(1000):
+            try:
+                client.server_info()
+            except poolrpc.UnavailableError as error:
+                assert "there is one now: try again" in error.message  # noqa: PT017 - it is of some of the calls
+            else:
+                return
+        pytest.fail("expected a connection at last")
     finally:
         made.stop(grace=0)
 

@@ -76,8 +76,10 @@ def test_without_local_calls_everything_goes_by_grpc(connect: Connect, tmp_path:
         assert client.pool(LARGE, MaxPool2d(2)).transport == "arena"
         with pytest.raises(poolrpc.UnavailableError):
             client.pool(X, MaxPool2d(2), transport="local")
-    with pytest.raises(poolrpc.UnavailableError):
-        connect("127.0.0.1:1").pool(X, MaxPool2d(2), transport="local")
+    for transport in ("local", "arena"):
+        with pytest.raises(poolrpc.InvalidArgumentError, match="expected the address of a unix socket") as raised:
+            connect("127.0.0.1:1").pool(X, MaxPool2d(2), transport=transport)
+        assert raised.value.violations[0].field == "transport"
 
 
 def test_errors_are_those_of_grpc(connect: Connect, local_server: Server) -> None:

@@ -384,8 +384,9 @@ def test_the_bar_of_a_generator_has_no_total(client: PoolClient, capsys: pytest.
 def test_there_is_no_bar_by_default_or_without_tqdm(
     mapped: Callable[..., list[Any]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without progress=True, or without tqdm, nothing is written and everything works."""
+    """Without progress=True, or without tqdm, no bar is written and everything works; a warning names the extra."""
     assert len(mapped([GOOD] * 3, MaxPool2d(2))) == 3
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    assert len(mapped([GOOD] * 3, MaxPool2d(2), progress=True)) == 3
+    with pytest.warns(UserWarning, match=r"poolrpc\[progress\]"):
+        assert len(mapped([GOOD] * 3, MaxPool2d(2), progress=True)) == 3
     assert capsys.readouterr() == ("", "")

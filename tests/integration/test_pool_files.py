@@ -85,6 +85,14 @@ def test_a_suffix_selects_the_format_of_all_outputs(run: Run) -> None:
     assert files_in("out") == ["a-0.npz", "a-1.npz", "b-0.npz", "b-1.npz"]
 
 
+def test_a_suffix_of_images_leaves_arrays(run: Run) -> None:
+    """Arrays among images keep their suffix, since their outputs cannot be images."""
+    make_image("in/a.jpg")
+    np.save("in/b.npy", np.ones((1, 4, 4), np.float32))
+    assert run("in", "--save", "out", "--suffix", ".png", "--layer", "MaxPool2d(2)")[0] == 0
+    assert files_in("out") == ["a-0.png", "a-1.png", "b-0.npy", "b-1.npy"]
+
+
 @pytest.mark.parametrize(
     ("pattern", "expected"),
     [

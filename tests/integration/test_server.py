@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import re
 import signal
 import socket
@@ -311,6 +312,33 @@ def test_embedded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         assert set(threading.enumerate()) - threads
     assert not list(tmp_path.iterdir())
     assert not [each for each in set(threading.enumerate()) - threads if each.name.startswith("poolrpc-")]
+
+
+def test_embedded_without_a_block() -> None:
+    """The client is used as it is, as over the cells of a notebook; closing it stops the server."""
+    client = poolrpc_server.embedded()
+    address = client.address
+    copy = pickle.loads(pickle.dumps(client))  # noqa: S301 - our own
+    assert repr(client) == repr(copy) == f"PoolClient({address!r})"
+    with copy:
+        assert copy.pool(X, AvgPool2d(2)).shape == client.pool(X, AvgPool2d(2)).shape
+    client.close()
+    assert not Path(address.removeprefix("unix:")).exists()
+
+
+@pytest.mark.parametrize("embedded", [False, True], ids=["client", "embedded"])
+@pytest.mark.parametrize("leave", ["", "del client", "sys.exit(0)"])
+def test_a_client_that_is_never_closed(address: str, leave: str, *, embedded: bool) -> None:
+    """The process of a client that is a module's variable ends without a word, and so does its embedded server."""
+    made = "poolrpc_server.embedded()" if embedded else f"poolrpc.PoolClient({address!r})"
+    program = (
+        "import sys, numpy, poolrpc, poolrpc_server\n"
+        f"client = {made}\n"
+        "def shape():\n    return client.pool(numpy.zeros((1, 1, 4, 4), 'f4'), 'MaxPool2d(2)').shape\n"
+        f"print(shape())\n{leave}\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=False)  # noqa: S603 - ours
+    assert (done.returncode, done.stdout, done.stderr) == (0, "(1, 1, 2, 2)\n", "")
 
 
 def test_embedded_keeps_the_callers_torch_threads() -> None:

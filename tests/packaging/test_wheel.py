@@ -89,6 +89,10 @@ def test_commands_without_the_extra_name_it(thin: Path) -> None:
     done = subprocess.run([thin.with_name("poolrpc-server")], capture_output=True, text=True, check=False)  # noqa: S603 - our own
     assert done.returncode == 2
     assert done.stderr == "poolrpc-server: the server needs its extra: pip install 'poolrpc[server]'\n"
+    done = subprocess.run(  # noqa: S603 - our own program
+        [thin, "-c", "from poolrpc_server import embedded"], capture_output=True, text=True, check=False
+    )
+    assert "poolrpc_server.embedded: the server needs its extra: pip install 'poolrpc[server]'" in done.stderr
 
 
 def test_the_client_works_at_its_lowest_versions(wheel: Path, tmp_path: Path) -> None:

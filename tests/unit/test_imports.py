@@ -21,6 +21,7 @@ TIERS = (
     {"__main__"},
     {"cli"},
     {"workers"},
+    {"embedding"},
     {"app"},
     {"transports"},
     {"service"},
@@ -35,7 +36,7 @@ TIERS = (
 )
 DEPTH = {module: depth for depth, tier in enumerate(TIERS) for module in tier}
 MAY_IMPORT_GRPC = {"cli", "workers", "app", "transports"}
-MAY_IMPORT_CONFIG = {"cli", "workers", "app", "service", "transports.ray"}
+MAY_IMPORT_CONFIG = {"cli", "workers", "embedding", "app", "service", "transports.ray"}
 # What importing a module of the client may import in addition to Python's standard library.
 THIN = {"grpc", "google", "numpy", "poolrpc"}
 # The modules of the client that are imported only by those who have another package, which they may import.

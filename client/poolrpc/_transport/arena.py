@@ -72,6 +72,9 @@ def arena_steps(  # noqa: PLR0913 - the call, and what its caller chose
             response = yield from send(POOL, (call.message,), options, call.socket)
     except BaseException as error:
         call.release(error)
+        if required and isinstance(error, NotLocalError):
+            msg = f"expected a server that takes local calls, got none: {error.message}"
+            raise UnavailableError(msg, reason=error.reason) from error.__cause__
         if required or not (isinstance(error, NotLocalError) or call.lost(error)):
             raise
         return None

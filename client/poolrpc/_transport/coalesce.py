@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import AsyncIterable
 from contextlib import contextmanager
 from copy import copy
@@ -222,11 +223,13 @@ class Order:
 @contextmanager
 def progress_bar(tensors: object, *, shown: bool) -> Iterator[Callable[[int], Any]]:
     """Show a progress bar over tensors, if tqdm is installed, and return the function that advances it."""
+    if not shown:
+        yield lambda _: None
+        return
     try:
-        if not shown:
-            raise ImportError  # noqa: TRY301 - the same as if tqdm were not installed
         from tqdm import tqdm  # noqa: PLC0415 - optional
     except ImportError:
+        warnings.warn("progress=True shows nothing without tqdm: pip install 'poolrpc[progress]'", stacklevel=2)
         yield lambda _: None
         return
     with tqdm(total=len(tensors) if hasattr(tensors, "__len__") else None, unit="tensor") as bar:

@@ -8,9 +8,11 @@ own.
 from __future__ import annotations
 
 import os
+import re
 import socket
 from contextlib import suppress
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 import grpc
 
@@ -28,6 +30,9 @@ NOT_CONNECTED = (
     "DNS resolution failed",
 )
 """The possible beginnings of gRPC's message if it could not connect."""
+
+NO_SERVER = re.compile(r"last error: \w+: ipv[46]:(.+):(\d+): .*Connection refused")
+"""The end of gRPC's message if the last address that it tried has no server: its host and its port."""
 
 PROBE_SECONDS = 1.0
 """Seconds that each step of a look at an address may take."""
@@ -95,6 +100,8 @@ def explain(  # noqa: PLR0911 - one error after the other
     if found == "plaintext" and encrypted:
         msg = f"{expected}one without TLS: unset POOLRPC_CA, and pass no credentials="
         return FailedPreconditionError(msg, reason="TLS")
+    if found == "tls" and encrypted and _started_since(error):
+        return UnavailableError(f"{expected}no connection, but there is one now: try again")
     if found == "tls":
         return FailedPreconditionError(expected + (_untrusted(error) if encrypted else REQUIRES_TLS), reason="TLS")
     if found == "silent":
@@ -107,6 +114,18 @@ def _untrusted(error: PoolError) -> str:
     last = _last(error)  # which is perhaps that of another address of the host
     cause = f" ({last})" if "handshake failed" in last or "erification" in last else ""
     return f"one whose TLS handshake fails{cause}: {TRUST}"
+
+
+def _started_since(error: PoolError) -> bool:
+    """Return whether the address that rejected gRPC's connection takes one now: its server has started meanwhile."""
+    found = NO_SERVER.search(error.message)
+    if not found:
+        return False
+    try:
+        with socket.create_connection((unquote(found[1]).strip("[]"), int(found[2])), PROBE_SECONDS):
+            return True
+    except OSError:
+        return False
 
 
 def _last(error: PoolError) -> str:

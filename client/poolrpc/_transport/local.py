@@ -67,9 +67,10 @@ def local_steps(  # noqa: PLR0913 - the call, and what its caller chose
         )
     try:
         response = yield from send(POOL, (prepared.head, *map(array_bytes, transfer.arrays)), options, "")
-    except NotLocalError:
+    except NotLocalError as error:
         if required:
-            raise
+            msg = f"expected a server that takes local calls, got none: {error.message}"
+            raise UnavailableError(msg, reason=error.reason) from error.__cause__
         return None
     return decode_message(transfer, response, progress, "local")
 

@@ -110,7 +110,7 @@ def output_paths(inputs: Inputs, save: Path, suffix: str | None) -> list[Path]:
     Args:
         inputs: The input files.
         save: The file of the output; the folder of the outputs, if there are several inputs.
-        suffix: The suffix of the outputs; None: each input's own.
+        suffix: The suffix of the outputs; None: each input's own. That of an image is not for outputs of arrays.
 
     Raises:
         InvalidArgumentError: Two inputs have the same output, an output would replace an input, or `save` is not a
@@ -122,7 +122,12 @@ def output_paths(inputs: Inputs, save: Path, suffix: str | None) -> list[Path]:
     else:
         if save.suffix.lower() in ARRAY_SUFFIXES | readable_suffixes() and not save.is_dir():
             raise InvalidArgumentError(f"expected a folder for the outputs of several inputs, got {save}", field="save")
-        outputs = [save / (name.with_suffix(suffix) if suffix else name) for _, name in inputs.files]
+        arrays = not suffix or suffix.lower() in ARRAY_SUFFIXES
+        outputs = [
+            save
+            / (name.with_suffix(suffix) if suffix and (arrays or name.suffix.lower() not in ARRAY_SUFFIXES) else name)
+            for _, name in inputs.files
+        ]
     taken: dict[Path, Path] = {}
     sources = {path.resolve(): path for path, _ in inputs.files if path != STDIN}
     for (path, _), output in zip(inputs.files, outputs, strict=True):

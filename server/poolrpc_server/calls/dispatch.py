@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from math import inf
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
@@ -39,6 +39,9 @@ together from several messages, one that is computed."""
 FREE_SCRATCH_BYTES = 24 * 2**20
 """Scratch memory of a request that is not counted: the blocks of planes of most requests need no more, only as many of
 them are computed at a time as there are threads, and it is a part of what the process itself takes."""
+
+REMEMBERED_REQUESTS, REMEMBERED_LAYERS = 1024, 16
+"""Maximum number of requests that are remembered with what is known of them, and of the layers of each."""
 
 MAX_RETRY_DELAY = 5.0
 """Maximum delay, in seconds, that a rejected caller is asked to wait."""
@@ -97,6 +100,10 @@ class Dispatcher:
         self._metrics = metrics
         self._find_arena = find_arena
         self._max_compute_seconds = max_compute_seconds
+        # Equal requests share what is learned about their duration, whatever protocol and memory their tensors are in.
+        self._remembered = lru_cache(REMEMBERED_REQUESTS)(
+            partial(check_request, limits=limits, schedule=engine.schedule)
+        )
         self.info = info
 
     def admit(self, call: CallContext, announced: int = 0) -> None:
@@ -125,7 +132,9 @@ class Dispatcher:
             PoolError: The request is rejected; the class of the error says why.
 
         """
-        return check_request(request, self._limits, self._engine.schedule)
+        if sum(map(len, request.branches)) > REMEMBERED_LAYERS:
+            return check_request(request, self._limits, self._engine.schedule)
+        return self._remembered(request)
 
     def check_answer(self, nbytes: int) -> None:
         """Check that an answer of so many bytes fits into one message.

@@ -217,7 +217,8 @@ class LocalCalls:
                 return
             with self._lock:
                 self._idle -= 1
-                if not self._idle and len(self._threads) < self._max_threads:
+                # None after `stop`, since `close` joins those that there are.
+                if not (self._idle or self._stopped) and len(self._threads) < self._max_threads:
                     self._start_thread()
             connection = self._connections.get(descriptor)
             try:

@@ -165,6 +165,15 @@ def test_a_failed_call_holds_nothing_after_its_end(dispatcher, admission, layer,
     assert admission.bytes_in_flight == 0
 
 
+def test_equal_requests_share_what_is_learned_about_them(dispatcher):
+    """A request in an arena, or of another protocol, has the estimate of the ones before; long chains are forgotten."""
+    first, again = (dispatcher.check(Request(INPUT, ((MaxPool2d(2),),))) for _ in range(2))
+    first.schedule.record_duration(100.0)
+    assert again.schedule.seconds == first.schedule.seconds > 1
+    long = Request(INPUT, ((MaxPool2d(1),) * 17,))
+    assert dispatcher.check(long) is not dispatcher.check(long)
+
+
 @pytest.mark.parametrize("scratch", [None, 0, FREE_SCRATCH_BYTES, FREE_SCRATCH_BYTES + 1000])
 def test_outputs_and_scratch_count_with_those_of_other_calls(dispatcher, admission, monkeypatch, scratch):
     """A call needs room for its answer and for what computes it, to the byte; otherwise it may be tried again."""
