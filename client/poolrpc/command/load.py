@@ -139,4 +139,5 @@ class LoadResult:
 
 def quantile(values: Array, part: float) -> float:
     """Return the smallest value that at least a part of the values does not exceed; NaN without values."""
-    return float(np.quantile(values, part, method="inverted_cdf")) if len(values) else float("nan")
+    # A little less, since 13 / 85 * 85 is more than 13 in floating point, which would be the next value.
+    return float(np.quantile(values, max(part - 1e-12, 0), method="inverted_cdf")) if len(values) else float("nan")

@@ -44,6 +44,13 @@ def test_a_percentile_is_a_value_that_was_measured(values, part):
     assert found == min(enough)
 
 
+def test_a_part_is_counted_exactly():
+    """A part of n calls is that of so many calls, although their quotient times n may be a little more."""
+    for total in range(1, 200):
+        values = np.arange(1, total + 1)
+        assert [quantile(values, count / total) for count in values] == values.tolist()
+
+
 @given(st.lists(SECONDS, min_size=1, max_size=100), st.integers(0, 100), st.data())
 def test_a_call_that_fails_is_not_answered_within_any_time(latencies, unsent, data):
     """Calls that fail or are not sent count as infinitely late, so that rejections do not flatter a percentile."""
