@@ -28,6 +28,7 @@ from poolrpc.command.bench import bench, parse_shape
 from poolrpc.command.explain import WINDOWS, explain, format_lines
 from poolrpc.command.inputs import find_inputs, output_paths
 from poolrpc.command.pool import Work, count_files, describe, pool_file, pool_files, step_lines, steps
+from poolrpc.command.save_picture import save_picture
 from poolrpc.command.tune import add_tune_arguments, tune
 from poolrpc.errors import InvalidArgumentError, PoolError
 from poolrpc.expression import parse_chain, parse_layer
@@ -222,8 +223,17 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=WINDOWS,
         metavar="N",
-        help=f"number of windows to print; --json prints all [default: {WINDOWS}]",
+        help=f"number of windows to print and to draw; --json prints all [default: {WINDOWS}]",
     )
+    window.add_argument(
+        "--save",
+        type=Path,
+        metavar="FILE",
+        help="file for a picture of the windows: .svg, which has light and dark colours; .png, or .gif, which moves, "
+        "with Pillow and matplotlib",
+    )
+    window.add_argument("--animate", action="store_true", help="show the windows of a .svg one after the other")
+    window.add_argument("--dark", action="store_true", help="use the dark colours for a .png or a .gif")
     window.add_argument("--address", help="address of a server that computes the output too, to compare it")
     window.add_argument(
         "--timeout", type=float, default=60.0, metavar="SECONDS", help="deadline of that call, in seconds [default: 60]"
@@ -338,7 +348,14 @@ def _explain(options: argparse.Namespace) -> tuple[object, list[str], int]:
         "unvisited": explanation.unvisited,
         "formulas": explanation.formulas,
     }
-    return data, format_lines(explanation, options.windows), 0
+    lines = format_lines(explanation, options.windows)
+    for flag, given in (("animate", options.animate), ("dark", options.dark)):
+        if given and not options.save:
+            raise InvalidArgumentError("expected --save with the file of a picture, got none", field=flag)
+    if options.save:
+        save_picture(options.save, explanation, options.windows, moving=options.animate, dark=options.dark)
+        lines += ["", f"saved {options.save}"]
+    return data, lines, 0
 
 
 def _info(options: argparse.Namespace) -> tuple[object, list[str], int]:

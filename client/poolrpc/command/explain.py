@@ -179,7 +179,7 @@ def _average(layer: Any, plane: Array, axes: tuple[WindowAxis, ...]) -> tuple[fl
     spans = [len(axis.positions if getattr(layer, "count_include_pad", False) else axis.inside) for axis in axes]
     divisor = getattr(layer, "divisor_override", None) or math.prod(spans)
     value = sum(values) / divisor
-    return value, f"({_terms(values, ' + ')}) / {divisor} = {format_number(value)}"
+    return value, f"({format_terms(values, ' + ')}) / {divisor} = {format_number(value)}"
 
 
 def _power(layer: Any, plane: Array, axes: tuple[WindowAxis, ...]) -> tuple[float, str]:  # noqa: ANN401 - of the family
@@ -187,13 +187,13 @@ def _power(layer: Any, plane: Array, axes: tuple[WindowAxis, ...]) -> tuple[floa
     values = [cell for _, cell in _cells(plane, axes)]
     if p == math.inf:
         value = float(np.max(np.abs(values)))
-        return value, f"max({_terms(values, ', ', '|{}|')}) = {format_number(value)}"
+        return value, f"max({format_terms(values, ', ', '|{}|')}) = {format_number(value)}"
     # torch multiplies the mean over the window's cells by the size of a full window.
     full = math.prod(layer.window(plane.shape))
     with np.errstate(invalid="ignore"):
         mean = float(np.mean(np.power(np.array(values), p)))
         value = float(np.power(abs(mean) * np.sign(mean) * full, 1 / p))
-    powers = _terms(values, " + ", f"{{}}^{format_number(p)}")
+    powers = format_terms(values, " + ", f"{{}}^{format_number(p)}")
     return value, f"(({powers}) / {len(values)} * {full})^(1/{format_number(p)}) = {format_number(value)}"
 
 
@@ -201,7 +201,8 @@ def _reduce(layer: Any, plane: Array, axes: tuple[WindowAxis, ...]) -> tuple[flo
     return {"max": _max, "mean": _average}[layer.reduce](layer, plane, axes)
 
 
-def _terms(values: list[float], separator: str, form: str = "{}") -> str:
+def format_terms(values: list[float], separator: str, form: str = "{}") -> str:
+    """Return numbers as the terms of a computation, of many only the first ones and the last one."""
     terms = [form.format(format_number(each)) for each in values]
     if len(terms) > TERMS:
         terms[TERMS - 1 : -1] = ["..."]

@@ -207,19 +207,19 @@ class Target:
                 arrays = {"x": result.output, "layout": np.array(self.layout)}
                 if result.indices is not None:
                     arrays["indices"] = result.indices
-                with _replacing(path) as file:
+                with replacing(path) as file:
                     np.savez(file, **arrays)  # type: ignore[arg-type]  # mypy takes the arrays for its flag allow_pickle
             elif self.format == "npy":
                 output = result.output
                 if self.channels_axis is not None:
                     output = np.ascontiguousarray(np.moveaxis(output, -1, self.channels_axis))
-                with _replacing(path) as file:
+                with replacing(path) as file:
                     # Not the file itself, for which NumPy raises an error without the cause when the disk is full.
                     np.save(SimpleNamespace(write=file.write), output)
             elif self.image is not None:
                 data, changes = encode_image(result.output, self.image, self.format)
                 notes += changes
-                with _replacing(path) as file:
+                with replacing(path) as file:
                     file.write(data)
         return tuple(notes)
 
@@ -255,7 +255,7 @@ def target_for(path: Path, source: Source, branches: Sequence[Chain], chosen: La
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a file for writing, which takes the place of `path` when it is complete."""
     actual = path.resolve()
     if actual.exists() and not actual.is_file():  # a device or a pipe

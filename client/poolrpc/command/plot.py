@@ -1,19 +1,20 @@
-"""A load's latencies and calls per second, drawn as SVG."""
+"""A load's latencies and calls per second, drawn as SVG in the style of all pictures."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from html import escape
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from poolrpc.command.drawing import Box, Drawing, Line, Text, to_svg
 from poolrpc.command.load import quantile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from poolrpc.command.drawing import Shape
     from poolrpc.command.load import LoadResult
 
     Points = list[tuple[float, float]]
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT, LEFT, GAP = 720, 190, 70, 70
 """Size of a panel in pixels, its distance from the left, and from the one above."""
 
-FONT = 'font-family="sans-serif"'
-COLOURS = ("#1f77b4", "#d62728")
+COLOURS = ("teal", "rose")
+CURVE = 2
+"""The thickness of a curve, in pixels; lines of the grid are thinner."""
+
 INTERVALS = 40
 """Points of the curves over time."""
 
@@ -101,34 +104,25 @@ def svg(title: str, result: LoadResult) -> str:
         *_panel(tops[1], "latency over time, ms", over_time, seconds, time_ticks, log=True),
         *_panel(tops[2], "calls answered per second", {"": rates}, seconds, time_ticks, log=False),
     ]
-    right = LEFT + WIDTH + 30
-    height = tops[-1] + HEIGHT + GAP
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{right}" height="{height}" font-size="12" {FONT}>',
-            '<rect width="100%" height="100%" fill="white"/>',
-            f'<text x="{LEFT}" y="24" font-size="14">{escape(title)}</text>',
-            *panels,
-            "</svg>\n",
-        ]
-    )
+    right, bottom = LEFT + WIDTH + 30, tops[-1] + HEIGHT + GAP
+    card = Box(0.5, 0.5, right - 1, bottom - 1, "paper", "edge", radius=8)
+    heading = Text(LEFT, 26, title, 15, anchor="start", bold=True)
+    return to_svg(Drawing(right, bottom, title, (card, heading, *panels)))
 
 
 def _panel(  # noqa: PLR0913 - what a panel has
     top: float, title: str, curves: dict[str, Points], x: PlotAxis, x_ticks: Labels, *, log: bool
-) -> Iterator[str]:
+) -> Iterator[Shape]:
     values = [value for points in curves.values() for _, value in points] or [1.0]
     y = PlotAxis(min(values) * 0.9 if log else 0, max(values) * 1.1 or 1, top + HEIGHT, top, log)
-    yield f'<text x="{LEFT}" y="{top - 8}">{escape(title)}</text>'
-    yield f'<rect x="{LEFT}" y="{top}" width="{WIDTH}" height="{HEIGHT}" fill="none" stroke="#888"/>'
+    yield Text(LEFT, top - 10, title, 13, "muted", "start")
     for value in y.ticks():
         at = y.place(value)
-        yield f'<path d="M{LEFT} {at}h{WIDTH}" stroke="#ddd"/>'
-        yield f'<text x="{LEFT - 6}" y="{at + 4}" text-anchor="end">{value:,g}</text>'
+        yield Line(((LEFT, at), (LEFT + WIDTH, at)), "edge")
+        yield Text(LEFT - 8, at + 4, f"{value:,g}", 12, "muted", "end")
     for value, label in x_ticks:
-        yield f'<text x="{x.place(value)}" y="{top + HEIGHT + 16}" text-anchor="middle">{label}</text>'
+        yield Text(x.place(value), top + HEIGHT + 18, label, 12, "muted")
     for number, (name, points) in enumerate(curves.items()):
-        path = " ".join(f"{x.place(one)},{y.place(two)}" for one, two in points)
-        yield f'<polyline points="{path}" fill="none" stroke="{COLOURS[number]}" stroke-width="1.5"/>'
+        yield Line(tuple((x.place(one), y.place(two)) for one, two in points), COLOURS[number], CURVE)
         if name:
-            yield f'<text x="{LEFT + 8 + 40 * number}" y="{top + 16}" fill="{COLOURS[number]}">{name}</text>'
+            yield Text(LEFT + WIDTH - 44 * number, top - 10, name, 13, COLOURS[number], "end", bold=True)
