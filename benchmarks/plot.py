@@ -1,23 +1,15 @@
-"""Draw the results and write the tables of the docs: python -m benchmarks.plot."""
+"""Draw the results (figures.py) and write the tables of the docs: python -m benchmarks.plot."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
-
-import matplotlib as mpl
-
-mpl.use("agg")
-
-import matplotlib.pyplot as plt
 
 from benchmarks import capacity
 from benchmarks.capacity import Question
+from benchmarks.figures import FIGURES, read
 
-RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parent.parent / "docs"
 LOADS = (
     (500, 12_288, 0.01),
@@ -34,17 +26,13 @@ PATHS = ("unary", "stream", "unix unary", "unix stream", "arena", "arena, no cop
 
 def main() -> None:
     """Write every figure and table."""
+    for name, draw in FIGURES.items():
+        (DOCS / f"figures/{name}.svg").write_text(draw())
     kernels()
     transport()
     load()
     scaling()
     ray()
-
-
-def read(name: str) -> list[dict[str, Any]]:
-    """Return the rows of a benchmark."""
-    rows: list[dict[str, Any]] = json.loads((RESULTS / f"{name}.json").read_text())
-    return rows
 
 
 def write(name: str, *parts: list[str]) -> None:
@@ -55,32 +43,8 @@ def write(name: str, *parts: list[str]) -> None:
 
 
 def load() -> None:
-    """Draw the goodput and the latencies over the load; write the table."""
+    """Write the table of the load."""
     rows = [row for row in read("load") if row.get("transport", "grpc") == "grpc"]
-    offered = [row["offered"] for row in rows]
-    figure, (answered, latency) = plt.subplots(2, figsize=(9, 7), sharex=True, layout="constrained")
-    answered.plot(offered, [row["goodput"] for row in rows], "o-", label="correct results per second")
-    answered.axvline(rows[0]["capacity"], color="grey", linewidth=0.8, label="capacity")
-    answered.set_ylim(bottom=0)
-    answered.legend()
-    for name, label in (
-        ("accepted_p50_ms", "accepted, median"),
-        ("accepted_p99_ms", "accepted, p99"),
-        ("rejected_p50_ms", "rejected, median"),
-    ):
-        latency.plot(offered, [row[name] for row in rows], "o-", label=label)
-    latency.axhline(
-        rows[0]["accepted_p99_bound_ms"],
-        color="grey",
-        linewidth=0.8,
-        label="3 times the unloaded p99, plus the queue's limit",
-    )
-    latency.set_xscale("log")
-    latency.set_yscale("log")
-    latency.set_xlabel("calls sent per second")
-    latency.set_ylabel("ms")
-    latency.legend()
-    figure.savefig(DOCS / "figures/load.png", dpi=110)
     lines = [
         "| load | correct per second | relative goodput | p50, p99, p99.9 ms | rejected: p50, p99 ms | MiB | late ms |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -176,22 +140,9 @@ def ray() -> None:
 
 
 def kernels() -> None:
-    """Draw every case of the kernels by its group, and write the tables."""
+    """Write the tables of the kernels."""
     rows = read("kernels")
     cases = [row for row in rows if "group" in row]
-    groups = list(dict.fromkeys(row["group"] for row in cases))
-    figure, axis = plt.subplots(figsize=(9, 6), layout="constrained")
-    for place, group in enumerate(groups):
-        for row in (each for each in cases if each["group"] == group):
-            torchs = row["kernel"] == "eager torch"
-            axis.plot(row["ratio"], place, "x" if torchs else "o", color="grey" if torchs else "tab:blue", alpha=0.7)
-    axis.axvline(1, color="black", linewidth=0.8)
-    axis.set_xscale("log")
-    axis.set_yticks(range(len(groups)), groups)
-    axis.invert_yaxis()
-    axis.set_xlabel("speed relative to eager torch, one thread (cross: the plan chose eager torch)")
-    figure.savefig(DOCS / "figures/kernels.png", dpi=110)
-
     lines = [
         "| case | kernel | eager ms | ms | speedup | clones of the input |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -208,23 +159,9 @@ def kernels() -> None:
 
 
 def transport() -> None:
-    """Draw latency against size for each path, and write the tables."""
+    """Write the tables of the transports."""
     rows = read("transport")
     cases = [row for row in rows if row["case"].startswith("MaxPool2d")]
-    figure, axis = plt.subplots(figsize=(9, 6), layout="constrained")
-    for path in PATHS:
-        of = [row for row in cases if row["contender"] == path and row["baseline"] == "torch"]
-        axis.plot([row["bytes"] for row in of], [row["ms"] for row in of], "o-", label=path, markersize=3)
-    for baseline in ("torch", "echo", "plain server"):
-        of = [row for row in cases if row["contender"] == "unary" and row["baseline"] == baseline]
-        axis.plot([row["bytes"] for row in of], [row["baseline_ms"] for row in of], "--", label=baseline, color=None)
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
-    axis.set_xlabel("bytes of the input, float32, MaxPool2d(2)")
-    axis.set_ylabel("milliseconds")
-    axis.legend()
-    figure.savefig(DOCS / "figures/transport.png", dpi=110)
-
     ratios = {(row["case"], row["contender"], row["baseline"]): row["ratio"] for row in cases}
     names = list(dict.fromkeys(row["case"] for row in cases))
     size = {row["case"]: row["bytes"] for row in cases}
