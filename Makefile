@@ -9,7 +9,7 @@ QUICK := not slow and not docker and not ray and not conformance and not browser
 # tests/integration come first.
 PARALLEL := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo test test-slow test-all gpu gpu-wheels check docs format generate lock bench dist clean
+.PHONY: help setup demo test test-slow test-all gpu gpu-wheels check docs format generate figures lock bench dist clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -79,6 +79,9 @@ format: setup  ## Format the code and apply the linter's fixes.
 
 generate:  ## Generate the Python code of protos/.
 	scripts/generate.sh
+
+figures: setup  ## Draw the pictures of the docs again.
+	$(BIN)/python -m scripts.figures
 
 lock:  ## Write server/requirements/, the packages of the images with their hashes, after a change of constraints.txt or pyproject.toml.
 	scripts/lock.sh

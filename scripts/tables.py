@@ -30,6 +30,7 @@ FORMULA = re.compile(r"^ {8}(\S.*)$", re.MULTILINE)
 
 KERNELS = ("max", "max with indices", "average", "adaptive max", "adaptive average", "power average")
 TENSORS = ("MaxPool2d(2) 1x3x224x224", "MaxPool2d(2) 8x64x56x56", "MaxPool2d(2) 16x64x128x128")
+FRONT_CALL = "MaxPool2d(2) 8x64x56x56"
 GPU_WAYS = {
     "torch from pageable memory": "torch from pageable memory",
     "torch from pinned memory": "torch from page-locked memory",
@@ -62,7 +63,9 @@ def main() -> None:
 
 def pages() -> list[Path]:
     """Return the pages that have tables."""
-    return [page for page in sorted((ROOT / "docs").glob("*.md")) if TABLE.search(page.read_text())]
+    return [
+        page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if TABLE.search(page.read_text())
+    ]
 
 
 def written(page: Path) -> str:
@@ -160,6 +163,32 @@ def alerts() -> str:
 def _results(name: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
     return rows
+
+
+def front() -> str:
+    """The three figures of the front page: a kernel, a call, and overload."""
+    (mean,) = (row for row in _results("kernels") if row["case"] == "geometric mean: max")
+    (call,) = (
+        row
+        for row in _results("transport")
+        if (row["case"], row["contender"], row["baseline"]) == (FRONT_CALL, "local", "torch")
+    )
+    load = next(row for row in _results("load") if row["case"] == "10 times capacity")
+    times = (
+        f"{mean['ratio']:.0f} times the speed of eager torch: the mean of {mean['cases']} cases, of which the least has"
+    )
+    rows = (
+        ("max pooling on a CPU, one thread each", f"{times} {mean['least']:.1f}"),
+        (
+            f"a call of {call['bytes'] / 1e6:.1f} MB to a server on the same machine",
+            f"{call['ratio']:.1f} times the speed of torch in the caller's own process",
+        ),
+        (
+            "calls at ten times the server's capacity",
+            f"{load['ratio']:.0%} of its highest throughput; what is too much is rejected at once",
+        ),
+    )
+    return table(("what", "result"), rows)
 
 
 def kernels() -> str:
@@ -310,6 +339,7 @@ TABLES: dict[str, Callable[[], str]] = {
         flags,
         metrics,
         alerts,
+        front,
         kernels,
         paths,
         narrow,
