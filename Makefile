@@ -17,6 +17,7 @@ help:  ## List the targets.
 setup: $(VENV)/.done  ## Create the virtual environment in .venv, with the versions of constraints.txt.
 
 $(VENV)/.done: pyproject.toml constraints.txt
+	@echo 'installing into $(VENV): about 2 GB in a few minutes, with torch for the CPU'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt 'pip>=25.1'  # for --group
 	$(BIN)/pip install -q -c constraints.txt -e '.[server,viz,progress,bfloat16,otel]' --group dev
