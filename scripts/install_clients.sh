@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Install third-party clients for the tests marked conformance: tritonclient, and gRPC's client for Node.
+# Install third-party clients for the tests marked conformance: tritonclient, and for Node gRPC's client and what
+# examples/node needs.
 #
 # They have a virtual environment of their own, .venv-triton: tritonclient requires protobuf 6, while the server's health
 # and reflection packages require protobuf 7.
@@ -8,7 +9,7 @@ cd "$(dirname "$0")/.."
 
 venv=.venv-triton
 versions='tritonclient[grpc]==2.73.0'
-node='@grpc/grpc-js@1.14.7 @grpc/proto-loader@0.8.1'
+node='@grpc/grpc-js@1.14.7 @grpc/proto-loader@0.8.1 sharp@0.35.5'
 done_file="$venv/.done"
 if [ "$(cat "$done_file" 2>/dev/null)" = "$versions $node" ]; then
   exit

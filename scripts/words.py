@@ -8,6 +8,7 @@ legitimate use, narrow its pattern.
 from __future__ import annotations
 
 import io
+import json
 import re
 import subprocess
 import sys
@@ -129,7 +130,7 @@ EXCLUDED = (
     "scripts/words.py",  # the list itself
     "tests/unit/test_words.py",  # its test
 )
-SUFFIXES = {".py", ".pyi", ".md", ".proto", ".yml", ".yaml", ".toml", ".sh", ".tpl"}
+SUFFIXES = {".py", ".pyi", ".md", ".ipynb", ".proto", ".yml", ".yaml", ".toml", ".sh", ".tpl"}
 NAMES = {"Dockerfile", "Makefile", "run"}
 
 
@@ -197,9 +198,15 @@ def tracked(paths: Sequence[str] = ()) -> Iterator[str]:
             yield path
 
 
+def read(path: str) -> str:
+    """Return the text of a file; of a notebook, the sources of its cells, to which the lines of findings then refer."""
+    text = Path(path).read_text(encoding="utf-8")
+    return "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"]) if path.endswith(".ipynb") else text
+
+
 def main(paths: Sequence[str]) -> int:
     """Print the findings in the tracked files under the given paths, or in all; return the exit status."""
-    found = [finding for path in tracked(paths) for finding in find(path, Path(path).read_text(encoding="utf-8"))]
+    found = [finding for path in tracked(paths) for finding in find(path, read(path))]
     for finding in found:
         print(finding)
     return 1 if found else 0

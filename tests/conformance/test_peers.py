@@ -1,4 +1,4 @@
-"""Third-party clients: tritonclient, and gRPC's client for Node.
+"""Third-party clients: tritonclient, and gRPC's client for Node, also in examples/node.
 
 scripts/install_clients.sh installs them. If it can't reach the registries, the tests are skipped; in CI they fail.
 """
@@ -11,10 +11,14 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import matplotlib as mpl
+import numpy as np
 import pytest
+from PIL import Image
 
 from scripts.server_process import ServerProcess, serving
 from tests.installing import ROOT, install
+from tests.pictures import check_picture
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,3 +74,24 @@ def test_node(peers: Path, server: ServerProcess) -> None:
         server.address,
         env={"NODE_PATH": str(peers / "node/node_modules")},
     )
+
+
+def test_the_example_for_node(peers: Path, server: ServerProcess, tmp_path: Path) -> None:
+    """examples/node/pool_photo.js writes the maxima and the rounded averages of a photo, next to each other."""
+    photo, picture = tmp_path / "photo.png", tmp_path / "pooled.png"
+    with Image.open(Path(mpl.get_data_path()) / "sample_data/grace_hopper.jpg") as image:
+        image.save(photo)
+        cells = np.asarray(image).reshape(75, 8, 64, 8, 3)
+    run(
+        shutil.which("node") or peers / "bin/node",
+        ROOT / "examples/node/pool_photo.js",
+        photo,
+        picture,
+        server.address,
+        env={"NODE_PATH": str(peers / "node/node_modules")},
+    )
+    with Image.open(picture) as image:
+        maxima, averages = np.hsplit(np.asarray(image), 2)
+    np.testing.assert_array_equal(maxima, cells.max((1, 3)))
+    np.testing.assert_array_equal(averages, np.rint(cells.mean((1, 3))))
+    check_picture(picture.read_bytes(), ROOT / "docs/figures/examples/node.png")

@@ -1,5 +1,7 @@
 """The check of the project's vocabulary."""
 
+import json
+
 import pytest
 
 from scripts.words import find, main
@@ -67,3 +69,14 @@ def test_the_command_prints_findings_and_fails(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == "page.md:2: Nobody: use no client, no caller, no one\n"
     page.write_text("Fine.\n")
     assert main([]) == 0
+
+
+def test_a_notebook_is_read_by_its_cells(tmp_path, monkeypatch, capsys):
+    """What the cells of a notebook say is searched, and what they show is not."""
+    monkeypatch.setattr("scripts.words.tracked", lambda _: ["a.ipynb"])
+    monkeypatch.chdir(tmp_path)
+    shown = {"output_type": "stream", "text": ["Nobody"]}
+    cells = [{"source": ["Fine.\n", "Fine."]}, {"source": ["Nobody knows."], "outputs": [shown]}]
+    (tmp_path / "a.ipynb").write_text(json.dumps({"cells": cells}))
+    assert main([]) == 1
+    assert capsys.readouterr().out == "a.ipynb:3: Nobody: use no client, no caller, no one\n"
