@@ -1,7 +1,7 @@
 """A web service that pools photos, with FastAPI: its process needs the client and Pillow, but not torch.
 
 uvicorn --app-dir examples fastapi_service:app
-curl --data-binary @photo.jpg 'http://127.0.0.1:8000/pool?layer=MaxPool2d(8)' -o pooled.png
+curl --data-binary @photo.jpg 'http://127.0.0.1:8000/pool?layer=MaxPool2d(4)' -o pooled.png
 
 It needs `pip install 'poolrpc[images]' fastapi uvicorn`, and a server at POOLRPC_ADDRESS, or else 127.0.0.1:50051. All
 requests share one client. A rejected call is a response with the error's text: 422 with the field that is wrong, 413

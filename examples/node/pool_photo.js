@@ -3,7 +3,7 @@
 // npm install --prefix examples/node
 // node examples/node/pool_photo.js photo.jpg pooled.png 127.0.0.1:50051
 //
-// The photo is sent as it is, 8 bits and channels last; the branches are a maximum and an average of cells of 8 x 8, which
+// The photo is sent as it is, 8 bits and channels last; the branches are a maximum and an average of cells of 4 x 4, which
 // are written next to each other. The client is made from protos/poolrpc/v1/pool.proto when the program starts.
 'use strict'
 const path = require('node:path')
@@ -30,7 +30,7 @@ async function main(photo, picture, address = '127.0.0.1:50051') {
   const client = new PoolService(address, grpc.credentials.createInsecure(), {
     'grpc.max_receive_message_length': 513 * 2 ** 20, // 4 MiB unless set
   })
-  const cells = { spatial_dims: 2, kernel_size: [8] }
+  const cells = { spatial_dims: 2, kernel_size: [4] }
   const rounded = [{ avg_pool: cells }, { round: {} }, { to_dtype: { dtype: 'DATA_TYPE_UINT8' } }]
   const response = await pool(client, {
     input: { dtype: 'DATA_TYPE_UINT8', shape: [info.height, info.width, info.channels], layout: 'LAYOUT_CHANNELS_LAST' },

@@ -81,7 +81,7 @@ def test_the_example_for_node(peers: Path, server: ServerProcess, tmp_path: Path
     photo, picture = tmp_path / "photo.png", tmp_path / "pooled.png"
     with Image.open(Path(mpl.get_data_path()) / "sample_data/grace_hopper.jpg") as image:
         image.save(photo)
-        cells = np.asarray(image).reshape(75, 8, 64, 8, 3)
+        cells = np.asarray(image).reshape(150, 4, 128, 4, 3)
     run(
         shutil.which("node") or peers / "bin/node",
         ROOT / "examples/node/pool_photo.js",
