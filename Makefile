@@ -9,7 +9,8 @@ QUICK := not slow and not docker and not ray and not conformance and not browser
 # tests/integration come first.
 PARALLEL := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo test test-slow test-all gpu gpu-wheels check docs format generate figures lock bench dist clean
+.PHONY: help setup demo test test-slow test-grids test-containers test-faults test-programs test-attacks test-all gpu \
+  gpu-wheels check check-style check-types check-protos check-files check-docs docs format generate figures lock bench dist clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,22 +30,41 @@ demo: setup  ## Start a server and pool a photograph with it; the pictures are w
 test: setup  ## Run the quick tests, in parallel. ARGS="..." is passed to pytest.
 	$(BIN)/pytest $(PARALLEL) -m "$(QUICK)" $(ARGS)
 
-# Large grids, fuzzing and tests of single servers are independent of each other; what starts containers, Ray, attacks or a
-# soak has the machine to itself; the faults mostly wait for their alerts.
+# Large grids, fuzzing and tests of single servers are independent of each other. Containers, faults and programs wait more
+# than they compute, for images, alerts and starts, so two of them share the cores. Attacks and soaks have the machine to
+# themselves.
+SLOW := not ($(QUICK))
 GRIDS := tests/fuzz tests/integration tests/parity tests/unit
+CONTAINERS := tests/docker
 FAULTS := tests/deploy/test_faults.py
+ATTACKS := tests/attacks
 
-test-slow: setup  ## Run the other tests: grids, fuzzing, servers and faults in parallel, then the rest one after the other. ARGS="..." is for the rest.
+test-slow: setup  ## Run the other tests, in four parts. ARGS="..." is passed to pytest.
 	@failed=0; \
-	$(BIN)/pytest -n auto --maxprocesses 8 -m "not ($(QUICK))" $(GRIDS) || failed=1; \
-	$(BIN)/pytest -n 6 $(FAULTS) || failed=1; \
-	$(BIN)/pytest -m "not ($(QUICK))" $(addprefix --ignore=,$(GRIDS) $(FAULTS)) $(ARGS) || failed=1; \
+	$(MAKE) test-grids || failed=1; \
+	$(MAKE) -k -j2 --output-sync=target test-containers test-faults test-programs || failed=1; \
+	$(MAKE) test-attacks || failed=1; \
 	exit $$failed
 
-test-all: setup  ## Run every test, with coverage: the quick ones in parallel, then the others one after the other.
+test-grids: setup
+	$(BIN)/pytest -n auto --maxprocesses 8 -m "$(SLOW)" $(GRIDS) $(ARGS)
+
+test-containers: setup
+	$(BIN)/pytest -m "$(SLOW)" $(CONTAINERS) $(ARGS)
+
+test-faults: setup
+	$(BIN)/pytest -n 6 -m "$(SLOW)" $(FAULTS) $(ARGS)
+
+test-programs: setup
+	$(BIN)/pytest -m "$(SLOW)" $(addprefix --ignore=,$(GRIDS) $(CONTAINERS) $(FAULTS) $(ATTACKS)) $(ARGS)
+
+test-attacks: setup
+	$(BIN)/pytest -m "$(SLOW)" $(ATTACKS) $(ARGS)
+
+test-all: setup  ## Run every test: the quick ones with coverage, then the others, of which most run in other processes.
 	@failed=0; \
-	$(MAKE) test ARGS="--cov --cov-report= --cov-fail-under=0" || failed=1; \
-	$(MAKE) test-slow ARGS="--cov --cov-append --cov-report=term" || failed=1; \
+	$(MAKE) test ARGS="--cov --cov-report=term" || failed=1; \
+	$(MAKE) test-slow || failed=1; \
 	exit $$failed
 
 gpu:  ## Run the GPU tests and benchmark with the machine's own python3 and torch; see docs/gpu.md.
@@ -58,17 +78,28 @@ gpu-wheels:  ## Fill gpu-wheels/ with what scripts/gpu.sh needs on a machine wit
 	$(PYTHON) -m pip download -q --no-deps --only-binary=:all: -d gpu-wheels grpcio-health-checking==1.75.1 \
 	  grpcio-reflection==1.75.1
 
-check: setup  ## Run the linters, the type checker and the checks of protos, generated code, vocabulary and docs.
+# `make -j2 check` runs two at a time.
+check: check-types check-style check-protos check-files check-docs  ## Run the linters, the type checker and the checks of protos, generated code, vocabulary and docs.
+
+check-style: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m scripts.words
+
+check-types: setup
 	$(BIN)/mypy
 	$(BIN)/mypy tests/typing
+
+check-protos: setup
 	$(BIN)/buf lint
+	scripts/generate.sh --check
+
+check-files: setup
 	$(BIN)/hadolint server/Dockerfile
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/zizmor --offline --quiet .github/workflows
-	scripts/generate.sh --check
-	$(BIN)/python -m scripts.words
+
+check-docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 docs: setup  ## Build the documentation into site/.
