@@ -75,6 +75,22 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True)
+class Windows:
+    """Where the windows of a layer are on a plane.
+
+    Attributes:
+        axes: For each axis, the positions of the windows at each index of the output.
+        unvisited: As in Explanation.
+        formulas: As in Explanation.
+
+    """
+
+    axes: tuple[tuple[WindowAxis, ...], ...]
+    unvisited: dict[str, tuple[int, ...]]
+    formulas: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Explanation:
     """The explanation of a layer on a plane.
 
@@ -108,32 +124,46 @@ def explain(layer: Layer, plane: Array) -> Explanation:
         InvalidArgumentError: The layer has no fixed windows, or can't pool this plane.
 
     """
-    if layer.family not in WINDOW_VALUES:
-        msg = f"expected a layer with fixed windows, got {layer!r}"
-        raise InvalidArgumentError(msg, field="layer")
-    if layer.spatial_dims != plane.ndim:
-        msg = f"expected a plane of {layer.spatial_dims} dims for {layer.name}, got shape {plane.shape}"
-        raise InvalidArgumentError(msg, field="input")
-    layer.output_shape((1, 1, *plane.shape))
-    out = layer.output_plane(plane.shape)
+    windows = find_windows(layer, plane.shape)
     if layer.work(plane.shape) > MAX_WORK:
         msg = f"expected windows of at most {MAX_WORK} cells together, got {layer.work(plane.shape)}"
         raise InvalidArgumentError(msg, field="input")
-    by_axis = [
-        [WindowAxis(_positions(layer, axis, i, size, cells), size) for i in range(cells)]
-        for axis, (size, cells) in enumerate(zip(plane.shape, out, strict=True))
-    ]
-    windows = []
-    for index in product(*map(range, out)):
-        axes = tuple(by_axis[axis][i] for axis, i in enumerate(index))
+    explained = []
+    for index in product(*(range(len(axis)) for axis in windows.axes)):
+        axes = tuple(windows.axes[axis][i] for axis, i in enumerate(index))
         value, how = WINDOW_VALUES[layer.family](layer, plane, axes)
-        windows.append(Window(index, axes, _nested(plane, axes), value, how))
-    output = np.array([each.value for each in windows], plane.dtype).reshape(out)
+        explained.append(Window(index, axes, _nested(plane, axes), value, how))
+    output = np.array([each.value for each in explained], plane.dtype).reshape(layer.output_plane(plane.shape))
+    return Explanation(layer, plane, tuple(explained), output, windows.unvisited, windows.formulas)
+
+
+def find_windows(layer: Layer, plane: tuple[int, ...]) -> Windows:
+    """Return where the windows of a layer are on a plane.
+
+    Args:
+        layer: Any layer but FractionalMaxPool, whose windows depend on the seed, and MaxUnpool, which has none.
+        plane: The shape of the plane, (L), (H, W) or (D, H, W).
+
+    Raises:
+        InvalidArgumentError: The layer has no fixed windows, or can't pool such a plane.
+
+    """
+    if layer.family not in WINDOW_VALUES:
+        msg = f"expected a layer with fixed windows, got {layer!r}"
+        raise InvalidArgumentError(msg, field="layer")
+    if layer.spatial_dims != len(plane):
+        msg = f"expected a plane of {layer.spatial_dims} dims for {layer.name}, got shape {plane}"
+        raise InvalidArgumentError(msg, field="input")
+    layer.output_shape((1, 1, *plane))
+    axes = tuple(
+        tuple(WindowAxis(_positions(layer, axis, i, size, cells), size) for i in range(cells))
+        for axis, (size, cells) in enumerate(zip(plane, layer.output_plane(plane), strict=True))
+    )
     unvisited = {
         f"{name}s": tuple(sorted(set(range(size)).difference(*(each.positions for each in axis))))
-        for name, size, axis in zip(_axis_names(plane.ndim), plane.shape, by_axis, strict=True)
+        for name, size, axis in zip(_axis_names(len(plane)), plane, axes, strict=True)
     }
-    return Explanation(layer, plane, tuple(windows), output, unvisited, _formulas(layer, plane.shape))
+    return Windows(axes, unvisited, _formulas(layer, plane))
 
 
 def _axis_names(dims: int) -> tuple[str, ...]:
