@@ -74,7 +74,7 @@ gpu:  ## Run the GPU tests and benchmark with the machine's own python3 and torc
 gpu-wheels:  ## Fill gpu-wheels/ with what scripts/gpu.sh needs on a machine without a network.
 	rm -rf gpu-wheels
 	$(PYTHON) -m pip download -q --no-deps --only-binary=:all: -d gpu-wheels -c constraints.txt structlog ConfigArgParse \
-	  prometheus_client googleapis-common-protos pytest pluggy iniconfig packaging pygments pytest-asyncio pytest-timeout sybil
+	  prometheus_client h11 googleapis-common-protos pytest pluggy iniconfig packaging pygments pytest-asyncio pytest-timeout sybil
 	$(PYTHON) -m pip download -q --no-deps --only-binary=:all: -d gpu-wheels grpcio-health-checking==1.75.1 \
 	  grpcio-reflection==1.75.1
 

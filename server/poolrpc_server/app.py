@@ -1,4 +1,4 @@
-"""A running server: a service with its gRPC and arena transports, and the process that runs it until a signal."""
+"""A running server: a service with its gRPC, arena and HTTP transports, and the process that runs it until a signal."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from poolrpc_server.telemetry.traces import start_tracing
 from poolrpc_server.transports.grpc.server import GrpcServer, GrpcSettings
 from poolrpc_server.transports.grpc.tls import Certificates
 from poolrpc_server.transports.grpc.watchdog import Watchdog
+from poolrpc_server.transports.http.server import HttpServer
 from poolrpc_server.transports.local.arenas import ArenaListener, arena_finder
 from poolrpc_server.transports.local.calls import Connection, LocalCalls
 
@@ -64,6 +65,7 @@ class Server:
         addresses: The addresses on which it listens, with the actual number in place of port 0.
         metrics_address: The address of its metrics, "host:port"; empty if they are not served.
         probes_address: The address of its probes, "host:port"; empty if they have none of their own.
+        explorer_address: The address of its explorer, "host:port"; empty if it is not served.
 
     """
 
@@ -83,6 +85,7 @@ class Server:
         certificates = _certificates(config)
         self._arenas: list[ArenaListener] = []
         self._local: LocalCalls | None = None
+        self._explorer: HttpServer | None = None
         self.service = Service(config, spans, self._arenas, arena_finder(self._arenas))
         try:
             self._grpc = GrpcServer(
@@ -95,7 +98,7 @@ class Server:
         except ValueError as error:
             self.service.close()
             raise ConfigError(f"listen: {error}") from None
-        self.addresses = self._grpc.addresses[: len(config.listen)]
+        self.addresses = self.service.addresses = self._grpc.addresses[: len(config.listen)]
         if certificates:
             self.service.certificates = certificates.expiry
         # With several workers, the supervisor has these addresses, and serves the sums of their metrics.
@@ -108,6 +111,7 @@ class Server:
         self.metrics_address, self.probes_address = (
             self._monitoring[name].address if name in self._monitoring else "" for name in ("metrics", "probes")
         )
+        self.explorer_address = self._open_explorer(config, certificates) if config.explorer else ""
         if config.max_arena_bytes:
             self._share_memory(config)
         if private:
@@ -121,6 +125,8 @@ class Server:
     def start(self) -> None:
         """Serve."""
         self._grpc.start()
+        if self._explorer is not None:
+            self._explorer.start()
         self.service.health.set_serving(True)
 
     def local_connections(self) -> tuple[Connection, ...]:
@@ -146,22 +152,38 @@ class Server:
 
     def _end(self, grace: float) -> None:
         self.drain()
-        if self._local is not None:
-            self._local.stop()
+        others: list[LocalCalls | HttpServer] = [each for each in (self._local, self._explorer) if each is not None]
+        for each in others:
+            each.stop()
         # Calls that are still queued after the grace get UNAVAILABLE, and STOPPING_SECONDS to receive it.
         deadline = monotonic() + grace
         stopped = self._grpc.stop(grace + STOPPING_SECONDS if grace else 0)
         ended = stopped.wait(grace)
-        if not (ended and (self._local is None or self._local.wait(max(0.0, deadline - monotonic())))):
+        if not (ended and all(each.wait(max(0.0, deadline - monotonic())) for each in others)):
             self.service.stop_queue()
             stopped.wait()
-            if self._local is not None:
-                self._local.wait(STOPPING_SECONDS if grace else 0)
+            for each in others:
+                each.wait(STOPPING_SECONDS if grace else 0)
         self.close_arenas()
-        if self._local is not None:
-            self._local.close()
+        for each in others:
+            each.close()
         self._grpc.close()
         self.service.close(grace)
+
+    def _open_explorer(self, config: Config, certificates: Certificates | None) -> str:
+        """Take the explorer's address, and return it."""
+        try:
+            self._explorer = HttpServer(
+                self.service.pipeline,
+                config.explorer,
+                tokens=bool(config.token_file),
+                tls=None if certificates is None else certificates.context(),
+                share_port=config.workers > 1,
+            )
+        except (OSError, UnicodeError) as error:  # the latter for a name that no host can have
+            self.stop(0)
+            raise ConfigError(f"explorer: expected a free address, got {config.explorer!r}: {error}") from None
+        return self._explorer.address
 
     def _share_memory(self, config: Config) -> None:
         paths = list(filter(None, map(unix_path, self.addresses)))
@@ -226,6 +248,7 @@ def _start_facts(server: Server) -> dict[str, Any]:
         **info.features,
         "metrics": server.metrics_address,
         "probes": server.probes_address,
+        "explorer": server.explorer_address,
         "models": list(server.service.models),
         **{name: limit.value for name, limit in info.limits.items()},
     }

@@ -81,7 +81,7 @@ def _report(error: Exception, log_format: str) -> None:
 
 def _require_free_addresses(settings: Config) -> None:
     addresses = [("listen", each) for each in settings.listen]
-    addresses += [("metrics", settings.metrics), ("probes", settings.probes)]
+    addresses += [("metrics", settings.metrics), ("probes", settings.probes), ("explorer", settings.explorer)]
     for name, address in addresses:
         try:
             if address:

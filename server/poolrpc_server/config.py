@@ -286,6 +286,11 @@ class Config:
         "Address of the HTTP endpoints /livez (the process answers) and /readyz (it takes calls) alone: host:port. It "
         "may be public, for it has no TLS, needs no token and says nothing else. Not served if empty.",
     )
+    explorer: str = _setting(
+        "",
+        "Address of the explorer, a web page that shows what the layers do, and of the JSON protocol: host:port. With "
+        "TLS if --tls-cert is set. A public address requires tokens, and TLS or --insecure. Not served if empty.",
+    )
     drain_seconds: float = _setting(
         2.0,
         "Time after SIGTERM during which health is NOT_SERVING while calls are still accepted, in seconds.",
@@ -346,6 +351,10 @@ class Config:
             _check_address("metrics", self.metrics, (), insecure=self.insecure_metrics)
         if self.probes:
             _check_address("probes", self.probes, (), insecure=True)
+        if self.explorer:
+            # Even if a network or a proxy protects the address, each user of the page needs a token.
+            insecure = self.insecure and bool(self.token_file)
+            _check_address("explorer", self.explorer, protections, insecure=insecure)
 
     @staticmethod
     def unit(name: str, count: object = None) -> str:
@@ -437,8 +446,9 @@ def _check_address(name: str, address: str, protections: Sequence[str], *, insec
             f"metrics: expected a loopback address, because metrics have neither TLS nor tokens, got {address!r}. Use "
             "127.0.0.1, or --insecure-metrics if a network or a proxy protects the address"
         )
+    others, way = (" or a unix socket", "--insecure") if name == "listen" else ("", "--insecure with tokens")
     raise ConfigError(
-        "listen: expected TLS and tokens (--tls-cert, --tls-key and --token-file) for a public address, got "
-        f"{' '.join(protections) or 'neither'} for {address!r}. Use 127.0.0.1 or a unix socket, or --insecure if a "
-        "network or a proxy protects the address"
+        f"{name}: expected TLS and tokens (--tls-cert, --tls-key and --token-file) for a public address, got "
+        f"{' '.join(protections) or 'neither'} for {address!r}. Use 127.0.0.1{others}, or {way} if a network or a "
+        "proxy protects the address"
     )

@@ -27,6 +27,7 @@ from poolrpc_server.compute.engine import IDLE_LIMIT, WORKSPACE_LIMIT, Engine
 from poolrpc_server.config import Config, ConfigError
 from poolrpc_server.presets import read_presets
 from poolrpc_server.protocols import health, native
+from poolrpc_server.protocols.json.servicer import JsonServicer
 from poolrpc_server.protocols.triton import servicer as triton
 from poolrpc_server.protocols.triton.shared_memory import SharedMemoryRegistry
 from poolrpc_server.resources import memory_bytes, resident_bytes
@@ -92,6 +93,7 @@ class Service:
         models: Names of the models of the Open Inference Protocol.
         failure: Why the process cannot continue; empty if it can.
         on_failure: Called when it cannot continue.
+        addresses: The addresses for clients of gRPC, which the JSON protocol names.
         certificates: Returns when the certificates of each setting's file expire first, in seconds since 1970.
 
     """
@@ -135,6 +137,7 @@ class Service:
         self.info = _describe(config, self._engine, spans)
         self.failure = ""
         self.on_failure: Callable[[], object] = lambda: None
+        self.addresses: Sequence[str] = ()
         self.certificates: Callable[[], Mapping[str, float]] = dict
         self._answered: float | None = None
         self._ready_silence = config.watchdog_seconds / 3
@@ -189,6 +192,8 @@ class Service:
             self.health,
         ):
             self.pipeline.add(protocol.methods())
+        if config.explorer:
+            self.pipeline.add(JsonServicer(self._dispatcher, self._load, lambda: self.addresses).methods())
         self.metrics.watch(self._load)
 
     @property

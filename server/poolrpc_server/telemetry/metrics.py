@@ -29,7 +29,7 @@ REASONS = ("CALLS", "DEVICE_FAILED", "IN_FLIGHT_BYTES", "QUEUE", "STOPPING", "ST
 END_REASONS = ("MEMORY", "STALLED", "TIMEOUT")
 """The reasons for which calls are ended: too much memory, a stalled caller while others wait, and a timeout."""
 
-TRANSPORTS = ("grpc", "local")
+TRANSPORTS = ("grpc", "local", "http")
 """The transports that every server may have."""
 
 WATCHDOG_SERVICE = "poolrpc.v1.Watchdog"
@@ -217,7 +217,7 @@ class Metrics:
             self._handled(kind, service, method, _shown_code(code))
 
     def started(self, kind: str, service: str, method: str, transport: str = "grpc") -> None:
-        """Count a call that starts; `kind` is "unary" or "bidi_stream", `transport` "grpc", "local" or "ray"."""
+        """Count a call that starts; `kind` is "unary" or "bidi_stream", `transport` one of TRANSPORTS, or "ray"."""
         if service != WATCHDOG_SERVICE:
             self._started(kind, service, method).inc()
             self._transports(transport).inc()

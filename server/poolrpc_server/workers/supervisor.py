@@ -97,6 +97,8 @@ def supervise(config: Config) -> int:
             addresses = [resources.enter_context(closing(reserve(address))) for address in config.listen]
         except ValueError as error:
             raise ConfigError(f"listen: {error}") from None
+        if config.explorer:
+            config = replace(config, explorer=_reserve_explorer(config.explorer, resources))
         supervisor = Supervisor(config, addresses)
         if config.metrics or config.probes:
             from poolrpc_server.telemetry.monitoring_server import open_monitoring  # noqa: PLC0415 - not needed without
@@ -117,6 +119,14 @@ def supervise(config: Config) -> int:
         signal.signal(supervisor.ended_by, signal.SIG_DFL)
         os.kill(os.getpid(), supervisor.ended_by)
     return status
+
+
+def _reserve_explorer(address: str, resources: ExitStack) -> str:
+    """Return the explorer's address, which the workers share as they share those of gRPC."""
+    try:
+        return resources.enter_context(closing(reserve(address))).address
+    except ValueError as error:
+        raise ConfigError(f"explorer: {error}") from None
 
 
 class Supervisor:

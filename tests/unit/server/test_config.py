@@ -224,6 +224,7 @@ OTHER_VALUES = {
     "max_metadata_bytes": ("4096", 4096),
     "metrics": ("127.0.0.1:9464", "127.0.0.1:9464"),
     "insecure_metrics": ("true", True),
+    "explorer": ("127.0.0.1:8080", "127.0.0.1:8080"),
     "probes": ("127.0.0.1:9465", "127.0.0.1:9465"),
     "drain_seconds": ("0.5", 0.5),
     "shutdown_grace": ("6", 6.0),
@@ -445,6 +446,38 @@ def test_other_addresses_of_metrics_are_rejected(address, words):
     """A public address needs --insecure-metrics; metrics are not served on a unix socket."""
     with pytest.raises(ConfigError, match=f"^{words}"):
         Config(metrics=address, insecure=True)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:8080", "localhost:0", "[::1]:8080"])
+def test_a_loopback_address_of_the_explorer_is_safe(address):
+    """The explorer's address is host:port; on loopback it needs nothing else."""
+    assert Config(explorer=address).explorer == address
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "explorer: expected TLS and tokens .*, got neither for '0.0.0.0:80'.*--insecure with tokens"),
+        ({"insecure": True}, "explorer: expected TLS and tokens .*, got neither"),
+        ({"tls_cert": "c", "tls_key": "k"}, "explorer: expected TLS and tokens .*, got TLS"),
+        ({"tls_cert": "c", "tls_key": "k", "insecure": True}, "explorer: expected TLS and tokens .*, got TLS"),
+        ({"token_file": "t"}, "explorer: expected TLS and tokens .*, got tokens"),
+    ],
+)
+def test_a_public_explorer_needs_tokens(settings, words):
+    """A public explorer needs tokens even with --insecure, which only stands for TLS."""
+    with pytest.raises(ConfigError, match=words):
+        Config(explorer="0.0.0.0:80", **settings)
+    tokens = {"token_file": "t"}
+    for protection in ({"tls_cert": "c", "tls_key": "k"}, {"insecure": True}):
+        assert Config(explorer="0.0.0.0:80", **tokens, **protection).explorer == "0.0.0.0:80"
+
+
+@pytest.mark.parametrize("address", ["8080", "unix:/tmp/x", "127.0.0.1:99999", ":80"])
+def test_an_explorer_has_a_host_and_a_port(address):
+    """The page is not served on a unix socket."""
+    with pytest.raises(ConfigError, match=r"explorer: expected host:port, got"):
+        Config(explorer=address)
 
 
 def test_a_public_address_of_metrics_leaves_that_of_calls_protected():

@@ -19,11 +19,13 @@ class _Loaded:
 
     Attributes:
         configuration: gRPC's form of it.
+        context: Python's form of it.
         expiry: When the certificates of each setting's file expire first, in seconds since 1970.
 
     """
 
     configuration: grpc.ServerCertificateConfiguration
+    context: ssl.SSLContext
     expiry: dict[str, float]
 
 
@@ -74,6 +76,16 @@ class Certificates:
             require_client_authentication=bool(self._paths[2]),
         )
 
+    def context(self) -> ssl.SSLContext:
+        """Return a context for Python's own sockets, whose handshakes have the latest files."""
+
+        def use_latest(connection: ssl.SSLObject, _: str | None, __: ssl.SSLContext) -> None:
+            connection.context = self._files.get().context
+
+        first = self._files.get().context
+        first.sni_callback = use_latest  # called in every handshake, with a name or without
+        return first
+
     def _load(self) -> _Loaded:
         cert, key, client_ca = self._paths
         # OpenSSL checks the files first: gRPC itself only reports that a handshake failed, and only in its own log.
@@ -82,6 +94,7 @@ class Certificates:
             context.load_cert_chain(cert, key, password=_no_passphrase)
             if client_ca:
                 context.load_verify_locations(client_ca)
+                context.verify_mode = ssl.CERT_REQUIRED
         except ssl.SSLError as error:
             files = " and ".join(filter(None, self._paths))
             raise ValueError(f"expected a certificate and its key as PEM in {files}, got: {error}") from None
@@ -89,7 +102,8 @@ class Certificates:
         authorities = Path(client_ca).read_bytes() if client_ca else None
         configuration = grpc.ssl_server_certificate_configuration([(Path(key).read_bytes(), chain)], authorities)
         found = {"tls_cert": chain, "tls_client_ca": authorities}
-        return _Loaded(configuration, {setting: first for setting, pem in found.items() if (first := _expiry(pem))})
+        expiry = {setting: first for setting, pem in found.items() if (first := _expiry(pem))}
+        return _Loaded(configuration, context, expiry)
 
 
 def _expiry(pem: bytes | None) -> float | None:

@@ -1,0 +1,1 @@
+"""A JSON protocol for people: curl, and the explorer's page."""

@@ -1,0 +1,1 @@
+"""HTTP/1.1: the explorer's page, and calls of the JSON protocol."""
