@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Download Debian packages and unpack them into a folder: `debian_packages.sh FOLDER PACKAGE...`
 #
+# DEPENDENCIES=1 takes what they depend on too, as far as the machine does not have it.
 # SUITE=trixie takes the packages of that release of Debian instead of the machine's own. They come from the mirror that
 # the machine's apt is configured for. Nothing is installed on the machine, and no root access is needed.
 set -euo pipefail
@@ -17,7 +18,8 @@ mkdir -p "$(dirname "$folder")"
 exec 9>"$folder.lock"
 flock 9  # tests in several processes call this at the same time
 done_file="$folder/.done"
-if [ "$(cat "$done_file" 2>/dev/null)" = "$suite $*" ]; then
+wanted="$suite $*"
+if [ "$(cat "$done_file" 2>/dev/null)" = "$wanted" ]; then
   exit
 fi
 rm -rf "$folder"
@@ -35,9 +37,13 @@ apt=(
   -o "APT::Sandbox::User=$(id -un)" -o APT::Update::Error-Mode=any -o Acquire::Retries=3
 )
 "${apt[@]}" update
+if [ -n "${DEPENDENCIES:-}" ]; then
+  # shellcheck disable=SC2046 # several words
+  set -- $("${apt[@]}" --simulate install --no-install-recommends "$@" | sed -n 's/^Inst \([^ ]*\) .*/\1/p')
+fi
 (cd "$folder/debs" && "${apt[@]}" download "$@")
 for package in "$folder"/debs/*.deb; do
   dpkg -x "$package" "$folder"
 done
 rm -r "$folder/apt" "$folder/debs"
-echo "$suite $*" >"$done_file"
+echo "$wanted" >"$done_file"
