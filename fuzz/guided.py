@@ -64,10 +64,11 @@ class Embedded:
             logger = logging.getLogger(name)
             logger.setLevel(logging.ERROR if name == "poolrpc_server" else logging.CRITICAL)
             logger.handlers[:], logger.propagate = [last_error], False
-        settings = {"listen": (f"unix:{folder}/pool.sock",), "metrics": "127.0.0.1:0", "threads": 1, "model": MODELS}
+        settings = {"listen": (f"unix:{folder}/pool.sock",), "threads": 1, "model": MODELS}
+        settings |= dict.fromkeys(("metrics", "explorer"), "127.0.0.1:0")
         self._server = Server(Config(**settings, **LIMITS, allow_client_shm=True))  # type: ignore[arg-type]  # the fields of Config
         self._server.start()
-        self.peer = Peer(self._server.addresses[0], f"{folder}/pool.sock")
+        self.peer = Peer(self._server.addresses[0], f"{folder}/pool.sock", self._server.explorer_address)
         self._count = 0
 
     def judge(self, target: str, case: Case) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
 
 from poolrpc._wire import framing
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from random import Random
 
 Case = tuple[bytes, ...]
@@ -44,6 +45,9 @@ WORDS = (
     ),
 )
 """Texts that have a meaning in some field."""
+
+JSON_VALUES = (True, False, -1, 0.5, 2.0, 1e308, "NaN", "Infinity", [], {}, [[]], "float16", "int64", "base64", "NHWC")
+"""Values of JSON that some field takes, or should not take."""
 
 CHARACTERS = "0123456789()[],=.-+*_#'\\ {}:\n\0\u00e9\U0001f600"
 
@@ -88,6 +92,8 @@ def mutated(case: Case, others: Sequence[Case], rng: Random) -> Case:
             messages[at] += other  # two messages in a row are one with the fields of both
         elif step < 9:
             messages[at] = _bytes_changed(messages[at], rng)
+        elif messages[at].startswith(b"{"):
+            messages[at] = _json_changed(messages[at], other, rng)
         else:
             messages[at] = _fields_changed(messages[at], other, rng)
     return tuple(each[:MAX_BYTES] for each in messages[:MAX_MESSAGES])
@@ -112,6 +118,42 @@ def _bytes_changed(data: bytes, rng: Random) -> bytes:
     else:
         out[at : at + 1] = bytes((out[at] | 0x80, rng.choice((0, 1, 0x80, 0xFF))))  # makes a varint longer
     return bytes(out)
+
+
+def _json_changed(data: bytes, other: bytes, rng: Random) -> bytes:
+    try:
+        value, others = json.loads(data), json.loads(other if other.startswith(b"{") else b"{}")
+    except (ValueError, RecursionError):
+        return _bytes_changed(data, rng)
+    places = [*_places(value)]
+    for _ in range(rng.choice((1, 1, 2))):
+        parent, key = rng.choice(places)
+        step = rng.randrange(8)
+        if step == 0:
+            parent[key] = rng.choice(INTERESTING) * rng.choice((1, -1))
+        elif step == 1:
+            parent[key] = rng.choice(JSON_VALUES)
+        elif step == 2:
+            parent[key] = rng.choice(WORDS)
+        elif step == 3:
+            parent[key] = [parent[key]] * rng.randrange(3)
+        elif step == 4 and others:
+            parent[key] = rng.choice([each[at] for each, at in _places(others)])
+        elif step == 5 and isinstance(parent, dict):
+            parent[rng.choice((*WORDS, *others))] = parent[key]
+        elif step == 6 and isinstance(parent, list):
+            parent.append(parent[key])
+        else:
+            parent[key] = None
+    return json.dumps(value).encode()
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:  # noqa: ANN401 - JSON
+    """Yield every place in a value of JSON: the dict or the list, and the key or the number."""
+    keys = [*value] if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    for key in keys:
+        yield value, key
+        yield from _places(value[key])
 
 
 def _fields_changed(data: bytes, other: bytes, rng: Random) -> bytes:

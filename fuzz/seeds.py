@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import json
+from dataclasses import fields
 from random import Random
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from poolrpc._shapes.rules import check_shape
 from poolrpc._wire import codec, framing
@@ -248,6 +253,36 @@ def local(rng: Random) -> Iterator[Case]:
             yield bytes((other | READ, len(header), 0)), header, request, bytes((READ,)), header, request
 
 
+def http(rng: Random) -> Iterator[Case]:
+    """Yield requests of HTTP: of each, a byte of flags, its line and headers, and its body."""
+    for text, request, payload in requests(rng, 1):
+        spec = request.input
+        if len(request.branches) > 1 or request.indices is not None or request.outputs:
+            continue
+        tensor = {"data": base64.b64encode(payload).decode(), "shape": spec.shape, "dtype": spec.dtype}
+        layers = [
+            {"name": each.name, **{f.name: getattr(each, f.name) for f in fields(each)}} for each in request.branches[0]
+        ]  # type: ignore[arg-type]  # every layer is a dataclass
+        parameters = {"layout": spec.layout, "encoding": rng.choice(("list", "base64")), "steps": rng.random() < 0.5}
+        yield _request("pool", {"layer": text, "input": tensor, **parameters}, rng)
+        yield _request("pool", {"layer": layers, "input": tensor, **parameters}, rng)
+        numbers = np.zeros(spec.shape, int).tolist()
+        yield _request("pool", {"layer": layers, "input": numbers, "dtype": spec.dtype, "layout": spec.layout}, rng)
+        yield _request("shape", {"layer": layers, "shape": spec.shape, "layout": spec.layout}, rng)
+        yield _request("explain", {"layer": layers[-1], "shape": spec.shape[-spatial_dims(request.branches) :]}, rng)
+    unpool = {"layer": "MaxUnpool2d(2)", "input": [[1, 2], [3, 4]], "indices": [[0, 2], [8, 10]]}
+    yield _request("pool", unpool, rng)
+    yield _request("explain", {"layer": "AvgPool2d(2)", "input": [[1, 2, 3], [4, 5, 6]]}, rng)
+    for path in ("/", "/explorer.js", "/v1/info", "/v1/load", "/nothing"):
+        yield bytes((READ,)), f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode(), b""
+
+
+def _request(method: str, body: dict[str, object], rng: Random) -> Case:
+    lines = [f"POST /v1/{method} HTTP/1.1", "Host: localhost"]
+    lines += rng.choice(([], [], ["Priority: 1"], ["Timeout: 10"], ["Timeout: 0.001"], ["Expect: 100-continue"]))
+    return bytes((READ | rng.choice((0, 0, 0, SHUT, NEW)),)), "\r\n".join(lines).encode(), json.dumps(body).encode()
+
+
 def _empty(_: Random) -> Iterator[Case]:
     yield (b"",)
 
@@ -305,20 +340,22 @@ SEEDS = {
     "quick": quick,
     "attach": attach,
     "local": local,
+    "http": http,
     "answers": answers,
     "attached": attached,
 }
 
 
 SHARES = {
-    "Pool": 24,
+    "Pool": 20,
     "PoolStream": 6,
     "InferShape": 14,
-    "ModelInfer": 22,
+    "ModelInfer": 20,
     "ModelStreamInfer": 4,
     "quick": 8,
     "attach": 6,
     "local": 8,
+    "http": 6,
     "answers": 6,
     "attached": 2,
 }

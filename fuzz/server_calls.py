@@ -14,7 +14,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 import poolrpc
-from fuzz import local_packets
+from fuzz import http_requests, local_packets
 from fuzz.findings import FoundError
 from fuzz.seeds import ARENA_BYTES, ARENA_ID, REGION, REGION_BYTES, REGION_KEY
 from poolrpc._transport.arena_memory import Arenas
@@ -44,18 +44,20 @@ FOLDER = Path("/dev/shm")  # noqa: S108 - the folder of shm_open
 class Peer:
     """A caller of one server, with an arena and a shared-memory region for the cases that name them."""
 
-    def __init__(self, address: str, path: str, *, crowded: bool = False) -> None:
+    def __init__(self, address: str, path: str, explorer: str, *, crowded: bool = False) -> None:
         """Connect.
 
         Args:
             address: The server's address, for calls.
             path: The server's unix socket, for arenas.
+            explorer: The address of its explorer.
             crowded: Whether there are other callers, so that calls may be rejected.
 
         """
         self._channel = grpc.insecure_channel(address)
         self._crowded = crowded
         self._path = path
+        self._explorer = explorer
         self._arenas = Arenas(path, arena_bytes=ARENA_BYTES)
         span = self._arenas.allocate(ARENA_BYTES)
         if span is None:
@@ -97,6 +99,8 @@ class Peer:
             FoundError: It ended in a way that is a bug.
 
         """
+        if target == "http":
+            return http_requests.converse(self._explorer, case)
         messages = [self._with_ours(each) for each in case]
         if target == "quick":
             call, request, response = self._quick[((messages or [b""])[0] or b"\0")[0] % len(self._quick)]
@@ -137,6 +141,7 @@ class Peer:
         for transport in ("unary", "stream", "arena", "local"):
             output = self._client.pool(x, poolrpc.MaxPool2d(2), transport=transport, timeout=DEADLINE).output
             np.testing.assert_array_equal(output, expected)
+        http_requests.check(self._explorer, x, expected)
         message = pb.ModelInferRequest(model_name="pool", raw_input_contents=[x.tobytes()])
         message.parameters["layer"].string_param = "MaxPool2d(2)"
         message.inputs.add(name="input", datatype="FP32", shape=x.shape)

@@ -83,7 +83,18 @@ def fuzz(seconds: float, seed: int) -> dict[str, Any]:
     """Run cases of a seed for some seconds, and return the row."""
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in LIMITS.items()]
     flags += [*itertools.chain(*(("--model", model) for model in MODELS)), "--allow-client-shm"]
-    flags += ["--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0", "--threads", "1", "--max-streams", "64"]
+    flags += [
+        "--listen",
+        "127.0.0.1:0",
+        "--metrics",
+        "127.0.0.1:0",
+        "--explorer",
+        "127.0.0.1:0",
+        "--threads",
+        "1",
+        "--max-streams",
+        "64",
+    ]
     with (
         tempfile.TemporaryDirectory(prefix="poolrpc-fuzz-") as folder,
         # With several of glibc's heaps the memory would take long to settle.
@@ -105,7 +116,10 @@ def check_log(server: ServerProcess) -> None:
 
 def _fuzzed(server: ServerProcess, path: str, seconds: float, seed: int) -> dict[str, Any]:
     _, tcp = server.start_line["addresses"]
-    with closing(Peer(tcp, path, crowded=True)) as peer, closing(Run(seed, peer, f"{path}.arena")) as run:
+    with (
+        closing(Peer(tcp, path, server.start_line["explorer"], crowded=True)) as peer,
+        closing(Run(seed, peer, f"{path}.arena")) as run,
+    ):
         started = time.monotonic()
         samples = []
         for end in (WARM * seconds, seconds):
