@@ -41,11 +41,13 @@ PAGES = (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
 FENCES = RawFencedCodeBlockLexer(re.compile(r"(?P<language>[^\n]*)$\n", re.MULTILINE))
 
 ADDRESS, METRICS, PROBES, SOCKETS = "127.0.0.1:50051", "127.0.0.1:9464", "127.0.0.1:9465", "/run/poolrpc"
+EXPLORER = "127.0.0.1:8080"
 """The addresses of servers in the docs. Tests use others, because these may be in use."""
 
 ENVIRONMENT = {
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     "MAKEFLAGS": "n",  # make prints what it would do: some of its targets run these tests
+    "BROWSER": "true",  # the command, which opens nothing
     "PIP_DRY_RUN": "1",  # what is to be installed is installed already, or the block fails
     "PIP_NO_INDEX": "1",
     "PIP_NO_BUILD_ISOLATION": "0",  # which means: without isolation, whose packages would be downloaded
@@ -238,7 +240,7 @@ class Page:
     def _serve(self, source: str) -> None:
         """Run commands that end with a server, and wait until it serves; the page's previous server ends."""
         self._server.close()
-        command = re.sub(r"(--(?:listen|metrics|probes) )[\w.]+:\d+", r"\g<1>127.0.0.1:0", source)
+        command = re.sub(r"(--(?:listen|metrics|probes|explorer) )[\w.]+:\d+", r"\g<1>127.0.0.1:0", source)
         addresses = {f"POOLRPC_{name}": "127.0.0.1:0" for name in ("LISTEN", "METRICS", "PROBES")}
         own = {**addresses, "POOLRPC_LOG_FORMAT": "json"}
         process = subprocess.Popen(  # noqa: S603 - our own docs
@@ -259,7 +261,7 @@ class Page:
             raise AssertionError(f"expected a server that starts, got {made.log}")
         tcp = (each for each in made.start_line["addresses"] if not each.startswith("unix:"))
         self._actual |= {ADDRESS: next(tcp, ADDRESS), METRICS: made.start_line["metrics"] or METRICS}
-        self._actual[PROBES] = made.start_line["probes"] or PROBES
+        self._actual |= {PROBES: made.start_line["probes"] or PROBES, EXPLORER: made.start_line["explorer"] or EXPLORER}
 
 
 def parse(document: Document) -> Iterator[Region]:
