@@ -91,10 +91,10 @@ class Explorer:
         yield
         self.wait_for_run(runs + 1)
 
-    def error(self, field: str) -> str:
-        """Return the message at a field, once there is one."""
-        self.page.wait_for_function("id => document.getElementById(id).textContent", arg=f"{field}-error")
-        return self.page.inner_text(f"#{field}-error")
+    def wait_for_error(self, field: str, beginning: str) -> None:
+        """Wait for a message at a field that begins like this."""
+        script = "([id, text]) => document.getElementById(id).textContent.startsWith(text)"
+        self.page.wait_for_function(script, arg=[f"{field}-error", beginning])
 
     def cells(self, board: str) -> list[list[str]]:
         """Return the texts of a board's cells, by rows."""

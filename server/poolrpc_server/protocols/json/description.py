@@ -12,6 +12,8 @@ from poolrpc.errors import InvalidArgumentError
 from poolrpc.layers import FLOATS, INTEGERS, LAYERS, STEPS
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from poolrpc.layers import Layer
 
 ARGUMENT = re.compile(r"^    (\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
@@ -89,26 +91,31 @@ def _first_choice(choices: tuple[str, ...]) -> str:
 
 def _kind(annotation: Any) -> str:  # noqa: ANN401 - any type
     """Return the kind of a parameter's values: boolean, string, or numbers, of which there may be one per axis."""
-    types = _alternatives(annotation)
-    if bool in types:
+    leaves = {*_leaves(annotation)}
+    if bool in leaves:
         return "boolean"
-    if str in types or _choices(annotation):
-        return "string"
-    kind = "number" if float in map(_element, types) else "integer"
-    return f"{kind}s" if any(get_origin(each) is tuple for each in types) else kind
+    kind = "number" if float in leaves else "integer" if int in leaves else "string"
+    return f"{kind}s" if any(get_origin(each) is tuple for each in _alternatives(annotation)) else kind
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:  # noqa: ANN401 - any type
+    """Return the names that a parameter takes; empty if it takes numbers too."""
+    if _kind(annotation) != "string":
+        return ()
+    return next((get_args(each) for each in _alternatives(annotation) if get_origin(each) is Literal), ())
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:  # noqa: ANN401 - any type
     return get_args(annotation) if get_origin(annotation) in {Union, UnionType} else (annotation,)
 
 
-def _element(annotation: Any) -> Any:  # noqa: ANN401 - any type
-    """Return the type of a tuple's elements; of any other type the type itself."""
-    return _element(get_args(annotation)[0]) if get_origin(annotation) is tuple else annotation
-
-
-def _choices(annotation: Any) -> tuple[str, ...]:  # noqa: ANN401 - any type
-    return next((get_args(each) for each in _alternatives(annotation) if get_origin(each) is Literal), ())
+def _leaves(annotation: Any) -> Iterator[Any]:  # noqa: ANN401 - any type
+    """Yield the types of a union, of the elements of tuples, and so on."""
+    if get_origin(annotation) in {Union, UnionType, tuple}:
+        for each in get_args(annotation):
+            yield from _leaves(each)
+    else:
+        yield annotation
 
 
 def _help_texts(cls: type[Layer]) -> dict[str, str]:

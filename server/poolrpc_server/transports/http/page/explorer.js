@@ -518,9 +518,9 @@ function draw() {
   board("out", target, values, target.shape.map((size) => [0, size]), [], color && !indices ? step : null);
   $("in-caption").textContent = `Input ${shapeText(source.shape)}`;
   $("out-caption").textContent = `${indices ? "Indices" : "Output"} ${shapeText(target.shape)}`;
-  const padded = extents.some(([low, high], axis) => low < 0 || high > source.shape[axis]);
-  $("padding-legend").hidden = !padded;
-  $("unvisited-legend").hidden = !state.explained?.unvisited.some((each) => each.length);
+  const table = source.values.length <= MAX_CELLS;
+  $("padding-legend").hidden = !(table && extents.some(([low, high], axis) => low < 0 || high > source.shape[axis]));
+  $("unvisited-legend").hidden = !(table && state.explained?.unvisited.some((each) => each.length));
   $("formulas").replaceChildren(...(state.explained?.formulas ?? []).flatMap((each) => {
     const at = each.indexOf(": ");
     return [element("dt", {}, each.slice(0, at)), element("dd", {}, each.slice(at + 2))];
@@ -532,7 +532,7 @@ function draw() {
   if (!windows) {
     stop();
     $("how").textContent = "The windows of this layer are not the same for every plane, so only its output is shown.";
-  } else if (state.playing === undefined) play(!matchMedia("(prefers-reduced-motion: reduce)").matches);
+  } else play(state.playing ?? !matchMedia("(prefers-reduced-motion: reduce)").matches);
 }
 
 /** Draw a plane: a table of few numbers, a picture of many. */
@@ -591,9 +591,8 @@ function picture(place, plane, values, low, high, extents, colors) {
     pixels.data[4 * i + 3] = 255;
   }
   context.putImageData(pixels, 0, 0);
-  const scale = Math.max(1, Math.floor((place.id === "in" ? 460 : 460) / Math.max(columns, rows * depth)));
-  const shownScale = Math.min(scale, place.id === "in" ? scale : Math.max(1, Math.floor(300 / Math.max(columns, rows * depth))));
-  canvas.style.width = `${columns * shownScale}px`;
+  const scale = Math.max(1, Math.floor((place.id === "in" ? 460 : 300) / Math.max(columns, rows * depth)));
+  canvas.style.width = `${columns * scale}px`;
   const over = element("canvas", { width: columns * 8, height: rows * depth * 8 });
   canvas.setAttribute("role", "img");
   canvas.setAttribute("aria-label", `${place.id === "in" ? "Input" : "Output"} of ${rows} rows and ${columns} columns, from ${text(low)} to ${text(high)}`);
@@ -657,7 +656,8 @@ function setIndex(index) {
   mark("out", target, at.map((each) => [each]));
   const names = ["depth", "row", "column"].slice(3 - dims);
   const where = positions.map((each, axis) => (each.length > 1 ? `${names[axis]}s ${each[0]} to ${each.at(-1)}` : `${names[axis]} ${each[0]}`)).join(", ");
-  const value = state.explained.values?.[index] ?? `${text(target.values[index])}`;
+  const channels = $("plane").value === "-1" ? [0, 1, 2] : [state.plane];
+  const value = state.explained.values?.[index] ?? channels.map((each) => text(planeOf(step, dims, each).values[index])).join(", ");
   const found = step.indices ? `; index ${planeOf({ shape: step.shape, values: step.indices }, dims, state.plane).values[index]}` : "";
   // While windows move by themselves, a screen reader would never end.
   $("how").setAttribute("aria-live", state.timer ? "off" : "polite");
@@ -862,5 +862,5 @@ for (const name of ["python", "command", "json"]) {
   });
 }
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => setIndex(state.index));
-addEventListener("visibilitychange", () => { if (document.hidden) stop(); });
+addEventListener("visibilitychange", () => { if (document.hidden) stop(); else if (state.playing) play(true); });
 connect().then(poll);
