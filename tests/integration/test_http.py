@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -250,6 +251,21 @@ def test_a_client_that_does_not_send_is_ended(serve: Callable[..., Server]) -> N
     assert send(server.explorer_address, "/v1/pool", REQUEST).status == 200
 
 
+@pytest.mark.slow
+def test_a_client_that_does_not_read_is_ended(serve: Callable[..., Server]) -> None:
+    """An answer that is not read in the time that its size allows is dropped, with all that it held."""
+    server = serve(receive_timeout=0.2)
+    tensor = {"data": base64.b64encode(bytes(3 * 2**19)).decode(), "shape": [1, 1536, 1024], "dtype": "uint8"}
+    request = {"layer": "[ToDtype('float32'), MaxPool2d(1)]", "input": tensor, "encoding": "base64"}
+    body = json.dumps(request).encode()
+    with closing(raw(server.explorer_address)) as connection:
+        connection.sendall(head("/v1/pool", f"Content-Length: {len(body)}") + body)
+        while not metric(server, 'poolrpc_ended_total{reason="TIMEOUT"}'):
+            pass
+        assert metric(server, "poolrpc_inflight_bytes") == 0
+    assert send(server.explorer_address, "/v1/pool", REQUEST).status == 200
+
+
 def test_clients_that_send_nothing_keep_no_one_out(serve: Callable[..., Server]) -> None:
     """With as many connections as there may be, the oldest one without a call gives way to a new one."""
     server = serve()
@@ -493,7 +509,7 @@ def test_a_new_certificate_is_used(tmp_path: Path, serve: Callable[..., Server])
 @pytest.mark.slow
 def test_workers_share_the_address() -> None:
     """Several workers serve the explorer on one address."""
-    with serving("--workers", "2", "--explorer", "127.0.0.1:0", "--threads", "2") as server:
+    with serving("--workers=2", "--explorer=127.0.0.1:0", "--threads=2", "--drain-seconds=0") as server:
         address = server.start_line["explorer"]
         assert not address.endswith(":0")
         for _ in range(20):

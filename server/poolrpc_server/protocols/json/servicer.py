@@ -71,13 +71,12 @@ class JsonServicer:
 
     def methods(self) -> tuple[Method, ...]:
         """Return the methods of the service."""
-        names = (name for _, name in ROUTES.values())
         return (
-            Method(next(names), unary=self.pool, computes=True),
-            Method(next(names), unary=self.shape),
-            Method(next(names), unary=self.explain),
-            Method(next(names), unary=self.info),
-            Method(next(names), unary=self.load, probe=True),
+            Method(f"/{JSON_SERVICE}/Pool", unary=self.pool, computes=True),
+            Method(f"/{JSON_SERVICE}/Shape", unary=self.shape),
+            Method(f"/{JSON_SERVICE}/Explain", unary=self.explain),
+            Method(f"/{JSON_SERVICE}/Info", unary=self.info),
+            Method(f"/{JSON_SERVICE}/Load", unary=self.load, probe=True),
         )
 
     def pool(self, message: bytes, call: CallContext) -> bytes:

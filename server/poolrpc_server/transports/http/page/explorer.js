@@ -692,7 +692,7 @@ function showTimes(timing, total) {
   const served = STAGES.slice(0, 4);
   const known = served.reduce((sum, each) => sum + (timing[each] ?? 0), 0);
   const times = { ...timing, network: Math.max(0, total - known) };
-  const what = (stage) => (stage === "network" ? "network, browser" : stage);
+  const what = (stage) => (stage === "network" ? "outside" : stage);
   $("total").replaceChildren(`${known.toFixed(known < 10 ? 2 : 1)} ms `, element("small", {}, "in the server"));
   $("bar").replaceChildren(...served.map((each) => {
     const part = element("i", { class: each });
