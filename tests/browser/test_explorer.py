@@ -214,7 +214,7 @@ def test_every_layer_of_the_server(explorer: Explorer) -> None:
             explorer.page.select_option("#layer-0-name", name)
         assert explorer.page.inner_text("#stage-title").startswith(f"{name}(")
         assert explorer.page.locator("#out td").count() > 0
-        assert explorer.page.locator(".error:not(:empty)").count() == 0
+        assert explorer.page.locator("#controls .error:not(:empty)").count() == 0
 
 
 def picture(width: int, height: int) -> bytes:

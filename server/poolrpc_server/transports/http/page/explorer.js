@@ -378,6 +378,7 @@ async function run() {
   state.call?.abort();
   const control = (state.call = new AbortController());
   clearErrors();
+  $("stale").hidden = true;
   let request, given;
   try {
     given = input();
@@ -432,6 +433,7 @@ function failed(error) {
 /** Show a message at a field. */
 function fail(id, message) {
   $("stage").dataset.stale = "";
+  $("stale").hidden = !state.result;
   stop();
   const place = $(`${id}-error`) ?? $("input-error");
   place.textContent = message;
@@ -469,10 +471,6 @@ async function showStep(signal) {
     state.plane = 0;
     $("plane").value = color ? "-1" : "0";
   }
-  $("show-label").hidden = !step.indices;
-  if (!step.indices) $("show").value = "output";
-  $("stage-title").textContent = step.layer;
-
   const source = planeOf(before(state.step), dims, state.plane);
   state.explained = await explain(layers[state.step], source, signal);
   if (signal?.aborted) return;
@@ -506,6 +504,9 @@ function draw() {
   const { dims } = state.result;
   const step = state.result.steps[state.step];
   const [source, target] = [planeOf(before(state.step), dims, state.plane), planeOf(step, dims, state.plane)];
+  $("stage-title").textContent = step.layer;
+  $("show-label").hidden = !step.indices;
+  if (!step.indices) $("show").value = "output";
   const indices = step.indices && $("show").value === "indices";
   const values = indices ? planeOf({ shape: step.shape, values: step.indices }, dims, state.plane).values : target.values;
   const windows = state.explained?.windows;
@@ -514,8 +515,10 @@ function draw() {
     return [Math.min(0, ...(all.length < 5000 ? all : [0])), Math.max(size, ...(all.length < 5000 ? all.map((each) => each + 1) : [0]))];
   });
   const color = $("plane").value === "-1";
-  board("in", source, source.values, extents, state.explained?.unvisited ?? [], color ? before(state.step) : null);
-  board("out", target, values, target.shape.map((size) => [0, size]), [], color && !indices ? step : null);
+  const cells = target.shape.map((size) => [0, size]);
+  const sizes = cellSizes([extents, cells], [source, target]);
+  board("in", source, source.values, extents, sizes[0], state.explained?.unvisited ?? [], color ? before(state.step) : null);
+  board("out", target, values, cells, sizes[1], [], color && !indices ? step : null);
   $("in-caption").textContent = `Input ${shapeText(source.shape)}`;
   $("out-caption").textContent = `${indices ? "Indices" : "Output"} ${shapeText(target.shape)}`;
   const table = source.values.length <= MAX_CELLS;
@@ -535,8 +538,20 @@ function draw() {
   } else play(state.playing ?? !matchMedia("(prefers-reduced-motion: reduce)").matches);
 }
 
+// Return the size of a cell of each board, in pixels: as large as both have room for, side by side, or one below the
+// other on a phone.
+function cellSizes(extents, planes) {
+  const room = $("stage").clientWidth - 40;
+  const columns = extents.map((each) => (each.at(-1)[1] - each.at(-1)[0]) * (each.length === 3 ? Math.min(2, each[0][1] - each[0][0]) : 1));
+  const rows = extents.map((each) => (each.length > 1 ? each.at(-2)[1] - each.at(-2)[0] : 1));
+  const pictures = planes.map((each) => each.values.length > MAX_CELLS);
+  const taken = columns.map((each, i) => (pictures[i] ? 0 : each));
+  const beside = (room - 130 - pictures.filter(Boolean).length * 380) / (taken[0] + taken[1] || 1);
+  return columns.map((each, i) => Math.max(22, Math.min(64, Math.floor((innerWidth > 640 ? beside : room / each) - 3), 600 / rows[i])));
+}
+
 /** Draw a plane: a table of few numbers, a picture of many. */
-function board(id, plane, values, extents, unvisited, colors) {
+function board(id, plane, values, extents, cell, unvisited, colors) {
   const { depth, rows, columns } = slices(plane);
   const place = $(id);
   const finite = values.filter(Number.isFinite);
@@ -545,10 +560,9 @@ function board(id, plane, values, extents, unvisited, colors) {
   const [deep, tall, wide] = [...Array(3 - extents.length).fill([0, 1]), ...extents];
   const missing = [...Array(3 - extents.length).fill([]), ...unvisited];
   const longest = Math.max(...Array.from(values, (each) => text(each).length), 1);
-  const broad = (wide[1] - wide[0]) * (depth > 1 ? 2 : 1);
-  const size = Math.max(22, Math.min(60, Math.floor((id === "in" ? 460 : 330) / broad), 560 / (tall[1] - tall[0])));
-  place.style.setProperty("--size", `${Math.max(size, longest * 7 + 6)}px`);
-  place.style.setProperty("--digits", `${Math.max(11, Math.min(17, size / 2.6))}px`);
+  const digits = Math.max(10, Math.min(17, cell / 2.6, (cell - 6) / (0.61 * longest)));
+  place.style.setProperty("--size", `${Math.max(cell, 0.61 * longest * digits + 5)}px`);
+  place.style.setProperty("--digits", `${digits}px`);
   const tables = [];
   for (let z = deep[0]; z < deep[1]; z++) {
     const body = element("tbody");
@@ -556,18 +570,18 @@ function board(id, plane, values, extents, unvisited, colors) {
       const row = element("tr");
       for (let x = wide[0]; x < wide[1]; x++) {
         const inside = z >= 0 && z < depth && y >= 0 && y < rows && x >= 0 && x < columns;
-        const cell = element("td");
-        cell.dataset.at = `${z} ${y} ${x}`;
+        const made = element("td");
+        made.dataset.at = `${z} ${y} ${x}`;
         if (inside) {
           const value = values[(z * rows + y) * columns + x];
-          cell.textContent = text(value);
-          if (missing[0]?.includes(z) || missing[1]?.includes(y) || missing[2]?.includes(x)) cell.className = "unvisited";
-          else if (high > low) cell.style.setProperty("--share", `${Math.round(100 * (Math.min(Math.max(value, low), high) - low) / (high - low)) || 0}%`);
+          made.textContent = text(value);
+          if (missing[0]?.includes(z) || missing[1]?.includes(y) || missing[2]?.includes(x)) made.className = "unvisited";
+          else if (high > low) made.style.setProperty("--share", `${Math.round(100 * (Math.min(Math.max(value, low), high) - low) / (high - low)) || 0}%`);
         } else {
-          cell.className = "padding";
-          cell.textContent = "\u00b7";
+          made.className = "padding";
+          made.textContent = "\u00b7";
         }
-        row.append(cell);
+        row.append(made);
       }
       body.append(row);
     }
@@ -861,6 +875,8 @@ for (const name of ["python", "command", "json"]) {
     if (to) { selectTab(names[(names.indexOf(name) + to) % 3]); $(`tab-${state.tab}`).focus(); }
   });
 }
+let drawn = innerWidth;
+addEventListener("resize", () => { if (innerWidth !== drawn && state.result) { drawn = innerWidth; draw(); } });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => setIndex(state.index));
 addEventListener("visibilitychange", () => { if (document.hidden) stop(); else if (state.playing) play(true); });
 connect().then(poll);
