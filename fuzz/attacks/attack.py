@@ -33,6 +33,7 @@ class Target:
         address: The address that the attack uses, "host:port" or "unix:PATH".
         path: The path of the server's unix socket.
         metrics: The address of its metrics, "host:port".
+        explorer: The address of its explorer, "host:port".
         token: The attacker's own token; empty if it has none.
         pids: The processes that serve.
         log_pid: The process that reads the server's log; 0 if the log is a file.
@@ -42,6 +43,7 @@ class Target:
     address: str
     path: str
     metrics: str
+    explorer: str
     token: str = ""
     pids: tuple[int, ...] = ()
     log_pid: int = 0

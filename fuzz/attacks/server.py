@@ -94,6 +94,7 @@ class AttackedServer:
         self._log = folder / "log"
         self._path = folder / "pool.sock"
         flags = ["--listen", "127.0.0.1:0", "--listen", f"unix:{self._path}", "--metrics", "127.0.0.1:0"]
+        flags += ["--explorer", "127.0.0.1:0"]
         flags += ["--max-inflight-bytes", str(INFLIGHT_BYTES), "--log-format", "json"]
         flags += ["--drain-seconds", str(DRAIN_SECONDS), "--shutdown-grace", str(GRACE_SECONDS)]
         if variant.tokens:
@@ -145,6 +146,7 @@ class AttackedServer:
             address=f"unix:{self._path}" if self._variant.unix else self.tcp,
             path=str(self._path),
             metrics=self._start_line["metrics"],
+            explorer=self._start_line["explorer"],
             token=ATTACKER_TOKEN if self._variant.insider else "",
             pids=tuple(process.pid for process in self.serving()),
             log_pid=self._log_reader.pid if self._log_reader else 0,

@@ -21,6 +21,7 @@ TESTED_ELSEWHERE = ("stopped-worker",)
 
 QUICK = {"headers-without-body": "tcp"}
 LOCAL = ("local-unread-answers", "local-packets-that-are-not-calls", "local-connections", "local-calls-that-are-left")
+HTTP = ("http-half-requests", "http-unread-answers")
 """The attack of the quick tests, with its variant."""
 
 
@@ -30,7 +31,7 @@ def cases() -> list[object]:
     `python -m fuzz attacks` runs those of their kinds too, each in every variant.
     """
     made = []
-    rows = [each for each in ATTACKS.values() if "(row " in (each.run.__doc__ or "") or each.name in LOCAL]
+    rows = [each for each in ATTACKS.values() if "(row " in (each.run.__doc__ or "") or each.name in LOCAL + HTTP]
     for number, attack in enumerate(each for each in rows if each.name not in TESTED_ELSEWHERE):
         variant = QUICK.get(attack.name) or attack.variants[number % len(attack.variants)]
         marks = () if attack.name in QUICK else (pytest.mark.slow,)
