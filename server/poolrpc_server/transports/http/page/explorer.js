@@ -1,5 +1,5 @@
-// The explorer: what the layers of this server do to a tensor, window by window. It speaks the JSON protocol alone, and
-// takes its layers, their parameters and every message from the server.
+// The explorer: what the layers of this server do to a tensor, window by window. It speaks the JSON protocol alone; the
+// layers, their parameters and the messages at them come from the server.
 "use strict";
 
 const $ = (id) => document.getElementById(id);
