@@ -144,7 +144,7 @@ class Service:
         self._arenas = arenas
         self._device_error: Exception | None = None
         self.metrics = Metrics(enabled=bool(config.metrics))
-        self.metrics.describe(*_metrics_of(config, self.info), memory_bytes())
+        self.metrics.describe(*_metrics_of(config, self.info), memory_bytes(), self._engine.backend.memory_bytes)
         self._admission = AdmissionControl(config.max_inflight_bytes, self._engine)
         self._reaper = Reaper(
             self._admission,
@@ -256,6 +256,9 @@ class Service:
             arena_bytes=sum(listener.nbytes for listener in self._arenas),
             page_locked_bytes=self._engine.page_locks.nbytes,
             page_lock_failures=self._engine.page_locks.failures,
+            pinned_bytes=self._engine.pinned_bytes,
+            device_memory_bytes=self._engine.backend.reserved_bytes(),
+            device_blocks=self._engine.streams.blocks,
             streams=self._streams.count,
             calls=self._dispatcher.calls,
             memory_bytes=resident_bytes(),

@@ -16,8 +16,9 @@ import poolrpc as p
 from poolrpc_server import Config
 from poolrpc_server.app import FAILED, Server
 from poolrpc_server.compute import overlap
-from poolrpc_server.compute.device import DeviceStreams, PageLocks
+from poolrpc_server.compute.device import PageLocks, backend_of
 from poolrpc_server.compute.engine import Engine
+from poolrpc_server.telemetry.stage_times import DEVICE_STAGES, StageTimes
 from tests.engine_run import run_of
 from tests.parity.grid import GRID, cases
 from tests.parity.reference import assert_same, reference, values
@@ -92,32 +93,25 @@ def test_unpool_parity_on_cuda(engine: Engine, name: str) -> None:
         assert_parity(engine, sized, x, indices)
 
 
-def test_host_memory_is_pinned_and_reused(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the first execution of a size no memory is allocated, and all that was is pinned."""
-    made: list[memoryview] = []
-    allocate = DeviceStreams.allocate
-
-    def recorded(self: DeviceStreams, size: int) -> memoryview:
-        made.append(allocate(self, size))
-        return made[-1]
-
-    monkeypatch.setattr(DeviceStreams, "allocate", recorded)
+def test_host_memory_is_pinned_and_reused(cuda: torch.device) -> None:
+    """Buffers are pinned, and after the first execution of a size no memory is allocated."""
+    assert torch.frombuffer(backend_of(cuda).allocate(2**20), dtype=torch.uint8).is_pinned()
     engine = Engine(str(cuda), 1)
     x = values((4, 16, 64, 64), "float32", 0)
     engine.execute([run_of(engine, p.MaxPool2d(2), x)])
-    first = len(made)
-    assert first > 0
+    first = engine.pinned_bytes
+    assert first >= x.nbytes
     for _ in range(10):
         engine.execute([run_of(engine, p.MaxPool2d(2), x)])
-    assert len(made) == first
-    assert all(torch.frombuffer(each, dtype=torch.uint8).is_pinned() for each in made)
+    assert engine.pinned_bytes == first
     engine.close()
 
 
 def test_copies_overlap_with_the_kernel_of_another_stream(cuda: torch.device) -> None:
     """Copies and a kernel of one stream end while a kernel of another stream still runs."""
-    memory = torch.frombuffer(DeviceStreams(cuda, 1).allocate(2**20), dtype=torch.uint8)
-    back = torch.frombuffer(DeviceStreams(cuda, 1).allocate(8), dtype=torch.int64)
+    backend = backend_of(cuda)
+    memory = torch.frombuffer(backend.allocate(2**20), dtype=torch.uint8)
+    back = torch.frombuffer(backend.allocate(8), dtype=torch.int64)
     memory.fill_(1)
     memory.to(cuda).sum().item()  # so that CUDA is initialised
     busy = torch.cuda.Event()
@@ -127,14 +121,36 @@ def test_copies_overlap_with_the_kernel_of_another_stream(cuda: torch.device) ->
         torch.cuda._sleep(10**10)  # noqa: SLF001 - torch's own tests use it
         busy.record()
 
-    with DeviceStreams(cuda, 1).borrow() as (one, two, _):
-        one.submit(sleep)
-        two.submit(lambda: back.copy_(memory.to(cuda, non_blocking=True).sum().reshape(1), non_blocking=True))
-        two.record().wait()
-        assert not busy.query()
-        assert back.item() == 2**20
-        one.record().wait()
+    one, two, _ = backend.streams()
+    before = one.record()
+    one.submit(sleep)
+    two.submit(lambda: back.copy_(memory.to(cuda, non_blocking=True).sum().reshape(1), non_blocking=True))
+    copied = two.record()
+    copied.wait()
+    assert not busy.query()
+    assert back.item() == 2**20
+    after = one.record()
+    after.wait()
     assert busy.query()
+    assert after.seconds_since(before) > copied.seconds_since(before) > 0
+
+
+def test_the_stages_of_an_execution_are_timed(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Upload, kernel and download have times within those of the computation, and nothing is queued afterwards."""
+    monkeypatch.setattr(overlap, "PAGEABLE_BLOCK_BYTES", 2**20)
+    engine = Engine(str(cuda), 1)
+    run = run_of(engine, p.MaxPool2d(2), values((16, 64, 64, 64), "float32", 0))
+    run.times = StageTimes(16 * 64, 1)
+    run.finish = run.times.around(run.finish)
+    engine.execute([run])
+    times = run.times
+    assert tuple(stage.name for stage in times.device) == DEVICE_STAGES
+    slack = 10**6  # the device's clock and the host's are read at slightly different times
+    assert all(times.started - slack <= stage.started < stage.ended for stage in times.device)
+    assert all(stage.ended <= times.computed + slack and stage.busy_ns > 0 for stage in times.device)
+    assert engine.streams.blocks == 0
+    assert 0 < engine.backend.reserved_bytes() < engine.backend.memory_bytes
+    engine.close()
 
 
 @pytest.mark.parametrize("layer", BLOCKED, ids=repr)
@@ -165,7 +181,7 @@ def test_integers_are_uploaded_as_they_are_and_converted_there(
 def test_memory_is_page_locked(cuda: torch.device) -> None:
     """Memory is locked up to the limit, and what the driver rejects is counted, with no error pending in torch."""
     size = 16 * mmap.PAGESIZE
-    locks = PageLocks(cuda, size)
+    locks = PageLocks(backend_of(cuda), size)
     memory, other = mmap.mmap(-1, size), mmap.mmap(-1, size)
     tensor = torch.frombuffer(memory, dtype=torch.uint8)
     unlock = locks.lock(memory)
@@ -174,7 +190,7 @@ def test_memory_is_page_locked(cuda: torch.device) -> None:
     locks.lock(other)()
     assert not torch.frombuffer(other, dtype=torch.uint8).is_pinned()
     assert (locks.nbytes, locks.failures) == (size, 0)
-    second = PageLocks(cuda, size)
+    second = PageLocks(backend_of(cuda), size)
     second.lock(memory)()  # which is already locked
     assert (second.nbytes, second.failures) == (0, 1)
     assert tensor.to(cuda).sum().item() == 0

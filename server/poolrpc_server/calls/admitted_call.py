@@ -236,6 +236,7 @@ class AdmittedCall:
         }
         if record.count:
             line |= {"queue_ms": _milliseconds(record.queue_ns), "compute_ms": _milliseconds(record.compute_ns)}
+            line |= {f"{stage}_ms": _milliseconds(each) for stage, each in record.device_ns.items()}
         if peer := self._call.peer_address:
             line["peer"] = peer
         line |= record.facts

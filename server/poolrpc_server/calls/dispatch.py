@@ -246,7 +246,8 @@ class Dispatcher:
         answers = self._engine.execute(runs)
         if self._metrics is not None:
             planes, nbytes = sum(run.schedule.planes for run in runs), sum(run.schedule.nbytes for run in runs)
-            self._metrics.executed(len(runs), planes, nbytes, perf_counter() - started)
+            stages = runs[0].times.device if runs[0].times is not None else ()
+            self._metrics.executed(len(runs), planes, nbytes, perf_counter() - started, stages)
         return answers
 
     def _check_running(self, call: CallContext, times: StageTimes) -> None:

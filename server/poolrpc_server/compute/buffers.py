@@ -35,7 +35,12 @@ def use_one_heap() -> None:
 
 
 class Buffers:
-    """Idle buffers for reuse, limited in bytes; the least recently used are dropped first."""
+    """Buffers, of which idle ones are kept for reuse, limited in bytes; the least recently used are dropped first.
+
+    Attributes:
+        nbytes: The size of all buffers, in use or idle, in bytes.
+
+    """
 
     def __init__(self, limit: int, allocate: Callable[[int], memoryview] | None = None) -> None:
         """Create an empty store.
@@ -45,6 +50,7 @@ class Buffers:
             allocate: Allocates a buffer of a number of bytes. None: from the process's heap.
 
         """
+        self.nbytes = 0
         self._limit = limit
         self._allocate = allocate or aligned
         self._idle: list[memoryview] = []  # the most recently used last: it may still be in the CPU's cache
@@ -69,7 +75,7 @@ class Buffers:
     def clear(self) -> None:
         """Drop every idle buffer."""
         with self._lock:
-            self._idle.clear()
+            self._keep(0)
 
     def _take(self, size: int) -> memoryview:
         with self._lock:
@@ -77,15 +83,22 @@ class Buffers:
                 # A far larger one is left for larger tensors.
                 if size <= len(self._idle[i]) <= 4 * size:
                     return self._idle.pop(i)
-        return self._allocate(align(size))
+        buffer = self._allocate(align(size))
+        with self._lock:
+            self.nbytes += len(buffer)
+        return buffer
 
     def _put(self, buffer: memoryview) -> None:
-        if len(buffer) < MIN_BUFFER_BYTES:
-            return
         with self._lock:
+            if len(buffer) < MIN_BUFFER_BYTES:
+                self.nbytes -= len(buffer)
+                return
             self._idle.append(buffer)
-            while sum(map(len, self._idle)) > self._limit:
-                self._idle.pop(0)
+            self._keep(self._limit)
+
+    def _keep(self, limit: int) -> None:
+        while self._idle and sum(map(len, self._idle)) > limit:
+            self.nbytes -= len(self._idle.pop(0))
 
 
 def aligned(size: int) -> memoryview:

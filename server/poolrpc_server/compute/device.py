@@ -1,33 +1,23 @@
-"""The device: its name, its streams, its host memory and its errors. All code that is specific to CUDA is here."""
+"""The device: its name, its errors, and the interface through which the engine uses it."""
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from contextlib import contextmanager
 from functools import partial
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
 from poolrpc.errors import LimitExceededError
 from poolrpc_server.compute.buffers import aligned
-from poolrpc_server.telemetry.logs import log
+from poolrpc_server.compute.cuda import cuda_backend
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from mmap import mmap
-
-PINNED_BLOCK_BYTES = 512
-"""Page-locked memory is allocated in multiples of this, the block size of torch's own cache."""
-
-STREAMS = 3
-"""The streams of an execution: while one uploads, another computes and the third downloads."""
-
-PORTABLE = 1
-"""The driver's CU_MEMHOSTREGISTER_PORTABLE: the memory is page-locked for every context."""
 
 TORCH_VERSION = str(torch.__version__)
 """The version of torch that the kernels run with."""
@@ -69,7 +59,10 @@ class Event(Protocol):
     """The end of the work that was submitted to a stream up to a moment."""
 
     def wait(self) -> None:
-        """Wait until it is reached."""
+        """Wait until it is reached, and raise what the work raised if that is known only then."""
+
+    def seconds_since(self, earlier: Any) -> float:  # noqa: ANN401 - an event of the same class
+        """Return the seconds from an earlier event of the device to this one; both must have been reached."""
 
 
 class Stream(Protocol):
@@ -86,32 +79,71 @@ class Stream(Protocol):
         """Return an event that is reached when all work submitted so far is done."""
 
 
-class _CudaStream:
-    """A stream of a CUDA device: torch's calls only queue work."""
+class Backend(Protocol):
+    """What the engine needs of a device.
+
+    Attributes:
+        overlapped: Whether tensors are copied to the device and back, in blocks on its streams.
+        asynchronous: Whether it works while the host does something else: it copies from and to page-locked memory
+            directly, and its events have times.
+        memory_bytes: The size of the device's memory, in bytes, as it reports it; 0 if it has none of its own.
+
+    """
+
+    overlapped: bool
+    asynchronous: bool
+    memory_bytes: int
+
+    def streams(self) -> Sequence[Stream]:
+        """Return new streams for one execution."""
+
+    def allocate(self, size: int) -> memoryview:
+        """Return new host memory, page-locked if the device is asynchronous."""
+
+    def lock(self, address: int, size: int) -> bool:
+        """Page-lock memory that was not allocated here, and return whether that succeeded."""
+
+    def unlock(self, address: int) -> None:
+        """Unlock it."""
+
+    def reserved_bytes(self) -> int:
+        """Return the bytes of the device's memory that this process has, in use or kept for reuse."""
+
+    def free_cached(self) -> None:
+        """Return the device's memory that is kept for reuse: it may be in blocks of the wrong size."""
+
+
+class _HostBackend:
+    """The CPU, or a device of which each thread has one stream and whose memory is the host's (Apple's GPUs)."""
+
+    asynchronous = False
+    memory_bytes = 0
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._device = device
+        self.overlapped = device.type != "cpu"
 
-    def submit(self, work: Callable[[], object]) -> None:
-        with torch.cuda.stream(self._stream):
-            work()
+    def streams(self) -> Sequence[Stream]:
+        return [_DirectStream(self._device)]
 
-    def record(self) -> Event:
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(self._stream)
-        return _CudaEvent(event)
+    def allocate(self, size: int) -> memoryview:
+        return aligned(size)
 
+    def lock(self, address: int, size: int) -> bool:  # noqa: ARG002 - the interface's
+        return False
 
-class _CudaEvent:
-    def __init__(self, event: torch.cuda.Event) -> None:
-        self._event = event
+    def unlock(self, address: int) -> None:
+        pass
 
-    def wait(self) -> None:
-        self._event.synchronize()
+    def reserved_bytes(self) -> int:
+        return 0
+
+    def free_cached(self) -> None:
+        pass
 
 
 class _DirectStream:
-    """The stream of a device of which each thread has one."""
+    """A stream on which the calling thread works itself; it is its own event."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -126,50 +158,44 @@ class _DirectStream:
         if self._device.type == "mps":
             torch.mps.synchronize()
 
+    def seconds_since(self, earlier: Event) -> float:  # noqa: ARG002 - the interface's
+        return 0.0
+
+
+def backend_of(device: torch.device) -> Backend:
+    """Return the backend of a device."""
+    return cuda_backend(device) if device.type == "cuda" else _HostBackend(device)
+
 
 class DeviceStreams:
     """The streams of a device, for a fixed number of executions at a time.
 
     Attributes:
-        device: The device.
-        overlapped: Whether tensors are copied to the device and back, in blocks on these streams.
+        blocks: The number of blocks of planes whose copies and kernels are queued.
 
     """
 
-    def __init__(
-        self, device: torch.device, executions: int, streams: Callable[[], Sequence[Stream]] | None = None
-    ) -> None:
+    def __init__(self, device: torch.device, backend: Backend, executions: int) -> None:
         """Create the streams.
 
         Args:
             device: The device.
+            backend: The device's backend.
             executions: The number of executions at a time.
-            streams: Creates the streams of one execution. None: as the device has them.
 
         """
-        self.device = device
-        self.overlapped = streams is not None or device.type != "cpu"
-        self._cuda = device.type == "cuda"
+        self.blocks = 0
+        self._device = device
+        self._backend = backend
+        self._lock = threading.Lock()
         self._idle: SimpleQueue[Sequence[Stream]] = SimpleQueue()
         for _ in range(executions):
-            self._idle.put(self._create() if streams is None else streams())
+            self._idle.put(backend.streams())
 
-    def _create(self) -> Sequence[Stream]:
-        if self._cuda:
-            return [_CudaStream(self.device) for _ in range(STREAMS)]
-        return [_DirectStream(self.device)]
-
-    def allocate(self, size: int) -> memoryview:
-        """Return new host memory; on CUDA it is page-locked, so that copies from and to it are asynchronous."""
-        if not self._cuda:
-            return aligned(size)
-        rounded = -(-size // PINNED_BLOCK_BYTES) * PINNED_BLOCK_BYTES
-        return torch.empty(rounded, dtype=torch.uint8, pin_memory=True).numpy().data[:size]
-
-    def free_cached(self) -> None:
-        """Return the device's memory that torch keeps for reuse: it may be in blocks of the wrong size."""
-        if self._cuda:
-            torch.cuda.empty_cache()
+    def count_blocks(self, change: int) -> None:
+        """Add to the number of blocks that are queued."""
+        with self._lock:
+            self.blocks += change
 
     @contextmanager
     def borrow(self) -> Iterator[Sequence[Stream]]:
@@ -183,18 +209,15 @@ class DeviceStreams:
         try:
             yield streams
         except torch.OutOfMemoryError:
-            self.free_cached()
-            msg = f"expected a request that fits into the memory of {self.device} with the others, got a larger one"
+            self._backend.free_cached()
+            msg = f"expected a request that fits into the memory of {self._device} with the others, got a larger one"
             raise LimitExceededError(msg, reason="DEVICE_MEMORY") from None
         finally:
             self._idle.put(streams)
 
 
 class PageLocks:
-    """Page-locked memory that torch didn't allocate: a CUDA device copies from and to it directly.
-
-    The driver is called instead of the runtime, because a failure of the runtime stays pending until some later torch
-    call in the same thread reports it. Everything here is a no-op on other devices.
+    """Page-locked memory that the backend did not allocate: the device copies from and to it directly.
 
     Attributes:
         nbytes: The memory that is locked, in bytes.
@@ -202,32 +225,32 @@ class PageLocks:
 
     """
 
-    def __init__(self, device: torch.device, limit: int) -> None:
+    def __init__(self, backend: Backend, limit: int) -> None:
         """Lock nothing yet.
 
         Args:
-            device: The device.
+            backend: The device's backend; nothing is locked if it is not asynchronous.
             limit: Bytes to lock at most.
 
         """
         self.nbytes = self.failures = 0
-        self._device = device
-        self._limit = limit if device.type == "cuda" else 0
-        self._driver = ctypes.CDLL("libcuda.so.1") if self._limit else None
-        self._lock = threading.Lock()
+        self._backend = backend
+        self._limit = limit if backend.asynchronous else 0
+        # Memory is unlocked by a destructor, which Python's garbage collection may call in a thread that has the lock.
+        self._lock = threading.RLock()
 
     def lock(self, memory: mmap) -> Callable[[], None]:
         """Lock memory, and return the function that unlocks it, which must be called before it is unmapped.
 
-        If the limit is reached or the driver fails, the memory stays as it is: copies from and to it are slower.
+        If the limit is reached or locking fails, the memory stays as it is: copies from and to it are slower.
         """
         view = np.frombuffer(memory, np.uint8)
         address, size = view.ctypes.data, len(view)
         with self._lock:
-            if self._driver is None or size > self._limit - self.nbytes:
+            if size > self._limit - self.nbytes:
                 return _nothing
             self.nbytes += size
-        if self._call("cuMemHostRegister_v2", address, size, PORTABLE):
+        if self._backend.lock(address, size):
             return partial(self._unlock, address, size)
         with self._lock:
             self.nbytes -= size
@@ -235,25 +258,9 @@ class PageLocks:
         return _nothing
 
     def _unlock(self, address: int, size: int) -> None:
-        self._call("cuMemHostUnregister", address)
+        self._backend.unlock(address)
         with self._lock:
             self.nbytes -= size
-
-    def _call(self, function: str, address: int, *arguments: int) -> bool:
-        """Call a function of the driver in the context that torch uses, and return whether it succeeded."""
-        driver, context = self._driver, ctypes.c_void_p()
-        assert driver is not None  # noqa: S101 - there is nothing to lock without one
-        index = self._device.index or 0
-        status = driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), index)
-        status = status or driver.cuCtxPushCurrent_v2(context)
-        if status:
-            return False
-        status = getattr(driver, function)(ctypes.c_void_p(address), *map(ctypes.c_size_t, arguments))
-        driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
-        driver.cuDevicePrimaryCtxRelease_v2(index)
-        if status:
-            log.warning("page-locking failed", function=function, status=status)
-        return not status
 
 
 def _nothing() -> None:

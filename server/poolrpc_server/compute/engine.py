@@ -20,8 +20,8 @@ from poolrpc.chains import Planes
 from poolrpc.layers import FLOATS, INTEGERS
 from poolrpc.tensors import split_tensors
 from poolrpc_server.compute.buffers import Buffers
-from poolrpc_server.compute.device import DeviceStreams, PageLocks, resolve_device
-from poolrpc_server.compute.overlap import planes_of_block
+from poolrpc_server.compute.device import DeviceStreams, PageLocks, backend_of, resolve_device
+from poolrpc_server.compute.overlap import StageTimer, block_limit, planes_of_block
 from poolrpc_server.compute.planes import block_of
 from poolrpc_server.compute.schedule import Schedule
 from poolrpc_server.compute.workspace import Workspace, WorkspaceCache
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from poolrpc._wire.codec import BranchResult, Request
     from poolrpc.tensors import Bytes
-    from poolrpc_server.compute.device import Stream
+    from poolrpc_server.compute.device import Backend, Stream
     from poolrpc_server.compute.schedule import BatchKey
     from poolrpc_server.telemetry.stage_times import StageTimes
 
@@ -109,6 +109,8 @@ class Engine:
 
     Attributes:
         device: The device.
+        backend: What works on it.
+        streams: Its streams.
         threads: The number of executions at a time.
         page_locks: Memory of others that is page-locked for the device.
         slots: The slots that a large request may borrow to use more threads. None: it uses one thread.
@@ -124,7 +126,7 @@ class Engine:
         workspace_limit: int = WORKSPACE_LIMIT,
         idle_limit: int = IDLE_LIMIT,
         page_lock_limit: int = 0,
-        streams: Callable[[], Sequence[Stream]] | None = None,
+        backend: Backend | None = None,
     ) -> None:
         """Create an engine.
 
@@ -134,7 +136,7 @@ class Engine:
             workspace_limit: Bytes of cached workspaces, over all schedules.
             idle_limit: Bytes of idle buffers.
             page_lock_limit: Bytes of others' memory to page-lock for the device.
-            streams: Creates the streams of one execution. None: as the device has them.
+            backend: What works on the device. None: that of the device.
 
         Raises:
             ValueError: This machine has no such device.
@@ -148,9 +150,10 @@ class Engine:
         # one. A large one is divided among helper threads too, if slots are free. Helpers never wait for each other, so
         # there is no deadlock.
         self._helpers = ThreadPoolExecutor(max(1, threads - 1), "poolrpc-helper", _prepare_thread)
-        self._streams = DeviceStreams(self.device, threads, streams)
-        self.page_locks = PageLocks(self.device, page_lock_limit)
-        self._buffers = Buffers(idle_limit, self._streams.allocate)
+        self.backend = backend_of(self.device) if backend is None else backend
+        self.streams = DeviceStreams(self.device, self.backend, threads)
+        self.page_locks = PageLocks(self.backend, page_lock_limit)
+        self._buffers = Buffers(idle_limit, self.backend.allocate)
         self._workspaces = WorkspaceCache(workspace_limit, threads)
         self._workspace_bytes = workspace_limit // WORKSPACE_SHARE
         self._batch_schedule = lru_cache(BATCH_SCHEDULES)(self._create_batch_schedule)
@@ -160,6 +163,11 @@ class Engine:
     def idle_bytes(self) -> int:
         """The memory of cached workspaces and idle buffers, in bytes."""
         return self._workspaces.nbytes + self._buffers.idle_bytes
+
+    @property
+    def pinned_bytes(self) -> int:
+        """The page-locked memory of the engine's own buffers, in bytes."""
+        return self._buffers.nbytes if self.backend.asynchronous else 0
 
     def drop_idle(self) -> None:
         """Drop every cached workspace and idle buffer."""
@@ -208,9 +216,9 @@ class Engine:
         for run in runs:
             if run.times is not None:
                 run.times.compute_started(len(runs), planes)
-        if not self._streams.overlapped:
+        if not self.backend.overlapped:
             return self._execute_batch(runs, ()) if len(runs) > 1 else [self._execute_alone(runs[0])]
-        with self._streams.borrow() as streams:
+        with self.streams.borrow() as streams:
             # On a GPU, a batch of one uses page-locked memory too.
             batched = len(runs) > 1 or (runs[0].key is not None and self._is_overlapped(runs[0].schedule))
             return self._execute_batch(runs, streams) if batched else [self._execute_alone(runs[0], streams)]
@@ -225,7 +233,7 @@ class Engine:
             given = run.outputs
             with self._buffers.borrow(schedule.outputs) if given is None else nullcontext(given) as outputs:
                 workspace = Workspace(schedule, run.inputs, outputs)
-                return run.finish(self._compute_on_device(workspace, streams, run.check))
+                return run.finish(self._compute_on_device(workspace, streams, [run]))
         if schedule.cached:
             return self._execute_in_workspace(run)
         if run.outputs is not None:
@@ -246,25 +254,37 @@ class Engine:
             return run.finish(outputs)
 
     def _is_overlapped(self, schedule: Schedule) -> bool:
-        return self._streams.overlapped and schedule.device == self.device
+        return self.backend.overlapped and schedule.device == self.device
 
     def _compute_on_device(
-        self, workspace: Workspace, streams: Sequence[Stream], check: Callable[[], None] | None
+        self, workspace: Workspace, streams: Sequence[Stream], runs: Sequence[Run]
     ) -> Sequence[memoryview]:
-        """Compute the outputs on the device, once more in smaller blocks if its memory does not suffice."""
+        """Compute the outputs of runs on the device, once more in smaller blocks if its memory does not suffice."""
         schedule = workspace.schedule
         block = schedule.planes
         if schedule.divisible:
             plane_bytes = schedule.nbytes // max(1, schedule.planes)
-            block = planes_of_block(schedule.planes, plane_bytes, page_locked=workspace.page_locked)
+            limit = block_limit(self.backend.memory_bytes, self.threads, len(streams))
+            block = planes_of_block(schedule.planes, plane_bytes, page_locked=workspace.page_locked, limit=limit)
         try:
-            return workspace.run_on_device(streams, block, check)
+            return self._compute_blocks(workspace, streams, block, runs)
         except torch.OutOfMemoryError:
             smaller = max(1, block // RETRIED_SHARE)
             if not schedule.divisible or smaller == block:
                 raise
-        self._streams.free_cached()
-        return workspace.run_on_device(streams, smaller, check)
+        self.backend.free_cached()
+        return self._compute_blocks(workspace, streams, smaller, runs)
+
+    def _compute_blocks(
+        self, workspace: Workspace, streams: Sequence[Stream], block: int, runs: Sequence[Run]
+    ) -> Sequence[memoryview]:
+        check = runs[0].check if len(runs) == 1 else None
+        timer = StageTimer(streams[0]) if self.backend.asynchronous and runs[0].times is not None else None
+        outputs = workspace.run_on_device(streams, block, check, timer=timer, counter=self.streams)
+        for run in runs:
+            if timer is not None and run.times is not None:
+                run.times.device = timer.stages()
+        return outputs
 
     def _execute_batch(self, runs: Sequence[Run], streams: Sequence[Stream]) -> list[Any]:
         key = runs[0].key
@@ -276,11 +296,10 @@ class Engine:
                 for run in runs:
                     start, end = end, end + len(run.inputs[number])
                     buffer[start:end] = run.inputs[number]
-            check = runs[0].check if len(runs) == 1 else None
             if self._is_overlapped(schedule):
-                outputs = self._compute_on_device(workspace, streams, check)
+                outputs = self._compute_on_device(workspace, streams, runs)
             else:
-                outputs = workspace.run(self._parallel_for, check)
+                outputs = workspace.run(self._parallel_for, runs[0].check if len(runs) == 1 else None)
             for run in runs:
                 if run.times is not None:
                     run.times.compute_ended()

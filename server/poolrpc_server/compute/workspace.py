@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from functools import partial
-from itertools import chain, count, islice
+from itertools import count, islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
     from poolrpc.tensors import Bytes, TensorSpec
     from poolrpc_server.compute.branch import Branch
-    from poolrpc_server.compute.device import Stream
+    from poolrpc_server.compute.device import DeviceStreams, Stream
     from poolrpc_server.compute.kernels.blocks import Program
+    from poolrpc_server.compute.overlap import StageTimer
     from poolrpc_server.compute.schedule import Schedule
 
 ParallelFor: TypeAlias = "Callable[[Callable[[int, int], None], int, int], None]"
@@ -134,7 +135,13 @@ class Workspace:
         return self._x.is_pinned()
 
     def run_on_device(
-        self, streams: Sequence[Stream], block: int, check: Callable[[], None] | None = None
+        self,
+        streams: Sequence[Stream],
+        block: int,
+        check: Callable[[], None] | None = None,
+        *,
+        timer: StageTimer | None = None,
+        counter: DeviceStreams | None = None,
     ) -> Sequence[memoryview]:
         """Compute the outputs on the schedule's device, in blocks of planes.
 
@@ -142,6 +149,8 @@ class Workspace:
             streams: The device's streams.
             block: The planes of a block.
             check: Called before each block; what it raises ends the computation.
+            timer: Records the times of the stages.
+            counter: Counts the blocks that are queued.
 
         Returns:
             The bytes of each output.
@@ -151,24 +160,41 @@ class Workspace:
 
         """
         if self.schedule.branches:
-            run_in_blocks(streams, self.schedule.planes, block, partial(self._compute_block, self._bytes(0)), check)
+            stages = (partial(self._upload, self._bytes(0)), self._compute, self._download)
+            run_in_blocks(streams, self.schedule.planes, block, stages, check, timer=timer, counter=counter)
         return self.outputs
 
-    def _compute_block(self, planes: torch.Tensor, start: int, stop: int) -> None:
-        """Queue the upload, the layers of every branch, and the downloads of some of the planes, given as bytes."""
-        schedule = self.schedule
-        first = schedule.branches[0].steps[0][0]
-        uploaded = planes[start:stop].to(schedule.device, non_blocking=True, copy=True)
+    def _upload(
+        self, planes: torch.Tensor, start: int, stop: int, _: None
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """Queue the upload of some of the planes, given as bytes, and of each branch's indices for MaxUnpool."""
+        device = self.schedule.device
+        first = self.schedule.branches[0].steps[0][0]
+        uploaded = planes[start:stop].to(device, non_blocking=True, copy=True)
         x = first.batched(uploaded.view(-1).view(first.dtype).view(-1, *first.plane_shape))
-        for branch, targets in zip(schedule.branches, self._targets, strict=True):
-            plan = branch.steps[0][0]
-            indices = None
-            if plan.layer.takes_indices:
-                indices = checked_indices(self._bytes(1)[start:stop], plan).to(schedule.device)
-            results = branch.compute_on_device(x, indices, start)
-            for target, result in zip(chain.from_iterable(targets), chain.from_iterable(results), strict=True):
-                written = target.view(self.schedule.planes, -1)[start:stop]
-                written.copy_(result.view(written.shape), non_blocking=True)
+        plans = [branch.steps[0][0] for branch in self.schedule.branches]
+        return x, [
+            checked_indices(self._bytes(1)[start:stop], plan).to(device) if plan.layer.takes_indices else None
+            for plan in plans
+        ]
+
+    def _compute(
+        self, start: int, _: int, uploaded: tuple[torch.Tensor, list[torch.Tensor | None]]
+    ) -> list[torch.Tensor]:
+        """Queue the layers of every branch on some planes, and return all their outputs."""
+        x, indices = uploaded
+        results = (
+            branch.compute_on_device(x, each, start)
+            for branch, each in zip(self.schedule.branches, indices, strict=True)
+        )
+        return [output for branch in results for outputs in branch for output in outputs]
+
+    def _download(self, start: int, stop: int, results: list[torch.Tensor]) -> None:
+        """Queue the download of the outputs of some planes."""
+        targets = (target for branch in self._targets for outputs in branch for target in outputs)
+        for target, result in zip(targets, results, strict=True):
+            written = target.view(self.schedule.planes, -1)[start:stop]
+            written.copy_(result.view(written.shape), non_blocking=True)
 
     def _operands(
         self, branch: Branch, targets: Sequence[Sequence[torch.Tensor]]

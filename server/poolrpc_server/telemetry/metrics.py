@@ -11,9 +11,12 @@ from prometheus_client.metrics_core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 from poolrpc_server.telemetry.logs import dropped_lines
+from poolrpc_server.telemetry.stage_times import DEVICE_STAGES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+
+    from poolrpc_server.telemetry.stage_times import DeviceStage
 
 T = TypeVar("T", bound="Counter | Histogram | _Nothing")
 
@@ -45,6 +48,7 @@ NOT_SUMMED: dict[str, Callable[[float, float], float]] = {
     "poolrpc_build_info": max,
     "poolrpc_limit": max,
     "poolrpc_memory_limit_bytes": max,
+    "poolrpc_device_memory_limit_bytes": max,
     "poolrpc_certificate_expiry_timestamp_seconds": min,
     "process_start_time_seconds": min,
     "process_max_fds": min,
@@ -72,6 +76,9 @@ class Load:
         streams: Open streams.
         page_locked_bytes: Bytes of arenas that are page-locked for a GPU.
         page_lock_failures: Arenas that could not be page-locked.
+        pinned_bytes: Bytes of the server's own buffers that are page-locked for a GPU.
+        device_memory_bytes: Bytes of a GPU's memory that the process has.
+        device_blocks: Blocks of planes whose copies and kernels are queued on a GPU.
         calls: Calls that compute or wait to be computed.
         memory_bytes: Bytes of memory that the process has for itself.
         watchdog_silent_seconds: Seconds since the server answered its watchdog; 0 without one.
@@ -87,6 +94,9 @@ class Load:
     streams: int = 0
     page_locked_bytes: int = 0
     page_lock_failures: int = 0
+    pinned_bytes: int = 0
+    device_memory_bytes: int = 0
+    device_blocks: int = 0
     calls: int = 0
     memory_bytes: int = 0
     watchdog_silent_seconds: float = 0
@@ -126,6 +136,12 @@ class Metrics:
         self._batch_requests = self._histogram("poolrpc_batch_requests", "Requests of a batch.", REQUESTS)
         self._batch_planes = self._histogram("poolrpc_batch_planes", "Planes of a batch.", PLANES)
         self._compute = self._histogram("poolrpc_compute_seconds", "Duration of executions in seconds.", SECONDS)
+        self._device = self._histogram(
+            "poolrpc_device_seconds",
+            "Time that the blocks of an execution on a GPU spend in a stage, summed, in seconds.",
+            SECONDS,
+            "stage",
+        )
         self._queue = self._histogram("poolrpc_queue_seconds", "Time of requests in the queue in seconds.", SECONDS)
         self._receive = self._histogram(
             "poolrpc_receive_seconds",
@@ -150,6 +166,15 @@ class Metrics:
             "page_lock_failures": self._gauge(
                 "poolrpc_page_lock_failures", "Arenas that could not be page-locked for a GPU."
             ),
+            "pinned_bytes": self._gauge(
+                "poolrpc_pinned_bytes", "Bytes of the server's own buffers that are page-locked for a GPU."
+            ),
+            "device_memory_bytes": self._gauge(
+                "poolrpc_device_memory_bytes", "Bytes of a GPU's memory that the processes have, in use or for reuse."
+            ),
+            "device_blocks": self._gauge(
+                "poolrpc_device_blocks", "Blocks of planes whose copies and kernels are queued on a GPU."
+            ),
             "streams": self._gauge("poolrpc_streams", "Open streams."),
         }
         self._queue_length = self._gauge("poolrpc_queue_length", "Queued requests, by priority.", "priority")
@@ -169,6 +194,9 @@ class Metrics:
         self._memory = self._gauge(
             "poolrpc_memory_limit_bytes", "Bytes of memory that the server may use, of its machine or container."
         )
+        self._device_memory = self._gauge(
+            "poolrpc_device_memory_limit_bytes", "Bytes of the GPU's memory, as it reports them; 0 without a GPU."
+        )
         self._build = self._gauge(
             "poolrpc_build_info", "1, with versions and device as labels.", "version", "torch", "python", "device"
         )
@@ -184,6 +212,8 @@ class Metrics:
             self._ended.labels(reason)
         for stage in CANCELLATION_STAGES:
             self._cancelled.labels(stage)
+        for stage in DEVICE_STAGES:
+            self._device.labels(stage)
 
     def describe(
         self,
@@ -191,6 +221,7 @@ class Metrics:
         limits: Mapping[str, float],
         capacities: Mapping[str, float],
         memory_limit_bytes: int,
+        device_memory_bytes: int = 0,
     ) -> None:
         """Show what does not change.
 
@@ -199,10 +230,12 @@ class Metrics:
             limits: Limits on each call or connection, by setting.
             capacities: Limits on what all calls have at a time, by setting.
             memory_limit_bytes: Bytes of memory that the server may use.
+            device_memory_bytes: Bytes of the GPU's memory; 0 without a GPU.
 
         """
         self._build.labels(**build).set(1)
         self._memory.set(memory_limit_bytes)
+        self._device_memory.set(device_memory_bytes)
         for gauge, values in ((self._limits, limits), (self._capacities, capacities)):
             for setting, value in values.items():
                 gauge.labels(setting).set(value)
@@ -245,14 +278,18 @@ class Metrics:
         """Count a call that the server ended, for one of END_REASONS."""
         self._ended.labels(reason).inc()
 
-    def executed(self, requests: int, planes: int, nbytes: int, seconds: float) -> None:
-        """Count one batch that the engine executed, its contents and its duration."""
+    def executed(
+        self, requests: int, planes: int, nbytes: int, seconds: float, stages: Iterable[DeviceStage] = ()
+    ) -> None:
+        """Count one batch that the engine executed, its contents, its duration, and its stages on a GPU."""
         self._executions.inc()
         self._requests.inc(requests)
         self._bytes.inc(nbytes)
         self._batch_requests.observe(requests)
         self._batch_planes.observe(planes)
         self._compute.observe(seconds)
+        for stage in stages:
+            self._device.labels(stage.name).observe(stage.busy_ns / 1e9)
 
     def queued(self, seconds: float) -> None:
         """Count the time that a request spent in the queue."""

@@ -28,12 +28,14 @@ class CallRecord:
         count: Number of executions.
         queue_ns: Nanoseconds in the queue, summed over the executions.
         compute_ns: Nanoseconds of computation, summed over the executions.
+        device_ns: Nanoseconds of each stage on a device, by name, summed over the executions; empty on the CPU.
 
     """
 
     __slots__ = (
         "compute_ns",
         "count",
+        "device_ns",
         "executions",
         "facts",
         "latest",
@@ -53,6 +55,7 @@ class CallRecord:
         self.executions: list[StageTimes] = []
         self.latest: StageTimes | None = None
         self.count = self.queue_ns = self.compute_ns = 0
+        self.device_ns: dict[str, int] = {}
 
     def note(self, facts: Mapping[str, object]) -> None:
         """Add facts to the call's log line."""
@@ -71,3 +74,5 @@ class CallRecord:
         times.ended = monotonic_ns()
         self.queue_ns += times.queue_ns
         self.compute_ns += times.compute_ns
+        for stage in times.device:
+            self.device_ns[stage.name] = self.device_ns.get(stage.name, 0) + stage.busy_ns

@@ -10,6 +10,29 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 
+DEVICE_STAGES = ("upload", "kernel", "download")
+"""The stages of an execution on a device with memory of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceStage:
+    """One of the DEVICE_STAGES of an execution, over all blocks of its planes.
+
+    Attributes:
+        name: Name of the stage.
+        started: When the first block entered it, in nanoseconds of the monotonic clock.
+        ended: When the last block left it.
+        busy_ns: Nanoseconds that blocks spent in it, summed. Stages of several blocks overlap, so that the sum over the
+            stages may be longer than the computation.
+
+    """
+
+    name: str
+    started: int
+    ended: int
+    busy_ns: int
+
+
 @dataclass(slots=True, eq=False)
 class StageTimes:
     """The stages of one request on its way through the queue and the engine.
@@ -28,6 +51,7 @@ class StageTimes:
         batch_requests: Number of requests computed in the same batch, this one included.
         batch_planes: Number of their planes.
         error: Name of the exception class that it failed with; empty if it did not fail.
+        device: Stages on a device with memory of its own; empty if it was computed on the CPU.
 
     """
 
@@ -41,6 +65,7 @@ class StageTimes:
     batch_requests: int = 0
     batch_planes: int = 0
     error: str = ""
+    device: tuple[DeviceStage, ...] = ()
 
     def compute_started(self, requests: int, planes: int) -> None:
         """Record that a batch of so many requests and planes begins to be computed.
@@ -48,7 +73,7 @@ class StageTimes:
         A batch that failed as a whole is computed again, request by request: the last start counts.
         """
         self.batch_requests, self.batch_planes = requests, planes
-        self.started, self.computed = monotonic_ns(), 0
+        self.started, self.computed, self.device = monotonic_ns(), 0, ()
 
     def compute_ended(self) -> None:
         """Record that the outputs are complete; the first call after a start counts."""

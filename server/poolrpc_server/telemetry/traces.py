@@ -197,8 +197,18 @@ class Spans:
             if times.error and name == stages[-1][0]:
                 span.set_attribute("error.type", times.error)
                 span.set_status(self._trace.StatusCode.ERROR)
+            if name == "compute":
+                self._add_device_stages(self._trace.set_span_in_context(span), times, offset)
             # A batch may compute for a call that has ended.
             span.end(min(end or times.ended, times.ended) + offset)
+
+    def _add_device_stages(self, parent: Context, times: StageTimes, offset: int) -> None:
+        for stage in times.device:
+            attributes = {"poolrpc.busy_seconds": stage.busy_ns / 1e9}
+            span = self._tracer.start_span(
+                stage.name, parent, attributes=attributes, start_time=min(stage.started, times.ended) + offset
+            )
+            span.end(min(stage.ended, times.ended) + offset)
 
     def close(self, seconds: float) -> None:
         """Send the remaining spans, for at most `seconds` and SPAN_FLUSH_SECONDS, and end."""

@@ -21,6 +21,7 @@ from poolrpc_server.calls.method import Method, Observers
 from poolrpc_server.calls.pipeline import CONTROL_CALLS, CallPipeline
 from poolrpc_server.calls.tokens import TokenFile
 from poolrpc_server.telemetry.metrics import Metrics
+from poolrpc_server.telemetry.stage_times import DEVICE_STAGES, DeviceStage
 from tests.unit.server.context import Context, error_of
 
 METHOD = "/poolrpc.v1.PoolService/Pool"
@@ -144,6 +145,23 @@ def test_a_computed_call_is_logged_with_its_stages(log):
     ((_, facts),) = log.lines
     assert list(facts) == ["method", "status", "ms", "queue_ms", "compute_ms"]
     assert 0 <= facts["queue_ms"] + facts["compute_ms"] <= facts["ms"] + 0.002
+
+
+def test_the_stages_on_a_device_are_logged(log):
+    """The line of a call on a device has the milliseconds of each stage there, over all executions."""
+
+    def handler(message, call):
+        for _ in range(2):
+            times = call.record.begin_execution(4, 1)
+            times.compute_started(1, 4)
+            times.device = tuple(DeviceStage(name, 0, 9, 10**6 * len(name)) for name in DEVICE_STAGES)
+            call.record.end_execution(times)
+        return message
+
+    unary(log, handler)
+    ((_, facts),) = log.lines
+    assert list(facts)[4:] == ["compute_ms", "upload_ms", "kernel_ms", "download_ms"]
+    assert [facts[f"{name}_ms"] for name in DEVICE_STAGES] == [12, 12, 16]
 
 
 @pytest.mark.parametrize(

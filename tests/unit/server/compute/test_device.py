@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from poolrpc import LimitExceededError
-from poolrpc_server.compute.device import DeviceStreams, PageLocks, is_device_lost, resolve_device
+from poolrpc_server.compute.device import DeviceStreams, PageLocks, backend_of, is_device_lost, resolve_device
+from tests.late_device import late_backend
 
 CPU = torch.device("cpu")
 
@@ -24,7 +25,7 @@ def test_auto_is_the_first_available_device():
 @pytest.mark.parametrize("size", [0, 1, 511, 512, 100_000])
 def test_host_memory_has_its_size_and_is_aligned_and_writable(size):
     """Host memory is aligned to 64 bytes."""
-    memory = DeviceStreams(CPU, 1).allocate(size)
+    memory = backend_of(CPU).allocate(size)
     assert len(memory) == size
     assert np.asarray(memory).ctypes.data % 64 == 0
     memory[:] = bytes(size)
@@ -32,7 +33,7 @@ def test_host_memory_has_its_size_and_is_aligned_and_writable(size):
 
 def test_streams_have_one_user_at_a_time():
     """A thread that finds all streams in use waits for some; a failure returns its streams."""
-    streams, inside = DeviceStreams(CPU, 2), threading.Barrier(3)
+    streams, inside = DeviceStreams(CPU, backend_of(CPU), 2), threading.Barrier(3)
     left = threading.Event()
 
     def use():
@@ -58,7 +59,7 @@ def test_streams_have_one_user_at_a_time():
 
 def test_out_of_memory_is_a_limit_and_leaves_the_stream_idle():
     """Torch's out-of-memory error becomes a LimitExceededError without torch's text."""
-    streams = DeviceStreams(CPU, 1)
+    streams = DeviceStreams(CPU, backend_of(CPU), 1)
     for _ in range(3):
         with (
             pytest.raises(LimitExceededError, match="fits into the memory of cpu") as raised,
@@ -71,10 +72,34 @@ def test_out_of_memory_is_a_limit_and_leaves_the_stream_idle():
 
 def test_nothing_is_page_locked_for_the_cpu():
     """Without a CUDA device, memory stays as it is, and nothing is counted."""
-    locks = PageLocks(CPU, 2**30)
+    locks = PageLocks(backend_of(CPU), 2**30)
     with mmap.mmap(-1, mmap.PAGESIZE) as memory:
         locks.lock(memory)()
     assert (locks.nbytes, locks.failures) == (0, 0)
+
+
+def test_memory_is_page_locked_up_to_the_limit():
+    """Memory over the limit stays as it is, and counts again when the memory before it is unlocked."""
+    with late_backend() as backend, mmap.mmap(-1, 3 * mmap.PAGESIZE) as one, mmap.mmap(-1, 2 * mmap.PAGESIZE) as two:
+        locks = PageLocks(backend, 4 * mmap.PAGESIZE)
+        unlock = locks.lock(one)
+        assert list(backend.locked.values()) == [3 * mmap.PAGESIZE]
+        locks.lock(two)()
+        assert (locks.nbytes, locks.failures) == (3 * mmap.PAGESIZE, 0)
+        unlock()
+        assert (locks.nbytes, backend.locked) == (0, {})
+        unlock = locks.lock(two)
+        assert list(backend.locked.values()) == [2 * mmap.PAGESIZE]
+        unlock()
+
+
+def test_memory_that_cannot_be_page_locked_is_counted():
+    """Memory that the device rejects stays as it is: nothing is locked, and nothing is unlocked at its end."""
+    with late_backend(lockable=False) as backend, mmap.mmap(-1, mmap.PAGESIZE) as memory:
+        locks = PageLocks(backend, 2**30)
+        for _ in range(2):
+            locks.lock(memory)()
+        assert (locks.nbytes, locks.failures, backend.locked) == (0, 2, {})
 
 
 def test_only_an_accelerator_error_means_that_the_device_is_lost():

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import threading
-import time
-from contextlib import ExitStack
-from queue import SimpleQueue
-from random import Random
+from concurrent.futures import ThreadPoolExecutor
+from math import inf
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,10 +17,13 @@ from poolrpc._wire.codec import Request
 from poolrpc.tensors import TensorSpec
 from poolrpc_server.calls.validate import check_request
 from poolrpc_server.compute import overlap
+from poolrpc_server.compute.device import is_device_lost
 from poolrpc_server.compute.engine import Engine
 from poolrpc_server.compute.kernels import eager
-from poolrpc_server.compute.overlap import AHEAD, planes_of_block, run_in_blocks
+from poolrpc_server.compute.overlap import AHEAD, block_limit, planes_of_block, run_in_blocks
+from poolrpc_server.telemetry.stage_times import DEVICE_STAGES, StageTimes
 from tests.engine_run import WIDE, run_of
+from tests.late_device import STREAMS, LateEvent, late_backend
 from tests.parity.reference import assert_same, reference, values
 
 if TYPE_CHECKING:
@@ -30,78 +31,26 @@ if TYPE_CHECKING:
 
     from poolrpc.tensors import Layout
     from poolrpc_server.compute.device import Event, Stream
-
-STREAMS = 3
-
-
-class LateEvent:
-    """An event of a LateStream."""
-
-    def __init__(self, stream: LateStream) -> None:
-        self.stream, self.reached = stream, threading.Event()
-
-    def wait(self) -> None:
-        """Wait for it, and raise what the work before it raised."""
-        assert self.reached.wait(60)
-        if self.stream.errors:
-            raise self.stream.errors[0]
-
-
-class LateStream:
-    """A stream that does its work in a thread of its own, each piece after a delay."""
-
-    def __init__(self, seed: int) -> None:
-        self.errors: list[BaseException] = []
-        self.submitted = self.done = 0
-        self._random = Random(seed)  # noqa: S311 - delays
-        self._work: SimpleQueue[Callable[[], object] | LateEvent | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def submit(self, work: Callable[[], object]) -> None:
-        """Queue work."""
-        self.submitted += 1
-        self._work.put(work)
-
-    def record(self) -> Event:
-        """Queue an event."""
-        event = LateEvent(self)
-        self._work.put(event)
-        return event
-
-    def close(self) -> None:
-        """End the thread."""
-        self._work.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        torch.set_grad_enabled(False)
-        while (work := self._work.get()) is not None:
-            if isinstance(work, LateEvent):
-                work.reached.set()
-                continue
-            time.sleep(self._random.random() / 500)
-            try:
-                work()
-            except BaseException as error:  # noqa: BLE001 - raised where its event is waited for
-                self.errors.append(error)
-            self.done += 1
+    from tests.late_device import LateBackend, LateStream
 
 
 @pytest.fixture
-def streams() -> Iterator[list[LateStream]]:
-    """Some late streams."""
-    with ExitStack() as ends:
-        made = [LateStream(seed) for seed in range(STREAMS)]
-        for stream in made:
-            ends.callback(stream.close)
+def backend() -> Iterator[LateBackend]:
+    """A late device."""
+    with late_backend() as made:
         yield made
 
 
 @pytest.fixture
-def engine(streams: list[LateStream]) -> Iterator[Engine]:
-    """An engine that copies blocks to late streams and back; its device is the CPU."""
-    made = Engine("cpu", 1, streams=lambda: streams)
+def streams(backend: LateBackend) -> list[LateStream]:
+    """The streams of one execution of a late device."""
+    return backend.streams()
+
+
+@pytest.fixture
+def engine(backend: LateBackend) -> Iterator[Engine]:
+    """An engine that copies blocks to a late device and back."""
+    made = Engine("cpu", 1, backend=backend)
     yield made
     made.close()
 
@@ -119,27 +68,49 @@ def pool(engine: Engine, layer: p.Layer, x: torch.Tensor, indices: torch.Tensor 
     return outputs
 
 
-@given(planes=st.integers(1, 10**6), plane_bytes=st.integers(0, 2**40), page_locked=st.booleans())
-def test_blocks_are_about_the_configured_size(planes: int, plane_bytes: int, *, page_locked: bool) -> None:
-    """A block has one plane at least, all planes at most, and no more bytes than the limit unless it is one plane."""
-    block = planes_of_block(planes, plane_bytes, page_locked=page_locked)
+@given(
+    planes=st.integers(1, 10**6),
+    plane_bytes=st.integers(0, 2**40),
+    page_locked=st.booleans(),
+    limit=st.one_of(st.just(inf), st.floats(0, 2**40)),
+)
+def test_blocks_are_about_the_configured_size(
+    planes: int, plane_bytes: int, *, page_locked: bool, limit: float
+) -> None:
+    """A block has one plane at least, all planes at most, and no more bytes than the limits unless it is one plane."""
+    block = planes_of_block(planes, plane_bytes, page_locked=page_locked, limit=limit)
+    most = min(limit, overlap.BLOCK_BYTES if page_locked else overlap.PAGEABLE_BLOCK_BYTES)
     assert 1 <= block <= planes
-    assert block == 1 or block * plane_bytes <= (overlap.BLOCK_BYTES if page_locked else overlap.PAGEABLE_BLOCK_BYTES)
+    assert block == 1 or block * plane_bytes <= most
     count = -(-planes // block)
     assert block * count - planes < count  # the last one is hardly smaller
 
 
+@given(st.integers(2**20, 2**40), st.integers(1, 64), st.integers(1, 4))
+def test_the_blocks_of_all_executions_fit_into_the_memory(memory: int, executions: int, streams: int) -> None:
+    """All blocks that may be queued take a part of the memory that the device reports; a host's memory is no limit."""
+    limit = block_limit(memory, executions, streams)
+    assert limit * AHEAD * streams * executions <= memory / 2
+    assert block_limit(0, executions, streams) == inf
+
+
 @settings(deadline=None, max_examples=20)
-@given(st.integers(1, 40), st.integers(1, 10), st.integers(0, 2**32))
-def test_every_plane_is_done_when_it_returns(planes: int, block: int, seed: int) -> None:
-    """Each plane is done once, whatever the blocks and the delays."""
-    done: list[int] = []
-    with ExitStack() as ends:
-        streams = [LateStream(seed + number) for number in range(STREAMS)]
-        for stream in streams:
-            ends.callback(stream.close)
-        run_in_blocks(streams, planes, block, lambda start, stop: done.extend(range(start, stop)))
-        assert sorted(done) == list(range(planes))
+@given(st.integers(1, 40), st.integers(1, 10))
+def test_every_plane_is_done_when_it_returns(planes: int, block: int) -> None:
+    """Each plane goes through each stage once, in order, whatever the blocks and the delays."""
+    done: dict[int, list[str]] = {plane: [] for plane in range(planes)}
+
+    def stage(name: str) -> Callable[[int, int, str], str]:
+        def run(start: int, stop: int, before: str | None) -> str:
+            for plane in range(start, stop):
+                done[plane].append(f"{before} {name}")
+            return name
+
+        return run
+
+    with late_backend() as backend:
+        run_in_blocks(backend.streams(), planes, block, [stage(name) for name in DEVICE_STAGES])
+        assert [*done.values()] == [["None upload", "upload kernel", "kernel download"]] * planes
 
 
 def test_a_limited_number_of_blocks_is_queued(streams: list[LateStream]) -> None:
@@ -149,25 +120,42 @@ def test_a_limited_number_of_blocks_is_queued(streams: list[LateStream]) -> None
     def check() -> None:
         most.append(sum(stream.submitted - stream.done for stream in streams))
 
-    run_in_blocks(streams, 60, 1, lambda *_: None, check)
+    run_in_blocks(streams, 60, 1, [lambda *_: None], check)
     assert max(most) <= AHEAD * STREAMS
     assert len(most) == 60
 
 
+def test_stages_of_different_blocks_overlap(streams: list[LateStream]) -> None:
+    """One block is uploaded while another is computed and a third is downloaded."""
+    together = threading.Barrier(STREAMS, timeout=60)
+
+    def stage(number: int) -> Callable[[int, int, object], object]:
+        return lambda start, *_: together.wait() if number + start == STREAMS - 1 else None
+
+    run_in_blocks(streams, STREAMS, 1, [stage(number) for number in range(STREAMS)])
+    assert not together.broken
+
+
 @pytest.mark.parametrize("late", [False, True])
-def test_no_work_is_queued_any_more_when_a_failure_is_raised(streams: list[LateStream], *, late: bool) -> None:
+def test_no_work_is_queued_any_more_when_a_failure_is_raised(
+    backend: LateBackend, streams: list[LateStream], *, late: bool
+) -> None:
     """The memory of a failed or cancelled call may be reused at once, wherever the failure was noticed."""
-    calls = []
+    calls: list[int] = []
+    failed: list[int] = []
+    after: list[int] = []
 
     def fail(start: int) -> None:
         calls.append(start)
         if len(calls) == 5:
+            failed.append(start)
             raise KeyError(start)
 
-    work, check = ((lambda start, _: fail(start)), None) if late else ((lambda *_: None), (lambda: fail(0)))
+    first, check = ((lambda start, *_: fail(start)), None) if late else ((lambda *_: None), (lambda: fail(0)))
     with pytest.raises(KeyError):
-        run_in_blocks(streams, 100, 1, work, check)
-    assert all(stream.submitted == stream.done for stream in streams)
+        run_in_blocks(streams, 100, 1, [first, lambda start, *_: after.append(start)], check)
+    assert backend.queued == 0
+    assert not late or not {*failed} & {*after}  # the stage after a failed one is left out
     assert sum(stream.done for stream in streams) < 100
 
 
@@ -221,7 +209,7 @@ def test_work_queued_by_a_failed_submission_is_waited_for(streams: list[LateStre
     """A submission that fails halfway leaves nothing that is still reading or writing the call's memory."""
     lost: Sequence[Stream] = [Lost(stream) for stream in streams]
     with pytest.raises(MemoryError):
-        run_in_blocks(lost, 9, 1, lambda *_: None)
+        run_in_blocks(lost, 9, 1, [lambda *_: None])
     assert sum(stream.done for stream in streams) == 1
 
 
@@ -274,7 +262,7 @@ def test_small_requests_in_a_batch(engine: Engine) -> None:
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(("layer", "fits"), [(p.MaxPool2d(2), True), (p.LPPool2d(1.7, 2), False)], ids=repr)
 def test_a_device_without_memory(
-    monkeypatch: pytest.MonkeyPatch, streams: list[LateStream], layer: p.Layer, *, fits: bool
+    monkeypatch: pytest.MonkeyPatch, engine: Engine, layer: p.Layer, *, fits: bool
 ) -> None:
     """A call that needs too much memory is computed in smaller blocks if its planes are independent; else it fails."""
     family, sizes = layer.family, []
@@ -292,27 +280,168 @@ def test_a_device_without_memory(
         return run
 
     monkeypatch.setitem(eager.OPERATIONS, family, bound)
-    engine = Engine("cpu", 1, streams=lambda: streams)
     x = values((1, 50, 11, 12), "float32", 0)  # a size that no other test has: plans are cached
-    try:
-        if fits:
-            for stream in streams:
-                stream.errors = Forgetful()
-            assert_same(pool(engine, layer, x)[0], torch.nn.MaxPool2d(2)(x), layer)
-            assert max(sizes) > 2
-        else:
-            with pytest.raises(p.LimitExceededError) as raised:
-                pool(engine, layer, x)
-            assert raised.value.reason == "DEVICE_MEMORY"
-    finally:
+    if fits:
+        assert_same(pool(engine, layer, x)[0], torch.nn.MaxPool2d(2)(x), layer)
+        assert max(sizes) > 2
+    else:
+        with pytest.raises(p.LimitExceededError) as raised:
+            pool(engine, layer, x)
+        assert raised.value.reason == "DEVICE_MEMORY"
+    assert engine.streams.blocks == 0
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(("count", "planes"), [(1, 12), (3, 12), (1, 200)], ids=["staged", "batch", "in place"])
+def test_memory_is_reused_only_when_its_events_are_reached(
+    backend: LateBackend, engine: Engine, count: int, planes: int
+) -> None:
+    """When the outputs are read, and so before any memory is returned, no copy and no kernel is queued."""
+    queued = []
+    for turn in range(3):
+        x = values((1, planes, 24, 20), "float32", turn)
+        runs = [run_of(engine, p.MaxPool2d(2), x) for _ in range(count)]
+        for run in runs:
+            run.finish = counting(run.finish, queued, backend)
+        for (output,) in engine.execute(runs):
+            assert_same(output, torch.nn.MaxPool2d(2)(x), turn)
+    assert queued == [0] * 3 * count
+
+
+def counting(
+    finish: Callable[[Sequence[memoryview]], list[torch.Tensor]], queued: list[int], backend: LateBackend
+) -> Callable[[Sequence[memoryview]], list[torch.Tensor]]:
+    """Return a run's finish that first notes the work that is queued."""
+
+    def run(outputs: Sequence[memoryview]) -> list[torch.Tensor]:
+        queued.append(backend.queued)
+        return finish(outputs)
+
+    return run
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_memory_that_is_reused_too_early_is_noticed(
+    backend: LateBackend, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With events that do not wait, outputs are read while copies are queued: the tests above would fail."""
+    monkeypatch.setattr(LateEvent, "wait", lambda _: None)
+    queued: list[int] = []
+    run = run_of(engine, p.MaxPool2d(2), values((1, 40, 24, 20), "float32", 0))
+    run.finish = counting(run.finish, queued, backend)
+    engine.execute([run])
+    assert queued[0] > 0
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_calls_overlap(backend: LateBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two calls are on the device at the same time, each on streams of its own."""
+    both, bind = threading.Barrier(2, timeout=60), eager.OPERATIONS["max_pool"]
+    waited = threading.local()
+
+    def bound(*arguments: object) -> eager.Operator:
+        operator = bind(*arguments)
+
+        def run(x: torch.Tensor, *others: object) -> eager.Pooled:
+            if not hasattr(waited, "done"):
+                waited.done = True
+                both.wait()
+            return operator(x, *others)
+
+        return run
+
+    monkeypatch.setitem(eager.OPERATIONS, "max_pool", bound)
+    engine = Engine("cpu", 2, backend=backend)
+    x = values((1, 1, 39, 41), "float32", 0)  # a size that no other test has: plans are cached
+    with ThreadPoolExecutor(2) as threads:
+        calls = [threads.submit(pool, engine, p.MaxPool2d(2), x) for _ in range(2)]
+        for call in calls:
+            assert_same(call.result(60)[0], torch.nn.MaxPool2d(2)(x), "two calls")
+    engine.close()
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_cancelled_call_leaves_nothing_on_the_device(backend: LateBackend, engine: Engine) -> None:
+    """A call that ends between blocks leaves nothing queued; its blocks are counted while they are queued."""
+    run, counts = run_of(engine, p.MaxPool2d(2), values((1, 200, 24, 20), "float32", 0)), []
+
+    def check() -> None:
+        counts.append(engine.streams.blocks)
+        if len(counts) == 20:
+            raise p.CancelledError("the call has ended")
+
+    run.check = check
+    with pytest.raises(p.CancelledError):
+        engine.execute([run])
+    assert max(counts) == AHEAD * STREAMS
+    assert (engine.streams.blocks, backend.queued) == (0, 0)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_lost_device_fails_the_call(backend: LateBackend, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that loses the device reaches the caller as it is, so that the process ends; nothing is queued."""
+
+    def lost(*_: object) -> eager.Operator:
+        def run(*_: object) -> eager.Pooled:
+            raise getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: an illegal memory access")
+
+        return run
+
+    monkeypatch.setitem(eager.OPERATIONS, "max_pool", lost)
+    with pytest.raises(RuntimeError) as raised:
+        pool(engine, p.MaxPool2d(2), values((1, 40, 37, 41), "float32", 0))  # a size that no other test has
+    assert is_device_lost(raised.value)
+    assert (engine.streams.blocks, backend.queued) == (0, 0)
+
+
+@pytest.mark.parametrize(("memory", "blocks"), [(2**40, 1), (4 * AHEAD * STREAMS * 5 * 10_000, 10), (1, 100)])
+def test_blocks_are_limited_by_the_memory_that_the_device_reports(memory: int, blocks: int) -> None:
+    """On a slice of a device, blocks are so small that those of all executions fit into the slice's memory."""
+    with late_backend(memory) as backend:
+        engine = Engine("cpu", 5, backend=backend)
+        x = values((1, 100, 20, 10), "float32", 0)  # planes of 1,000 bytes with their outputs
+        assert_same(pool(engine, p.MaxPool2d(2), x)[0], torch.nn.MaxPool2d(2)(x), memory)
         engine.close()
+    assert sum(stream.submitted for stream in backend.made) == blocks * len(DEVICE_STAGES)
 
 
-class Forgetful(list[BaseException]):
-    """Errors of a stream, each of which is raised once."""
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_stages_of_an_execution_are_timed(engine: Engine, count: int) -> None:
+    """Upload, kernel and download begin in this order, within the computation; a batch has them once for all."""
+    runs = [run_of(engine, p.MaxPool2d(2), values((1, 40, 24, 20), "float32", 0)) for _ in range(count)]
+    for run in runs:
+        run.times = StageTimes(40, 1)
+        run.finish = run.times.around(run.finish)
+    engine.execute(runs)
+    times = runs[0].times
+    assert times is not None
+    assert tuple(stage.name for stage in times.device) == DEVICE_STAGES
+    assert all(run.times is not None and run.times.device == times.device for run in runs)
+    begun, ended = ([getattr(stage, name) for stage in times.device] for name in ("started", "ended"))
+    assert begun == sorted(begun)
+    assert ended == sorted(ended)
+    assert times.started <= begun[0]
+    assert ended[-1] <= times.computed
+    assert all(stage.busy_ns > 0 for stage in times.device)
 
-    def __getitem__(self, index: object) -> BaseException:
-        """Return the error, and forget all."""
-        error = super().__getitem__(index)
-        self.clear()
-        return error
+
+def test_the_cpu_has_no_device_stages() -> None:
+    """An execution on the CPU has no upload and no download."""
+    engine = Engine("cpu", 1)
+    run = run_of(engine, p.MaxPool2d(2), values((1, 4, 24, 20), "float32", 0))
+    run.times = StageTimes(4, 1)
+    engine.execute([run])
+    assert run.times.device == ()
+    assert engine.pinned_bytes == engine.backend.memory_bytes == engine.backend.reserved_bytes() == 0
+    engine.close()
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_page_locked_buffers_are_counted(engine: Engine) -> None:
+    """The engine's own buffers are page-locked, and counted until they are dropped."""
+    assert engine.pinned_bytes == 0
+    pool(engine, p.MaxPool2d(2), values((4, 40, 24, 20), "float32", 0))
+    assert engine.pinned_bytes == engine.idle_bytes >= 4 * 40 * 12 * 10 * 4
+    engine.drop_idle()
+    assert engine.pinned_bytes == 0

@@ -13,10 +13,24 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import poolrpc_server
 from poolrpc_server.telemetry.metrics import CANCELLATION_STAGES, END_REASONS, REASONS, Load, Metrics
+from poolrpc_server.telemetry.stage_times import DEVICE_STAGES, DeviceStage
 
 CALL = ("unary", "poolrpc.v1.PoolService", "Pool")
 LABELS = dict(zip(("grpc_type", "grpc_service", "grpc_method"), CALL, strict=True))
-LOAD = Load(1000, (2, 0, 1), 1.5, 3, 4096, 5, calls=6, memory_bytes=7, certificates={"tls_cert": 1.9e9})
+LOAD = Load(
+    1000,
+    (2, 0, 1),
+    1.5,
+    3,
+    4096,
+    5,
+    pinned_bytes=8,
+    device_memory_bytes=9,
+    device_blocks=10,
+    calls=6,
+    memory_bytes=7,
+    certificates={"tls_cert": 1.9e9},
+)
 
 
 def families(registry):
@@ -41,7 +55,7 @@ BUILD = {"version": "1", "torch": "2", "python": "3", "device": "cpu"}
 def busy():
     """Return metrics in which everything was counted once."""
     metrics = Metrics()
-    metrics.describe(BUILD, {"max_work": 5}, {"max_queue": 64}, 2**30)
+    metrics.describe(BUILD, {"max_work": 5}, {"max_queue": 64}, 2**30, 2**34)
     metrics.watch(lambda: LOAD)
     metrics.started(*CALL)
     metrics.handled(*CALL, "OK", 0.002)
@@ -94,7 +108,7 @@ def test_calls_are_counted_by_method_and_status():
 def test_an_execution_is_counted_with_its_contents():
     """Executions, their requests, and the sizes and durations of batches are counted."""
     metrics = busy()
-    metrics.executed(1, 8, 1000, 0.25)
+    metrics.executed(1, 8, 1000, 0.25, [DeviceStage("upload", 5, 9, 10**9), DeviceStage("kernel", 7, 9, 10**8)])
     shown = metrics.collect()
     assert value(shown, "poolrpc_executions_total") == 2
     assert value(shown, "poolrpc_requests_total") == 4
@@ -103,6 +117,7 @@ def test_an_execution_is_counted_with_its_contents():
     assert value(shown, "poolrpc_batch_planes_sum") == 32
     assert value(shown, "poolrpc_compute_seconds_sum") == pytest.approx(0.251)
     assert value(shown, "poolrpc_queue_seconds_count") == 1
+    assert [value(shown, "poolrpc_device_seconds_sum", stage=each) for each in DEVICE_STAGES] == [1, 0.1, 0]
 
 
 def test_calls_that_fail_are_counted_by_their_reason():
@@ -122,6 +137,7 @@ def test_every_sample_is_shown_from_0_on():
     assert {value(shown, "poolrpc_rejects_total", reason=each) for each in REASONS} == {0}
     assert {value(shown, "poolrpc_cancelled_total", stage=each) for each in CANCELLATION_STAGES} == {0}
     assert {value(shown, "poolrpc_ended_total", reason=each) for each in END_REASONS} == {0}
+    assert {value(shown, "poolrpc_device_seconds_count", stage=each) for each in DEVICE_STAGES} == {0}
     assert value(shown, "grpc_server_started_total", **LABELS) == 0
     codes = ("OK", "Unavailable", "DeadlineExceeded", "Internal")
     assert {value(shown, "grpc_server_handled_total", **LABELS, grpc_code=each) for each in codes} == {0}
@@ -155,6 +171,9 @@ def test_gauges_are_read_when_they_are_collected():
     assert value(shown, "poolrpc_streams") == 5
     assert value(shown, "poolrpc_calls") == 6
     assert value(shown, "poolrpc_memory_bytes") == 7
+    assert value(shown, "poolrpc_pinned_bytes") == 8
+    assert value(shown, "poolrpc_device_memory_bytes") == 9
+    assert value(shown, "poolrpc_device_blocks") == 10
     assert value(shown, "poolrpc_certificate_expiry_timestamp_seconds", setting="tls_cert") == 1.9e9
 
 
@@ -165,6 +184,7 @@ def test_what_does_not_change_is_described():
     assert value(shown, "poolrpc_limit", setting="max_work") == 5
     assert value(shown, "poolrpc_capacity", setting="max_queue") == 64
     assert value(shown, "poolrpc_memory_limit_bytes") == 2**30
+    assert value(shown, "poolrpc_device_memory_limit_bytes") == 2**34
     assert value(shown, "process_resident_memory_bytes") > 2**20
     assert value(shown, "process_start_time_seconds") == pytest.approx(psutil.Process().create_time(), abs=2)
 
