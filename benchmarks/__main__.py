@@ -7,6 +7,7 @@ import json
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 NAMES = (
     "batching",
@@ -50,14 +51,16 @@ def main() -> int:
     )
     capacity.add_argument("--retry", action="store_true", help="rejected calls are retried, as by our client")
     options = parser.parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
     argument = {"soak": options.minutes, "capacity": options}.get(options.name, options.rounds)
-    for row in import_module(f"benchmarks.{options.name}").run(argument):
-        rows.append(row)
-        print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    try:
+        for row in import_module(f"benchmarks.{options.name}").run(argument):
+            rows.append(row)
+            print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+    finally:  # after an interrupt too
+        if options.json and rows:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(rows, indent=1) + "\n")
     return int(any(row.get("broken") for row in rows))
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import time
+from math import inf
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+LEAST_ROUNDS = 3
+"""The rounds of which a median says something."""
+
 
 def interleave(
-    contenders: Mapping[str, Callable[[], object]], rounds: int, least: float = 0.01
+    contenders: Mapping[str, Callable[[], object]], rounds: int, least: float = 0.01, seconds: float = inf
 ) -> dict[str, list[float]]:
     """Time contenders alternately.
 
@@ -19,6 +23,7 @@ def interleave(
         contenders: The functions to run, by name.
         rounds: The number of rounds; each starts with another contender.
         least: Seconds that one timing should take at least; a fast contender runs several times in it.
+        seconds: Seconds after which no round but the first LEAST_ROUNDS starts.
 
     Returns:
         Seconds per run, one value for each round.
@@ -32,7 +37,10 @@ def interleave(
         repeats[name] = max(1, round(least / max(time.perf_counter() - started, 1e-7)))
     names = list(contenders)
     times: dict[str, list[float]] = {name: [] for name in names}
+    end = time.perf_counter() + seconds
     for turn in range(rounds):
+        if turn >= LEAST_ROUNDS and time.perf_counter() > end:
+            break
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             run = contenders[name]
             started = time.perf_counter()
