@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ WAYS = CALLS | {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_every_part_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each dtype, transport and number of callers has a row, and every call has torch's values."""
     monkeypatch.setattr(gpu, "CASE_SECONDS", 0.0)
@@ -52,6 +54,7 @@ def test_every_part_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests a machine without a CUDA device")
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     """The command ends with one line, a status of its own, and no file."""
@@ -60,3 +63,28 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (gpu.NO_DEVICE, "")
     assert done.stderr == "benchmarks gpu: expected a CUDA device, got none\n"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests a machine without a CUDA device")
+def test_the_script_runs_to_its_end_without_a_gpu(tmp_path: Path) -> None:
+    """The script says what there is, skips the tests in one line, and its status and last line are the benchmark's."""
+    done = subprocess.run(  # noqa: S603 - our own command
+        [ROOT / "scripts/gpu.sh", tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHON": sys.executable},
+    )
+    lines = done.stdout.splitlines()
+    assert done.returncode == gpu.NO_DEVICE
+    assert lines[0].startswith("Python ")
+    assert lines[0].endswith(", no CUDA device")
+    assert sum(line.startswith("SKIPPED") for line in lines) == 1
+    assert lines[-2:] == [
+        "benchmarks gpu: expected a CUDA device, got none",
+        "gpu.sh: the benchmark failed first, with the exit status 3",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["gpu.log"]
+    assert (tmp_path / "gpu.log").read_text() == done.stdout
