@@ -9,12 +9,14 @@ import os
 from dataclasses import fields
 from functools import cache
 from itertools import product
+from math import inf
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.torch_version import TorchVersion
 
 import poolrpc
 from poolrpc import InvalidArgumentError
@@ -174,7 +176,8 @@ def compare(cls, arguments, shape, devices):
         if computed is None and expected is not None:
             assert rejections(cls, arguments, shape)
         elif expected is None and computed is not None:
-            assert extensions(cls, arguments)
+            older = torch.__version__ < TorchVersion("2.12")  # it has no LPPool3d of the norm infinity
+            assert extensions(cls, arguments) or (older and arguments.get("norm_type") == inf)
         else:
             assert computed == expected
 
