@@ -14,7 +14,7 @@ try:
     from poolrpc_server.config import Config, ConfigError
     from poolrpc_server.config_sources import parse, unknown_variables
     from poolrpc_server.process import log_starting
-    from poolrpc_server.sockets import require_free
+    from poolrpc_server.sockets import AddressInUseError, require_free
     from poolrpc_server.telemetry import logs
 except ImportError:
     # An install without the extra has this command too, but not the packages that the server needs.
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+ADDRESS_IN_USE = 75
+"""Exit status if another process has an address, which may be free later: EX_TEMPFAIL of sysexits.h."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status.
 
@@ -33,9 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line. None: that of the process.
 
     Returns:
-        0 after a clean stop, 1 if the workers do not start or had to be killed, 2 if a setting is wrong, 130 after
-        Ctrl-C before the server serves. A server that fails and should be started again ends the process itself, with
-        the status app.FAILED.
+        0 after a clean stop, 1 if the workers do not start or had to be killed, 2 if a setting is wrong,
+        ADDRESS_IN_USE, 130 after Ctrl-C before the server serves. A server that fails and should be started again ends
+        the process itself, with the status app.FAILED.
 
     """
     open_standard_streams()
@@ -67,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except ConfigError as error:
         _report(error, log_format)
-        return 2
+        return ADDRESS_IN_USE if isinstance(error.__cause__, AddressInUseError) else 2
 
 
 def _report(error: Exception, log_format: str) -> None:
@@ -87,4 +91,4 @@ def _require_free_addresses(settings: Config) -> None:
             if address:
                 require_free(address)
         except ValueError as error:
-            raise ConfigError(f"{name}: {error}") from None
+            raise ConfigError(f"{name}: {error}") from error

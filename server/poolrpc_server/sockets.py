@@ -17,6 +17,10 @@ BIND_FAILURES = {errno.EADDRINUSE: "it is in use", errno.EADDRNOTAVAIL: "it does
 """What the usual errors of an address mean, for an operator."""
 
 
+class AddressInUseError(ValueError):
+    """Another process has the address now; it may be free later."""
+
+
 def require_free(address: str) -> None:
     """Raise if a server could not listen on an address, without waiting for its imports.
 
@@ -26,7 +30,8 @@ def require_free(address: str) -> None:
         address: "host:port" or "unix:PATH".
 
     Raises:
-        ValueError: The address is in use, or not one of this machine; the message says which.
+        AddressInUseError: The address is in use.
+        ValueError: The address is not one of this machine, or no path for a socket.
 
     """
     path = unix_path(address)
@@ -38,7 +43,7 @@ def require_free(address: str) -> None:
         if not folder.is_dir():
             raise ValueError(f"expected a path in an existing folder, got {address!r}: there is no folder {folder}")
         if is_listening(Path(path)):
-            raise ValueError(f"expected a free address, got {address!r}: {BIND_FAILURES[errno.EADDRINUSE]}")
+            raise AddressInUseError(f"expected a free address, got {address!r}: {BIND_FAILURES[errno.EADDRINUSE]}")
         return
     host, _, port = address.rpartition(":")
     try:
@@ -52,7 +57,8 @@ def require_free(address: str) -> None:
         failure = next(in_use, failures[0])
         assert failure is not None  # noqa: S101 - all of them failed
         reason = BIND_FAILURES.get(failure.errno or 0, failure.strerror)
-        raise ValueError(f"expected a free address, got {address!r}: {reason}")
+        cls = AddressInUseError if failure.errno == errno.EADDRINUSE else ValueError
+        raise cls(f"expected a free address, got {address!r}: {reason}")
 
 
 def _bind_error(family: int, sockaddr: tuple[object, ...]) -> OSError | None:

@@ -171,6 +171,16 @@ def test_with_secrets_the_server_is_secure(rendered: Callable[..., str]) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("values", "protocol"), [("", "kubernetes.io/h2c"), ("tls", None)])
+def test_the_service_is_plaintext_only_without_tls(
+    values: str, protocol: str | None, rendered: Callable[..., str]
+) -> None:
+    """A gateway that reads the Service's protocol does not send plaintext to a server with TLS."""
+    services = [each for each in yaml.safe_load_all(rendered(values)) if each and each["kind"] == "Service"]
+    ports = [port for each in services if each["spec"].get("clusterIP") != "None" for port in each["spec"]["ports"]]
+    assert {port["name"]: port.get("appProtocol") for port in ports} == {"grpc": protocol}
+
+
 @pytest.mark.parametrize("values", ["", "tls"])
 def test_the_probes_need_neither_a_process_nor_tls(values: str, rendered: Callable[..., str]) -> None:
     """The kubelet asks the server's own HTTP probes, on the port at which the server has them."""

@@ -6,7 +6,7 @@ import logging
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +87,19 @@ class Places:
         made = self.closing.enter_context(socket.create_server(("127.0.0.1", 0)))
         return f"127.0.0.1:{made.getsockname()[1]}", {"timeout": 2}
 
+    def proxy_without_a_server(self) -> tuple[str, dict[str, Any]]:
+        """Return a port on which connections are accepted and closed, as by Docker's proxy while the server starts."""
+        made = self.closing.enter_context(socket.create_server(("127.0.0.1", 0)))
+
+        def close_all() -> None:
+            with suppress(OSError):
+                while True:
+                    made.accept()[0].close()
+
+        threading.Thread(target=close_all, daemon=True).start()
+        self.closing.callback(made.shutdown, socket.SHUT_RDWR)
+        return f"127.0.0.1:{made.getsockname()[1]}", {}
+
     def tls_of_the_client(self) -> tuple[str, dict[str, Any]]:
         """Return a server without TLS, for a client with it."""
         return self.closing.enter_context(server()), {"credentials": self._ours.credentials()}
@@ -130,6 +143,7 @@ CASES = {
         f"got one that does not speak gRPC, such as a web server{CORRECT}",
     ),
     "silence": (poolrpc.DeadlineExceededError, "within 2 s, got none: set a longer timeout=, or look at the server"),
+    "proxy_without_a_server": (poolrpc.UnavailableError, "got no connection ("),
     "tls_of_the_client": (
         poolrpc.FailedPreconditionError,
         "got one without TLS: unset POOLRPC_CA, and pass no credentials=",

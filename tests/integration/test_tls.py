@@ -150,6 +150,14 @@ def test_certificates_change_while_the_server_runs(ours: Authority, others: Auth
     assert "PRIVATE KEY" not in json.dumps(server.log)
 
 
+def test_an_expired_certificate_is_logged(ours: Authority, caplog: pytest.LogCaptureFixture) -> None:
+    """An expired certificate is valid TLS for a server, and no client takes it: the log has a warning at once."""
+    with server(**tls_settings(ours.issue("localhost", expired=True))) as address:
+        assert_no_handshake(address, ours.credentials())
+    (warning,) = (each for each in caplog.records if "a certificate has expired" in each.getMessage())
+    assert warning.levelname == "WARNING"
+
+
 def test_client_authorities_change_while_the_server_runs(ours: Authority, others: Authority) -> None:
     """Clients of an authority that is removed are no longer served, those of one that is added are."""
     mine, theirs = ours.issue("client.test"), others.issue("client.test")

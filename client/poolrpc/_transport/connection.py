@@ -197,6 +197,8 @@ def _shake_hands(family: socket.AddressFamily, sockaddr: object) -> str:
                 return "tls"
     except TimeoutError:
         return "silent"
+    except ssl.SSLEOFError:  # as a proxy does whose server is starting
+        return "the connection was closed"
     except ssl.SSLError as error:
         return "plaintext" if error.reason in NOT_TLS else "tls"
     except OSError as error:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ssl
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from time import time
 
 import grpc
 from cryptography import x509
@@ -103,6 +105,10 @@ class Certificates:
         configuration = grpc.ssl_server_certificate_configuration([(Path(key).read_bytes(), chain)], authorities)
         found = {"tls_cert": chain, "tls_client_ca": authorities}
         expiry = {setting: first for setting, pem in found.items() if (first := _expiry(pem))}
+        for setting, seconds in expiry.items():
+            if seconds <= time():
+                expired = datetime.fromtimestamp(seconds, UTC).isoformat()
+                log.warning("a certificate has expired: clients reject it", setting=setting, expired=expired)
         return _Loaded(configuration, context, expiry)
 
 
