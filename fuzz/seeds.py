@@ -89,7 +89,7 @@ def requests(rng: Random, rounds: int = 2) -> Iterator[tuple[str, codec.Request,
         dtypes = [each for each in ITEM_BYTES if all(_takes(chain, each) for chain in branches)]
         shape = (rng.randrange(1, 3), rng.randrange(1, 4), *(rng.randrange(4, 8) for _ in range(dims)))
         spec = TensorSpec(rng.choice(dtypes), shape[rng.randrange(2) :], rng.choice(("NCHW", "NCHW", "NHWC")))
-        unpools = any(chain[0].takes_indices for chain in branches)
+        unpools = any(chain[0].operand for chain in branches)
         steps = [sorted(rng.sample(range(len(chain)), rng.randint(1, len(chain)))) for chain in branches]
         outputs = tuple(map(tuple, steps)) if rng.randrange(2) else ()
         indices = TensorSpec("int64", spec.shape, spec.layout) if unpools else None
@@ -122,7 +122,7 @@ def pool_stream(rng: Random) -> Iterator[Case]:
         first = pool_pb2.PoolStreamRequest(request=codec.encode_request(request)).SerializeToString()
         planes = Planes(request.input, check_shape(request.input.shape, spatial_dims(request.branches)))
         yield first, *framing.chunks([payload], padded=True)
-        if request.indices is None:
+        if request.operand is None:
             step = planes.plane_bytes * rng.randrange(1, 3)
             yield first, *(framing.join(b"", [payload[i : i + step]]) for i in range(0, len(payload), step))
             yield first, framing.join(framing.UNFINISHED, [payload[:7]]), framing.join(b"", [payload[7:]])

@@ -239,8 +239,9 @@ def shapes_of(
         returned = returned_steps(chain, outputs[i] if outputs else ())
         for j, layer in enumerate(chain):
             path = layer_path(i, j, layer)
-            if layer.takes_indices and j > 0:
-                msg = f"expected {layer.name} first in its chain, since its indices belong to the input, got layer {j}"
+            if layer.operand and j > 0:
+                owned = f"its {layer.operand} belong to the input"
+                msg = f"expected {layer.name} first in its chain, since {owned}, got layer {j}"
                 raise InvalidArgumentError(msg, field=path)
             if layer.returns_indices and j < returned[-1] and j not in returned:
                 which = (

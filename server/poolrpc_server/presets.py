@@ -53,8 +53,8 @@ class Preset:
     @property
     def inputs(self) -> dict[str, str]:
         """The names of the inputs, each with one of its possible dtypes."""
-        takes_indices = any(chain[0].takes_indices for chain in self.branches)
-        return {"input": "float32"} | ({"indices": "int64"} if takes_indices else {})
+        operand = Request(TensorSpec("float32", ()), self.branches).operand_name
+        return {"input": "float32"} | ({operand: "int64"} if operand else {})
 
     @property
     def outputs(self) -> dict[str, str]:

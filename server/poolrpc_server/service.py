@@ -295,4 +295,5 @@ def _describe(config: Config, engine: Engine, spans: Spans | None) -> ServerInfo
             "metrics": "on" if config.metrics else "off",
             "traces": "off" if spans is None else spans.destination,
         },
+        operands={name: layer.operand for name, layer in LAYERS.items() if layer.operand},
     )

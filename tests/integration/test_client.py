@@ -166,6 +166,8 @@ def test_server_info(client: PoolClient) -> None:
     assert 2**20 <= info.limits["max_message_bytes"].value <= 513 * 2**20
     assert str(info.limits["max_work"]).endswith(" cells")
     assert info.threads >= 1
+    assert info.operands == {name: layer.operand for name, layer in poolrpc.LAYERS.items() if layer.operand}
+    assert info.operands["MaxUnpool2d"] == "indices"
 
 
 def test_health(client: PoolClient) -> None:

@@ -36,7 +36,7 @@ def engine() -> Iterator[Engine]:
 
 def a_run(engine: Engine, branches: Sequence[Chain], spec: TensorSpec, seed: int) -> Run:
     """Return a run with random values, and random indices if it has a MaxUnpool, whose result is its outputs."""
-    unpool = next((chain[0] for chain in branches if chain[0].takes_indices), None)
+    unpool = next((chain[0] for chain in branches if chain[0].operand), None)
     indices = TensorSpec("int64", spec.shape, spec.layout) if unpool is not None else None
     checked = check_request(Request(spec, tuple(branches), indices), LIMITS, engine.schedule)
     x = values(spec.shape, spec.dtype, seed)

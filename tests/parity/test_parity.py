@@ -140,7 +140,7 @@ def test_an_empty_batch_gives_an_empty_output(client: p.PoolClient) -> None:
         dims = layer.spatial_dims
         shape = (0, 3, *(9,) * dims)
         x = torch.empty(shape)
-        indices = torch.empty(shape, dtype=torch.int64) if layer.takes_indices else None
+        indices = torch.empty(shape, dtype=torch.int64) if layer.operand else None
         result = client.pool(x, layer, indices=indices)
         assert result.output.shape == layer.output_shape(shape) == (0, 3, *result.shape[2:]), name
         assert result.output.dtype == np.float32, name

@@ -38,7 +38,7 @@ class PreparedRequest:
         results: The shapes and specs of the results.
 
     Raises:
-        InvalidArgumentError: The layers do not fit the input or each other, or the indices do not fit the input.
+        InvalidArgumentError: The layers do not fit the input or each other, or the operand does not fit the input.
         UnsupportedError: A layer does not take the dtype of the input.
         LimitExceededError: There are too many branches or layers.
 

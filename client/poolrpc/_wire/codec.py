@@ -44,7 +44,7 @@ class Request:
     Attributes:
         input: The spec of the input.
         branches: The chains to apply to the input.
-        indices: The spec of MaxUnpool's indices; None if there are none.
+        operand: The spec of the operand, such as MaxUnpool's indices; None if there is none.
         outputs: For each branch, the numbers of the layers whose outputs are returned. Empty: the last of each.
         is_block: Whether the input is some of the planes of a tensor, whose number is not that of the channels.
 
@@ -52,14 +52,19 @@ class Request:
 
     input: TensorSpec
     branches: tuple[Chain, ...]
-    indices: TensorSpec | None = None
+    operand: TensorSpec | None = None
     outputs: tuple[Outputs, ...] = ()
     is_block: bool = False
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:
         """The specs of the payload's tensors, in order."""
-        return (self.input,) if self.indices is None else (self.input, self.indices)
+        return (self.input,) if self.operand is None else (self.input, self.operand)
+
+    @property
+    def operand_name(self) -> str:
+        """The name of the operand that the first layers of the branches take; empty if none takes one."""
+        return next((chain[0].operand for chain in self.branches if chain[0].operand), "")
 
     def check(self) -> tuple[BranchResult, ...]:
         """Check all that does not depend on a server's limits, and return the results that the branches will have.
@@ -68,7 +73,7 @@ class Request:
 
         Raises:
             UnsupportedError: A layer does not take the dtype that it gets.
-            InvalidArgumentError: A shape is invalid, or does not fit a layer, or the indices do not fit the input.
+            InvalidArgumentError: A shape is invalid, or does not fit a layer, or the operand does not fit the input.
 
         """
         for i, chain in enumerate(self.branches):
@@ -78,21 +83,20 @@ class Request:
                     msg = f"{layer_path(i, j, layer)}: {name} takes {dtypes}, got {dtype}{_helpful_step(layer, dtype)}"
                     raise UnsupportedError(msg, reason="DTYPE", metadata={"layer": name, "dtypes": dtypes})
         results = self.results()
-        self._check_indices()
+        self._check_operand()
         return results
 
     def dtypes(self, chain: Chain) -> list[str]:
         """Return the dtype of the input, and of the output of each layer of a chain."""
         return [*accumulate(chain, lambda dtype, layer: layer.output_dtype(dtype), initial=self.input.dtype)]
 
-    def _check_indices(self) -> None:
-        required = any(chain[0].takes_indices for chain in self.branches)
-        spec = self.indices
+    def _check_operand(self) -> None:
+        name, spec = self.operand_name, self.operand
         if spec is None:
-            if required:
+            if name:
                 raise InvalidArgumentError("expected the indices of a MaxPool for MaxUnpool, got none", field="indices")
             return
-        if not required:
+        if not name:
             raise InvalidArgumentError("expected no indices without a MaxUnpool, got some", field="indices")
         if spec.dtype != "int64":
             raise InvalidArgumentError(f"expected int64, got {spec.dtype}", field="indices.dtype")
@@ -246,7 +250,7 @@ def encode_request(request: Request) -> pool_pb2.PoolRequest:
     """Return the message of a request, without its payload."""
     return pool_pb2.PoolRequest(
         input=encode_spec(request.input),
-        indices=None if request.indices is None else encode_spec(request.indices),
+        operand=None if request.operand is None else encode_spec(request.operand),
         branches=encode_branches(request.branches, request.outputs),
     )
 
@@ -279,10 +283,12 @@ def decode_request(message: pool_pb2.PoolRequest) -> Request:
         LimitExceededError: There are too many branches or layers.
 
     """
+    branches = decode_branches(message.branches)
+    name = next((chain[0].operand for chain in branches if chain[0].operand), "operand")
     return Request(
-        branches=decode_branches(message.branches),
+        branches=branches,
         input=decode_spec(message.input, "input"),
-        indices=decode_spec(message.indices, "indices") if message.HasField("indices") else None,
+        operand=decode_spec(message.operand, name) if message.HasField("operand") else None,
         outputs=decode_outputs(message.branches),
     )
 
@@ -383,6 +389,7 @@ class ServerInfo:
         limits: The limits of the server, by name.
         features: The state of optional features, by name: "tls", "tokens", "metrics", "traces". Empty if the server
             doesn't report them.
+        operands: The name of the operand that a layer takes, by the layer's name, without the layers that take none.
 
     """
 
@@ -393,6 +400,7 @@ class ServerInfo:
     layers: dict[str, tuple[str, ...]]
     limits: dict[str, Limit]
     features: dict[str, str] = field(default_factory=dict)
+    operands: dict[str, str] = field(default_factory=dict)
 
     def _repr_html_(self) -> str:
         # Jupyter's protocol.
@@ -409,7 +417,9 @@ def encode_info(info: ServerInfo) -> pool_pb2.GetServerInfoResponse:
         device=info.device,
         threads=info.threads,
         layers=[
-            pool_pb2.LayerInfo(name=name, dtypes=[DTYPE_TO_WIRE[each] for each in dtypes])
+            pool_pb2.LayerInfo(
+                name=name, dtypes=[DTYPE_TO_WIRE[each] for each in dtypes], operand=info.operands.get(name, "")
+            )
             for name, dtypes in info.layers.items()
         ],
         limits=[pool_pb2.Limit(name=name, value=each.value, unit=each.unit) for name, each in info.limits.items()],
@@ -427,6 +437,7 @@ def decode_info(message: pool_pb2.GetServerInfoResponse) -> ServerInfo:
         layers={each.name: _known_dtypes(tuple(each.dtypes)) for each in message.layers},
         limits={each.name: Limit(each.value, each.unit) for each in message.limits},
         features=dict(message.features),
+        operands={each.name: each.operand for each in message.layers if each.operand},
     )
 
 

@@ -197,7 +197,7 @@ def decode_layer(message: pool_pb2.Layer, path: str) -> Layer:
 
     """
     name = message.WhichOneof("layer")
-    if name is None:
+    if name is None or name not in BY_FAMILY:
         raise InvalidArgumentError("expected a layer, got none that this version has", field=path)
     family, by_dims = getattr(message, name), BY_FAMILY[name]
     path = f"{path}.{name}"

@@ -141,7 +141,7 @@ def load_of(options: Namespace, seconds: float, warmup: float) -> Load:
 
     """
     chains = tuple(map(parse_chain, options.layer))
-    if any(layer.takes_indices for chain in chains for layer in chain):
+    if any(layer.operand for chain in chains for layer in chain):
         msg = f"expected layers that need no indices, got {clip(options.layer)}"
         raise InvalidArgumentError(msg, field="layer")
     requests = tuple((parse_shape(text), chains) for text in options.shape)

@@ -189,7 +189,7 @@ def pool_file(client: PoolClient, path: Path, output: Path | None, work: Work) -
 
 
 def _indices_for(source: Source, branches: Sequence[Chain]) -> tuple[Array | None, tuple[str, ...]]:
-    needed = any(layer.takes_indices for chain in branches for layer in chain)
+    needed = any(layer.operand == "indices" for chain in branches for layer in chain)
     if source.indices is None or needed:
         return source.indices, ()
     return None, ("the indices are left out, since no layer takes them",)

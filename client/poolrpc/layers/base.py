@@ -28,7 +28,8 @@ class Layer:
         dtypes: Names of the dtypes that the layer takes, the same on every device. Of a class whose dtypes depend on a
             parameter: those for any value of it.
         spatial_dims: Number of spatial axes: 1, 2 or 3; 0 for an element-wise step, which takes any number of them.
-        takes_indices: Whether the layer needs the indices of a MaxPool in addition to its input.
+        operand: The name of the second tensor that the layer takes in addition to its input, which is also its name in
+            calls and errors: "indices"; empty if it takes none.
 
     Examples:
         >>> from poolrpc import MaxPool2d
@@ -44,7 +45,7 @@ class Layer:
     family: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]] = FLOATS
     spatial_dims: ClassVar[int]
-    takes_indices: ClassVar[bool] = False
+    operand: ClassVar[str] = ""
 
     def __init_subclass__(cls) -> None:
         """Name the constructor of a public class after it: Python's errors of missing arguments have that name."""

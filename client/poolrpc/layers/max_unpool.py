@@ -18,7 +18,7 @@ class _MaxUnpool(SlidingWindowLayer):
     stride: Axes | None = None
     padding: Axes = 0
     output_size: tuple[int, ...] | None = None
-    takes_indices: ClassVar[bool] = True
+    operand: ClassVar[str] = "indices"
 
     def __post_init__(self) -> None:
         self._check_window()

@@ -39,7 +39,7 @@ class StreamBlocks:
         request: As above.
         planes: As above.
         results: As above.
-        plane_bytes: Size of one plane of the input and, for MaxUnpool, of the indices, in bytes.
+        plane_bytes: Size of one plane of the input and of the operand, in bytes.
         max_planes: Maximum number of planes in a block; at least 1.
 
     """

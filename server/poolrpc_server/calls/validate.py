@@ -77,7 +77,7 @@ class CheckedRequest:
 def check_request(
     request: Request, limits: Limits, schedule: Callable[[Request, int, tuple[BranchResult, ...]], Any]
 ) -> CheckedRequest:
-    """Validate a request; its payload's length and the range of its indices are checked when it runs.
+    """Validate a request; its payload's length and the numbers of its operand are checked when it runs.
 
     Args:
         request: The request.

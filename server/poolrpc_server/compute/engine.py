@@ -197,7 +197,7 @@ class Engine:
         """Execute one run, or several of the same key as one batch, and return their results.
 
         Raises:
-            InvalidArgumentError: The indices for MaxUnpool of one of them are out of range.
+            InvalidArgumentError: The operand of one of them is invalid, such as indices that are out of range.
             LimitExceededError: The device is out of memory.
 
         """

@@ -24,8 +24,8 @@ def block_of(request: Request, planes: Planes, count: int, first: int) -> Reques
     spec = planes.spec_for(count)
     channels = spec.shape[-1] if spec.layout == "NHWC" else 1
     branches = tuple(tuple(layer.at_plane(first * channels) for layer in chain) for chain in request.branches)
-    indices = None if request.indices is None else TensorSpec("int64", spec.shape, spec.layout)
-    return Request(spec, branches, indices, request.outputs, is_block=True)
+    operand = None if request.operand is None else TensorSpec(request.operand.dtype, spec.shape, spec.layout)
+    return Request(spec, branches, operand, request.outputs, is_block=True)
 
 
 def steps(

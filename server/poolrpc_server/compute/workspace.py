@@ -103,7 +103,7 @@ class Workspace:
             The bytes of each output.
 
         Raises:
-            InvalidArgumentError: The indices for MaxUnpool are out of range.
+            InvalidArgumentError: The operand is invalid, such as indices that are out of range.
 
         """
         schedule = self.schedule
@@ -115,7 +115,7 @@ class Workspace:
                 for program in programs:
                     program.run(check)
             elif branch.whole:
-                results = branch.compute_whole(self._input(), self._checked_indices(branch), check)
+                results = branch.compute_whole(self._input(), self._checked_operand(branch), check)
                 (written,) = targets
                 if not written or (not in_place and written[0].nbytes >= LEFT_BYTES):
                     outputs += map(_memory, results)
@@ -147,7 +147,7 @@ class Workspace:
             The bytes of each output.
 
         Raises:
-            InvalidArgumentError: The indices for MaxUnpool are out of range.
+            InvalidArgumentError: The operand is invalid, such as indices that are out of range.
 
         """
         if self.schedule.branches:
@@ -162,10 +162,10 @@ class Workspace:
         x = first.batched(uploaded.view(-1).view(first.dtype).view(-1, *first.plane_shape))
         for branch, targets in zip(schedule.branches, self._targets, strict=True):
             plan = branch.steps[0][0]
-            indices = None
-            if plan.layer.takes_indices:
-                indices = checked_indices(self._bytes(1)[start:stop], plan).to(schedule.device)
-            results = branch.compute_on_device(x, indices, start)
+            operand = None
+            if plan.layer.operand:
+                operand = checked_indices(self._bytes(1)[start:stop], plan).to(schedule.device)
+            results = branch.compute_on_device(x, operand, start)
             for target, result in zip(chain.from_iterable(targets), chain.from_iterable(results), strict=True):
                 written = target.view(self.schedule.planes, -1)[start:stop]
                 written.copy_(result.view(written.shape), non_blocking=True)
@@ -173,15 +173,15 @@ class Workspace:
     def _operands(
         self, branch: Branch, targets: Sequence[Sequence[torch.Tensor]]
     ) -> tuple[torch.Tensor, torch.Tensor | None, list[list[torch.Tensor]]]:
-        """Return the planes of a branch's input, indices and outputs, as its programs take them."""
+        """Return the planes of a branch's input, operand and outputs, as its programs take them."""
         first = branch.steps[0][0]
         x = self._x.view(-1, *first.plane_shape) if self._aligned else self._x
-        indices = self._bytes(1) if first.layer.takes_indices else None
+        operand = self._bytes(1) if first.layer.operand else None
         written = [
             [target.view(-1, *branch.steps[step][0].result_shape) for target in each]
             for step, each in zip(branch.outputs, targets, strict=True)
         ]
-        return x, indices, written
+        return x, operand, written
 
     def _input(self) -> torch.Tensor:
         """Return the input as the first layers take it: batched and aligned."""
@@ -190,10 +190,10 @@ class Workspace:
         dtype: torch.dtype = getattr(torch, self.schedule.inputs[0].dtype)
         return self._batched(self._x.clone().view(dtype), self.schedule.inputs[0])
 
-    def _checked_indices(self, branch: Branch) -> torch.Tensor | None:
-        """Return the indices for MaxUnpool of all planes, checked; None if the branch takes none."""
+    def _checked_operand(self, branch: Branch) -> torch.Tensor | None:
+        """Return the operand of all planes, checked; None if the branch takes none."""
         plan = branch.steps[0][0]
-        return checked_indices(self._bytes(1), plan) if plan.layer.takes_indices else None
+        return checked_indices(self._bytes(1), plan) if plan.layer.operand else None
 
     def _tensor(self, data: Bytes, spec: TensorSpec) -> torch.Tensor:
         """Return a tensor's memory, batched, without a copy."""

@@ -142,7 +142,7 @@ def test_bounds_are_inclusive(name, low, high):
     assert cases
     for cls, others in (case.values for case in cases):
         # MaxUnpool's padding is not limited by its kernel.
-        highest = MAX_PARAMETER if name == "padding" and cls.takes_indices else high
+        highest = MAX_PARAMETER if name == "padding" and cls.operand else high
         for value in (low, highest):
             assert set(np.atleast_1d(getattr(cls(**others, **{name: value}), name))) == {value}
         for value in (low - 1, highest + 1):
@@ -447,7 +447,7 @@ def test_layers_that_return_or_take_indices():
     assert MaxPool2d(2, return_indices=True).returns_indices
     assert not MaxPool2d(2).returns_indices
     assert not AvgPool2d(2).returns_indices
-    assert [cls.__name__ for cls in CLASSES if cls.takes_indices] == ["MaxUnpool1d", "MaxUnpool2d", "MaxUnpool3d"]
+    assert [cls.__name__ for cls in CLASSES if cls.operand] == ["MaxUnpool1d", "MaxUnpool2d", "MaxUnpool3d"]
 
 
 @given(layers(), st.integers(0, 2**40))

@@ -25,9 +25,9 @@ Pooled = tuple[torch.Tensor, torch.Tensor | None]
 """An output, and the indices of its maxima if the layer returns them."""
 
 Operator = Callable[[torch.Tensor, torch.Tensor | None, int, int], Pooled]
-"""Computes a layer on some planes of a tensor: (x, indices, first, count).
+"""Computes a layer on some planes of a tensor: (x, operand, first, count).
 
-x has the axes (N, C, spatial...) and is contiguous in either layout; the indices are MaxUnpool's, or None. x has the
+x has the axes (N, C, spatial...) and is contiguous in either layout; the operand is the layer's, or None. x has the
 planes from number `first` on of a tensor of `count` planes, on which the samples of fractional layers and the powers of
 LPPool depend.
 """
@@ -342,7 +342,7 @@ def eager_bytes(layer: Layer, dtype: torch.dtype, cells: int, outputs: int, chan
     native = layer.spatial_dims == 2 or family == "global_pool" or (layer.spatial_dims == 3 and family == "max_pool")
     if channels is not None and not (native and takes_channels_last(layer, dtype)):
         nbytes += (cells + outputs) * item
-        nbytes += (cells * layer.takes_indices + outputs * layer.returns_indices) * INDEX_BYTES
+        nbytes += (cells * bool(layer.operand) + outputs * layer.returns_indices) * INDEX_BYTES
     return nbytes
 
 

@@ -74,7 +74,7 @@ def eager_work(layer: Any, dtype: torch.dtype, plane: Sizes, result: Sizes, chan
     work = COSTS[kind].of(dtype, cells, outputs, visits)
     work *= CONVERTED.get(kind, {}).get(dtype, 1.0)
     if channels is not None and not kind.endswith("channels last"):
-        for size, tensors in ((cells, 1 + layer.takes_indices), (outputs, 1 + layer.returns_indices)):
+        for size, tensors in ((cells, 1 + bool(layer.operand)), (outputs, 1 + layer.returns_indices)):
             far = count >= FAR_CHANNELS and size * count * dtype.itemsize > FAR_BYTES
             work += tensors * size * (FAR_COPY if far else COPY)
     return work * count

@@ -42,7 +42,7 @@ class RoundedAverage:
     pool: AvgPool2d
 
     family: ClassVar[str] = "rounded_average"
-    takes_indices: ClassVar[bool] = False
+    operand: ClassVar[str] = ""
     returns_indices: ClassVar[bool] = False
 
     def geometry(self) -> tuple[tuple[int, int, int, int], ...]:

@@ -77,7 +77,7 @@ def requests(draw):
     spec = TensorSpec(dtype, from_channels_first(shape, dims, layout) if len(shape) > dims else shape, layout)
     payload = np.random.default_rng(draw(st.integers(0, 2**32))).bytes(spec.nbytes)
     indices = None
-    required = any(chain[0].takes_indices for chain in branches)
+    required = any(chain[0].operand for chain in branches)
     if required ^ (draw(st.integers(0, 19)) == 0):
         indices = TensorSpec(draw(st.sampled_from(["int64"] * 9 + ["int32"])), spec.shape, layout)
         high = draw(st.sampled_from([1, 1, 4, 30]))
@@ -147,7 +147,7 @@ HUGE = (0, MAX_NUMEL, MAX_NUMEL, MAX_NUMEL, MAX_NUMEL)
 )
 def test_empty_batch_of_planes_of_any_size(engine, layer, shape):
     """An empty batch of planes that are too large for any tensor is rejected or computed, never an error of torch."""
-    indices = TensorSpec("int64", shape) if layer.takes_indices else None
+    indices = TensorSpec("int64", shape) if layer.operand else None
     try:
         checked = check_request(Request(TensorSpec("float32", shape), ((layer,),), indices), LIMITS, engine.schedule)
     except (InvalidArgumentError, LimitExceededError):

@@ -43,9 +43,9 @@ def measure(  # noqa: PLR0913 - a case
     """Return what an execution takes in addition to inputs and outputs, and what its schedule says that it takes."""
     branches = parse_branches(layers)
     spec = TensorSpec(dtype, tuple(shape), layout)
-    takes_indices = any(chain[0].takes_indices for chain in branches)
+    unpools = any(chain[0].operand for chain in branches)
     outputs = tuple(tuple(range(len(chain))) for chain in branches) if every_step else ()
-    request = Request(spec, branches, TensorSpec("int64", spec.shape, layout) if takes_indices else None, outputs)
+    request = Request(spec, branches, TensorSpec("int64", spec.shape, layout) if unpools else None, outputs)
     results = request.results()
     schedule = engine.schedule(request, spatial_dims(branches), results)
     # Neither NaN nor equal cells, and not aligned.

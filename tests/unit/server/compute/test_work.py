@@ -48,7 +48,7 @@ def a_run(engine, layer, dtype, shape, layout):
         shape = (4, *shape[2:], shape[1] // 4)
     spec = TensorSpec(dtype, shape, layout)
     chain = parse_chain(layer)
-    indices = TensorSpec("int64", shape, layout) if chain[0].takes_indices else None
+    indices = TensorSpec("int64", shape, layout) if chain[0].operand else None
     schedule = check_request(Request(spec, (chain,), indices), LIMITS, engine.schedule).schedule
     cells = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 40).abs().to(getattr(torch, dtype))
     payload = cells.view(torch.uint8).numpy().tobytes()
