@@ -91,8 +91,8 @@ def _call(layer: type[Layer]) -> str:
 
 
 def _dtypes(layer: type[Layer]) -> str:
-    if layer.family == "global_pool":
-        return "floats; for 'max' also integers"
+    if layer.family in {"global_pool", "pool"}:
+        return "floats; for 'max', 'min' and 'median' also integers, for 'sum' and 'mean' also int64"
     names = {
         FLOATS: "floats",
         FLOATS + INTEGERS: "floats, integers",

@@ -85,7 +85,7 @@ def test_a_batch_has_the_results_of_its_requests(engine: Engine, name: str) -> N
             continue
         assert_batch_is_equal(engine, runs, (layer, shape, dtype))
         met.add(dtype)
-    assert met == set(layer.dtypes)
+    assert met == set(type(layer).dtypes)
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])

@@ -42,10 +42,11 @@ def sliding(draw: st.DrawFn, family: str) -> tuple[p.Layer, tuple[int, ...]]:
     for _ in range(dims):
         kernel = draw(st.integers(1, LONGEST[dims]))
         stride = draw(st.one_of(st.integers(1, 5), st.integers(1, 17), st.just(kernel)))
-        padding = draw(st.integers(0, kernel // 2)) if family != "LPPool" else 0
         dilation = draw(st.sampled_from((1, 1, 2, 3))) if family == "MaxPool" else 1
         span = (kernel - 1) * dilation + 1
-        least = span if family != "MaxPool" and dims == 3 else max(1, span - 2 * padding, dilation - 2 * padding)
+        halves = st.integers(0, kernel // 2).map(lambda half: (half, half))
+        padding = (0, 0) if family == "LPPool" else draw(halves | st.tuples(*[st.integers(0, span - 1)] * 2))
+        least = max(1, span - sum(padding), dilation - sum(padding))
         axes.append((kernel, stride, padding, dilation, draw(st.integers(least, least + LARGEST[dims]))))
     kernel, stride, padding, dilation, plane = zip(*axes, strict=True)
     ceil = draw(st.booleans())

@@ -31,13 +31,14 @@ def block_of(request: Request, planes: Planes, count: int, first: int) -> Reques
 def steps(
     request: Request, dims: int, results: Sequence[BranchResult]
 ) -> Iterator[Iterator[tuple[Layer, TensorSpec, Shape]]]:
-    """Yield the layers that each branch computes, each with the spec and the planes' shape of its input tensor."""
+    """Yield the resolved layers that each branch computes, with the spec and the planes' shape of each input tensor."""
     spec = request.input
     for chain, returned in request.by_branch(results):
         shapes = (spec.shape, *returned[-1].shapes)
+        planes = [to_channels_first(shape, dims, spec.layout)[-dims:] for shape in shapes]
         yield (
-            (layer, TensorSpec(dtype, shape, spec.layout), to_channels_first(shape, dims, spec.layout)[-dims:])
-            for layer, dtype, shape in zip(chain, request.dtypes(chain), shapes, strict=False)
+            (layer.resolved(plane), TensorSpec(dtype, shape, spec.layout), plane)
+            for layer, dtype, shape, plane in zip(chain, request.dtypes(chain), shapes, planes, strict=False)
         )
 
 

@@ -12,7 +12,7 @@ from poolrpc._wire.codec import payload_specs
 from poolrpc.chains import Planes, period
 from poolrpc_server.compute.branch import Branch
 from poolrpc_server.compute.kernels import plan_for
-from poolrpc_server.compute.kernels.eager import SIZE_DEPENDENT, operation
+from poolrpc_server.compute.kernels.eager import depends_on_size
 from poolrpc_server.compute.kernels.rounded_average import fuse
 from poolrpc_server.compute.planes import block_of, steps
 
@@ -107,9 +107,7 @@ class Schedule:
         self.work = sum(branch.work for branch in self.branches)
         self.divisible = all(layer.splittable for chain in request.branches for layer in chain)
         if device.type != "cpu":
-            self.divisible &= all(
-                operation(layer) not in SIZE_DEPENDENT for chain in request.branches for layer in chain
-            )
+            self.divisible &= not any(depends_on_size(layer) for chain in request.branches for layer in chain)
         self.key = self._key()
         self.scratch_bytes = max((branch.scratch_bytes for branch in self.branches), default=0)
         for branch, (_, returned) in zip(self.branches, request.by_branch(results), strict=False):

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from poolrpc_server.compute.kernels.cost import Cost
-from poolrpc_server.compute.kernels.eager import operation, takes_channels_last
+from poolrpc_server.compute.kernels.eager import OPERATIONS, operation, takes_channels_last
+from poolrpc_server.compute.kernels.padded import torch_can_pad
+from poolrpc_server.compute.kernels.reduce import reduction_work
+from poolrpc_server.compute.kernels.windows import Windows
 
 if TYPE_CHECKING:
     from poolrpc_server.compute.kernels.windows import Sizes
@@ -41,6 +44,9 @@ SIMPLE_NORMS = (0.5, 1.0, 2.0, 3.0)
 COPY, FAR_COPY = 0.7, 5.0
 """The work for each cell that is copied to the other layout: in most images, and in large ones of many channels."""
 
+PADDED_PLANE = 50.0
+"""The work for each plane whose padding torch's operators reject, in addition to a copy of its cells."""
+
 FAR_BYTES, FAR_CHANNELS = 2**23, 16
 """The size of an image and the number of its channels from which neighbours in one layout are far in the other."""
 
@@ -65,14 +71,19 @@ def eager_work(layer: Any, dtype: torch.dtype, plane: Sizes, result: Sizes, chan
 
     """
     cells, outputs, count = prod(plane), prod(result), channels or 1
-    kind = _kind(layer, dtype, outputs, len(plane), channels)
     visits = layer.work(plane)
+    if operation(layer) not in OPERATIONS and layer.family in {"pool", "global_pool"}:
+        work = reduction_work(layer, cells, outputs, visits)
+        return count * (work if channels is None else work + COPY * (cells + outputs))
+    kind = _kind(layer, dtype, outputs, len(plane), channels)
     if kind == "global_pool, max, channels last":
         # torch takes cell by cell what it can't vectorise over the channels; integers then take an eighth of the time.
         vectorised = count == 1 or count * dtype.itemsize >= VECTOR_BYTES
         visits = 0 if vectorised else cells if dtype.is_floating_point else cells // 8
     work = COSTS[kind].of(dtype, cells, outputs, visits)
     work *= CONVERTED.get(kind, {}).get(dtype, 1.0)
+    if not torch_can_pad(layer):
+        work += PADDED_PLANE + COPY * prod(Windows.of(layer.geometry()).span(result))
     if channels is not None and not kind.endswith("channels last"):
         for size, tensors in ((cells, 1 + bool(layer.operand)), (outputs, 1 + layer.returns_indices)):
             far = count >= FAR_CHANNELS and size * count * dtype.itemsize > FAR_BYTES

@@ -163,7 +163,9 @@ class Plan:
 
     def eager_scratch(self, planes: int) -> int:
         """Return an upper bound of the memory that torch's operators take for so many planes, with their output."""
-        return planes * eager_bytes(self.layer, self.dtype, self.cells, prod(self.result_shape), self.channels)
+        spanned = prod(self.windows.span(self.result_shape)) if hasattr(self.layer, "geometry") else 0
+        outputs = prod(self.result_shape)
+        return planes * eager_bytes(self.layer, self.dtype, self.cells, outputs, self.channels, spanned)
 
     def explain(self) -> str:
         """Return one line that says what the output is and which kernel is used for how many planes, in a workspace."""

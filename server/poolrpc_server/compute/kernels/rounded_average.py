@@ -45,7 +45,7 @@ class RoundedAverage:
     operand: ClassVar[str] = ""
     returns_indices: ClassVar[bool] = False
 
-    def geometry(self) -> tuple[tuple[int, int, int, int], ...]:
+    def geometry(self) -> tuple[tuple[int, int, int, int, int], ...]:
         """Return those of the average."""
         return self.pool.geometry()
 
@@ -88,7 +88,7 @@ def _rounded_average(steps: Sequence[Step]) -> RoundedAverage | None:
     (first, spec, plane), (pool, *_), (rounded, *_), (last, *_) = steps
     if not isinstance(pool, AvgPool2d) or getattr(torch, spec.dtype) not in PAIRS:
         return None
-    quarters = pool.divisor_override in {None, 4} and pool.geometry() == ((2, 2, 0, 1), (2, 2, 0, 1))
+    quarters = pool.divisor_override in {None, 4} and pool.geometry() == ((2, 2, 0, 0, 1),) * 2
     # The cells of a row are read in pairs, of which the one at the lower address is in the lower bits.
     pairs = spec.layout == "NCHW" and plane[-1] % 2 == 0 and sys.byteorder == "little"
     whole = not pool.ceil_mode or plane[0] % 2 == 0

@@ -93,6 +93,21 @@ ACCEPTED = (
         "torch multiplies by the tuple",
         (poolrpc.LPPool1d, {"norm_type": 2, "kernel_size": (2,)}, (1, 1, 4)),
     ),
+    (
+        "a padding of more than half of the kernel",
+        "every window has a cell of the input if it is less than a window's span",
+        (poolrpc.MaxPool2d, {"kernel_size": 2, "padding": (0, 2), "dilation": 2}, (1, 1, 4, 4)),
+    ),
+    (
+        "paddings before and after an axis, and those that are computed",
+        "other frameworks have them",
+        (poolrpc.MaxPool2d, {"kernel_size": 3, "padding": "same"}, (1, 1, 4, 4)),
+    ),
+    (
+        "an AvgPool3d with a kernel that fits only the padded input",
+        "no other layer requires more",
+        (poolrpc.AvgPool3d, {"kernel_size": 3, "padding": 1}, (1, 1, 2, 4, 4)),
+    ),
 )
 
 
@@ -106,6 +121,8 @@ def rejections(cls, arguments, shape):
         return per_axis(default if value is None else value, dims)
 
     kernel, padding, sizes = axes("kernel_size", 1), axes("padding", 0), axes("output_size", 1)
+    if not all(isinstance(each, int) for each in padding):  # which torch rejects
+        padding = (0,) * dims
     stride, dilation = axes("stride", arguments.get("kernel_size", 1)), axes("dilation", 1)
     unpool = cls.family == "max_unpool"
     default = [unpooled_size(size, k, s, p) for size, k, s, p in zip(plane, kernel, stride, padding, strict=True)]
@@ -126,17 +143,21 @@ def rejections(cls, arguments, shape):
     return [rule for rule, held in zip(REJECTED, holds, strict=True) if held]
 
 
-def extensions(cls, arguments):
+def extensions(cls, arguments, shape):
     """Return the rules of ACCEPTED that apply to a call."""
+    dims = cls.spatial_dims
+    plane, kernel = shape[-dims:], per_axis(arguments.get("kernel_size", 1), dims)
+    padding = per_axis(arguments.get("padding", 0), dims)
+    in_torch = all(isinstance(each, int) for each in padding)
+    slides = cls.family in {"max_pool", "avg_pool", "pool"}
     holds = (
         cls.family.startswith("adaptive") and cls.spatial_dims == 1 and arguments["output_size"] == (None,),
         cls is poolrpc.LPPool1d and isinstance(arguments["kernel_size"], tuple),
+        slides and in_torch and any(p > k // 2 for p, k in zip(padding, kernel, strict=True)),
+        slides and not in_torch,
+        cls is poolrpc.AvgPool3d and in_torch and any(k > n for k, n in zip(kernel, plane, strict=True)),
     )
     return [rule for rule, held in zip(ACCEPTED, holds, strict=True) if held]
-
-
-ADAPTIVE = {"max": "MaxPool", "mean": "AvgPool"}
-"""The layer of torch.nn that computes each global reduction, without its prefix."""
 
 
 def shape_of_poolrpc(cls, arguments, shape):
@@ -154,7 +175,11 @@ def shape_of_torch(cls, arguments, shape, device):
     # torch raises errors of at least six types for invalid arguments.
     try:
         if cls.family.startswith("global"):
-            y = getattr(nn, f"Adaptive{ADAPTIVE[arguments['reduce']]}{cls.spatial_dims}d")(1)(x)
+            y = getattr(nn, f"AdaptiveMaxPool{cls.spatial_dims}d")(1)(x)
+        elif cls.family == "pool":
+            names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
+            windows = {name: arguments[name] for name in names if name in arguments}
+            y = getattr(nn, f"MaxPool{cls.spatial_dims}d")(**windows)(x)
         elif cls.family == "max_unpool":
             size = arguments.pop("output_size", None)
             indices = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -174,7 +199,7 @@ def compare(cls, arguments, shape, devices):
         if computed is None and expected is not None:
             assert rejections(cls, arguments, shape)
         elif expected is None and computed is not None:
-            assert extensions(cls, arguments)
+            assert extensions(cls, arguments, shape)
         else:
             assert computed == expected
 
@@ -219,7 +244,7 @@ def test_a_call_that_only_poolrpc_accepts(rule):
     cls, arguments, shape = rule[2]
     assert shape_of_poolrpc(cls, arguments, shape) is not None
     assert shape_of_torch(cls, arguments, shape, "meta") is None
-    assert extensions(cls, arguments) == [rule]
+    assert extensions(cls, arguments, shape) == [rule]
 
 
 @pytest.mark.parametrize("ceil_mode", [False, True])
@@ -239,9 +264,9 @@ def test_pooled_size_is_torchs_for_every_small_axis(kernel, dilation, ceil_mode)
         assert max(computed, 0) == out, (size, stride, padding)
 
 
-@pytest.mark.parametrize("cls", [poolrpc.AvgPool2d, poolrpc.AvgPool3d, poolrpc.LPPool2d, poolrpc.LPPool3d])
-def test_only_3d_averages_must_fit_the_unpadded_input(cls):
-    """As in torch, a kernel may extend into the padding in every layer but the 3d averages."""
+@pytest.mark.parametrize("cls", [poolrpc.AvgPool2d, poolrpc.LPPool2d, poolrpc.LPPool3d])
+def test_only_lppool3d_must_fit_the_unpadded_input(cls):
+    """As in torch, a kernel may extend over what ceil_mode adds in every layer but LPPool3d."""
     norm = {"norm_type": 2} if cls.family == "lp_pool" else {}
     for size, kernel, padding, ceil_mode in product(range(1, 6), range(1, 7), range(2), (False, True)):
         arguments = {"kernel_size": kernel, "ceil_mode": ceil_mode, **norm}

@@ -16,13 +16,26 @@ SLACK = 8 * 2**20
 SMALL_PLANES = {1: (1024, 3000), 2: (1024, 61, 50), 3: (1024, 8, 17, 23)}
 LARGE_PLANES = {1: (2, 2**20), 2: (2, 1025, 1030), 3: (2, 50, 140, 150)}
 LAYERS = {
-    "MaxPool": ("2", "3, stride=1, padding=1", "3, stride=2, padding=1, return_indices=True", "2, dilation=3"),
-    "AvgPool": ("2", "3, stride=1, padding=1", "5, stride=2, count_include_pad=False, padding=2"),
+    "MaxPool": (
+        "2",
+        "3, stride=1, padding=1",
+        "3, stride=2, padding=1, return_indices=True",
+        "2, dilation=3",
+        "4, 3, 3",
+    ),
+    "AvgPool": ("2", "3, stride=1, padding=1", "5, stride=2, count_include_pad=False, padding=2", "4, 1, 'same'"),
     "LPPool": ("1.7, 2", "2.0, 3, stride=1", "float('inf'), 2, stride=1", "3.5, 3, stride=1"),
     "AdaptiveMaxPool": ("7", "40", "1, return_indices=True", "13, return_indices=True"),
     "AdaptiveAvgPool": ("7", "1", "40"),
     "FractionalMaxPool": ("2, output_ratio=0.7", "2, output_size=3, return_indices=True"),
     "MaxUnpool": ("1",),
+    "GlobalPool": ("'median'", "'std'", "Norm(3)", "Softmax()"),
+    "Pool": (
+        "'median', 3, stride=1",
+        "'var', 2",
+        "PowerMean(3), 3, stride=1, padding='same'",
+        "Softmax(), 5, stride=2",
+    ),
 }
 CHAINS = (
     "[MaxPool2d(3, stride=1, padding=1), AvgPool2d(3, stride=1, padding=1), LPPool2d(1.7, 2, stride=1)]",
@@ -30,6 +43,8 @@ CHAINS = (
     "[[AvgPool2d(2)], [MaxPool2d(2), AdaptiveMaxPool2d(5)], [FractionalMaxPool2d(2, output_ratio=0.9)]]",
     "[ToDtype('int64'), MaxPool2d(3, stride=1, padding=1), ToDtype('uint16', scale=True), MaxPool2d(2, stride=1)]",
     "[Round(), Normalize(0.5, 0.25), ToDtype('uint16'), MaxPool2d(3, stride=1, padding=1, return_indices=True)]",
+    "[Pool2d(Softmax(), 3, padding='same'), MaxPool2d(4, 1, 'same', return_indices=True)]",
+    "[[Pool2d('median', 3, stride=2)], [GlobalPool2d(LogSumExp())]]",
     repr(list(parse_chain("[MaxPool2d(3, stride=1, padding=1), AvgPool2d(3, stride=1, padding=1)]") * 12)),
 )
 STEPS = "[MaxPool2d(3, stride=1, padding=1, return_indices=True), AvgPool2d(5, stride=1), AvgPool2d(5, stride=1)]"
@@ -46,6 +61,12 @@ HUGE = (
     ("MaxUnpool2d(1)", "uint8", (1, 1, 4096, 4096), "NCHW"),
     ("AdaptiveMaxPool2d((4096, 1))", "float32", (1, 1, 1, 2**20), "NCHW"),
     ("MaxPool2d((1, 65535), stride=1, padding=(0, 32767))", "float32", (1, 1, 2**16, 1), "NCHW"),
+    ("Pool2d('median', 5, stride=1)", "float64", (1, 1, 1024, 1024), "NCHW"),
+    ("Pool2d(Softmax(), 2)", "float16", (1, 1, 4096, 4096), "NCHW"),
+    ("Pool2d('std', 1000, stride=1000)", "float16", (1, 1, 4096, 4096), "NCHW"),
+    ("GlobalPool2d(PowerMean(3))", "float16", (1, 1, 4096, 4096), "NCHW"),
+    ("AvgPool2d(2, padding='same')", "float16", (1, 1, 4097, 4096), "NCHW"),
+    ("MaxPool2d(3, 2, 'same', return_indices=True)", "float64", (1, 1, 4096, 4096), "NCHW"),
     ("AvgPool2d((1001, 1), stride=1, padding=(500, 0))", "float32", (1, 1, 1, 2**14), "NCHW"),
 )
 

@@ -29,7 +29,14 @@ LAYERS = {
     "AdaptiveAvgPool": ("7", "1", "5"),
     "FractionalMaxPool": ("2, output_ratio=0.5", "2, output_size=2, return_indices=True"),
     "MaxUnpool": ("2",),
-    "GlobalPool": ("'max'", "'mean'"),
+    "GlobalPool": ("'max'", "'mean'", "'std'", "Norm(3)", "'median'", "Softmax()"),
+    "Pool": (
+        "'std', 3, stride=2, padding='same'",
+        "Norm(3), 2",
+        "'median', 3, stride=1",
+        "Softmax(), 2",
+        "'min', 3, 2",
+    ),
 }
 
 
