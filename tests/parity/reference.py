@@ -60,7 +60,7 @@ def reference(  # noqa: C901, PLR0911 - a case for each family
     if x.dtype == torch.uint16:  # of which torch has no maximum
         output, chosen = reference(layer, x.to(torch.int32))
         return output.to(torch.uint16), chosen
-    if layer.family in {"max_pool", "avg_pool"} and not torch_accepts(layer, x):
+    if layer.family in {"max_pool", "avg_pool"} and not torch_accepts(layer):
         return defined(layer, x)
     parameters = {each.name: getattr(layer, each.name) for each in fields(layer)}
     if layer.family == "pool" or (layer.family == "global_pool" and layer.reduce not in {"max", "mean"}):
@@ -98,14 +98,12 @@ def reference(  # noqa: C901, PLR0911 - a case for each family
     return answer if isinstance(answer, tuple) else (answer, None)
 
 
-def torch_accepts(layer: p.Layer, x: torch.Tensor) -> bool:
-    """Return whether torch.nn has a layer's padding: at most half of the kernel; a 3d average must fit its plane."""
+def torch_accepts(layer: p.Layer) -> bool:
+    """Return whether torch.nn has a layer's padding: at most half of the kernel."""
     if isinstance(layer.padding, str) or np.ndim(layer.padding) > 1:
         return False
-    dims = layer.spatial_dims
-    padding, kernel = (np.broadcast_to(each, dims) for each in (layer.padding, layer.kernel_size))
-    fits = layer.name != "AvgPool3d" or (kernel <= x.shape[-dims:]).all()
-    return bool((padding <= kernel // 2).all() and fits)
+    padding, kernel = (np.broadcast_to(each, layer.spatial_dims) for each in (layer.padding, layer.kernel_size))
+    return bool((padding <= kernel // 2).all())
 
 
 def unpooled(layer: p.Layer, x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

@@ -46,7 +46,7 @@ def sliding(draw: st.DrawFn, family: str) -> tuple[p.Layer, tuple[int, ...]]:
         span = (kernel - 1) * dilation + 1
         halves = st.integers(0, kernel // 2).map(lambda half: (half, half))
         padding = (0, 0) if family == "LPPool" else draw(halves | st.tuples(*[st.integers(0, span - 1)] * 2))
-        least = max(1, span - sum(padding), dilation - sum(padding))
+        least = span if family != "MaxPool" and dims == 3 else max(1, span - sum(padding), dilation - sum(padding))
         axes.append((kernel, stride, padding, dilation, draw(st.integers(least, least + LARGEST[dims]))))
     kernel, stride, padding, dilation, plane = zip(*axes, strict=True)
     ceil = draw(st.booleans())

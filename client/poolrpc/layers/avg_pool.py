@@ -115,7 +115,8 @@ class AvgPool3d(_AvgPoolWithDivisor):
     """The mean of each window of a 3d input, as torch.nn.AvgPool3d computes it.
 
     The parameters and errors are those of AvgPool2d, with one value for all axes or (depth, height, width). The dtypes
-    are float32, float64 and int64. Unlike in torch, kernel_size needs to fit only the input with its padding.
+    are float32, float64 and int64. As in torch, and unlike in other layers, kernel_size must fit the input without
+    padding; Pool3d("mean") has no such rule.
 
     Shape:
         Input: (N, C, D, H, W) or (C, D, H, W). Output: (N, C, D_out, H_out, W_out) or (C, D_out, H_out, W_out), where
@@ -134,3 +135,8 @@ class AvgPool3d(_AvgPoolWithDivisor):
     __slots__ = ()
     dtypes = (*WIDE_FLOATS, "int64")
     spatial_dims = 3
+
+    def output_plane(self, plane: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the spatial shape of the output, if the kernel fits the plane without padding."""
+        self._check_fits_unpadded(plane)
+        return super().output_plane(plane)

@@ -43,14 +43,16 @@ class _Pool(SlidingWindowLayer):
         """Return the layer with its padding in cells; if torch.nn has a layer that computes the same, that one."""
         made: Any = SlidingWindowLayer.resolved(self, plane)
         dims, windows = self.spatial_dims, (self.kernel_size, self.stride, made.padding)
+        kernel, _, dilation = self._sizes()
+        # torch's averages have no dilation, and AvgPool3d has no kernel larger than the plane.
+        averages = max(dilation) == 1 and (dims < len(AVERAGES) or all(map(int.__le__, kernel, plane)))
+        layer: Layer = made
         if self.reduce == "max":
-            layer: Layer = MAXIMA[dims - 1](*windows, self.dilation, ceil_mode=self.ceil_mode)
-        elif self.reduce == "mean" and self.dilation == 1:
+            layer = MAXIMA[dims - 1](*windows, self.dilation, ceil_mode=self.ceil_mode)
+        elif self.reduce == "mean" and averages:
             layer = AVERAGES[dims - 1](*windows, self.ceil_mode, self.count_include_pad)
-        elif self.reduce == "sum" and self.dilation == 1 and dims > 1:
+        elif self.reduce == "sum" and averages and dims > 1:  # AvgPool1d has no divisor_override
             layer = AVERAGES[dims - 1](*windows, self.ceil_mode, divisor_override=1)
-        else:
-            layer = made
         return layer
 
 

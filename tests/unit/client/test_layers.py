@@ -572,6 +572,7 @@ def test_an_invalid_parameter_of_a_reduction_is_rejected_by_name(make, field):
         (poolrpc.Pool2d("mean", 3, 1, 1, count_include_pad=True), AvgPool2d(3, 1, 1)),
         (poolrpc.Pool3d("sum", 2, 1, ((0, 1),)), poolrpc.AvgPool3d(2, 1, ((0, 1),), divisor_override=1)),
         (poolrpc.Pool2d("mean", 2, dilation=2), poolrpc.Pool2d("mean", 2, dilation=2)),
+        (poolrpc.Pool3d("mean", 6, 1, 1), poolrpc.Pool3d("mean", 6, 1, 1)),
         (poolrpc.Pool2d("std", 2, 1, "same"), poolrpc.Pool2d("std", 2, 1, ((0, 1),))),
     ],
     ids=repr,

@@ -146,9 +146,8 @@ def _max_pool(layer: Any, dtype: torch.dtype, plane: tuple[int, ...]) -> Operato
 
 
 def _avg_pool(layer: Any, dtype: torch.dtype, plane: tuple[int, ...]) -> Operator:  # noqa: ANN401
-    padded = padded_average(layer, dtype, plane)
     if not torch_can_pad(layer) or (len(plane) == 3 and dtype in HALVES):  # of which torch has no 3d average
-        return padded
+        return padded_average(layer, dtype, plane)
     kernel, stride, padding, *_ = zip(*layer.geometry(), strict=True)
     ceil, include = layer.ceil_mode, layer.count_include_pad
     operator = getattr(functional, f"avg_pool{len(plane)}d")
@@ -157,15 +156,7 @@ def _avg_pool(layer: Any, dtype: torch.dtype, plane: tuple[int, ...]) -> Operato
     divisor = layer.divisor_override
     if divisor == -1 and dtype == torch.int64:  # The CPU traps the division of the lowest integer by -1.
         return lambda x, *_: (operator(x, kernel, stride, padding, ceil, include, 1).neg_(), None)
-    if len(plane) == 2:
-        return lambda x, *_: (operator(x, kernel, stride, padding, ceil, include, divisor), None)
-
-    def run(x: torch.Tensor, operand: torch.Tensor | None, first: int, count: int) -> Pooled:
-        if any(map(int.__gt__, kernel, x.shape[2:])):  # which torch rejects in three dimensions
-            return padded(x, operand, first, count)
-        return operator(x, kernel, stride, padding, ceil, include, divisor), None
-
-    return run
+    return lambda x, *_: (operator(x, kernel, stride, padding, ceil, include, divisor), None)
 
 
 def _lp_pool(layer: Any, _: torch.dtype, plane: tuple[int, ...]) -> Operator:  # noqa: ANN401
@@ -356,7 +347,7 @@ def eager_bytes(  # noqa: PLR0913, PLR0917 - the sizes of what an operator reads
     indexed = layer.returns_indices or not (layer.spatial_dims == 1 and dtype.is_floating_point)  # max_pool1d's are not
     if family in INDEXED and (indexed or family != "max_pool"):
         nbytes += outputs * INDEX_BYTES
-    if not torch_can_pad(layer) or (layer.spatial_dims == 3 and family == "avg_pool"):
+    if not torch_can_pad(layer) or (layer.spatial_dims == 3 and family == "avg_pool" and halves):
         # The padded plane, in the dtype of sums; the sums, their divisors; and the indices in the plane.
         nbytes += spanned * (item + sum_dtype(dtype).itemsize) + outputs * (2 * sum_dtype(dtype).itemsize + 8)
         nbytes += 2 * outputs * INDEX_BYTES * layer.returns_indices

@@ -103,11 +103,6 @@ ACCEPTED = (
         "other frameworks have them",
         (poolrpc.MaxPool2d, {"kernel_size": 3, "padding": "same"}, (1, 1, 4, 4)),
     ),
-    (
-        "an AvgPool3d with a kernel that fits only the padded input",
-        "no other layer requires more",
-        (poolrpc.AvgPool3d, {"kernel_size": 3, "padding": 1}, (1, 1, 2, 4, 4)),
-    ),
 )
 
 
@@ -143,10 +138,10 @@ def rejections(cls, arguments, shape):
     return [rule for rule, held in zip(REJECTED, holds, strict=True) if held]
 
 
-def extensions(cls, arguments, shape):
+def extensions(cls, arguments):
     """Return the rules of ACCEPTED that apply to a call."""
     dims = cls.spatial_dims
-    plane, kernel = shape[-dims:], per_axis(arguments.get("kernel_size", 1), dims)
+    kernel = per_axis(arguments.get("kernel_size", 1), dims)
     padding = per_axis(arguments.get("padding", 0), dims)
     in_torch = all(isinstance(each, int) for each in padding)
     slides = cls.family in {"max_pool", "avg_pool", "pool"}
@@ -155,7 +150,6 @@ def extensions(cls, arguments, shape):
         cls is poolrpc.LPPool1d and isinstance(arguments["kernel_size"], tuple),
         slides and in_torch and any(p > k // 2 for p, k in zip(padding, kernel, strict=True)),
         slides and not in_torch,
-        cls is poolrpc.AvgPool3d and in_torch and any(k > n for k, n in zip(kernel, plane, strict=True)),
     )
     return [rule for rule, held in zip(ACCEPTED, holds, strict=True) if held]
 
@@ -199,7 +193,7 @@ def compare(cls, arguments, shape, devices):
         if computed is None and expected is not None:
             assert rejections(cls, arguments, shape)
         elif expected is None and computed is not None:
-            assert extensions(cls, arguments, shape)
+            assert extensions(cls, arguments)
         else:
             assert computed == expected
 
@@ -244,7 +238,7 @@ def test_a_call_that_only_poolrpc_accepts(rule):
     cls, arguments, shape = rule[2]
     assert shape_of_poolrpc(cls, arguments, shape) is not None
     assert shape_of_torch(cls, arguments, shape, "meta") is None
-    assert extensions(cls, arguments, shape) == [rule]
+    assert extensions(cls, arguments) == [rule]
 
 
 @pytest.mark.parametrize("ceil_mode", [False, True])
@@ -264,9 +258,9 @@ def test_pooled_size_is_torchs_for_every_small_axis(kernel, dilation, ceil_mode)
         assert max(computed, 0) == out, (size, stride, padding)
 
 
-@pytest.mark.parametrize("cls", [poolrpc.AvgPool2d, poolrpc.LPPool2d, poolrpc.LPPool3d])
-def test_only_lppool3d_must_fit_the_unpadded_input(cls):
-    """As in torch, a kernel may extend over what ceil_mode adds in every layer but LPPool3d."""
+@pytest.mark.parametrize("cls", [poolrpc.AvgPool2d, poolrpc.AvgPool3d, poolrpc.LPPool2d, poolrpc.LPPool3d])
+def test_only_3d_averages_must_fit_the_unpadded_input(cls):
+    """As in torch, a kernel may extend into the padding in every layer but the 3d averages."""
     norm = {"norm_type": 2} if cls.family == "lp_pool" else {}
     for size, kernel, padding, ceil_mode in product(range(1, 6), range(1, 7), range(2), (False, True)):
         arguments = {"kernel_size": kernel, "ceil_mode": ceil_mode, **norm}
