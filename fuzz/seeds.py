@@ -53,6 +53,8 @@ EXPRESSIONS = (
     "GlobalPool2d('mean')",
     "GlobalPool3d('max')",
     "GlobalPool2d(LogSumExp(10))",
+    "BlurPool2d(stride=1)",
+    "BlurPool2d(4)",
     "MaxPool2d(3, stride=2, padding='same', return_indices=True)",
     "AvgPool2d(3, padding=((0, 2), (1, 0)))",
     "Pool1d('median', 3, stride=1, padding='same_lower')",

@@ -83,6 +83,7 @@ if TYPE_CHECKING:
     from poolrpc._transport.arena import SendSteps
     from poolrpc._transport.arena_memory import Arenas
     from poolrpc._transport.coalesce import Group, Grouping, Outcome
+    from poolrpc._transport.join import Join, Joined
     from poolrpc._transport.options import Pairs, Timeout, Transport
     from poolrpc._transport.result import PoolResult, Progress
     from poolrpc._transport.steps import MapSteps, Steps
@@ -346,6 +347,14 @@ class BaseClient:
         second = _indices_array(indices)
         request = codec.Request(spec_of(array, layout), chains, spec_of(second, layout), outputs)
         return Transfer(prepare(request), [array, second], flat)
+
+    @staticmethod
+    def _joined(join: Join, transfer: Transfer) -> Joined:
+        from poolrpc._transport.join import Joined  # noqa: PLC0415 - keeps `import poolrpc` fast
+
+        if transfer.out:
+            raise InvalidArgumentError("expected no arrays together with join, got some", field="out")
+        return Joined(join, transfer.prepared)
 
     def _call_steps(
         self,

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import grpc
 
     from poolrpc._transport.coalesce import Group
+    from poolrpc._transport.join import Join
     from poolrpc._transport.options import CallOptions, Pairs, Timeout, Transport
     from poolrpc._transport.result import PoolResult, Progress
     from poolrpc._transport.steps import MapSteps, Steps
@@ -90,11 +91,48 @@ class AsyncPoolClient(BaseClient):
         options = self._call_options(timeout, priority, metadata)
         return (await self._run(self._call_steps(transfer, options, transport, progress, copy=copy)))[0]
 
+    @overload
+    async def pool_each(
+        self,
+        x: object,
+        branches: LayerLike | Iterable[ChainLike],
+        *,
+        join: None = None,
+        indices: object = None,
+        layout: Layout = "NCHW",
+        out: Sequence[Out | None] | None = None,
+        timeout: Timeout = UNSET,  # noqa: ASYNC109 - as below
+        priority: int | None = None,
+        metadata: Pairs = (),
+        transport: Transport | None = None,
+        copy: bool = True,
+        progress: Progress | None = None,
+    ) -> list[PoolResult]: ...
+
+    @overload
+    async def pool_each(
+        self,
+        x: object,
+        branches: LayerLike | Iterable[ChainLike],
+        *,
+        join: Join,
+        indices: object = None,
+        layout: Layout = "NCHW",
+        out: Sequence[Out | None] | None = None,
+        timeout: Timeout = UNSET,  # noqa: ASYNC109 - as below
+        priority: int | None = None,
+        metadata: Pairs = (),
+        transport: Transport | None = None,
+        copy: bool = True,
+        progress: Progress | None = None,
+    ) -> PoolResult: ...
+
     async def pool_each(  # noqa: PLR0913 - options, all by keyword
         self,
         x: object,
         branches: LayerLike | Iterable[ChainLike],
         *,
+        join: Join | None = None,
         indices: object = None,
         layout: Layout = "NCHW",
         out: Sequence[Out | None] | None = None,
@@ -104,11 +142,13 @@ class AsyncPoolClient(BaseClient):
         transport: Transport | None = None,
         copy: bool = True,
         progress: Progress | None = None,
-    ) -> list[PoolResult]:
+    ) -> list[PoolResult] | PoolResult:
         """Run each of several layers or chains on the same tensor, which is sent once: see PoolClient.pool_each."""
         transfer = self._transfer(x, branches, indices, layout, out)
+        joined = None if join is None else self._joined(join, transfer)
         options = self._call_options(timeout, priority, metadata)
-        return await self._run(self._call_steps(transfer, options, transport, progress, copy=copy))
+        results = await self._run(self._call_steps(transfer, options, transport, progress, copy=copy))
+        return results if joined is None else joined(results)
 
     async def pool_steps(  # noqa: PLR0913 - options, all but the first three by keyword
         self,

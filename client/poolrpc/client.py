@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import grpc
 
     from poolrpc._transport.coalesce import Group
+    from poolrpc._transport.join import Join
     from poolrpc._transport.options import Pairs, Timeout, Transport
     from poolrpc._transport.result import PoolResult, Progress
     from poolrpc._transport.steps import MapSteps, Steps
@@ -111,11 +112,13 @@ class PoolClient(BaseClient):
         options = self._call_options(timeout, priority, metadata)
         return self._run(self._call_steps(transfer, options, transport, progress, copy=copy))[0]
 
-    def pool_each(  # noqa: PLR0913 - options, all by keyword
+    @overload
+    def pool_each(
         self,
         x: object,
         branches: LayerLike | Iterable[ChainLike],
         *,
+        join: None = None,
         indices: object = None,
         layout: Layout = "NCHW",
         out: Sequence[Out | None] | None = None,
@@ -125,13 +128,51 @@ class PoolClient(BaseClient):
         transport: Transport | None = None,
         copy: bool = True,
         progress: Progress | None = None,
-    ) -> list[PoolResult]:
+    ) -> list[PoolResult]: ...
+
+    @overload
+    def pool_each(
+        self,
+        x: object,
+        branches: LayerLike | Iterable[ChainLike],
+        *,
+        join: Join,
+        indices: object = None,
+        layout: Layout = "NCHW",
+        out: Sequence[Out | None] | None = None,
+        timeout: Timeout = UNSET,
+        priority: int | None = None,
+        metadata: Pairs = (),
+        transport: Transport | None = None,
+        copy: bool = True,
+        progress: Progress | None = None,
+    ) -> PoolResult: ...
+
+    def pool_each(  # noqa: PLR0913 - options, all by keyword
+        self,
+        x: object,
+        branches: LayerLike | Iterable[ChainLike],
+        *,
+        join: Join | None = None,
+        indices: object = None,
+        layout: Layout = "NCHW",
+        out: Sequence[Out | None] | None = None,
+        timeout: Timeout = UNSET,
+        priority: int | None = None,
+        metadata: Pairs = (),
+        transport: Transport | None = None,
+        copy: bool = True,
+        progress: Progress | None = None,
+    ) -> list[PoolResult] | PoolResult:
         """Run each of several layers or chains on the same tensor, which is sent once.
 
         Args:
             x: As in pool.
             branches: The layers or chains, each as in pool; or one expression of all of them, such as
                 "[[MaxPool2d(2)], [MaxPool2d(2), AvgPool2d(2)]]".
+            join: How to join the outputs of the branches, all of one dtype and without indices, to one: "cat" along the
+                channels; "flatten" each output of an image, of any size, and concatenate them; or the "mean" or the
+                "sum", cell by cell. None: the outputs stay apart.
             indices: As in pool.
             layout: As in pool.
             out: For each branch, an `out` as in pool. None: new arrays for all branches.
@@ -143,15 +184,26 @@ class PoolClient(BaseClient):
             progress: As in pool.
 
         Returns:
-            The result of each branch, in order.
+            The result of each branch, in order; with `join`, the one result of all of them.
 
         Raises:
-            PoolError: As in pool.
+            PoolError: As in pool. With `join`, an InvalidArgumentError too if the outputs don't fit each other.
+
+        Examples:
+            >>> import numpy as np
+            >>> from poolrpc import GlobalPool2d, PoolClient
+            >>> with PoolClient("127.0.0.1:50051") as client:
+            ...     layers = [GlobalPool2d("mean"), GlobalPool2d("max")]
+            ...     result = client.pool_each(np.zeros((8, 64, 7, 7), np.float32), layers, join="cat")
+            >>> result.shape
+            (8, 128, 1, 1)
 
         """
         transfer = self._transfer(x, branches, indices, layout, out)
+        joined = None if join is None else self._joined(join, transfer)
         options = self._call_options(timeout, priority, metadata)
-        return self._run(self._call_steps(transfer, options, transport, progress, copy=copy))
+        results = self._run(self._call_steps(transfer, options, transport, progress, copy=copy))
+        return results if joined is None else joined(results)
 
     def pool_steps(  # noqa: PLR0913 - options, all but the first three by keyword
         self,

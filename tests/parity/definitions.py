@@ -114,6 +114,22 @@ def reduced(layer: Any, x: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.moveaxis(output, -1, 0).reshape(*x.shape[:-dims], *shape).copy())
 
 
+def blurred(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """Return the output of a BlurPool in float64: timm's padding by reflection, and taps of a power of (0.5, 0.5)."""
+    k, s = layer.kernel_size, layer.stride
+    pad = ((s - 1) + (k - 1)) // 2
+    taps = (np.poly1d((0.5, 0.5)) ** (k - 1)).coeffs if k > 1 else np.ones(1)
+    cells = x.double().numpy().reshape(-1, *x.shape[-2:])
+    cells = np.pad(cells, ((0, 0), (pad, pad), (pad, pad)), "reflect")
+    rows, columns = ((size - k) // s + 1 for size in cells.shape[1:])
+    output = np.zeros((len(cells), rows, columns))
+    with np.errstate(all="ignore"):
+        for i, j in product(range(rows), range(columns)):
+            window = cells[:, i * s : i * s + k, j * s : j * s + k]
+            output[:, i, j] = (window * np.outer(taps, taps)).sum((1, 2))
+    return torch.from_numpy(output.reshape(*x.shape[:-2], rows, columns))
+
+
 def _value(reduce: Any, x: Any, count: int, limits: tuple[Any, Any]) -> Any:  # noqa: C901, PLR0911 - a case for each reduction
     """Return the reduction of the first axis of a window's cells."""
     integers = x.dtype.kind == "i"

@@ -127,6 +127,7 @@ GRID: dict[str, list[p.Layer]] = {
         ]
         for dims in SIZES
     },
+    "BlurPool2d": [p.BlurPool2d(*each) for each in ((), (1, 1), (2, 2), (3, 1), (4, 3), (5, 2))],
 }
 
 

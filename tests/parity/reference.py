@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from tests.parity.definitions import defined, reduced
+from tests.parity.definitions import blurred, defined, reduced
 
 if TYPE_CHECKING:
     import poolrpc as p
@@ -48,13 +48,15 @@ def samples(seed: int, planes: int, axes: int) -> list[list[float]]:
     return [drawn[i : i + axes] for i in range(0, len(drawn), axes)]
 
 
-def reference(  # noqa: C901, PLR0911 - a case for each family
+def reference(  # noqa: C901, PLR0911, PLR0912 - a case for each family
     layer: p.Layer, x: torch.Tensor, indices: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return torch.nn's output, and its indices if the layer returns them; that of a step is of (N, C, spatial...)."""
     dims = layer.spatial_dims
     if not dims:
         return step(layer, x), None
+    if layer.family == "blur_pool":
+        return blurred(layer, x).to(x.dtype), None
     if layer.family == "max_unpool" and not x.is_floating_point():
         return unpooled(layer, x, indices), None
     if x.dtype == torch.uint16:  # of which torch has no maximum
@@ -182,7 +184,7 @@ SUM_ERROR = 2e-4
 
 def assert_result(got: np.ndarray | torch.Tensor, expected: torch.Tensor, layer: p.Layer, what: object) -> None:
     """Compare an output with torch's bit for bit, or with a definition that is computed in float64 within a bound."""
-    reduce = getattr(layer, "reduce", "max")
+    reduce = "mean" if layer.family == "blur_pool" else getattr(layer, "reduce", "max")
     in_torch = layer.family == "global_pool" and reduce == "mean"
     if reduce in {"max", "min", "median"} or in_torch or not expected.is_floating_point():
         assert_same(got, expected, what)

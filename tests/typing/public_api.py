@@ -92,6 +92,8 @@ def client(client: PoolClient) -> None:
     assert_type(result, PoolResult)
     assert_type(result.shapes, tuple[tuple[int, ...], ...])
     assert_type(client.pool_each(X, [MaxPool2d(2), [MaxPool2d(2), GlobalPool2d("mean")]]), list[PoolResult])
+    assert_type(client.pool_each(X, [GlobalPool2d("mean"), GlobalPool2d("max")], join="cat"), PoolResult)
+    client.pool_each(X, [GlobalPool2d("mean")], join="concat")  # type: ignore[call-overload]
     assert_type(client.pool_steps(X, "[MaxPool2d(2), AvgPool2d(2)]"), list[PoolResult])
     assert_type(client.pool_steps(X, [MaxPool2d(2)] * 3, [0, 2], out=[None, (X, X)]), list[PoolResult])
     client.pool_steps(X, MaxPool2d(2), 0)  # type: ignore[arg-type]

@@ -68,6 +68,8 @@ def layers(draw, among=CLASSES, *, most=MAX_PARAMETER, most_output=MAX_NUMEL, in
         "seed": lambda: st.integers(0, 2**64 - 1),
         "reduce": lambda: st.sampled_from(REDUCES),
     }
+    if cls.family == "blur_pool":
+        makers["kernel_size"] = makers["stride"] = lambda: st.integers(1, min(most, 100))
     if cls.family == "pool":
         makers["count_include_pad"] = lambda: st.booleans() if arguments["reduce"] == "mean" else st.just(False)
     for parameter in fields(cls):
@@ -120,6 +122,8 @@ def parameters(cls, most=6):
         "seed": st.integers(0, 3),
         "reduce": st.sampled_from(REDUCES),
     }
+    if cls.family == "blur_pool":
+        strategies["kernel_size"] = strategies["stride"] = sizes
     if cls.family == "pool":  # with which count_include_pad is valid
         strategies["reduce"] = st.just("mean")
     if cls.family == "max_unpool":

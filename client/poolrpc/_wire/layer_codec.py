@@ -208,6 +208,8 @@ FIELD_CODECS: dict[str, Any] = {
     "seed": _Scalar(),
     "count_include_pad": _OptionalScalar(),
     "pool.count_include_pad": _Scalar(),
+    "blur_pool.kernel_size": _OptionalScalar(),
+    "blur_pool.stride": _OptionalScalar(),
     "divisor_override": _OptionalScalar(),
     "output_ratio": _Wrapped("ratios"),
     "reduce": _Reduce(),

@@ -16,6 +16,7 @@ from poolrpc.layers.adaptive_pool import (
 )
 from poolrpc.layers.avg_pool import AvgPool1d, AvgPool2d, AvgPool3d
 from poolrpc.layers.base import FLOATS, INTEGERS, WIDE_FLOATS, Layer
+from poolrpc.layers.blur_pool import BlurPool2d
 from poolrpc.layers.element_wise import STEPS, Normalize, Round, ToDtype
 from poolrpc.layers.fractional_max_pool import SEED_STEP, FractionalMaxPool2d, FractionalMaxPool3d
 from poolrpc.layers.global_pool import GlobalPool1d, GlobalPool2d, GlobalPool3d
@@ -42,6 +43,7 @@ __all__ = [
     "AvgPool1d",
     "AvgPool2d",
     "AvgPool3d",
+    "BlurPool2d",
     "FractionalMaxPool2d",
     "FractionalMaxPool3d",
     "GlobalPool1d",
@@ -99,6 +101,7 @@ LAYERS: dict[str, type[Layer]] = {
         Pool1d,
         Pool2d,
         Pool3d,
+        BlurPool2d,
     )
 }
 """Every pooling layer by its name."""

@@ -18,6 +18,7 @@ from torch.nn import functional
 from poolrpc._shapes.parameters import per_axis
 from poolrpc.layers import SEED_STEP
 from poolrpc.layers.reductions import reduction_of
+from poolrpc_server.compute.kernels.blur import blur_bytes, blur_pool
 from poolrpc_server.compute.kernels.cells import channel_numbers, convert, flip
 from poolrpc_server.compute.kernels.padded import HALVES, padded_average, padded_max, sum_dtype, torch_can_pad
 from poolrpc_server.compute.kernels.reduce import global_pool, pool, reduction_bytes
@@ -328,6 +329,13 @@ def _global_max_pool(_: Any, __: torch.dtype, plane: tuple[int, ...]) -> Operato
     return lambda x, *_: (x.amax(axes, keepdim=True), None)
 
 
+OWN_BYTES = {"pool": reduction_bytes, "global_pool": reduction_bytes, "blur_pool": blur_bytes}
+"""The memory of operators that are several of torch's, by family."""
+
+IN_TORCH = ("global_pool, max", "global_pool, mean")
+"""Operations of these families that are one of torch's operators."""
+
+
 def eager_bytes(  # noqa: PLR0913, PLR0917 - the sizes of what an operator reads, makes and writes
     layer: Layer, dtype: torch.dtype, cells: int, outputs: int, channels: int | None, spanned: int
 ) -> int:
@@ -351,8 +359,8 @@ def eager_bytes(  # noqa: PLR0913, PLR0917 - the sizes of what an operator reads
         # The padded plane, in the dtype of sums; the sums, their divisors; and the indices in the plane.
         nbytes += spanned * (item + sum_dtype(dtype).itemsize) + outputs * (2 * sum_dtype(dtype).itemsize + 8)
         nbytes += 2 * outputs * INDEX_BYTES * layer.returns_indices
-    if family == "pool" or (family == "global_pool" and name not in OPERATIONS):
-        nbytes += reduction_bytes(layer, dtype, cells, outputs)
+    if family in OWN_BYTES and name not in IN_TORCH:
+        nbytes += OWN_BYTES[family](layer, dtype, cells, outputs)
     if dtype == torch.uint16:  # as int16 of the same order
         nbytes += (cells + outputs) * item
     if family == "max_unpool" and not dtype.is_floating_point:  # converted to a wider dtype and back, if they are bytes
@@ -395,6 +403,7 @@ OPERATIONS: dict[str, Callable[[Any, torch.dtype, tuple[int, ...]], Operator]] =
     "global_pool, mean": _global_average,
     "global_pool": global_pool,
     "pool": pool,
+    "blur_pool": blur_pool,
     "to_dtype": _to_dtype,
     "normalize": _normalize,
     "round": _round,

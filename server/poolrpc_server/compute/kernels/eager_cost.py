@@ -33,6 +33,7 @@ COSTS = {
     "adaptive_avg_pool3d": Cost(43.0, 1.1, 4.5, 0.33),
     "mean": Cost(1.0, 0.22, 4.0),
     "max_unpool": Cost(1.0, 3.0, 0.2),
+    "blur_pool": Cost(60.0, 1.0, 1.5, 0.15),
     "global_pool, max": Cost(2.3, 0.7, 0.9),
     "global_pool, max, channels last": Cost(0.4, 0.15, 0.3, 3.0),
 }

@@ -32,7 +32,7 @@ def lowest(dtype: torch.dtype) -> float | int:
 
 def torch_can_pad(layer: Any) -> bool:  # noqa: ANN401 - a Layer
     """Return whether torch's operator takes the padding of a layer: at most half of a kernel, on both sides alike."""
-    if not hasattr(layer, "padding") or layer.family == "max_unpool":
+    if layer.family not in {"max_pool", "avg_pool"}:
         return True
     return all(before == after <= kernel // 2 for kernel, _, before, after, _ in layer.geometry())
 

@@ -170,6 +170,10 @@ def shape_of_torch(cls, arguments, shape, device):
     try:
         if cls.family.startswith("global"):
             y = getattr(nn, f"AdaptiveMaxPool{cls.spatial_dims}d")(1)(x)
+        elif cls.family == "blur_pool":
+            kernel, stride = arguments.get("kernel_size", 3), arguments.get("stride", 2)
+            padded = nn.functional.pad(x, ((stride + kernel - 2) // 2,) * 4, "reflect")
+            y = nn.AvgPool2d(kernel, stride)(padded)
         elif cls.family == "pool":
             names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
             windows = {name: arguments[name] for name in names if name in arguments}

@@ -64,6 +64,8 @@ HUGE = (
     ("Pool2d('median', 5, stride=1)", "float64", (1, 1, 1024, 1024), "NCHW"),
     ("Pool2d(Softmax(), 2)", "float16", (1, 1, 4096, 4096), "NCHW"),
     ("Pool2d('std', 1000, stride=1000)", "float16", (1, 1, 4096, 4096), "NCHW"),
+    ("BlurPool2d()", "float16", (1, 1, 4096, 4096), "NCHW"),
+    ("BlurPool2d(5, 1)", "float32", (1, 2048, 2048, 2), "NHWC"),
     ("GlobalPool2d(PowerMean(3))", "float16", (1, 1, 4096, 4096), "NCHW"),
     ("AvgPool2d(2, padding='same')", "float16", (1, 1, 4097, 4096), "NCHW"),
     ("MaxPool2d(3, 2, 'same', return_indices=True)", "float64", (1, 1, 4096, 4096), "NCHW"),
