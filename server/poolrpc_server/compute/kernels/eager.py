@@ -160,6 +160,12 @@ def _avg_pool(layer: Any, dtype: torch.dtype, plane: tuple[int, ...]) -> Operato
     return lambda x, *_: (operator(x, kernel, stride, padding, ceil, include, divisor), None)
 
 
+def _window_sum(layer: Any, dtype: torch.dtype, plane: tuple[int, ...]) -> Operator:  # noqa: ANN401
+    # Added in the order in which torch's averages add, whatever the size of the windows.
+    dilated = any(dilation > 1 for *_, dilation in layer.geometry())
+    return (pool if dilated else padded_average)(layer, dtype, plane)
+
+
 def _lp_pool(layer: Any, _: torch.dtype, plane: tuple[int, ...]) -> Operator:  # noqa: ANN401
     norm, ceil = layer.norm_type, layer.ceil_mode
     kernel, stride = [*zip(*layer.geometry(), strict=True)][:2]
@@ -355,7 +361,8 @@ def eager_bytes(  # noqa: PLR0913, PLR0917 - the sizes of what an operator reads
     indexed = layer.returns_indices or not (layer.spatial_dims == 1 and dtype.is_floating_point)  # max_pool1d's are not
     if family in INDEXED and (indexed or family != "max_pool"):
         nbytes += outputs * INDEX_BYTES
-    if not torch_can_pad(layer) or (layer.spatial_dims == 3 and family == "avg_pool" and halves):
+    average_of_halves = family == "avg_pool" and layer.spatial_dims == 3 and halves
+    if not torch_can_pad(layer) or average_of_halves or name == "pool, sum":
         # The padded plane, in the dtype of sums; the sums, their divisors; and the indices in the plane.
         nbytes += spanned * (item + sum_dtype(dtype).itemsize) + outputs * (2 * sum_dtype(dtype).itemsize + 8)
         nbytes += 2 * outputs * INDEX_BYTES * layer.returns_indices
@@ -403,6 +410,7 @@ OPERATIONS: dict[str, Callable[[Any, torch.dtype, tuple[int, ...]], Operator]] =
     "global_pool, mean": _global_average,
     "global_pool": global_pool,
     "pool": pool,
+    "pool, sum": _window_sum,
     "blur_pool": blur_pool,
     "to_dtype": _to_dtype,
     "normalize": _normalize,

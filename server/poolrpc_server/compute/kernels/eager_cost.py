@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from poolrpc_server.compute.kernels.cost import Cost
-from poolrpc_server.compute.kernels.eager import OPERATIONS, operation, takes_channels_last
+from poolrpc_server.compute.kernels.eager import IN_TORCH, operation, takes_channels_last
 from poolrpc_server.compute.kernels.padded import torch_can_pad
 from poolrpc_server.compute.kernels.reduce import reduction_work
 from poolrpc_server.compute.kernels.windows import Windows
@@ -73,7 +73,7 @@ def eager_work(layer: Any, dtype: torch.dtype, plane: Sizes, result: Sizes, chan
     """
     cells, outputs, count = prod(plane), prod(result), channels or 1
     visits = layer.work(plane)
-    if operation(layer) not in OPERATIONS and layer.family in {"pool", "global_pool"}:
+    if layer.family in {"pool", "global_pool"} and operation(layer) not in IN_TORCH:
         work = reduction_work(layer, cells, outputs, visits)
         return count * (work if channels is None else work + COPY * (cells + outputs))
     kind = _kind(layer, dtype, outputs, len(plane), channels)

@@ -37,6 +37,11 @@ def torch_can_pad(layer: Any) -> bool:  # noqa: ANN401 - a Layer
     return all(before == after <= kernel // 2 for kernel, _, before, after, _ in layer.geometry())
 
 
+def sum_divisor(layer: Any) -> int | None:  # noqa: ANN401 - an AvgPool or a Pool
+    """Return what all sums of a layer are divided by, if it isn't the number of a window's cells."""
+    return 1 if getattr(layer, "reduce", None) == "sum" else getattr(layer, "divisor_override", None)
+
+
 def padded_max(layer: Any, dtype: torch.dtype, plane: Sizes, operator: Operator) -> Operator:  # noqa: ANN401 - a MaxPool
     """Return the operator of a max with any padding, given that of the same windows without padding."""
     windows = Windows.of(layer.geometry())
@@ -51,11 +56,11 @@ def padded_max(layer: Any, dtype: torch.dtype, plane: Sizes, operator: Operator)
 
 
 def padded_average(layer: Any, dtype: torch.dtype, plane: Sizes) -> Operator:  # noqa: ANN401 - an AvgPool
-    """Return the operator of an average with any padding, which sums the padded plane and then divides."""
+    """Return the operator of an average or a sum with any padding, which sums the padded plane and then divides."""
     windows = Windows.of(layer.geometry())
     sums, pad = sum_dtype(dtype), _pad(windows, plane)
     kernel, stride = windows.kernel, windows.stride
-    override = getattr(layer, "divisor_override", None)
+    override = sum_divisor(layer)
 
     def run(x: torch.Tensor, *_: object) -> Pooled:
         padded = pad(x.to(sums), 0)

@@ -22,7 +22,7 @@ from poolrpc_server.compute.kernels.blocks import (
 )
 from poolrpc_server.compute.kernels.cost import EAGER_CALL, UNPREDICTED, Case, Cost
 from poolrpc_server.compute.kernels.counts import axis_counts, divisor
-from poolrpc_server.compute.kernels.padded import HALVES, sum_dtype
+from poolrpc_server.compute.kernels.padded import HALVES, sum_divisor, sum_dtype
 from poolrpc_server.compute.kernels.plan import Plan, Row
 from poolrpc_server.compute.kernels.windows import Windows
 
@@ -172,7 +172,9 @@ def can_divide(plan: Plan) -> bool:
     windows, layer = plan.windows, plan.layer
     if prod(windows.kernel) > MAX_TAPS:
         return False
-    override = getattr(layer, "divisor_override", None)
+    if layer.family == "pool" and max(windows.dilation) > 1:
+        return False
+    override = sum_divisor(layer)
     if override is not None and abs(override) > EXACT_DIVISOR:
         return False
     if override is not None or prod(plan.result_shape) <= MAX_DIVISORS:
@@ -212,8 +214,8 @@ def is_faster(case: Case) -> bool:
 
 def _add_layer(plan: Plan, source: Cells, target: Cells, _: object) -> None:
     layer = plan.layer
-    if getattr(layer, "divisor_override", None) is not None:
-        divided_by: float | Tensor = float(layer.divisor_override)
+    if (override := sum_divisor(layer)) is not None:
+        divided_by: float | Tensor = float(override)
     else:
         divided_by = divisor(plan.plane_shape, plan.windows, plan.result_shape, include_pad=layer.count_include_pad)
     add_average(source, plan.windows, [divided_by], sum_dtype(plan.dtype), target)
@@ -238,7 +240,7 @@ def work(plan: Plan) -> float:
 
 RASTER_AVERAGE = Row(
     "raster average",
-    ("avg_pool",),
+    ("avg_pool", "pool, sum"),
     add=_add_layer,
     work=work,
     scratch=scratch_bytes,

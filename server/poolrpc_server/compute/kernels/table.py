@@ -9,6 +9,7 @@ from poolrpc.layers import Layer
 from poolrpc_server.compute.kernels.adaptive_average import ADAPTIVE_AVERAGE
 from poolrpc_server.compute.kernels.adaptive_max import ADAPTIVE_MAX, GLOBAL_MAX
 from poolrpc_server.compute.kernels.element_wise import ELEMENT_WISE
+from poolrpc_server.compute.kernels.mirrored_max import mirrored
 from poolrpc_server.compute.kernels.packed_max import PACKED_MAX
 from poolrpc_server.compute.kernels.plan import Plan
 from poolrpc_server.compute.kernels.power_average import POWER_AVERAGE
@@ -34,6 +35,7 @@ TABLE = (
     ADAPTIVE_AVERAGE,
     unsigned(SEPARABLE_MAX),
     unsigned(PACKED_MAX),
+    mirrored(SEPARABLE_MAX),
     ELEMENT_WISE,
     ROUNDED_AVERAGE,
 )
