@@ -19,6 +19,7 @@ NAMES = (
     "narrow",
     "pyramid",
     "ray",
+    "recipes",
     "sizing",
     "soak",
     "threads",

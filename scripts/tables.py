@@ -198,6 +198,12 @@ def narrow() -> str:
     return table(("steps and input", "by", *NARROW_BASELINES), rows)
 
 
+def recipes() -> str:
+    """The recipes' speed, compared with their usual code in torch."""
+    rows = ((row["case"], row["baseline_ms"], row["ms"], row["ratio"]) for row in _results("recipes"))
+    return table(("recipe, input", "torch, ms", "engine, ms", "times torch's speed"), rows)
+
+
 def rest() -> str:
     """Many small tensors, a memory-mapped file, and a load of ten times the capacity."""
     ratios = {row["contender"]: row["ratio"] for row in _results("transport") if row["baseline"] == "one call each"}
@@ -313,6 +319,7 @@ TABLES: dict[str, Callable[[], str]] = {
         kernels,
         paths,
         narrow,
+        recipes,
         rest,
         gpu,
         processes,

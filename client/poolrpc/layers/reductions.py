@@ -350,4 +350,13 @@ def _power(xp: Values, x: Values, p: float) -> Values:
 
     torch's own power of a cell may differ in the last bit, depending on the cell's position in memory.
     """
-    return xp.exp(xp.log(x) * p)
+    if p not in range(1, MAX_PRODUCT + 1):
+        return xp.exp(xp.log(x) * p)
+    product = x
+    for _ in range(1, int(p)):
+        product = product * x
+    return product
+
+
+MAX_PRODUCT = 6
+"""The largest power that is a product: a logarithm and an exponential take as long as eight multiplications."""
