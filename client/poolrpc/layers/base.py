@@ -204,14 +204,14 @@ class SlidingWindowLayer(Layer):
         for size, (kernel, stride, before, after, dilation) in zip(plane, made.geometry(), strict=True):
             padded = size + before + after
             if dilation > padded:
-                msg = f"expected at most input + 2*padding = {padded}, got {dilation}"
+                msg = f"expected at most the padded input, {padded}, got {dilation}"
                 raise InvalidArgumentError(msg, field="dilation")
             # Only MaxUnpool has no ceil_mode, and it overrides this method.
             cells = pooled_size(size, kernel, stride, before, dilation, padding_end=after, ceil_mode=made.ceil_mode)
             if cells < 1:
                 extent = dilation * (kernel - 1) + 1
                 msg = (
-                    f"expected an effective kernel of at most input + 2*padding = {padded}, "
+                    f"expected an effective kernel of at most the padded input, {padded}, "
                     f"got dilation*(kernel_size - 1) + 1 = {extent} on plane {plane}"
                 )
                 raise InvalidArgumentError(msg, field="kernel_size")

@@ -30,6 +30,11 @@ def lowest(dtype: torch.dtype) -> float | int:
     return -inf if dtype.is_floating_point else torch.iinfo(dtype).min
 
 
+def highest(dtype: torch.dtype) -> float | int:
+    """Return the highest value of a dtype."""
+    return inf if dtype.is_floating_point else torch.iinfo(dtype).max
+
+
 def torch_can_pad(layer: Any) -> bool:  # noqa: ANN401 - a Layer
     """Return whether torch's operator takes the padding of a layer: at most half of a kernel, on both sides alike."""
     if layer.family not in {"max_pool", "avg_pool"}:

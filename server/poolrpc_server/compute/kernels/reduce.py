@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import product
-from math import inf, nan, prod
+from math import nan, prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from poolrpc.layers.reductions import Reduction, reduction_of
 from poolrpc_server.compute.kernels.blocks import TARGET_BYTES
 from poolrpc_server.compute.kernels.counts import divisor
-from poolrpc_server.compute.kernels.padded import divided, lowest, sum_dtype
+from poolrpc_server.compute.kernels.padded import divided, highest, lowest, sum_dtype
 from poolrpc_server.compute.kernels.windows import Sizes, Windows, reading_windows
 
 if TYPE_CHECKING:
@@ -43,14 +43,18 @@ class PlaneCells:
 
     def max(self, of: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
         """As in WindowCells."""
+        if not self.count:
+            return self._empty(lowest(self._x.dtype))
         return (self._x if of is None else of(self._x)).amax(-1)
 
     def min(self) -> torch.Tensor:
         """As in WindowCells."""
-        return self._x.amin(-1)
+        return self._x.amin(-1) if self.count else self._empty(highest(self._x.dtype))
 
     def median(self) -> torch.Tensor:
         """As in WindowCells."""
+        if not self.count:
+            return self._empty(nan if self._x.dtype.is_floating_point else highest(self._x.dtype))
         return self._x.median(-1).values
 
     def sum(self, of: Callable[..., torch.Tensor] | None = None, *values: torch.Tensor) -> torch.Tensor:
@@ -59,7 +63,10 @@ class PlaneCells:
 
     def mean(self, of: Callable[..., torch.Tensor] | None = None, *values: torch.Tensor) -> torch.Tensor:
         """As in WindowCells."""
-        return divided(self.sum(of, *values), self._divisor)
+        return divided(self.sum(of, *values), max(self._divisor, 1.0))
+
+    def _empty(self, value: float) -> torch.Tensor:
+        return self._x.new_full(self._x.shape[:-1], value)
 
 
 class SlidingCells:
@@ -75,7 +82,8 @@ class SlidingCells:
         """Create the cells of windows over planes (planes, *plane), in the dtype of the arithmetic."""
         plane = tuple(x.shape[1:])
         self._x, self._shape = x, (x.shape[0], *result)
-        self._taps = _taps(plane, windows, result)
+        taps = _remembered_taps if prod(windows.kernel) <= REMEMBERED_CELLS else _taps
+        self._taps = taps(plane, windows, result)
         self._divisor = divisor(plane, windows, result, include_pad=include_pad)
         self.count: Any = divisor(plane, windows, result, include_pad=False)
         if isinstance(self.count, torch.Tensor):
@@ -87,8 +95,7 @@ class SlidingCells:
 
     def min(self) -> torch.Tensor:
         """As in WindowCells."""
-        dtype = self._x.dtype
-        return self._extreme(self._x, torch.minimum, inf if dtype.is_floating_point else torch.iinfo(dtype).max)
+        return self._extreme(self._x, torch.minimum, highest(self._x.dtype))
 
     def _extreme(self, x: torch.Tensor, better: Callable[..., torch.Tensor], worst: float) -> torch.Tensor:
         best = x.new_full(self._shape, worst)
@@ -99,9 +106,8 @@ class SlidingCells:
     def median(self) -> torch.Tensor:
         """As in WindowCells."""
         x = self._x
-        top = inf if x.dtype.is_floating_point else torch.iinfo(x.dtype).max
         # Behind the cells of a window are cells that sort last, as many as it lacks.
-        cells = x.new_full((*self._shape, max(1, len(self._taps))), top)
+        cells = x.new_full((*self._shape, max(1, len(self._taps))), highest(x.dtype))
         for number, (read, write) in enumerate(self._taps):
             cells[write][..., number] = x[read]
         cells = cells.sort(-1).values
@@ -130,7 +136,6 @@ class SlidingCells:
         return divided(self.sum(of, *values), some)
 
 
-@lru_cache(maxsize=64)
 def _taps(plane: Sizes, windows: Windows, result: Sizes) -> list[Tap]:
     """Return where windows have each of their cells, in raster order, without cells that all have in the padding."""
     taps = []
@@ -149,6 +154,12 @@ def _taps(plane: Sizes, windows: Windows, result: Sizes) -> list[Tap]:
     return taps
 
 
+REMEMBERED_CELLS = 1024
+"""The size of the largest windows whose taps are remembered."""
+
+_remembered_taps = lru_cache(maxsize=64)(_taps)
+
+
 def arithmetic_dtype(reduction: Reduction, dtype: torch.dtype, device: str) -> torch.dtype:
     """Return the dtype in which a reduction of cells of a dtype is computed on a device."""
     if not dtype.is_floating_point or reduction.arithmetic == "cells":
@@ -160,14 +171,14 @@ def arithmetic_dtype(reduction: Reduction, dtype: torch.dtype, device: str) -> t
 def pool(layer: Any, dtype: torch.dtype, plane: Sizes) -> Operator:  # noqa: ANN401 - a Pool
     """Return the operator of a layer that reduces sliding windows."""
     reduction, windows = reduction_of(layer.reduce), Windows.of(layer.geometry())
-    taken = 2 if windows.dilation == (1,) * len(plane) and prod(windows.kernel) > prod(plane) else 1
+    few = prod(windows.kernel) > prod(plane)  # few windows of many cells
 
     def run(x: torch.Tensor, *_: object) -> Pooled:
         cells = x.to(arithmetic_dtype(reduction, dtype, x.device.type)).flatten(0, 1)
-        if taken == 1:
-            made = reduction.of(SlidingCells(cells, windows, plane, include_pad=layer.count_include_pad))
-        else:
+        if few:
             made = _window_by_window(reduction, cells, windows, plane, include_pad=layer.count_include_pad)
+        else:
+            made = reduction.of(SlidingCells(cells, windows, plane, include_pad=layer.count_include_pad))
         return made.to(dtype).view(*x.shape[:2], *plane), None
 
     return run
@@ -176,14 +187,16 @@ def pool(layer: Any, dtype: torch.dtype, plane: Sizes) -> Operator:  # noqa: ANN
 def _window_by_window(
     reduction: Reduction, x: torch.Tensor, windows: Windows, result: Sizes, *, include_pad: bool
 ) -> torch.Tensor:
-    """Reduce few windows of many cells, one at a time, each of all planes."""
+    """Reduce windows one at a time, each of all planes."""
+    axes = [*zip(windows.stride, windows.kernel, windows.padding, windows.dilation, strict=True)]
     counts = divisor(tuple(x.shape[1:]), windows, result, include_pad=include_pad)
     made = x.new_empty((x.shape[0], *result))
     for index in product(*map(range, result)):
         cells: list[slice] = [slice(None)]
-        for i, stride, kernel, before in zip(index, windows.stride, windows.kernel, windows.padding, strict=True):
+        for i, (stride, kernel, before, dilation) in zip(index, axes, strict=True):
             start = i * stride - before
-            cells.append(slice(max(0, start), start + kernel))
+            first = start if start >= 0 else start % dilation
+            cells.append(slice(first, max(first, start + dilation * (kernel - 1) + 1), dilation))
         count = float(counts[index]) if isinstance(counts, torch.Tensor) else counts
         chosen: Any = (slice(None), *index)
         made[chosen] = reduction.of(PlaneCells(x[tuple(cells)].flatten(1), count))
