@@ -128,6 +128,7 @@ class Service:
                 workspace_limit=min(WORKSPACE_LIMIT, config.max_inflight_bytes // 4),
                 idle_limit=min(IDLE_LIMIT, config.max_inflight_bytes // 4),
                 page_lock_limit=config.max_arena_bytes if (limit := config.max_page_locked_bytes) < 0 else limit,
+                max_work=config.max_work,
             )
         except ValueError as error:
             raise ConfigError(str(error)) from None

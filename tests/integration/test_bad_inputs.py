@@ -524,7 +524,7 @@ def test_indices_without_an_unpool(stub: pool_pb2_grpc.PoolServiceStub) -> None:
     request = message(max2d(), (1, 1, 2, 2))
     request.operand.CopyFrom(codec.encode_spec(TensorSpec("int64", (1, 1, 2, 2))))
     request.payload += bytes(32)
-    assert "expected no indices" in str(rejection(stub, request))
+    assert "operand: expected none, since no layer" in str(rejection(stub, request))
 
 
 def test_unpool_after_another_layer(stub: pool_pb2_grpc.PoolServiceStub) -> None:

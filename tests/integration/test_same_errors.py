@@ -100,12 +100,12 @@ INVALID: dict[str, tuple[dict[str, Any], type[PoolError], str]] = {
     "unpooling without indices": (
         {"layers": MaxUnpool2d(2)},
         poolrpc.InvalidArgumentError,
-        "indices: expected the indices of a MaxPool for MaxUnpool, got none",
+        "indices: expected the indices for MaxUnpool2d, got none",
     ),
     "indices without unpooling": (
         {"indices": INDICES},
         poolrpc.InvalidArgumentError,
-        "indices: expected no indices without a MaxUnpool, got some",
+        "indices: expected no operand for MaxPool2d, got indices",
     ),
     "dtype of indices": (
         {"layers": MaxUnpool2d(2), "indices": INDICES.astype(np.int32)},

@@ -10,6 +10,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 import poolrpc as p
+from tests.operand_bytes import operand_for
 from tests.unit.strategies import REDUCES
 
 if TYPE_CHECKING:
@@ -128,6 +129,9 @@ GRID: dict[str, list[p.Layer]] = {
         for dims in SIZES
     },
     "BlurPool2d": [p.BlurPool2d(*each) for each in ((), (1, 1), (2, 2), (3, 1), (4, 3), (5, 2))],
+    "SegmentPool": [p.SegmentPool(r) for r in REDUCES],
+    "RoIPool": [p.RoIPool(o, s) for o, s in product([1, 3, (2, 5)], [1.0, 0.5])],
+    "RoIAlign": [p.RoIAlign(o, s, r, aligned) for o, s, r, aligned in product([1, (2, 3)], [1.0, 0.5], [0, 2], BOTH)],
 }
 
 
@@ -183,7 +187,8 @@ def features(case: Case) -> list[tuple[str, object]]:
 def accepts(layer: p.Layer, shape: tuple[int, ...]) -> bool:
     """Return whether a layer can pool a tensor of that shape."""
     try:
-        layer.output_shape(shape)
+        operand, _ = operand_for([(layer,)], shape)
+        layer.output_shape(shape, None if operand is None else operand.shape)
     except p.InvalidArgumentError:
         return False
     return True

@@ -22,6 +22,7 @@ from poolrpc import (
     PoolClient,
     PoolError,
     PoolResult,
+    SegmentPool,
     ServerInfo,
     UnavailableError,
     branch_shapes,
@@ -121,7 +122,11 @@ def client(client: PoolClient) -> None:
     client.pool(X, 2)  # type: ignore[arg-type]
     client.pool(X, MaxPool2d)  # type: ignore[arg-type]
     client.pool(X, MaxPool2d(2), timeout="1")  # type: ignore[arg-type]
-    client.pool(X, MaxPool2d(2), None)  # type: ignore[call-arg]
+    client.pool(X, MaxPool2d(2), None)  # type: ignore[call-arg, arg-type]
+    assert_type(client.pool(X, SegmentPool("max"), offsets=[0, 1]), PoolResult)
+    assert_type(client.map([X], SegmentPool("max"), lengths=[[1, 2]]), Iterator[PoolResult])
+    assert_type(SegmentPool("max").output_shape((1, 2, 3), operand_shape=(3,)), tuple[int, ...])
+    client.pool(X, SegmentPool("max"), mask=X)  # type: ignore[call-arg]
     client.pool(X, MaxPool2d(2), priority=0, metadata=[("a", "1"), ("b-bin", b"2")])
     client.pool_each(X, [MaxPool2d(2)], priority=2, metadata=[("a", "1")])
     client.output_shape((1, 3, 8, 8), MaxPool2d(2), metadata={"a": "1"})

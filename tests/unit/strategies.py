@@ -6,7 +6,7 @@ from functools import cache
 from hypothesis import strategies as st
 
 from poolrpc import LAYERS, STEPS
-from poolrpc._shapes.limits import MAX_NORMALIZED_CHANNELS, MAX_NUMEL, MAX_PARAMETER
+from poolrpc._shapes.limits import MAX_BINS, MAX_NORMALIZED_CHANNELS, MAX_NUMEL, MAX_PARAMETER, MAX_SAMPLES
 from poolrpc._shapes.parameters import per_axis
 from poolrpc.layers import FLOATS, INTEGERS
 from poolrpc.layers.reductions import NAMED, LogSumExp, Norm, PowerMean, Softmax
@@ -49,6 +49,8 @@ def layers(draw, among=CLASSES, *, most=MAX_PARAMETER, most_output=MAX_NUMEL, in
 
     def output_size():
         cells = st.integers(1, most_output)
+        if cls.operand == "boxes":
+            return one_or_per_axis(st.integers(1, min(most_output, MAX_BINS)), dims)
         if cls.family.startswith("adaptive"):
             return st.one_of(cells, st.tuples(*[st.none() | cells] * dims))
         return st.none() | one_or_per_axis(cells, dims)
@@ -67,6 +69,9 @@ def layers(draw, among=CLASSES, *, most=MAX_PARAMETER, most_output=MAX_NUMEL, in
         "output_ratio": lambda: one_or_per_axis(st.floats(0, 1, exclude_min=True, exclude_max=True), dims),
         "seed": lambda: st.integers(0, 2**64 - 1),
         "reduce": lambda: st.sampled_from(REDUCES),
+        "spatial_scale": lambda: st.floats(0.001, 1000),
+        "sampling_ratio": lambda: st.integers(0, MAX_SAMPLES),
+        "aligned": st.booleans,
     }
     if cls.family == "blur_pool":
         makers["kernel_size"] = makers["stride"] = lambda: st.integers(1, min(most, 100))
@@ -121,6 +126,9 @@ def parameters(cls, most=6):
         "output_ratio": one_or_per_axis(st.floats(0.01, 0.99), dims),
         "seed": st.integers(0, 3),
         "reduce": st.sampled_from(REDUCES),
+        "spatial_scale": st.floats(0.1, 2),
+        "sampling_ratio": nearly(0, 3),
+        "aligned": flags,
     }
     if cls.family == "blur_pool":
         strategies["kernel_size"] = strategies["stride"] = sizes

@@ -25,6 +25,8 @@ from poolrpc.layers.max_pool import MaxPool1d, MaxPool2d, MaxPool3d
 from poolrpc.layers.max_unpool import MaxUnpool1d, MaxUnpool2d, MaxUnpool3d
 from poolrpc.layers.pool import Pool1d, Pool2d, Pool3d
 from poolrpc.layers.reductions import REDUCTIONS, LogSumExp, Norm, PowerMean, Reduction, Softmax
+from poolrpc.layers.regions import RoIAlign, RoIPool
+from poolrpc.layers.segment_pool import SegmentPool
 
 __all__ = [
     "FLOATS",
@@ -67,7 +69,10 @@ __all__ = [
     "Pool3d",
     "PowerMean",
     "Reduction",
+    "RoIAlign",
+    "RoIPool",
     "Round",
+    "SegmentPool",
     "Softmax",
     "ToDtype",
 ]
@@ -102,6 +107,9 @@ LAYERS: dict[str, type[Layer]] = {
         Pool2d,
         Pool3d,
         BlurPool2d,
+        SegmentPool,
+        RoIPool,
+        RoIAlign,
     )
 }
 """Every pooling layer by its name."""

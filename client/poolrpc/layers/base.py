@@ -6,6 +6,7 @@ from types import FunctionType
 from typing import Any, ClassVar, Self
 
 from poolrpc._shapes.limits import MAX_NUMEL
+from poolrpc._shapes.operands import check_operand_shape
 from poolrpc._shapes.parameters import Axes, axes, integer, padded_sides, padding, per_axis
 from poolrpc._shapes.rules import check_shape, pooled_size, same_padding
 from poolrpc.errors import InvalidArgumentError
@@ -41,7 +42,8 @@ class Layer:
             parameter: those for any value of it.
         spatial_dims: Number of spatial axes: 1, 2 or 3; 0 for an element-wise step, which takes any number of them.
         operand: The name of the second tensor that the layer takes in addition to its input, which is also its name in
-            calls and errors: "indices"; empty if it takes none.
+            calls and errors: "indices", "weights", "offsets" or "boxes"; empty if it takes none.
+        operand_optional: Whether a call may be without it.
 
     Examples:
         >>> from poolrpc import MaxPool2d
@@ -58,6 +60,7 @@ class Layer:
     dtypes: ClassVar[tuple[str, ...]] = FLOATS
     spatial_dims: ClassVar[int]
     operand: ClassVar[str] = ""
+    operand_optional: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         """Name the constructor of a public class after it: Python's errors of missing arguments have that name."""
@@ -91,12 +94,14 @@ class Layer:
         """Whether the result has the indices of the maxima too."""
         return bool(getattr(self, "return_indices", False))
 
-    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def output_shape(self, shape: tuple[int, ...], operand_shape: tuple[int, ...] | None = None) -> tuple[int, ...]:
         """Return the shape of the output, exactly as torch computes it, without a server.
 
         Args:
             shape: The input's shape, (N, C, spatial...) or (C, spatial...). N may be 0; every other axis is 1 to
                 2**31 - 1.
+            operand_shape: The shape of the operand, on which the output of SegmentPool, RoIPool and RoIAlign depends.
+                Default: None, which is enough for every other layer.
 
         Returns:
             The shape of the output, with the input's N and C.
@@ -107,7 +112,39 @@ class Layer:
         """
         shape = self._checked_sizes(shape)
         dims = check_shape(shape, self.spatial_dims)
+        if operand_shape is not None:
+            operand_shape = tuple(integer("operand_shape", size, 0, MAX_NUMEL) for size in operand_shape)
+            if not self.operand:
+                msg = f"expected none for {self.name}, which takes no operand, got {operand_shape}"
+                raise InvalidArgumentError(msg, field="operand_shape")
+            check_operand_shape(self.operand, operand_shape, shape, dims)
+        return self.pooled_shape(shape, dims, operand_shape)
+
+    def pooled_shape(
+        self,
+        shape: tuple[int, ...],
+        dims: int,
+        operand_shape: tuple[int, ...] | None = None,  # noqa: ARG002 - see below
+    ) -> tuple[int, ...]:
+        """Return the shape of the output, for shapes that are checked.
+
+        Args:
+            shape: The input's shape, with channels first.
+            dims: The number of its spatial axes.
+            operand_shape: The shape of the operand, for layers whose output depends on it. None: there is none.
+
+        Raises:
+            InvalidArgumentError: The layer can't pool a tensor of this shape.
+
+        """
         return shape[:-dims] + self.output_plane(shape[-dims:])
+
+    def _size_of(self, operand_shape: tuple[int, ...] | None) -> int:
+        """Return the length of the first axis of an operand, on which the shape of the output depends."""
+        if operand_shape is None:
+            msg = f"expected the shape of the {self.operand}, on which the output depends, got none"
+            raise InvalidArgumentError(msg, field="operand_shape")
+        return operand_shape[0]
 
     @staticmethod
     def _checked_sizes(shape: tuple[int, ...]) -> tuple[int, ...]:

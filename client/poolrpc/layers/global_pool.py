@@ -11,6 +11,8 @@ from poolrpc.layers.reductions import Reduce, ReducedDtypes, check_reduce
 class _GlobalPool(Layer):
     family: ClassVar[str] = "global_pool"
     dtypes = ReducedDtypes()
+    operand: ClassVar[str] = "weights"
+    operand_optional: ClassVar[bool] = True
     reduce: Reduce
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ in the proto's `Reduction` if it has no parameter.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from math import inf, isfinite
+from math import inf, isfinite, nan
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 from poolrpc._shapes.limits import MAX_NORM
@@ -69,6 +69,7 @@ class Reduction:
         dtypes: Names of the dtypes that it takes.
         arithmetic: The dtype in which it computes.
         gathers: Whether it needs all cells of a window side by side, which takes memory.
+        empty: The value of no cells, as an empty segment has none: that of torch.segment_reduce, or NaN.
         work: Nanoseconds of one thread for each cell of a plane, and for each cell of each window, measured; a server's
             limit on work counts them.
 
@@ -79,6 +80,7 @@ class Reduction:
     dtypes: ClassVar[tuple[str, ...]] = FLOATS
     arithmetic: ClassVar[Arithmetic] = "float64"
     gathers: ClassVar[bool] = False
+    empty: ClassVar[float] = nan
     work: ClassVar[tuple[float, float]] = (0.25, 0.4)
 
     def __init_subclass__(cls) -> None:
@@ -96,6 +98,7 @@ class Reduction:
 
 class _Max(Reduction):
     name = "max"
+    empty = -inf
     dtypes = FLOATS + INTEGERS
     arithmetic = "cells"
 
@@ -105,6 +108,7 @@ class _Max(Reduction):
 
 class _Min(Reduction):
     name = "min"
+    empty = inf
     dtypes = FLOATS + INTEGERS
     arithmetic = "cells"
 
@@ -114,6 +118,7 @@ class _Min(Reduction):
 
 class _Sum(Reduction):
     name = "sum"
+    empty = 0.0
     dtypes = (*FLOATS, "int64")
     arithmetic = "sums"
 
@@ -178,6 +183,7 @@ class Norm(Reduction):
     """
 
     name: ClassVar[str] = "norm"
+    empty: ClassVar[float] = 0.0
     work: ClassVar[tuple[float, float]] = (3.0, 0.6)
     p: float
 

@@ -198,8 +198,8 @@ class TensorSpec(_message.Message):
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The length of each axis, in the order of `layout`. A batched tensor has N and C in addition to its spatial axes, an
-        unbatched one only C. N may be 0; every other axis is at least 1. An operand may have one or two axes, and none of
-        length 0 but the first.
+        unbatched one only C. N may be 0; every other axis is at least 1. An operand may have fewer axes, and only its
+        first may be of length 0.
         """
 
     def __init__(
@@ -244,7 +244,8 @@ class PoolRequest(_message.Message):
         """The operand: a second tensor that the first layers of the branches take, all of them the same. Which one it is, its
         dtype and its shape depend on the layer; LayerInfo.operand has its name, which errors have too. Absent if no layer
         takes one. The operand of MaxUnpool is "indices", the indices of maxima: int64, with the shape and the layout of the
-        input.
+        input. That of GlobalPool, which it may be without, is "weights": float32 or float64, finite and at least 0, with the
+        shape of the input without its channels; a cell of weight 0 isn't there.
         """
 
     @_builtins.property
@@ -318,12 +319,12 @@ class PoolStreamRequest(_message.Message):
     padding: _builtins.bytes
     """Ignored, as in PoolRequest."""
     payload: _builtins.bytes
-    """The bytes of the block's planes of the input, then of the same planes of an operand that has the input's shape."""
+    """In the first message: the bytes of an operand of another shape than the input's; "boxes" can't be streamed. In the
+    later ones: the bytes of the block's planes of the input, then of the same planes of an operand of the input's shape.
+    """
     @_builtins.property
     def request(self) -> Global___PoolRequest:
-        """Only in the first message: the request, without arena, and without payload unless the operand has another shape than
-        the input: the payload is then the operand's bytes, whole.
-        """
+        """Only in the first message: the request, without arena and payload."""
 
     def __init__(
         self,
@@ -642,6 +643,7 @@ class InferShapeRequest(_message.Message):
     SHAPE_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELD_NUMBER: _builtins.int
     BRANCHES_FIELD_NUMBER: _builtins.int
+    OPERAND_SHAPE_FIELD_NUMBER: _builtins.int
     layout: Global___Layout.ValueType
     """The order of the axes."""
     @_builtins.property
@@ -652,16 +654,21 @@ class InferShapeRequest(_message.Message):
     def branches(self) -> _containers.RepeatedCompositeFieldContainer[Global___Branch]:
         """One or more branches, as in PoolRequest."""
 
+    @_builtins.property
+    def operand_shape(self) -> Global___Shape:
+        """The shape of the operand, if there is one. Required by layers whose output depends on it."""
+
     def __init__(
         self,
         *,
         shape: Global___Shape | None = ...,
         layout: Global___Layout.ValueType = ...,
         branches: _abc.Iterable[Global___Branch] | None = ...,
+        operand_shape: Global___Shape | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["shape", b"shape"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["operand_shape", b"operand_shape", "shape", b"shape"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["branches", b"branches", "layout", b"layout", "shape", b"shape"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["branches", b"branches", "layout", b"layout", "operand_shape", b"operand_shape", "shape", b"shape"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1349,8 +1356,9 @@ Global___GlobalPool: _TypeAlias = GlobalPool  # noqa: Y015
 
 @_typing.final
 class SegmentPool(_message.Message):
-    """SegmentPool reduces each segment of a 1d plane to one cell. Its operand is "offsets": int64, of shape (S + 1), where
-    segment i has the cells from offset i up to, but without, offset i + 1.
+    """SegmentPool reduces each segment of a 1d plane to one cell. Its operand is "offsets": int64, of shape (S + 1), in
+    ascending order from 0 to the length of the plane, where segment i has the cells from offset i up to, but without,
+    offset i + 1.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1380,7 +1388,8 @@ Global___SegmentPool: _TypeAlias = SegmentPool  # noqa: Y015
 @_typing.final
 class RoiPool(_message.Message):
     """RoiPool takes the max of each bin of regions of interest, as torchvision's RoIPool does. Its operand is "boxes", of
-    shape (K, 5): for each box the number of the image, x1, y1, x2, y2.
+    shape (K, 5), float32 or float64: for each box the number of the image, x1, y1, x2, y2. The output has a row for each
+    box in place of each image.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1426,7 +1435,6 @@ class RoiAlign(_message.Message):
     SPATIAL_SCALE_FIELD_NUMBER: _builtins.int
     SAMPLING_RATIO_FIELD_NUMBER: _builtins.int
     ALIGNED_FIELD_NUMBER: _builtins.int
-    MODE_FIELD_NUMBER: _builtins.int
     spatial_dims: _builtins.int
     """2: the 2d layer."""
     spatial_scale: _builtins.float
@@ -1435,8 +1443,6 @@ class RoiAlign(_message.Message):
     """The samples of a bin along each axis. 0: as many as the bin has cells, rounded up."""
     aligned: _builtins.bool
     """Whether coordinates are shifted by half a cell."""
-    mode: Global___Reduction.ValueType
-    """What becomes of the samples of a bin. Unset: the mean. REDUCTION_MAX is that of ONNX."""
     @_builtins.property
     def output_size(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The output's height and width."""
@@ -1449,11 +1455,10 @@ class RoiAlign(_message.Message):
         spatial_scale: _builtins.float | None = ...,
         sampling_ratio: _builtins.int = ...,
         aligned: _builtins.bool = ...,
-        mode: Global___Reduction.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_spatial_scale", b"_spatial_scale", "spatial_scale", b"spatial_scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_spatial_scale", b"_spatial_scale", "aligned", b"aligned", "mode", b"mode", "output_size", b"output_size", "sampling_ratio", b"sampling_ratio", "spatial_dims", b"spatial_dims", "spatial_scale", b"spatial_scale"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_spatial_scale", b"_spatial_scale", "aligned", b"aligned", "output_size", b"output_size", "sampling_ratio", b"sampling_ratio", "spatial_dims", b"spatial_dims", "spatial_scale", b"spatial_scale"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__spatial_scale: _TypeAlias = _typing.Literal["spatial_scale"]  # noqa: Y015
     _WhichOneofArgType__spatial_scale: _TypeAlias = _typing.Literal["_spatial_scale", b"_spatial_scale"]  # noqa: Y015

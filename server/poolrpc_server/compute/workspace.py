@@ -12,7 +12,9 @@ import torch
 
 from poolrpc_server.compute.branch import checked_indices
 from poolrpc_server.compute.buffers import aligned
+from poolrpc_server.compute.operands import whole_operand
 from poolrpc_server.compute.overlap import run_in_blocks
+from poolrpc_server.compute.with_operand import takes_operand
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from poolrpc_server.compute.branch import Branch
     from poolrpc_server.compute.device import Stream
     from poolrpc_server.compute.kernels.blocks import Program
+    from poolrpc_server.compute.operands import WholeOperand
     from poolrpc_server.compute.schedule import Schedule
 
 ParallelFor: TypeAlias = "Callable[[Callable[[int, int], None], int, int], None]"
@@ -65,12 +68,18 @@ class Workspace:
             outputs: Memory for each output tensor; it may be left out if the schedule is `whole`.
             reused: Whether it will run many times, so that programs are made once and kept.
 
+        Raises:
+            InvalidArgumentError: An operand that the blocks of planes share is invalid.
+
         """
         self.schedule, self.inputs, self.outputs = schedule, inputs, outputs
         self.last_used = 0
         self._programs: list[list[Program] | None] = [None] * len(schedule.branches)
         branches = schedule.branches
+        self._operand: WholeOperand | None = None
         if branches:
+            if schedule.whole_operand:
+                self._operand = whole_operand(inputs[1], schedule.request, schedule.spatial_dims)
             self._x = self._tensor(inputs[0], schedule.inputs[0])
             self._aligned = self._x.data_ptr() % self._x.element_size() == 0
             if not self._aligned:  # Vectorised code may fail on such an address: planes are copied first.
@@ -116,7 +125,7 @@ class Workspace:
                     program.run(check)
             elif branch.whole:
                 results = branch.compute_whole(self._input(), self._checked_operand(branch), check)
-                (written,) = targets
+                written = [target for each in targets for target in each]
                 if not written or (not in_place and written[0].nbytes >= LEFT_BYTES):
                     outputs += map(_memory, results)
                     continue
@@ -163,20 +172,25 @@ class Workspace:
         for branch, targets in zip(schedule.branches, self._targets, strict=True):
             plan = branch.steps[0][0]
             operand = None
-            if plan.layer.operand:
+            if self._operand is not None and takes_operand(plan.layer):
+                operand = self._operand.on(schedule.device)
+            elif takes_operand(plan.layer):
                 operand = checked_indices(self._bytes(1)[start:stop], plan).to(schedule.device)
             results = branch.compute_on_device(x, operand, start)
             for target, result in zip(chain.from_iterable(targets), chain.from_iterable(results), strict=True):
+                if not schedule.divisible:  # the planes of the output may be others
+                    target.copy_(result.view(target.shape), non_blocking=True)
+                    continue
                 written = target.view(self.schedule.planes, -1)[start:stop]
                 written.copy_(result.view(written.shape), non_blocking=True)
 
     def _operands(
         self, branch: Branch, targets: Sequence[Sequence[torch.Tensor]]
-    ) -> tuple[torch.Tensor, torch.Tensor | None, list[list[torch.Tensor]]]:
+    ) -> tuple[torch.Tensor, torch.Tensor | WholeOperand | None, list[list[torch.Tensor]]]:
         """Return the planes of a branch's input, operand and outputs, as its programs take them."""
         first = branch.steps[0][0]
         x = self._x.view(-1, *first.plane_shape) if self._aligned else self._x
-        operand = self._bytes(1) if first.layer.operand else None
+        operand = (self._operand or self._bytes(1)) if takes_operand(first.layer) else None
         written = [
             [target.view(-1, *branch.steps[step][0].result_shape) for target in each]
             for step, each in zip(branch.outputs, targets, strict=True)
@@ -190,13 +204,17 @@ class Workspace:
         dtype: torch.dtype = getattr(torch, self.schedule.inputs[0].dtype)
         return self._batched(self._x.clone().view(dtype), self.schedule.inputs[0])
 
-    def _checked_operand(self, branch: Branch) -> torch.Tensor | None:
+    def _checked_operand(self, branch: Branch) -> Any:  # noqa: ANN401 - as the operator of its layer takes it
         """Return the operand of all planes, checked; None if the branch takes none."""
         plan = branch.steps[0][0]
-        return checked_indices(self._bytes(1), plan) if plan.layer.operand else None
+        if not takes_operand(plan.layer):
+            return None
+        return checked_indices(self._bytes(1), plan) if self._operand is None else self._operand.value
 
     def _tensor(self, data: Bytes, spec: TensorSpec) -> torch.Tensor:
         """Return a tensor's memory, batched, without a copy."""
+        if not spec.numel:  # there are no boxes
+            return torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
         return self._batched(torch.frombuffer(data, dtype=getattr(torch, spec.dtype)), spec)
 
     def _bytes(self, number: int) -> torch.Tensor:

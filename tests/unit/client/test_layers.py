@@ -17,7 +17,7 @@ from torch import nn
 
 import poolrpc
 from poolrpc import LAYERS, AvgPool2d, InvalidArgumentError, MaxPool1d, MaxPool2d
-from poolrpc._shapes.limits import MAX_NUMEL, MAX_PARAMETER
+from poolrpc._shapes.limits import MAX_BINS, MAX_NUMEL, MAX_PARAMETER
 from poolrpc._shapes.rules import adaptive_window
 from poolrpc.layers import FLOATS, INTEGERS
 from poolrpc.tensors import ITEM_BYTES
@@ -55,12 +55,11 @@ def test_a_signature_is_that_of_torch_nn(cls):
 
 
 def test_every_pooling_layer_of_torch_nn_exists():
-    """The layers are those of torch.nn, and those that reduce windows and planes."""
+    """The layers are those of torch.nn, those that reduce windows and planes, segments and regions."""
     modules = nn.modules.pooling
     in_torch = {name for name in modules.__all__ if inspect.isclass(getattr(modules, name))}
-    assert set(LAYERS) == in_torch | {f"{family}{dims}d" for family in ("GlobalPool", "Pool") for dims in (1, 2, 3)} | {
-        "BlurPool2d"
-    }
+    others = {f"{family}{dims}d" for family in ("GlobalPool", "Pool") for dims in (1, 2, 3)}
+    assert set(LAYERS) == in_torch | others | {"BlurPool2d", "SegmentPool", "RoIPool", "RoIAlign"}
     assert all(LAYERS[name].__name__ == name and getattr(poolrpc, name) is LAYERS[name] for name in LAYERS)
 
 
@@ -147,6 +146,7 @@ def test_bounds_are_inclusive(name, low, high):
         highest = MAX_PARAMETER if name == "padding" and cls.operand else high
         if cls is poolrpc.BlurPool2d:
             highest = {"kernel_size": 127, "stride": 255}[name]
+        highest = MAX_BINS if cls.operand == "boxes" else highest
         for value in (low, highest):
             assert set(np.atleast_1d(getattr(cls(**others, **{name: value}), name))) == {value}
         for value in (low - 1, highest + 1):
@@ -391,7 +391,7 @@ def added(cls, dtype):
 
 
 @pytest.mark.parametrize("dtype", ITEM_BYTES)
-@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("cls", [cls for cls in CLASSES if cls in IN_TORCH or cls.family == "global_pool"])
 def test_the_dtypes_are_those_that_torch_runs(cls, dtype):
     """PyTorch runs every dtype of a layer and returns it; others are excluded, or added, for a reason."""
     try:
@@ -514,7 +514,15 @@ def test_layers_that_return_or_take_indices():
     assert MaxPool2d(2, return_indices=True).returns_indices
     assert not MaxPool2d(2).returns_indices
     assert not AvgPool2d(2).returns_indices
-    assert [cls.__name__ for cls in CLASSES if cls.operand] == ["MaxUnpool1d", "MaxUnpool2d", "MaxUnpool3d"]
+    taken = {cls.__name__: cls.operand for cls in CLASSES if cls.operand and not cls.operand_optional}
+    assert taken == {
+        "MaxUnpool1d": "indices",
+        "MaxUnpool2d": "indices",
+        "MaxUnpool3d": "indices",
+        "SegmentPool": "offsets",
+        "RoIPool": "boxes",
+        "RoIAlign": "boxes",
+    }
 
 
 @given(layers(), st.integers(0, 2**40))

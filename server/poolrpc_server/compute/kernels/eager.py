@@ -22,6 +22,9 @@ from poolrpc_server.compute.kernels.blur import blur_bytes, blur_pool
 from poolrpc_server.compute.kernels.cells import channel_numbers, convert, flip
 from poolrpc_server.compute.kernels.padded import HALVES, padded_average, padded_max, sum_dtype, torch_can_pad
 from poolrpc_server.compute.kernels.reduce import global_pool, pool, reduction_bytes
+from poolrpc_server.compute.kernels.segments import bind_segments
+from poolrpc_server.compute.kernels.weighted import bind_weighted, operand_bytes
+from poolrpc_server.compute.with_operand import WithOperand, takes_operand
 
 if TYPE_CHECKING:
     from poolrpc.layers import Layer
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
 Pooled = tuple[torch.Tensor, torch.Tensor | None]
 """An output, and the indices of its maxima if the layer returns them."""
 
-Operator = Callable[[torch.Tensor, torch.Tensor | None, int, int], Pooled]
+Operator = Callable[[torch.Tensor, Any, int, int], Pooled]
 """Computes a layer on some planes of a tensor: (x, operand, first, count).
 
 x has the axes (N, C, spatial...) and is contiguous in either layout; the operand is the layer's, or None. x has the
@@ -65,13 +68,15 @@ VECTOR_CELLS = 256
 computed one by one."""
 
 
-def operation(layer: Layer) -> str:
+def operation(layer: Layer | WithOperand) -> str:
     """Return the name of what a layer computes: its family, and its reduction if it has one."""
     reduce: Reduce | None = getattr(layer, "reduce", None)
     return layer.family if reduce is None else f"{layer.family}, {reduction_of(reduce).name}"
 
 
-def bind(layer: Layer, dtype: torch.dtype, plane: tuple[int, ...], *, channels_last: bool = False) -> Operator:
+def bind(
+    layer: Layer | WithOperand, dtype: torch.dtype, plane: tuple[int, ...], *, channels_last: bool = False
+) -> Operator:
     """Return the operator that computes a layer.
 
     Args:
@@ -82,6 +87,9 @@ def bind(layer: Layer, dtype: torch.dtype, plane: tuple[int, ...], *, channels_l
 
     """
     name = operation(layer)
+    if isinstance(layer, WithOperand):
+        run = _with_operand(layer, dtype)
+        return _in_channels_last(layer, dtype, run) if channels_last else run
     operator = OPERATIONS.get(name) or OPERATIONS[layer.family]
     if name == "max_unpool" and not dtype.is_floating_point:
         run = _unpool_integers(layer, dtype, plane)
@@ -92,13 +100,13 @@ def bind(layer: Layer, dtype: torch.dtype, plane: tuple[int, ...], *, channels_l
     return _in_channels_last(layer, dtype, run) if channels_last else run
 
 
-def takes_channels_last(layer: Layer, dtype: torch.dtype) -> bool:
+def takes_channels_last(layer: Layer | WithOperand, dtype: torch.dtype) -> bool:
     """Return whether torch's operator is given planes with channels last as they are."""
     independent = operation(layer) in LAYOUT_INDEPENDENT and torch_can_pad(layer)
     return independent and not layer.returns_indices and dtype not in NARROW_INTEGERS
 
 
-def _in_channels_last(layer: Layer, dtype: torch.dtype, run: Operator) -> Operator:
+def _in_channels_last(layer: Layer | WithOperand, dtype: torch.dtype, run: Operator) -> Operator:
     # torch's channels-last kernels add whole planes in another order, choose differently among NaNs, and reject some
     # planes of narrow integers. In these cases planes are made contiguous first, so that both layouts give one result.
     independent = takes_channels_last(layer, dtype)
@@ -108,11 +116,21 @@ def _in_channels_last(layer: Layer, dtype: torch.dtype, run: Operator) -> Operat
         # Through one axis: if an axis has length 1, contiguous() may leave strides that torch takes for channels-last.
         return view if independent else view.reshape(-1).reshape(view.shape)
 
-    def run_channels_last(x: torch.Tensor, indices: torch.Tensor | None, first: int, count: int) -> Pooled:
-        output, chosen = run(channels_first(x), None if indices is None else channels_first(indices), first, count)
+    moves = layer.operand == "indices"
+
+    def run_channels_last(x: torch.Tensor, operand: Any, first: int, count: int) -> Pooled:  # noqa: ANN401 - the layer's
+        output, chosen = run(channels_first(x), channels_first(operand) if moves else operand, first, count)
         return output.movedim(1, -1).contiguous(), None if chosen is None else chosen.movedim(1, -1).contiguous()
 
     return run_channels_last
+
+
+def _with_operand(layer: WithOperand, dtype: torch.dtype) -> Operator:
+    if layer.operand == "offsets":
+        reduce_segments = bind_segments(layer, dtype)
+        return lambda x, buckets, *_: (reduce_segments(x, buckets), None)
+    pool = bind_weighted(layer, dtype)
+    return lambda x, weights, first, _: (pool(x, weights, first), None)
 
 
 def _max_pool(layer: Any, dtype: torch.dtype, plane: tuple[int, ...]) -> Operator:  # noqa: ANN401 - a layer of the family
@@ -335,7 +353,13 @@ def _global_max_pool(_: Any, __: torch.dtype, plane: tuple[int, ...]) -> Operato
     return lambda x, *_: (x.amax(axes, keepdim=True), None)
 
 
-OWN_BYTES = {"pool": reduction_bytes, "global_pool": reduction_bytes, "blur_pool": blur_bytes}
+OWN_BYTES = {
+    "pool": reduction_bytes,
+    "global_pool": reduction_bytes,
+    "blur_pool": blur_bytes,
+    "global_pool, weights": operand_bytes,
+    "segment_pool, offsets": operand_bytes,
+}
 """The memory of operators that are several of torch's, by family."""
 
 IN_TORCH = ("global_pool, max", "global_pool, mean")
@@ -343,7 +367,7 @@ IN_TORCH = ("global_pool, max", "global_pool, mean")
 
 
 def eager_bytes(  # noqa: PLR0913, PLR0917 - the sizes of what an operator reads, makes and writes
-    layer: Layer, dtype: torch.dtype, cells: int, outputs: int, channels: int | None, spanned: int
+    layer: Layer | WithOperand, dtype: torch.dtype, cells: int, outputs: int, channels: int | None, spanned: int
 ) -> int:
     """Return an upper bound of the memory that a layer's operator takes for a plane, with its output, in bytes.
 
@@ -383,7 +407,7 @@ def eager_bytes(  # noqa: PLR0913, PLR0917 - the sizes of what an operator reads
     native = layer.spatial_dims == 2 or family == "global_pool" or (layer.spatial_dims == 3 and family == "max_pool")
     if channels is not None and not (native and takes_channels_last(layer, dtype)):
         nbytes += (cells + outputs) * item
-        nbytes += (cells * bool(layer.operand) + outputs * layer.returns_indices) * INDEX_BYTES
+        nbytes += (cells * takes_operand(layer) + outputs * layer.returns_indices) * INDEX_BYTES
     return nbytes
 
 
@@ -394,7 +418,10 @@ with torch 2.11)."""
 
 def depends_on_size(layer: Layer) -> bool:
     """Return whether a GPU's result of a plane depends on the number of planes, so that a request is computed alone."""
-    sums = layer.family == "global_pool" and operation(layer) not in {"global_pool, max", "global_pool, min"}
+    sums = layer.family in {"global_pool", "segment_pool"} and operation(layer) not in {
+        "global_pool, max",
+        "global_pool, min",
+    }
     return sums or operation(layer) in SIZE_DEPENDENT
 
 

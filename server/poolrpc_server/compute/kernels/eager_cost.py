@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from poolrpc.layers.reductions import reduction_of
 from poolrpc_server.compute.kernels.cost import Cost
 from poolrpc_server.compute.kernels.eager import IN_TORCH, operation, takes_channels_last
 from poolrpc_server.compute.kernels.padded import torch_can_pad
 from poolrpc_server.compute.kernels.reduce import reduction_work
 from poolrpc_server.compute.kernels.windows import Windows
+from poolrpc_server.compute.with_operand import WithOperand
 
 if TYPE_CHECKING:
     from poolrpc_server.compute.kernels.windows import Sizes
@@ -38,6 +40,9 @@ COSTS = {
     "global_pool, max, channels last": Cost(0.4, 0.15, 0.3, 3.0),
 }
 """The work of each kind of operator."""
+
+OPERAND_COSTS = {"offsets": Cost(20.0, 0.6, 10.0), "weights": Cost(20.0, 1.5, 20.0)}
+"""The work of reductions with an operand, in addition to that of their formulas."""
 
 SIMPLE_NORMS = (0.5, 1.0, 2.0, 3.0)
 """The norms whose powers torch computes without its general pow."""
@@ -73,6 +78,10 @@ def eager_work(layer: Any, dtype: torch.dtype, plane: Sizes, result: Sizes, chan
     """
     cells, outputs, count = prod(plane), prod(result), channels or 1
     visits = layer.work(plane)
+    if isinstance(layer, WithOperand):
+        work = OPERAND_COSTS[layer.operand].of(dtype, cells, outputs)
+        work += sum(reduction_of(layer.layer.reduce).work) * cells
+        return count * (work if channels is None else work + COPY * (cells + outputs))
     if layer.family in {"pool", "global_pool"} and operation(layer) not in IN_TORCH:
         work = reduction_work(layer, cells, outputs, visits)
         return count * (work if channels is None else work + COPY * (cells + outputs))
@@ -86,7 +95,7 @@ def eager_work(layer: Any, dtype: torch.dtype, plane: Sizes, result: Sizes, chan
     if not torch_can_pad(layer):
         work += PADDED_PLANE + COPY * prod(Windows.of(layer.geometry()).span(result))
     if channels is not None and not kind.endswith("channels last"):
-        for size, tensors in ((cells, 1 + bool(layer.operand)), (outputs, 1 + layer.returns_indices)):
+        for size, tensors in ((cells, 1 + (layer.operand == "indices")), (outputs, 1 + layer.returns_indices)):
             far = count >= FAR_CHANNELS and size * count * dtype.itemsize > FAR_BYTES
             work += tensors * size * (FAR_COPY if far else COPY)
     return work * count

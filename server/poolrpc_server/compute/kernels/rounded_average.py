@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from poolrpc.chains import Outputs, Shape
     from poolrpc.layers import Layer
     from poolrpc.tensors import TensorSpec
+    from poolrpc_server.compute.with_operand import WithOperand
 
 PAIRS = {torch.uint8: torch.int16, torch.uint16: torch.int32}
 """The dtype of two cells of each dtype, in which their sum is computed."""
@@ -31,7 +32,7 @@ PAIRS = {torch.uint8: torch.int16, torch.uint16: torch.int32}
 STEPS = 4
 """The number of steps that become one."""
 
-Step: TypeAlias = "tuple[Layer | RoundedAverage, TensorSpec, Shape]"
+Step: TypeAlias = "tuple[Layer | RoundedAverage | WithOperand, TensorSpec, Shape]"
 """A layer, with the spec and the planes' shape of its input."""
 
 

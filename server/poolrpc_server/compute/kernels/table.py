@@ -19,6 +19,7 @@ from poolrpc_server.compute.kernels.separable_max import SEPARABLE_MAX
 from poolrpc_server.compute.kernels.tiny_max import TINY_MAX
 from poolrpc_server.compute.kernels.unsigned_max import unsigned
 from poolrpc_server.compute.kernels.windows import Sizes
+from poolrpc_server.compute.with_operand import WithOperand
 from poolrpc_server.telemetry.logs import log
 
 PLANS = 4096
@@ -48,7 +49,7 @@ the speed.
 
 @lru_cache(maxsize=PLANS)
 def plan_for(
-    layer: Layer | RoundedAverage, dtype: torch.dtype, plane: Sizes, channels: int | None, device: str
+    layer: Layer | RoundedAverage | WithOperand, dtype: torch.dtype, plane: Sizes, channels: int | None, device: str
 ) -> Plan:
     """Return the plan of a layer; it is made once.
 

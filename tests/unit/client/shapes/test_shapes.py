@@ -208,7 +208,7 @@ def calls(cls):
     return st.tuples(parameters(cls), shapes(cls.spatial_dims, zeros=True))
 
 
-@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("cls", [cls for cls in CLASSES if cls.operand not in {"offsets", "boxes"}])
 @settings(max_examples=CASES)
 @given(data=st.data())
 def test_torch_computes_the_same_shape_or_rejects_the_call(cls, data):
@@ -216,7 +216,7 @@ def test_torch_computes_the_same_shape_or_rejects_the_call(cls, data):
     compare(cls, *data.draw(calls(cls)), devices=("meta", "cpu"))
 
 
-@pytest.mark.parametrize("cls", [cls for cls in CLASSES if cls.spatial_dims == 1])
+@pytest.mark.parametrize("cls", [cls for cls in CLASSES if cls.spatial_dims == 1 and cls.operand != "offsets"])
 @settings(max_examples=CASES)
 @given(data=st.data())
 def test_torch_computes_the_same_shape_for_sizes_up_to_the_limits(cls, data):

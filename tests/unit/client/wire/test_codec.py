@@ -194,11 +194,11 @@ def test_results_round_trip(results):
         assert decode_results(round_trip(message(results=encode_results(results))).results) == results
 
 
-@given(SHAPES, BRANCHES, LAYOUTS, st.lists(st.lists(SHAPES).map(tuple)))
-def test_shapes_round_trip(shape, branches, layout, answer):
-    """A request for shapes and its response decode to the same values."""
-    message = round_trip(encode_shape_request(shape, branches, layout))
-    assert decode_shape_request(message) == (shape, branches, layout, ())
+@given(SHAPES, BRANCHES, LAYOUTS, st.none() | SHAPES, st.lists(st.lists(SHAPES).map(tuple)))
+def test_shapes_round_trip(shape, branches, layout, operand, answer):
+    """A request for shapes and its response decode to the same values, with and without the shape of an operand."""
+    message = round_trip(encode_shape_request(shape, branches, layout, operand))
+    assert decode_shape_request(message) == (shape, branches, layout, (), operand)
     assert decode_shape_response(round_trip(encode_shape_response(answer))) == answer
 
 

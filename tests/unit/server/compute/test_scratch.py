@@ -47,6 +47,16 @@ CHAINS = (
     "[[Pool2d('median', 3, stride=2)], [GlobalPool2d(LogSumExp())]]",
     repr(list(parse_chain("[MaxPool2d(3, stride=1, padding=1), AvgPool2d(3, stride=1, padding=1)]") * 12)),
 )
+OPERANDS = (
+    ("SegmentPool('max')", (1, 512, 3001), ""),
+    ("SegmentPool('mean')", (1, 1, 2**21), ""),
+    ("GlobalPool2d('max')", (4, 128, 61, 50), "weights"),
+    ("GlobalPool1d('mean')", (2, 1, 2**21), "weights"),
+    ("[GlobalPool1d('mean')]", (64, 16, 3001), "weights"),
+    ("RoIAlign(7)", (2, 256, 61, 50), ""),
+    ("RoIPool(7)", (2, 256, 61, 50), ""),
+    ("[RoIAlign(14, aligned=True), MaxPool2d(2)]", (1, 64, 200, 304), ""),
+)
 STEPS = "[MaxPool2d(3, stride=1, padding=1, return_indices=True), AvgPool2d(5, stride=1), AvgPool2d(5, stride=1)]"
 HUGE = (
     ("FractionalMaxPool2d(1, output_size=1)", "float16", (1, 2**22, 1, 2), "NCHW"),
@@ -121,7 +131,25 @@ def test_chains_and_branches_take_what_their_schedules_say():
     shapes = [((1, 512, 61, 50), "NCHW"), ((1, 1, 1025, 1030), "NCHW"), ((32, 61, 50, 16), "NHWC")]
     cases = [(chain, dtype, *shape) for chain in CHAINS for dtype in ("float16", "float64") for shape in shapes]
     # Outputs of steps need no buffers, but those that torch's operators allocate for a whole tensor stay there.
-    cases += [(chain, "float64", *shape, "every step") for chain in (CHAINS[0], STEPS) for shape in shapes]
+    cases += [(chain, "float64", *shape, "steps") for chain in (CHAINS[0], STEPS) for shape in shapes]
+    assert_bounded(cases)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are measured by /proc")
+def test_layers_with_operands_take_what_their_schedules_say():
+    """Segments, weights and boxes, for floats of two sizes, in both layouts."""
+    cases = [
+        (
+            layer,
+            dtype,
+            shape if layout == "NCHW" else (shape[0], *shape[2:], shape[1]),
+            layout,
+            *([given] * bool(given)),
+        )
+        for layer, shape, given in OPERANDS
+        for dtype in ("bfloat16", "float64")
+        for layout in ("NCHW", "NHWC")
+    ]
     assert_bounded(cases)
 
 
