@@ -20,6 +20,7 @@ NAMES = (
     "pyramid",
     "ray",
     "recipes",
+    "segments",
     "sizing",
     "soak",
     "threads",
