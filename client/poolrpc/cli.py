@@ -28,6 +28,7 @@ from poolrpc.command.bench import bench, parse_shape
 from poolrpc.command.explain import WINDOWS, explain, format_lines
 from poolrpc.command.files import OPERANDS, load
 from poolrpc.command.inputs import find_inputs, output_paths
+from poolrpc.command.onnx_model import pool_onnx
 from poolrpc.command.pool import Work, count_files, describe, pool_file, pool_files, step_lines, steps
 from poolrpc.command.tune import add_tune_arguments, tune
 from poolrpc.errors import InvalidArgumentError, PoolError
@@ -241,6 +242,11 @@ def _parser() -> argparse.ArgumentParser:
     window.add_argument(
         "--timeout", type=float, default=60.0, metavar="SECONDS", help="deadline of that call, in seconds [default: 60]"
     )
+
+    model = command(
+        "pool-onnx", pool_onnx, "List the pooling nodes of an ONNX model as layers, without a server.", remote=False
+    )
+    model.add_argument("model", type=Path, metavar="MODEL.onnx", help="file of the model; its weights are not needed")
 
     add_bench_arguments(
         command("bench", bench, "Measure calls per second and latencies of a server under a load."), LAYER_HELP

@@ -1,7 +1,7 @@
 """Types of the public API. `mypy tests/typing` fails if a type differs, or if a call marked as an error is accepted."""
 
 from collections.abc import AsyncIterator, Iterator
-from typing import assert_type
+from typing import Any, assert_type
 
 import numpy as np
 import torch
@@ -30,6 +30,8 @@ from poolrpc import (
     parse_chain,
     parse_layer,
 )
+from poolrpc.keras import KerasPooling, from_layer
+from poolrpc.onnx import OnnxPooling, from_node
 from poolrpc.torch import RemotePool, replace_pooling
 
 X = np.zeros((1, 3, 8, 8), np.float32)
@@ -163,3 +165,18 @@ def torch_modules(client: PoolClient, async_client: AsyncPoolClient, x: torch.Te
     RemotePool(async_client, MaxPool2d(2))  # type: ignore[arg-type]
     RemotePool(client, 2)  # type: ignore[arg-type]
     replace_pooling(client, nn.Sequential())  # type: ignore[type-var, arg-type]
+
+
+async def nodes(client: PoolClient, async_client: AsyncPoolClient) -> None:
+    """Nodes of ONNX and layers of Keras have layers, and run on a client."""
+    node = from_node("MaxPool", {"kernel_shape": [2, 2]}, opset=17, indices=True)
+    assert_type(node, OnnxPooling)
+    assert_type(node.layer, Layer | None)
+    assert_type(node.run(client, X, None), tuple[np.ndarray[Any, np.dtype[Any]], ...])
+    result = await async_client.pool(**node.arguments(X))
+    assert_type(node.outputs(result, X.shape), tuple[np.ndarray[Any, np.dtype[Any]], ...])
+    pooling = from_layer(object())
+    assert_type(pooling, KerasPooling)
+    assert_type(pooling.run(client, X, mask=X), np.ndarray[Any, np.dtype[Any]])
+    from_node("MaxPool", [("kernel_shape", [2, 2])])  # type: ignore[arg-type]
+    node.run(async_client, X)  # type: ignore[arg-type]
