@@ -21,7 +21,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	@echo 'installing into $(VENV): about 2 GB in a few minutes, with torch for the CPU'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt 'pip>=25.1'  # for --group
-	$(BIN)/pip install -q -c constraints.txt -e '.[server,viz,progress,bfloat16,otel]' --group dev
+	$(BIN)/pip install -q -c constraints.txt -e '.[server,viz,progress,bfloat16,onnx,otel]' --group dev
 	@touch $@
 
 demo: setup  ## Start a server and pool a photograph with it; the pictures are written to demo/.

@@ -20,6 +20,8 @@ NAMES = (
     "narrow",
     "pyramid",
     "ray",
+    "recipes",
+    "segments",
     "sizing",
     "soak",
     "threads",

@@ -26,7 +26,23 @@ INTERESTING = (
 """Numbers at the limits of parameters and of integer types, and negative numbers."""
 
 WORDS = (
-    *("", "pool", "stem", "input", "indices", "output", "output_1", "layer", "priority", "timeout", "headers", "1"),
+    *(
+        "",
+        "pool",
+        "stem",
+        "input",
+        "indices",
+        "weights",
+        "offsets",
+        "boxes",
+        "output",
+        "output_1",
+        "layer",
+        "priority",
+        "timeout",
+        "headers",
+        "1",
+    ),
     *("shared_memory_region", "shared_memory_byte_size", "shared_memory_offset", "region", "../x", "/", "."),
     *("FP32", "FP16", "BF16", "FP64", "BOOL", "UINT8", "INT8", "INT16", "INT32", "INT64", "UINT64", "BYTES"),
     *(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import struct
 from dataclasses import fields
+from math import prod
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -14,7 +16,7 @@ from poolrpc._shapes.rules import check_shape
 from poolrpc._wire import codec, framing
 from poolrpc._wire.arena_packets import encode_attach_error, encode_attach_request, encode_attach_response
 from poolrpc._wire.status import encode_error
-from poolrpc.chains import Planes, spatial_dims
+from poolrpc.chains import Planes, operand_name, spatial_dims
 from poolrpc.errors import InvalidArgumentError, LimitExceededError, UnavailableError
 from poolrpc.expression import parse_branches
 from poolrpc.tensors import ITEM_BYTES, TensorSpec
@@ -57,6 +59,21 @@ EXPRESSIONS = (
     "GlobalPool1d('max')",
     "GlobalPool2d('mean')",
     "GlobalPool3d('max')",
+    "GlobalPool2d(LogSumExp(10))",
+    "BlurPool2d(stride=1)",
+    "BlurPool2d(4)",
+    "MaxPool2d(3, stride=2, padding='same', return_indices=True)",
+    "AvgPool2d(3, padding=((0, 2), (1, 0)))",
+    "Pool1d('median', 3, stride=1, padding='same_lower')",
+    "Pool2d('mean', 2, dilation=2, padding=1, count_include_pad=True)",
+    "Pool2d(Norm(3), 2, ceil_mode=True)",
+    "Pool3d(PowerMean(3, eps=0.001), 2)",
+    "Pool2d(Softmax(-1), 3, padding=((0, 1), (2, 0)))",
+    "SegmentPool('mean')",
+    "[[SegmentPool('max'), MaxPool1d(1)], [GlobalPool1d('mean')]]",
+    "RoIPool((2, 3), 0.5)",
+    "[RoIAlign(2, aligned=True), MaxPool2d(2)]",
+    "RoIAlign((1, 2), 0.5, sampling_ratio=2)",
     "[MaxPool2d(2), AvgPool2d(2, stride=1), GlobalPool2d('max')]",
     "[[AdaptiveAvgPool2d(1)], [MaxPool2d(2), AdaptiveAvgPool2d(2)]]",
     "[ToDtype('float32', scale=True), Normalize(0.5, 0.25), AvgPool2d(2)]",
@@ -94,16 +111,37 @@ def requests(rng: Random, rounds: int = 2) -> Iterator[tuple[str, codec.Request,
         dtypes = [each for each in ITEM_BYTES if all(_takes(chain, each) for chain in branches)]
         shape = (rng.randrange(1, 3), rng.randrange(1, 4), *(rng.randrange(4, 8) for _ in range(dims)))
         spec = TensorSpec(rng.choice(dtypes), shape[rng.randrange(2) :], rng.choice(("NCHW", "NCHW", "NHWC")))
-        unpools = any(chain[0].takes_indices for chain in branches)
+        operand, contents = _operand(rng, branches, spec, dims)
         steps = [sorted(rng.sample(range(len(chain)), rng.randint(1, len(chain)))) for chain in branches]
         outputs = tuple(map(tuple, steps)) if rng.randrange(2) else ()
-        indices = TensorSpec("int64", spec.shape, spec.layout) if unpools else None
-        request = codec.Request(spec, branches, indices, outputs)
+        request = codec.Request(spec, branches, operand, outputs)
         try:
             request.results()
         except InvalidArgumentError:
             continue  # the layer does not fit the shape
-        yield text, request, rng.randbytes(spec.nbytes) + bytes(request.specs[-1].nbytes if unpools else 0)
+        yield text, request, rng.randbytes(spec.nbytes) + contents
+
+
+def _operand(rng: Random, branches: tuple[Chain, ...], spec: TensorSpec, dims: int) -> tuple[TensorSpec | None, bytes]:
+    """Return the operand that branches take, or may take, and its bytes, mostly with valid values."""
+    name = operand_name(branches, given=bool(rng.randrange(2)))
+    batched, last = len(spec.shape) == dims + 2, spec.layout == "NHWC"
+    plane = spec.shape[-dims - 1 : -1] if last else spec.shape[-dims:]
+    if name == "indices":
+        return TensorSpec("int64", spec.shape, spec.layout), bytes(8 * spec.numel)
+    if name == "weights":
+        shape = (*spec.shape[:batched], *plane)
+        return TensorSpec("float32", shape), struct.pack(
+            f"<{prod(shape)}f", *(rng.randrange(3) for _ in range(prod(shape)))
+        )
+    if name == "offsets":
+        offsets = sorted(rng.randrange(plane[0] + 1) for _ in range(rng.randrange(2, 5)))
+        return TensorSpec("int64", (len(offsets),)), struct.pack(f"<{len(offsets)}q", *offsets)
+    if name == "boxes":
+        count, images = rng.randrange(4), spec.shape[0] if batched else 1
+        numbers = [n for _ in range(count) for n in (rng.randrange(images), *(rng.uniform(-2, 9) for _ in range(4)))]
+        return TensorSpec("float32", (count, 5)), struct.pack(f"<{len(numbers)}f", *numbers)
+    return None, b""
 
 
 def _takes(chain: Chain, dtype: str) -> bool:
@@ -125,9 +163,12 @@ def pool_stream(rng: Random) -> Iterator[Case]:
     """Yield calls of PoolStream, of one block or several, in one message or several."""
     for _, request, payload in requests(rng):
         first = pool_pb2.PoolStreamRequest(request=codec.encode_request(request)).SerializeToString()
+        if request.operand_name not in {"", "indices"}:  # it is sent before the blocks
+            split = request.input.nbytes
+            first, payload = framing.join(first, [payload[split:]]), payload[:split]  # noqa: PLW2901 - of the stream
         planes = Planes(request.input, check_shape(request.input.shape, spatial_dims(request.branches)))
         yield first, *framing.chunks([payload], padded=True)
-        if request.indices is None:
+        if request.operand is None:
             step = planes.plane_bytes * rng.randrange(1, 3)
             yield first, *(framing.join(b"", [payload[i : i + step]]) for i in range(0, len(payload), step))
             yield first, framing.join(framing.UNFINISHED, [payload[:7]]), framing.join(b"", [payload[7:]])
@@ -137,7 +178,8 @@ def infer_shape(rng: Random) -> Iterator[Case]:
     """Yield calls of InferShape."""
     for _, request, _ in requests(rng):
         spec = request.input
-        yield (codec.encode_shape_request(spec.shape, request.branches, spec.layout).SerializeToString(),)
+        operand = None if request.operand is None else request.operand.shape
+        yield (codec.encode_shape_request(spec.shape, request.branches, spec.layout, operand).SerializeToString(),)
 
 
 def infers(rng: Random) -> Iterator[bytes]:
@@ -157,7 +199,7 @@ def _infer(text: str, request: codec.Request, payload: bytes, way: str, rng: Ran
     message = pb.ModelInferRequest(model_name="pool", id="7")
     message.parameters["layer"].string_param = text
     end = 0
-    for name, spec in zip(("input", "indices"), request.specs, strict=False):
+    for name, spec in zip(("input", request.operand_name), request.specs, strict=False):
         start, end = end, end + spec.nbytes
         tensor = message.inputs.add(name=name, datatype=DATATYPE_OF[spec.dtype], shape=spec.shape)
         if way == "typed" and spec.dtype in CONTENTS_FIELDS:

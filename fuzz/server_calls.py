@@ -210,9 +210,9 @@ class Peer:
 
 
 def _judge_shapes(data: bytes, response: bytes) -> None:
-    shape, branches, layout, _ = codec.decode_shape_request(pool_pb2.InferShapeRequest.FromString(data))
+    shape, branches, layout, _, operand_shape = codec.decode_shape_request(pool_pb2.InferShapeRequest.FromString(data))
     got = codec.decode_shape_response(pool_pb2.InferShapeResponse.FromString(response))
-    if got != poolrpc.chains.branch_shapes(shape, branches, layout):
+    if got != poolrpc.chains.branch_shapes(shape, branches, layout, (), operand_shape):
         raise FoundError("shapes that do not match the request")
 
 

@@ -97,8 +97,8 @@ def _call(layer: type[Layer]) -> str:
 
 
 def _dtypes(layer: type[Layer]) -> str:
-    if layer.family == "global_pool":
-        return "floats; for 'max' also integers"
+    if layer.family in {"global_pool", "pool"}:
+        return "floats; for 'max', 'min' and 'median' also integers, for 'sum' and 'mean' also int64"
     names = {
         FLOATS: "floats",
         FLOATS + INTEGERS: "floats, integers",
@@ -230,6 +230,12 @@ def narrow() -> str:
     return table(("steps and input", "by", *NARROW_BASELINES), rows)
 
 
+def recipes() -> str:
+    """The recipes' speed, compared with their usual code in torch."""
+    rows = ((row["case"], row["baseline_ms"], row["ms"], row["ratio"]) for row in _results("recipes"))
+    return table(("recipe, input", "torch, ms", "engine, ms", "times torch's speed"), rows)
+
+
 def rest() -> str:
     """Many small tensors, a memory-mapped file, and a load of ten times the capacity."""
     ratios = {row["contender"]: row["ratio"] for row in _results("transport") if row["baseline"] == "one call each"}
@@ -347,6 +353,7 @@ TABLES: dict[str, Callable[[], str]] = {
         kernels,
         paths,
         narrow,
+        recipes,
         rest,
         gpu,
         processes,

@@ -20,13 +20,15 @@ if TYPE_CHECKING:
 WIDE = Limits(2**40, 2**40, 2**40, 2**50)
 
 
-def run_of(engine: Engine, layer: Layer | Chain, x: torch.Tensor, indices: torch.Tensor | None = None) -> Run:
+def run_of(engine: Engine, layer: Layer | Chain, x: torch.Tensor, operand: torch.Tensor | None = None) -> Run:
     """Return a run of a layer or a chain, whose result is its outputs as tensors."""
     dtype = str(x.dtype).removeprefix("torch.")
-    second = None if indices is None else TensorSpec("int64", tuple(indices.shape))
+    second = None
+    if operand is not None:
+        second = TensorSpec(str(operand.dtype).removeprefix("torch."), tuple(operand.shape))
     request = Request(TensorSpec(dtype, tuple(x.shape)), ((layer if isinstance(layer, tuple) else (layer,)),), second)
     checked = check_request(request, WIDE, engine.schedule)
-    parts = [x] if indices is None else [x, indices]
+    parts = [x] if operand is None else [x, operand]
     payload = b"".join(each.contiguous().view(torch.uint8).numpy().tobytes() for each in parts)
 
     def finish(outputs: Sequence[memoryview]) -> list[torch.Tensor]:

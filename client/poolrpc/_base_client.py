@@ -72,6 +72,7 @@ from poolrpc.errors import (
     UnavailableError,
     UnsupportedError,
 )
+from poolrpc.operands import given_operand, operand_of
 from poolrpc.tensors import Array, as_array, dtype_name, spec_of
 from poolrpc.tracing import traced
 from poolrpc.v1 import pool_pb2, standard_pb2
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
     from poolrpc._transport.arena import SendSteps
     from poolrpc._transport.arena_memory import Arenas
     from poolrpc._transport.coalesce import Group, Grouping, Outcome
+    from poolrpc._transport.join import Join, Joined
     from poolrpc._transport.options import Pairs, Timeout, Transport
     from poolrpc._transport.result import PoolResult, Progress
     from poolrpc._transport.steps import MapSteps, Steps
@@ -329,7 +331,7 @@ class BaseClient:
         self,
         x: object,
         branches: LayerLike | Iterable[ChainLike],
-        indices: object,
+        given: Mapping[str, object],
         layout: Layout,
         out: Sequence[Out | None] | None,
         outputs: tuple[Outputs, ...] = (),
@@ -338,13 +340,21 @@ class BaseClient:
         chains = as_branches(branches)
         flat = [part for each in out or () for part in (each if isinstance(each, tuple) else (each,))]
         array = as_array(x, layout)
-        if indices is None:
+        named = operand_of(given, chains) if given else None
+        if named is None:
             return Transfer(
                 prepare_single(dtype_name(array.dtype), array.shape, layout, chains, outputs), [array], flat
             )
-        second = _indices_array(indices)
-        request = codec.Request(spec_of(array, layout), chains, spec_of(second, layout), outputs)
-        return Transfer(prepare(request), [array, second], flat)
+        request = codec.Request(spec_of(array, layout), chains, spec_of(named, layout), outputs)
+        return Transfer(prepare(request), [array], flat, named)
+
+    @staticmethod
+    def _joined(join: Join, transfer: Transfer) -> Joined:
+        from poolrpc._transport.join import Joined  # noqa: PLC0415 - keeps `import poolrpc` fast
+
+        if transfer.out:
+            raise InvalidArgumentError("expected no arrays together with join, got some", field="out")
+        return Joined(join, transfer.prepared)
 
     def _call_steps(
         self,
@@ -405,10 +415,10 @@ class BaseClient:
                 span.set_attribute("poolrpc.transport", results[0].transport)
             return results
 
-    def _grouping(self, layers: ChainLike, layout: Layout) -> Grouping:
+    def _grouping(self, layers: ChainLike, layout: Layout, operands: Mapping[str, Any]) -> Grouping:
         from poolrpc._transport.coalesce import Grouping  # noqa: PLC0415 - keeps `import poolrpc` fast
 
-        return Grouping(as_chain(layers), layout)
+        return Grouping(as_chain(layers), layout, given_operand(operands))
 
     def _map_steps(
         self,
@@ -458,13 +468,21 @@ class BaseClient:
             return outcomes
 
     def _output_shape_steps(
-        self, shape: Iterable[int], layers: ChainLike, layout: Layout, options: CallOptions
+        self,
+        shape: Iterable[int],
+        layers: ChainLike,
+        layout: Layout,
+        operand_shape: Iterable[int] | None,
+        options: CallOptions,
     ) -> Steps[Shape]:
         check_layout(layout)
         sizes = tuple(integer("shape", size, 0, MAX_NUMEL) for size in shape)
+        operand = None
+        if operand_shape is not None:
+            operand = tuple(integer("operand_shape", size, 0, MAX_NUMEL) for size in operand_shape)
         chain = as_chain(layers)
-        request = codec.encode_shape_request(sizes, [chain], layout)
-        branch_shapes(sizes, [chain], layout)  # raises the error that the server would send
+        request = codec.encode_shape_request(sizes, [chain], layout, operand)
+        branch_shapes(sizes, [chain], layout, (), operand)  # raises the error that the server would send
         response = yield from self._explained(self._send_steps(INFER_SHAPE, request, options), INFER_SHAPE, options)
         return codec.decode_shape_response(response)[0][-1]
 
@@ -536,18 +554,6 @@ class BaseClient:
 
 def _restore(cls: type[BaseClient], settings: dict[str, Any]) -> BaseClient:
     return cls(**settings)
-
-
-def _indices_array(indices: object) -> Array:
-    """Return MaxUnpool's indices as an array, or raise an error that names them rather than the input."""
-    try:
-        array = as_array(indices)
-    except InvalidArgumentError as error:
-        description = "; ".join(each.description for each in error.violations)
-        raise InvalidArgumentError(description, field="indices") from None
-    if array.dtype != np.int64:
-        raise InvalidArgumentError(f"expected int64, got {clip(array.dtype.name)[1:-1]}", field="indices.dtype")
-    return array
 
 
 def _after_fork() -> None:

@@ -6,7 +6,7 @@ import asyncio
 from concurrent import futures
 from contextlib import aclosing, closing
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, overload
 
 from grpc import aio
 
@@ -36,11 +36,13 @@ if TYPE_CHECKING:
     import grpc
 
     from poolrpc._transport.coalesce import Group
+    from poolrpc._transport.join import Join
     from poolrpc._transport.options import CallOptions, Pairs, Timeout, Transport
     from poolrpc._transport.result import PoolResult, Progress
     from poolrpc._transport.steps import MapSteps, Steps
     from poolrpc._wire.codec import ServerInfo
     from poolrpc.chains import ChainLike, LayerLike, Shape
+    from poolrpc.operands import Operand
     from poolrpc.tensors import Layout
 
 T = TypeVar("T")
@@ -75,7 +77,6 @@ class AsyncPoolClient(BaseClient):
         x: object,
         layers: ChainLike,
         *,
-        indices: object = None,
         layout: Layout = "NCHW",
         out: Out | None = None,
         timeout: Timeout = UNSET,  # noqa: ASYNC109 - gRPC's deadline, which the server sees too
@@ -84,18 +85,55 @@ class AsyncPoolClient(BaseClient):
         transport: Transport | None = None,
         copy: bool = True,
         progress: Progress | None = None,
+        **operand: Unpack[Operand],
     ) -> PoolResult:
         """Run a layer, or a chain of layers, on a tensor: see PoolClient.pool for the arguments."""
-        transfer = self._transfer(x, (layers,), indices, layout, None if out is None else (out,))
+        transfer = self._transfer(x, (layers,), operand, layout, None if out is None else (out,))
         options = self._call_options(timeout, priority, metadata)
         return (await self._run(self._call_steps(transfer, options, transport, progress, copy=copy)))[0]
+
+    @overload
+    async def pool_each(
+        self,
+        x: object,
+        branches: LayerLike | Iterable[ChainLike],
+        *,
+        join: None = None,
+        indices: object = None,
+        layout: Layout = "NCHW",
+        out: Sequence[Out | None] | None = None,
+        timeout: Timeout = UNSET,  # noqa: ASYNC109 - as below
+        priority: int | None = None,
+        metadata: Pairs = (),
+        transport: Transport | None = None,
+        copy: bool = True,
+        progress: Progress | None = None,
+    ) -> list[PoolResult]: ...
+
+    @overload
+    async def pool_each(
+        self,
+        x: object,
+        branches: LayerLike | Iterable[ChainLike],
+        *,
+        join: Join,
+        indices: object = None,
+        layout: Layout = "NCHW",
+        out: Sequence[Out | None] | None = None,
+        timeout: Timeout = UNSET,  # noqa: ASYNC109 - as below
+        priority: int | None = None,
+        metadata: Pairs = (),
+        transport: Transport | None = None,
+        copy: bool = True,
+        progress: Progress | None = None,
+    ) -> PoolResult: ...
 
     async def pool_each(  # noqa: PLR0913 - options, all by keyword
         self,
         x: object,
         branches: LayerLike | Iterable[ChainLike],
         *,
-        indices: object = None,
+        join: Join | None = None,
         layout: Layout = "NCHW",
         out: Sequence[Out | None] | None = None,
         timeout: Timeout = UNSET,  # noqa: ASYNC109 - gRPC's deadline, which the server sees too
@@ -104,11 +142,14 @@ class AsyncPoolClient(BaseClient):
         transport: Transport | None = None,
         copy: bool = True,
         progress: Progress | None = None,
-    ) -> list[PoolResult]:
+        **operand: Unpack[Operand],
+    ) -> list[PoolResult] | PoolResult:
         """Run each of several layers or chains on the same tensor, which is sent once: see PoolClient.pool_each."""
-        transfer = self._transfer(x, branches, indices, layout, out)
+        transfer = self._transfer(x, branches, operand, layout, out)
+        joined = None if join is None else self._joined(join, transfer)
         options = self._call_options(timeout, priority, metadata)
-        return await self._run(self._call_steps(transfer, options, transport, progress, copy=copy))
+        results = await self._run(self._call_steps(transfer, options, transport, progress, copy=copy))
+        return results if joined is None else joined(results)
 
     async def pool_steps(  # noqa: PLR0913 - options, all but the first three by keyword
         self,
@@ -116,7 +157,6 @@ class AsyncPoolClient(BaseClient):
         layers: ChainLike,
         steps: Iterable[int] | None = None,
         *,
-        indices: object = None,
         layout: Layout = "NCHW",
         out: Sequence[Out | None] | None = None,
         timeout: Timeout = UNSET,  # noqa: ASYNC109 - gRPC's deadline, which the server sees too
@@ -125,10 +165,11 @@ class AsyncPoolClient(BaseClient):
         transport: Transport | None = None,
         copy: bool = True,
         progress: Progress | None = None,
+        **operand: Unpack[Operand],
     ) -> list[PoolResult]:
         """Run a chain of layers on a tensor, and return the outputs of several steps: see PoolClient.pool_steps."""
         chain, outputs = as_steps(layers, steps)
-        transfer = self._transfer(x, (chain,), indices, layout, out, (outputs,))
+        transfer = self._transfer(x, (chain,), operand, layout, out, (outputs,))
         options = self._call_options(timeout, priority, metadata)
         return await self._run(self._call_steps(transfer, options, transport, progress, copy=copy))
 
@@ -145,6 +186,7 @@ class AsyncPoolClient(BaseClient):
         timeout: Timeout = UNSET,
         priority: int | None = None,
         metadata: Pairs = (),
+        **operand: Unpack[Operand],
     ) -> AsyncIterator[PoolResult]: ...
 
     @overload
@@ -160,6 +202,7 @@ class AsyncPoolClient(BaseClient):
         timeout: Timeout = UNSET,
         priority: int | None = None,
         metadata: Pairs = (),
+        **operand: Unpack[Operand],
     ) -> AsyncIterator[PoolResult | PoolError]: ...
 
     def map(  # noqa: PLR0913 - options, all by keyword
@@ -174,11 +217,13 @@ class AsyncPoolClient(BaseClient):
         timeout: Timeout = UNSET,
         priority: int | None = None,
         metadata: Pairs = (),
+        **operand: Unpack[Operand],
     ) -> AsyncIterator[PoolResult | PoolError]:
         """Run a layer, or a chain of layers, on each of many tensors, and yield the results in order.
 
         The results are an async iterator, and `tensors` may be an async iterable; see PoolClient.map for the arguments.
         """
+        groups = self._grouping(layers, layout, operand)
         steps = self._map_steps(
             tensors,
             in_flight=in_flight,
@@ -186,7 +231,7 @@ class AsyncPoolClient(BaseClient):
             return_exceptions=return_exceptions,
             options=self._map_options(timeout, priority, metadata),
         )
-        return self._run_map(steps, self._grouping(layers, layout).over_async(tensors))
+        return self._run_map(steps, groups.over_async(tensors))
 
     async def _run_map(self, steps: MapSteps, found: AsyncGenerator[Group, None]) -> AsyncGenerator[Any, None]:
         async with aclosing(found) as groups:
@@ -209,18 +254,19 @@ class AsyncPoolClient(BaseClient):
                                 yield each
                             result = None
 
-    async def output_shape(
+    async def output_shape(  # noqa: PLR0913 - options, all by keyword
         self,
         shape: Iterable[int],
         layers: ChainLike,
         *,
         layout: Layout = "NCHW",
+        operand_shape: Iterable[int] | None = None,
         timeout: Timeout = UNSET,  # noqa: ASYNC109 - gRPC's deadline, which the server sees too
         metadata: Pairs = (),
     ) -> Shape:
         """Return the output shape that the server computes: see PoolClient.output_shape."""
         options = self._call_options(timeout, None, metadata)
-        return await self._run(self._output_shape_steps(shape, layers, layout, options))
+        return await self._run(self._output_shape_steps(shape, layers, layout, operand_shape, options))
 
     async def server_info(self, *, timeout: Timeout = UNSET, metadata: Pairs = ()) -> ServerInfo:  # noqa: ASYNC109 - gRPC's deadline
         """Return what PoolClient.server_info returns."""

@@ -9,6 +9,7 @@ from math import lcm, prod
 from typing import TypeAlias
 
 from poolrpc._shapes.limits import MAX_OUTPUTS
+from poolrpc._shapes.operands import check_operand_shape
 from poolrpc._shapes.parameters import integer
 from poolrpc._shapes.rules import check_shape, clip
 from poolrpc.errors import ExpressionError, InvalidArgumentError, LimitExceededError
@@ -185,6 +186,7 @@ def branch_shapes(
     branches: LayerLike | Iterable[ChainLike],
     layout: Layout = "NCHW",
     outputs: Sequence[Outputs] = (),
+    operand_shape: Shape | None = None,
 ) -> list[tuple[Shape, ...]]:
     """Return, for each branch, the shape after every layer of its chain, exactly as torch computes it.
 
@@ -195,6 +197,8 @@ def branch_shapes(
         outputs: For each branch, the numbers of the layers whose outputs are returned, counted from 0 and in ascending
             order; only these layers may return indices. An empty tuple stands for the last layer. Default: the last
             layer of each branch.
+        operand_shape: The shape of the operand that the first layers take. Default: None, if there is none, or no shape
+            depends on it.
 
     Returns:
         A list with one tuple of shapes per branch, in the order of `layout`.
@@ -209,11 +213,17 @@ def branch_shapes(
         [((8, 64, 28, 28), (8, 64, 14, 14)), ((8, 64, 1, 1),)]
 
     """
-    return shapes_of(shape, as_branches(branches), layout, outputs)
+    return shapes_of(shape, as_branches(branches), layout, outputs, operand_shape)
 
 
-def shapes_of(
-    shape: Shape, chains: Sequence[Chain], layout: Layout, outputs: Sequence[Outputs] = (), *, is_block: bool = False
+def shapes_of(  # noqa: PLR0913 - what branch_shapes has
+    shape: Shape,
+    chains: Sequence[Chain],
+    layout: Layout,
+    outputs: Sequence[Outputs] = (),
+    operand_shape: Shape | None = None,
+    *,
+    is_block: bool = False,
 ) -> list[tuple[Shape, ...]]:
     """Return the shapes of `branch_shapes`.
 
@@ -222,7 +232,9 @@ def shapes_of(
         chains: The branches.
         layout: The layout.
         outputs: For each branch, the numbers of the layers whose outputs are returned. Empty: the last of each.
-        is_block: Whether the input is some of the planes of a tensor, whose number is not that of the channels.
+        operand_shape: The shape of the operand. None: there is none.
+        is_block: Whether the input is some of the planes of a tensor, whose number is not that of the channels. The
+            shape of an operand is then not checked.
 
     Raises:
         InvalidArgumentError: The layers don't fit the shape or each other, or a branch has no such outputs.
@@ -233,14 +245,18 @@ def shapes_of(
     check_outputs(chains, outputs)
     dims = check_shape(shape, spatial_dims(chains))
     first = to_channels_first(shape, dims, layout)
+    name = operand_name(chains, given=operand_shape is not None)
+    if operand_shape is not None and name and not is_block:
+        check_operand_shape(name, operand_shape, first if name != "indices" else shape, dims)
     results = []
     for i, chain in enumerate(chains):
-        plane, shapes = first[-dims:], []
+        pooled, shapes = first, []
         returned = returned_steps(chain, outputs[i] if outputs else ())
         for j, layer in enumerate(chain):
             path = layer_path(i, j, layer)
-            if layer.takes_indices and j > 0:
-                msg = f"expected {layer.name} first in its chain, since its indices belong to the input, got layer {j}"
+            if layer.operand and not layer.operand_optional and j > 0:
+                owned = f"its {layer.operand} belong to the input"
+                msg = f"expected {layer.name} first in its chain, since {owned}, got layer {j}"
                 raise InvalidArgumentError(msg, field=path)
             if layer.returns_indices and j < returned[-1] and j not in returned:
                 which = (
@@ -253,12 +269,38 @@ def shapes_of(
             try:
                 if not is_block:
                     layer.check_channels(first[-dims - 1])
-                plane = layer.output_plane(plane)
+                pooled = layer.pooled_shape(pooled, dims, None if j else operand_shape)
             except InvalidArgumentError as error:
-                raise error.with_prefix(path) from None
-            shapes.append(from_channels_first(first[:-dims] + plane, dims, layout))
+                raise error if error.violations[0].field == "operand_shape" else error.with_prefix(path) from None
+            shapes.append(from_channels_first(pooled, dims, layout))
         results.append(tuple(shapes))
+    if operand_shape is not None and not name:
+        msg = (
+            f"expected none, since no layer that is the first of its chain takes an operand, got {clip(operand_shape)}"
+        )
+        raise InvalidArgumentError(msg, field="operand_shape")
     return results
+
+
+def operand_name(chains: Iterable[Chain], *, given: bool) -> str:
+    """Return the name of the operand that the first layers of branches take; empty if they take none.
+
+    Args:
+        chains: The branches.
+        given: Whether there is an operand, which then is also that of a layer that may be without it.
+
+    Raises:
+        InvalidArgumentError: The layers of two branches need different operands.
+
+    """
+    firsts = [chain[0] for chain in chains]
+    names = dict.fromkeys(layer.operand for layer in firsts if layer.operand and not layer.operand_optional)
+    if given and not names:
+        names = dict.fromkeys(layer.operand for layer in firsts if layer.operand)
+    if len(names) > 1:
+        one, other = [*names][:2]
+        raise InvalidArgumentError(f"expected branches that share one operand, got {one} and {other}", field="branches")
+    return next(iter(names), "")
 
 
 def layer_path(branch: int, step: int, layer: Layer) -> str:

@@ -26,7 +26,9 @@ from poolrpc.client import PoolClient
 from poolrpc.command.bench import add_arguments as add_bench_arguments
 from poolrpc.command.bench import bench, parse_shape
 from poolrpc.command.explain import WINDOWS, explain, format_lines
+from poolrpc.command.files import OPERANDS, load
 from poolrpc.command.inputs import find_inputs, output_paths
+from poolrpc.command.onnx_model import pool_onnx
 from poolrpc.command.pool import Work, count_files, describe, pool_file, pool_files, step_lines, steps
 from poolrpc.command.save_picture import save_picture
 from poolrpc.command.tune import add_tune_arguments, tune
@@ -40,6 +42,13 @@ if TYPE_CHECKING:
     from poolrpc.chains import Chain, Outputs
 
 ADDRESS = "127.0.0.1:50051"
+OPERAND_HELP = {
+    "weights": "the weight of each cell, such as a mask, for GlobalPool",
+    "offsets": "where each segment begins and the last one ends, for SegmentPool",
+    "lengths": "the length of each segment, for SegmentPool",
+    "ids": "the segment of each cell, for SegmentPool",
+    "boxes": "the image, x1, y1, x2 and y2 of each box, for RoIPool and RoIAlign",
+}
 LAYER_HELP = "layer expression: 'MaxPool2d(2)', or for a chain '[MaxPool2d(2), AvgPool2d(2)]'"
 
 
@@ -165,7 +174,8 @@ def _parser() -> argparse.ArgumentParser:
         "files",
         nargs="+",
         metavar="file",
-        help="image in a format that Pillow reads, .npy, or .npz with the array x and optional indices and layout; "
+        help="image in a format that Pillow reads, .npy, or .npz with the array x and optional layout and "
+        "operand (indices, weights, offsets, lengths, ids, boxes); "
         "folder with such files; pattern such as 'photos/**/*.png'; or - for a file on the standard input",
     )
     pool.add_argument(
@@ -181,6 +191,8 @@ def _parser() -> argparse.ArgumentParser:
         help="layers of the chain whose outputs are kept, such as the levels of a pyramid: all, or their numbers "
         "from 0 on, such as 0,2 [default: the last one]",
     )
+    for name, taken in OPERAND_HELP.items():
+        pool.add_argument(f"--{name}", type=Path, metavar="FILE", help=f".npy with {taken}, for every file")
     pool.add_argument(
         "--layout",
         choices=LAYOUTS,
@@ -207,6 +219,9 @@ def _parser() -> argparse.ArgumentParser:
     shape.add_argument("shape", help="shape of the input, with x between the sizes: 8x64x56x56")
     shape.add_argument("layer", metavar="EXPR", help=LAYER_HELP)
     shape.add_argument("--layout", choices=LAYOUTS, default="NCHW", help="layout of the shape [default: NCHW]")
+    shape.add_argument(
+        "--operand-shape", metavar="SHAPE", help="shape of the operand that the first layer takes, such as 33 or 100x5"
+    )
 
     window = command(
         "explain",
@@ -239,6 +254,11 @@ def _parser() -> argparse.ArgumentParser:
         "--timeout", type=float, default=60.0, metavar="SECONDS", help="deadline of that call, in seconds [default: 60]"
     )
 
+    model = command(
+        "pool-onnx", pool_onnx, "List the pooling nodes of an ONNX model as layers, without a server.", remote=False
+    )
+    model.add_argument("model", type=Path, metavar="MODEL.onnx", help="file of the model; its weights are not needed")
+
     add_bench_arguments(
         command("bench", bench, "Measure calls per second and latencies of a server under a load."), LAYER_HELP
     )
@@ -268,7 +288,7 @@ def _client(options: argparse.Namespace) -> PoolClient:
 def _pool(options: argparse.Namespace) -> tuple[object, Sequence[str], int]:
     branches = tuple(map(parse_chain, options.layer))
     steps = None if options.steps is None else _steps(options.steps, branches)
-    work = Work(branches, options.layout, options.skip_existing, steps)
+    work = Work(branches, options.layout, options.skip_existing, steps, _operand(options))
     inputs = find_inputs(options.files, options.save)
     inputs = dataclasses.replace(inputs, several=inputs.several or bool(options.save and options.save.is_dir()))
     for flag, given in (("save", options.skip_existing), ("save", options.suffix)):
@@ -297,6 +317,14 @@ def _tune(options: argparse.Namespace) -> tuple[object, Sequence[str], int]:
     return tune(options, _note)
 
 
+def _operand(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the operand of every file, by its name; empty if no flag names one."""
+    given = {name: path for name in OPERANDS if (path := getattr(options, name)) is not None}
+    if len(given) > 1:
+        raise InvalidArgumentError(f"expected one operand, got {' and '.join(given)}", field=[*given][1])
+    return {name: load(path).x for name, path in given.items()}
+
+
 def _steps(text: str, branches: Sequence[Chain]) -> Outputs:
     """Return the numbers of the layers that --steps names."""
     if len(branches) > 1:
@@ -309,7 +337,8 @@ def _steps(text: str, branches: Sequence[Chain]) -> Outputs:
 
 def _shape(options: argparse.Namespace) -> tuple[object, list[str], int]:
     chain = parse_chain(options.layer)
-    shapes = branch_shapes(parse_shape(options.shape), [chain], options.layout)[0]
+    operand = None if options.operand_shape is None else parse_shape(options.operand_shape)
+    shapes = branch_shapes(parse_shape(options.shape), [chain], options.layout, (), operand)[0]
     return steps(chain, shapes), step_lines(chain, shapes), 0
 
 

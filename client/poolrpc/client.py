@@ -6,7 +6,7 @@ import threading
 from concurrent import futures
 from contextlib import closing
 from contextvars import copy_context
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, overload
 
 from poolrpc._base_client import IN_FLIGHT, BaseClient, Out, callers
 from poolrpc._transport.channel import stream_method
@@ -32,12 +32,14 @@ if TYPE_CHECKING:
     import grpc
 
     from poolrpc._transport.coalesce import Group
+    from poolrpc._transport.join import Join
     from poolrpc._transport.options import Pairs, Timeout, Transport
     from poolrpc._transport.result import PoolResult, Progress
     from poolrpc._transport.steps import MapSteps, Steps
     from poolrpc._wire.codec import ServerInfo
     from poolrpc.chains import ChainLike, LayerLike, Shape
     from poolrpc.errors import PoolError
+    from poolrpc.operands import Operand
     from poolrpc.tensors import Layout
 
 T = TypeVar("T")
@@ -65,7 +67,6 @@ class PoolClient(BaseClient):
         x: object,
         layers: ChainLike,
         *,
-        indices: object = None,
         layout: Layout = "NCHW",
         out: Out | None = None,
         timeout: Timeout = UNSET,
@@ -74,6 +75,7 @@ class PoolClient(BaseClient):
         transport: Transport | None = None,
         copy: bool = True,
         progress: Progress | None = None,
+        **operand: Unpack[Operand],
     ) -> PoolResult:
         """Run a layer, or a chain of layers, on a tensor.
 
@@ -83,7 +85,6 @@ class PoolClient(BaseClient):
                 is that of ml_dtypes. A C-contiguous np.memmap is read block by block.
             layers: One layer, or several, each of which takes the output of the one before. A layer may also be an
                 expression, such as "MaxPool2d(2)", or a pooling module of torch.nn; a Sequential is a chain of them.
-            indices: For MaxUnpool: int64, of x's shape.
             layout: The layout of x and of the output: "NCHW" for channels first or "NHWC" for channels last, with any
                 number of spatial axes.
             out: A C-contiguous array for the output, such as an np.memmap, of its shape and dtype; or a pair of arrays
@@ -98,6 +99,9 @@ class PoolClient(BaseClient):
                 is reserved while they, or views of them, exist.
             progress: Called with the number of planes that are done and the number of all planes, whenever some are
                 done.
+            **operand: The second tensor of a layer that takes one: `indices` for MaxUnpool, int64, of x's shape;
+                `weights` for GlobalPool, such as a mask, of x's shape without its channels; `offsets`, `lengths` or
+                `ids` for SegmentPool; `boxes` for RoIPool and RoIAlign. The layers have the details.
 
         Returns:
             The output, the shape after every layer, and the indices if the last layer returns them.
@@ -107,16 +111,17 @@ class PoolClient(BaseClient):
                 fault.
 
         """
-        transfer = self._transfer(x, (layers,), indices, layout, None if out is None else (out,))
+        transfer = self._transfer(x, (layers,), operand, layout, None if out is None else (out,))
         options = self._call_options(timeout, priority, metadata)
         return self._run(self._call_steps(transfer, options, transport, progress, copy=copy))[0]
 
-    def pool_each(  # noqa: PLR0913 - options, all by keyword
+    @overload
+    def pool_each(
         self,
         x: object,
         branches: LayerLike | Iterable[ChainLike],
         *,
-        indices: object = None,
+        join: None = None,
         layout: Layout = "NCHW",
         out: Sequence[Out | None] | None = None,
         timeout: Timeout = UNSET,
@@ -125,14 +130,52 @@ class PoolClient(BaseClient):
         transport: Transport | None = None,
         copy: bool = True,
         progress: Progress | None = None,
-    ) -> list[PoolResult]:
+        **operand: Unpack[Operand],
+    ) -> list[PoolResult]: ...
+
+    @overload
+    def pool_each(
+        self,
+        x: object,
+        branches: LayerLike | Iterable[ChainLike],
+        *,
+        join: Join,
+        layout: Layout = "NCHW",
+        out: Sequence[Out | None] | None = None,
+        timeout: Timeout = UNSET,
+        priority: int | None = None,
+        metadata: Pairs = (),
+        transport: Transport | None = None,
+        copy: bool = True,
+        progress: Progress | None = None,
+        **operand: Unpack[Operand],
+    ) -> PoolResult: ...
+
+    def pool_each(  # noqa: PLR0913 - options, all by keyword
+        self,
+        x: object,
+        branches: LayerLike | Iterable[ChainLike],
+        *,
+        join: Join | None = None,
+        layout: Layout = "NCHW",
+        out: Sequence[Out | None] | None = None,
+        timeout: Timeout = UNSET,
+        priority: int | None = None,
+        metadata: Pairs = (),
+        transport: Transport | None = None,
+        copy: bool = True,
+        progress: Progress | None = None,
+        **operand: Unpack[Operand],
+    ) -> list[PoolResult] | PoolResult:
         """Run each of several layers or chains on the same tensor, which is sent once.
 
         Args:
             x: As in pool.
             branches: The layers or chains, each as in pool; or one expression of all of them, such as
                 "[[MaxPool2d(2)], [MaxPool2d(2), AvgPool2d(2)]]".
-            indices: As in pool.
+            join: How to join the outputs of the branches, all of one dtype and without indices, to one: "cat" along the
+                channels; "flatten" each output of an image, of any size, and concatenate them; or the "mean" or the
+                "sum", cell by cell. None: the outputs stay apart.
             layout: As in pool.
             out: For each branch, an `out` as in pool. None: new arrays for all branches.
             timeout: As in pool.
@@ -141,17 +184,29 @@ class PoolClient(BaseClient):
             transport: As in pool.
             copy: As in pool.
             progress: As in pool.
+            **operand: As in pool; every branch whose first layer takes it gets it.
 
         Returns:
-            The result of each branch, in order.
+            The result of each branch, in order; with `join`, the one result of all of them.
 
         Raises:
-            PoolError: As in pool.
+            PoolError: As in pool. With `join`, an InvalidArgumentError too if the outputs don't fit each other.
+
+        Examples:
+            >>> import numpy as np
+            >>> from poolrpc import GlobalPool2d, PoolClient
+            >>> with PoolClient("127.0.0.1:50051") as client:
+            ...     layers = [GlobalPool2d("mean"), GlobalPool2d("max")]
+            ...     result = client.pool_each(np.zeros((8, 64, 7, 7), np.float32), layers, join="cat")
+            >>> result.shape
+            (8, 128, 1, 1)
 
         """
-        transfer = self._transfer(x, branches, indices, layout, out)
+        transfer = self._transfer(x, branches, operand, layout, out)
+        joined = None if join is None else self._joined(join, transfer)
         options = self._call_options(timeout, priority, metadata)
-        return self._run(self._call_steps(transfer, options, transport, progress, copy=copy))
+        results = self._run(self._call_steps(transfer, options, transport, progress, copy=copy))
+        return results if joined is None else joined(results)
 
     def pool_steps(  # noqa: PLR0913 - options, all but the first three by keyword
         self,
@@ -159,7 +214,6 @@ class PoolClient(BaseClient):
         layers: ChainLike,
         steps: Iterable[int] | None = None,
         *,
-        indices: object = None,
         layout: Layout = "NCHW",
         out: Sequence[Out | None] | None = None,
         timeout: Timeout = UNSET,
@@ -168,6 +222,7 @@ class PoolClient(BaseClient):
         transport: Transport | None = None,
         copy: bool = True,
         progress: Progress | None = None,
+        **operand: Unpack[Operand],
     ) -> list[PoolResult]:
         """Run a chain of layers on a tensor, and return the outputs of several steps, such as the levels of a pyramid.
 
@@ -178,7 +233,6 @@ class PoolClient(BaseClient):
             layers: As in pool.
             steps: The numbers of the layers whose outputs are returned, counted from 0 and in ascending order. Layers
                 after the last of them are not computed. None: all layers.
-            indices: As in pool.
             layout: As in pool.
             out: For each of these steps, an `out` as in pool. None: new arrays for all of them.
             timeout: As in pool.
@@ -187,6 +241,7 @@ class PoolClient(BaseClient):
             transport: As in pool.
             copy: As in pool.
             progress: As in pool.
+            **operand: As in pool; every branch whose first layer takes it gets it.
 
         Returns:
             The result of each of these steps, in order, with the indices if its layer returns them.
@@ -204,7 +259,7 @@ class PoolClient(BaseClient):
 
         """
         chain, outputs = as_steps(layers, steps)
-        transfer = self._transfer(x, (chain,), indices, layout, out, (outputs,))
+        transfer = self._transfer(x, (chain,), operand, layout, out, (outputs,))
         options = self._call_options(timeout, priority, metadata)
         return self._run(self._call_steps(transfer, options, transport, progress, copy=copy))
 
@@ -221,6 +276,7 @@ class PoolClient(BaseClient):
         timeout: Timeout = UNSET,
         priority: int | None = None,
         metadata: Pairs = (),
+        **operand: Unpack[Operand],
     ) -> Iterator[PoolResult]: ...
 
     @overload
@@ -236,6 +292,7 @@ class PoolClient(BaseClient):
         timeout: Timeout = UNSET,
         priority: int | None = None,
         metadata: Pairs = (),
+        **operand: Unpack[Operand],
     ) -> Iterator[PoolResult | PoolError]: ...
 
     def map(  # noqa: PLR0913 - options, all by keyword
@@ -250,6 +307,7 @@ class PoolClient(BaseClient):
         timeout: Timeout = UNSET,
         priority: int | None = None,
         metadata: Pairs = (),
+        **operand: Unpack[Operand],
     ) -> Iterator[PoolResult | PoolError]:
         """Run a layer, or a chain of layers, on each of many tensors, and yield the results in order.
 
@@ -268,6 +326,8 @@ class PoolClient(BaseClient):
             timeout: As in pool, for each request.
             priority: As in pool.
             metadata: As in pool.
+            **operand: As in pool, but an iterable with one operand for each tensor; itertools.repeat(offsets) is the
+                same one for all.
 
         Returns:
             An iterator over the result of each tensor, in order; or its error, if return_exceptions is set.
@@ -276,6 +336,7 @@ class PoolClient(BaseClient):
             PoolError: An argument is not valid; or, from the iterator, a tensor failed. The class says how.
 
         """
+        groups = self._grouping(layers, layout, operand)
         steps = self._map_steps(
             tensors,
             in_flight=in_flight,
@@ -283,14 +344,15 @@ class PoolClient(BaseClient):
             return_exceptions=return_exceptions,
             options=self._map_options(timeout, priority, metadata),
         )
-        return self._run_map(steps, self._grouping(layers, layout).over(tensors), in_flight)
+        return self._run_map(steps, groups.over(tensors), in_flight)
 
-    def output_shape(
+    def output_shape(  # noqa: PLR0913 - options, all by keyword
         self,
         shape: Iterable[int],
         layers: ChainLike,
         *,
         layout: Layout = "NCHW",
+        operand_shape: Iterable[int] | None = None,
         timeout: Timeout = UNSET,
         metadata: Pairs = (),
     ) -> Shape:
@@ -300,6 +362,7 @@ class PoolClient(BaseClient):
             shape: The shape of the input: (N, C, spatial...) or (C, spatial...).
             layers: As in pool.
             layout: As in pool.
+            operand_shape: The shape of the operand, if the first layer takes one on which its output depends.
             timeout: As in pool.
             metadata: As in pool.
 
@@ -307,7 +370,8 @@ class PoolClient(BaseClient):
             PoolError: As in pool.
 
         """
-        return self._run(self._output_shape_steps(shape, layers, layout, self._call_options(timeout, None, metadata)))
+        options = self._call_options(timeout, None, metadata)
+        return self._run(self._output_shape_steps(shape, layers, layout, operand_shape, options))
 
     def server_info(self, *, timeout: Timeout = UNSET, metadata: Pairs = ()) -> ServerInfo:
         """Return the server's versions, its device, its layers with their dtypes, and its limits.

@@ -10,12 +10,13 @@ import ast
 import math
 import re
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeVar
 
 from poolrpc._shapes.limits import MAX_BRANCHES, MAX_CHAIN, MAX_EXPRESSION_CHARS
 from poolrpc._shapes.rules import clip
 from poolrpc.errors import ExpressionError, InvalidArgumentError
 from poolrpc.layers import LAYERS, STEPS, Layer
+from poolrpc.layers.reductions import WITH_PARAMETERS
 
 INVALID = re.compile(
     r"[^\w\s,.=()\[\]+*'\"-]|[^\x00-\x7f]|(?:[0-9]\.?[jJ]?|0[xX][0-9a-fA-F_]+)(?:and|else|for|if|in|is|not|or)"
@@ -27,6 +28,11 @@ GLOBAL = re.compile(r"Global_?(Max|Avg|Average)?_?Pool(?:ing)?_?([123]?)d?", re.
 
 TORCH_PREFIX = re.compile(r"^(?:(?:torch\.)?nn\.(?:modules\.)?(?:pooling\.)?|(?:torchvision\.transforms\.)?v2\.)")
 """What may precede the name of a layer: the module of torch or torchvision that has it."""
+
+T = TypeVar("T")
+
+MAX_DEPTH = 2
+"""The depth of a value: padding may have a pair for each axis."""
 
 NAMES: dict[str, type[Layer]] = {**LAYERS, **STEPS}
 """Every layer and element-wise step by its name."""
@@ -167,8 +173,10 @@ class _Parser:
             near = _similar_layers(written)
             hint = f"did you mean {' or '.join(near)}?" if near else f"the layers are {', '.join(NAMES)}"
             raise self.error(f"expected the name of a layer, got {clip(written)}; {hint}", node.func)
-        cls = NAMES[name]
-        names = [each.name for each in fields(cls)]  # type: ignore[arg-type]  # every layer is a dataclass
+        return self.call(NAMES[name], name, node)
+
+    def call(self, cls: type[T], name: str, node: ast.Call) -> T:
+        names = [each.name for each in fields(cls)]  # type: ignore[arg-type]  # every one is a dataclass
         nodes: dict[str, ast.AST] = {}
         values: dict[str, Any] = {}
         if len(node.args) > len(names):
@@ -193,12 +201,14 @@ class _Parser:
             first = error.violations[0]
             raise self.error(str(error), nodes.get(first.field, node)) from None
         except TypeError:  # a required parameter is missing
-            missing = names[0] if names[0] not in values else names[1]
+            missing = next(each for each in names if each not in values)
         raise self.error(f"expected the parameter {missing} of {name}, got none", node)
 
-    def value(self, node: ast.expr) -> object:
-        if isinstance(node, ast.Tuple | ast.List):
-            return tuple(self.scalar(each) for each in node.elts)
+    def value(self, node: ast.expr, depth: int = 0) -> object:
+        if isinstance(node, ast.Call) and not depth and (name := self.source(node.func)) in WITH_PARAMETERS:
+            return self.call(WITH_PARAMETERS[name], name, node)
+        if isinstance(node, ast.Tuple | ast.List) and depth < MAX_DEPTH:
+            return tuple(self.value(each, depth + 1) for each in node.elts)
         return self.scalar(node)
 
     def scalar(self, node: ast.expr) -> object:

@@ -89,6 +89,7 @@ class RemotePool(nn.Module):
         input: torch.Tensor,  # noqa: A002 - torch's name
         indices: torch.Tensor | None = None,
         output_size: Sequence[int] | None = None,
+        **operand: Any,  # noqa: ANN401 - checked by the client
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Pool a tensor.
 
@@ -97,6 +98,8 @@ class RemotePool(nn.Module):
             indices: For MaxUnpool: the indices of the maxima, int64, of the input's shape.
             output_size: For MaxUnpool: the spatial shape of the output, or the whole one of a batched tensor. None: the
                 layer's own.
+            **operand: The second tensor of another layer that takes one, as in PoolClient.pool: weights, offsets,
+                lengths, ids or boxes.
 
         Returns:
             The output; or the output and the indices (int64), if the last layer has return_indices.
@@ -112,8 +115,8 @@ class RemotePool(nn.Module):
         result = self.client.pool(
             _to_client(input, layout),
             self.layers if output_size is None else self._resized(output_size),
-            indices=None if indices is None else _to_client(indices, layout),
             layout=layout,
+            **(operand if indices is None else {"indices": _to_client(indices, layout), **operand}),
         )
         output = _from_client(result.output, layout, input.device)
         return output if result.indices is None else (output, _from_client(result.indices, layout, input.device))

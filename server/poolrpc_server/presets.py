@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from poolrpc._shapes.operands import OPERAND_DTYPES
 from poolrpc._shapes.rules import clip
 from poolrpc._wire.codec import Request
-from poolrpc.chains import spatial_dims
+from poolrpc.chains import operand_name, spatial_dims
 from poolrpc.errors import InvalidArgumentError
 from poolrpc.expression import parse_branches
 from poolrpc.tensors import TensorSpec
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 POOL_PRESET = "pool"
 PRESET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", re.ASCII)
+
+OPERAND_AXES = {"offsets": 1, "boxes": 2}
+"""Number of axes of the operands that have others than the input."""
 
 IMAGE_DIMS = 2
 """Number of spatial axes that the metadata reports for `pool`."""
@@ -53,8 +57,12 @@ class Preset:
     @property
     def inputs(self) -> dict[str, str]:
         """The names of the inputs, each with one of its possible dtypes."""
-        takes_indices = any(chain[0].takes_indices for chain in self.branches)
-        return {"input": "float32"} | ({"indices": "int64"} if takes_indices else {})
+        operand = operand_name(self.branches, given=False)
+        return {"input": "float32"} | ({operand: OPERAND_DTYPES[operand][0]} if operand else {})
+
+    def axes(self, name: str) -> int:
+        """Return the number of axes of an input or an output."""
+        return OPERAND_AXES.get(name, self.rank) if name in self.inputs else self.rank
 
     @property
     def outputs(self) -> dict[str, str]:
@@ -115,6 +123,7 @@ def read_presets(definitions: Iterable[str], path: str = "") -> dict[str, Preset
         try:
             branches = parse_branches(layer)
             spatial_dims(branches)
+            operand_name(branches, given=False)
         except InvalidArgumentError as error:
             raise ValueError(f"model {name}: {error}") from None
         presets[name] = Preset(name, layer, branches)

@@ -130,6 +130,7 @@ class Service:
                 workspace_limit=min(WORKSPACE_LIMIT, config.max_inflight_bytes // 4),
                 idle_limit=min(IDLE_LIMIT, config.max_inflight_bytes // 4),
                 page_lock_limit=config.max_arena_bytes if (limit := config.max_page_locked_bytes) < 0 else limit,
+                max_work=config.max_work,
             )
         except ValueError as error:
             raise ConfigError(str(error)) from None
@@ -303,4 +304,5 @@ def _describe(config: Config, engine: Engine, spans: Spans | None) -> ServerInfo
             "metrics": "on" if config.metrics else "off",
             "traces": "off" if spans is None else spans.destination,
         },
+        operands={name: layer.operand for name, layer in LAYERS.items() if layer.operand},
     )

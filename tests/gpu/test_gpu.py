@@ -73,7 +73,9 @@ def assert_parity(engine: Engine, layer: p.Layer, x: torch.Tensor, indices: torc
                 assert_same(got, other, (layer, x.shape, x.dtype, len(runs)))
 
 
-@pytest.mark.parametrize("name", [name for name in GRID if "Unpool" not in name])
+@pytest.mark.parametrize(
+    "name", [name for name in GRID if not p.LAYERS[name].operand or p.LAYERS[name].operand_optional]
+)
 def test_parity_on_cuda(engine: Engine, name: str) -> None:
     """Every layer has torch's result on CUDA, bit for bit, alone and in a batch."""
     every = list(cases(name))
@@ -91,6 +93,36 @@ def test_unpool_parity_on_cuda(engine: Engine, name: str) -> None:
         x, indices = reference(pool(layer.kernel_size, layer.stride, layer.padding, return_indices=True), full)
         sized = type(layer)(layer.kernel_size, layer.stride, layer.padding, tuple(full.shape[-layer.spatial_dims :]))
         assert_parity(engine, sized, x, indices)
+
+
+BOXES = torch.tensor([[1, 0, 0, 9, 9], [0, 2.5, 1, 30, 8], [1, -3, -3, 4, 40]])
+OPERANDS: list[tuple[p.Layer, tuple[int, ...], torch.Tensor]] = [
+    *((p.SegmentPool(reduce), (4, 30, 900), torch.tensor([0, 3, 3, 500, 900])) for reduce in ("max", "mean", "std")),
+    *(
+        (p.GlobalPool1d(reduce), (4, 30, 900), torch.arange(3600.0).view(4, 900) % 3)
+        for reduce in ("min", "mean", "median")
+    ),
+    (p.RoIPool(5, 0.5), (2, 16, 20, 30), BOXES),
+    (p.RoIAlign(5, 0.5, aligned=True), (2, 16, 20, 30), BOXES),
+]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("layer", "shape", "operand"), OPERANDS, ids=lambda each: each.name if isinstance(each, p.Layer) else ""
+)
+def test_operands_on_cuda(
+    engine: Engine, layer: p.Layer, shape: tuple[int, ...], operand: torch.Tensor, dtype: str
+) -> None:
+    """A layer with an operand has the CPU's result on CUDA, within a rounding, and alone."""
+    x = values(shape, dtype, 2)
+    cpu = Engine("cpu", 1)
+    (expected,) = cpu.execute([run_of(cpu, layer, x, operand)])[0]
+    run = run_of(engine, layer, x, operand)
+    assert run.key is None
+    (got,) = engine.execute([run])[0]
+    torch.testing.assert_close(got, expected, equal_nan=True)
+    cpu.close()
 
 
 def test_host_memory_is_pinned_and_reused(cuda: torch.device) -> None:

@@ -123,8 +123,8 @@ def request(arena_id, input, output, layer=None, shape=(1, 16, 64, 64), indices=
         arena={"arena_id": arena_id, "input": dict(zip(("offset", "length"), input)),
                "output": dict(zip(("offset", "length"), output))})
     if indices:
-        message.indices.dtype = pool_pb2.DATA_TYPE_INT64
-        message.indices.shape.extend(shape)
+        message.operand.dtype = pool_pb2.DATA_TYPE_INT64
+        message.operand.shape.extend(shape)
     return message
 
 def call(channel, message, timeout=60):

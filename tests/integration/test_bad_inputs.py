@@ -486,7 +486,7 @@ def test_a_dtype_that_the_layer_does_not_support(
 def unpool(indices: np.ndarray, shape: tuple[int, ...] = (1, 1, 2, 2), **parameters: Any) -> pool_pb2.PoolRequest:
     """Return a request to unpool zeros of a shape with indices."""
     request = message(layer_of("max_unpool", 2, kernel_size=[2], **parameters), shape)
-    request.indices.CopyFrom(codec.encode_spec(TensorSpec(indices.dtype.name, indices.shape)))
+    request.operand.CopyFrom(codec.encode_spec(TensorSpec(indices.dtype.name, indices.shape)))
     request.payload += indices.tobytes()
     return request
 
@@ -522,9 +522,9 @@ def test_unpool_mismatch(stub: pool_pb2_grpc.PoolServiceStub, request_: pool_pb2
 def test_indices_without_an_unpool(stub: pool_pb2_grpc.PoolServiceStub) -> None:
     """Indices for layers that take none are INVALID_ARGUMENT."""
     request = message(max2d(), (1, 1, 2, 2))
-    request.indices.CopyFrom(codec.encode_spec(TensorSpec("int64", (1, 1, 2, 2))))
+    request.operand.CopyFrom(codec.encode_spec(TensorSpec("int64", (1, 1, 2, 2))))
     request.payload += bytes(32)
-    assert "expected no indices" in str(rejection(stub, request))
+    assert "operand: expected none, since no layer" in str(rejection(stub, request))
 
 
 def test_unpool_after_another_layer(stub: pool_pb2_grpc.PoolServiceStub) -> None:

@@ -144,7 +144,7 @@ def test_a_global_layer_rejects_another_rank(client: PoolClient) -> None:
         client.pool(X[0, 0], GlobalPool2d("mean"))
     assert caught.value.violations[0].field == "input.shape"
     with pytest.raises(
-        poolrpc.UnsupportedError, match="GlobalPool2d takes float16, bfloat16, float32, float64, got uint8"
+        poolrpc.UnsupportedError, match="GlobalPool2d takes float16, bfloat16, float32, float64, int64, got uint8"
     ):
         client.pool(X.astype(np.uint8), GlobalPool2d("mean"))
     assert client.pool(X.astype(np.uint8), GlobalPool2d("max")).output.dtype == np.uint8
@@ -166,6 +166,8 @@ def test_server_info(client: PoolClient) -> None:
     assert 2**20 <= info.limits["max_message_bytes"].value <= 513 * 2**20
     assert str(info.limits["max_work"]).endswith(" cells")
     assert info.threads >= 1
+    assert info.operands == {name: layer.operand for name, layer in poolrpc.LAYERS.items() if layer.operand}
+    assert info.operands["MaxUnpool2d"] == "indices"
 
 
 def test_health(client: PoolClient) -> None:

@@ -58,12 +58,12 @@ INVALID: dict[str, tuple[dict[str, Any], type[PoolError], str]] = {
     "kernel": (
         {"layers": [TWICE, MaxPool2d(9)]},
         poolrpc.InvalidArgumentError,
-        "branches[0].layers[1].max_pool.kernel_size: expected an effective kernel of at most input + 2*padding = 4",
+        "branches[0].layers[1].max_pool.kernel_size: expected an effective kernel of at most the padded input, 4",
     ),
     "dilation": (
         {"layers": MaxPool2d(1, dilation=9)},
         poolrpc.InvalidArgumentError,
-        "branches[0].layers[0].max_pool.dilation: expected at most input + 2*padding = 8, got 9",
+        "branches[0].layers[0].max_pool.dilation: expected at most the padded input, 8, got 9",
     ),
     "numbers of axes": (
         {"layers": [TWICE, AvgPool3d(1)]},
@@ -100,12 +100,12 @@ INVALID: dict[str, tuple[dict[str, Any], type[PoolError], str]] = {
     "unpooling without indices": (
         {"layers": MaxUnpool2d(2)},
         poolrpc.InvalidArgumentError,
-        "indices: expected the indices of a MaxPool for MaxUnpool, got none",
+        "indices: expected the indices for MaxUnpool2d, got none",
     ),
     "indices without unpooling": (
         {"indices": INDICES},
         poolrpc.InvalidArgumentError,
-        "indices: expected no indices without a MaxUnpool, got some",
+        "indices: expected no operand for MaxPool2d, got indices",
     ),
     "dtype of indices": (
         {"layers": MaxUnpool2d(2), "indices": INDICES.astype(np.int32)},

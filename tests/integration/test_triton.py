@@ -131,11 +131,16 @@ def region(caller: TritonClient) -> Iterator[Path]:
 
 
 def request(
-    *arrays: NDArray[Any], layer: str = "", model: str = "pool", outputs: Iterable[str] = (), **parameters: int
+    *arrays: NDArray[Any],
+    layer: str = "",
+    model: str = "pool",
+    outputs: Iterable[str] = (),
+    operand: str = "indices",
+    **parameters: int,
 ) -> pb.ModelInferRequest:
     """Return a request with raw inputs."""
     message = pb.ModelInferRequest(model_name=model, raw_input_contents=[each.tobytes() for each in arrays])
-    for name, each in zip(("input", "indices"), arrays, strict=False):
+    for name, each in zip(("input", operand), arrays, strict=False):
         message.inputs.add(name=name, datatype=DATATYPE_OF[each.dtype.name], shape=each.shape)
     if layer:
         message.parameters["layer"].string_param = layer
@@ -203,6 +208,26 @@ def test_branches_are_outputs_by_name(caller: TritonClient, client: poolrpc.Pool
     assert list(found) == ["indices_1", "output"]
     assert_same(found["indices_1"], expected["indices_1"])
     assert_same(found["output"], expected["output"])
+
+
+OPERANDS = {
+    "offsets": ("SegmentPool('max')", X[0], np.array([0, 2, 4])),
+    "weights": ("GlobalPool2d('mean')", X, np.arange(160, dtype=np.float32).reshape(2, 8, 10)),
+    "boxes": ("[RoIAlign(2), MaxPool2d(2)]", X, np.array([[0, 0, 0, 3, 3]], np.float32)),
+}
+
+
+@pytest.mark.parametrize("name", OPERANDS)
+def test_operands_are_inputs_by_their_names(caller: TritonClient, client: poolrpc.PoolClient, name: str) -> None:
+    """An operand is a second input; the outputs are those of our client, and another name or value is an error."""
+    layer, x, operand = OPERANDS[name]
+    expected = client.pool(x, layer, **{name: operand}).output
+    assert_same(arrays_of(caller.infer(request(x, operand, layer=layer, operand=name)))["output"], expected)
+    other = next(each for each in OPERANDS if each != name)
+    error = caller.fail(request(x, operand, layer=layer, operand=other))
+    assert str(error) == f"inputs: expected {name} for these layers, got {other}"
+    error = caller.fail(request(x, operand - 100, layer=layer, operand=name))
+    assert error.violations[0].field == name
 
 
 PYRAMID = "[MaxPool2d(2, return_indices=True), AvgPool2d(2), MaxPool2d(2, return_indices=True)]"

@@ -10,6 +10,8 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 import poolrpc as p
+from tests.operand_bytes import operand_for
+from tests.unit.strategies import REDUCES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,7 +45,23 @@ def windows(cls: type[p.Layer], **more: list[Any]) -> list[p.Layer]:
     return made
 
 
+PADDED = {
+    dims: [{"padding": "same"}, {"padding": "same_lower"}, {"padding": ((2, 1),) * dims}, {"padding": ((0, 2),) * dims}]
+    for dims in SIZES
+}
+
+
+def padded(cls: type[p.Layer], **more: list[Any]) -> list[p.Layer]:
+    """Return layers whose padding torch.nn lacks, for every combination of other parameters."""
+    return [
+        cls(kernel, stride, **padding, **dict(zip(more, each, strict=True)))
+        for kernel, stride, padding in product([3, 4], [1, 2], PADDED[cls.spatial_dims])
+        for each in product(*more.values())
+    ]
+
+
 BOTH = [False, True]
+PADDINGS: list[dict[str, Any]] = [{}, {"padding": "same"}, {"padding": 2, "ceil_mode": True}]
 MAXES = {"padding": [0, 1], "dilation": [1, 2], "ceil_mode": BOTH, "return_indices": BOTH}
 MEANS = {"padding": [0, 1], "ceil_mode": BOTH, "count_include_pad": BOTH}
 POWERS = {"norm_type": [1.0, 2.0, 3.5, float("inf")], "ceil_mode": BOTH}
@@ -51,20 +69,29 @@ SEEDS = [0, 1, 2**64 - 1]
 PERMUTED = {2: [{"kernel_size": (3, 2), "stride": (1, 2)}], 3: [{"kernel_size": (2, 3, 1), "stride": (1, 2, 3)}]}
 
 GRID: dict[str, list[p.Layer]] = {
-    "MaxPool1d": windows(p.MaxPool1d, **MAXES),
+    "MaxPool1d": [*windows(p.MaxPool1d, **MAXES), *padded(p.MaxPool1d, return_indices=BOTH, dilation=[1, 2])],
     "MaxPool2d": [
         *windows(p.MaxPool2d, **MAXES),
+        *padded(p.MaxPool2d, return_indices=BOTH, dilation=[1, 2]),
+        p.MaxPool2d((2, 4), stride=(1, 3), padding=((1, 0), (3, 1)), return_indices=True, ceil_mode=True),
         p.MaxPool2d((3, 2), stride=(1, 2), padding=(1, 0), dilation=(1, 2)),
         p.MaxPool2d((1, 5), stride=(2, 1), padding=(0, 2), return_indices=True, ceil_mode=True),
     ],
-    "MaxPool3d": [*windows(p.MaxPool3d, **MAXES), p.MaxPool3d((2, 3, 1), stride=(1, 2, 3), padding=(1, 1, 0))],
-    "AvgPool1d": windows(p.AvgPool1d, **MEANS),
+    "MaxPool3d": [
+        *windows(p.MaxPool3d, **MAXES),
+        *padded(p.MaxPool3d, return_indices=BOTH),
+        p.MaxPool3d((2, 3, 1), stride=(1, 2, 3), padding=(1, 1, 0)),
+    ],
+    "AvgPool1d": [*windows(p.AvgPool1d, **MEANS), *padded(p.AvgPool1d, count_include_pad=BOTH)],
     "AvgPool2d": [
         *windows(p.AvgPool2d, **MEANS, divisor_override=[None, 3, -2]),
+        *padded(p.AvgPool2d, count_include_pad=BOTH, divisor_override=[None, 3, -1]),
+        p.AvgPool2d((2, 4), stride=(1, 3), padding=((1, 0), (3, 1)), ceil_mode=True),
         p.AvgPool2d((3, 2), stride=(1, 2), padding=(1, 0), count_include_pad=False),
     ],
     "AvgPool3d": [
         *windows(p.AvgPool3d, **MEANS, divisor_override=[None, -3]),
+        *padded(p.AvgPool3d, count_include_pad=BOTH),
         p.AvgPool3d((2, 3, 1), padding=(1, 0, 0)),
     ],
     "LPPool1d": windows(p.LPPool1d, **POWERS),
@@ -92,7 +119,19 @@ GRID: dict[str, list[p.Layer]] = {
         p.MaxUnpool2d((3, 2), stride=(3, 2), padding=(1, 0)),
     ],
     "MaxUnpool3d": [p.MaxUnpool3d(k, s, d) for k, s, d in product([2, 3], [None, 2], [0, 1])],
-    **{f"GlobalPool{dims}d": [p.LAYERS[f"GlobalPool{dims}d"](r) for r in ("max", "mean")] for dims in SIZES},
+    **{f"GlobalPool{dims}d": [p.LAYERS[f"GlobalPool{dims}d"](r) for r in REDUCES] for dims in SIZES},
+    **{
+        f"Pool{dims}d": [
+            p.LAYERS[f"Pool{dims}d"](r, k, s, **padding, dilation=d)
+            for r, (k, s), padding, d in product(REDUCES, [(2, None), (3, 1), (4, 3)], PADDINGS, [1, 2])
+            if k > 2 or not padding
+        ]
+        for dims in SIZES
+    },
+    "BlurPool2d": [p.BlurPool2d(*each) for each in ((), (1, 1), (2, 2), (3, 1), (4, 3), (5, 2))],
+    "SegmentPool": [p.SegmentPool(r) for r in REDUCES],
+    "RoIPool": [p.RoIPool(o, s) for o, s in product([1, 3, (2, 5)], [1.0, 0.5])],
+    "RoIAlign": [p.RoIAlign(o, s, r, aligned) for o, s, r, aligned in product([1, (2, 3)], [1.0, 0.5], [0, 2], BOTH)],
 }
 
 
@@ -148,7 +187,8 @@ def features(case: Case) -> list[tuple[str, object]]:
 def accepts(layer: p.Layer, shape: tuple[int, ...]) -> bool:
     """Return whether a layer can pool a tensor of that shape."""
     try:
-        layer.output_shape(shape)
+        operand, _ = operand_for([(layer,)], shape)
+        layer.output_shape(shape, None if operand is None else operand.shape)
     except p.InvalidArgumentError:
         return False
     return True

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from tests.parity.definitions import blurred, defined, reduced
+
 if TYPE_CHECKING:
     import poolrpc as p
 
@@ -46,22 +48,28 @@ def samples(seed: int, planes: int, axes: int) -> list[list[float]]:
     return [drawn[i : i + axes] for i in range(0, len(drawn), axes)]
 
 
-def reference(  # noqa: C901, PLR0911 - a case for each family
+def reference(  # noqa: C901, PLR0911, PLR0912 - a case for each family
     layer: p.Layer, x: torch.Tensor, indices: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return torch.nn's output, and its indices if the layer returns them; that of a step is of (N, C, spatial...)."""
     dims = layer.spatial_dims
     if not dims:
         return step(layer, x), None
+    if layer.family == "blur_pool":
+        return blurred(layer, x).to(x.dtype), None
     if layer.family == "max_unpool" and not x.is_floating_point():
         return unpooled(layer, x, indices), None
     if x.dtype == torch.uint16:  # of which torch has no maximum
         output, chosen = reference(layer, x.to(torch.int32))
         return output.to(torch.uint16), chosen
+    if layer.family in {"max_pool", "avg_pool"} and not torch_accepts(layer):
+        return defined(layer, x)
     parameters = {each.name: getattr(layer, each.name) for each in fields(layer)}
-    if layer.family.startswith("global"):
+    if layer.family == "pool" or (layer.family == "global_pool" and layer.reduce not in {"max", "mean"}):
+        return reduced(layer, x).to(x.dtype), None
+    if layer.family == "global_pool":
         if not x.is_floating_point():
-            return x.amax(tuple(range(-dims, 0)), keepdim=True), None
+            return reduced(layer, x).to(x.dtype), None
         name = "AdaptiveMaxPool" if layer.reduce == "max" else "AdaptiveAvgPool"
         return getattr(torch.nn, f"{name}{dims}d")(1)(x), None
     if layer.family == "max_unpool":
@@ -90,6 +98,14 @@ def reference(  # noqa: C901, PLR0911 - a case for each family
         del parameters["norm_type"]
     answer = getattr(torch.nn, name)(**parameters)(x)
     return answer if isinstance(answer, tuple) else (answer, None)
+
+
+def torch_accepts(layer: p.Layer) -> bool:
+    """Return whether torch.nn has a layer's padding: at most half of the kernel."""
+    if isinstance(layer.padding, str) or np.ndim(layer.padding) > 1:
+        return False
+    padding, kernel = (np.broadcast_to(each, layer.spatial_dims) for each in (layer.padding, layer.kernel_size))
+    return bool((padding <= kernel // 2).all())
 
 
 def unpooled(layer: p.Layer, x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
@@ -157,3 +173,24 @@ def assert_same(got: np.ndarray | torch.Tensor, expected: torch.Tensor, what: ob
     if expected.is_floating_point():
         same |= tensor.isnan() & expected.isnan()
     assert bool(same.all()), what
+
+
+NEAR = {torch.float64: 1e-12, torch.float32: 2**-22, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+"""The relative error of what is computed in float64 and rounded once; of float64, that of powers and exponentials."""
+
+SUM_ERROR = 2e-4
+"""The error of a sum of these values in float32."""
+
+
+def assert_result(got: np.ndarray | torch.Tensor, expected: torch.Tensor, layer: p.Layer, what: object) -> None:
+    """Compare an output with torch's bit for bit, or with a definition that is computed in float64 within a bound."""
+    reduce = "mean" if layer.family == "blur_pool" else getattr(layer, "reduce", "max")
+    in_torch = layer.family == "global_pool" and reduce == "mean"
+    if reduce in {"max", "min", "median"} or in_torch or not expected.is_floating_point():
+        assert_same(got, expected, what)
+        return
+    tensor = got if isinstance(got, torch.Tensor) else as_torch(got)
+    assert (tensor.dtype, tensor.shape) == (expected.dtype, expected.shape), what
+    near = NEAR[expected.dtype]
+    sums = SUM_ERROR if reduce in {"sum", "mean"} and expected.dtype != torch.float64 else 1e-12
+    torch.testing.assert_close(tensor.double(), expected.double(), rtol=near, atol=sums, equal_nan=True, msg=str(what))

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import poolrpc as p
 from poolrpc_server.compute.kernels import blocks, plan_for
+from poolrpc_server.compute.kernels.eager import bind
 from poolrpc_server.compute.kernels.table import TABLE
 from tests.parity.reference import assert_same, reference, values
 from tests.unit.strategies import steps
@@ -42,16 +43,19 @@ def sliding(draw: st.DrawFn, family: str) -> tuple[p.Layer, tuple[int, ...]]:
     for _ in range(dims):
         kernel = draw(st.integers(1, LONGEST[dims]))
         stride = draw(st.one_of(st.integers(1, 5), st.integers(1, 17), st.just(kernel)))
-        padding = draw(st.integers(0, kernel // 2)) if family != "LPPool" else 0
         dilation = draw(st.sampled_from((1, 1, 2, 3))) if family == "MaxPool" else 1
         span = (kernel - 1) * dilation + 1
-        least = span if family != "MaxPool" and dims == 3 else max(1, span - 2 * padding, dilation - 2 * padding)
+        halves = st.integers(0, kernel // 2).map(lambda half: (half, half))
+        padding = (0, 0) if family == "LPPool" else draw(halves | st.tuples(*[st.integers(0, span - 1)] * 2))
+        least = span if family != "MaxPool" and dims == 3 else max(1, span - sum(padding), dilation - sum(padding))
         axes.append((kernel, stride, padding, dilation, draw(st.integers(least, least + LARGEST[dims]))))
     kernel, stride, padding, dilation, plane = zip(*axes, strict=True)
     ceil = draw(st.booleans())
     cls = p.LAYERS[f"{family}{dims}d"]
     if family == "MaxPool":
         return cls(kernel, stride, padding, dilation, draw(st.booleans()), ceil), plane
+    if family == "Pool":
+        return cls(draw(st.sampled_from(("min", "sum"))), kernel, stride, padding, ceil_mode=ceil), plane
     if family == "LPPool":
         return cls(draw(st.sampled_from((1.0, 2.0, inf))), kernel, stride, ceil), plane
     more = {"divisor_override": draw(st.none() | st.integers(-9, 9).filter(bool))} if dims > 1 else {}
@@ -88,6 +92,7 @@ DRAWS = {
     "MaxPool": sliding("MaxPool"),
     "AvgPool": sliding("AvgPool"),
     "LPPool": sliding("LPPool"),
+    "Pool": sliding("Pool"),
     "AdaptiveMaxPool": adaptive("AdaptiveMaxPool"),
     "AdaptiveAvgPool": adaptive("AdaptiveAvgPool"),
     "GlobalPool": whole(),
@@ -99,6 +104,7 @@ def test_every_row_is_drawn_for() -> None:
     """Every operation of the table is compared with torch here."""
     drawn = {"global_pool, max", *(each.family for each in p.STEPS.values())}
     drawn |= {p.LAYERS[f"{name}2d"].family for name in DRAWS if name != "steps"}
+    drawn |= {"pool, min", "pool, sum"}
     drawn |= {"rounded_average"}  # four steps, which test_rounded_average.py compares
     assert {operation for row in TABLE for operation in row.operations} <= drawn
 
@@ -137,7 +143,10 @@ def compare_rows(name: str, data: st.DataObject, seed: int, size: int) -> None:
     dtype = data.draw(st.sampled_from(layer.dtypes))
     channels = data.draw(st.sampled_from((None, 1, 3, 9)))
     x = values((2, channels or 3, *plane), dtype, seed)
-    expected, indices = reference(layer, x)
+    if name == "Pool":  # whose operator test_parity.py compares with the definition
+        expected, indices = bind(layer, x.dtype, layer.output_plane(plane))(x, None, 0, 0)
+    else:
+        expected, indices = reference(layer, x)
     made = plan_for(layer, x.dtype, plane, channels, "cpu")
     memory = (x if channels is None else x.movedim(1, -1)).reshape(-1, *made.plane_shape).contiguous()
     for row in made.rows:

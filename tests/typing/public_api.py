@@ -1,7 +1,7 @@
 """Types of the public API. `mypy tests/typing` fails if a type differs, or if a call marked as an error is accepted."""
 
 from collections.abc import AsyncIterator, Iterator
-from typing import assert_type
+from typing import Any, assert_type
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from poolrpc import (
     PoolClient,
     PoolError,
     PoolResult,
+    SegmentPool,
     ServerInfo,
     UnavailableError,
     branch_shapes,
@@ -29,6 +30,8 @@ from poolrpc import (
     parse_chain,
     parse_layer,
 )
+from poolrpc.keras import KerasPooling, from_layer
+from poolrpc.onnx import OnnxPooling, from_node
 from poolrpc.torch import RemotePool, replace_pooling
 
 X = np.zeros((1, 3, 8, 8), np.float32)
@@ -92,6 +95,8 @@ def client(client: PoolClient) -> None:
     assert_type(result, PoolResult)
     assert_type(result.shapes, tuple[tuple[int, ...], ...])
     assert_type(client.pool_each(X, [MaxPool2d(2), [MaxPool2d(2), GlobalPool2d("mean")]]), list[PoolResult])
+    assert_type(client.pool_each(X, [GlobalPool2d("mean"), GlobalPool2d("max")], join="cat"), PoolResult)
+    client.pool_each(X, [GlobalPool2d("mean")], join="concat")  # type: ignore[call-overload]
     assert_type(client.pool_steps(X, "[MaxPool2d(2), AvgPool2d(2)]"), list[PoolResult])
     assert_type(client.pool_steps(X, [MaxPool2d(2)] * 3, [0, 2], out=[None, (X, X)]), list[PoolResult])
     client.pool_steps(X, MaxPool2d(2), 0)  # type: ignore[arg-type]
@@ -119,7 +124,11 @@ def client(client: PoolClient) -> None:
     client.pool(X, 2)  # type: ignore[arg-type]
     client.pool(X, MaxPool2d)  # type: ignore[arg-type]
     client.pool(X, MaxPool2d(2), timeout="1")  # type: ignore[arg-type]
-    client.pool(X, MaxPool2d(2), None)  # type: ignore[call-arg]
+    client.pool(X, MaxPool2d(2), None)  # type: ignore[call-arg, arg-type]
+    assert_type(client.pool(X, SegmentPool("max"), offsets=[0, 1]), PoolResult)
+    assert_type(client.map([X], SegmentPool("max"), lengths=[[1, 2]]), Iterator[PoolResult])
+    assert_type(SegmentPool("max").output_shape((1, 2, 3), operand_shape=(3,)), tuple[int, ...])
+    client.pool(X, SegmentPool("max"), mask=X)  # type: ignore[call-arg]
     client.pool(X, MaxPool2d(2), priority=0, metadata=[("a", "1"), ("b-bin", b"2")])
     client.pool_each(X, [MaxPool2d(2)], priority=2, metadata=[("a", "1")])
     client.output_shape((1, 3, 8, 8), MaxPool2d(2), metadata={"a": "1"})
@@ -156,3 +165,18 @@ def torch_modules(client: PoolClient, async_client: AsyncPoolClient, x: torch.Te
     RemotePool(async_client, MaxPool2d(2))  # type: ignore[arg-type]
     RemotePool(client, 2)  # type: ignore[arg-type]
     replace_pooling(client, nn.Sequential())  # type: ignore[type-var, arg-type]
+
+
+async def nodes(client: PoolClient, async_client: AsyncPoolClient) -> None:
+    """Nodes of ONNX and layers of Keras have layers, and run on a client."""
+    node = from_node("MaxPool", {"kernel_shape": [2, 2]}, opset=17, indices=True)
+    assert_type(node, OnnxPooling)
+    assert_type(node.layer, Layer | None)
+    assert_type(node.run(client, X, None), tuple[np.ndarray[Any, np.dtype[Any]], ...])
+    result = await async_client.pool(**node.arguments(X))
+    assert_type(node.outputs(result, X.shape), tuple[np.ndarray[Any, np.dtype[Any]], ...])
+    pooling = from_layer(object())
+    assert_type(pooling, KerasPooling)
+    assert_type(pooling.run(client, X, mask=X), np.ndarray[Any, np.dtype[Any]])
+    from_node("MaxPool", [("kernel_shape", [2, 2])])  # type: ignore[arg-type]
+    node.run(async_client, X)  # type: ignore[arg-type]

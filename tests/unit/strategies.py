@@ -6,11 +6,20 @@ from functools import cache
 from hypothesis import strategies as st
 
 from poolrpc import LAYERS, STEPS
-from poolrpc._shapes.limits import MAX_NORMALIZED_CHANNELS, MAX_NUMEL, MAX_PARAMETER
+from poolrpc._shapes.limits import MAX_BINS, MAX_NORMALIZED_CHANNELS, MAX_NUMEL, MAX_PARAMETER, MAX_SAMPLES
 from poolrpc._shapes.parameters import per_axis
-from poolrpc.layers import FLOATS, INTEGERS, REDUCTIONS
+from poolrpc.layers import FLOATS, INTEGERS
+from poolrpc.layers.reductions import NAMED, LogSumExp, Norm, PowerMean, Softmax
 
 CLASSES = tuple(LAYERS.values())
+
+
+REDUCES = (
+    *NAMED,
+    *map(Norm, (1, 2, 3.5, float("inf"))),
+    *(PowerMean(3), PowerMean(-1, eps=0.5), LogSumExp(), LogSumExp(10), Softmax(), Softmax(-0.5)),
+)
+"""A few reductions of each kind."""
 
 
 def classes(dims):
@@ -31,12 +40,17 @@ def layers(draw, among=CLASSES, *, most=MAX_PARAMETER, most_output=MAX_NUMEL, in
     arguments = {}
 
     def padding():
-        halves = [kernel // 2 for kernel in per_axis(arguments["kernel_size"], dims)]
-        each = st.tuples(*(st.integers(0, half) for half in halves))
-        return st.one_of(st.integers(0, min(halves)), each)
+        limits = [kernel - 1 for kernel in per_axis(arguments["kernel_size"], dims)]
+        each = st.tuples(*(st.integers(0, limit) for limit in limits))
+        if cls.family == "max_unpool":
+            return st.one_of(st.integers(0, min(limits)), each)
+        pairs = st.tuples(*(st.tuples(*[st.integers(0, limit)] * 2) for limit in limits))
+        return st.one_of(st.integers(0, min(limits)), each, pairs, st.sampled_from(("same", "same_lower", "valid")))
 
     def output_size():
         cells = st.integers(1, most_output)
+        if cls.operand == "boxes":
+            return one_or_per_axis(st.integers(1, min(most_output, MAX_BINS)), dims)
         if cls.family.startswith("adaptive"):
             return st.one_of(cells, st.tuples(*[st.none() | cells] * dims))
         return st.none() | one_or_per_axis(cells, dims)
@@ -46,7 +60,7 @@ def layers(draw, among=CLASSES, *, most=MAX_PARAMETER, most_output=MAX_NUMEL, in
         "stride": lambda: st.none() | one_or_per_axis(sizes, dims) | st.integers(1, MAX_PARAMETER),
         "padding": padding,
         "dilation": lambda: one_or_per_axis(sizes, dims),
-        "ceil_mode": st.booleans,
+        "ceil_mode": lambda: st.just(False) if isinstance(arguments.get("padding"), str) else st.booleans(),
         "count_include_pad": st.booleans,
         "return_indices": st.booleans if indices else lambda: st.just(False),
         "divisor_override": lambda: st.none() | st.integers(-(2**63), 2**63 - 1).filter(bool),
@@ -54,8 +68,15 @@ def layers(draw, among=CLASSES, *, most=MAX_PARAMETER, most_output=MAX_NUMEL, in
         "output_size": output_size,
         "output_ratio": lambda: one_or_per_axis(st.floats(0, 1, exclude_min=True, exclude_max=True), dims),
         "seed": lambda: st.integers(0, 2**64 - 1),
-        "reduce": lambda: st.sampled_from(REDUCTIONS),
+        "reduce": lambda: st.sampled_from(REDUCES),
+        "spatial_scale": lambda: st.floats(0.001, 1000),
+        "sampling_ratio": lambda: st.integers(0, MAX_SAMPLES),
+        "aligned": st.booleans,
     }
+    if cls.family == "blur_pool":
+        makers["kernel_size"] = makers["stride"] = lambda: st.integers(1, min(most, 100))
+    if cls.family == "pool":
+        makers["count_include_pad"] = lambda: st.booleans() if arguments["reduce"] == "mean" else st.just(False)
     for parameter in fields(cls):
         name = parameter.name
         # A fractional layer takes either output_size or output_ratio.
@@ -104,8 +125,15 @@ def parameters(cls, most=6):
         "output_size": sizes | st.tuples(*[st.none() | sizes] * dims),
         "output_ratio": one_or_per_axis(st.floats(0.01, 0.99), dims),
         "seed": st.integers(0, 3),
-        "reduce": st.sampled_from(REDUCTIONS),
+        "reduce": st.sampled_from(REDUCES),
+        "spatial_scale": st.floats(0.1, 2),
+        "sampling_ratio": nearly(0, 3),
+        "aligned": flags,
     }
+    if cls.family == "blur_pool":
+        strategies["kernel_size"] = strategies["stride"] = sizes
+    if cls.family == "pool":  # with which count_include_pad is valid
+        strategies["reduce"] = st.just("mean")
     if cls.family == "max_unpool":
         strategies["output_size"] = st.tuples(*[st.integers(0, 4 * most)] * dims)
     names = {each.name: each.default is MISSING for each in fields(cls)}

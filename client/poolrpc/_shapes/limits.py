@@ -22,6 +22,12 @@ MAX_NORM = 32768
 MAX_NORMALIZED_CHANNELS = 64
 """Maximum number of channels that a Normalize has numbers for; their text fits MAX_EXPRESSION_CHARS."""
 
+MAX_BINS = 1024
+"""Most bins of a region of interest along an axis."""
+
+MAX_SAMPLES = 64
+"""Most samples of a bin of a region of interest along an axis."""
+
 MAX_RANK = 5
 """Maximum number of axes of a tensor: N, C and three spatial axes."""
 

@@ -12,8 +12,13 @@ from poolrpc.errors import InvalidArgumentError
 
 Axes: TypeAlias = int | tuple[int, ...]
 """A parameter with one value for all spatial axes, or one for each axis."""
+Padding: TypeAlias = int | tuple[int, ...] | tuple[tuple[int, int], ...] | str
+"""Cells of padding on both sides of all axes, or of each; or before and after each axis; or the name of a rule."""
 OptionalAxes: TypeAlias = int | tuple[int | None, ...]
 """A parameter like Axes, whose value may be None on any axis."""
+
+AUTO_PADDINGS = ("same", "same_lower")
+"""Paddings that are computed from the size of the input."""
 
 
 def _unwrapped(value: Any) -> Any:  # noqa: ANN401 - the value of any parameter
@@ -82,6 +87,14 @@ def _number(name: str, value: object) -> float:
     return number
 
 
+def finite_number(name: str, value: object) -> float:
+    """Return `value` as a finite float; bools are rejected."""
+    number = _number(name, value)
+    if not math.isfinite(number):
+        raise InvalidArgumentError(f"expected a finite number, got {clip(value)}", field=name)
+    return number
+
+
 def finite_numbers(name: str, value: object) -> float | tuple[float, ...]:
     """Return a float, or a tuple of several, one per channel; all are finite."""
     value = _unwrapped(value)
@@ -122,6 +135,40 @@ def axes(name: str, value: object, dims: int, *, low: int = 1, high: int = MAX_P
         return integer(name, value, low, high)
     values = tuple(integer(name, each, low, high) for each in sequence(name, value, dims))
     return values[0] if len(set(values)) == 1 else values
+
+
+def padding(name: str, value: object, dims: int) -> Padding:
+    """Return the padding of windows: in cells, or "same" or "same_lower"; equal paddings become the same value."""
+    value = _unwrapped(value)
+    if isinstance(value, str):
+        named = choice(name, value, (*AUTO_PADDINGS, "valid"))
+        return 0 if named == "valid" else named
+    if not hasattr(value, "__len__"):
+        return integer(name, value, 0, MAX_PARAMETER)
+    each = tuple(_sides(name, side) for side in sequence(name, value, dims))
+    sides = each * dims if len(each) == 1 else each
+    if any(before != after for before, after in sides):
+        return sides
+    before = tuple(side for side, _ in sides)
+    return before[0] if len(set(before)) == 1 else before
+
+
+def _sides(name: str, value: object) -> tuple[int, int]:
+    """Return the padding before and after an axis."""
+    value = _unwrapped(value)
+    if not hasattr(value, "__len__"):
+        cells = integer(name, value, 0, MAX_PARAMETER)
+        return cells, cells
+    pair = sequence(name, value, 2)
+    if len(pair) != len(("before", "after")):
+        raise InvalidArgumentError(f"expected a pair (before, after) for an axis, got {clip(pair)}", field=name)
+    before, after = (integer(name, cells, 0, MAX_PARAMETER) for cells in pair)
+    return before, after
+
+
+def padded_sides(value: Padding, dims: int) -> tuple[tuple[int, int], ...]:
+    """Return a padding in cells as (before, after) for each axis."""
+    return tuple(each if isinstance(each, tuple) else (each, each) for each in per_axis(value, dims))
 
 
 def optional_axes(name: str, value: object, dims: int, *, high: int) -> OptionalAxes:

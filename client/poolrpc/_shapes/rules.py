@@ -7,16 +7,24 @@ from poolrpc.errors import InvalidArgumentError
 
 
 def pooled_size(  # noqa: PLR0913 - one argument per parameter of the rule
-    size: int, kernel: int, stride: int, padding: int = 0, dilation: int = 1, *, ceil_mode: bool = False
+    size: int,
+    kernel: int,
+    stride: int,
+    padding: int = 0,
+    dilation: int = 1,
+    *,
+    padding_end: int | None = None,
+    ceil_mode: bool = False,
 ) -> int:
     """Return the output size of an axis that a window slides over; below 1 if no window fits.
 
     The rule is floor((size + 2*padding - dilation*(kernel - 1) - 1) / stride) + 1, with ceil in place of floor if
-    ceil_mode is set; a last window that would start in the right padding or beyond is then dropped. This is
-    pooling_output_shape in PyTorch's aten/src/ATen/native/Pool.h; the formulas in torch.nn's documentation leave out
-    the dropped window.
+    ceil_mode is set; a last window that would start in the right padding or beyond is then dropped. If padding_end is
+    given, it is the padding after the axis. This is pooling_output_shape_pad_lr in PyTorch's
+    aten/src/ATen/native/Pool.h; the formulas in torch.nn's documentation leave out the dropped window.
     """
-    span = size + 2 * padding - dilation * (kernel - 1) - 1
+    after = padding if padding_end is None else padding_end
+    span = size + padding + after - dilation * (kernel - 1) - 1
     if not ceil_mode:
         return span // stride + 1
     out = -(-span // stride) + 1
@@ -26,6 +34,21 @@ def pooled_size(  # noqa: PLR0913 - one argument per parameter of the rule
 def last_window_starts_outside(out: int, size: int, stride: int, padding: int) -> bool:
     """Return whether the last of `out` windows starts right of the input, in which case ceil_mode drops it."""
     return (out - 1) * stride >= size + padding
+
+
+def same_padding(size: int, stride: int, span: int, *, lower: bool) -> tuple[int, int]:
+    """Return the padding before and after an axis for which it has ceil(size / stride) windows of `span` cells.
+
+    Args:
+        size: The length of the axis.
+        stride: The step from window to window.
+        span: The length of a window with the gaps of its dilation.
+        lower: Whether an odd cell of padding is before the axis, rather than after it.
+
+    """
+    cells = max(0, (-(-size // stride) - 1) * stride + span - size)
+    half = cells // 2
+    return (cells - half, half) if lower else (half, cells - half)
 
 
 def unpooled_size(size: int, kernel: int, stride: int, padding: int) -> int:

@@ -124,7 +124,7 @@ class ArenaCall:
         _, output_size = aligned_ranges(transfer.prepared.outputs)
         if not output_size:
             return None
-        found = arenas.find(transfer.arrays[0]) if len(transfer.arrays) == 1 else None
+        found = arenas.find(transfer.arrays[0]) if len(transfer.every) == 1 else None
         if found is not None:
             span, start = found
             output = _span_of_out(transfer.out, span, arenas) or arenas.allocate(output_size, same_arena_as=span)
@@ -135,11 +135,9 @@ class ArenaCall:
             return None
         span, output = both.split(align(size))
         memory = np.asarray(span)
-        if len(bounds) == len(transfer.arrays):
-            starts = [start for start, _ in bounds]
-        else:  # several arrays are one tensor
-            starts = list(accumulate((array.nbytes for array in transfer.arrays), initial=0))
-        for array, start in zip(transfer.arrays, starts, strict=False):
+        starts = [*accumulate((array.nbytes for array in transfer.arrays), initial=0)][:-1]
+        starts += [start for start, _ in bounds[1:]]
+        for array, start in zip(transfer.every, starts, strict=True):
             memory[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
         return cls(transfer, arenas, (span, span.offset, size), output)
 

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import AsyncIterable
+from collections.abc import AsyncIterable, Iterable
 from contextlib import contextmanager
 from copy import copy
+from itertools import repeat
 from math import prod
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from poolrpc._shapes.rules import check_shape
+import numpy as np
+
+from poolrpc._shapes.rules import check_shape, clip
 from poolrpc._transport.request import Transfer, prepare
 from poolrpc._transport.result import PoolResult
 from poolrpc._wire import codec
 from poolrpc.chains import check_layout, period, spatial_dims
 from poolrpc.errors import InternalError, InvalidArgumentError, LimitExceededError, PoolError
+from poolrpc.operands import check_operand_name, operand_of
 from poolrpc.tensors import TensorSpec, as_array, spec_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+    from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 
     from poolrpc.chains import Chain, Shape
     from poolrpc.tensors import Array, Layout
@@ -37,6 +41,7 @@ class Group:
         tensors: The tensors.
         chain: The layers.
         layout: The layout of the tensors.
+        operands: The operand of each tensor; empty if the layers take none.
         failure: Why the only tensor of the group cannot be sent; None if it can.
 
     Attributes:
@@ -45,9 +50,15 @@ class Group:
     """
 
     def __init__(
-        self, tensors: Sequence[Array], chain: Chain, layout: Layout, failure: PoolError | None = None
+        self,
+        tensors: Sequence[Array],
+        chain: Chain,
+        layout: Layout,
+        operands: Sequence[Array] = (),
+        failure: PoolError | None = None,
     ) -> None:
         self.tensors = tensors
+        self._operands = operands
         self._chain, self._layout, self._failure = chain, layout, failure
 
     def transfer(self) -> Transfer:
@@ -65,14 +76,36 @@ class Group:
             planes = sum(prod(each.shape[:-tail]) for each in self.tensors)
             lead: Shape = (planes,)
             if self._layout == "NCHW":
-                channels = planes if period((self._chain,)) == 1 else spec.shape[-tail - 1]
+                one_image = period((self._chain,)) == 1 and not (
+                    self._operands and _has_rows(self._chain, self._operands[0])
+                )
+                channels = planes if one_image else spec.shape[-tail - 1]
                 lead = (planes // channels, channels)
             spec = TensorSpec(spec.dtype, (*lead, *spec.shape[-tail:]), self._layout)
-        return Transfer(prepare(codec.Request(spec, (self._chain,))), self.tensors)
+        if not self._operands:
+            return Transfer(prepare(codec.Request(spec, (self._chain,))), self.tensors)
+        operand = self._joined(spec)
+        request = codec.Request(spec, (self._chain,), spec_of(operand, self._layout))
+        return Transfer(prepare(request), self.tensors, (), operand)
+
+    def _joined(self, spec: TensorSpec) -> Array:
+        """Return the operand of the group, whose input has this spec."""
+        first = self._operands[0]
+        # The offsets of all tensors of a group are the same.
+        if len(self._operands) == 1 or self._chain[0].operand == "offsets":
+            return first
+        joined = np.concatenate([each.reshape(-1) for each in self._operands])
+        if self._chain[0].operand == "indices":
+            return joined.reshape(spec.shape)
+        return joined.reshape(spec.shape[0], *first.shape[-spatial_dims((self._chain,)) :])
 
     def split(self) -> list[Group]:
         """Return a group for each tensor."""
-        return [Group([each], self._chain, self._layout) for each in self.tensors]
+        operands = [[each] for each in self._operands] or [[] for _ in self.tensors]
+        return [
+            Group([each], self._chain, self._layout, operand)
+            for each, operand in zip(self.tensors, operands, strict=True)
+        ]
 
     def failed(self, error: PoolError) -> list[Outcome]:
         """Return a copy of the error for each tensor."""
@@ -111,13 +144,26 @@ class Grouping:
     Args:
         chain: The layers.
         layout: The layout of the tensors.
+        operands: The name of the operand, and an iterable with that of each tensor. None: the layers take none.
         group_bytes: The size of a group, in bytes, at most, unless it is one tensor.
+
+    Raises:
+        InvalidArgumentError: The layout is unknown, or the operands are not iterable.
 
     """
 
-    def __init__(self, chain: Chain, layout: Layout, *, group_bytes: int = GROUP_BYTES) -> None:
+    def __init__(
+        self,
+        chain: Chain,
+        layout: Layout,
+        operands: tuple[str, Any] | None = None,
+        *,
+        group_bytes: int = GROUP_BYTES,
+    ) -> None:
         check_layout(layout)
         self._chain, self._layout = chain, layout
+        self._given = None if operands is None else _Operands(*operands, chain)
+        self._operands: list[Array] = []
         # A layer whose result depends on the number of any plane needs the planes of each tensor counted from 0.
         groups = period((chain,)) and all(layer.splittable for layer in chain)
         self._group_bytes = group_bytes if groups else 0
@@ -131,16 +177,21 @@ class Grouping:
         try:
             array = as_array(tensor, self._layout)
             key = self._key
-            if self._last != (array.dtype, array.shape):
+            if self._given is not None:
+                operand = self._given.take()
+                key = self._key_of(spec_of(array, self._layout), operand)
+            elif self._last != (array.dtype, array.shape):
                 key = self._key_of(spec_of(array, self._layout))
                 self._last = array.dtype, array.shape
         except PoolError as error:
-            return [*self.finish(), Group([], self._chain, self._layout, error)]
+            return [*self.finish(), Group([], self._chain, self._layout, (), error)]
         complete: Sequence[Group] = ()
         if self._waiting and (key is None or key != self._key or self._size + array.nbytes > self._group_bytes):
             complete = self.finish()
         self._key = key
         self._waiting.append(array)
+        if self._given is not None:
+            self._operands.append(operand)
         self._size += array.nbytes
         return complete
 
@@ -165,9 +216,10 @@ class Grouping:
     def finish(self) -> Sequence[Group]:
         """Return the group that is not complete, if there is one."""
         waiting, self._waiting, self._size = self._waiting, [], 0
-        return [Group(waiting, self._chain, self._layout)] if waiting else ()
+        operands, self._operands = self._operands, []
+        return [Group(waiting, self._chain, self._layout, operands)] if waiting else ()
 
-    def _key_of(self, spec: TensorSpec) -> object:
+    def _key_of(self, spec: TensorSpec, operand: Array | None = None) -> object:
         # A tensor without elements is sent alone, and so is one of a wrong shape, whose request raises the error.
         try:
             axes = _plane_axes(spec, self._chain)
@@ -175,9 +227,71 @@ class Grouping:
             return None
         if not spec.numel:
             return None
-        # A layer that treats channels differently needs the same ones in all tensors.
-        channels = spec.shape[-axes - 1] if spec.layout == "NCHW" and period((self._chain,)) > 1 else None
-        return spec.dtype, channels, spec.shape[-axes:]
+        # A layer that treats channels differently needs the same ones in all tensors, and so does one with weights.
+        same_channels = period((self._chain,)) > 1 or _has_rows(self._chain, operand)
+        channels = spec.shape[-axes - 1] if spec.layout == "NCHW" and same_channels else None
+        if operand is None:
+            return spec.dtype, channels, spec.shape[-axes:]
+        try:
+            prepare(codec.Request(spec, (self._chain,), spec_of(operand, self._layout)))
+        except PoolError:
+            return None
+        assert self._given is not None  # noqa: S101 - it gave the operand
+        return spec.dtype, channels, spec.shape[-axes:], operand.dtype, self._given.offsets
+
+
+class _Operands:
+    """The operands of a map's tensors, in order.
+
+    Args:
+        name: The name of their keyword argument.
+        values: An iterable with that of each tensor.
+        chain: The layers.
+
+    Attributes:
+        offsets: The number of different offsets so far.
+
+    Raises:
+        InvalidArgumentError: The values are not iterable, or the layers take no such operand.
+
+    """
+
+    def __init__(self, name: str, values: Any, chain: Chain) -> None:  # noqa: ANN401 - checked here
+        check_operand_name(name, (chain,))
+        if not isinstance(values, Iterable):
+            msg = f"expected an iterable with the {name} of each tensor, got {clip(values)}"
+            raise InvalidArgumentError(msg, field=name)
+        self._name, self._chain = name, chain
+        self._values = iter(values)
+        self._same = isinstance(values, repeat)
+        self._last: Array | None = None
+        self.offsets = 0
+
+    def take(self) -> Array:
+        """Return the operand of the next tensor.
+
+        Raises:
+            InvalidArgumentError: There is none, or it is not an array of its kind.
+
+        """
+        try:
+            value = next(self._values)
+        except StopIteration:
+            raise InvalidArgumentError("expected one for each tensor, got fewer", field=self._name) from None
+        if self._same and self._last is not None:
+            return self._last
+        operand = operand_of({self._name: value}, (self._chain,))
+        if operand is None:
+            raise InvalidArgumentError("expected one for each tensor, got None", field=self._name)
+        if self._chain[0].operand == "offsets" and not (self._last is not None and np.array_equal(operand, self._last)):
+            self.offsets += 1
+        self._last = operand
+        return operand
+
+
+def _has_rows(chain: Chain, operand: Array | None) -> bool:
+    """Return whether the operand has a row for each image, so that its number of channels must be known."""
+    return operand is not None and chain[0].operand == "weights"
 
 
 def _plane_axes(spec: TensorSpec, chain: Chain) -> int:

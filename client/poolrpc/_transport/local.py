@@ -66,7 +66,7 @@ def local_steps(  # noqa: PLR0913 - the call, and what its caller chose
             )
         )
     try:
-        response = yield from send(POOL, (prepared.head, *map(array_bytes, transfer.arrays)), options, "")
+        response = yield from send(POOL, (prepared.head, *map(array_bytes, transfer.every)), options, "")
     except NotLocalError as error:
         if required:
             msg = f"expected a server that takes local calls, got none: {error.message}"

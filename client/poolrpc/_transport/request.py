@@ -38,7 +38,7 @@ class PreparedRequest:
         results: The shapes and specs of the results.
 
     Raises:
-        InvalidArgumentError: The layers do not fit the input or each other, or the indices do not fit the input.
+        InvalidArgumentError: The layers do not fit the input or each other, or the operand does not fit the input.
         UnsupportedError: A layer does not take the dtype of the input.
         LimitExceededError: There are too many branches or layers.
 
@@ -110,27 +110,39 @@ def prepare_single(
 
 
 class Transfer:
-    """The tensors of one call: its inputs, and the arrays for its outputs.
+    """The tensors of one call: its input and operand, and the arrays for its outputs.
 
     Args:
         prepared: The request.
-        arrays: The input tensors, as as_array returns them; or several arrays whose concatenated bytes are the one
-            input tensor.
+        arrays: The input, as as_array returns it; or several arrays whose concatenated bytes are the input.
         out: For each output tensor, in order, the array to write it to, or None; empty: all None.
+        operand: The operand. None: there is none.
 
     Raises:
         InvalidArgumentError: An array of `out` does not fit its output tensor, or shares memory or a part of a file
-            with an input or another array of `out`: some of it would be overwritten before it is read.
+            with the input, the operand or another array of `out`: some of it would be overwritten before it is read.
 
     """
 
-    def __init__(self, prepared: PreparedRequest, arrays: Sequence[Array], out: Sequence[Array | None] = ()) -> None:
+    def __init__(
+        self,
+        prepared: PreparedRequest,
+        arrays: Sequence[Array],
+        out: Sequence[Array | None] = (),
+        operand: Array | None = None,
+    ) -> None:
         self.prepared = prepared
         self.arrays = arrays
+        self.operand = operand
         self.out = out
         if out:
             _check_out(prepared.outputs, out)
-            _check_apart(arrays, out)
+            _check_apart(self.every, out)
+
+    @property
+    def every(self) -> Sequence[Array]:
+        """The arrays whose bytes are those of the payload, in order."""
+        return self.arrays if self.operand is None else [*self.arrays, self.operand]
 
     def report_done(self, progress: Progress | None) -> None:
         """Report that all planes are done."""

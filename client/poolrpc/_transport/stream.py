@@ -20,7 +20,7 @@ from poolrpc._wire import codec, framing
 from poolrpc._wire.status import translate_rpc_error
 from poolrpc.chains import Planes
 from poolrpc.errors import CancelledError, InternalError
-from poolrpc.tensors import keep_freed_memory, numpy_dtype
+from poolrpc.tensors import array_bytes, keep_freed_memory, numpy_dtype
 from poolrpc.v1 import pool_pb2
 
 if TYPE_CHECKING:
@@ -138,8 +138,12 @@ class StreamCall:
 
 def stream_messages(transfer: Transfer, block_bytes: int) -> Iterator[bytes]:
     """Yield the messages of a stream: the request, then the blocks of the tensors, each of about `block_bytes`."""
-    yield pool_pb2.PoolStreamRequest(request=codec.encode_request(transfer.prepared.request)).SerializeToString()
-    count, flat = transfer.prepared.planes.count, [array.reshape(-1).view(np.uint8) for array in transfer.arrays]
+    first = pool_pb2.PoolStreamRequest(request=codec.encode_request(transfer.prepared.request)).SerializeToString()
+    arrays, whole = transfer.every, []
+    if transfer.operand is not None and transfer.prepared.request.operand_name != "indices":
+        arrays, whole = transfer.arrays, [array_bytes(transfer.operand)]
+    yield framing.join(first, whole)
+    count, flat = transfer.prepared.planes.count, [array.reshape(-1).view(np.uint8) for array in arrays]
     if not count:
         return
     step = max(1, block_bytes // sum(len(each) // count for each in flat))

@@ -80,7 +80,7 @@ def encode_message(transfer: Transfer, max_message_bytes: int) -> bytes:
         msg = f"expected tensors of at most {max_message_bytes} bytes in a message, got {nbytes}; {RAISE_HINT}"
         limits = {"limit": str(max_message_bytes), "actual": str(nbytes)}
         raise LimitExceededError(msg, reason="MESSAGE_TOO_LARGE", metadata=limits)
-    return b"".join((transfer.prepared.head, *map(array_bytes, transfer.arrays)))
+    return b"".join((transfer.prepared.head, *map(array_bytes, transfer.every)))
 
 
 def decode_message(

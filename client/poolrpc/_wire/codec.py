@@ -8,6 +8,7 @@ from itertools import accumulate, islice, repeat
 from typing import TYPE_CHECKING
 
 from poolrpc._shapes.limits import MAX_RANK
+from poolrpc._shapes.operands import OPERAND_DTYPES
 from poolrpc._shapes.rules import clip
 from poolrpc._wire.layer_codec import (
     DTYPE_FROM_WIRE,
@@ -16,8 +17,9 @@ from poolrpc._wire.layer_codec import (
     decode_outputs,
     encode_branches,
 )
-from poolrpc.chains import layer_path, returned_steps, shapes_of
+from poolrpc.chains import layer_path, operand_name, returned_steps, shapes_of
 from poolrpc.errors import InvalidArgumentError, UnsupportedError
+from poolrpc.layers import FLOATS
 from poolrpc.tensors import Layout, TensorSpec
 from poolrpc.v1 import pool_pb2, standard_pb2
 
@@ -44,22 +46,31 @@ class Request:
     Attributes:
         input: The spec of the input.
         branches: The chains to apply to the input.
-        indices: The spec of MaxUnpool's indices; None if there are none.
+        operand: The spec of the operand, such as MaxUnpool's indices; None if there is none.
         outputs: For each branch, the numbers of the layers whose outputs are returned. Empty: the last of each.
         is_block: Whether the input is some of the planes of a tensor, whose number is not that of the channels.
+        channels: The number of channels of the tensor that a block is a part of. 0: that of the input.
+        start: The number of planes of the first image that come before the block.
 
     """
 
     input: TensorSpec
     branches: tuple[Chain, ...]
-    indices: TensorSpec | None = None
+    operand: TensorSpec | None = None
     outputs: tuple[Outputs, ...] = ()
     is_block: bool = False
+    channels: int = 0
+    start: int = 0
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:
         """The specs of the payload's tensors, in order."""
-        return (self.input,) if self.indices is None else (self.input, self.indices)
+        return (self.input,) if self.operand is None else (self.input, self.operand)
+
+    @property
+    def operand_name(self) -> str:
+        """The name of the operand that the first layers of the branches take; empty if none takes one."""
+        return operand_name(self.branches, given=self.operand is not None)
 
     def check(self) -> tuple[BranchResult, ...]:
         """Check all that does not depend on a server's limits, and return the results that the branches will have.
@@ -68,7 +79,7 @@ class Request:
 
         Raises:
             UnsupportedError: A layer does not take the dtype that it gets.
-            InvalidArgumentError: A shape is invalid, or does not fit a layer, or the indices do not fit the input.
+            InvalidArgumentError: A shape is invalid, or does not fit a layer, or the operand does not fit the input.
 
         """
         for i, chain in enumerate(self.branches):
@@ -77,29 +88,33 @@ class Request:
                     dtypes, name = ", ".join(layer.dtypes), layer.name
                     msg = f"{layer_path(i, j, layer)}: {name} takes {dtypes}, got {dtype}{_helpful_step(layer, dtype)}"
                     raise UnsupportedError(msg, reason="DTYPE", metadata={"layer": name, "dtypes": dtypes})
-        results = self.results()
-        self._check_indices()
-        return results
+        self._check_operand()
+        return self.results()
 
     def dtypes(self, chain: Chain) -> list[str]:
         """Return the dtype of the input, and of the output of each layer of a chain."""
         return [*accumulate(chain, lambda dtype, layer: layer.output_dtype(dtype), initial=self.input.dtype)]
 
-    def _check_indices(self) -> None:
-        required = any(chain[0].takes_indices for chain in self.branches)
-        spec = self.indices
+    def _check_operand(self) -> None:
+        """Check that the operand is there if it is needed, and its dtype; `shapes` checks the rest."""
+        name, spec = self.operand_name, self.operand
         if spec is None:
-            if required:
-                raise InvalidArgumentError("expected the indices of a MaxPool for MaxUnpool, got none", field="indices")
+            if name:
+                takers = ", ".join(dict.fromkeys(chain[0].name for chain in self.branches if chain[0].operand == name))
+                raise InvalidArgumentError(f"expected the {name} for {takers}, got none", field=name)
             return
-        if not required:
-            raise InvalidArgumentError("expected no indices without a MaxUnpool, got some", field="indices")
-        if spec.dtype != "int64":
-            raise InvalidArgumentError(f"expected int64, got {spec.dtype}", field="indices.dtype")
-        if (spec.shape, spec.layout) != (self.input.shape, self.input.layout):
+        if not name:
+            return
+        if spec.dtype not in OPERAND_DTYPES[name]:
+            msg = f"expected {' or '.join(OPERAND_DTYPES[name])}, got {spec.dtype}"
+            raise InvalidArgumentError(msg, field=f"{name}.dtype")
+        if name == "indices" and (spec.shape, spec.layout) != (self.input.shape, self.input.layout):
             expected = f"{self.input.shape} in {self.input.layout}"
             msg = f"expected the input's {expected}, got {clip(spec.shape)} in {spec.layout}"
             raise InvalidArgumentError(msg, field="indices.shape")
+        if name == "weights" and self.input.dtype not in FLOATS:
+            msg = f"layers with weights take {', '.join(FLOATS)}, got {self.input.dtype}"
+            raise UnsupportedError(msg, reason="DTYPE", metadata={"dtypes": ", ".join(FLOATS)})
 
     def shapes(self) -> list[tuple[Shape, ...]]:
         """Return, for each branch, the shape after every layer.
@@ -108,10 +123,15 @@ class Request:
             InvalidArgumentError: The layers don't fit the input or each other; the paths are those of the request.
 
         """
+        spec, operand = self.input, None if self.operand is None else self.operand.shape
         try:
-            return shapes_of(self.input.shape, self.branches, self.input.layout, self.outputs, is_block=self.is_block)
+            return shapes_of(spec.shape, self.branches, spec.layout, self.outputs, operand, is_block=self.is_block)
         except InvalidArgumentError as error:
-            raise error.with_prefix("input") if error.violations[0].field == "shape" else error from None
+            field, description = error.violations[0].field, error.violations[0].description
+            if field == "operand_shape":
+                name = self.operand_name
+                raise InvalidArgumentError(description, field=f"{name}.shape" if name else "operand") from None
+            raise error.with_prefix("input") if field == "shape" else error from None
 
     def results(self) -> tuple[BranchResult, ...]:
         """Return the results that the branches will have; raises the same errors as `shapes`."""
@@ -246,7 +266,7 @@ def encode_request(request: Request) -> pool_pb2.PoolRequest:
     """Return the message of a request, without its payload."""
     return pool_pb2.PoolRequest(
         input=encode_spec(request.input),
-        indices=None if request.indices is None else encode_spec(request.indices),
+        operand=None if request.operand is None else encode_spec(request.operand),
         branches=encode_branches(request.branches, request.outputs),
     )
 
@@ -279,10 +299,12 @@ def decode_request(message: pool_pb2.PoolRequest) -> Request:
         LimitExceededError: There are too many branches or layers.
 
     """
+    branches, given = decode_branches(message.branches), message.HasField("operand")
+    name = next((chain[0].operand for chain in branches if chain[0].operand), "operand")
     return Request(
-        branches=decode_branches(message.branches),
+        branches=branches,
         input=decode_spec(message.input, "input"),
-        indices=decode_spec(message.indices, "indices") if message.HasField("indices") else None,
+        operand=decode_spec(message.operand, name) if given else None,
         outputs=decode_outputs(message.branches),
     )
 
@@ -311,17 +333,22 @@ def decode_results(messages: Iterable[pool_pb2.BranchResult]) -> list[BranchResu
     ]
 
 
-def encode_shape_request(shape: Shape, branches: Iterable[Chain], layout: Layout) -> pool_pb2.InferShapeRequest:
+def encode_shape_request(
+    shape: Shape, branches: Iterable[Chain], layout: Layout, operand_shape: Shape | None = None
+) -> pool_pb2.InferShapeRequest:
     """Return the message of a request for shapes."""
     return pool_pb2.InferShapeRequest(
-        shape=pool_pb2.Shape(dims=shape), layout=LAYOUT_TO_WIRE[layout], branches=encode_branches(branches)
+        shape=pool_pb2.Shape(dims=shape),
+        layout=LAYOUT_TO_WIRE[layout],
+        branches=encode_branches(branches),
+        operand_shape=None if operand_shape is None else pool_pb2.Shape(dims=operand_shape),
     )
 
 
 def decode_shape_request(
     message: pool_pb2.InferShapeRequest,
-) -> tuple[Shape, tuple[Chain, ...], Layout, tuple[Outputs, ...]]:
-    """Return the shape, the branches, the layout and the outputs that are returned of a request for shapes.
+) -> tuple[Shape, tuple[Chain, ...], Layout, tuple[Outputs, ...], Shape | None]:
+    """Return the shape, branches, layout, outputs that are returned, and shape of the operand of a request for shapes.
 
     Raises:
         InvalidArgumentError: A field is invalid.
@@ -333,6 +360,7 @@ def decode_shape_request(
         decode_branches(message.branches),
         decode_layout(message.layout, "layout"),
         decode_outputs(message.branches),
+        _decode_sizes(message.operand_shape.dims, "operand_shape") if message.HasField("operand_shape") else None,
     )
 
 
@@ -383,6 +411,7 @@ class ServerInfo:
         limits: The limits of the server, by name.
         features: The state of optional features, by name: "tls", "tokens", "metrics", "traces". Empty if the server
             doesn't report them.
+        operands: The name of the operand that a layer takes, by the layer's name, without the layers that take none.
 
     """
 
@@ -393,6 +422,7 @@ class ServerInfo:
     layers: dict[str, tuple[str, ...]]
     limits: dict[str, Limit]
     features: dict[str, str] = field(default_factory=dict)
+    operands: dict[str, str] = field(default_factory=dict)
 
     def _repr_html_(self) -> str:
         # Jupyter's protocol.
@@ -409,7 +439,9 @@ def encode_info(info: ServerInfo) -> pool_pb2.GetServerInfoResponse:
         device=info.device,
         threads=info.threads,
         layers=[
-            pool_pb2.LayerInfo(name=name, dtypes=[DTYPE_TO_WIRE[each] for each in dtypes])
+            pool_pb2.LayerInfo(
+                name=name, dtypes=[DTYPE_TO_WIRE[each] for each in dtypes], operand=info.operands.get(name, "")
+            )
             for name, dtypes in info.layers.items()
         ],
         limits=[pool_pb2.Limit(name=name, value=each.value, unit=each.unit) for name, each in info.limits.items()],
@@ -427,6 +459,7 @@ def decode_info(message: pool_pb2.GetServerInfoResponse) -> ServerInfo:
         layers={each.name: _known_dtypes(tuple(each.dtypes)) for each in message.layers},
         limits={each.name: Limit(each.value, each.unit) for each in message.limits},
         features=dict(message.features),
+        operands={each.name: each.operand for each in message.layers if each.operand},
     )
 
 

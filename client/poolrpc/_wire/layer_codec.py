@@ -11,7 +11,7 @@ from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from poolrpc._shapes.limits import MAX_BRANCHES, MAX_CHAIN, MAX_NORMALIZED_CHANNELS, MAX_RANK
-from poolrpc._shapes.parameters import per_axis
+from poolrpc._shapes.parameters import AUTO_PADDINGS, padded_sides, per_axis
 from poolrpc.errors import InvalidArgumentError, LimitExceededError
 from poolrpc.layers import LAYERS, REDUCTIONS, STEPS, Layer
 from poolrpc.v1 import pool_pb2
@@ -27,8 +27,13 @@ DTYPE_TO_WIRE: dict[str, pool_pb2.DataType.ValueType] = {
     if number != pool_pb2.DATA_TYPE_UNSPECIFIED
 }
 DTYPE_FROM_WIRE = {number: name for name, number in DTYPE_TO_WIRE.items()}
-REDUCTION_TO_WIRE = {name: pool_pb2.Reduction.Value(f"REDUCTION_{name.upper()}") for name in REDUCTIONS}
-REDUCTION_FROM_WIRE = {number: name for name, number in REDUCTION_TO_WIRE.items()}
+REDUCTION_FROM_WIRE = {
+    number: name.removeprefix("REDUCTION_").lower() for name, number in pool_pb2.Reduction.items() if number
+}
+REDUCTION_TO_WIRE = {name: number for number, name in REDUCTION_FROM_WIRE.items()}
+
+AUTO_PAD_TO_WIRE = {name: pool_pb2.AutoPad.Value(f"AUTO_PAD_{name.upper()}") for name in AUTO_PADDINGS}
+AUTO_PAD_FROM_WIRE = {number: name for name, number in AUTO_PAD_TO_WIRE.items()}
 
 ABSENT: Any = object()
 """The decoded value of a parameter that the message leaves to the layer's default."""
@@ -45,6 +50,9 @@ def _values(message: Any, name: str, most: int = MAX_RANK, each: str = "axis") -
 class _Scalar:
     """A number or a bool whose default is proto3's: 0 or false."""
 
+    others: tuple[str, ...] = ()
+    """The fields that it has in addition to the one of the parameter's name."""
+
     def encode(self, message: Any, name: str, value: Any) -> None:  # noqa: ANN401 - any family's message and parameter
         setattr(message, name, value)
 
@@ -59,7 +67,7 @@ class _OptionalScalar(_Scalar):
         return getattr(message, name) if message.HasField(name) else ABSENT
 
 
-class _Integers:
+class _Integers(_Scalar):
     """One integer or one per axis; an empty list leaves the parameter to the layer's default."""
 
     def encode(self, message: Any, name: str, value: Any) -> None:  # noqa: ANN401
@@ -76,7 +84,42 @@ class _RequiredIntegers(_Integers):
         return _values(message, name)
 
 
-class _AdaptiveSizes:
+class _Padding(_Integers):
+    """A padding in cells, before and after each axis if that differs; or the rule that computes it."""
+
+    others = ("padding_end", "auto_pad")
+
+    def encode(self, message: Any, name: str, value: Any) -> None:  # noqa: ANN401
+        if isinstance(value, str):
+            message.auto_pad = AUTO_PAD_TO_WIRE[value]
+        elif isinstance(value, tuple) and any(isinstance(each, tuple) for each in value):
+            before, after = zip(*padded_sides(value, len(value)), strict=True)
+            message.padding.extend(before)
+            message.padding_end.extend(after)
+        else:
+            super().encode(message, name, value)
+
+    def decode(self, message: Any, name: str) -> Any:  # noqa: ANN401
+        before, after = super().decode(message, name), _values(message, "padding_end")
+        if message.auto_pad:
+            if before is not ABSENT or after:
+                msg = f"expected none together with auto_pad, got {before if before is not ABSENT else after}"
+                raise InvalidArgumentError(msg, field=name if before is not ABSENT else "padding_end")
+            if message.auto_pad not in AUTO_PAD_FROM_WIRE:
+                msg = f"expected one of {', '.join(pool_pb2.AutoPad.keys()[1:])}, got {message.auto_pad}"
+                raise InvalidArgumentError(msg, field="auto_pad")
+            return AUTO_PAD_FROM_WIRE[message.auto_pad]
+        if not after:
+            return before
+        sides = ((0,) if before is ABSENT else before, after)
+        most = max(map(len, sides))
+        if any(len(each) not in {1, most} for each in sides):
+            msg = f"expected one value or {len(sides[0])}, as of padding, got {len(after)}"
+            raise InvalidArgumentError(msg, field="padding_end")
+        return tuple(zip(*(each * most if len(each) == 1 else each for each in sides), strict=True))
+
+
+class _AdaptiveSizes(_Scalar):
     """One size or one per axis, each of which may be None."""
 
     def encode(self, message: Any, name: str, value: Any) -> None:  # noqa: ANN401
@@ -88,7 +131,7 @@ class _AdaptiveSizes:
 
 
 @dataclass(frozen=True)
-class _Wrapped:
+class _Wrapped(_Scalar):
     """A list in a message of its own, since a oneof can't hold a list."""
 
     inner: str
@@ -100,19 +143,38 @@ class _Wrapped:
         return _values(getattr(message, name), self.inner) if message.HasField(name) else ABSENT
 
 
-class _Reduce:
-    """A reduction by its name."""
+class _Reduce(_Scalar):
+    """A reduction by its name, or by its message if it has parameters."""
 
     def encode(self, message: Any, name: str, value: Any) -> None:  # noqa: ANN401
-        getattr(message, name).named = REDUCTION_TO_WIRE[value]
+        reduce = getattr(message, name)
+        if isinstance(value, str):
+            reduce.named = REDUCTION_TO_WIRE[value]
+            return
+        parameters = getattr(reduce, value.name)
+        parameters.SetInParent()
+        for each in fields(value):
+            setattr(parameters, each.name, getattr(value, each.name))
 
     def decode(self, message: Any, name: str) -> Any:  # noqa: ANN401
-        number = getattr(message, name).named
-        # The layer rejects None, and the number of a reduction that this version lacks.
-        return REDUCTION_FROM_WIRE.get(number, number or None)
+        reduce = getattr(message, name)
+        chosen = reduce.WhichOneof("reduce")
+        if chosen is None or chosen == "named":
+            # The layer rejects None, and the number of a reduction that this version lacks.
+            return REDUCTION_FROM_WIRE.get(reduce.named, reduce.named or None)
+        parameters, cls = getattr(reduce, chosen), REDUCTIONS[chosen]
+        given = (
+            each.name
+            for each in parameters.DESCRIPTOR.fields
+            if not each.has_presence or parameters.HasField(each.name)
+        )
+        try:
+            return cls(**{each: getattr(parameters, each) for each in given})
+        except InvalidArgumentError as error:
+            raise error.with_prefix(f"{name}.{chosen}") from None
 
 
-class _Numbers:
+class _Numbers(_Scalar):
     """One number or one per channel."""
 
     def encode(self, message: Any, name: str, value: Any) -> None:  # noqa: ANN401
@@ -122,7 +184,7 @@ class _Numbers:
         return _values(message, name, MAX_NORMALIZED_CHANNELS, f"channel, for at most {MAX_NORMALIZED_CHANNELS}")
 
 
-class _Dtype:
+class _Dtype(_Scalar):
     """A dtype by its name."""
 
     def encode(self, message: Any, name: str, value: Any) -> None:  # noqa: ANN401
@@ -137,18 +199,27 @@ class _Dtype:
 FIELD_CODECS: dict[str, Any] = {
     "kernel_size": _RequiredIntegers(),
     "stride": _Integers(),
-    "padding": _Integers(),
+    "padding": _Padding(),
+    "max_unpool.padding": _Integers(),
     "dilation": _Integers(),
     "ceil_mode": _Scalar(),
     "return_indices": _Scalar(),
     "norm_type": _Scalar(),
     "seed": _Scalar(),
     "count_include_pad": _OptionalScalar(),
+    "pool.count_include_pad": _Scalar(),
+    "blur_pool.kernel_size": _OptionalScalar(),
+    "blur_pool.stride": _OptionalScalar(),
     "divisor_override": _OptionalScalar(),
     "output_ratio": _Wrapped("ratios"),
     "reduce": _Reduce(),
     "dtype": _Dtype(),
     "scale": _Scalar(),
+    "spatial_scale": _OptionalScalar(),
+    "sampling_ratio": _Scalar(),
+    "aligned": _Scalar(),
+    "roi_pool.output_size": _RequiredIntegers(),
+    "roi_align.output_size": _RequiredIntegers(),
     "mean": _Numbers(),
     "std": _Numbers(),
     "adaptive_max_pool.output_size": _AdaptiveSizes(),
@@ -166,6 +237,11 @@ def _parameters(cls: type[Layer]) -> dict[str, Any]:
 
 CLASSES: tuple[type[Layer], ...] = (*LAYERS.values(), *STEPS.values())
 PARAMETER_CODECS = {cls: _parameters(cls) for cls in CLASSES}
+FIELDS = {
+    cls: {"spatial_dims", *codecs, *(other for codec in codecs.values() for other in codec.others)}
+    for cls, codecs in PARAMETER_CODECS.items()
+}
+"""The fields that the message of a layer may have."""
 BY_FAMILY: dict[str, dict[int, type[Layer]]] = {}
 for _cls in CLASSES:
     BY_FAMILY.setdefault(_cls.family, {})[_cls.spatial_dims] = _cls
@@ -197,7 +273,7 @@ def decode_layer(message: pool_pb2.Layer, path: str) -> Layer:
 
     """
     name = message.WhichOneof("layer")
-    if name is None:
+    if name is None or name not in BY_FAMILY:
         raise InvalidArgumentError("expected a layer, got none that this version has", field=path)
     family, by_dims = getattr(message, name), BY_FAMILY[name]
     path = f"{path}.{name}"
@@ -207,7 +283,7 @@ def decode_layer(message: pool_pb2.Layer, path: str) -> Layer:
         raise InvalidArgumentError(msg, field=f"{path}.spatial_dims")
     codecs = PARAMETER_CODECS[cls]
     for descriptor, _ in family.ListFields():
-        if descriptor.name not in codecs and descriptor.name != "spatial_dims":
+        if descriptor.name not in FIELDS[cls]:
             msg = f"expected no value, since {cls.__name__} lacks it, got {getattr(family, descriptor.name)}"
             raise InvalidArgumentError(msg, field=f"{path}.{descriptor.name}")
     try:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from poolrpc._shapes.parameters import integer, real
 from poolrpc._shapes.rules import clip
 from poolrpc._transport.options import TRANSPORTS
-from poolrpc.chains import branch_shapes
+from poolrpc.chains import branch_shapes, operand_name
 from poolrpc.command.load import Load
 from poolrpc.command.load_processes import LoadInterrupted, LoadProcesses
 from poolrpc.command.load_run import DIFFERENT, arrays_of, first_answers
@@ -141,8 +141,8 @@ def load_of(options: Namespace, seconds: float, warmup: float) -> Load:
 
     """
     chains = tuple(map(parse_chain, options.layer))
-    if any(layer.takes_indices for chain in chains for layer in chain):
-        msg = f"expected layers that need no indices, got {clip(options.layer)}"
+    if operand := operand_name(chains, given=False):
+        msg = f"expected layers that need no {operand}, got {clip(options.layer)}"
         raise InvalidArgumentError(msg, field="layer")
     requests = tuple((parse_shape(text), chains) for text in options.shape)
     for shape, _ in requests:

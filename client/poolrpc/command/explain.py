@@ -12,6 +12,7 @@ import numpy as np
 
 from poolrpc._shapes.rules import adaptive_window, last_window_starts_outside, pooled_size
 from poolrpc.errors import InvalidArgumentError
+from poolrpc.layers.reductions import reduction_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -155,15 +156,16 @@ def find_windows(layer: Layer, plane: tuple[int, ...]) -> Windows:
         msg = f"expected a plane of {layer.spatial_dims} dims for {layer.name}, got shape {plane}"
         raise InvalidArgumentError(msg, field="input")
     layer.output_shape((1, 1, *plane))
+    resolved = layer.resolved(plane)
     axes = tuple(
-        tuple(WindowAxis(_positions(layer, axis, i, size, cells), size) for i in range(cells))
+        tuple(WindowAxis(_positions(resolved, axis, i, size, cells), size) for i in range(cells))
         for axis, (size, cells) in enumerate(zip(plane, layer.output_plane(plane), strict=True))
     )
     unvisited = {
         f"{name}s": tuple(sorted(set(range(size)).difference(*(each.positions for each in axis))))
         for name, size, axis in zip(_axis_names(len(plane)), plane, axes, strict=True)
     }
-    return Windows(axes, unvisited, _formulas(layer, plane))
+    return Windows(axes, unvisited, _formulas(resolved, plane))
 
 
 def _axis_names(dims: int) -> tuple[str, ...]:
@@ -175,10 +177,10 @@ def _positions(layer: Any, axis: int, index: int, size: int, cells: int) -> tupl
         return tuple(range(size))
     if layer.family.startswith("adaptive"):
         return tuple(range(*adaptive_window(index, size, cells)))
-    kernel, stride, padding, dilation = layer.geometry()[axis]
-    start = index * stride - padding
+    kernel, stride, before, after, dilation = layer.geometry()[axis]
+    start = index * stride - before
     # With ceil_mode the last window may extend beyond the right padding, where there are no cells.
-    return tuple(p for p in range(start, start + dilation * kernel, dilation) if p < size + padding)
+    return tuple(p for p in range(start, start + dilation * kernel, dilation) if p < size + after)
 
 
 def _nested(plane: Array, axes: tuple[WindowAxis, ...], index: tuple[int, ...] = ()) -> Any:  # noqa: ANN401 - as deep as the rank
@@ -227,8 +229,44 @@ def _power(layer: Any, plane: Array, axes: tuple[WindowAxis, ...]) -> tuple[floa
     return value, f"(({powers}) / {len(values)} * {full})^(1/{format_number(p)}) = {format_number(value)}"
 
 
+class _Cells:
+    """The cells of one window, for the formulas of reductions."""
+
+    xp = np
+
+    def __init__(self, values: Array) -> None:
+        self._values, self.count = values, len(values)
+
+    def max(self, of: Callable[[Any], Any] | None = None) -> Any:  # noqa: ANN401 - an array, as in the next methods
+        """As in WindowCells."""
+        return np.max(self._values if of is None else of(self._values), initial=-np.inf)
+
+    def min(self) -> Any:  # noqa: ANN401
+        """As in WindowCells."""
+        return np.min(self._values, initial=np.inf)
+
+    def median(self) -> Any:  # noqa: ANN401
+        """As in WindowCells."""
+        return np.sort(self._values)[(self.count - 1) // 2] if self.count else np.nan
+
+    def sum(self, of: Callable[..., Any] | None = None, *values: Any) -> Any:  # noqa: ANN401
+        """As in WindowCells."""
+        return np.sum(self._values if of is None else of(self._values, *values))
+
+    def mean(self, of: Callable[..., Any] | None = None, *values: Any) -> Any:  # noqa: ANN401
+        """As in WindowCells."""
+        return self.sum(of, *values) / max(self.count, 1)
+
+
 def _reduce(layer: Any, plane: Array, axes: tuple[WindowAxis, ...]) -> tuple[float, str]:  # noqa: ANN401 - of the family
-    return {"max": _max, "mean": _average}[layer.reduce](layer, plane, axes)
+    if layer.reduce in {"max", "mean"}:
+        return (_max if layer.reduce == "max" else _average)(layer, plane, axes)
+    values = [cell for _, cell in _cells(plane, axes)]
+    with np.errstate(all="ignore"):
+        value = (
+            math.nan if any(map(math.isnan, values)) else float(reduction_of(layer.reduce).of(_Cells(np.array(values))))
+        )
+    return value, f"{layer.reduce} of {format_terms(values, ', ')} = {format_number(value)}"
 
 
 def format_terms(values: list[float], separator: str, form: str = "{}") -> str:
@@ -246,6 +284,7 @@ WINDOW_VALUES = {
     "adaptive_max_pool": _max,
     "adaptive_avg_pool": _average,
     "global_pool": _reduce,
+    "pool": _reduce,
 }
 """The function that computes a window's value, and describes it, for each family with fixed windows."""
 
@@ -264,19 +303,20 @@ def _formula(layer: Any, axis: int, size: int, cells: int) -> str:  # noqa: ANN4
         return f"the whole of {size} -> 1"
     if layer.family.startswith("adaptive"):
         return f"window i of {cells} spans floor(i * {size} / {cells}) to ceil((i + 1) * {size} / {cells}) -> {cells}"
-    kernel, stride, padding, dilation = layer.geometry()[axis]
+    kernel, stride, before, after, dilation = layer.geometry()[axis]
     rounding = "ceil" if layer.ceil_mode else "floor"
     # Only with the parameters that the layer has. Without a dilation, 1*(kernel - 1) + 1 is the kernel.
-    padded = f"{size} + 2*{padding}" if hasattr(layer, "padding") else f"{size}"
+    sides = f"2*{before}" if before == after else f"{before} + {after}"
+    padded = f"{size} + {sides}" if hasattr(layer, "padding") else f"{size}"
     extent = f"{dilation}*({kernel} - 1) - 1" if hasattr(layer, "dilation") else f"{kernel}"
     text = f"{rounding}(({padded} - {extent}) / {stride}) + 1"
-    floor = pooled_size(size, kernel, stride, padding, dilation)
+    floor = pooled_size(size, kernel, stride, before, dilation, padding_end=after)
     if not layer.ceil_mode:
         return f"{text} = {cells}"
-    ceil = -(-(size + 2 * padding - dilation * (kernel - 1) - 1) // stride) + 1
-    if last_window_starts_outside(ceil, size, stride, padding):
+    ceil = -(-(size + before + after - dilation * (kernel - 1) - 1) // stride) + 1
+    if last_window_starts_outside(ceil, size, stride, before):
         return (
-            f"{text} = {ceil}, but the last window would start at {(ceil - 1) * stride - padding}, "
+            f"{text} = {ceil}, but the last window would start at {(ceil - 1) * stride - before}, "
             f"not inside the input of {size} or its left padding: ceil_mode drops it -> {cells}"
         )
     return f"{text} = {cells}" + (f" (floor gives {floor})" if floor != cells else "")

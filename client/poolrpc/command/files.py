@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, BinaryIO
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from poolrpc.layers import Layer
     from poolrpc.tensors import Array, Layout
 
+OPERANDS = ("weights", "offsets", "lengths", "ids", "boxes")
+"""The names of operands besides indices: of arrays in a .npz, and of flags."""
+
 STDIN = Path("-")
 """The name that stands for the standard input."""
 
@@ -48,6 +51,7 @@ class Source:
         indices: The array `indices` of a .npz; None if there is none.
         image: The kind of the image; None for an array.
         notes: What was left out of the tensor, one sentence each.
+        operands: The other arrays of a .npz that may be operands, by their names.
 
     """
 
@@ -56,6 +60,7 @@ class Source:
     indices: Array | None = None
     image: ImageKind | None = None
     notes: tuple[str, ...] = ()
+    operands: dict[str, Array] = field(default_factory=dict)
 
     def layout_for(self, chosen: Layout | None) -> Layout:
         """Return the layout of the tensor.
@@ -109,8 +114,8 @@ def load(path: Path) -> Source:
     """Read a tensor from a file.
 
     Args:
-        path: An image, a .npy, or a .npz with the array `x` (or a single array of any name), and optionally `indices`
-            and `layout`; or STDIN for one of these on the standard input.
+        path: An image, a .npy, or a .npz with the array `x` (or a single array of any name), and optionally `layout`
+            and an operand by its name, such as `indices`; or STDIN for one of these on the standard input.
 
     Raises:
         InvalidArgumentError: The file has none of these formats, or can be read in part only.
@@ -145,18 +150,19 @@ def _load_arrays(file: BinaryIO) -> Source:
     if isinstance(loaded, np.ndarray):
         return Source(loaded)
     with loaded:
-        others = [each for each in loaded.files if each not in ("x", "indices", "layout")]
+        others = [each for each in loaded.files if each not in ("x", "indices", "layout", *OPERANDS)]
         name = others.pop() if "x" not in loaded.files and len(others) == 1 else "x"
         if name not in loaded.files:
             raise InvalidArgumentError(f"expected an array named x, got {', '.join(loaded.files) or 'none'}")
-        arrays = {each: loaded[each] for each in (name, "indices", "layout") if each in loaded.files}
+        arrays = {each: loaded[each] for each in (name, "indices", "layout", *OPERANDS) if each in loaded.files}
     if not all(isinstance(each, np.ndarray) for each in arrays.values()):
         raise ValueError("a member is not an array")
     layout = str(arrays["layout"]) if "layout" in arrays else None
     if layout not in (None, *LAYOUTS):
         raise InvalidArgumentError(f"expected the layout {' or '.join(LAYOUTS)}, got {clip(layout)}")
     notes = (f"the arrays {', '.join(others)} are left out",) if others else ()
-    return Source(arrays[name], layout, arrays.get("indices"), None, notes)
+    operands = {each: arrays[each] for each in OPERANDS if each in arrays}
+    return Source(arrays[name], layout, arrays.get("indices"), None, notes, operands)
 
 
 def paths_of(path: Path, branches: int) -> list[Path]:

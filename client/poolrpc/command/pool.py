@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from poolrpc.chains import operand_name
 from poolrpc.command.files import load, paths_of, target_for
 from poolrpc.errors import PermissionDeniedError, PoolError, UnauthenticatedError, UnavailableError
+from poolrpc.operands import wire_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from poolrpc._transport.result import PoolResult
@@ -45,6 +47,7 @@ class Work:
         layout: The layout that the user chose; None if none.
         skip_existing: Whether a file whose outputs exist is skipped.
         steps: The numbers of the layers of the one branch whose outputs are kept; None: the last of each branch.
+        operand: The operand of every file, by its name; empty: that of a .npz.
 
     """
 
@@ -52,6 +55,7 @@ class Work:
     layout: Layout | None
     skip_existing: bool
     steps: Outputs | None = None
+    operand: Mapping[str, Array] = field(default_factory=dict)
 
     @property
     def chains(self) -> tuple[Chain, ...]:
@@ -160,13 +164,13 @@ def pool_file(client: PoolClient, path: Path, output: Path | None, work: Work) -
     layout, x = source.layout_for(work.layout), source.x
     branches, chains = source.layers_for(work.branches), source.layers_for(work.chains)
     target = target_for(output, source, chains, work.layout) if output else None
-    indices, notes = _indices_for(source, branches)
+    operand, notes = _operand_for(source, branches, work.operand)
     if work.steps is None:
-        results = client.pool_each(x, branches, indices=indices, layout=layout)
+        results = client.pool_each(x, branches, layout=layout, **operand)
     else:
         # An image's layers may have conversions between them, after which the numbers are others.
         numbers = [len(chain) - 1 for chain in chains]
-        results = client.pool_steps(x, branches[0], numbers, indices=indices, layout=layout)
+        results = client.pool_steps(x, branches[0], numbers, layout=layout, **operand)
     if target:
         notes += target.save(results)
     text = [f"input: {x.dtype.name} {x.shape} {layout}"]
@@ -188,11 +192,16 @@ def pool_file(client: PoolClient, path: Path, output: Path | None, work: Work) -
     return Outcome(str(path), data, tuple(text), source.notes + notes)
 
 
-def _indices_for(source: Source, branches: Sequence[Chain]) -> tuple[Array | None, tuple[str, ...]]:
-    needed = any(layer.takes_indices for chain in branches for layer in chain)
-    if source.indices is None or needed:
-        return source.indices, ()
-    return None, ("the indices are left out, since no layer takes them",)
+def _operand_for(
+    source: Source, branches: Sequence[Chain], given: Mapping[str, Array]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the operand of a call, by its name, and a note for each array that could be one and is left out."""
+    if given:
+        return dict(given), ()
+    arrays = {**({} if source.indices is None else {"indices": source.indices}), **source.operands}
+    needed = operand_name(branches, given=bool(arrays))
+    taken = {name: array for name, array in arrays.items() if wire_name(name) == needed}
+    return taken, tuple(f"the {name} are left out, since no layer takes them" for name in arrays if name not in taken)
 
 
 def _small(result: PoolResult) -> list[tuple[str, Array]]:

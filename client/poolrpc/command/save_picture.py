@@ -73,13 +73,13 @@ def scene(explanation: Explanation, windows: int) -> Scene:
 
 
 def _step(explanation: Explanation, window: Window, *, is_max: bool) -> Step:
-    layer: object = explanation.layer
+    layer: object = explanation.layer.resolved(explanation.plane.shape)
     spans = [(each.positions[0], each.positions[-1] + 1) for each in window.axes]
     if hasattr(layer, "geometry"):
         # With ceil_mode the last window may extend beyond the cells.
         spans = [
             (start, start + dilation * (kernel - 1) + 1)
-            for (start, _), (kernel, _, _, dilation) in zip(spans, layer.geometry(), strict=True)
+            for (start, _), (kernel, _, _, _, dilation) in zip(spans, layer.geometry(), strict=True)
         ]
     cells = tuple(product(*(each.positions for each in window.axes)))
     inside = list(product(*(each.inside for each in window.axes)))

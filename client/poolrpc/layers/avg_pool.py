@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from poolrpc._shapes.parameters import Axes, boolean, integer
+from poolrpc._shapes.parameters import Axes, Padding, boolean, integer
 from poolrpc.errors import InvalidArgumentError
 from poolrpc.layers.base import FLOATS, WIDE_FLOATS, SlidingWindowLayer
 
@@ -17,7 +17,7 @@ class _AvgPool(SlidingWindowLayer):
     dtypes: ClassVar[tuple[str, ...]] = (*FLOATS, "int64")
     kernel_size: Axes
     stride: Axes | None = None
-    padding: Axes = 0
+    padding: Padding = 0
     ceil_mode: bool = False
     count_include_pad: bool = True
 
@@ -76,7 +76,10 @@ class AvgPool2d(_AvgPoolWithDivisor):
     Args:
         kernel_size: Size of a window in cells, 1 to 65535: an int for both axes, or (height, width).
         stride: Distance between windows in cells, 1 to 65535: an int or a pair. Default: None, which is kernel_size.
-        padding: Cells added on both ends of an axis, 0 to kernel_size // 2: an int or a pair. Default: 0.
+        padding: Cells added on both ends of an axis, less than kernel_size: an int or a pair; or a pair (before, after)
+            for each axis, such as ((0, 1), (0, 1)); or "same" or "same_lower", which add what ceil(H / stride) windows
+            need, half of it before the input and half after it, and an odd cell after or before it; or "valid", which
+            is 0. torch takes only one number per axis, up to half of a kernel. Default: 0.
         ceil_mode: Whether to round the output's size up instead of down, which adds a last, partial window on an axis
             if it starts in the input or the left padding. Default: False.
         count_include_pad: Whether cells of the padding count in the divisor. Default: True.
@@ -113,7 +116,7 @@ class AvgPool3d(_AvgPoolWithDivisor):
 
     The parameters and errors are those of AvgPool2d, with one value for all axes or (depth, height, width). The dtypes
     are float32, float64 and int64. As in torch, and unlike in other layers, kernel_size must fit the input without
-    padding.
+    padding; Pool3d("mean") has no such rule.
 
     Shape:
         Input: (N, C, D, H, W) or (C, D, H, W). Output: (N, C, D_out, H_out, W_out) or (C, D_out, H_out, W_out), where

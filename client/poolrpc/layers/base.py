@@ -1,13 +1,14 @@
 """The base classes of the layers, and the dtypes that layers take."""
 
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from math import prod
 from types import FunctionType
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from poolrpc._shapes.limits import MAX_NUMEL
-from poolrpc._shapes.parameters import Axes, axes, integer, per_axis
-from poolrpc._shapes.rules import check_shape, pooled_size
+from poolrpc._shapes.operands import check_operand_shape
+from poolrpc._shapes.parameters import Axes, axes, integer, padded_sides, padding, per_axis
+from poolrpc._shapes.rules import check_shape, pooled_size, same_padding
 from poolrpc.errors import InvalidArgumentError
 
 # A layer's dtypes are those that torch has on the CPU, the same for every device. torch pools integers only on the CPU,
@@ -16,6 +17,18 @@ from poolrpc.errors import InvalidArgumentError
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 WIDE_FLOATS = ("float32", "float64")
 INTEGERS = ("uint8", "uint16", "int8", "int16", "int32", "int64")
+
+
+def expression_of(value: Any) -> str:  # noqa: ANN401 - a dataclass
+    """Return an expression of a layer or a reduction: its required parameters, and others that differ from defaults."""
+    parts = []
+    for each in fields(value):
+        parameter = getattr(value, each.name)
+        if each.default is MISSING:
+            parts.append(repr(parameter))
+        elif parameter != each.default:
+            parts.append(f"{each.name}={parameter!r}")
+    return f"{type(value).__name__}({', '.join(parts)})"
 
 
 class Layer:
@@ -28,7 +41,9 @@ class Layer:
         dtypes: Names of the dtypes that the layer takes, the same on every device. Of a class whose dtypes depend on a
             parameter: those for any value of it.
         spatial_dims: Number of spatial axes: 1, 2 or 3; 0 for an element-wise step, which takes any number of them.
-        takes_indices: Whether the layer needs the indices of a MaxPool in addition to its input.
+        operand: The name of the second tensor that the layer takes in addition to its input, which is also its name in
+            calls and errors: "indices", "weights", "offsets" or "boxes"; empty if it takes none.
+        operand_optional: Whether a call may be without it.
 
     Examples:
         >>> from poolrpc import MaxPool2d
@@ -44,7 +59,8 @@ class Layer:
     family: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]] = FLOATS
     spatial_dims: ClassVar[int]
-    takes_indices: ClassVar[bool] = False
+    operand: ClassVar[str] = ""
+    operand_optional: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         """Name the constructor of a public class after it: Python's errors of missing arguments have that name."""
@@ -78,12 +94,14 @@ class Layer:
         """Whether the result has the indices of the maxima too."""
         return bool(getattr(self, "return_indices", False))
 
-    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def output_shape(self, shape: tuple[int, ...], operand_shape: tuple[int, ...] | None = None) -> tuple[int, ...]:
         """Return the shape of the output, exactly as torch computes it, without a server.
 
         Args:
             shape: The input's shape, (N, C, spatial...) or (C, spatial...). N may be 0; every other axis is 1 to
                 2**31 - 1.
+            operand_shape: The shape of the operand, on which the output of SegmentPool, RoIPool and RoIAlign depends.
+                Default: None, which is enough for every other layer.
 
         Returns:
             The shape of the output, with the input's N and C.
@@ -94,7 +112,39 @@ class Layer:
         """
         shape = self._checked_sizes(shape)
         dims = check_shape(shape, self.spatial_dims)
+        if operand_shape is not None:
+            operand_shape = tuple(integer("operand_shape", size, 0, MAX_NUMEL) for size in operand_shape)
+            if not self.operand:
+                msg = f"expected none for {self.name}, which takes no operand, got {operand_shape}"
+                raise InvalidArgumentError(msg, field="operand_shape")
+            check_operand_shape(self.operand, operand_shape, shape, dims)
+        return self.pooled_shape(shape, dims, operand_shape)
+
+    def pooled_shape(
+        self,
+        shape: tuple[int, ...],
+        dims: int,
+        operand_shape: tuple[int, ...] | None = None,  # noqa: ARG002 - see below
+    ) -> tuple[int, ...]:
+        """Return the shape of the output, for shapes that are checked.
+
+        Args:
+            shape: The input's shape, with channels first.
+            dims: The number of its spatial axes.
+            operand_shape: The shape of the operand, for layers whose output depends on it. None: there is none.
+
+        Raises:
+            InvalidArgumentError: The layer can't pool a tensor of this shape.
+
+        """
         return shape[:-dims] + self.output_plane(shape[-dims:])
+
+    def _size_of(self, operand_shape: tuple[int, ...] | None) -> int:
+        """Return the length of the first axis of an operand, on which the shape of the output depends."""
+        if operand_shape is None:
+            msg = f"expected the shape of the {self.operand}, on which the output depends, got none"
+            raise InvalidArgumentError(msg, field="operand_shape")
+        return operand_shape[0]
 
     @staticmethod
     def _checked_sizes(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -128,6 +178,10 @@ class Layer:
         """Return the size of the layer's largest window on a plane of this shape, in cells per axis."""
         raise NotImplementedError
 
+    def resolved(self, plane: tuple[int, ...]) -> "Layer":  # noqa: ARG002 - for layers that depend on it
+        """Return the layer that computes the same on planes of this shape and doesn't depend on it."""
+        return self
+
     def work(self, plane: tuple[int, ...]) -> int:
         """Return the number of cells that torch visits on a plane of this shape: the sum over all windows."""
         return prod(self.output_plane(plane)) * prod(self.window(plane))
@@ -138,14 +192,7 @@ class Layer:
 
     def __repr__(self) -> str:
         """Return an expression of the layer: its required parameters in order, and others that differ from defaults."""
-        parts = []
-        for each in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
-            value = getattr(self, each.name)
-            if each.default is MISSING:
-                parts.append(repr(value))
-            elif value != each.default:
-                parts.append(f"{each.name}={value!r}")
-        return f"{self.name}({', '.join(parts)})"
+        return expression_of(self)
 
     def _set(self, **values: object) -> None:
         # A frozen dataclass rejects assignment, also in its own __post_init__.
@@ -160,28 +207,48 @@ class SlidingWindowLayer(Layer):
     kernel_size: Axes
     stride: Axes | None
 
-    def geometry(self) -> tuple[tuple[int, int, int, int], ...]:
-        """Return (kernel, stride, padding, dilation) for each axis."""
+    def geometry(self) -> tuple[tuple[int, int, int, int, int], ...]:
+        """Return (kernel, stride, padding before, padding after, dilation) for each axis; the padding is in cells."""
+        dims = self.spatial_dims
+        before, after = zip(*padded_sides(getattr(self, "padding", 0), dims), strict=True)
+        kernel, stride, dilation = self._sizes()
+        return tuple(zip(kernel, stride, before, after, dilation, strict=True))
+
+    def _sizes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Return the kernel, the stride and the dilation of every axis."""
         dims = self.spatial_dims
         kernel = per_axis(self.kernel_size, dims)
         stride = kernel if self.stride is None else per_axis(self.stride, dims)
-        padding = per_axis(getattr(self, "padding", 0), dims)
-        dilation = per_axis(getattr(self, "dilation", 1), dims)
-        return tuple(zip(kernel, stride, padding, dilation, strict=True))
+        return kernel, stride, per_axis(getattr(self, "dilation", 1), dims)
+
+    def resolved(self, plane: tuple[int, ...]) -> Layer:
+        """Return the layer that computes the same on planes of this shape, with its padding in cells."""
+        rule = getattr(self, "padding", 0)
+        if not isinstance(rule, str):
+            return self
+        sides = tuple(
+            same_padding(size, stride, dilation * (kernel - 1) + 1, lower=rule == "same_lower")
+            for size, kernel, stride, dilation in zip(plane, *self._sizes(), strict=True)
+        )
+        made: Any = self  # every subclass is a dataclass
+        layer: Layer = replace(made, padding=sides)
+        return layer
 
     def output_plane(self, plane: tuple[int, ...]) -> tuple[int, ...]:
         """Return the spatial shape of the output, by torch's rule for sliding windows."""
         out = []
-        ceil_mode = self.ceil_mode  # type: ignore[attr-defined]  # only MaxUnpool lacks it, and it overrides this method
-        for size, (kernel, stride, padding, dilation) in zip(plane, self.geometry(), strict=True):
-            if dilation > size + 2 * padding:
-                msg = f"expected at most input + 2*padding = {size + 2 * padding}, got {dilation}"
+        made: Any = SlidingWindowLayer.resolved(self, plane)
+        for size, (kernel, stride, before, after, dilation) in zip(plane, made.geometry(), strict=True):
+            padded = size + before + after
+            if dilation > padded:
+                msg = f"expected at most the padded input, {padded}, got {dilation}"
                 raise InvalidArgumentError(msg, field="dilation")
-            cells = pooled_size(size, kernel, stride, padding, dilation, ceil_mode=ceil_mode)
+            # Only MaxUnpool has no ceil_mode, and it overrides this method.
+            cells = pooled_size(size, kernel, stride, before, dilation, padding_end=after, ceil_mode=made.ceil_mode)
             if cells < 1:
                 extent = dilation * (kernel - 1) + 1
                 msg = (
-                    f"expected an effective kernel of at most input + 2*padding = {size + 2 * padding}, "
+                    f"expected an effective kernel of at most the padded input, {padded}, "
                     f"got dilation*(kernel_size - 1) + 1 = {extent} on plane {plane}"
                 )
                 raise InvalidArgumentError(msg, field="kernel_size")
@@ -200,13 +267,20 @@ class SlidingWindowLayer(Layer):
         if self.stride is not None:
             self._set(stride=axes("stride", self.stride, dims))
 
-    def _check_padding(self, padding: Axes) -> None:
-        dims = self.spatial_dims
-        padding = axes("padding", padding, dims, low=0)
-        self._set(padding=padding)
-        for pad, kernel in zip(per_axis(padding, dims), per_axis(self.kernel_size, dims), strict=True):
-            if pad > kernel // 2:
-                msg = f"expected at most half of kernel_size = {kernel // 2}, got {pad}"
+    def _check_padding(self, value: object) -> None:
+        checked = padding("padding", value, self.spatial_dims)
+        self._set(padding=checked)
+        if isinstance(checked, str):
+            if self.ceil_mode:  # type: ignore[attr-defined]  # every layer with such a padding has it
+                msg = f"expected False with padding={checked!r}, which covers the input in any case, got True"
+                raise InvalidArgumentError(msg, field="ceil_mode")
+            return
+        for kernel, _, before, after, dilation in self.geometry():
+            span = dilation * (kernel - 1) + 1
+            # torch accepts at most half of the kernel. With less than a window's span, every window has a cell of the
+            # input, unless a dilation skips all of them.
+            if max(before, after) >= span:
+                msg = f"expected less than the span of a window, {span}, got {max(before, after)}"
                 raise InvalidArgumentError(msg, field="padding")
 
     def _check_fits_unpadded(self, plane: tuple[int, ...]) -> None:

@@ -28,11 +28,12 @@ class ElementWiseStep(Layer):
     __slots__ = ()
     spatial_dims = 0
 
-    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def output_shape(self, shape: tuple[int, ...], operand_shape: tuple[int, ...] | None = None) -> tuple[int, ...]:
         """Return the shape of the output, which is the input's.
 
         Args:
             shape: The input's shape, (N, C, spatial...) or (C, spatial...), with up to three spatial axes.
+            operand_shape: None, since a step takes no operand.
 
         Raises:
             InvalidArgumentError: No tensor with one to three spatial axes has this shape.
@@ -41,6 +42,8 @@ class ElementWiseStep(Layer):
         if not MIN_RANK <= len(shape) <= MAX_RANK:
             msg = f"expected {MIN_RANK} to {MAX_RANK} dims, (N, C, spatial...) or (C, spatial...), got shape "
             raise InvalidArgumentError(msg + clip(shape), field="shape")
+        if operand_shape is not None:
+            raise InvalidArgumentError(f"expected none, got {clip(operand_shape)}", field="operand_shape")
         return self._checked_sizes(shape)
 
     def output_plane(self, plane: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,33 +1,22 @@
 """GlobalPool1d, GlobalPool2d and GlobalPool3d."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias, get_args
+from typing import ClassVar
 
-from poolrpc._shapes.parameters import choice
-from poolrpc.layers.base import FLOATS, INTEGERS, Layer
-
-Reduce: TypeAlias = Literal["max", "mean"]
-REDUCTIONS: tuple[Reduce, ...] = get_args(Reduce)
-"""The values of `reduce`."""
-
-
-class _ReducedDtypes:
-    """The dtypes of a layer's reduction; on a class, those of any reduction."""
-
-    def __get__(self, layer: _GlobalPool | None, cls: type[_GlobalPool]) -> tuple[str, ...]:
-        return FLOATS if layer is not None and layer.reduce == "mean" else FLOATS + INTEGERS
+from poolrpc.layers.base import Layer
+from poolrpc.layers.reductions import Reduce, ReducedDtypes, check_reduce
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class _GlobalPool(Layer):
     family: ClassVar[str] = "global_pool"
-    dtypes = _ReducedDtypes()
+    dtypes = ReducedDtypes()
+    operand: ClassVar[str] = "weights"
+    operand_optional: ClassVar[bool] = True
     reduce: Reduce
 
     def __post_init__(self) -> None:
-        self._set(reduce=choice("reduce", self.reduce, REDUCTIONS))
+        self._set(reduce=check_reduce("reduce", self.reduce))
 
     def output_plane(self, plane: tuple[int, ...]) -> tuple[int, ...]:
         return (1,) * len(plane)
@@ -37,7 +26,7 @@ class _GlobalPool(Layer):
 
 
 class GlobalPool1d(_GlobalPool):
-    """The maximum or the mean of each 1d plane.
+    """Each 1d plane, reduced to one cell.
 
     The parameter, dtypes and errors are those of GlobalPool2d.
 
@@ -58,14 +47,15 @@ class GlobalPool1d(_GlobalPool):
 
 
 class GlobalPool2d(_GlobalPool):
-    """The maximum or the mean of each 2d plane: ONNX's GlobalMaxPool and GlobalAveragePool.
+    """Each 2d plane, reduced to one cell: ONNX's GlobalMaxPool, GlobalAveragePool and GlobalLpPool, and others.
 
-    The output is that of torch's AdaptiveMaxPool2d or AdaptiveAvgPool2d with an output size of 1. If a plane contains
-    NaN, its maximum and its mean are NaN. The dtypes are float16, bfloat16, float32 and float64, and for the maximum
-    also uint8, uint16, int8, int16, int32 and int64; the output has the input's.
+    For "max" and "mean", the output is that of torch's AdaptiveMaxPool2d or AdaptiveAvgPool2d with an output size of 1;
+    for "min", "sum", "median", "std" and "var" it is that of torch's functions of these names over the plane. If a
+    plane contains NaN, the output is NaN. The dtypes are those of Pool2d; the output has the input's.
 
     Args:
-        reduce: What becomes of a plane's cells: "max" or "mean".
+        reduce: What becomes of a plane's cells: "max", "min", "sum", "mean", "median", "std", "var", or a Norm,
+            PowerMean, LogSumExp or Softmax.
 
     Shape:
         Input: (N, C, H, W) or (C, H, W). Output: (N, C, 1, 1) or (C, 1, 1), so
@@ -90,7 +80,7 @@ class GlobalPool2d(_GlobalPool):
 
 
 class GlobalPool3d(_GlobalPool):
-    """The maximum or the mean of each 3d plane.
+    """Each 3d plane, reduced to one cell.
 
     The parameter, dtypes and errors are those of GlobalPool2d.
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from poolrpc._shapes.parameters import Axes, axes, boolean
+from poolrpc._shapes.parameters import Axes, Padding, axes, boolean
 from poolrpc.layers.base import FLOATS, INTEGERS, SlidingWindowLayer
 
 
@@ -13,7 +13,7 @@ class _MaxPool(SlidingWindowLayer):
     dtypes: ClassVar[tuple[str, ...]] = FLOATS + INTEGERS
     kernel_size: Axes
     stride: Axes | None = None
-    padding: Axes = 0
+    padding: Padding = 0
     dilation: Axes = 1
     return_indices: bool = False
     ceil_mode: bool = False
@@ -61,7 +61,11 @@ class MaxPool2d(_MaxPool):
     Args:
         kernel_size: Size of a window in cells, 1 to 65535: an int for both axes, or (height, width).
         stride: Distance between windows in cells, 1 to 65535: an int or a pair. Default: None, which is kernel_size.
-        padding: Cells added on both ends of an axis, 0 to kernel_size // 2: an int or a pair. Default: 0.
+        padding: Cells added on both ends of an axis, less than the span of a window, dilation*(kernel_size - 1) + 1: an
+            int or a pair; or a pair (before, after) for each axis, such as ((0, 1), (0, 1)); or "same" or "same_lower",
+            which add what ceil(H / stride) windows need, half of it before the input and half after it, and an odd cell
+            after or before it; or "valid", which is 0. torch takes only one number per axis, up to half of a kernel.
+            Default: 0.
         dilation: Distance between the cells of a window, 1 to 65535: an int or a pair. Default: 1.
         return_indices: Whether the result has the indices of the maxima too: int64, of the output's shape, each the
             position h*W + w in the input's plane. Default: False.

@@ -18,7 +18,7 @@ class _MaxUnpool(SlidingWindowLayer):
     stride: Axes | None = None
     padding: Axes = 0
     output_size: tuple[int, ...] | None = None
-    takes_indices: ClassVar[bool] = True
+    operand: ClassVar[str] = "indices"
 
     def __post_init__(self) -> None:
         self._check_window()
@@ -29,9 +29,9 @@ class _MaxUnpool(SlidingWindowLayer):
 
     def output_plane(self, plane: tuple[int, ...]) -> tuple[int, ...]:
         geometry = self.geometry()
-        default = tuple(unpooled_size(size, k, s, p) for size, (k, s, p, _) in zip(plane, geometry, strict=True))
+        default = tuple(unpooled_size(size, k, s, p) for size, (k, s, p, *_) in zip(plane, geometry, strict=True))
         out = default if self.output_size is None else self.output_size
-        for cells, usual, (_, stride, _, _) in zip(out, default, geometry, strict=True):
+        for cells, usual, (_, stride, *_) in zip(out, default, geometry, strict=True):
             if self.output_size is not None and not abs(cells - usual) < stride:
                 msg = f"expected less than a stride of {stride} from the default {default}, got {out}"
                 raise InvalidArgumentError(msg, field="output_size")

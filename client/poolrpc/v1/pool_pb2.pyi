@@ -110,6 +110,32 @@ LAYOUT_CHANNELS_LAST: Layout.ValueType  # 2
 """(N, spatial..., C): NHWC for images."""
 Global___Layout: _TypeAlias = Layout  # noqa: Y015
 
+class _AutoPad:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AutoPadEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AutoPad.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    AUTO_PAD_UNSPECIFIED: _AutoPad.ValueType  # 0
+    """The padding is given in cells."""
+    AUTO_PAD_SAME: _AutoPad.ValueType  # 1
+    """Half of the padding is before the axis, and half after it; an odd cell is after it."""
+    AUTO_PAD_SAME_LOWER: _AutoPad.ValueType  # 2
+    """The same, but an odd cell is before it."""
+
+class AutoPad(_AutoPad, metaclass=_AutoPadEnumTypeWrapper):
+    """AutoPad is how the padding of an axis is computed from its length n, the stride s and the window's span: there are
+    ceil(n / s) windows, and max(0, (ceil(n / s) - 1) * s + span - n) cells of padding.
+    """
+
+AUTO_PAD_UNSPECIFIED: AutoPad.ValueType  # 0
+"""The padding is given in cells."""
+AUTO_PAD_SAME: AutoPad.ValueType  # 1
+"""Half of the padding is before the axis, and half after it; an odd cell is after it."""
+AUTO_PAD_SAME_LOWER: AutoPad.ValueType  # 2
+"""The same, but an odd cell is before it."""
+Global___AutoPad: _TypeAlias = AutoPad  # noqa: Y015
+
 class _Reduction:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -122,6 +148,16 @@ class _ReductionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reduction.V
     """The max."""
     REDUCTION_MEAN: _Reduction.ValueType  # 2
     """The sum, divided by the number of cells."""
+    REDUCTION_MIN: _Reduction.ValueType  # 3
+    """The min."""
+    REDUCTION_SUM: _Reduction.ValueType  # 4
+    """The sum."""
+    REDUCTION_MEDIAN: _Reduction.ValueType  # 5
+    """The cell in the middle of the sorted cells, the lower of two."""
+    REDUCTION_STD: _Reduction.ValueType  # 6
+    """The square root of the variance."""
+    REDUCTION_VAR: _Reduction.ValueType  # 7
+    """The sum of squared differences from the mean, divided by the number of cells - 1."""
 
 class Reduction(_Reduction, metaclass=_ReductionEnumTypeWrapper):
     """Reduction is a reduction without parameters."""
@@ -132,6 +168,16 @@ REDUCTION_MAX: Reduction.ValueType  # 1
 """The max."""
 REDUCTION_MEAN: Reduction.ValueType  # 2
 """The sum, divided by the number of cells."""
+REDUCTION_MIN: Reduction.ValueType  # 3
+"""The min."""
+REDUCTION_SUM: Reduction.ValueType  # 4
+"""The sum."""
+REDUCTION_MEDIAN: Reduction.ValueType  # 5
+"""The cell in the middle of the sorted cells, the lower of two."""
+REDUCTION_STD: Reduction.ValueType  # 6
+"""The square root of the variance."""
+REDUCTION_VAR: Reduction.ValueType  # 7
+"""The sum of squared differences from the mean, divided by the number of cells - 1."""
 Global___Reduction: _TypeAlias = Reduction  # noqa: Y015
 
 @_typing.final
@@ -146,11 +192,14 @@ class TensorSpec(_message.Message):
     dtype: Global___DataType.ValueType
     """The type of the elements."""
     layout: Global___Layout.ValueType
-    """The order of the axes. The outputs of a request have the layout of its input."""
+    """The order of the axes. The outputs of a request have the layout of its input. Without meaning for an operand of
+    another shape than the input's.
+    """
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The length of each axis, in the order of `layout`. A batched tensor has N and C in addition to its spatial axes, an
-        unbatched one only C. N may be 0; every other axis is at least 1.
+        unbatched one only C. N may be 0; every other axis is at least 1. An operand may have fewer axes, and only its
+        first may be of length 0.
         """
 
     def __init__(
@@ -175,7 +224,7 @@ class PoolRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     INPUT_FIELD_NUMBER: _builtins.int
-    INDICES_FIELD_NUMBER: _builtins.int
+    OPERAND_FIELD_NUMBER: _builtins.int
     BRANCHES_FIELD_NUMBER: _builtins.int
     ARENA_FIELD_NUMBER: _builtins.int
     PADDING_FIELD_NUMBER: _builtins.int
@@ -185,14 +234,19 @@ class PoolRequest(_message.Message):
     the server then reads the payload in place instead of copying it.
     """
     payload: _builtins.bytes
-    """The bytes of the input, then those of the indices."""
+    """The bytes of the input, then those of the operand."""
     @_builtins.property
     def input(self) -> Global___TensorSpec:
         """The input."""
 
     @_builtins.property
-    def indices(self) -> Global___TensorSpec:
-        """The indices of maxima for MaxUnpool: int64, with the shape and the layout of the input. Absent without a MaxUnpool."""
+    def operand(self) -> Global___TensorSpec:
+        """The operand: a second tensor that the first layers of the branches take, all of them the same. Which one it is, its
+        dtype and its shape depend on the layer; LayerInfo.operand has its name, which errors have too. Absent if no layer
+        takes one. The operand of MaxUnpool is "indices", the indices of maxima: int64, with the shape and the layout of the
+        input. That of GlobalPool, which it may be without, is "weights": float32 or float64, finite and at least 0, with the
+        shape of the input without its channels; a cell of weight 0 isn't there.
+        """
 
     @_builtins.property
     def branches(self) -> _containers.RepeatedCompositeFieldContainer[Global___Branch]:
@@ -206,15 +260,15 @@ class PoolRequest(_message.Message):
         self,
         *,
         input: Global___TensorSpec | None = ...,
-        indices: Global___TensorSpec | None = ...,
+        operand: Global___TensorSpec | None = ...,
         branches: _abc.Iterable[Global___Branch] | None = ...,
         arena: Global___ArenaRanges | None = ...,
         padding: _builtins.bytes = ...,
         payload: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["arena", b"arena", "indices", b"indices", "input", b"input"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["arena", b"arena", "input", b"input", "operand", b"operand"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena", b"arena", "branches", b"branches", "indices", b"indices", "input", b"input", "padding", b"padding", "payload", b"payload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena", b"arena", "branches", b"branches", "input", b"input", "operand", b"operand", "padding", b"padding", "payload", b"payload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -265,7 +319,9 @@ class PoolStreamRequest(_message.Message):
     padding: _builtins.bytes
     """Ignored, as in PoolRequest."""
     payload: _builtins.bytes
-    """The bytes of the block's planes of the input, then of the same planes of the indices."""
+    """In the first message: the bytes of an operand of another shape than the input's; "boxes" can't be streamed. In the
+    later ones: the bytes of the block's planes of the input, then of the same planes of an operand of the input's shape.
+    """
     @_builtins.property
     def request(self) -> Global___PoolRequest:
         """Only in the first message: the request, without arena and payload."""
@@ -333,7 +389,7 @@ class ArenaRanges(_message.Message):
     """The arena's id, from AttachResponse."""
     @_builtins.property
     def input(self) -> Global___Range:
-        """The input, then the indices."""
+        """The input, then the operand."""
 
     @_builtins.property
     def output(self) -> Global___Range:
@@ -587,6 +643,7 @@ class InferShapeRequest(_message.Message):
     SHAPE_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELD_NUMBER: _builtins.int
     BRANCHES_FIELD_NUMBER: _builtins.int
+    OPERAND_SHAPE_FIELD_NUMBER: _builtins.int
     layout: Global___Layout.ValueType
     """The order of the axes."""
     @_builtins.property
@@ -597,16 +654,21 @@ class InferShapeRequest(_message.Message):
     def branches(self) -> _containers.RepeatedCompositeFieldContainer[Global___Branch]:
         """One or more branches, as in PoolRequest."""
 
+    @_builtins.property
+    def operand_shape(self) -> Global___Shape:
+        """The shape of the operand, if there is one. Required by layers whose output depends on it."""
+
     def __init__(
         self,
         *,
         shape: Global___Shape | None = ...,
         layout: Global___Layout.ValueType = ...,
         branches: _abc.Iterable[Global___Branch] | None = ...,
+        operand_shape: Global___Shape | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["shape", b"shape"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["operand_shape", b"operand_shape", "shape", b"shape"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["branches", b"branches", "layout", b"layout", "shape", b"shape"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["branches", b"branches", "layout", b"layout", "operand_shape", b"operand_shape", "shape", b"shape"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -665,6 +727,8 @@ class Layer(_message.Message):
     """Layer is one pooling layer, or an element-wise step. A repeated parameter of a layer with d spatial axes has 1 or d
     values; a single value applies to every axis.
 
+    Only the first layer of a chain may take an operand.
+
     An element-wise step may be wherever a layer may be, for any number of spatial axes, as long as the request has a
     pooling layer too. The dtype that a layer gets is the one that the step before it returns.
     """
@@ -682,6 +746,11 @@ class Layer(_message.Message):
     TO_DTYPE_FIELD_NUMBER: _builtins.int
     NORMALIZE_FIELD_NUMBER: _builtins.int
     ROUND_FIELD_NUMBER: _builtins.int
+    POOL_FIELD_NUMBER: _builtins.int
+    SEGMENT_POOL_FIELD_NUMBER: _builtins.int
+    ROI_POOL_FIELD_NUMBER: _builtins.int
+    ROI_ALIGN_FIELD_NUMBER: _builtins.int
+    BLUR_POOL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def max_pool(self) -> Global___MaxPool:
         """MaxPool1d, MaxPool2d, MaxPool3d."""
@@ -726,6 +795,26 @@ class Layer(_message.Message):
     def round(self) -> Global___Round:
         """Rounds to the nearest integer."""
 
+    @_builtins.property
+    def pool(self) -> Global___Pool:
+        """Pool1d, Pool2d, Pool3d."""
+
+    @_builtins.property
+    def segment_pool(self) -> Global___SegmentPool:
+        """SegmentPool."""
+
+    @_builtins.property
+    def roi_pool(self) -> Global___RoiPool:
+        """RoIPool."""
+
+    @_builtins.property
+    def roi_align(self) -> Global___RoiAlign:
+        """RoIAlign."""
+
+    @_builtins.property
+    def blur_pool(self) -> Global___BlurPool:
+        """BlurPool2d."""
+
     def __init__(
         self,
         *,
@@ -740,12 +829,17 @@ class Layer(_message.Message):
         to_dtype: Global___ToDtype | None = ...,
         normalize: Global___Normalize | None = ...,
         round: Global___Round | None = ...,
+        pool: Global___Pool | None = ...,
+        segment_pool: Global___SegmentPool | None = ...,
+        roi_pool: Global___RoiPool | None = ...,
+        roi_align: Global___RoiAlign | None = ...,
+        blur_pool: Global___BlurPool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adaptive_avg_pool", b"adaptive_avg_pool", "adaptive_max_pool", b"adaptive_max_pool", "avg_pool", b"avg_pool", "fractional_max_pool", b"fractional_max_pool", "global_pool", b"global_pool", "layer", b"layer", "lp_pool", b"lp_pool", "max_pool", b"max_pool", "max_unpool", b"max_unpool", "normalize", b"normalize", "round", b"round", "to_dtype", b"to_dtype"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adaptive_avg_pool", b"adaptive_avg_pool", "adaptive_max_pool", b"adaptive_max_pool", "avg_pool", b"avg_pool", "blur_pool", b"blur_pool", "fractional_max_pool", b"fractional_max_pool", "global_pool", b"global_pool", "layer", b"layer", "lp_pool", b"lp_pool", "max_pool", b"max_pool", "max_unpool", b"max_unpool", "normalize", b"normalize", "pool", b"pool", "roi_align", b"roi_align", "roi_pool", b"roi_pool", "round", b"round", "segment_pool", b"segment_pool", "to_dtype", b"to_dtype"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptive_avg_pool", b"adaptive_avg_pool", "adaptive_max_pool", b"adaptive_max_pool", "avg_pool", b"avg_pool", "fractional_max_pool", b"fractional_max_pool", "global_pool", b"global_pool", "layer", b"layer", "lp_pool", b"lp_pool", "max_pool", b"max_pool", "max_unpool", b"max_unpool", "normalize", b"normalize", "round", b"round", "to_dtype", b"to_dtype"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptive_avg_pool", b"adaptive_avg_pool", "adaptive_max_pool", b"adaptive_max_pool", "avg_pool", b"avg_pool", "blur_pool", b"blur_pool", "fractional_max_pool", b"fractional_max_pool", "global_pool", b"global_pool", "layer", b"layer", "lp_pool", b"lp_pool", "max_pool", b"max_pool", "max_unpool", b"max_unpool", "normalize", b"normalize", "pool", b"pool", "roi_align", b"roi_align", "roi_pool", b"roi_pool", "round", b"round", "segment_pool", b"segment_pool", "to_dtype", b"to_dtype"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_layer: _TypeAlias = _typing.Literal["max_pool", "avg_pool", "lp_pool", "fractional_max_pool", "adaptive_max_pool", "adaptive_avg_pool", "max_unpool", "global_pool", "to_dtype", "normalize", "round"]  # noqa: Y015
+    _WhichOneofReturnType_layer: _TypeAlias = _typing.Literal["max_pool", "avg_pool", "lp_pool", "fractional_max_pool", "adaptive_max_pool", "adaptive_avg_pool", "max_unpool", "global_pool", "to_dtype", "normalize", "round", "pool", "segment_pool", "roi_pool", "roi_align", "blur_pool"]  # noqa: Y015
     _WhichOneofArgType_layer: _TypeAlias = _typing.Literal["layer", b"layer"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_layer) -> _WhichOneofReturnType_layer | None: ...
 
@@ -764,12 +858,16 @@ class MaxPool(_message.Message):
     DILATION_FIELD_NUMBER: _builtins.int
     RETURN_INDICES_FIELD_NUMBER: _builtins.int
     CEIL_MODE_FIELD_NUMBER: _builtins.int
+    PADDING_END_FIELD_NUMBER: _builtins.int
+    AUTO_PAD_FIELD_NUMBER: _builtins.int
     spatial_dims: _builtins.int
     """1, 2 or 3: the 1d, 2d or 3d layer."""
     return_indices: _builtins.bool
     """Whether the indices of the maxima are returned too. Only for layers whose outputs are returned."""
     ceil_mode: _builtins.bool
     """Whether a last, partial window is included."""
+    auto_pad: Global___AutoPad.ValueType
+    """Computes the padding from the input's size; `padding` and `padding_end` are then empty, and ceil_mode is false."""
     @_builtins.property
     def kernel_size(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The window's size in cells."""
@@ -780,11 +878,17 @@ class MaxPool(_message.Message):
 
     @_builtins.property
     def padding(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Cells of minus infinity added on both sides. Empty: 0."""
+        """Cells of minus infinity added on both sides, or before each axis if padding_end is given. Less than a window's span,
+        dilation * (kernel_size - 1) + 1. Empty: 0.
+        """
 
     @_builtins.property
     def dilation(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The step between the cells of a window. Empty: 1."""
+
+    @_builtins.property
+    def padding_end(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Cells of minus infinity added after each axis. Empty: as many as before it."""
 
     def __init__(
         self,
@@ -796,10 +900,12 @@ class MaxPool(_message.Message):
         dilation: _abc.Iterable[_builtins.int] | None = ...,
         return_indices: _builtins.bool = ...,
         ceil_mode: _builtins.bool = ...,
+        padding_end: _abc.Iterable[_builtins.int] | None = ...,
+        auto_pad: Global___AutoPad.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ceil_mode", b"ceil_mode", "dilation", b"dilation", "kernel_size", b"kernel_size", "padding", b"padding", "return_indices", b"return_indices", "spatial_dims", b"spatial_dims", "stride", b"stride"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["auto_pad", b"auto_pad", "ceil_mode", b"ceil_mode", "dilation", b"dilation", "kernel_size", b"kernel_size", "padding", b"padding", "padding_end", b"padding_end", "return_indices", b"return_indices", "spatial_dims", b"spatial_dims", "stride", b"stride"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -818,6 +924,8 @@ class AvgPool(_message.Message):
     CEIL_MODE_FIELD_NUMBER: _builtins.int
     COUNT_INCLUDE_PAD_FIELD_NUMBER: _builtins.int
     DIVISOR_OVERRIDE_FIELD_NUMBER: _builtins.int
+    PADDING_END_FIELD_NUMBER: _builtins.int
+    AUTO_PAD_FIELD_NUMBER: _builtins.int
     spatial_dims: _builtins.int
     """1, 2 or 3: the 1d, 2d or 3d layer."""
     ceil_mode: _builtins.bool
@@ -826,6 +934,8 @@ class AvgPool(_message.Message):
     """Whether the padding counts in the divisor. Unset: true."""
     divisor_override: _builtins.int
     """The divisor of the sum, not 0. Unset: the number of cells. Not for the 1d layer."""
+    auto_pad: Global___AutoPad.ValueType
+    """Computes the padding from the input's size; `padding` and `padding_end` are then empty, and ceil_mode is false."""
     @_builtins.property
     def kernel_size(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The window's size in cells."""
@@ -836,7 +946,11 @@ class AvgPool(_message.Message):
 
     @_builtins.property
     def padding(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Cells of zero added on both sides. Empty: 0."""
+        """Cells of zero added on both sides, or before each axis if padding_end is given. Less than kernel_size. Empty: 0."""
+
+    @_builtins.property
+    def padding_end(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Cells of zero added after each axis. Empty: as many as before it."""
 
     def __init__(
         self,
@@ -848,10 +962,12 @@ class AvgPool(_message.Message):
         ceil_mode: _builtins.bool = ...,
         count_include_pad: _builtins.bool | None = ...,
         divisor_override: _builtins.int | None = ...,
+        padding_end: _abc.Iterable[_builtins.int] | None = ...,
+        auto_pad: Global___AutoPad.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_count_include_pad", b"_count_include_pad", "_divisor_override", b"_divisor_override", "count_include_pad", b"count_include_pad", "divisor_override", b"divisor_override"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_count_include_pad", b"_count_include_pad", "_divisor_override", b"_divisor_override", "ceil_mode", b"ceil_mode", "count_include_pad", b"count_include_pad", "divisor_override", b"divisor_override", "kernel_size", b"kernel_size", "padding", b"padding", "spatial_dims", b"spatial_dims", "stride", b"stride"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_count_include_pad", b"_count_include_pad", "_divisor_override", b"_divisor_override", "auto_pad", b"auto_pad", "ceil_mode", b"ceil_mode", "count_include_pad", b"count_include_pad", "divisor_override", b"divisor_override", "kernel_size", b"kernel_size", "padding", b"padding", "padding_end", b"padding_end", "spatial_dims", b"spatial_dims", "stride", b"stride"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__count_include_pad: _TypeAlias = _typing.Literal["count_include_pad"]  # noqa: Y015
     _WhichOneofArgType__count_include_pad: _TypeAlias = _typing.Literal["_count_include_pad", b"_count_include_pad"]  # noqa: Y015
@@ -1139,6 +1255,78 @@ class MaxUnpool(_message.Message):
 Global___MaxUnpool: _TypeAlias = MaxUnpool  # noqa: Y015
 
 @_typing.final
+class Pool(_message.Message):
+    """Pool reduces each window to one cell."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPATIAL_DIMS_FIELD_NUMBER: _builtins.int
+    REDUCE_FIELD_NUMBER: _builtins.int
+    KERNEL_SIZE_FIELD_NUMBER: _builtins.int
+    STRIDE_FIELD_NUMBER: _builtins.int
+    PADDING_FIELD_NUMBER: _builtins.int
+    PADDING_END_FIELD_NUMBER: _builtins.int
+    AUTO_PAD_FIELD_NUMBER: _builtins.int
+    DILATION_FIELD_NUMBER: _builtins.int
+    CEIL_MODE_FIELD_NUMBER: _builtins.int
+    COUNT_INCLUDE_PAD_FIELD_NUMBER: _builtins.int
+    spatial_dims: _builtins.int
+    """1, 2 or 3: the 1d, 2d or 3d layer."""
+    auto_pad: Global___AutoPad.ValueType
+    """Computes the padding from the input's size; `padding` and `padding_end` are then empty, and ceil_mode is false."""
+    ceil_mode: _builtins.bool
+    """Whether a last, partial window is included."""
+    count_include_pad: _builtins.bool
+    """Whether the cells of the padding count in the divisor of a mean, as zeros. Only for REDUCTION_MEAN."""
+    @_builtins.property
+    def reduce(self) -> Global___Reduce:
+        """What becomes of the cells of a window. Required."""
+
+    @_builtins.property
+    def kernel_size(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The window's size in cells."""
+
+    @_builtins.property
+    def stride(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The step from window to window in cells. Empty: kernel_size."""
+
+    @_builtins.property
+    def padding(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Cells that are added on both sides, or before each axis if padding_end is given, and are left out of every
+        reduction. Less than a window's span, dilation * (kernel_size - 1) + 1. Empty: 0.
+        """
+
+    @_builtins.property
+    def padding_end(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The same after each axis. Empty: as many as before it."""
+
+    @_builtins.property
+    def dilation(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The step between the cells of a window. Empty: 1."""
+
+    def __init__(
+        self,
+        *,
+        spatial_dims: _builtins.int = ...,
+        reduce: Global___Reduce | None = ...,
+        kernel_size: _abc.Iterable[_builtins.int] | None = ...,
+        stride: _abc.Iterable[_builtins.int] | None = ...,
+        padding: _abc.Iterable[_builtins.int] | None = ...,
+        padding_end: _abc.Iterable[_builtins.int] | None = ...,
+        auto_pad: Global___AutoPad.ValueType = ...,
+        dilation: _abc.Iterable[_builtins.int] | None = ...,
+        ceil_mode: _builtins.bool = ...,
+        count_include_pad: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["reduce", b"reduce"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["auto_pad", b"auto_pad", "ceil_mode", b"ceil_mode", "count_include_pad", b"count_include_pad", "dilation", b"dilation", "kernel_size", b"kernel_size", "padding", b"padding", "padding_end", b"padding_end", "reduce", b"reduce", "spatial_dims", b"spatial_dims", "stride", b"stride"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Pool: _TypeAlias = Pool  # noqa: Y015
+
+@_typing.final
 class GlobalPool(_message.Message):
     """GlobalPool reduces each plane to one cell. Every spatial axis of the output has length 1."""
 
@@ -1167,28 +1355,299 @@ class GlobalPool(_message.Message):
 Global___GlobalPool: _TypeAlias = GlobalPool  # noqa: Y015
 
 @_typing.final
+class SegmentPool(_message.Message):
+    """SegmentPool reduces each segment of a 1d plane to one cell. Its operand is "offsets": int64, of shape (S + 1), in
+    ascending order from 0 to the length of the plane, where segment i has the cells from offset i up to, but without,
+    offset i + 1.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPATIAL_DIMS_FIELD_NUMBER: _builtins.int
+    REDUCE_FIELD_NUMBER: _builtins.int
+    spatial_dims: _builtins.int
+    """1: the 1d layer."""
+    @_builtins.property
+    def reduce(self) -> Global___Reduce:
+        """What becomes of the cells of a segment. Required."""
+
+    def __init__(
+        self,
+        *,
+        spatial_dims: _builtins.int = ...,
+        reduce: Global___Reduce | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["reduce", b"reduce"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reduce", b"reduce", "spatial_dims", b"spatial_dims"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SegmentPool: _TypeAlias = SegmentPool  # noqa: Y015
+
+@_typing.final
+class RoiPool(_message.Message):
+    """RoiPool takes the max of each bin of regions of interest, as torchvision's RoIPool does. Its operand is "boxes", of
+    shape (K, 5), float32 or float64: for each box the number of the image, x1, y1, x2, y2. The output has a row for each
+    box in place of each image.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPATIAL_DIMS_FIELD_NUMBER: _builtins.int
+    OUTPUT_SIZE_FIELD_NUMBER: _builtins.int
+    SPATIAL_SCALE_FIELD_NUMBER: _builtins.int
+    spatial_dims: _builtins.int
+    """2: the 2d layer."""
+    spatial_scale: _builtins.float
+    """What coordinates are multiplied by. Unset: 1."""
+    @_builtins.property
+    def output_size(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The output's height and width."""
+
+    def __init__(
+        self,
+        *,
+        spatial_dims: _builtins.int = ...,
+        output_size: _abc.Iterable[_builtins.int] | None = ...,
+        spatial_scale: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_spatial_scale", b"_spatial_scale", "spatial_scale", b"spatial_scale"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_spatial_scale", b"_spatial_scale", "output_size", b"output_size", "spatial_dims", b"spatial_dims", "spatial_scale", b"spatial_scale"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__spatial_scale: _TypeAlias = _typing.Literal["spatial_scale"]  # noqa: Y015
+    _WhichOneofArgType__spatial_scale: _TypeAlias = _typing.Literal["_spatial_scale", b"_spatial_scale"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__spatial_scale) -> _WhichOneofReturnType__spatial_scale | None: ...
+
+Global___RoiPool: _TypeAlias = RoiPool  # noqa: Y015
+
+@_typing.final
+class RoiAlign(_message.Message):
+    """RoiAlign takes the mean of interpolated samples in each bin of regions of interest, as torchvision's RoIAlign does. Its
+    operand is "boxes", as that of RoiPool.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPATIAL_DIMS_FIELD_NUMBER: _builtins.int
+    OUTPUT_SIZE_FIELD_NUMBER: _builtins.int
+    SPATIAL_SCALE_FIELD_NUMBER: _builtins.int
+    SAMPLING_RATIO_FIELD_NUMBER: _builtins.int
+    ALIGNED_FIELD_NUMBER: _builtins.int
+    spatial_dims: _builtins.int
+    """2: the 2d layer."""
+    spatial_scale: _builtins.float
+    """What coordinates are multiplied by. Unset: 1."""
+    sampling_ratio: _builtins.int
+    """The samples of a bin along each axis. 0: as many as the bin has cells, rounded up."""
+    aligned: _builtins.bool
+    """Whether coordinates are shifted by half a cell."""
+    @_builtins.property
+    def output_size(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The output's height and width."""
+
+    def __init__(
+        self,
+        *,
+        spatial_dims: _builtins.int = ...,
+        output_size: _abc.Iterable[_builtins.int] | None = ...,
+        spatial_scale: _builtins.float | None = ...,
+        sampling_ratio: _builtins.int = ...,
+        aligned: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_spatial_scale", b"_spatial_scale", "spatial_scale", b"spatial_scale"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_spatial_scale", b"_spatial_scale", "aligned", b"aligned", "output_size", b"output_size", "sampling_ratio", b"sampling_ratio", "spatial_dims", b"spatial_dims", "spatial_scale", b"spatial_scale"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__spatial_scale: _TypeAlias = _typing.Literal["spatial_scale"]  # noqa: Y015
+    _WhichOneofArgType__spatial_scale: _TypeAlias = _typing.Literal["_spatial_scale", b"_spatial_scale"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__spatial_scale) -> _WhichOneofReturnType__spatial_scale | None: ...
+
+Global___RoiAlign: _TypeAlias = RoiAlign  # noqa: Y015
+
+@_typing.final
+class BlurPool(_message.Message):
+    """BlurPool is a binomial filter with a stride, whose padding reflects the input."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPATIAL_DIMS_FIELD_NUMBER: _builtins.int
+    KERNEL_SIZE_FIELD_NUMBER: _builtins.int
+    STRIDE_FIELD_NUMBER: _builtins.int
+    spatial_dims: _builtins.int
+    """2: the 2d layer."""
+    kernel_size: _builtins.int
+    """The filter's size in cells. Unset: 3."""
+    stride: _builtins.int
+    """The step from window to window in cells. Unset: 2."""
+    def __init__(
+        self,
+        *,
+        spatial_dims: _builtins.int = ...,
+        kernel_size: _builtins.int | None = ...,
+        stride: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_kernel_size", b"_kernel_size", "_stride", b"_stride", "kernel_size", b"kernel_size", "stride", b"stride"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kernel_size", b"_kernel_size", "_stride", b"_stride", "kernel_size", b"kernel_size", "spatial_dims", b"spatial_dims", "stride", b"stride"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__kernel_size: _TypeAlias = _typing.Literal["kernel_size"]  # noqa: Y015
+    _WhichOneofArgType__kernel_size: _TypeAlias = _typing.Literal["_kernel_size", b"_kernel_size"]  # noqa: Y015
+    _WhichOneofReturnType__stride: _TypeAlias = _typing.Literal["stride"]  # noqa: Y015
+    _WhichOneofArgType__stride: _TypeAlias = _typing.Literal["_stride", b"_stride"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kernel_size) -> _WhichOneofReturnType__kernel_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__stride) -> _WhichOneofReturnType__stride | None: ...
+
+Global___BlurPool: _TypeAlias = BlurPool  # noqa: Y015
+
+@_typing.final
 class Reduce(_message.Message):
     """Reduce is what becomes of the cells of a window."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NAMED_FIELD_NUMBER: _builtins.int
+    NORM_FIELD_NUMBER: _builtins.int
+    POWER_MEAN_FIELD_NUMBER: _builtins.int
+    LOG_SUM_EXP_FIELD_NUMBER: _builtins.int
+    SOFTMAX_FIELD_NUMBER: _builtins.int
     named: Global___Reduction.ValueType
     """A reduction without parameters."""
+    @_builtins.property
+    def norm(self) -> Global___Norm:
+        """The norm."""
+
+    @_builtins.property
+    def power_mean(self) -> Global___PowerMean:
+        """The power mean."""
+
+    @_builtins.property
+    def log_sum_exp(self) -> Global___LogSumExp:
+        """The logarithm of the mean of exponentials."""
+
+    @_builtins.property
+    def softmax(self) -> Global___Softmax:
+        """The mean weighted by exponentials."""
+
     def __init__(
         self,
         *,
         named: Global___Reduction.ValueType = ...,
+        norm: Global___Norm | None = ...,
+        power_mean: Global___PowerMean | None = ...,
+        log_sum_exp: Global___LogSumExp | None = ...,
+        softmax: Global___Softmax | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["named", b"named", "reduce", b"reduce"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["log_sum_exp", b"log_sum_exp", "named", b"named", "norm", b"norm", "power_mean", b"power_mean", "reduce", b"reduce", "softmax", b"softmax"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["named", b"named", "reduce", b"reduce"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["log_sum_exp", b"log_sum_exp", "named", b"named", "norm", b"norm", "power_mean", b"power_mean", "reduce", b"reduce", "softmax", b"softmax"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_reduce: _TypeAlias = _typing.Literal["named"]  # noqa: Y015
+    _WhichOneofReturnType_reduce: _TypeAlias = _typing.Literal["named", "norm", "power_mean", "log_sum_exp", "softmax"]  # noqa: Y015
     _WhichOneofArgType_reduce: _TypeAlias = _typing.Literal["reduce", b"reduce"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_reduce) -> _WhichOneofReturnType_reduce | None: ...
 
 Global___Reduce: _TypeAlias = Reduce  # noqa: Y015
+
+@_typing.final
+class Norm(_message.Message):
+    """Norm is (sum of |x|^p)^(1/p)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    P_FIELD_NUMBER: _builtins.int
+    p: _builtins.float
+    """The exponent, above 0. Infinity means the max of the absolute values."""
+    def __init__(
+        self,
+        *,
+        p: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["p", b"p"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Norm: _TypeAlias = Norm  # noqa: Y015
+
+@_typing.final
+class PowerMean(_message.Message):
+    """PowerMean is (mean of max(x, eps)^p)^(1/p)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    P_FIELD_NUMBER: _builtins.int
+    EPS_FIELD_NUMBER: _builtins.int
+    p: _builtins.float
+    """The exponent, not 0."""
+    eps: _builtins.float
+    """The least value, above 0. Unset: 1e-6."""
+    def __init__(
+        self,
+        *,
+        p: _builtins.float = ...,
+        eps: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_eps", b"_eps", "eps", b"eps"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eps", b"_eps", "eps", b"eps", "p", b"p"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__eps: _TypeAlias = _typing.Literal["eps"]  # noqa: Y015
+    _WhichOneofArgType__eps: _TypeAlias = _typing.Literal["_eps", b"_eps"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__eps) -> _WhichOneofReturnType__eps | None: ...
+
+Global___PowerMean: _TypeAlias = PowerMean  # noqa: Y015
+
+@_typing.final
+class LogSumExp(_message.Message):
+    """LogSumExp is log(mean of exp(r * x)) / r."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    R_FIELD_NUMBER: _builtins.int
+    r: _builtins.float
+    """The sharpness, above 0. Unset: 1."""
+    def __init__(
+        self,
+        *,
+        r: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_r", b"_r", "r", b"r"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_r", b"_r", "r", b"r"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__r: _TypeAlias = _typing.Literal["r"]  # noqa: Y015
+    _WhichOneofArgType__r: _TypeAlias = _typing.Literal["_r", b"_r"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__r) -> _WhichOneofReturnType__r | None: ...
+
+Global___LogSumExp: _TypeAlias = LogSumExp  # noqa: Y015
+
+@_typing.final
+class Softmax(_message.Message):
+    """Softmax is (sum of x * exp(t * x)) / (sum of exp(t * x))."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    T_FIELD_NUMBER: _builtins.int
+    t: _builtins.float
+    """The sharpness. Unset: 1."""
+    def __init__(
+        self,
+        *,
+        t: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_t", b"_t", "t", b"t"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_t", b"_t", "t", b"t"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__t: _TypeAlias = _typing.Literal["t"]  # noqa: Y015
+    _WhichOneofArgType__t: _TypeAlias = _typing.Literal["_t", b"_t"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__t) -> _WhichOneofReturnType__t | None: ...
+
+Global___Softmax: _TypeAlias = Softmax  # noqa: Y015
 
 @_typing.final
 class ToDtype(_message.Message):
@@ -1366,8 +1825,11 @@ class LayerInfo(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     DTYPES_FIELD_NUMBER: _builtins.int
+    OPERAND_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The layer's name in torch.nn, or the name of an element-wise step."""
+    operand: _builtins.str
+    """The name of the operand that it takes. Empty: it takes none."""
     @_builtins.property
     def dtypes(self) -> _containers.RepeatedScalarFieldContainer[Global___DataType.ValueType]:
         """The dtypes that it takes with any parameters, the same on every device."""
@@ -1377,10 +1839,11 @@ class LayerInfo(_message.Message):
         *,
         name: _builtins.str = ...,
         dtypes: _abc.Iterable[Global___DataType.ValueType] | None = ...,
+        operand: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtypes", b"dtypes", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtypes", b"dtypes", "name", b"name", "operand", b"operand"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -194,8 +194,13 @@ class Dispatcher:
         call.ticket.reserve(_scratch_of(checked))
         self._run(self._engine.run_in_place(checked.schedule, inputs, outputs), call)
 
-    def stream(self, request: Request, call: CallContext) -> StreamBlocks:
+    def stream(self, request: Request, call: CallContext, operand: Bytes = b"") -> StreamBlocks:
         """Admit a request whose tensors come in blocks.
+
+        Args:
+            request: The request.
+            call: Context of the call.
+            operand: The bytes of an operand that all blocks share.
 
         Raises:
             PoolError: The request is rejected; the class of the error says why.
@@ -203,22 +208,27 @@ class Dispatcher:
         """
         call.raise_if_cancelled()
         planes, results = check_stream(request, self._limits, self._engine.schedule)
-        stream = StreamBlocks(request, planes, results, self.check)
+        stream = StreamBlocks(request, planes, results, self.check, operand=operand)
         # Reserved at once, so that a stream that has begun is not rejected in its middle.
         largest = self.check(block_of(request, planes, stream.max_planes, 0))
-        nbytes = BLOCKS_HELD * stream.max_planes * stream.plane_bytes + _bytes_of(largest)
+        nbytes = BLOCKS_HELD * stream.max_planes * stream.plane_bytes + _bytes_of(largest) + 2 * len(operand)
         call.ticket.reserve(nbytes, wait=ROOM_SECONDS)
         return stream
 
     def pool_block(self, stream: StreamBlocks, block: Bytes, call: CallContext, finish: Finish[T]) -> T:
         """Run the next block of a stream; everything else is as in `pool`."""
-        run = self._engine.run(stream.next_block(len(block)).schedule, block, finish)
+        run = self._engine.run(stream.next_block(len(block)).schedule, block, finish, stream.operand)
         # The stream was admitted as a whole.
         answer: T = self._run(run, call, admitted=True)
         return answer
 
     def shapes(
-        self, shape: Shape, branches: Sequence[Chain], layout: Layout, outputs: Sequence[Outputs] = ()
+        self,
+        shape: Shape,
+        branches: Sequence[Chain],
+        layout: Layout,
+        outputs: Sequence[Outputs] = (),
+        operand_shape: Shape | None = None,
     ) -> list[tuple[Shape, ...]]:
         """Return the shape after every layer of each branch.
 
@@ -226,7 +236,7 @@ class Dispatcher:
             InvalidArgumentError: The layers cannot pool such a tensor.
 
         """
-        return check_shapes(shape, branches, layout, outputs)
+        return check_shapes(shape, branches, layout, outputs, operand_shape)
 
     @property
     def calls(self) -> int:

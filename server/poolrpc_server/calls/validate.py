@@ -15,7 +15,7 @@ from poolrpc._shapes.limits import MAX_NUMEL
 from poolrpc._shapes.rules import check_shape, clip
 from poolrpc._wire.codec import Request, payload_specs
 from poolrpc.chains import Chain, Planes, branch_shapes, spatial_dims
-from poolrpc.errors import LimitExceededError
+from poolrpc.errors import LimitExceededError, UnsupportedError
 from poolrpc.tensors import ITEM_BYTES, Layout, TensorSpec
 from poolrpc_server.compute.planes import block_of
 
@@ -77,7 +77,7 @@ class CheckedRequest:
 def check_request(
     request: Request, limits: Limits, schedule: Callable[[Request, int, tuple[BranchResult, ...]], Any]
 ) -> CheckedRequest:
-    """Validate a request; its payload's length and the range of its indices are checked when it runs.
+    """Validate a request; its payload's length and the numbers of its operand are checked when it runs.
 
     Args:
         request: The request.
@@ -111,13 +111,17 @@ def check_stream(
     The tensor may have any size. The limits apply to each block, and so to one plane.
 
     Raises:
-        UnsupportedError: A layer does not support the dtype that it gets.
+        UnsupportedError: A layer does not support the dtype that it gets, or a stream.
         InvalidArgumentError: A shape is invalid, or does not fit a layer.
         LimitExceededError: One plane exceeds a limit.
 
     """
     spec = request.input
     results = request.check()
+    if request.operand_name == "boxes":
+        names = ", ".join(dict.fromkeys(chain[0].name for chain in request.branches))
+        msg = f"a stream has layers that compute each plane by itself, got {names}; send the images in one message"
+        raise UnsupportedError(msg, reason="STREAM")
     planes = Planes(spec, check_shape(spec.shape, spatial_dims(request.branches)))
     _check_limit("TENSOR_TOO_LARGE", "bytes of one plane", planes.plane_bytes, limits.input_bytes)
     check_request(block_of(request, planes, 1, 0), limits, schedule)
@@ -145,7 +149,11 @@ def check_message(nbytes: int, limits: Limits, kind: str) -> None:
 
 
 def check_shapes(
-    shape: Shape, branches: Sequence[Chain], layout: Layout, outputs: Sequence[Outputs] = ()
+    shape: Shape,
+    branches: Sequence[Chain],
+    layout: Layout,
+    outputs: Sequence[Outputs] = (),
+    operand_shape: Shape | None = None,
 ) -> list[tuple[Shape, ...]]:
     """Check a shape and return the shapes after each layer of each branch, which returns these outputs.
 
@@ -154,7 +162,7 @@ def check_shapes(
         LimitExceededError: The tensor has too many elements, or there are too many outputs.
 
     """
-    shapes = branch_shapes(shape, branches, layout, outputs)
+    shapes = branch_shapes(shape, branches, layout, outputs, operand_shape)
     _check_numel(shape)
     return shapes
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from itertools import pairwise
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from poolrpc.tensors import align
 from poolrpc_server.compute.kernels import blocks
 from poolrpc_server.compute.kernels.blocks import KEPT_BYTES, Cells, DoubleBuffer, Program, scratch
+from poolrpc_server.compute.operands import WholeOperand
 from poolrpc_server.compute.planes import check_indices
+from poolrpc_server.compute.with_operand import takes_operand
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -93,19 +95,22 @@ class Branch:
             self.threads = min(threads, planes)
         eager = max((plan.eager_scratch(self.block) for plan, row in self.steps if row is None), default=0)
         own = self._shared_bytes + min(KEPT_BYTES, sum(kernels)) if self._shared_bytes else sum(kernels)
-        # The input and, for MaxUnpool, the indices are copied if they are not aligned.
-        copied = (self.block + 1) * plans[0].cells * (plans[0].dtype.itemsize + 8 * plans[0].layer.takes_indices)
+        # The input and the operand are copied if they are not aligned.
+        copied = (self.block + 1) * plans[0].cells * (plans[0].dtype.itemsize + 8 * takes_operand(plans[0].layer))
         program = PROGRAM_BYTES if self.block < planes else 0
         self.scratch_bytes = self.threads * (copied + own + eager + program)
 
     def compute_whole(
-        self, x: torch.Tensor, indices: torch.Tensor | None, check: Callable[[], None] | None
+        self,
+        x: torch.Tensor,
+        operand: Any,  # noqa: ANN401 - as the operator takes it
+        check: Callable[[], None] | None,
     ) -> Sequence[torch.Tensor]:
         """Compute all planes at once, by the single operator of a branch that is `whole`.
 
         Args:
             x: The input, batched.
-            indices: The indices for MaxUnpool, checked.
+            operand: The operand of the layer, checked; None if it takes none.
             check: Called before; what it raises ends the computation.
 
         Returns:
@@ -115,17 +120,20 @@ class Branch:
         if check is not None:
             check()
         plan = self.steps[0][0]
-        output, chosen = plan.eager(x, indices, 0, self.planes * (plan.channels or 1))
+        output, chosen = plan.eager(x, operand, 0, self.planes * (plan.channels or 1))
         return (output,) if chosen is None else (output, chosen)
 
     def compute_on_device(
-        self, x: torch.Tensor, indices: torch.Tensor | None, first: int
+        self,
+        x: torch.Tensor,
+        operand: Any,  # noqa: ANN401 - as the operator takes it
+        first: int,
     ) -> list[Sequence[torch.Tensor]]:
         """Queue the layers' operators on some planes that are on a device.
 
         Args:
             x: The planes, batched.
-            indices: The indices for MaxUnpool.
+            operand: The operand of the first layer, checked; None if it takes none.
             first: The number of the first plane.
 
         Returns:
@@ -135,7 +143,7 @@ class Branch:
         results: list[Sequence[torch.Tensor]] = []
         for number, (plan, _) in enumerate(self.steps):
             channels = plan.channels or 1
-            x, chosen = plan.eager(x, None if number else indices, first * channels, self.planes * channels)
+            x, chosen = plan.eager(x, None if number else operand, first * channels, self.planes * channels)
             if number in self.outputs:
                 results.append((x,) if chosen is None else (x, chosen))
         return results
@@ -143,7 +151,7 @@ class Branch:
     def compute_range(  # noqa: PLR0913, PLR0917 - the last two are added by what divides the planes
         self,
         x: torch.Tensor,
-        indices: torch.Tensor | None,
+        operand: torch.Tensor | WholeOperand | None,
         targets: Sequence[Sequence[torch.Tensor]],
         check: Callable[[], None] | None,
         start: int,
@@ -153,20 +161,20 @@ class Branch:
 
         Args:
             x: All planes of the input, (planes, *plane); or their bytes, (planes, bytes), if they are not aligned.
-            indices: The bytes of their indices for MaxUnpool.
+            operand: The bytes of the indices for MaxUnpool, or a whole operand; None if the first layer takes none.
             targets: For each output, memory for all planes of it, and of the indices of the maxima.
             check: Called before each layer of each block; what it raises ends the computation.
             start: The number of the first plane of the range.
             stop: The number of the plane after the last.
 
         """
-        for program in self.programs(x, indices, targets, start, stop):
+        for program in self.programs(x, operand, targets, start, stop):
             program.run(check)
 
     def programs(
         self,
         x: torch.Tensor,
-        indices: torch.Tensor | None,
+        operand: torch.Tensor | WholeOperand | None,
         targets: Sequence[Sequence[torch.Tensor]],
         start: int,
         stop: int,
@@ -177,7 +185,7 @@ class Branch:
             program = Program(end - first, self._plane_bytes, self._shared_bytes, first)
             source = Cells(program, x[first:end])
             written = [[Cells(program, target[first:end]) for target in each] for each in targets]
-            given = None if indices is None else Cells(program, indices[first:end])
+            given = Cells(program, operand[first:end]) if isinstance(operand, torch.Tensor) else operand
             self._append(program, source, given, written, first)
             yield program
 
@@ -185,7 +193,7 @@ class Branch:
         self,
         program: Program,
         source: Cells,
-        indices: Cells | None,
+        operand: Cells | WholeOperand | None,
         targets: Sequence[Sequence[Cells]],
         first: int,
     ) -> None:
@@ -201,7 +209,7 @@ class Branch:
             target, *rest = returned.get(number) or (buffers.swap(plan.result_shape, plan.output_dtype),)
             chosen = rest[0] if rest else None
             if row is None:
-                read = None if indices is None or number else _read_indices(indices, plan)
+                read = None if operand is None or number else _operand_reader(operand, plan)
                 plan.add_eager(source, target, chosen, read, first, self.planes)
             else:
                 row.add(plan, source, target, chosen)
@@ -217,9 +225,11 @@ def _aligned(source: Cells, plan: Plan) -> Cells:
     return made
 
 
-def _read_indices(indices: Cells, plan: Plan) -> Callable[[int], torch.Tensor]:
-    """Return a function that reads the indices of a block for MaxUnpool, and checks them."""
-    read = indices.at()
+def _operand_reader(operand: Cells | WholeOperand, plan: Plan) -> Callable[[int], Any]:
+    """Return a function that reads the operand of a block: MaxUnpool's indices, which it checks, or a whole one."""
+    if isinstance(operand, WholeOperand):
+        return lambda _: operand.value
+    read = operand.at()
     return lambda number: checked_indices(read[number], plan)
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from math import inf
 from threading import local
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -126,6 +127,7 @@ class Engine:
         workspace_limit: int = WORKSPACE_LIMIT,
         idle_limit: int = IDLE_LIMIT,
         page_lock_limit: int = 0,
+        max_work: float = inf,
         backend: Backend | None = None,
     ) -> None:
         """Create an engine.
@@ -136,6 +138,7 @@ class Engine:
             workspace_limit: Bytes of cached workspaces, over all schedules.
             idle_limit: Bytes of idle buffers.
             page_lock_limit: Bytes of others' memory to page-lock for the device.
+            max_work: The most work of a request whose work depends on its operand, in nanoseconds of one thread.
             backend: What works on the device. None: that of the device.
 
         Raises:
@@ -156,6 +159,7 @@ class Engine:
         self._buffers = Buffers(idle_limit, self.backend.allocate)
         self._workspaces = WorkspaceCache(workspace_limit, threads)
         self._workspace_bytes = workspace_limit // WORKSPACE_SHARE
+        self._max_work = max_work
         self._batch_schedule = lru_cache(BATCH_SCHEDULES)(self._create_batch_schedule)
         self._local = local()
 
@@ -177,20 +181,29 @@ class Engine:
     def schedule(self, request: Request, spatial_dims: int, results: Sequence[BranchResult]) -> Schedule:
         """Determine how to compute a request, and so how much work it is."""
         device = self._device_for(request)
-        return Schedule(request, spatial_dims, results, device, self.threads, self._workspace_bytes)
+        return Schedule(request, spatial_dims, results, device, self.threads, self._workspace_bytes, self._max_work)
 
-    def run(self, schedule: Schedule, payload: Bytes, finish: Callable[[Sequence[memoryview]], Any]) -> Run:
+    def run(
+        self,
+        schedule: Schedule,
+        payload: Bytes,
+        finish: Callable[[Sequence[memoryview]], Any],
+        operand: Bytes | None = None,
+    ) -> Run:
         """Return the run of a request.
 
         Args:
             schedule: How to compute it.
             payload: The bytes of its tensors, in order.
             finish: Converts the outputs' bytes to the result; their memory is reused as soon as it returns.
+            operand: The bytes of the operand. None: they are in the payload, if there is one.
 
         Raises:
             InvalidArgumentError: The payload is too short or too long.
 
         """
+        if operand is not None:
+            return Run(schedule, (payload, operand), finish)
         single = len(schedule.inputs) == 1 and len(payload) == schedule.input_bytes
         return Run(schedule, (payload,) if single else split_tensors(payload, schedule.inputs), finish)
 
@@ -205,7 +218,7 @@ class Engine:
         """Execute one run, or several of the same key as one batch, and return their results.
 
         Raises:
-            InvalidArgumentError: The indices for MaxUnpool of one of them are out of range.
+            InvalidArgumentError: The operand of one of them is invalid, such as indices that are out of range.
             LimitExceededError: The device is out of memory.
 
         """

@@ -8,6 +8,7 @@ from poolrpc._wire.codec import Request
 from poolrpc.chains import to_channels_first
 from poolrpc.errors import InvalidArgumentError
 from poolrpc.tensors import TensorSpec
+from poolrpc_server.compute.with_operand import WithOperand
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -24,21 +25,57 @@ def block_of(request: Request, planes: Planes, count: int, first: int) -> Reques
     spec = planes.spec_for(count)
     channels = spec.shape[-1] if spec.layout == "NHWC" else 1
     branches = tuple(tuple(layer.at_plane(first * channels) for layer in chain) for chain in request.branches)
-    indices = None if request.indices is None else TensorSpec("int64", spec.shape, spec.layout)
-    return Request(spec, branches, indices, request.outputs, is_block=True)
+    operand, name = request.operand, request.operand_name
+    if operand is None:
+        return Request(spec, branches, None, request.outputs, is_block=True)
+    if name == "indices":
+        return Request(
+            spec, branches, TensorSpec(operand.dtype, spec.shape, spec.layout), request.outputs, is_block=True
+        )
+    if name == "offsets":
+        return Request(spec, branches, operand, request.outputs, is_block=True)
+    low, high, each = weight_rows(request, planes, first, count)
+    rows = TensorSpec(operand.dtype, (high - low, *operand.shape[-planes.spatial_dims :]))
+    return Request(spec, branches, rows, request.outputs, is_block=True, channels=each, start=first % each)
+
+
+def weight_rows(request: Request, planes: Planes, first: int, count: int) -> tuple[int, int, int]:
+    """Return the first row of the weights of some planes, the one after the last, and the number of planes of a row."""
+    each = request.channels or (planes_of_image(request.input, planes.spatial_dims))
+    return first // each, -(-(first + count) // each), each
+
+
+def planes_of_image(spec: TensorSpec, dims: int) -> int:
+    """Return the number of planes of an image: 1 if its channels are last, since they count as one plane."""
+    return spec.shape[-dims - 1] if spec.layout == "NCHW" else 1
 
 
 def steps(
     request: Request, dims: int, results: Sequence[BranchResult]
-) -> Iterator[Iterator[tuple[Layer, TensorSpec, Shape]]]:
-    """Yield the layers that each branch computes, each with the spec and the planes' shape of its input tensor."""
+) -> Iterator[Iterator[tuple[Layer | WithOperand, TensorSpec, Shape]]]:
+    """Yield the resolved layers that each branch computes, with the spec and the planes' shape of each input tensor."""
     spec = request.input
     for chain, returned in request.by_branch(results):
         shapes = (spec.shape, *returned[-1].shapes)
+        planes = [to_channels_first(shape, dims, spec.layout)[-dims:] for shape in shapes]
+        layers = (_with_operand(chain[0], request, dims), *chain[1:])
         yield (
-            (layer, TensorSpec(dtype, shape, spec.layout), to_channels_first(shape, dims, spec.layout)[-dims:])
-            for layer, dtype, shape in zip(chain, request.dtypes(chain), shapes, strict=False)
+            (layer.resolved(plane), TensorSpec(dtype, shape, spec.layout), plane)
+            for layer, dtype, shape, plane in zip(layers, request.dtypes(chain), shapes, planes, strict=False)
         )
+
+
+def _with_operand(layer: Layer, request: Request, dims: int) -> Layer | WithOperand:
+    """Return what computes the first layer of a branch: with the operand, if it has another shape than the input."""
+    operand, name = request.operand, request.operand_name
+    if operand is None or name == "indices" or layer.operand != name:
+        return layer
+    # Operators count the channels of an image as planes, wherever they are.
+    last = request.input.layout == "NHWC"
+    channels = request.input.shape[-1] if last else request.channels or request.input.shape[-dims - 1]
+    if name == "weights":
+        return WithOperand(layer, 0, channels, request.start)
+    return WithOperand(layer, operand.shape[0] - (name == "offsets"), channels if name == "boxes" else 1)
 
 
 def check_indices(indices: np.ndarray[tuple[int, ...], np.dtype[np.int64]], cells: int) -> None:

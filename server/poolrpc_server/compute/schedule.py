@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from math import inf
 from typing import TYPE_CHECKING
 
 import torch
 
 from poolrpc._wire.codec import payload_specs
 from poolrpc.chains import Planes, period
+from poolrpc_server.compute.box_branch import BoxBranch
 from poolrpc_server.compute.branch import Branch
 from poolrpc_server.compute.kernels import plan_for
-from poolrpc_server.compute.kernels.eager import SIZE_DEPENDENT, operation
+from poolrpc_server.compute.kernels.eager import INDEX_BYTES, depends_on_size
 from poolrpc_server.compute.kernels.rounded_average import fuse
 from poolrpc_server.compute.planes import block_of, steps
+from poolrpc_server.compute.with_operand import WHOLE_OPERANDS, WithOperand
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,6 +32,9 @@ and its views. The second is for requests that torch's operators compute without
 CPU_BATCHED_BYTES, DEVICE_BATCHED_BYTES = 256 * 2**10, 8 * 2**20
 """The largest request, outputs included, that shares a batch. On the CPU, copying larger ones together costs more than
 one kernel call saves; on another device they are copied in any case."""
+
+OPERAND_COPIES = 6
+"""The most copies of an operand, of its own size, while it is checked and used."""
 
 BATCH_KEYS, BATCHED_LAYERS = 1024, 16
 """The number of batch keys to remember, and the most layers of a request that has one: a key holds all of them."""
@@ -67,6 +73,8 @@ class Schedule:
         work: The number of cells that the kernels visit, each weighted by what it costs in nanoseconds of one thread.
         scratch_bytes: An upper bound of the memory that an execution takes, on all of its threads, in addition to its
             inputs and outputs.
+        whole_operand: Whether there is an operand of another shape than the input's, which all blocks of planes share.
+            The request is then computed alone: another one's planes would need another operand.
         key: The key of the requests that may be computed in one batch with this one. None: it is computed alone.
         seconds: The estimated duration, corrected by each execution.
         cached: Whether its workspaces are kept for reuse.
@@ -82,6 +90,7 @@ class Schedule:
         device: torch.device,
         threads: int,
         workspace_bytes: int,
+        max_work: float = inf,
     ) -> None:
         self.request = request
         self.spatial_dims = spatial_dims
@@ -92,7 +101,9 @@ class Schedule:
         self.outputs = payload_specs(results)
         self.nbytes = self.input_bytes + sum(spec.nbytes for spec in self.outputs)
         self.planes = Planes(request.input, spatial_dims).count
+        self.whole_operand = request.operand is not None and request.operand_name in WHOLE_OPERANDS
         self.cached = device.type == "cpu" and self.input_bytes <= min(WORKSPACE_BYTES, workspace_bytes)
+        self.cached &= not self.whole_operand
         self.workspaces: list[Workspace] = []
         self.branches: list[Branch] = []
         if request.input.numel:  # An empty tensor has no planes, and may have axes longer than torch allows.
@@ -103,15 +114,19 @@ class Schedule:
                     plan_for(layer, getattr(torch, spec.dtype), plane, channels, device.type)
                     for layer, spec, plane in fused
                 ]
-                self.branches.append(Branch(plans, self.planes, threads, outputs, bound=self.cached))
+                if isinstance(plans[0].layer, WithOperand) and plans[0].layer.operand == "boxes":
+                    self.branches.append(BoxBranch(plans, self.planes, outputs, max_work))
+                else:
+                    self.branches.append(Branch(plans, self.planes, threads, outputs, bound=self.cached))
         self.work = sum(branch.work for branch in self.branches)
         self.divisible = all(layer.splittable for chain in request.branches for layer in chain)
         if device.type != "cpu":
-            self.divisible &= all(
-                operation(layer) not in SIZE_DEPENDENT for chain in request.branches for layer in chain
-            )
+            self.divisible &= not any(depends_on_size(layer) for chain in request.branches for layer in chain)
         self.key = self._key()
         self.scratch_bytes = max((branch.scratch_bytes for branch in self.branches), default=0)
+        if self.whole_operand:  # its copy, what is computed from it, and the positions of the cells of segments
+            self.scratch_bytes += OPERAND_COPIES * self.inputs[1].nbytes
+            self.scratch_bytes += 2 * INDEX_BYTES * sum(request.input.shape[1:]) * (request.operand_name == "offsets")
         for branch, (_, returned) in zip(self.branches, request.by_branch(results), strict=False):
             if branch.whole or device.type != "cpu":  # its outputs stay where torch allocated them
                 self.scratch_bytes += sum(spec.nbytes for result in returned for spec in result.specs)
@@ -140,7 +155,7 @@ class Schedule:
         on_cpu = self.device.type == "cpu"
         limit = CPU_BATCHED_BYTES if on_cpu else DEVICE_BATCHED_BYTES
         layers = sum(len(branch.steps) for branch in self.branches)
-        if not (1 <= layers <= BATCHED_LAYERS and independent and self.nbytes <= limit):
+        if not (1 <= layers <= BATCHED_LAYERS and independent and self.nbytes <= limit) or self.whole_operand:
             return None
         plane = block_of(request, Planes(request.input, self.spatial_dims), 1, 0)
         return _batch_key(plane, self.spatial_dims, self.device)

@@ -12,7 +12,9 @@ import torch
 
 from poolrpc_server.compute.branch import checked_indices
 from poolrpc_server.compute.buffers import aligned
+from poolrpc_server.compute.operands import whole_operand
 from poolrpc_server.compute.overlap import run_in_blocks
+from poolrpc_server.compute.with_operand import takes_operand
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from poolrpc_server.compute.branch import Branch
     from poolrpc_server.compute.device import DeviceStreams, Stream
     from poolrpc_server.compute.kernels.blocks import Program
+    from poolrpc_server.compute.operands import WholeOperand
     from poolrpc_server.compute.overlap import StageTimer
     from poolrpc_server.compute.schedule import Schedule
 
@@ -66,12 +69,18 @@ class Workspace:
             outputs: Memory for each output tensor; it may be left out if the schedule is `whole`.
             reused: Whether it will run many times, so that programs are made once and kept.
 
+        Raises:
+            InvalidArgumentError: An operand that the blocks of planes share is invalid.
+
         """
         self.schedule, self.inputs, self.outputs = schedule, inputs, outputs
         self.last_used = 0
         self._programs: list[list[Program] | None] = [None] * len(schedule.branches)
         branches = schedule.branches
+        self._operand: WholeOperand | None = None
         if branches:
+            if schedule.whole_operand:
+                self._operand = whole_operand(inputs[1], schedule.request, schedule.spatial_dims)
             self._x = self._tensor(inputs[0], schedule.inputs[0])
             self._aligned = self._x.data_ptr() % self._x.element_size() == 0
             if not self._aligned:  # Vectorised code may fail on such an address: planes are copied first.
@@ -104,7 +113,7 @@ class Workspace:
             The bytes of each output.
 
         Raises:
-            InvalidArgumentError: The indices for MaxUnpool are out of range.
+            InvalidArgumentError: The operand is invalid, such as indices that are out of range.
 
         """
         schedule = self.schedule
@@ -116,8 +125,8 @@ class Workspace:
                 for program in programs:
                     program.run(check)
             elif branch.whole:
-                results = branch.compute_whole(self._input(), self._checked_indices(branch), check)
-                (written,) = targets
+                results = branch.compute_whole(self._input(), self._checked_operand(branch), check)
+                written = [target for each in targets for target in each]
                 if not written or (not in_place and written[0].nbytes >= LEFT_BYTES):
                     outputs += map(_memory, results)
                     continue
@@ -156,7 +165,7 @@ class Workspace:
             The bytes of each output.
 
         Raises:
-            InvalidArgumentError: The indices for MaxUnpool are out of range.
+            InvalidArgumentError: The operand is invalid, such as indices that are out of range.
 
         """
         if self.schedule.branches:
@@ -164,28 +173,29 @@ class Workspace:
             run_in_blocks(streams, self.schedule.planes, block, stages, check, timer=timer, counter=counter)
         return self.outputs
 
-    def _upload(
-        self, planes: torch.Tensor, start: int, stop: int, _: None
-    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        """Queue the upload of some of the planes, given as bytes, and of each branch's indices for MaxUnpool."""
+    def _upload(self, planes: torch.Tensor, start: int, stop: int, _: None) -> tuple[torch.Tensor, list[Any]]:
+        """Queue the upload of some of the planes, given as bytes, and of each branch's operand."""
         device = self.schedule.device
         first = self.schedule.branches[0].steps[0][0]
         uploaded = planes[start:stop].to(device, non_blocking=True, copy=True)
         x = first.batched(uploaded.view(-1).view(first.dtype).view(-1, *first.plane_shape))
-        plans = [branch.steps[0][0] for branch in self.schedule.branches]
-        return x, [
-            checked_indices(self._bytes(1)[start:stop], plan).to(device) if plan.layer.takes_indices else None
-            for plan in plans
-        ]
+        return x, [self._operand_on_device(branch, start, stop) for branch in self.schedule.branches]
 
-    def _compute(
-        self, start: int, _: int, uploaded: tuple[torch.Tensor, list[torch.Tensor | None]]
-    ) -> list[torch.Tensor]:
+    def _operand_on_device(self, branch: Branch, start: int, stop: int) -> Any:  # noqa: ANN401 - as the operator takes it
+        """Queue the upload of a branch's operand for some of the planes; None if it takes none."""
+        plan, device = branch.steps[0][0], self.schedule.device
+        if not takes_operand(plan.layer):
+            return None
+        if self._operand is not None:
+            return self._operand.on(device)
+        return checked_indices(self._bytes(1)[start:stop], plan).to(device)
+
+    def _compute(self, start: int, _: int, uploaded: tuple[torch.Tensor, list[Any]]) -> list[torch.Tensor]:
         """Queue the layers of every branch on some planes, and return all their outputs."""
-        x, indices = uploaded
+        x, operands = uploaded
         results = (
             branch.compute_on_device(x, each, start)
-            for branch, each in zip(self.schedule.branches, indices, strict=True)
+            for branch, each in zip(self.schedule.branches, operands, strict=True)
         )
         return [output for branch in results for outputs in branch for output in outputs]
 
@@ -193,21 +203,24 @@ class Workspace:
         """Queue the download of the outputs of some planes."""
         targets = (target for branch in self._targets for outputs in branch for target in outputs)
         for target, result in zip(targets, results, strict=True):
+            if not self.schedule.divisible:  # the planes of the output may be others
+                target.copy_(result.view(target.shape), non_blocking=True)
+                continue
             written = target.view(self.schedule.planes, -1)[start:stop]
             written.copy_(result.view(written.shape), non_blocking=True)
 
     def _operands(
         self, branch: Branch, targets: Sequence[Sequence[torch.Tensor]]
-    ) -> tuple[torch.Tensor, torch.Tensor | None, list[list[torch.Tensor]]]:
-        """Return the planes of a branch's input, indices and outputs, as its programs take them."""
+    ) -> tuple[torch.Tensor, torch.Tensor | WholeOperand | None, list[list[torch.Tensor]]]:
+        """Return the planes of a branch's input, operand and outputs, as its programs take them."""
         first = branch.steps[0][0]
         x = self._x.view(-1, *first.plane_shape) if self._aligned else self._x
-        indices = self._bytes(1) if first.layer.takes_indices else None
+        operand = (self._operand or self._bytes(1)) if takes_operand(first.layer) else None
         written = [
             [target.view(-1, *branch.steps[step][0].result_shape) for target in each]
             for step, each in zip(branch.outputs, targets, strict=True)
         ]
-        return x, indices, written
+        return x, operand, written
 
     def _input(self) -> torch.Tensor:
         """Return the input as the first layers take it: batched and aligned."""
@@ -216,13 +229,17 @@ class Workspace:
         dtype: torch.dtype = getattr(torch, self.schedule.inputs[0].dtype)
         return self._batched(self._x.clone().view(dtype), self.schedule.inputs[0])
 
-    def _checked_indices(self, branch: Branch) -> torch.Tensor | None:
-        """Return the indices for MaxUnpool of all planes, checked; None if the branch takes none."""
+    def _checked_operand(self, branch: Branch) -> Any:  # noqa: ANN401 - as the operator of its layer takes it
+        """Return the operand of all planes, checked; None if the branch takes none."""
         plan = branch.steps[0][0]
-        return checked_indices(self._bytes(1), plan) if plan.layer.takes_indices else None
+        if not takes_operand(plan.layer):
+            return None
+        return checked_indices(self._bytes(1), plan) if self._operand is None else self._operand.value
 
     def _tensor(self, data: Bytes, spec: TensorSpec) -> torch.Tensor:
         """Return a tensor's memory, batched, without a copy."""
+        if not spec.numel:  # there are no boxes
+            return torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
         return self._batched(torch.frombuffer(data, dtype=getattr(torch, spec.dtype)), spec)
 
     def _bytes(self, number: int) -> torch.Tensor:

@@ -99,14 +99,14 @@ class PoolServicer:
         """Run every branch on the input's blocks, as they arrive."""
         record = call.record
         with self._streams.open(messages, BLOCKS_AHEAD, call) as (reader, context):
-            header, _ = _split(next(reader, b""), pool_pb2.PoolStreamRequest)
+            header, operand = _split(next(reader, b""), pool_pb2.PoolStreamRequest)
             with decoding(header, call):
                 message = parse(pool_pb2.PoolStreamRequest, header)
                 if not message.HasField("request"):
                     raise InvalidArgumentError("expected the request in the first message, got none", field="request")
                 request = codec.decode_request(message.request)
                 record.note(request_facts(request))
-            stream = self._dispatcher.stream(request, context)
+            stream = self._dispatcher.stream(request, context, operand)
             record.note(result_facts(stream.results))
             yield pool_pb2.PoolStreamResponse(results=codec.encode_results(stream.results)).SerializeToString()
             for block in _blocks(reader, stream.max_planes * stream.plane_bytes):
@@ -120,9 +120,9 @@ class PoolServicer:
         """Return the shapes that Pool would return."""
         with decoding(message, call):
             request = parse(pool_pb2.InferShapeRequest, message)
-            shape, branches, layout, outputs = codec.decode_shape_request(request)
+            shape, branches, layout, outputs, operand_shape = codec.decode_shape_request(request)
             call.record.note({"layers": clip(branches, MAX_FACT_CHARS), "shape": shape_fact(shape)})
-            shapes = self._dispatcher.shapes(shape, branches, layout, outputs)
+            shapes = self._dispatcher.shapes(shape, branches, layout, outputs, operand_shape)
             return codec.encode_shape_response(shapes).SerializeToString()
 
     def get_server_info(self, message: bytes, _: CallContext) -> bytes:

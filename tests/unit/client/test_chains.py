@@ -38,7 +38,7 @@ def test_layouts_convert_as_moveaxis(case):
 def calls(draw):
     """Draw a shape and branches that mostly fit it."""
     dims = draw(st.integers(1, 3))
-    among = [cls for cls in classes(dims) if not cls.takes_indices]
+    among = [cls for cls in classes(dims) if not cls.operand]
     layer = layers(among, most=2, most_output=5, indices=False)
     branches = draw(st.lists(st.lists(layer, min_size=1, max_size=3).map(tuple), min_size=1, max_size=3))
     return draw(shapes(dims, most=9).filter(lambda shape: len(shape) == dims + 2)), branches

@@ -17,15 +17,15 @@ from torch import nn
 
 import poolrpc
 from poolrpc import LAYERS, AvgPool2d, InvalidArgumentError, MaxPool1d, MaxPool2d
-from poolrpc._shapes.limits import MAX_NUMEL, MAX_PARAMETER
+from poolrpc._shapes.limits import MAX_BINS, MAX_NUMEL, MAX_PARAMETER
 from poolrpc._shapes.rules import adaptive_window
 from poolrpc.layers import FLOATS, INTEGERS
 from poolrpc.tensors import ITEM_BYTES
 from tests.unit.strategies import CLASSES, layers, shapes
 
-IN_TORCH = [cls for cls in CLASSES if not cls.family.startswith("global")]
+IN_TORCH = [cls for cls in CLASSES if hasattr(nn, cls.__name__)]
 # Arguments that a class requires in addition to the parameter under test.
-REQUIRED = {"lp_pool": {"norm_type": 2}, "fractional_max_pool": {"output_size": 2}}
+REQUIRED = {"lp_pool": {"norm_type": 2}, "fractional_max_pool": {"output_size": 2}, "pool": {"reduce": "mean"}}
 
 
 def with_parameter(name):
@@ -55,10 +55,11 @@ def test_a_signature_is_that_of_torch_nn(cls):
 
 
 def test_every_pooling_layer_of_torch_nn_exists():
-    """The layers are those of torch.nn, and global ones."""
+    """The layers are those of torch.nn, those that reduce windows and planes, segments and regions."""
     modules = nn.modules.pooling
     in_torch = {name for name in modules.__all__ if inspect.isclass(getattr(modules, name))}
-    assert set(LAYERS) == in_torch | {"GlobalPool1d", "GlobalPool2d", "GlobalPool3d"}
+    others = {f"{family}{dims}d" for family in ("GlobalPool", "Pool") for dims in (1, 2, 3)}
+    assert set(LAYERS) == in_torch | others | {"BlurPool2d", "SegmentPool", "RoIPool", "RoIAlign"}
     assert all(LAYERS[name].__name__ == name and getattr(poolrpc, name) is LAYERS[name] for name in LAYERS)
 
 
@@ -130,7 +131,7 @@ def test_an_array_is_rejected_as_an_integer(make, value):
         ("kernel_size", 1, MAX_PARAMETER),
         ("stride", 1, MAX_PARAMETER),
         ("dilation", 1, MAX_PARAMETER),
-        ("padding", 0, 3),
+        ("padding", 0, 5),
         ("seed", 0, 2**64 - 1),
         ("divisor_override", -(2**63), 2**63 - 1),
         ("output_size", 1, MAX_NUMEL),
@@ -142,7 +143,10 @@ def test_bounds_are_inclusive(name, low, high):
     assert cases
     for cls, others in (case.values for case in cases):
         # MaxUnpool's padding is not limited by its kernel.
-        highest = MAX_PARAMETER if name == "padding" and cls.takes_indices else high
+        highest = MAX_PARAMETER if name == "padding" and cls.operand else high
+        if cls is poolrpc.BlurPool2d:
+            highest = {"kernel_size": 127, "stride": 255}[name]
+        highest = MAX_BINS if cls.operand == "boxes" else highest
         for value in (low, highest):
             assert set(np.atleast_1d(getattr(cls(**others, **{name: value}), name))) == {value}
         for value in (low - 1, highest + 1):
@@ -153,20 +157,83 @@ def test_bounds_are_inclusive(name, low, high):
 @pytest.mark.parametrize(
     "cls", [MaxPool1d, MaxPool2d, poolrpc.MaxPool3d, poolrpc.AvgPool1d, AvgPool2d, poolrpc.AvgPool3d]
 )
-def test_padding_has_torchs_limit(cls):
-    """Padding is accepted or rejected as in torch, for every small kernel and dilation."""
-    dims = cls.spatial_dims
-    x = torch.empty((1, 1, *[40] * dims), device="meta")
+def test_padding_is_less_than_the_span_of_a_window(cls):
+    """Padding is accepted if it is less than the span of a window, before and after an axis, for every small window."""
     dilations = range(1, 4) if cls.family == "max_pool" else [1]
-    for kernel, padding, dilation in product(range(1, 6), range(8), dilations):
-        arguments = {"kernel_size": kernel, "padding": padding} | ({"dilation": dilation} if dilation > 1 else {})
-        try:
-            getattr(nn, cls.__name__)(**arguments)(x)
-        except RuntimeError:
-            with pytest.raises(InvalidArgumentError, match=r"^padding: expected at most half"):
-                cls(**arguments)
-        else:
-            assert cls(**arguments).padding == padding
+    for kernel, padding, dilation in product(range(1, 6), range(16), dilations):
+        arguments = {"kernel_size": kernel} | ({"dilation": dilation} if dilation > 1 else {})
+        accepted = padding <= dilation * (kernel - 1)
+        for value in (padding, ((0, padding),), ((padding, 0),)):
+            if accepted:
+                assert cls(padding=value, **arguments).geometry()[0][2:4] in {
+                    (padding,) * 2,
+                    (0, padding),
+                    (padding, 0),
+                }
+            else:
+                with pytest.raises(InvalidArgumentError, match=r"^padding: expected less than the span of a window"):
+                    cls(padding=value, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("value", "canonical"),
+    [
+        (1, 1),
+        ((1, 1), 1),
+        ((1, 2), (1, 2)),
+        (((1, 1), (1, 1)), 1),
+        (((1, 1), (2, 2)), (1, 2)),
+        (((0, 1), (0, 1)), ((0, 1), (0, 1))),
+        (((0, 1),), ((0, 1), (0, 1))),
+        ((1, (0, 2)), ((1, 1), (0, 2))),
+        ([[0, 1], [0, 1]], ((0, 1), (0, 1))),
+        (np.array([[1, 1], [2, 2]]), (1, 2)),
+        ("valid", 0),
+        ("same", "same"),
+        ("same_lower", "same_lower"),
+    ],
+    ids=repr,
+)
+def test_equal_paddings_are_one_value(value, canonical):
+    """Layers with the same padding are equal, however it is written, and their expression has the shortest form."""
+    layer = MaxPool2d(3, padding=value)
+    assert layer == MaxPool2d(3, padding=canonical)
+    assert type(layer.padding) is type(canonical)
+    assert layer.padding == canonical
+    assert repr(layer) == (f"MaxPool2d(3, padding={canonical!r})" if canonical else "MaxPool2d(3)")
+    assert poolrpc.parse_layer(repr(layer)) == layer
+
+
+@pytest.mark.parametrize(
+    "value", [((1, 2, 3),), ((1,), (1,)), "SAME", "full", (1, "same"), ((0, True),), ((0, -1),), (((0, 1),),)], ids=repr
+)
+def test_an_invalid_padding_is_rejected(value):
+    """What is neither cells, nor pairs of cells, nor the name of a rule, is rejected as padding."""
+    with pytest.raises(InvalidArgumentError, match=r"^padding: expected"):
+        MaxPool2d(3, padding=value)
+
+
+@pytest.mark.parametrize("padding", ["same", "same_lower"])
+@pytest.mark.parametrize(
+    ("size", "windows", "total"),
+    [(5, (2, 2, 1), 1), (5, (3, 2, 1), 2), (6, (3, 2, 1), 1), (2, (1, 3, 1), 0), (5, (2, 1, 2), 2), (7, (4, 1, 1), 3)],
+)
+def test_same_padding_depends_on_the_size(padding, size, windows, total):
+    """A rule pads as much as ceil(size / stride) windows need, and its odd cell is after the input, or before it."""
+    kernel, stride, dilation = windows
+    layer = MaxPool1d(kernel, stride, padding, dilation)
+    more, less = total - total // 2, total // 2
+    pair = (less, more) if padding == "same" else (more, less)
+    assert layer.resolved((size,)) == MaxPool1d(kernel, stride, (pair,), dilation)
+    assert layer.output_shape((1, 1, size)) == (1, 1, math.ceil(size / stride))
+
+
+def test_a_rule_for_the_padding_excludes_ceil_mode():
+    """A padding that covers the input has no partial windows, so that ceil_mode has no meaning."""
+    for cls in (MaxPool2d, AvgPool2d):
+        with pytest.raises(InvalidArgumentError, match=r"^ceil_mode: expected False with padding='same'"):
+            cls(3, padding="same", ceil_mode=True)
+        assert cls(3, padding="valid", ceil_mode=True).padding == 0
 
 
 @pytest.mark.parametrize("name", ["ceil_mode", "return_indices", "count_include_pad"])
@@ -288,8 +355,10 @@ def test_a_layer_is_a_frozen_value(layer):
 def run(cls, dtype, dims):
     """Run a layer of torch.nn on ones."""
     x = torch.ones((1, 1, *[4] * dims)).to(dtype)
-    if cls.family == "global_pool":
+    if cls.family in {"global_pool", "pool"}:
         return x.amax(tuple(range(2, dims + 2)), keepdim=True)
+    if cls.family == "blur_pool":
+        return x.mul(0.5)
     module = getattr(nn, cls.__name__)
     if cls.family == "max_unpool":
         return module(1)(x, torch.arange(4**dims).reshape(x.shape))
@@ -322,7 +391,7 @@ def added(cls, dtype):
 
 
 @pytest.mark.parametrize("dtype", ITEM_BYTES)
-@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("cls", [cls for cls in CLASSES if cls in IN_TORCH or cls.family == "global_pool"])
 def test_the_dtypes_are_those_that_torch_runs(cls, dtype):
     """PyTorch runs every dtype of a layer and returns it; others are excluded, or added, for a reason."""
     try:
@@ -337,13 +406,11 @@ def test_the_dtypes_are_those_that_torch_runs(cls, dtype):
 
 @pytest.mark.parametrize("cls", [poolrpc.GlobalPool1d, poolrpc.GlobalPool2d, poolrpc.GlobalPool3d])
 def test_the_dtypes_of_a_global_layer_depend_on_its_reduction(cls):
-    """A global maximum takes integers too, a mean only floats, as in torch; the class has those of either."""
-    assert cls.dtypes == cls("max").dtypes == FLOATS + INTEGERS
-    assert cls("mean").dtypes == FLOATS
-    mean = getattr(nn, f"AdaptiveAvgPool{cls.spatial_dims}d")(1)
-    for dtype in INTEGERS:
-        with pytest.raises((RuntimeError, NotImplementedError)):
-            mean(torch.ones([1] * (cls.spatial_dims + 2), dtype=getattr(torch, dtype)))
+    """What chooses a cell takes integers too, a sum and a mean those of 64 bits; the class has the dtypes of any."""
+    assert cls.dtypes == FLOATS + INTEGERS
+    assert all(cls(reduce).dtypes == FLOATS + INTEGERS for reduce in ("max", "min", "median"))
+    assert all(cls(reduce).dtypes == (*FLOATS, "int64") for reduce in ("sum", "mean"))
+    assert all(cls(reduce).dtypes == FLOATS for reduce in ("std", "var", poolrpc.Norm(2), poolrpc.Softmax()))
 
 
 @pytest.mark.parametrize(
@@ -352,11 +419,11 @@ def test_the_dtypes_of_a_global_layer_depend_on_its_reduction(cls):
 @pytest.mark.parametrize("cls", [poolrpc.GlobalPool1d, poolrpc.GlobalPool2d, poolrpc.GlobalPool3d])
 def test_an_invalid_reduction_is_rejected_with_the_valid_ones(cls, value):
     """The error has the parameter's name, the valid values and what was received, cut if it is long."""
-    with pytest.raises(InvalidArgumentError, match=r"^reduce: expected 'max' or 'mean', got ") as raised:
+    with pytest.raises(InvalidArgumentError, match=r"^reduce: expected one of 'max', 'min'.* Norm\(p\), ") as raised:
         cls(value)
     assert [each.field for each in raised.value.violations] == ["reduce"]
     assert repr(value)[:100] in str(raised.value)
-    assert len(str(raised.value)) < 200
+    assert len(str(raised.value)) < 300
 
 
 def test_a_reduction_is_positional_or_named():
@@ -447,7 +514,15 @@ def test_layers_that_return_or_take_indices():
     assert MaxPool2d(2, return_indices=True).returns_indices
     assert not MaxPool2d(2).returns_indices
     assert not AvgPool2d(2).returns_indices
-    assert [cls.__name__ for cls in CLASSES if cls.takes_indices] == ["MaxUnpool1d", "MaxUnpool2d", "MaxUnpool3d"]
+    taken = {cls.__name__: cls.operand for cls in CLASSES if cls.operand and not cls.operand_optional}
+    assert taken == {
+        "MaxUnpool1d": "indices",
+        "MaxUnpool2d": "indices",
+        "MaxUnpool3d": "indices",
+        "SegmentPool": "offsets",
+        "RoIPool": "boxes",
+        "RoIAlign": "boxes",
+    }
 
 
 @given(layers(), st.integers(0, 2**40))
@@ -461,8 +536,63 @@ def test_at_plane_changes_only_fractional_layers(layer, first):
     assert (moved.seed == layer.seed) == (first == 0)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "BlurPool2d"])
 def test_a_missing_parameter_is_reported_with_the_name_of_the_class(name):
     """Python's error has the class that the user wrote, not a private base class of it."""
     with pytest.raises(TypeError, match=rf"^{name}\.__init__\(\) missing \d required positional argument"):
         LAYERS[name]()
+
+
+@pytest.mark.parametrize("cls", [poolrpc.Pool1d, poolrpc.Pool2d, poolrpc.Pool3d])
+def test_only_a_mean_counts_the_padding(cls):
+    """count_include_pad is rejected with other reductions, for which it has no meaning."""
+    assert cls("mean", 3, count_include_pad=True).count_include_pad
+    for reduce in ("max", "sum", "std", poolrpc.PowerMean(3)):
+        with pytest.raises(InvalidArgumentError, match=r"^count_include_pad: expected False unless reduce is 'mean'"):
+            cls(reduce, 3, count_include_pad=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda: poolrpc.Norm(0), "p"),
+        (lambda: poolrpc.Norm(-1), "p"),
+        (lambda: poolrpc.Norm(10**5), "p"),
+        (lambda: poolrpc.Norm(True), "p"),
+        (lambda: poolrpc.PowerMean(0), "p"),
+        (lambda: poolrpc.PowerMean(math.inf), "p"),
+        (lambda: poolrpc.PowerMean(3, eps=0), "eps"),
+        (lambda: poolrpc.PowerMean(3, eps=math.inf), "eps"),
+        (lambda: poolrpc.LogSumExp(0), "r"),
+        (lambda: poolrpc.LogSumExp(math.inf), "r"),
+        (lambda: poolrpc.LogSumExp("1"), "r"),
+        (lambda: poolrpc.Softmax(math.nan), "t"),
+        (lambda: poolrpc.Softmax(None), "t"),
+    ],
+)
+def test_an_invalid_parameter_of_a_reduction_is_rejected_by_name(make, field):
+    """A parameter of a reduction that is not a number in its range is rejected with its name."""
+    with pytest.raises(InvalidArgumentError, match=f"^{field}: expected") as raised:
+        make()
+    assert [each.field for each in raised.value.violations] == [field]
+
+
+@pytest.mark.parametrize(
+    ("layer", "resolved"),
+    [
+        (poolrpc.Pool2d("max", 3, 2, "same"), MaxPool2d(3, 2, 1)),
+        (poolrpc.Pool1d("max", 2, 1, 1, 2, ceil_mode=True), MaxPool1d(2, 1, 1, 2, ceil_mode=True)),
+        (poolrpc.Pool2d("mean", 2), AvgPool2d(2, count_include_pad=False)),
+        (poolrpc.Pool2d("mean", 3, 1, 1, count_include_pad=True), AvgPool2d(3, 1, 1)),
+        (poolrpc.Pool3d("sum", 2, 1, ((0, 1),)), poolrpc.AvgPool3d(2, 1, ((0, 1),), divisor_override=1)),
+        (poolrpc.Pool2d("mean", 2, dilation=2), poolrpc.Pool2d("mean", 2, dilation=2)),
+        (poolrpc.Pool3d("mean", 6, 1, 1), poolrpc.Pool3d("mean", 6, 1, 1)),
+        (poolrpc.Pool2d("std", 2, 1, "same"), poolrpc.Pool2d("std", 2, 1, ((0, 1),))),
+    ],
+    ids=repr,
+)
+def test_a_reduction_that_torch_has_is_resolved_to_its_layer(layer, resolved):
+    """A layer that is one of torch.nn on a plane is resolved to that, so that it has the same kernels and bits."""
+    plane = (5, 5, 5)[: layer.spatial_dims]
+    assert layer.resolved(plane) == resolved
+    assert layer.resolved(plane).output_plane(plane) == layer.output_plane(plane)

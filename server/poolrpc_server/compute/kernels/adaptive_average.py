@@ -7,9 +7,9 @@ import torch
 from poolrpc_server.compute.kernels import raster_average
 from poolrpc_server.compute.kernels.blocks import Cells
 from poolrpc_server.compute.kernels.cost import Case
-from poolrpc_server.compute.kernels.eager import HALVES
+from poolrpc_server.compute.kernels.padded import HALVES, sum_dtype
 from poolrpc_server.compute.kernels.plan import Plan, Row
-from poolrpc_server.compute.kernels.raster_average import MAX_TAPS, add_average, sum_dtype
+from poolrpc_server.compute.kernels.raster_average import MAX_TAPS, add_average
 from poolrpc_server.compute.kernels.windows import Windows
 
 

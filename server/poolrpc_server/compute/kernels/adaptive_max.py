@@ -8,7 +8,7 @@ from torch import Tensor
 
 from poolrpc_server.compute.kernels.blocks import TARGET_BYTES, Call, Cells, copy, maximum, scratch
 from poolrpc_server.compute.kernels.cost import PREDICTED, UNPREDICTED, Case, Cost
-from poolrpc_server.compute.kernels.eager import HALVES
+from poolrpc_server.compute.kernels.padded import HALVES
 from poolrpc_server.compute.kernels.plan import Plan, Row
 from poolrpc_server.compute.kernels.separable_max import add_max, scratch_cells
 from poolrpc_server.compute.kernels.windows import Windows

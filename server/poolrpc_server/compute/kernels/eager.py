@@ -7,6 +7,7 @@ costs little more than the operator.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import inf, prod
 from typing import TYPE_CHECKING, Any
 
@@ -16,18 +17,26 @@ from torch.nn import functional
 
 from poolrpc._shapes.parameters import per_axis
 from poolrpc.layers import SEED_STEP
+from poolrpc.layers.reductions import reduction_of
+from poolrpc_server.compute.kernels.blur import blur_bytes, blur_pool
 from poolrpc_server.compute.kernels.cells import channel_numbers, convert, flip
+from poolrpc_server.compute.kernels.padded import HALVES, padded_average, padded_max, sum_dtype, torch_can_pad
+from poolrpc_server.compute.kernels.reduce import global_pool, pool, reduction_bytes
+from poolrpc_server.compute.kernels.segments import bind_segments
+from poolrpc_server.compute.kernels.weighted import bind_weighted, operand_bytes
+from poolrpc_server.compute.with_operand import WithOperand, takes_operand
 
 if TYPE_CHECKING:
     from poolrpc.layers import Layer
+    from poolrpc.layers.reductions import Reduce
 
 Pooled = tuple[torch.Tensor, torch.Tensor | None]
 """An output, and the indices of its maxima if the layer returns them."""
 
-Operator = Callable[[torch.Tensor, torch.Tensor | None, int, int], Pooled]
-"""Computes a layer on some planes of a tensor: (x, indices, first, count).
+Operator = Callable[[torch.Tensor, Any, int, int], Pooled]
+"""Computes a layer on some planes of a tensor: (x, operand, first, count).
 
-x has the axes (N, C, spatial...) and is contiguous in either layout; the indices are MaxUnpool's, or None. x has the
+x has the axes (N, C, spatial...) and is contiguous in either layout; the operand is the layer's, or None. x has the
 planes from number `first` on of a tensor of `count` planes, on which the samples of fractional layers and the powers of
 LPPool depend.
 """
@@ -39,7 +48,6 @@ INDEXED = ("max_pool", "adaptive_max_pool", "fractional_max_pool")
 SAMPLE_BYTES = 48
 """The memory that drawing a sample takes."""
 
-HALVES = (torch.float16, torch.bfloat16)
 NARROW_INTEGERS = (torch.uint8, torch.uint16, torch.int8, torch.int16)
 LAYOUT_INDEPENDENT = ("max_pool", "avg_pool", "global_pool, max")
 """The operations whose values torch computes equally in either layout."""
@@ -60,13 +68,15 @@ VECTOR_CELLS = 256
 computed one by one."""
 
 
-def operation(layer: Layer) -> str:
+def operation(layer: Layer | WithOperand) -> str:
     """Return the name of what a layer computes: its family, and its reduction if it has one."""
-    reduce: str | None = getattr(layer, "reduce", None)
-    return f"{layer.family}, {reduce}" if reduce else layer.family
+    reduce: Reduce | None = getattr(layer, "reduce", None)
+    return layer.family if reduce is None else f"{layer.family}, {reduction_of(reduce).name}"
 
 
-def bind(layer: Layer, dtype: torch.dtype, plane: tuple[int, ...], *, channels_last: bool = False) -> Operator:
+def bind(
+    layer: Layer | WithOperand, dtype: torch.dtype, plane: tuple[int, ...], *, channels_last: bool = False
+) -> Operator:
     """Return the operator that computes a layer.
 
     Args:
@@ -77,21 +87,26 @@ def bind(layer: Layer, dtype: torch.dtype, plane: tuple[int, ...], *, channels_l
 
     """
     name = operation(layer)
+    if isinstance(layer, WithOperand):
+        run = _with_operand(layer, dtype)
+        return _in_channels_last(layer, dtype, run) if channels_last else run
+    operator = OPERATIONS.get(name) or OPERATIONS[layer.family]
     if name == "max_unpool" and not dtype.is_floating_point:
         run = _unpool_integers(layer, dtype, plane)
     elif dtype == torch.uint16 and layer.spatial_dims:
-        run = _max_unsigned(OPERATIONS[name](layer, torch.int16, plane))
+        run = _max_unsigned(operator(layer, torch.int16, plane))
     else:
-        run = OPERATIONS[name](layer, dtype, plane)
+        run = operator(layer, dtype, plane)
     return _in_channels_last(layer, dtype, run) if channels_last else run
 
 
-def takes_channels_last(layer: Layer, dtype: torch.dtype) -> bool:
+def takes_channels_last(layer: Layer | WithOperand, dtype: torch.dtype) -> bool:
     """Return whether torch's operator is given planes with channels last as they are."""
-    return operation(layer) in LAYOUT_INDEPENDENT and not layer.returns_indices and dtype not in NARROW_INTEGERS
+    independent = operation(layer) in LAYOUT_INDEPENDENT and torch_can_pad(layer)
+    return independent and not layer.returns_indices and dtype not in NARROW_INTEGERS
 
 
-def _in_channels_last(layer: Layer, dtype: torch.dtype, run: Operator) -> Operator:
+def _in_channels_last(layer: Layer | WithOperand, dtype: torch.dtype, run: Operator) -> Operator:
     # torch's channels-last kernels add whole planes in another order, choose differently among NaNs, and reject some
     # planes of narrow integers. In these cases planes are made contiguous first, so that both layouts give one result.
     independent = takes_channels_last(layer, dtype)
@@ -101,15 +116,29 @@ def _in_channels_last(layer: Layer, dtype: torch.dtype, run: Operator) -> Operat
         # Through one axis: if an axis has length 1, contiguous() may leave strides that torch takes for channels-last.
         return view if independent else view.reshape(-1).reshape(view.shape)
 
-    def run_channels_last(x: torch.Tensor, indices: torch.Tensor | None, first: int, count: int) -> Pooled:
-        output, chosen = run(channels_first(x), None if indices is None else channels_first(indices), first, count)
+    moves = layer.operand == "indices"
+
+    def run_channels_last(x: torch.Tensor, operand: Any, first: int, count: int) -> Pooled:  # noqa: ANN401 - the layer's
+        output, chosen = run(channels_first(x), channels_first(operand) if moves else operand, first, count)
         return output.movedim(1, -1).contiguous(), None if chosen is None else chosen.movedim(1, -1).contiguous()
 
     return run_channels_last
 
 
+def _with_operand(layer: WithOperand, dtype: torch.dtype) -> Operator:
+    if layer.operand == "offsets":
+        reduce_segments = bind_segments(layer, dtype)
+        return lambda x, buckets, *_: (reduce_segments(x, buckets), None)
+    pool = bind_weighted(layer, dtype)
+    return lambda x, weights, first, _: (pool(x, weights, first), None)
+
+
 def _max_pool(layer: Any, dtype: torch.dtype, plane: tuple[int, ...]) -> Operator:  # noqa: ANN401 - a layer of the family
-    windows = tuple(zip(*layer.geometry(), strict=True))
+    if not torch_can_pad(layer):
+        inner = replace(layer, padding=0, ceil_mode=False)
+        return padded_max(layer, dtype, plane, _max_pool(inner, dtype, plane))
+    kernel, stride, padding, _, dilation = zip(*layer.geometry(), strict=True)
+    windows = kernel, stride, padding, dilation
     arguments = (*windows, layer.ceil_mode)
     name = f"max_pool{len(plane)}d"
     # max_pool1d supports integers only with its indices. max_pool2d and 3d compute the indices in any case.
@@ -136,7 +165,9 @@ def _max_pool(layer: Any, dtype: torch.dtype, plane: tuple[int, ...]) -> Operato
 
 
 def _avg_pool(layer: Any, dtype: torch.dtype, plane: tuple[int, ...]) -> Operator:  # noqa: ANN401
-    kernel, stride, padding, _dilation = zip(*layer.geometry(), strict=True)
+    if not torch_can_pad(layer) or (len(plane) == 3 and dtype in HALVES):  # of which torch has no 3d average
+        return padded_average(layer, dtype, plane)
+    kernel, stride, padding, *_ = zip(*layer.geometry(), strict=True)
     ceil, include = layer.ceil_mode, layer.count_include_pad
     operator = getattr(functional, f"avg_pool{len(plane)}d")
     if len(plane) == 1:  # avg_pool1d has no divisor_override
@@ -147,9 +178,15 @@ def _avg_pool(layer: Any, dtype: torch.dtype, plane: tuple[int, ...]) -> Operato
     return lambda x, *_: (operator(x, kernel, stride, padding, ceil, include, divisor), None)
 
 
+def _window_sum(layer: Any, dtype: torch.dtype, plane: tuple[int, ...]) -> Operator:  # noqa: ANN401
+    # Added in the order in which torch's averages add, whatever the size of the windows.
+    dilated = any(dilation > 1 for *_, dilation in layer.geometry())
+    return (pool if dilated else padded_average)(layer, dtype, plane)
+
+
 def _lp_pool(layer: Any, _: torch.dtype, plane: tuple[int, ...]) -> Operator:  # noqa: ANN401
     norm, ceil = layer.norm_type, layer.ceil_mode
-    kernel, stride, _padding, _dilation = zip(*layer.geometry(), strict=True)
+    kernel, stride = [*zip(*layer.geometry(), strict=True)][:2]
     if norm == inf:  # torch.nn.functional.lp_pool3d has it from torch 2.12 on
         maximum = getattr(torch, f"max_pool{len(plane)}d")
         return lambda x, *_: (maximum(x.abs(), kernel, stride, 0, 1, ceil), None)
@@ -248,6 +285,11 @@ def _adaptive_avg_pool(_: Any, __: torch.dtype, plane: tuple[int, ...]) -> Opera
     return lambda x, *_: (operator(x, plane), None)
 
 
+def _global_average(layer: Any, dtype: torch.dtype, plane: tuple[int, ...]) -> Operator:  # noqa: ANN401
+    bind_average = _adaptive_avg_pool if dtype.is_floating_point else global_pool  # torch has it only of floats
+    return bind_average(layer, dtype, plane)
+
+
 def _max_unpool(layer: Any, _: torch.dtype, plane: tuple[int, ...]) -> Operator:  # noqa: ANN401
     function = getattr(functional, f"max_unpool{len(plane)}d")
     return lambda x, indices, *_: (function(x, indices, layer.kernel_size, layer.stride, layer.padding, plane), None)
@@ -270,7 +312,7 @@ def _unpool_integers(layer: Any, dtype: torch.dtype, plane: tuple[int, ...]) -> 
 
 
 def _max_unsigned(run: Operator) -> Operator:
-    """Return the operator for uint16 of a maximum, given that for int16."""
+    """Return the operator for uint16 of a layer that chooses cells by their order, given that for int16."""
 
     def run_flipped(x: torch.Tensor, _: object, first: int, count: int) -> Pooled:
         output, chosen = run(flip(x), None, first, count)
@@ -311,7 +353,22 @@ def _global_max_pool(_: Any, __: torch.dtype, plane: tuple[int, ...]) -> Operato
     return lambda x, *_: (x.amax(axes, keepdim=True), None)
 
 
-def eager_bytes(layer: Layer, dtype: torch.dtype, cells: int, outputs: int, channels: int | None) -> int:
+OWN_BYTES = {
+    "pool": reduction_bytes,
+    "global_pool": reduction_bytes,
+    "blur_pool": blur_bytes,
+    "global_pool, weights": operand_bytes,
+    "segment_pool, offsets": operand_bytes,
+}
+"""The memory of operators that are several of torch's, by family."""
+
+IN_TORCH = ("global_pool, max", "global_pool, mean")
+"""Operations of these families that are one of torch's operators."""
+
+
+def eager_bytes(  # noqa: PLR0913, PLR0917 - the sizes of what an operator reads, makes and writes
+    layer: Layer | WithOperand, dtype: torch.dtype, cells: int, outputs: int, channels: int | None, spanned: int
+) -> int:
     """Return an upper bound of the memory that a layer's operator takes for a plane, with its output, in bytes.
 
     Args:
@@ -320,13 +377,21 @@ def eager_bytes(layer: Layer, dtype: torch.dtype, cells: int, outputs: int, chan
         cells: The number of cells of a plane, with its channels if they are last.
         outputs: The same for an output plane.
         channels: The number of channels if they are last in memory, None if they are first.
+        spanned: The number of cells that windows span, with padding; with the channels if they are last.
 
     """
-    item, family, halves = dtype.itemsize, layer.family, dtype in HALVES
+    item, family, name, halves = dtype.itemsize, layer.family, operation(layer), dtype in HALVES
     nbytes = outputs * item
     indexed = layer.returns_indices or not (layer.spatial_dims == 1 and dtype.is_floating_point)  # max_pool1d's are not
     if family in INDEXED and (indexed or family != "max_pool"):
         nbytes += outputs * INDEX_BYTES
+    average_of_halves = family == "avg_pool" and layer.spatial_dims == 3 and halves
+    if not torch_can_pad(layer) or average_of_halves or name == "pool, sum":
+        # The padded plane, in the dtype of sums; the sums, their divisors; and the indices in the plane.
+        nbytes += spanned * (item + sum_dtype(dtype).itemsize) + outputs * (2 * sum_dtype(dtype).itemsize + 8)
+        nbytes += 2 * outputs * INDEX_BYTES * layer.returns_indices
+    if family in OWN_BYTES and name not in IN_TORCH:
+        nbytes += OWN_BYTES[family](layer, dtype, cells, outputs)
     if dtype == torch.uint16:  # as int16 of the same order
         nbytes += (cells + outputs) * item
     if family == "max_unpool" and not dtype.is_floating_point:  # converted to a wider dtype and back, if they are bytes
@@ -336,19 +401,29 @@ def eager_bytes(layer: Layer, dtype: torch.dtype, cells: int, outputs: int, chan
     if family == "fractional_max_pool":
         nbytes += SAMPLE_BYTES * layer.spatial_dims * (channels or 1)
         nbytes += (cells + outputs) * torch.float32.itemsize * halves
-    if operation(layer) in SIZE_DEPENDENT:  # torch converts planes that it averages as a whole
+    if name in SIZE_DEPENDENT:  # torch converts planes that it averages as a whole
         nbytes += cells * torch.float32.itemsize * halves + outputs * torch.float64.itemsize
     # avg_pool3d copies them itself, and both 1d operators.
     native = layer.spatial_dims == 2 or family == "global_pool" or (layer.spatial_dims == 3 and family == "max_pool")
     if channels is not None and not (native and takes_channels_last(layer, dtype)):
         nbytes += (cells + outputs) * item
-        nbytes += (cells * layer.takes_indices + outputs * layer.returns_indices) * INDEX_BYTES
+        nbytes += (cells * takes_operand(layer) + outputs * layer.returns_indices) * INDEX_BYTES
     return nbytes
 
 
 SIZE_DEPENDENT = ("adaptive_avg_pool", "global_pool, mean")
 """Operations whose sums torch computes, on a GPU, in an order that depends on the number of planes (seen on an H200
-with torch 2.11). There, a request with such a layer is computed alone."""
+with torch 2.11)."""
+
+
+def depends_on_size(layer: Layer) -> bool:
+    """Return whether a GPU's result of a plane depends on the number of planes, so that a request is computed alone."""
+    sums = layer.family in {"global_pool", "segment_pool"} and operation(layer) not in {
+        "global_pool, max",
+        "global_pool, min",
+    }
+    return sums or operation(layer) in SIZE_DEPENDENT
+
 
 OPERATIONS: dict[str, Callable[[Any, torch.dtype, tuple[int, ...]], Operator]] = {
     "max_pool": _max_pool,
@@ -359,7 +434,11 @@ OPERATIONS: dict[str, Callable[[Any, torch.dtype, tuple[int, ...]], Operator]] =
     "adaptive_avg_pool": _adaptive_avg_pool,
     "max_unpool": _max_unpool,
     "global_pool, max": _global_max_pool,
-    "global_pool, mean": _adaptive_avg_pool,
+    "global_pool, mean": _global_average,
+    "global_pool": global_pool,
+    "pool": pool,
+    "pool, sum": _window_sum,
+    "blur_pool": blur_pool,
     "to_dtype": _to_dtype,
     "normalize": _normalize,
     "round": _round,

@@ -7,8 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from poolrpc.layers.reductions import reduction_of
 from poolrpc_server.compute.kernels.cost import Cost
-from poolrpc_server.compute.kernels.eager import operation, takes_channels_last
+from poolrpc_server.compute.kernels.eager import IN_TORCH, operation, takes_channels_last
+from poolrpc_server.compute.kernels.padded import torch_can_pad
+from poolrpc_server.compute.kernels.reduce import reduction_work
+from poolrpc_server.compute.kernels.windows import Windows
+from poolrpc_server.compute.with_operand import WithOperand
 
 if TYPE_CHECKING:
     from poolrpc_server.compute.kernels.windows import Sizes
@@ -30,16 +35,23 @@ COSTS = {
     "adaptive_avg_pool3d": Cost(43.0, 1.1, 4.5, 0.33),
     "mean": Cost(1.0, 0.22, 4.0),
     "max_unpool": Cost(1.0, 3.0, 0.2),
+    "blur_pool": Cost(60.0, 1.0, 1.5, 0.15),
     "global_pool, max": Cost(2.3, 0.7, 0.9),
     "global_pool, max, channels last": Cost(0.4, 0.15, 0.3, 3.0),
 }
 """The work of each kind of operator."""
+
+OPERAND_COSTS = {"offsets": Cost(20.0, 0.6, 10.0), "weights": Cost(20.0, 1.5, 20.0)}
+"""The work of reductions with an operand, in addition to that of their formulas."""
 
 SIMPLE_NORMS = (0.5, 1.0, 2.0, 3.0)
 """The norms whose powers torch computes without its general pow."""
 
 COPY, FAR_COPY = 0.7, 5.0
 """The work for each cell that is copied to the other layout: in most images, and in large ones of many channels."""
+
+PADDED_PLANE = 50.0
+"""The work for each plane whose padding torch's operators reject, in addition to a copy of its cells."""
 
 FAR_BYTES, FAR_CHANNELS = 2**23, 16
 """The size of an image and the number of its channels from which neighbours in one layout are far in the other."""
@@ -65,16 +77,25 @@ def eager_work(layer: Any, dtype: torch.dtype, plane: Sizes, result: Sizes, chan
 
     """
     cells, outputs, count = prod(plane), prod(result), channels or 1
-    kind = _kind(layer, dtype, outputs, len(plane), channels)
     visits = layer.work(plane)
+    if isinstance(layer, WithOperand):
+        work = OPERAND_COSTS[layer.operand].of(dtype, cells, outputs)
+        work += sum(reduction_of(layer.layer.reduce).work) * cells
+        return count * (work if channels is None else work + COPY * (cells + outputs))
+    if layer.family in {"pool", "global_pool"} and operation(layer) not in IN_TORCH:
+        work = reduction_work(layer, cells, outputs, visits)
+        return count * (work if channels is None else work + COPY * (cells + outputs))
+    kind = _kind(layer, dtype, outputs, len(plane), channels)
     if kind == "global_pool, max, channels last":
         # torch takes cell by cell what it can't vectorise over the channels; integers then take an eighth of the time.
         vectorised = count == 1 or count * dtype.itemsize >= VECTOR_BYTES
         visits = 0 if vectorised else cells if dtype.is_floating_point else cells // 8
     work = COSTS[kind].of(dtype, cells, outputs, visits)
     work *= CONVERTED.get(kind, {}).get(dtype, 1.0)
+    if not torch_can_pad(layer):
+        work += PADDED_PLANE + COPY * prod(Windows.of(layer.geometry()).span(result))
     if channels is not None and not kind.endswith("channels last"):
-        for size, tensors in ((cells, 1 + layer.takes_indices), (outputs, 1 + layer.returns_indices)):
+        for size, tensors in ((cells, 1 + (layer.operand == "indices")), (outputs, 1 + layer.returns_indices)):
             far = count >= FAR_CHANNELS and size * count * dtype.itemsize > FAR_BYTES
             work += tensors * size * (FAR_COPY if far else COPY)
     return work * count

@@ -163,7 +163,9 @@ class Plan:
 
     def eager_scratch(self, planes: int) -> int:
         """Return an upper bound of the memory that torch's operators take for so many planes, with their output."""
-        return planes * eager_bytes(self.layer, self.dtype, self.cells, prod(self.result_shape), self.channels)
+        spanned = prod(self.windows.span(self.result_shape)) if hasattr(self.layer, "geometry") else 0
+        outputs = prod(self.result_shape)
+        return planes * eager_bytes(self.layer, self.dtype, self.cells, outputs, self.channels, spanned)
 
     def explain(self) -> str:
         """Return one line that says what the output is and which kernel is used for how many planes, in a workspace."""
@@ -191,7 +193,7 @@ class Plan:
         source: Cells,
         target: Cells,
         chosen: Cells | None,
-        indices: Callable[[int], torch.Tensor] | None,
+        operand: Callable[[int], torch.Tensor] | None,
         first: int,
         count: int,
     ) -> None:
@@ -201,7 +203,7 @@ class Plan:
             source: The planes.
             target: The output.
             chosen: The indices of the maxima. None: the layer returns none.
-            indices: Returns the batched indices for MaxUnpool of the block of a number.
+            operand: Returns the batched operand of the block of a number. None: the layer takes none.
             first: The number of the first of the source's planes in the whole tensor.
             count: The number of planes of the whole tensor.
 
@@ -210,7 +212,7 @@ class Plan:
         read, writes = source.at(), [each.at() for each in (target, chosen) if each is not None]
 
         def call(i: int) -> None:
-            given = None if indices is None else indices(i)
+            given = None if operand is None else operand(i)
             results = self.eager(self.batched(read[i]), given, (first + i * step) * channels, count * channels)
             for write, result in zip(writes, results, strict=False):
                 if result is not None:

@@ -7,9 +7,10 @@ import torch
 from poolrpc_server.compute.kernels import raster_average, separable_max
 from poolrpc_server.compute.kernels.blocks import Cells, scratch
 from poolrpc_server.compute.kernels.cost import EAGER_CALL, Case, Cost
-from poolrpc_server.compute.kernels.eager import HALVES
+from poolrpc_server.compute.kernels.counts import divisor
+from poolrpc_server.compute.kernels.padded import HALVES, sum_dtype
 from poolrpc_server.compute.kernels.plan import Plan, Row
-from poolrpc_server.compute.kernels.raster_average import add_average, can_divide, divisor, sum_dtype
+from poolrpc_server.compute.kernels.raster_average import add_average, can_divide
 from poolrpc_server.compute.kernels.separable_max import add_max
 
 NORMS = (1.0, 2.0, inf)

@@ -1,8 +1,7 @@
 """Average pooling that adds the cells of each window in raster order, as torch does, over contiguous runs of memory."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
 from itertools import product
 from math import frexp, prod, sqrt
 
@@ -22,9 +21,10 @@ from poolrpc_server.compute.kernels.blocks import (
     strided_copy,
 )
 from poolrpc_server.compute.kernels.cost import EAGER_CALL, UNPREDICTED, Case, Cost
-from poolrpc_server.compute.kernels.eager import HALVES
+from poolrpc_server.compute.kernels.counts import axis_counts, divisor
+from poolrpc_server.compute.kernels.padded import HALVES, sum_divisor, sum_dtype
 from poolrpc_server.compute.kernels.plan import Plan, Row
-from poolrpc_server.compute.kernels.windows import Sizes, Windows
+from poolrpc_server.compute.kernels.windows import Windows
 
 SPARSE_STRIDE = 8
 """From this stride on, reading strided cells costs less than adding cells where no window starts."""
@@ -45,44 +45,6 @@ MAX_DIVISORS = 1 << 17
 """Output planes of more cells than this are left to torch if their cells have different divisors."""
 
 
-@lru_cache(maxsize=16)
-def divisor(plane: Sizes, windows: Windows, result: Sizes, *, include_pad: bool) -> float | Tensor:
-    """Return what each sum is divided by: one number, or a float64 tensor of the output plane's shape."""
-    counts = _axis_counts(plane, windows, result, include_pad=include_pad)
-    if all(each.uniform() for each in counts):
-        return float(prod(each.at(0) for each in counts))
-    cells = torch.ones((), dtype=torch.float64)
-    for each in counts:
-        cells = cells.unsqueeze(-1) * torch.tensor([each.at(i) for i in range(each.length)], dtype=torch.float64)
-    return cells
-
-
-@dataclass(frozen=True)
-class _Counts:
-    """The number of cells of one axis that each window counts: with padding, but not with what ceil_mode adds to it."""
-
-    size: int
-    kernel: int
-    stride: int
-    padding: int
-    length: int
-    include_pad: bool
-
-    def at(self, index: int) -> int:
-        start = index * self.stride - self.padding
-        stop = min(start + self.kernel, self.size + self.padding)
-        return stop - start if self.include_pad else min(stop, self.size) - max(start, 0)
-
-    def uniform(self) -> bool:
-        # Along an axis the counts rise, stay and fall, so all are equal if these three are.
-        return self.at(0) == self.at(self.length // 2) == self.at(self.length - 1)
-
-
-def _axis_counts(plane: Sizes, windows: Windows, result: Sizes, *, include_pad: bool) -> list[_Counts]:
-    axes = zip(plane, windows.kernel, windows.stride, windows.padding, result, strict=True)
-    return [_Counts(*axis, include_pad) for axis in axes]
-
-
 def scratch_bytes(plan: Plan) -> int:
     """Return an upper bound of the bytes of a plane in the scratch memory of add_average."""
     # A padded copy, the sums of all its cells, those of the windows, and two copies of the divisors.
@@ -91,11 +53,6 @@ def scratch_bytes(plan: Plan) -> int:
         prod(plan.result_shape),
     )
     return (2 * padded_cells + outputs) * sum_dtype(plan.dtype).itemsize + 16 * outputs
-
-
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which torch adds the cells of a window."""
-    return torch.float32 if dtype in HALVES else dtype
 
 
 def add_average(
@@ -215,13 +172,15 @@ def can_divide(plan: Plan) -> bool:
     windows, layer = plan.windows, plan.layer
     if prod(windows.kernel) > MAX_TAPS:
         return False
-    override = getattr(layer, "divisor_override", None)
+    if layer.family == "pool" and max(windows.dilation) > 1:
+        return False
+    override = sum_divisor(layer)
     if override is not None and abs(override) > EXACT_DIVISOR:
         return False
     if override is not None or prod(plan.result_shape) <= MAX_DIVISORS:
         return True
     include_pad = getattr(layer, "count_include_pad", True)
-    counts = _axis_counts(plan.plane_shape, windows, plan.result_shape, include_pad=include_pad)
+    counts = axis_counts(plan.plane_shape, windows, plan.result_shape, include_pad=include_pad)
     return all(each.uniform() for each in counts)
 
 
@@ -255,8 +214,8 @@ def is_faster(case: Case) -> bool:
 
 def _add_layer(plan: Plan, source: Cells, target: Cells, _: object) -> None:
     layer = plan.layer
-    if getattr(layer, "divisor_override", None) is not None:
-        divided_by: float | Tensor = float(layer.divisor_override)
+    if (override := sum_divisor(layer)) is not None:
+        divided_by: float | Tensor = float(override)
     else:
         divided_by = divisor(plan.plane_shape, plan.windows, plan.result_shape, include_pad=layer.count_include_pad)
     add_average(source, plan.windows, [divided_by], sum_dtype(plan.dtype), target)
@@ -281,7 +240,7 @@ def work(plan: Plan) -> float:
 
 RASTER_AVERAGE = Row(
     "raster average",
-    ("avg_pool",),
+    ("avg_pool", "pool, sum"),
     add=_add_layer,
     work=work,
     scratch=scratch_bytes,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from poolrpc.chains import Outputs, Shape
     from poolrpc.layers import Layer
     from poolrpc.tensors import TensorSpec
+    from poolrpc_server.compute.with_operand import WithOperand
 
 PAIRS = {torch.uint8: torch.int16, torch.uint16: torch.int32}
 """The dtype of two cells of each dtype, in which their sum is computed."""
@@ -31,7 +32,7 @@ PAIRS = {torch.uint8: torch.int16, torch.uint16: torch.int32}
 STEPS = 4
 """The number of steps that become one."""
 
-Step: TypeAlias = "tuple[Layer | RoundedAverage, TensorSpec, Shape]"
+Step: TypeAlias = "tuple[Layer | RoundedAverage | WithOperand, TensorSpec, Shape]"
 """A layer, with the spec and the planes' shape of its input."""
 
 
@@ -42,10 +43,10 @@ class RoundedAverage:
     pool: AvgPool2d
 
     family: ClassVar[str] = "rounded_average"
-    takes_indices: ClassVar[bool] = False
+    operand: ClassVar[str] = ""
     returns_indices: ClassVar[bool] = False
 
-    def geometry(self) -> tuple[tuple[int, int, int, int], ...]:
+    def geometry(self) -> tuple[tuple[int, int, int, int, int], ...]:
         """Return those of the average."""
         return self.pool.geometry()
 
@@ -88,7 +89,7 @@ def _rounded_average(steps: Sequence[Step]) -> RoundedAverage | None:
     (first, spec, plane), (pool, *_), (rounded, *_), (last, *_) = steps
     if not isinstance(pool, AvgPool2d) or getattr(torch, spec.dtype) not in PAIRS:
         return None
-    quarters = pool.divisor_override in {None, 4} and pool.geometry() == ((2, 2, 0, 1), (2, 2, 0, 1))
+    quarters = pool.divisor_override in {None, 4} and pool.geometry() == ((2, 2, 0, 0, 1),) * 2
     # The cells of a row are read in pairs, of which the one at the lower address is in the lower bits.
     pairs = spec.layout == "NCHW" and plane[-1] % 2 == 0 and sys.byteorder == "little"
     whole = not pool.ceil_mode or plane[0] % 2 == 0

@@ -7,7 +7,7 @@ is the max of two maxima of t cells, so the cost grows with the logarithm of the
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil, inf, prod
+from math import ceil, prod
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from poolrpc_server.compute.kernels.blocks import (
     strided_copy,
 )
 from poolrpc_server.compute.kernels.cost import PREDICTED, Case, Cost, eager_max
-from poolrpc_server.compute.kernels.eager import HALVES
+from poolrpc_server.compute.kernels.padded import HALVES, lowest
 from poolrpc_server.compute.kernels.plan import Plan, Row
 from poolrpc_server.compute.kernels.windows import Windows, reading_windows
 
@@ -62,11 +62,6 @@ class Operation:
 
 _AxisPass = tuple[Pass | int, int, list[int]]
 """A pass, its axis, and the shape of its result. A number is the size of adjacent windows."""
-
-
-def lowest(dtype: torch.dtype) -> float | int:
-    """Return the lowest value of a dtype."""
-    return -inf if dtype.is_floating_point else torch.iinfo(dtype).min
 
 
 @lru_cache(maxsize=256)

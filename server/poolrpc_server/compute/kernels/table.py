@@ -9,6 +9,7 @@ from poolrpc.layers import Layer
 from poolrpc_server.compute.kernels.adaptive_average import ADAPTIVE_AVERAGE
 from poolrpc_server.compute.kernels.adaptive_max import ADAPTIVE_MAX, GLOBAL_MAX
 from poolrpc_server.compute.kernels.element_wise import ELEMENT_WISE
+from poolrpc_server.compute.kernels.mirrored_max import mirrored
 from poolrpc_server.compute.kernels.packed_max import PACKED_MAX
 from poolrpc_server.compute.kernels.plan import Plan
 from poolrpc_server.compute.kernels.power_average import POWER_AVERAGE
@@ -18,6 +19,7 @@ from poolrpc_server.compute.kernels.separable_max import SEPARABLE_MAX
 from poolrpc_server.compute.kernels.tiny_max import TINY_MAX
 from poolrpc_server.compute.kernels.unsigned_max import unsigned
 from poolrpc_server.compute.kernels.windows import Sizes
+from poolrpc_server.compute.with_operand import WithOperand
 from poolrpc_server.telemetry.logs import log
 
 PLANS = 4096
@@ -34,6 +36,7 @@ TABLE = (
     ADAPTIVE_AVERAGE,
     unsigned(SEPARABLE_MAX),
     unsigned(PACKED_MAX),
+    mirrored(SEPARABLE_MAX),
     ELEMENT_WISE,
     ROUNDED_AVERAGE,
 )
@@ -46,7 +49,7 @@ the speed.
 
 @lru_cache(maxsize=PLANS)
 def plan_for(
-    layer: Layer | RoundedAverage, dtype: torch.dtype, plane: Sizes, channels: int | None, device: str
+    layer: Layer | RoundedAverage | WithOperand, dtype: torch.dtype, plane: Sizes, channels: int | None, device: str
 ) -> Plan:
     """Return the plan of a layer; it is made once.
 

@@ -13,8 +13,8 @@ import torch
 
 from poolrpc_server.compute.kernels.blocks import Cells
 from poolrpc_server.compute.kernels.cost import Case, Cost
+from poolrpc_server.compute.kernels.padded import lowest
 from poolrpc_server.compute.kernels.plan import Plan, Row
-from poolrpc_server.compute.kernels.separable_max import lowest
 from poolrpc_server.compute.kernels.windows import reading_windows
 
 TINY_DTYPES = (torch.float32, torch.float64, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

@@ -30,6 +30,7 @@ class Windows:
         stride: The step from one window to the next.
         padding: The cells before the axis, and, as far as windows reach, after it.
         dilation: The step between the cells of a window.
+        padding_end: The cells after the axis that count in a mean, if they are not as many as before it; else empty.
 
     """
 
@@ -37,11 +38,13 @@ class Windows:
     stride: Sizes
     padding: Sizes
     dilation: Sizes
+    padding_end: Sizes = ()
 
     @classmethod
-    def of(cls, geometry: tuple[tuple[int, int, int, int], ...]) -> Self:
+    def of(cls, geometry: tuple[tuple[int, int, int, int, int], ...]) -> Self:
         """Return the windows of a layer's `geometry()`."""
-        return cls(*zip(*geometry, strict=True))
+        kernel, stride, before, after, dilation = zip(*geometry, strict=True)
+        return cls(kernel, stride, before, dilation, () if after == before else after)
 
     @classmethod
     def tiling(cls, kernel: Sizes) -> Self:
@@ -62,7 +65,8 @@ class Windows:
 
     def with_channels(self) -> Self:
         """Return the same windows over (*plane, C), where each channel is a window of its own."""
-        return type(self)((*self.kernel, 1), (*self.stride, 1), (*self.padding, 0), (*self.dilation, 1))
+        after = (*self.padding_end, 0) if self.padding_end else ()
+        return type(self)((*self.kernel, 1), (*self.stride, 1), (*self.padding, 0), (*self.dilation, 1), after)
 
     def span(self, result: Sizes) -> Sizes:
         """Return the length of each axis, with padding, from the first window's start to the end of the last one."""

@@ -41,7 +41,7 @@ def describe_layers() -> list[dict[str, Any]]:
             "family": cls.family,
             "spatial_dims": cls.spatial_dims,
             "dtypes": cls.dtypes,
-            "operands": ["indices"] if cls.takes_indices else [],
+            "operands": [cls.operand] if cls.operand and not cls.operand_optional else [],
             "summary": (inspect.getdoc(cls) or "").partition("\n")[0],
             "parameters": _parameters(cls),
             "example": _example(cls),
@@ -77,8 +77,10 @@ def _example(cls: type[Layer]) -> dict[str, Any]:
     }
     for _ in described:
         try:
-            cls(**values).output_plane((EXAMPLE_CELLS,) * cls.spatial_dims)
+            cls(**values).output_shape((1, 1, *((EXAMPLE_CELLS,) * cls.spatial_dims)))
         except InvalidArgumentError as error:
+            if error.violations[0].field == "operand_shape":  # the output depends on the operand
+                break
             values[error.violations[0].field] = first["integer"]
         else:
             break

@@ -7,6 +7,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from poolrpc._shapes.limits import MAX_CHAIN
+from poolrpc._shapes.operands import OPERAND_DTYPES
 from poolrpc._shapes.rules import clip
 from poolrpc._wire.codec import Request
 from poolrpc.chains import spatial_dims
@@ -24,7 +25,7 @@ MAX_VALUES = 2**18
 """Maximum number of values of a request: to parse a million of them takes the interpreter for 0.1 s."""
 
 ENCODINGS = ("list", "base64")
-POOL_FIELDS = ("layer", "input", "indices", "dtype", "layout", "steps", "encoding")
+POOL_FIELDS = ("layer", "input", *OPERAND_DTYPES, "dtype", "layout", "steps", "encoding")
 SHAPE_FIELDS = ("layer", "shape", "layout")
 EXPLAIN_FIELDS = ("layer", "input", "shape")
 
@@ -114,10 +115,13 @@ def read_pool(body: bytes) -> PoolQuery:
     if is_plane and layout != "NCHW":
         raise InvalidArgumentError("expected NCHW for a plane without channels, got NHWC", field="layout")
     specs, payload = [_spec(tensor, layout, is_plane=is_plane)], tensor.data
-    if "indices" in found:
-        indices = read_tensor(found["indices"], "int64", "indices")
-        specs.append(_spec(indices, layout, is_plane=is_plane))
-        payload = b"".join((payload, indices.data))
+    for name in OPERAND_DTYPES.keys() & found.keys():
+        if name != chain[0].operand:
+            raise InvalidArgumentError(f"expected none for {chain[0].name}, got some", field=name)
+        operand = read_tensor(found[name], OPERAND_DTYPES[name][0], name)
+        # Indices have a cell for each of the input; the other operands have no channels.
+        specs.append(_spec(operand, layout, is_plane=is_plane and name == "indices"))
+        payload = b"".join((payload, operand.data))
     steps = found.get("steps", False)
     if not isinstance(steps, bool):
         raise InvalidArgumentError(f"expected true or false, got {clip(steps)}", field="steps")

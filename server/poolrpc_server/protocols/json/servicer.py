@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from poolrpc._shapes.rules import clip
-from poolrpc.command.explain import explain, find_windows
+from poolrpc.command.explain import WINDOW_VALUES, explain, find_windows
 from poolrpc.errors import LimitExceededError
 from poolrpc_server.calls.call import MAX_FACT_CHARS, request_facts, result_facts, shape_fact
 from poolrpc_server.calls.method import Method
@@ -182,7 +182,7 @@ def _step(query: PoolQuery, result: BranchResult, outputs: Iterator[bytes]) -> d
 
 
 def _explanation(layer: Layer, shape: tuple[int, ...], plane: JsonTensor | None) -> dict[str, Any]:
-    if layer.spatial_dims == len(shape):  # else find_windows raises
+    if layer.spatial_dims == len(shape) and layer.family in WINDOW_VALUES:  # else find_windows raises
         layer.output_shape((1, 1, *shape))
         positions = sum(map(mul, layer.output_plane(shape), layer.window(shape)))
         _check_explained(positions, MAX_POSITIONS, "positions of windows, over the axes")

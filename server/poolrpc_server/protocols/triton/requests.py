@@ -10,6 +10,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from poolrpc._shapes.limits import MAX_BRANCHES, MAX_RANK
+from poolrpc._shapes.operands import OPERAND_DTYPES
 from poolrpc._shapes.rules import clip
 from poolrpc._wire import framing
 from poolrpc.errors import InvalidArgumentError, UnsupportedError
@@ -29,7 +30,11 @@ if TYPE_CHECKING:
 
     from poolrpc.tensors import Bytes
 
-INPUTS = ("input", "indices")
+INPUT = "input"
+INPUTS = (INPUT, *OPERAND_DTYPES)
+"""The names of inputs: that of the input itself, and those of operands, of which a request has at most one."""
+
+MAX_INPUTS = 2
 RAW_INPUT_FIELD = 7
 """Number of ModelInferRequest's field with raw tensors."""
 
@@ -52,8 +57,9 @@ class InferSignature:
     Attributes:
         model: Name of the model.
         layer: The parameter `layer`, if it is given.
-        inputs: Specs of the input and, for MaxUnpool, of the indices.
+        inputs: Specs of the input and, if there is one, of the operand.
         outputs: Names of the requested outputs. Empty: all outputs.
+        operand: Name of the operand. Empty: there is none.
 
     """
 
@@ -61,6 +67,7 @@ class InferSignature:
     layer: str | None
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[str, ...]
+    operand: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +119,10 @@ def decode_infer(message: pb.ModelInferRequest, raw_tensors: Sequence[memoryview
     """
     layer, priority, timeout = _decode_parameters(message.parameters)
     names, specs, sources = _decode_inputs(message, raw_tensors)
-    if names and names[0] != INPUTS[0]:
+    if names and names[0] != INPUT:
         names, specs, sources = names[::-1], specs[::-1], sources[::-1]
-    if tuple(names) != INPUTS[: len(names)] or not names:
-        raise InvalidArgumentError(f"expected input, and indices with a MaxUnpool, got {names}", field="inputs")
+    if not names or names[0] != INPUT:
+        raise InvalidArgumentError(f"expected input, and at most one operand, got {names}", field="inputs")
     if len(message.outputs) > MAX_OUTPUTS:
         raise InvalidArgumentError(f"expected at most {MAX_OUTPUTS}, got {len(message.outputs)}", field="outputs")
     targets = {}
@@ -124,7 +131,8 @@ def decode_infer(message: pb.ModelInferRequest, raw_tensors: Sequence[memoryview
         if target is not None:
             targets[output.name] = target
     outputs = tuple(output.name for output in message.outputs)
-    signature = InferSignature(message.model_name, layer, tuple(specs), outputs)
+    operand = names[1] if len(names) > 1 else ""
+    signature = InferSignature(message.model_name, layer, tuple(specs), outputs, operand)
     return InferRequest(signature, tuple(sources), targets, priority, timeout)
 
 
@@ -132,8 +140,8 @@ def _decode_inputs(
     message: pb.ModelInferRequest, raw_tensors: Sequence[memoryview]
 ) -> tuple[list[str], list[TensorSpec], list[Bytes | SharedMemoryRange]]:
     # The number is checked first, because a message can contain millions of inputs.
-    if len(message.inputs) > len(INPUTS):
-        raise InvalidArgumentError(f"expected at most {len(INPUTS)}, got {len(message.inputs)}", field="inputs")
+    if len(message.inputs) > MAX_INPUTS:
+        raise InvalidArgumentError(f"expected at most {MAX_INPUTS}, got {len(message.inputs)}", field="inputs")
     names: list[str] = []
     specs: list[TensorSpec] = []
     sources: list[Bytes | SharedMemoryRange] = []

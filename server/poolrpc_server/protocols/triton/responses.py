@@ -77,15 +77,17 @@ def encode_stream_error(code: str, message: str, request_id: str) -> bytes:
 
 def encode_metadata(model: Preset) -> pb.ModelMetadataResponse:
     """Return the metadata of a model: its inputs and outputs."""
-    any_size = [-1] * model.rank
+    sizes = {name: [-1] * model.axes(name) for name in (*model.inputs, *model.outputs)}
     tensor = pb.ModelMetadataResponse.TensorMetadata
     return pb.ModelMetadataResponse(
         name=model.name,
         versions=[VERSION],
         platform=PLATFORM,
-        inputs=[tensor(name=name, datatype=DATATYPE_OF[dtype], shape=any_size) for name, dtype in model.inputs.items()],
+        inputs=[
+            tensor(name=name, datatype=DATATYPE_OF[dtype], shape=sizes[name]) for name, dtype in model.inputs.items()
+        ],
         outputs=[
-            tensor(name=name, datatype=DATATYPE_OF[dtype], shape=any_size) for name, dtype in model.outputs.items()
+            tensor(name=name, datatype=DATATYPE_OF[dtype], shape=sizes[name]) for name, dtype in model.outputs.items()
         ],
     )
 
@@ -99,7 +101,7 @@ def encode_config(model: Preset, device: str, count: int) -> pb.ModelConfigRespo
         count: Number of requests that the server computes at a time.
 
     """
-    any_size = [-1] * model.rank
+    sizes = {name: [-1] * model.axes(name) for name in (*model.inputs, *model.outputs)}
     kind = pb.ModelInstanceGroup.KIND_CPU if device == "cpu" else pb.ModelInstanceGroup.KIND_GPU
     config = pb.ModelConfig(
         name=model.name,
@@ -107,11 +109,11 @@ def encode_config(model: Preset, device: str, count: int) -> pb.ModelConfigRespo
         backend=PLATFORM,
         version_policy=pb.ModelVersionPolicy(latest=pb.ModelVersionPolicy.Latest(num_versions=1)),
         input=[
-            pb.ModelInput(name=name, data_type=_triton_type(dtype), dims=any_size)
+            pb.ModelInput(name=name, data_type=_triton_type(dtype), dims=sizes[name])
             for name, dtype in model.inputs.items()
         ],
         output=[
-            pb.ModelOutput(name=name, data_type=_triton_type(dtype), dims=any_size)
+            pb.ModelOutput(name=name, data_type=_triton_type(dtype), dims=sizes[name])
             for name, dtype in model.outputs.items()
         ],
         instance_group=[pb.ModelInstanceGroup(name=model.name, count=count, kind=kind)],

@@ -252,7 +252,8 @@ class TritonServicer:
         """Return the inputs' bytes in one piece of the server's own memory."""
         whole = aligned(sum(spec.nbytes for spec in infer.signature.inputs))
         end = 0
-        for name, spec, source in zip(requests.INPUTS, infer.signature.inputs, infer.sources, strict=False):
+        names = (requests.INPUT, infer.signature.operand)
+        for name, spec, source in zip(names, infer.signature.inputs, infer.sources, strict=False):
             start, end = end, end + spec.nbytes
             if isinstance(source, SharedMemoryRange):
                 self._regions.find(source.region).read(source, whole[start:end], f"inputs.{name}")
@@ -283,6 +284,9 @@ class TritonServicer:
         request = Request(tensor, branches, others[0] if others else None, steps)
         facts = request_facts(request)
         call.record.note(facts)  # before the checks, so that the log shows what was rejected
+        if signature.operand and signature.operand != request.operand_name:
+            msg = f"expected {request.operand_name or 'no operand'} for these layers, got {signature.operand}"
+            raise InvalidArgumentError(msg, field="inputs")
         checked = self._dispatcher.check(request)
         numbers, names = output_numbers(request), output_names(branches)
         for i, name in enumerate(signature.outputs):

@@ -28,6 +28,8 @@ from poolrpc import (
     MaxUnpool2d,
 )
 from poolrpc.command.explain import explain, format_lines
+from tests.parity.definitions import reduced
+from tests.parity.reference import reference
 from tests.unit.strategies import classes, layers
 
 KNOWN = np.array([[1, 3, 2, 4], [5, 6, 8, 7], [4, 2, 1, 0], [9, 7, 3, 2]], np.float32)
@@ -36,6 +38,10 @@ KNOWN = np.array([[1, 3, 2, 4], [5, 6, 8, 7], [4, 2, 1, 0], [9, 7, 3, 2]], np.fl
 def output_of_torch(layer, plane, result=0):
     """Return torch's output for one plane, or its indices if result is 1."""
     x = torch.from_numpy(plane.copy())[None, None]
+    if layer.family in {"pool", "global_pool"} and layer.reduce not in {"max", "mean"}:
+        return reduced(layer, x)[0, 0].numpy()
+    if layer.family in {"max_pool", "avg_pool", "pool"} and result == 0:
+        return reference(layer if layer.family != "pool" else layer.resolved(plane.shape), x)[0][0, 0].numpy()
     if layer.family.startswith("global"):
         name = "AdaptiveMaxPool" if layer.reduce == "max" else "AdaptiveAvgPool"
         module = getattr(nn, f"{name}{plane.ndim}d")(1)

@@ -68,8 +68,7 @@ def make_transfer(x, *branches, out=(), indices=None, layout="NCHW"):
     """Return the transfer of a call; a branch may be a single layer."""
     chains = tuple(each if isinstance(each, tuple) else (each,) for each in branches)
     second = None if indices is None else spec_of(indices, layout)
-    arrays = [x] if indices is None else [x, indices]
-    return Transfer(PreparedRequest(Request(spec_of(x, layout), chains, second)), arrays, out)
+    return Transfer(PreparedRequest(Request(spec_of(x, layout), chains, second)), [x], out, indices)
 
 
 def call_unary(peer, transfer, progress=None):

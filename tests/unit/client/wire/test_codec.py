@@ -103,10 +103,70 @@ def test_a_layers_message_has_its_family_and_rank(cls):
         pytest.fail(f"the proto has no {cls.family}")
 
 
-def test_the_proto_has_no_family_without_a_layer():
-    """Every field of the oneof is the family of a layer."""
-    families = {field.name for field in pool_pb2.Layer.DESCRIPTOR.oneofs_by_name["layer"].fields}
-    assert families == {cls.family for cls in (*LAYERS.values(), *STEPS.values())}
+def windows(message, **fields):
+    """Return the message of a layer with windows of 3 x 3."""
+    name = {pool_pb2.MaxPool: "max_pool", pool_pb2.AvgPool: "avg_pool", pool_pb2.Pool: "pool"}[message]
+    return pool_pb2.Layer(**{name: message(spatial_dims=2, kernel_size=[3], **fields)})
+
+
+MAX = pool_pb2.Reduce(named=pool_pb2.REDUCTION_MAX)
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        (windows(pool_pb2.MaxPool, auto_pad=1, padding=[1]), "max_pool.padding"),
+        (windows(pool_pb2.AvgPool, auto_pad=2, padding_end=[1]), "avg_pool.padding_end"),
+        (windows(pool_pb2.MaxPool, auto_pad=7), "max_pool.auto_pad"),
+        (windows(pool_pb2.MaxPool, auto_pad=1, ceil_mode=True), "max_pool.ceil_mode"),
+        (windows(pool_pb2.MaxPool, padding=[1, 1], padding_end=[1, 1, 1]), "max_pool.padding_end"),
+        (windows(pool_pb2.MaxPool, padding=[1, 1, 1], padding_end=[1]), "max_pool.padding"),
+        (windows(pool_pb2.MaxPool, padding_end=[3]), "max_pool.padding"),
+        (windows(pool_pb2.MaxPool, padding_end=[1] * 9), "max_pool.padding_end"),
+        (windows(pool_pb2.Pool), "pool.reduce"),
+        (windows(pool_pb2.Pool, reduce=pool_pb2.Reduce(named=99)), "pool.reduce"),
+        (windows(pool_pb2.Pool, reduce=pool_pb2.Reduce(norm=pool_pb2.Norm())), "pool.reduce.norm.p"),
+        (
+            windows(pool_pb2.Pool, reduce=pool_pb2.Reduce(power_mean=pool_pb2.PowerMean(p=3, eps=0))),
+            "pool.reduce.power_mean.eps",
+        ),
+        (
+            windows(pool_pb2.Pool, reduce=pool_pb2.Reduce(softmax=pool_pb2.Softmax(t=float("nan")))),
+            "pool.reduce.softmax.t",
+        ),
+        (windows(pool_pb2.Pool, reduce=MAX, count_include_pad=True), "pool.count_include_pad"),
+        (pool_pb2.Layer(blur_pool=pool_pb2.BlurPool(spatial_dims=2, kernel_size=128)), "blur_pool.kernel_size"),
+        (pool_pb2.Layer(blur_pool=pool_pb2.BlurPool(spatial_dims=1)), "blur_pool.spatial_dims"),
+    ],
+)
+def test_an_invalid_window_is_rejected_with_its_field(message, field):
+    """A message whose paddings, reduction or filter are invalid, or don't fit each other, is rejected by name."""
+    with pytest.raises(InvalidArgumentError) as raised:
+        decode_layer(message, "layer")
+    assert [each.field for each in raised.value.violations] == [f"layer.{field}"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "padding"),
+    [([], [], 0), ([1], [], 1), ([1], [1], 1), ([], [1], ((0, 1), (0, 1))), ([2], [0, 1], ((2, 0), (2, 1)))],
+)
+def test_a_missing_padding_end_is_the_padding(before, after, padding):
+    """The padding after each axis is that before it unless the message has one, and one value is for all axes."""
+    message = windows(pool_pb2.MaxPool, padding=before, padding_end=after)
+    assert decode_layer(message, "layer") == LAYERS["MaxPool2d"](3, padding=padding)
+
+
+def test_a_family_without_a_layer_is_rejected():
+    """Every field of the oneof is the family of a layer, or is rejected as a layer that this version lacks."""
+    families = {cls.family for cls in (*LAYERS.values(), *STEPS.values())}
+    for field in pool_pb2.Layer.DESCRIPTOR.oneofs_by_name["layer"].fields:
+        if field.name in families:
+            continue
+        message = pool_pb2.Layer()
+        getattr(message, field.name).SetInParent()
+        with pytest.raises(InvalidArgumentError, match="expected a layer, got none that this version has") as raised:
+            decode_layer(message, "layer")
+        assert [each.field for each in raised.value.violations] == ["layer"]
 
 
 UINT64 = st.integers(0, 2**64 - 1)
@@ -134,11 +194,11 @@ def test_results_round_trip(results):
         assert decode_results(round_trip(message(results=encode_results(results))).results) == results
 
 
-@given(SHAPES, BRANCHES, LAYOUTS, st.lists(st.lists(SHAPES).map(tuple)))
-def test_shapes_round_trip(shape, branches, layout, answer):
-    """A request for shapes and its response decode to the same values."""
-    message = round_trip(encode_shape_request(shape, branches, layout))
-    assert decode_shape_request(message) == (shape, branches, layout, ())
+@given(SHAPES, BRANCHES, LAYOUTS, st.none() | SHAPES, st.lists(st.lists(SHAPES).map(tuple)))
+def test_shapes_round_trip(shape, branches, layout, operand, answer):
+    """A request for shapes and its response decode to the same values, with and without the shape of an operand."""
+    message = round_trip(encode_shape_request(shape, branches, layout, operand))
+    assert decode_shape_request(message) == (shape, branches, layout, (), operand)
     assert decode_shape_response(round_trip(encode_shape_response(answer))) == answer
 
 

@@ -22,7 +22,7 @@ RESULTS = encode_results([BranchResult(((1, 3, 4, 4),), SPEC, TensorSpec("int64"
 FIELDS = {
     pool_pb2.PoolRequest: [
         *(pool_pb2.PoolRequest(**{field.name: value}) for field, value in IN_ARENA.ListFields()),
-        pool_pb2.PoolRequest(indices=REQUEST.indices),
+        pool_pb2.PoolRequest(operand=REQUEST.operand),
         pool_pb2.PoolRequest(padding=bytes(5)),
     ],
     pool_pb2.PoolResponse: [pool_pb2.PoolResponse(results=RESULTS), pool_pb2.PoolResponse(results=RESULTS[:1])],

@@ -76,14 +76,36 @@ def requests(draw):
     dtype = draw(st.sampled_from(common) if draw(st.integers(0, 9)) else st.sampled_from(list(ITEM_BYTES)))
     spec = TensorSpec(dtype, from_channels_first(shape, dims, layout) if len(shape) > dims else shape, layout)
     payload = np.random.default_rng(draw(st.integers(0, 2**32))).bytes(spec.nbytes)
-    indices = None
-    required = any(chain[0].takes_indices for chain in branches)
-    if required ^ (draw(st.integers(0, 19)) == 0):
-        indices = TensorSpec(draw(st.sampled_from(["int64"] * 9 + ["int32"])), spec.shape, layout)
-        high = draw(st.sampled_from([1, 1, 4, 30]))
-        payload += np.random.default_rng(0).integers(0, high, spec.numel).tobytes()
+    operand = None
+    names = {chain[0].operand for chain in branches if not chain[0].operand_optional or draw(st.booleans())} - {""}
+    if bool(names) ^ (draw(st.integers(0, 19)) == 0):
+        array = draw(operands(draw(st.sampled_from(sorted(names) or ["indices"])), spec, dims))
+        operand = TensorSpec(draw(st.sampled_from([array.dtype.name] * 9 + ["int32"])), array.shape, layout)
+        with np.errstate(invalid="ignore"):  # NaN as int32
+            payload += array.astype(operand.dtype).tobytes()
     cut = draw(st.sampled_from([0] * 19 + [1]))
-    return Request(spec, branches, indices), payload[: len(payload) - cut]
+    return Request(spec, branches, operand), payload[: len(payload) - cut]
+
+
+@st.composite
+def operands(draw, name, spec, dims):
+    """Draw an operand for an input, mostly with valid values and of the right shape."""
+    random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    plane = spec.shape[-dims - 1 : -1] if spec.layout == "NHWC" else spec.shape[-dims:]
+    lead = spec.shape[: len(spec.shape) - dims - 1]
+    if name == "weights":
+        return random.choice([0, 1, 0.5, draw(st.sampled_from([2, 2, 2, -1, np.nan]))], (*lead, *plane)).astype(
+            np.float32
+        )
+    if name == "offsets":
+        offsets = random.integers(0, plane[0] + draw(st.sampled_from([1, 1, 1, 3])), draw(st.integers(0, 5)))
+        return offsets if draw(st.integers(0, 4)) == 0 else np.sort(offsets)
+    if name == "boxes":
+        images = lead[0] if lead else 1
+        boxes = random.uniform(-2, 9, (draw(st.integers(0, 4)), draw(st.sampled_from([5] * 9 + [4]))))
+        boxes[:, 0] = random.integers(0, images + draw(st.sampled_from([0, 0, 0, 1])) or 1, len(boxes))
+        return boxes.astype(np.float32)
+    return random.integers(0, draw(st.sampled_from([1, 1, 4, 30])), spec.shape)
 
 
 def test_torch_runs_every_request_that_passes(engine):
@@ -105,7 +127,7 @@ def test_torch_runs_every_request_that_passes(engine):
         except InvalidArgumentError as error:
             # The payload is checked when the request runs.
             length = sum(spec.nbytes for spec in request.specs)
-            field = "indices" if len(payload) == length else "payload"
+            field = request.operand_name if len(payload) == length else "payload"
             assert [violation.field for violation in error.violations] == [field]  # noqa: PT017
             counts["rejected"] += 1
             return
@@ -147,7 +169,7 @@ HUGE = (0, MAX_NUMEL, MAX_NUMEL, MAX_NUMEL, MAX_NUMEL)
 )
 def test_empty_batch_of_planes_of_any_size(engine, layer, shape):
     """An empty batch of planes that are too large for any tensor is rejected or computed, never an error of torch."""
-    indices = TensorSpec("int64", shape) if layer.takes_indices else None
+    indices = TensorSpec("int64", shape) if layer.operand == "indices" else None
     try:
         checked = check_request(Request(TensorSpec("float32", shape), ((layer,),), indices), LIMITS, engine.schedule)
     except (InvalidArgumentError, LimitExceededError):
@@ -332,10 +354,10 @@ def test_indices_must_be_int64_with_the_shape_of_the_input(indices, field, check
 
 @pytest.mark.parametrize("check", [check_request, check_stream])
 def test_indices_without_max_unpool_are_rejected(check):
-    """Indices for layers that take none are rejected."""
+    """An operand for layers that take none is rejected."""
     shape = (1, 1, 2, 2)
     request = Request(TensorSpec("float32", shape), ((MaxPool2d(2),),), TensorSpec("int64", shape))
-    with pytest.raises(InvalidArgumentError, match=r"^indices: expected no indices without a MaxUnpool"):
+    with pytest.raises(InvalidArgumentError, match=r"^operand: expected none, since no layer that is the first"):
         check(request, WIDE, EagerSchedule)
 
 

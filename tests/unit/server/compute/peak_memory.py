@@ -18,6 +18,7 @@ from poolrpc.chains import spatial_dims
 from poolrpc.expression import parse_branches
 from poolrpc.tensors import TensorSpec
 from poolrpc_server.compute.engine import Engine
+from tests.operand_bytes import operand_for
 
 
 def memory(name: str) -> int:
@@ -38,21 +39,26 @@ class Slots:
 
 
 def measure(  # noqa: PLR0913 - a case
-    engine: Engine, layers: str, dtype: str, shape: list[int], layout: Any, *, every_step: bool = False
+    engine: Engine,
+    layers: str,
+    dtype: str,
+    shape: list[int],
+    layout: Any,
+    *,
+    every_step: bool = False,
+    weights: bool = False,
 ) -> tuple[int, int]:
     """Return what an execution takes in addition to inputs and outputs, and what its schedule says that it takes."""
     branches = parse_branches(layers)
     spec = TensorSpec(dtype, tuple(shape), layout)
-    takes_indices = any(chain[0].takes_indices for chain in branches)
+    operand, contents = operand_for(branches, spec.shape, layout, optional=weights)
     outputs = tuple(tuple(range(len(chain))) for chain in branches) if every_step else ()
-    request = Request(spec, branches, TensorSpec("int64", spec.shape, layout) if takes_indices else None, outputs)
+    request = Request(spec, branches, operand, outputs)
     results = request.results()
     schedule = engine.schedule(request, spatial_dims(branches), results)
     # Neither NaN nor equal cells, and not aligned.
     cells = np.tile(np.frombuffer(np.arange(1, 101, dtype=np.float16), np.uint8), -(-spec.nbytes // 200))
-    payload = memoryview(b"".join((b"-", cells[: spec.nbytes].tobytes(), bytes(schedule.input_bytes - spec.nbytes))))[
-        1:
-    ]
+    payload = memoryview(b"".join((b"-", cells[: spec.nbytes].tobytes(), contents)))[1:]
     del cells
     engine.drop_idle()
     ctypes.CDLL(None).malloc_trim(0)
@@ -67,7 +73,14 @@ def main() -> None:
     engine = Engine("cpu", 2)
     engine.slots = Slots()
     measure(engine, "[MaxPool2d(2), LPPool2d(3.5, 2)]", "float32", [64, 64, 64, 64], "NCHW")  # what is made only once
-    print(json.dumps([measure(engine, *case[:4], every_step=len(case) > 4) for case in json.load(sys.stdin)]))  # noqa: T201 - its result
+    print(  # noqa: T201 - its result
+        json.dumps(
+            [
+                measure(engine, *case[:4], every_step="steps" in case[4:], weights="weights" in case[4:])
+                for case in json.load(sys.stdin)
+            ]
+        )
+    )
     engine.close()
 
 

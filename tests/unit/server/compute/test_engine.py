@@ -28,6 +28,7 @@ from poolrpc_server.calls.validate import Limits, check_request
 from poolrpc_server.compute.branch import BLOCK_WORK
 from poolrpc_server.compute.buffers import aligned
 from poolrpc_server.compute.engine import Engine, resolve_device
+from tests.operand_bytes import operand_for
 
 LIMITS = Limits(2**20, 2**20, 64, 10**7)
 WIDE = Limits(2**40, 2**40, 64, 2**40)
@@ -88,16 +89,16 @@ def test_inputs_are_not_changed(engine, cls):
     """No layer writes to a request's bytes, which it reads in place; the result is the same as from a copy."""
     dims = cls.spatial_dims
     arguments = {"kernel_size": 1, "norm_type": 2.0, "output_size": 2, "return_indices": True, "reduce": "max"}
-    if cls.takes_indices:
+    if cls.operand == "indices":
         del arguments["output_size"]
     names = {each.name for each in fields(cls)}
     layer = cls(**{name: value for name, value in arguments.items() if name in names})
     x = np.random.default_rng(0).standard_normal((2, 3, *[4] * dims)).astype(np.float32)
-    indices = np.tile(np.arange(4**dims).reshape([4] * dims), (2, 3, *[1] * dims)) if cls.takes_indices else None
-    specs = [TensorSpec("float32", x.shape), *([TensorSpec("int64", x.shape)] if cls.takes_indices else [])]
-    payload = x.tobytes() + (b"" if indices is None else indices.tobytes())
+    operand, contents = operand_for([(layer,)], x.shape, optional=True)
+    specs = [TensorSpec("float32", x.shape), *([operand] if operand else [])]
+    payload = x.tobytes() + contents
     before = bytearray(payload)
-    checked = scheduled(engine, specs[0], layer, indices=specs[1] if cls.takes_indices else None)
+    checked = scheduled(engine, specs[0], layer, indices=operand)
     outputs = [aligned(spec.nbytes) for spec in checked.outputs]
     engine.execute([engine.run_in_place(checked.schedule, split_tensors(payload, specs), outputs)])
     assert payload == before
@@ -308,11 +309,11 @@ def test_one_channel_last_is_the_same_as_one_channel_first(dtype, layer):
     for n, *plane in ((1, 5, 6, 8), (2, 8, 5, 6)):
         spatial = tuple(plane[3 - layer.spatial_dims :])
         payload = np.random.default_rng(0).standard_normal((n, *spatial)).astype(dtype).tobytes()
-        if layer.takes_indices:
+        if layer.operand == "indices":
             payload += np.arange(np.prod(spatial)).tobytes() * n
         answers = []
         for layout, shape in (("NCHW", (n, 1, *spatial)), ("NHWC", (n, *spatial, 1))):
-            indices = TensorSpec("int64", shape, layout) if layer.takes_indices else None
+            indices = TensorSpec("int64", shape, layout) if layer.operand == "indices" else None
             checked = scheduled(engine, TensorSpec(dtype, shape, layout), layer, indices=indices)
             answers.append(run(engine, checked, payload))
         assert answers[0] == answers[1]

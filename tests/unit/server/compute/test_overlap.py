@@ -159,6 +159,29 @@ def test_no_work_is_queued_any_more_when_a_failure_is_raised(
     assert sum(stream.done for stream in streams) < 100
 
 
+OPERANDS: list[tuple[p.Layer, tuple[int, ...], torch.Tensor]] = [
+    (p.SegmentPool("mean"), (3, 40, 90), torch.tensor([0, 3, 3, 50, 90])),
+    (p.GlobalPool1d("mean"), (3, 40, 90), torch.arange(270.0).view(3, 90) % 3),
+    (p.RoIPool(5), (2, 3, 20, 30), torch.tensor([[1.0, 0, 0, 9, 9], [0, 2, 1, 30, 8]])),
+    (p.RoIAlign(5), (2, 3, 20, 30), torch.tensor([[1.0, 0, 0, 9, 9], [0, 2, 1, 30, 8]])),
+]
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(("layer", "shape", "operand"), OPERANDS, ids=["offsets", "weights", "RoIPool", "RoIAlign"])
+def test_every_block_has_the_operand(
+    engine: Engine, layer: p.Layer, shape: tuple[int, ...], operand: torch.Tensor
+) -> None:
+    """Blocks of planes have the segments and the weights of the whole tensor; boxes are computed at once."""
+    x = values(shape, "float32", 2)
+    plain = Engine("cpu", 1)
+    for chain in (layer, (layer, p.ToDtype("float64"))):
+        (expected,) = plain.execute([run_of(plain, chain, x, operand)])
+        for got, other in zip(pool(engine, chain, x, operand), expected, strict=True):
+            assert_same(got, other, chain)
+    plain.close()
+
+
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 def test_the_steps_of_a_chain_are_downloaded_block_by_block(engine: Engine, layout: Layout) -> None:

@@ -18,9 +18,9 @@ def test_a_block_is_a_request_for_some_planes():
     block = block_of(request, Planes(SPEC, 2), 4, 2)
     assert np.prod(block.input.shape) == 4 * 8 * 6
     assert block.branches == ((MaxPool2d(2),), (FractionalMaxPool2d(2, 3, seed=5).at_plane(2),))
-    assert block.indices is None
+    assert block.operand is None
     unpool = Request(SPEC, ((MaxUnpool2d(2),),), TensorSpec("int64", SPEC.shape))
-    assert block_of(unpool, Planes(SPEC, 2), 4, 0).indices == TensorSpec("int64", block.input.shape)
+    assert block_of(unpool, Planes(SPEC, 2), 4, 0).operand == TensorSpec("int64", block.input.shape)
 
 
 def test_a_block_of_images_counts_their_channels():

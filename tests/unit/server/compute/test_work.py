@@ -15,6 +15,7 @@ from poolrpc.expression import parse_chain
 from poolrpc.tensors import TensorSpec
 from poolrpc_server.calls.validate import Limits, check_request
 from poolrpc_server.compute.engine import Engine
+from tests.operand_bytes import operand_for
 
 LIMITS = Limits(2**30, 2**30, 2**10, 2**40)
 FACTOR = 4
@@ -29,7 +30,14 @@ LAYERS = {
     "AdaptiveAvgPool": ("7", "1", "5"),
     "FractionalMaxPool": ("2, output_ratio=0.5", "2, output_size=2, return_indices=True"),
     "MaxUnpool": ("2",),
-    "GlobalPool": ("'max'", "'mean'"),
+    "GlobalPool": ("'max'", "'mean'", "'std'", "Norm(3)", "'median'", "Softmax()"),
+    "Pool": (
+        "'std', 3, stride=2, padding='same'",
+        "Norm(3), 2",
+        "'median', 3, stride=1",
+        "Softmax(), 2",
+        "'min', 3, 2",
+    ),
 }
 
 
@@ -41,19 +49,20 @@ def engine():
     made.close()
 
 
-def a_run(engine, layer, dtype, shape, layout):
+def a_run(engine, layer, dtype, shape, layout, *, weights=False):  # noqa: PLR0913 - a case
     """Return a run of a layer on random cells, and its estimated seconds."""
     plane_cells = np.prod(shape[2:])
     if layout == "NHWC":
         shape = (4, *shape[2:], shape[1] // 4)
     spec = TensorSpec(dtype, shape, layout)
     chain = parse_chain(layer)
-    indices = TensorSpec("int64", shape, layout) if chain[0].takes_indices else None
-    schedule = check_request(Request(spec, (chain,), indices), LIMITS, engine.schedule).schedule
+    operand, contents = operand_for([chain], shape, layout, optional=weights)
+    schedule = check_request(Request(spec, (chain,), operand), LIMITS, engine.schedule).schedule
     cells = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 40).abs().to(getattr(torch, dtype))
     payload = cells.view(torch.uint8).numpy().tobytes()
-    if indices is not None:
-        payload += np.random.default_rng(0).integers(0, plane_cells, shape).tobytes()
+    if chain[0].operand == "indices":
+        contents = np.random.default_rng(0).integers(0, plane_cells, shape).tobytes()
+    payload += contents
     return engine.run(schedule, payload, len), schedule.seconds
 
 
@@ -66,7 +75,7 @@ def seconds(engine, run):
 
 def factor(engine, *case):
     """Return how many times too large the estimate for a case is, compared with that for the reference."""
-    (reference, expected), (run, estimated) = a_run(engine, *REFERENCE), a_run(engine, *case)
+    (reference, expected), (run, estimated) = a_run(engine, *REFERENCE), a_run(engine, *case[:4], weights=len(case) > 4)
     times = [(seconds(engine, reference), seconds(engine, run)) for _ in range(ROUNDS)]
     one, other = (min(each) for each in zip(*times, strict=True))
     return estimated / expected * one / other
@@ -100,6 +109,25 @@ def assert_close(engine, cases):
 def test_every_family_is_estimated_within_a_factor_of_four(engine):
     """Every family and rank, by kernels and by torch's operators, with float32 cells in both layouts."""
     assert_close(engine, grid(["float32"], ["NCHW", "NHWC"], slice(2)))
+
+
+def test_layers_with_operands_are_estimated_within_a_factor_of_four(engine):
+    """Segments, and planes with weights, of floats of two sizes, in both layouts."""
+    layers = [
+        ("SegmentPool('max')",),
+        ("SegmentPool('mean')",),
+        ("GlobalPool1d('max')", "w"),
+        ("GlobalPool1d('mean')", "w"),
+    ]
+    assert_close(
+        engine,
+        [
+            (layer, dtype, (4, 256, 3000), layout, *weights)
+            for layer, *weights in layers
+            for dtype in ("float32", "bfloat16")
+            for layout in ("NCHW", "NHWC")
+        ],
+    )
 
 
 def test_steps_are_estimated_within_a_factor_of_four(engine):

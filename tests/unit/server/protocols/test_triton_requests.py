@@ -173,9 +173,9 @@ def shared(**parameters):
 
 
 INVALID = {
-    "no inputs": (request(), [], "inputs: expected input, and indices with a MaxUnpool, got []"),
-    "indices alone": (request("indices"), [bytes(16)], "inputs: expected input, and indices with a MaxUnpool"),
-    "unknown name": (request("x"), [bytes(16)], "inputs[0].name: expected one of input, indices, each once, got"),
+    "no inputs": (request(), [], "inputs: expected input, and at most one operand, got []"),
+    "indices alone": (request("indices"), [bytes(16)], "inputs: expected input, and at most one operand"),
+    "unknown name": (request("x"), [bytes(16)], "inputs[0].name: expected one of input, indices, weights, offsets,"),
     "repeated name": (request("input", "input"), [bytes(16)] * 2, "inputs[1].name: expected one of"),
     "too many inputs": (request(*["input"] * 3), [], "inputs: expected at most 2, got 3"),
     "too few bytes": (

@@ -1,0 +1,131 @@
+"""The operands of requests that have another shape than the input: copies of their bytes, whose values are checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from poolrpc.errors import InvalidArgumentError
+from poolrpc_server.compute.kernels.segments import buckets_of
+
+if TYPE_CHECKING:
+    from poolrpc._wire.codec import Request
+    from poolrpc.tensors import Bytes
+
+MAX_COORDINATE = 2.0**30
+"""The largest coordinate of a box, times the layer's spatial_scale: float32 still has one number for each."""
+
+
+@dataclass(frozen=True, slots=True)
+class WholeOperand:
+    """An operand that every block of planes gets whole.
+
+    Attributes:
+        value: The checked copy of it, as the operator of its layer takes it.
+
+    """
+
+    value: Any
+
+    def on(self, device: torch.device) -> Any:  # noqa: ANN401 - as above
+        """Return the value on a device."""
+        if isinstance(self.value, torch.Tensor):
+            return self.value.to(device)
+        return tuple(each.to(device) for each in self.value)
+
+
+def whole_operand(data: Bytes, request: Request, spatial_dims: int) -> WholeOperand:
+    """Return a request's operand, other than indices, whose values are checked.
+
+    A client that writes to shared memory can't change the copy after the check.
+
+    Args:
+        data: Its bytes.
+        request: The request.
+        spatial_dims: The number of spatial axes of its input.
+
+    Raises:
+        InvalidArgumentError: A value is out of range, or out of order.
+
+    """
+    spec, name = request.operand, request.operand_name
+    assert spec is not None  # noqa: S101 - the caller has one
+    copied = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
+    if spec.numel:
+        copied.view(-1).view(torch.uint8).copy_(torch.frombuffer(data, dtype=torch.uint8))
+    shape = request.input.shape
+    if name == "offsets":
+        check_offsets(copied, shape[-1] if request.input.layout == "NCHW" else shape[-2])
+        return WholeOperand(buckets_of(copied))
+    if name == "weights":
+        check_weights(copied)
+    else:
+        images = shape[0] if len(shape) == spatial_dims + 2 else 1
+        check_boxes(
+            copied,
+            images,
+            max(getattr(chain[0], "spatial_scale", 1.0) for chain in request.branches if chain[0].operand),
+        )
+    return WholeOperand(copied)
+
+
+def check_offsets(offsets: torch.Tensor, cells: int) -> None:
+    """Check that offsets are in ascending order, and in the range of an axis of so many cells.
+
+    Raises:
+        InvalidArgumentError: They are not.
+
+    """
+    low, high = int(offsets.min()), int(offsets.max())
+    if low < 0 or high > cells:
+        raise InvalidArgumentError(f"expected offsets in 0..{cells}, got {low}..{high}", field="offsets")
+    descending = offsets[1:] < offsets[:-1]
+    if bool(descending.any()):
+        at = int(descending.int().argmax())
+        pair = f"{int(offsets[at])} before {int(offsets[at + 1])}"
+        msg = f"expected offsets in ascending order, got {pair} at position {at}"
+        raise InvalidArgumentError(msg, field="offsets")
+
+
+def check_weights(weights: torch.Tensor) -> None:
+    """Check that weights are finite, and at least 0.
+
+    Raises:
+        InvalidArgumentError: They are not.
+
+    """
+    # NaN is neither at least 0 nor finite; it is both the min and the max of a tensor that has one.
+    low, high = (float(weights.min()), float(weights.max())) if weights.numel() else (0.0, 0.0)
+    if not (low >= 0 and high < float("inf")):
+        raise InvalidArgumentError(f"expected finite weights of at least 0, got {low}..{high}", field="weights")
+
+
+def check_boxes(boxes: torch.Tensor, images: int, scale: float) -> None:
+    """Check that the coordinates of boxes are finite and not huge, and that there are their images.
+
+    Args:
+        boxes: The boxes, (K, 5).
+        images: The number of images.
+        scale: The largest spatial_scale of the layers.
+
+    Raises:
+        InvalidArgumentError: They are not, or there are not.
+
+    """
+    if not len(boxes):
+        return
+    largest = float(boxes[:, 1:].abs().max())
+    if not largest * max(1.0, scale) <= MAX_COORDINATE:
+        at = int((~(boxes[:, 1:].abs() * max(1.0, scale) <= MAX_COORDINATE)).any(1).int().argmax())
+        msg = (
+            f"expected finite coordinates within {MAX_COORDINATE:.0f} cells, got {boxes[at, 1:].tolist()} for box {at}"
+        )
+        raise InvalidArgumentError(msg, field="boxes")
+    numbers = boxes[:, 0]
+    wrong = ~((numbers >= 0) & (numbers < images) & (numbers == numbers.floor()))
+    if bool(wrong.any()):
+        at = int(wrong.int().argmax())
+        msg = f"expected the number of an image, 0..{images - 1}, got {float(numbers[at]):g} for box {at}"
+        raise InvalidArgumentError(msg, field="boxes")

@@ -1,0 +1,107 @@
+"""join= of pool_each: the outputs of branches as one result, and the recipes that need it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import poolrpc
+from poolrpc import (
+    AdaptiveAvgPool2d,
+    AdaptiveMaxPool2d,
+    AsyncPoolClient,
+    GlobalPool2d,
+    InvalidArgumentError,
+    MaxPool2d,
+    ToDtype,
+)
+
+if TYPE_CHECKING:
+    from poolrpc import PoolClient, PoolResult
+
+X = np.arange(2 * 3 * 6 * 8, dtype=np.float32).reshape(2, 3, 6, 8) % 17
+GLOBAL = [GlobalPool2d("mean"), GlobalPool2d("max"), GlobalPool2d("std")]
+
+
+def layouts(x: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """Return a channels-first tensor in both layouts."""
+    return [("NCHW", x), ("NHWC", np.moveaxis(x, -3, -1))]
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 6, 8), (3, 6, 8)], ids=["batched", "unbatched"])
+def test_cat_joins_channels(client: PoolClient, shape: tuple[int, ...]) -> None:
+    """Outputs of one spatial shape are concatenated along the channels, in both layouts."""
+    for layout, x in layouts(X[:2].reshape(-1)[: np.prod(shape)].reshape(shape)):
+        apart = client.pool_each(x, GLOBAL, layout=layout)
+        joined = client.pool_each(x, GLOBAL, layout=layout, join="cat")
+        axis = -1 if layout == "NHWC" else -3
+        np.testing.assert_array_equal(joined.output, np.concatenate([each.output for each in apart], axis))
+        assert joined.shape == joined.output.shape
+        assert joined.transport == apart[0].transport
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 6, 8), (3, 6, 8)], ids=["batched", "unbatched"])
+def test_flatten_joins_outputs_of_any_size(client: PoolClient, shape: tuple[int, ...]) -> None:
+    """The outputs of an image are flattened in their layout and concatenated: a spatial pyramid."""
+    pyramid = [AdaptiveMaxPool2d(1), AdaptiveMaxPool2d(2), AdaptiveMaxPool2d((3, 4))]
+    lead = shape[:-3]
+    for layout, x in layouts(X.reshape(-1)[: np.prod(shape)].reshape(shape)):
+        apart = client.pool_each(x, pyramid, layout=layout)
+        joined = client.pool_each(x, pyramid, layout=layout, join="flatten")
+        expected = np.concatenate([each.output.reshape(*lead, -1) for each in apart], -1)
+        np.testing.assert_array_equal(joined.output, expected)
+        assert joined.shape == (*lead, 3 * (1 + 4 + 12))
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16, np.int64])
+def test_mean_and_sum_join_cell_by_cell(client: PoolClient, dtype: Any) -> None:
+    """Sums of half precision are added in float32 and rounded once; those of integers keep their dtype."""
+    branches = [AdaptiveMaxPool2d(2), AdaptiveMaxPool2d(2), AdaptiveAvgPool2d(2)]
+    if dtype is np.int64:
+        branches = [MaxPool2d((3, 4)), MaxPool2d((3, 4))]
+    x = (X * 1.7).astype(dtype)
+    apart = [each.output for each in client.pool_each(x, branches)]
+    wide = [each.astype(np.float32) if each.dtype.itemsize == 2 else each for each in apart]
+    total = client.pool_each(x, branches, join="sum").output
+    assert total.dtype == x.dtype
+    np.testing.assert_array_equal(total, sum(wide[1:], wide[0]).astype(dtype))
+    if dtype is np.int64:
+        with pytest.raises(InvalidArgumentError, match=r"^join: expected floats for a mean, got int64"):
+            client.pool_each(x, branches, join="mean")
+    else:
+        mean = client.pool_each(x, branches, join="mean").output
+        np.testing.assert_array_equal(mean, (sum(wide[1:], wide[0]) / len(wide)).astype(dtype))
+
+
+@pytest.mark.parametrize(
+    ("branches", "options", "message"),
+    [
+        (GLOBAL, {"join": "concat"}, "join: expected 'cat' or 'flatten' or 'mean' or 'sum', got 'concat'"),
+        (GLOBAL, {"join": True}, "join: expected 'cat'"),
+        ([GLOBAL[0], MaxPool2d(2)], {"join": "cat"}, "join: expected outputs of one shape for 'cat'"),
+        ([GLOBAL[0], MaxPool2d(2)], {"join": "mean"}, "join: expected outputs of one shape for 'mean'"),
+        ([GLOBAL[0], [ToDtype("float64"), GLOBAL[0]]], {"join": "cat"}, "join: expected outputs of one dtype"),
+        ([MaxPool2d(2, return_indices=True)], {"join": "cat"}, "join: expected layers without return_indices"),
+        (GLOBAL[:1], {"join": "cat", "out": [np.empty((2, 3, 1, 1), np.float32)]}, "out: expected no arrays together"),
+    ],
+)
+def test_an_invalid_join_is_rejected(client: PoolClient, branches: Any, options: Any, message: str) -> None:
+    """A join of outputs that do not fit each other is rejected before anything is sent, with what was expected."""
+    with pytest.raises(InvalidArgumentError, match=f"^{message}"):
+        client.pool_each(X, branches, **options)
+
+
+def test_the_asyncio_client_joins_too(address: str) -> None:
+    """The asyncio client returns the same joined result."""
+
+    async def pooled() -> PoolResult:
+        async with AsyncPoolClient(address) as client:
+            return await client.pool_each(X, GLOBAL, join="cat")
+
+    with poolrpc.PoolClient(address) as client:
+        expected = client.pool_each(X, GLOBAL, join="cat")
+    np.testing.assert_array_equal(asyncio.run(pooled()).output, expected.output)
