@@ -149,6 +149,18 @@ def test_unpooling_takes_indices(server: Server) -> None:
     assert answer["output"] == [[0, 0, 0, 0], [0, 6, 8, 0], [0, 0, 0, 0], [9, 0, 3, 0]]
 
 
+def test_operands_of_other_shapes(server: Server) -> None:
+    """Weights, offsets and boxes are lists under their names, and are rejected for a layer that takes another."""
+    weights = [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0]]
+    assert pool(server, "GlobalPool2d('mean')", PLANE, weights=weights).json["output"] == [[8]]
+    assert pool(server, "SegmentPool('max')", [[[1, 5, 2, 3]]], offsets=[0, 1, 4]).json["output"] == [[[1, 5]]]
+    assert pool(server, "RoIPool(1)", [[PLANE]], boxes=[[0, 0, 0, 1, 1]]).json["output"] == [[[[6]]]]
+    assert (
+        pool(server, "SegmentPool('max')", [[[1, 5]]], boxes=[[0, 0, 0, 1, 1]]).error["fields"][0]["field"] == "boxes"
+    )
+    assert pool(server, "SegmentPool('max')", [[[1, 5]]]).error["fields"][0]["field"] == "offsets"
+
+
 def test_bfloat16_is_base64(server: Server) -> None:
     """bfloat16 has no numbers in JSON's lists, but passes as bits."""
     x = {"data": base64.b64encode(b"\x80\x3f\x00\x40").decode(), "shape": [1, 2], "dtype": "bfloat16"}
