@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Hundreds of processes start in the tests: without stored bytecode, each compiles the packages, and pytest every test.
+unexport PYTHONDONTWRITEBYTECODE
+
 # The tests that `make test` runs, in parallel. Every other test is slow or needs more than a virtual environment.
 QUICK := not slow and not docker and not ray and not conformance and not browser and not gpu
 # One process a core; the tests of a file stay together and in order, because they share servers, and the long files of
@@ -31,15 +34,15 @@ test: setup  ## Run the quick tests, in parallel. ARGS="..." is passed to pytest
 	$(BIN)/pytest $(PARALLEL) -m "$(QUICK)" $(ARGS)
 
 # Large grids, fuzzing and tests of single servers are independent of each other. Containers, faults and programs wait more
-# than they compute, for images, alerts and starts, so two of them share the cores. Attacks and soaks have the machine to
-# themselves.
+# than they compute, for images, alerts and starts, so two of them share the cores. An attack is compared with the calls just
+# before it, so two at a time are possible, but nothing else may run meanwhile.
 SLOW := not ($(QUICK))
 GRIDS := tests/fuzz tests/integration tests/parity tests/unit
 CONTAINERS := tests/docker
 FAULTS := tests/deploy/test_faults.py
 ATTACKS := tests/attacks
 
-test-slow: setup  ## Run the other tests, in four parts. ARGS="..." is passed to pytest.
+test-slow: setup  ## Run the other tests, in five parts. ARGS="..." is passed to pytest.
 	@failed=0; \
 	$(MAKE) test-grids || failed=1; \
 	$(MAKE) -k -j2 --output-sync=target test-containers test-faults test-programs || failed=1; \
@@ -59,7 +62,7 @@ test-programs: setup
 	$(BIN)/pytest -m "$(SLOW)" $(addprefix --ignore=,$(GRIDS) $(CONTAINERS) $(FAULTS) $(ATTACKS)) $(ARGS)
 
 test-attacks: setup
-	$(BIN)/pytest -m "$(SLOW)" $(ATTACKS) $(ARGS)
+	$(BIN)/pytest -n 2 -m "$(SLOW)" $(ATTACKS) $(ARGS)
 
 test-all: setup  ## Run every test: the quick ones with coverage, then the others, of which most run in other processes.
 	@failed=0; \
