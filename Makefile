@@ -12,8 +12,8 @@ QUICK := not slow and not docker and not ray and not conformance and not browser
 # tests/integration come first.
 PARALLEL := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo test test-slow test-grids test-containers test-faults test-programs test-attacks test-all gpu \
-  gpu-wheels check check-style check-types check-protos check-files check-docs docs format generate figures lock bench dist clean
+.PHONY: help setup demo test test-slow test-grids test-containers test-faults test-programs test-browser test-attacks \
+  test-all gpu gpu-wheels check check-style check-types check-protos check-files check-docs docs format generate figures lock bench dist clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,19 +33,20 @@ demo: setup  ## Start a server and pool a photograph with it; the pictures are w
 test: setup  ## Run the quick tests, in parallel. ARGS="..." is passed to pytest.
 	$(BIN)/pytest $(PARALLEL) -m "$(QUICK)" $(ARGS)
 
-# Large grids, fuzzing and tests of single servers are independent of each other. Containers, faults and programs wait more
-# than they compute, for images, alerts and starts, so two of them share the cores. An attack is compared with the calls just
-# before it, so two at a time are possible, but nothing else may run meanwhile.
+# Large grids, fuzzing and tests of single servers are independent of each other. Containers, faults, programs and a browser
+# wait more than they compute, for images, alerts and starts, so two of them share the cores. Calls during an attack are
+# compared with those just before it, so two attacks may run at a time, but nothing else.
 SLOW := not ($(QUICK))
 GRIDS := tests/fuzz tests/integration tests/parity tests/unit
 CONTAINERS := tests/docker
 FAULTS := tests/deploy/test_faults.py
+BROWSER := tests/browser
 ATTACKS := tests/attacks
 
-test-slow: setup  ## Run the other tests, in five parts. ARGS="..." is passed to pytest.
+test-slow: setup  ## Run the other tests, in parts. ARGS="..." is passed to pytest.
 	@failed=0; \
 	$(MAKE) test-grids || failed=1; \
-	$(MAKE) -k -j2 --output-sync=target test-containers test-faults test-programs || failed=1; \
+	$(MAKE) -k -j2 --output-sync=target test-containers test-faults test-programs test-browser || failed=1; \
 	$(MAKE) test-attacks || failed=1; \
 	exit $$failed
 
@@ -59,7 +60,10 @@ test-faults: setup
 	$(BIN)/pytest -n 6 -m "$(SLOW)" $(FAULTS) $(ARGS)
 
 test-programs: setup
-	$(BIN)/pytest -m "$(SLOW)" $(addprefix --ignore=,$(GRIDS) $(CONTAINERS) $(FAULTS) $(ATTACKS)) $(ARGS)
+	$(BIN)/pytest -m "$(SLOW)" $(addprefix --ignore=,$(GRIDS) $(CONTAINERS) $(FAULTS) $(BROWSER) $(ATTACKS)) $(ARGS)
+
+test-browser: setup
+	$(BIN)/pytest -m "$(SLOW)" $(BROWSER) $(ARGS)
 
 test-attacks: setup
 	$(BIN)/pytest -n 2 -m "$(SLOW)" $(ATTACKS) $(ARGS)
