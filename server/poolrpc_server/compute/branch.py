@@ -83,7 +83,9 @@ class Branch:
         self._plane_bytes = max(plane_bytes, -(-self.work * blocks.TARGET_BYTES // (BLOCK_WORK * planes)))
         self.block = max(1, min(planes, blocks.TARGET_BYTES // self._plane_bytes))
         if len(plans) == 1 and self.steps[0][1] is None and self.work <= BLOCK_WORK:
-            self.whole = plans[0].eager_scratch(planes) <= WHOLE_BYTES
+            # The temporary results of several operators should stay in the cache.
+            most = WHOLE_BYTES if plans[0].is_one_operator else blocks.TARGET_BYTES
+            self.whole = plans[0].eager_scratch(planes) <= most
             self.block = planes if self.whole else self.block
         self._between = between
         kernels = [(self.block + 1) * row.scratch(plan) for plan, row in self.steps if row is not None]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from poolrpc_server.compute.kernels.cost import Case
-from poolrpc_server.compute.kernels.eager import Operator, bind, eager_bytes, operation
+from poolrpc_server.compute.kernels.eager import IN_TORCH, OWN_BYTES, Operator, bind, eager_bytes, operation
 from poolrpc_server.compute.kernels.eager_cost import eager_work
 from poolrpc_server.compute.kernels.windows import Sizes, Windows
 
@@ -126,6 +126,11 @@ class Plan:
     def eager(self) -> Operator:
         """The layer computed by torch's own operators."""
         return bind(self.layer, self.dtype, self.output_plane, channels_last=self.channels is not None)
+
+    @cached_property
+    def is_one_operator(self) -> bool:
+        """Whether one of torch's operators computes the layer, or a few that take no more memory than one."""
+        return self.layer.family not in OWN_BYTES or operation(self.layer) in IN_TORCH
 
     @cached_property
     def cells(self) -> int:

@@ -41,19 +41,21 @@ def bind_regions(layer: Any, dtype: torch.dtype) -> Callable[[torch.Tensor, torc
 def _pool(layer: Any, x: torch.Tensor, boxes: Floats) -> Iterator[torch.Tensor]:  # noqa: ANN401
     height, width = per_axis(layer.output_size, 2)
     channels = x.shape[1]
+    # With channels last, and in float32 for half precision, torch takes the maxima in vectors.
+    cells = x.movedim(1, -1).to(sum_dtype(x.dtype)).contiguous()
     for image, rows, columns in zip(boxes[:, 0].astype(np.int64).tolist(), *_pool_bins(layer, x, boxes), strict=True):
-        output = x.new_zeros((1, channels, height, width))
+        output = cells.new_zeros((height, width, channels))
         left, right = columns[0][0], columns[-1][1]
         filled = [i for i, (top, bottom) in enumerate(rows) if top < bottom and left < right]
-        maxima = x.new_empty((channels, len(filled), max(0, right - left)))
+        maxima = cells.new_empty((len(filled), max(0, right - left), channels))
         for number, i in enumerate(filled):
             top, bottom = rows[i]
-            torch.amax(x[image, :, top:bottom, left:right], 1, out=maxima[:, number])
+            torch.amax(cells[image, top:bottom, left:right], 0, out=maxima[number])
         for j, (start, stop) in enumerate(columns):
             if filled and start < stop:
                 # The rows with cells follow each other, since bins are clipped to the image.
-                output[0, :, filled[0] : filled[-1] + 1, j] = maxima[:, :, start - left : stop - left].amax(2)
-        yield output
+                output[filled[0] : filled[-1] + 1, j] = maxima[:, start - left : stop - left].amax(1)
+        yield output.movedim(-1, 0).unsqueeze(0).to(x.dtype)
 
 
 def _pool_bins(layer: Any, x: torch.Tensor, boxes: Floats) -> tuple[list[Any], list[Any]]:  # noqa: ANN401

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from poolrpc_server.compute.with_operand import WithOperand
 
-REMEMBERED_SEGMENTS, REMEMBERED_CELLS, REMEMBERED = 4096, 2**16, 64
-"""The most segments and cells of offsets whose division is remembered, and the number of divisions."""
+REMEMBERED_SEGMENTS, SPANNED_CELLS, REMEMBERED = 4096, 2**16, 64
+"""The most segments of offsets whose division is remembered, the most cells that they span, and how many are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Bucket:
 def buckets_of(offsets: torch.Tensor) -> tuple[Bucket, ...]:
     """Return the segments between offsets, which are in ascending order, by their length; without empty ones."""
     numbers = offsets.numpy()
-    if len(numbers) > REMEMBERED_SEGMENTS or numbers[-1] - numbers[0] > REMEMBERED_CELLS:
+    if len(numbers) > REMEMBERED_SEGMENTS or numbers[-1] - numbers[0] > SPANNED_CELLS:
         return _divide(numbers)
     return _divide_again(numbers.tobytes())
 
