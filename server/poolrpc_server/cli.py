@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for variable, closest in unknown_variables(os.environ).items():
             hint = f"did you mean {closest}?" if closest else "poolrpc-server --help has all names"
             logs.log.warning("unknown environment variable", variable=variable, hint=hint)
+        _require_free_addresses(settings)
         if settings.workers > 1:
             from poolrpc_server.workers import supervisor  # noqa: PLC0415 - not needed for a single process
 
@@ -60,7 +61,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except supervisor.WorkersError as error:
                 _report(error, log_format)
                 return supervisor.WORKERS_FAILED
-        _require_free_addresses(settings)
         log_starting(settings.listen, settings.workers)
         with interrupt_ends_process():
             # Imported once the settings are known to be valid: torch takes a second or two to import.

@@ -111,7 +111,7 @@ def test_bad_parameters_have_the_servers_message_at_their_field(explorer: Explor
         ("two", "expected an integer or a tuple, got 'two'"),
         ("2.5", "expected an integer, got 2.5 (float)"),
         ("", "expected a value, got none"),
-        ("9", "expected an effective kernel of at most input + 2*padding = 4"),
+        ("9", "expected an effective kernel of at most the padded input, 4"),
     ):
         explorer.page.fill("#layer-0-kernel_size", typed)
         explorer.wait_for_error("layer-0-kernel_size", message)

@@ -175,15 +175,16 @@ async def test_tasks_share_an_arena(unix_address: str) -> None:
 
 @pytest.mark.parametrize("why", ["TCP", "no arenas"])
 def test_without_an_arena_bytes_are_sent(connect: Connect, address: str, why: str) -> None:
-    """Over TCP, or if the server has no arenas, transport="arena" is an UnavailableError, and None sends bytes."""
+    """Over TCP, or if the server has no arenas, transport="arena" is an error, and None sends bytes."""
     x, large = np.ones((1, 4, 128, 128), np.float32), np.ones((1, 256, 128, 128), np.float32)
     with ExitStack() as servers:
         if why != "TCP":
             address = servers.enter_context(poolrpc_server.embedded(max_arena_bytes=0)).address
         client = connect(address)
-        with pytest.raises(poolrpc.UnavailableError, match="expected an arena, got none") as caught:
+        cls = poolrpc.InvalidArgumentError if why == "TCP" else poolrpc.UnavailableError
+        with pytest.raises(cls, match=r"expected the address of a unix socket|expected an arena, got none") as caught:
             client.pool(x, MaxPool2d(2), transport="arena")
-        assert caught.value.reason == "ARENA"
+        assert caught.value.reason == ("INVALID_ARGUMENT" if why == "TCP" else "ARENA")
         assert [client.pool(each, MaxPool2d(2)).transport for each in (x, large)] == ["unary", "stream"]
         mine = client.empty(x.shape, "float64")
         assert (mine.shape, mine.dtype) == (x.shape, np.float64)

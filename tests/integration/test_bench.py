@@ -264,7 +264,7 @@ def test_ctrl_c_prints_what_has_been_measured(
     ("arguments", "words"),
     [
         (["--dtype", "uint8", "--layer", "AvgPool2d(2)", "--shape", "1x1x4x4"], "AvgPool2d takes float16"),
-        ([*SMALL, "--transport", "arena"], "expected an arena, got none"),
+        ([*SMALL, "--transport", "arena"], "expected the address of a unix socket"),
         ([*SMALL, "--plot", "/nowhere/plot.svg"], "No such file or directory"),
         ([*SMALL, "--json", "/nowhere/data.json"], "No such file or directory"),
     ],

@@ -197,11 +197,14 @@ def test_a_full_server_is_asked_again(gate: Gate, tmp_path: Path) -> None:
     ):
         calls = [threads.submit(client.pool, X, HELD)]
         assert gate.entered.wait(60)
-        calls += [threads.submit(client.pool, X, MaxPool2d(2)) for _ in range(2)]
-        while not Scrape(server.metrics_address)("poolrpc_rejects_total", reason="QUEUE"):
+        calls.append(threads.submit(client.pool, X, MaxPool2d(2)))
+        while not Scrape(server.metrics_address)("poolrpc_queue_oldest_seconds"):
             pass
         with pytest.raises(poolrpc.UnavailableError):
             once.pool(X, MaxPool2d(2))
+        calls.append(threads.submit(client.pool, X, MaxPool2d(2)))
+        while Scrape(server.metrics_address)("poolrpc_rejects_total", reason="QUEUE") == 1:
+            pass
         gate.opened.set()
         assert {call.result(60).transport for call in calls} == {"local"}
     server.stop(0)

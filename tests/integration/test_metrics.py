@@ -244,7 +244,7 @@ def test_an_address_in_use_ends_the_command(capsys: pytest.CaptureFixture[str]) 
     """The command ends with status 2 and one line, before it serves."""
     other = MonitoringServer("127.0.0.1:0", CollectorRegistry, lambda: True)
     try:
-        assert main(["--listen", "127.0.0.1:0", "--metrics", other.address]) == 2
+        assert main(["--listen", "127.0.0.1:0", "--metrics", other.address]) == 75
     finally:
         other.close()
     error = capsys.readouterr().err

@@ -114,10 +114,10 @@ def test_a_server_that_hangs_is_not_ready(tmp_path: Path) -> None:
 
 
 def test_an_address_of_probes_in_use_ends_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    """The command ends with status 2 and one line that names the setting, also with several workers."""
+    """The command ends with status 75 and one line that names the setting, also with several workers."""
     with serving(*PROBES) as server:
         address = server.start_line["probes"]
         for workers in ("1", "2"):
-            assert main(["--listen", "127.0.0.1:0", "--probes", address, "--workers", workers]) == 2
+            assert main(["--listen", "127.0.0.1:0", "--probes", address, "--workers", workers]) == 75
             (line,) = capsys.readouterr().err.splitlines()
             assert f"probes: expected a free address, got {address!r}: " in line

@@ -96,7 +96,7 @@ INVALID = {
         f"expected a block of at most {8 * MIB} bytes, got {8 * MIB + 1}",
     ),
     "oversized for the tensor": ([header(), block(7 * PLANE)], "payload", "at most 384 bytes, got 448"),
-    "bad layer": ([header((2, 3, 4, 4), MaxPool2d(9)), block(6 * PLANE)], "kernel_size", "at most input"),
+    "bad layer": ([header((2, 3, 4, 4), MaxPool2d(9)), block(6 * PLANE)], "kernel_size", "at most the padded input"),
     "bad shape": ([header((2, 0, 4, 4)), block(6 * PLANE)], "shape", "expected"),
 }
 

@@ -146,7 +146,7 @@ def cases(name: str) -> Iterator[Case]:
             for lead in LEADS if few else [LEADS[turn % 3]]:
                 if not accepts(layer, (*lead, *size)):
                     continue
-                dtypes = layer.dtypes if few else [layer.dtypes[(turn + i) % len(layer.dtypes)] for i in (0, 1)]
+                dtypes = layer.dtypes if few else [layer.dtypes[(2 * turn + i) % len(layer.dtypes)] for i in (0, 1)]
                 for dtype in dtypes:
                     yield layer, (*lead, *size), dtype
 

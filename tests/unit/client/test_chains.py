@@ -81,7 +81,7 @@ WITH_INDICES = MaxPool2d(2, return_indices=True)
             "branches[1].layers[1].max_pool.kernel_size",
             "effective kernel",
         ),
-        ([[MaxPool2d(1, dilation=9)]], "branches[0].layers[0].max_pool.dilation", "at most input"),
+        ([[MaxPool2d(1, dilation=9)]], "branches[0].layers[0].max_pool.dilation", "at most the padded input"),
         ([[AdaptiveMaxPool2d(2**31 - 1)]], "branches[0].layers[0].adaptive_max_pool.output_size", "output * input"),
         ([[WITH_INDICES, AvgPool2d(2)]], "branches[0].layers[0].max_pool.return_indices", "last layer of a chain"),
         ([[AvgPool2d(2), MaxUnpool2d(2)]], "branches[0].layers[1].max_unpool", "first in its chain"),
