@@ -80,6 +80,10 @@ def read_tensor(value: object, dtype: str, field: str) -> JsonTensor:
         expected = "true or false" if dtype == "bool" else "numbers" if dtype in FLOATS else "integers"
         received = next(each for each in values if type(each) not in allowed)
         raise InvalidArgumentError(f"expected {expected} for {dtype}, got {clip(received)}", field=field)
+    if kinds == {int} and dtype not in FLOATS:  # NumPy wraps them before its version 2
+        limits = np.iinfo(dtype)
+        if min(values) < limits.min or max(values) > limits.max:
+            raise _out_of_range(values, dtype, field)
     try:
         with np.errstate(over="ignore"):  # a number beyond the dtype's range is infinite, as in NumPy
             array = np.array(values, numpy_dtype(dtype))
