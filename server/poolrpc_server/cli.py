@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from poolrpc._interrupt import INTERRUPTED, interrupt_ends_process
 from poolrpc_server.log_format import find_log_format
-from poolrpc_server.standard_streams import open_standard_streams
 
 try:
     from poolrpc_server.config import Config, ConfigError
@@ -18,7 +17,6 @@ try:
     from poolrpc_server.telemetry import logs
 except ImportError:
     # An install without the extra has this command too, but not the packages that the server needs.
-    open_standard_streams()
     sys.stderr.write("poolrpc-server: the server needs its extra: pip install 'poolrpc[server]'\n")
     sys.exit(2)
 
@@ -42,7 +40,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         the process itself, with the status app.FAILED.
 
     """
-    open_standard_streams()
     log_format = find_log_format(arguments)
     try:
         settings = parse(arguments)

@@ -449,6 +449,7 @@ def test_hooks_are_not_lost(client: PoolClient) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is not supported in Python 3.14:FutureWarning")
 def test_a_scripted_model_is_rejected(client: PoolClient) -> None:
     """Its modules can't be replaced, and none of them would be."""
     scripted = torch.jit.script(nn.Sequential(nn.MaxPool2d(2)))

@@ -218,6 +218,7 @@ def test_what_computes_something_else_is_rejected(module, message):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is not supported in Python 3.14:FutureWarning")
 def test_a_scripted_module_is_rejected():
     """TorchScript's modules have neither the class nor the forward of torch.nn's."""
     with pytest.raises(
