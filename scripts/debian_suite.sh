@@ -3,8 +3,9 @@
 #   scripts/debian_suite.sh [PYTEST ARGUMENT...]
 # They are those of Debian 13: Python 3.13 and torch 2.6. SUITE=forky takes those of Debian's next release: Python 3.14.
 # It needs root, mmdebstrap and a package registry. The chroot is .debian-SUITE (CHROOT=... for another folder); it is
-# kept, and a later run only replaces the tree in it. Left out are the tests that need containers, Ray, programs of other
-# projects, a browser, a GPU, or a package registry: pip does not accept Debian's sympy for Debian's torch.
+# kept, and a later run only replaces the tree in it, and the packages if they changed. Left out are the tests that need
+# containers, Ray, programs of other projects, a browser, a GPU, or a package registry: pip does not accept Debian's sympy
+# for Debian's torch.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -30,8 +31,13 @@ if [ ! -e "$root/.done" ]; then
   # The mirror may be a snapshot, whose lists have expired; their signatures are checked in any case.
   mmdebstrap --variant=minbase --aptopt='Acquire::Check-Valid-Until "false"' "$suite" "$root" \
     --include=ca-certificates,git,make,procps,python3,python3-pip,python3-setuptools,python3-torch,python3-venv
-  mkdir "$root/wheels" "$root/work"
-  # What the tests need besides Debian's torch and NumPy, downloaded here: the chroot needs no network.
+  touch "$root/.done"
+fi
+
+# What the tests need besides Debian's torch and NumPy, downloaded here: the chroot needs no network.
+stamp=$(cat pyproject.toml constraints.txt | sha256sum)
+if [ "$(cat "$root/.packages" 2>/dev/null)" != "$stamp" ]; then
+  mkdir -p "$root/wheels" "$root/work"
   venv=.venv-lock
   if [ ! -e "$venv/.done" ]; then
     python3 -m venv "$venv"
@@ -47,7 +53,7 @@ if [ ! -e "$root/.done" ]; then
     --requirement "$root/wheels/requirements.txt"
   inside python3 -m venv --system-site-packages /venv
   inside pip install -q --no-index --no-deps --find-links /wheels --requirement /wheels/requirements.txt
-  touch "$root/.done"
+  echo "$stamp" >"$root/.packages"
 fi
 
 rm -rf "$root/work"
