@@ -304,25 +304,25 @@ def test_a_worker_that_receives_sigterm_is_replaced() -> None:
 
 
 def test_a_second_server_cannot_use_the_address_of_workers(tmp_path: Path) -> None:
-    """Workers share their addresses with each other; another server ends with status 2, with workers or without."""
+    """Workers share their addresses with each other; another server ends with status 75, with workers or without."""
     path = f"unix:{tmp_path / 'pool.sock'}"
     with serving("--workers", "2", "--listen", path, *AT_ONCE) as server:
         for address in (server.address, path):
             for workers in ("1", "2"):
                 rejected = command("--listen", address, "--workers", workers)
-                assert rejected.returncode == 2
+                assert rejected.returncode == 75
                 assert "expected a free address" in rejected.stderr.splitlines()[-1]
             with PoolClient(address) as client:
                 assert client.pool(SMALL, MaxPool2d(2)).shape == (2, 3, 8, 8)
 
 
 def test_workers_cannot_use_the_address_of_another_server(tmp_path: Path) -> None:
-    """Workers end with status 2 if a server of one process has the address, and that server keeps its sockets."""
+    """Workers end with status 75 if a server of one process has the address, and that server keeps its sockets."""
     path = f"unix:{tmp_path / 'pool.sock'}"
     with serving("--listen", path) as server:
         for address in (server.address, path):
             rejected = command("--listen", address, "--workers", "2")
-            assert (rejected.returncode, rejected.stderr.count("\n")) == (2, 1)
+            assert (rejected.returncode, rejected.stderr.count("\n")) == (75, 1)
             assert "expected a free address" in rejected.stderr
             with PoolClient(address) as client:
                 assert client.pool(LARGE, MaxPool2d(2)).shape == (2, 8, 64, 64)

@@ -75,7 +75,7 @@ def test_the_script_runs_to_its_end_without_a_gpu(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHON": sys.executable},
+        env={**os.environ, "PYTHON": sys.executable, "PYTEST_ADDOPTS": ""},
     )
     lines = done.stdout.splitlines()
     assert done.returncode == gpu.NO_DEVICE
