@@ -119,7 +119,7 @@ def test_bad_parameters_have_the_servers_message_at_their_field(explorer: Explor
         assert explorer.page.get_attribute("#stage", "data-stale") == ""
     explorer.page.fill("#layer-0-padding", "5")
     explorer.page.fill("#layer-0-kernel_size", "3")
-    explorer.wait_for_error("layer-0-padding", "expected at most half of kernel_size = 1, got 5")
+    explorer.wait_for_error("layer-0-padding", "expected less than the span of a window, 3, got 5")
     with explorer.next_run():
         explorer.page.fill("#layer-0-padding", "1")
     assert (
