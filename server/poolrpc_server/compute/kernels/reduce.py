@@ -13,15 +13,12 @@ from poolrpc.layers.reductions import Reduction, reduction_of
 from poolrpc_server.compute.kernels.blocks import TARGET_BYTES
 from poolrpc_server.compute.kernels.counts import divisor
 from poolrpc_server.compute.kernels.padded import divided, highest, lowest, sum_dtype
-from poolrpc_server.compute.kernels.windows import Sizes, Windows, reading_windows
+from poolrpc_server.compute.kernels.windows import Sizes, Windows, taps_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from poolrpc_server.compute.kernels.eager import Operator, Pooled
-
-Tap = tuple[tuple[slice, ...], tuple[slice, ...]]
-"""Where windows have one of their cells: the cells of the planes, and the windows."""
 
 
 class PlaneCells:
@@ -82,7 +79,7 @@ class SlidingCells:
         """Create the cells of windows over planes (planes, *plane), in the dtype of the arithmetic."""
         plane = tuple(x.shape[1:])
         self._x, self._shape = x, (x.shape[0], *result)
-        taps = _remembered_taps if prod(windows.kernel) <= REMEMBERED_CELLS else _taps
+        taps = _remembered_taps if prod(windows.kernel) <= REMEMBERED_CELLS else taps_of
         self._taps = taps(plane, windows, result)
         self._divisor = divisor(plane, windows, result, include_pad=include_pad)
         self.count: Any = divisor(plane, windows, result, include_pad=False)
@@ -136,28 +133,10 @@ class SlidingCells:
         return divided(self.sum(of, *values), some)
 
 
-def _taps(plane: Sizes, windows: Windows, result: Sizes) -> list[Tap]:
-    """Return where windows have each of their cells, in raster order, without cells that all have in the padding."""
-    taps = []
-    for cell in product(*map(range, windows.kernel)):
-        read, write = [slice(None)], [slice(None)]
-        for axis, position in enumerate(cell):
-            stride = windows.stride[axis]
-            offset = position * windows.dilation[axis] - windows.padding[axis]
-            first, last = reading_windows(offset, stride, plane[axis], result[axis])
-            if first >= last:
-                break
-            read.append(slice(first * stride + offset, (last - 1) * stride + offset + 1, stride))
-            write.append(slice(first, last))
-        else:
-            taps.append((tuple(read), tuple(write)))
-    return taps
-
-
 REMEMBERED_CELLS = 1024
 """The size of the largest windows whose taps are remembered."""
 
-_remembered_taps = lru_cache(maxsize=64)(_taps)
+_remembered_taps = lru_cache(maxsize=64)(taps_of)
 
 
 def arithmetic_dtype(reduction: Reduction, dtype: torch.dtype, device: str) -> torch.dtype:

@@ -5,7 +5,6 @@ of a small call. NumPy keeps the lock for a few cells. Alone and repeated, it ta
 """
 
 from collections.abc import Callable
-from itertools import product
 from math import prod
 
 import numpy as np
@@ -15,7 +14,7 @@ from poolrpc_server.compute.kernels.blocks import Cells
 from poolrpc_server.compute.kernels.cost import Case, Cost
 from poolrpc_server.compute.kernels.padded import lowest
 from poolrpc_server.compute.kernels.plan import Plan, Row
-from poolrpc_server.compute.kernels.windows import reading_windows
+from poolrpc_server.compute.kernels.windows import taps_of
 
 TINY_DTYPES = (torch.float32, torch.float64, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -29,20 +28,10 @@ def _bind(plan: Plan, x: torch.Tensor, out: torch.Tensor) -> Callable[[], None]:
 
     The views of both tensors' memory are created once.
     """
-    source, target, windows = x.numpy(), out.numpy(), plan.windows
-    taps = []
-    for cell in product(*map(range, windows.kernel)):
-        read, write = [slice(None)], [slice(None)]
-        for axis, position in enumerate(cell):
-            stride = windows.stride[axis]
-            offset = position * windows.dilation[axis] - windows.padding[axis]
-            first, last = reading_windows(offset, stride, x.shape[axis + 1], out.shape[axis + 1])
-            if first >= last:  # This cell is in the padding for every window.
-                break
-            read.append(slice(first * stride + offset, (last - 1) * stride + offset + 1, stride))
-            write.append(slice(first, last))
-        else:
-            taps.append((source[tuple(read)], target[tuple(write)]))
+    source, target = x.numpy(), out.numpy()
+    taps = [
+        (source[read], target[write]) for read, write in taps_of(tuple(x.shape[1:]), plan.windows, tuple(out.shape[1:]))
+    ]
     if len(taps) > 1 and all(written.size == target.size for _, written in taps):
         one, two, *rest = [read for read, _ in taps]
         fill, calls = None, [(one, two, target), *((read, target, target) for read in rest)]

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Self
 
 Sizes = tuple[int, ...]
+
+Tap = tuple[tuple[slice, ...], tuple[slice, ...]]
+"""Where windows have one of their cells: the cells of the planes, and the windows."""
 
 
 def reading_windows(offset: int, stride: int, size: int, count: int) -> tuple[int, int]:
@@ -74,3 +78,31 @@ class Windows:
             (count - 1) * s + (k - 1) * d + 1
             for count, k, s, d in zip(result, self.kernel, self.stride, self.dilation, strict=True)
         )
+
+
+def taps_of(plane: Sizes, windows: Windows, result: Sizes) -> list[Tap]:
+    """Return where windows have each of their cells, in raster order, without cells that all have in the padding.
+
+    Args:
+        plane: The shape of the input's planes.
+        windows: The windows.
+        result: The shape of the output's planes.
+
+    Returns:
+        For each cell, the input cells that windows have there, and the windows; both with all planes first.
+
+    """
+    taps = []
+    for cell in product(*map(range, windows.kernel)):
+        read, write = [slice(None)], [slice(None)]
+        for axis, position in enumerate(cell):
+            stride = windows.stride[axis]
+            offset = position * windows.dilation[axis] - windows.padding[axis]
+            first, last = reading_windows(offset, stride, plane[axis], result[axis])
+            if first >= last:
+                break
+            read.append(slice(first * stride + offset, (last - 1) * stride + offset + 1, stride))
+            write.append(slice(first, last))
+        else:
+            taps.append((tuple(read), tuple(write)))
+    return taps
