@@ -153,14 +153,45 @@ def _address_of(peer: str) -> str:
 class EndingContext(CallContext):
     """A call whose end no library reports: its transport calls `cancel`."""
 
-    def __init__(self, method: str, metadata: Sequence[tuple[str, str | bytes]] = ()) -> None:
+    def __init__(
+        self,
+        method: str,
+        metadata: Sequence[tuple[str, str | bytes]] = (),
+        peer: str = "",
+        timeout: float | None = None,
+    ) -> None:
+        """Make a context.
+
+        Args:
+            method: "/package.Service/Method".
+            metadata: The caller's metadata, as pairs.
+            peer: The caller, in gRPC's notation; empty if unknown.
+            timeout: Seconds until the deadline. None: no deadline.
+
+        """
         super().__init__(method, metadata)
         self._lock = threading.Lock()
         self._callbacks: list[Callable[[], None]] | None = []
+        self._peer = peer
+        self._deadline = None if timeout is None else monotonic() + timeout
+
+    @property
+    def peer(self) -> str:
+        """The caller, in gRPC's notation; empty if unknown."""
+        return self._peer
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the caller is gone, or the server has ended the call."""
+        return self._callbacks is None
+
+    def time_remaining(self) -> float | None:
+        """Return the seconds until the deadline; None for no deadline."""
+        return None if self._deadline is None else self._deadline - monotonic()
 
     def is_active(self) -> bool:
-        """Return whether the call has neither ended nor been cancelled."""
-        return self._callbacks is not None
+        """Return whether the call has neither ended nor been cancelled, and its deadline has not passed."""
+        return not self.cancelled and (self._deadline is None or monotonic() < self._deadline)
 
     def add_done_callback(self, callback: Callable[[], None]) -> bool:
         """Register a callback for the end of the call; return False if the call has ended already."""

@@ -108,16 +108,7 @@ class RayContext(EndingContext):
 
     def __init__(self, method: str, context: RayServegRPCContext) -> None:
         """Create the context of a call from Ray's own."""
-        super().__init__(method, tuple(context.invocation_metadata() or ()))
-        self._context = context
-
-    @property
-    def peer(self) -> str:
-        """Address of the caller in gRPC's notation, as the proxy knows it."""
-        return self._context.peer() or ""
-
-    def time_remaining(self) -> float | None:
-        """Return None: the deadline is Ray's."""
+        super().__init__(method, tuple(context.invocation_metadata() or ()), context.peer() or "")
 
 
 class _Message:

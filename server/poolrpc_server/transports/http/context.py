@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from time import monotonic, monotonic_ns
+from time import monotonic_ns
 from typing import TYPE_CHECKING
 
 from poolrpc._shapes.rules import clip
@@ -47,31 +47,9 @@ class HttpContext(EndingContext):
         ]
         if announced is not None:
             metadata.append((MESSAGE_BYTES_KEY, str(announced)))
-        super().__init__(method, metadata)
+        timeouts = [_seconds(value) for name, value in headers if name == TIMEOUT_HEADER]
+        super().__init__(method, metadata, peer, timeouts[-1] if timeouts else None)
         self.began = monotonic_ns()
-        self._deadline: float | None = None
-        for name, value in headers:
-            if name == TIMEOUT_HEADER:
-                self._deadline = monotonic() + _seconds(value)
-        self._peer = peer
-
-    @property
-    def peer(self) -> str:
-        """Address of the client in gRPC's notation."""
-        return self._peer
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether the client is gone, or the server has ended the call."""
-        return not super().is_active()
-
-    def time_remaining(self) -> float | None:
-        """Return the seconds until the deadline; None for no deadline."""
-        return None if self._deadline is None else self._deadline - monotonic()
-
-    def is_active(self) -> bool:
-        """Return whether the call has neither ended nor been cancelled, and its deadline has not passed."""
-        return super().is_active() and (self._deadline is None or monotonic() < self._deadline)
 
     def server_timing(self) -> str:
         """Return the time of each stage until now, as the header Server-Timing has it, in milliseconds.

@@ -59,27 +59,8 @@ class LocalContext(EndingContext):
     def __init__(self, received: ReceivedCall, peer: str) -> None:
         # The size that admission sees is that of the message, which is here already.
         pairs = [pair for pair in received.metadata if pair[0] != MESSAGE_BYTES_KEY]
-        super().__init__(received.method, (*pairs, (MESSAGE_BYTES_KEY, str(len(received.message)))))
-        self._deadline = None if received.timeout is None else monotonic() + received.timeout
-        self._peer = peer
-
-    @property
-    def peer(self) -> str:
-        """The client, by its process."""
-        return self._peer
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether the client is gone, or the server has ended the call."""
-        return not super().is_active()
-
-    def time_remaining(self) -> float | None:
-        """Return the seconds until the deadline; None for no deadline."""
-        return None if self._deadline is None else self._deadline - monotonic()
-
-    def is_active(self) -> bool:
-        """Return whether the call has neither ended nor been cancelled, and its deadline has not passed."""
-        return super().is_active() and (self._deadline is None or monotonic() < self._deadline)
+        pairs.append((MESSAGE_BYTES_KEY, str(len(received.message))))
+        super().__init__(received.method, pairs, peer, received.timeout)
 
 
 class Connection:
