@@ -6,6 +6,7 @@ Neither torch nor torchvision is imported.
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 from poolrpc.errors import InvalidArgumentError
@@ -36,7 +37,12 @@ class TorchModule(Protocol):
 
 def is_module(value: object) -> TypeGuard[TorchModule]:
     """Return whether a value is a torch.nn.Module, other than a ModuleList, which is a list of modules."""
-    classes = {(cls.__module__, cls.__name__) for cls in type(value).__mro__}
+    return _is_module_class(type(value))  # type: ignore[arg-type]  # a class is hashable: mypy reads object.__hash__
+
+
+@lru_cache(256)  # every call asks for the class of its layers
+def _is_module_class(cls: type) -> bool:
+    classes = {(each.__module__, each.__name__) for each in cls.__mro__}
     return ("torch.nn.modules.module", "Module") in classes and (CONTAINER, "ModuleList") not in classes
 
 

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 
@@ -118,7 +118,7 @@ def as_array(x: object, layout: Layout = "NHWC") -> Array:
             reason = str(error).partition("\n")[0]
             msg = f"expected a tensor that NumPy can represent, got {reason}"
             raise InvalidArgumentError(msg, field="input") from None
-    elif np.ma.is_masked(x):
+    elif _has_mask(x):
         raise _masked()
     swapped = x.dtype.byteorder == ">" or (x.dtype.byteorder == "=" and sys.byteorder == "big")
     return np.asarray(x, dtype=x.dtype.newbyteorder("<") if swapped else None, order="C")
@@ -243,6 +243,34 @@ def split_tensors(payload: Bytes, specs: Sequence[TensorSpec]) -> list[memoryvie
         raise InvalidArgumentError(msg, field="payload")
     view, ends = memoryview(payload), accumulate((spec.nbytes for spec in specs), initial=0)
     return [view[start:end] for start, end in pairwise(ends)]
+
+
+class TensorRange(NamedTuple):
+    """Where a tensor is in a payload, and how NumPy reads it.
+
+    Attributes:
+        dtype: The dtype.
+        shape: The shape.
+        numel: The number of elements.
+        start: The offset of the first byte.
+        end: The offset after the last byte.
+
+    """
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    numel: int
+    start: int
+    end: int
+
+
+def tensor_ranges(specs: Sequence[TensorSpec]) -> tuple[TensorRange, ...]:
+    """Return the ranges of tensors in a payload that has one after the other."""
+    ranges = pairwise(accumulate((spec.nbytes for spec in specs), initial=0))
+    return tuple(
+        TensorRange(numpy_dtype(spec.dtype), spec.shape, spec.numel, start, end)
+        for spec, (start, end) in zip(specs, ranges, strict=True)
+    )
 
 
 def align(offset: int) -> int:

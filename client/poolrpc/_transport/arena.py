@@ -15,7 +15,7 @@ from poolrpc._transport.steps import RunBlocking
 from poolrpc._transport.unary import announced, decode_response
 from poolrpc._wire import codec
 from poolrpc.errors import InvalidArgumentError, LimitExceededError, NotFoundError, UnavailableError, UnsupportedError
-from poolrpc.tensors import align, aligned_ranges, numpy_dtype
+from poolrpc.tensors import align, numpy_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -120,8 +120,8 @@ class ArenaCall:
             The call; None if no arena has room, or there is no output.
 
         """
-        bounds, size = aligned_ranges(transfer.prepared.request.specs)
-        _, output_size = aligned_ranges(transfer.prepared.outputs)
+        bounds, size = transfer.prepared.arena_inputs
+        _, output_size = transfer.prepared.arena_outputs
         if not output_size:
             return None
         found = arenas.find(transfer.arrays[0]) if len(transfer.every) == 1 else None
@@ -159,7 +159,7 @@ class ArenaCall:
         prepared = self._transfer.prepared
         if message != prepared.response_header:  # the usual encoding is recognised by its bytes
             decode_response(prepared, message)
-        bounds, _ = aligned_ranges(prepared.outputs)
+        bounds, _ = prepared.arena_outputs
         out = self._transfer.out or [None] * len(bounds)
         arrays = []
         for spec, (start, _), array in zip(prepared.outputs, bounds, out, strict=True):

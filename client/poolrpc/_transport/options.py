@@ -86,6 +86,8 @@ def call_metadata(own: tuple[Pair, ...], priority: object, metadata: object) -> 
         InvalidArgumentError: The priority or the metadata is not valid, or the metadata has a priority too.
 
     """
+    if priority is None and metadata == ():
+        return own
     added = () if metadata == () else pairs(metadata)
     keys = {key for key, _ in added}
     if priority is not None:

@@ -11,7 +11,7 @@ from poolrpc._shapes.rules import check_shape, clip
 from poolrpc._wire import codec, framing
 from poolrpc.chains import Chain, Outputs, Planes, Shape, spatial_dims
 from poolrpc.errors import InternalError, InvalidArgumentError
-from poolrpc.tensors import Array, Layout, TensorSpec, numpy_dtype
+from poolrpc.tensors import Array, Layout, TensorRange, TensorSpec, aligned_ranges, numpy_dtype, tensor_ranges
 from poolrpc.v1 import pool_pb2
 
 if TYPE_CHECKING:
@@ -70,6 +70,21 @@ class PreparedRequest:
     def output_nbytes(self) -> int:
         """The size of the outputs, in bytes."""
         return sum(spec.nbytes for spec in self.outputs)
+
+    @cached_property
+    def payload_ranges(self) -> tuple[TensorRange, ...]:
+        """The ranges of the output tensors in a response's payload."""
+        return tensor_ranges(self.outputs)
+
+    @cached_property
+    def arena_inputs(self) -> tuple[list[tuple[int, int]], int]:
+        """The (start, end) offsets of each input tensor in an arena, and the size of all of them."""
+        return aligned_ranges(self.request.specs)
+
+    @cached_property
+    def arena_outputs(self) -> tuple[list[tuple[int, int]], int]:
+        """The same for the output tensors."""
+        return aligned_ranges(self.outputs)
 
     @cached_property
     def spatial_dims(self) -> int:

@@ -16,7 +16,7 @@ from poolrpc._transport.steps import Send
 from poolrpc._wire import framing
 from poolrpc._wire.status import RAISE_HINT
 from poolrpc.errors import InternalError, LimitExceededError, UnavailableError
-from poolrpc.tensors import array_bytes, numpy_dtype
+from poolrpc.tensors import array_bytes
 from poolrpc.v1 import pool_pb2
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from poolrpc._transport.request import PreparedRequest, Transfer
     from poolrpc._transport.result import PoolResult, Progress
     from poolrpc._transport.steps import Steps
-    from poolrpc.tensors import Array, Bytes, TensorSpec
+    from poolrpc.tensors import Array, Bytes, TensorRange
 
 log = logging.getLogger("poolrpc")
 
@@ -93,7 +93,7 @@ def decode_message(
 
     """
     prepared = transfer.prepared
-    arrays = copy_tensors(prepared.outputs, decode_response(prepared, message), transfer.out)
+    arrays = copy_tensors(prepared.payload_ranges, decode_response(prepared, message), transfer.out)
     transfer.report_done(progress)
     return make_results(prepared.results, arrays, transport)
 
@@ -117,21 +117,18 @@ def decode_response(prepared: PreparedRequest, message: bytes) -> memoryview:
     return payload
 
 
-def copy_tensors(specs: Sequence[TensorSpec], payload: Bytes, out: Sequence[Array | None]) -> list[Array]:
+def copy_tensors(ranges: Sequence[TensorRange], payload: Bytes, out: Sequence[Array | None]) -> list[Array]:
     """Copy the tensors of a payload to the arrays of `out`, or to a new array if there is none or None.
 
     Raises:
-        InternalError: The payload has more or fewer bytes than the specs.
+        InternalError: The payload has more or fewer bytes than the tensors.
 
     """
-    expected = sum(spec.nbytes for spec in specs)
-    if len(payload) != expected:
-        raise InternalError(f"expected a payload of {expected} bytes, got {len(payload)}", reason="ANSWER")
-    arrays, offset = [], 0
-    for spec, array in zip(specs, out or repeat(None), strict=False):
-        dtype, shape, numel = numpy_dtype(spec.dtype), spec.shape, spec.numel
-        view = np.frombuffer(payload, dtype, numel, offset).reshape(shape) if numel else np.empty(shape, dtype)
-        offset += view.nbytes
+    if len(payload) != ranges[-1].end:
+        raise InternalError(f"expected a payload of {ranges[-1].end} bytes, got {len(payload)}", reason="ANSWER")
+    arrays = []
+    for (dtype, shape, numel, start, _), array in zip(ranges, out or repeat(None), strict=False):
+        view = np.frombuffer(payload, dtype, numel, start).reshape(shape) if numel else np.empty(shape, dtype)
         if array is None:
             arrays.append(view.copy())
         else:

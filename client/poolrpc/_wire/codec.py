@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate, islice, repeat
 from typing import TYPE_CHECKING
@@ -451,6 +451,21 @@ def encode_info(info: ServerInfo) -> pool_pb2.GetServerInfoResponse:
 
 def decode_info(message: pool_pb2.GetServerInfoResponse) -> ServerInfo:
     """Return a server's description, without dtypes that this client doesn't know."""
+    info = _decode_info(message.SerializeToString())
+    # The caller may change the dicts.
+    return replace(
+        info,
+        layers=info.layers.copy(),
+        limits=info.limits.copy(),
+        features=info.features.copy(),
+        operands=info.operands.copy(),
+    )
+
+
+@lru_cache(16)
+def _decode_info(data: bytes) -> ServerInfo:
+    # Cached, since a server always says the same, and reading its message takes as long as a call on one machine.
+    message = pool_pb2.GetServerInfoResponse.FromString(data)
     return ServerInfo(
         version=message.version,
         torch_version=message.torch_version,

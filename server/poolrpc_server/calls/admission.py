@@ -137,7 +137,8 @@ class Ticket:
 
     def identify(self, caller: str) -> None:
         """Set the caller; raises as `enter` does if its share of a limit is reached."""
-        self._admission.identify(self, caller)
+        if caller != self.caller:
+            self._admission.identify(self, caller)
 
     def reserve(self, nbytes: int, wait: float = 0.0) -> None:
         """Reserve further bytes.
@@ -202,7 +203,8 @@ class Ticket:
 
     def release(self) -> None:
         """Return everything, because the call has ended; a second time does nothing."""
-        self._admission.release(self)
+        if not self.released:
+            self._admission.release(self)
         # It refers to the call, which has this ticket: gRPC would keep both, and the stream, until Python's garbage
         # collection finds the cycle.
         self._end = _no_end

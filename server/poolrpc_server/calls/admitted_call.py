@@ -133,9 +133,10 @@ class AdmittedCall:
         else:
             if not self._call.is_active():
                 self._abandon("send")
-            # The answer, and gRPC's copy of it, until the caller has read them.
-            self._call.ticket.shrink(ANSWER_COPIES * len(answer))
-            self._call.ticket.wait(self._patience.for_bytes(len(answer)), len(answer))
+            if self._call.arrived is None:
+                # The answer, and gRPC's copy of it, until the caller has read them.
+                self._call.ticket.shrink(ANSWER_COPIES * len(answer))
+                self._call.ticket.wait(self._patience.for_bytes(len(answer)), len(answer))
             return answer
         finally:
             self._end()
@@ -168,16 +169,12 @@ class AdmittedCall:
 
     def _receive(self, messages: Iterator[bytes]) -> bytes:
         """Return the message of a unary call, whose bytes are counted until the call has ended."""
-        call, ticket, patience = self._call, self._call.ticket, self._patience
+        call, ticket = self._call, self._call.ticket
         ticket.identify(call.caller)
-        if not self.method.computes:
-            ticket.wait(patience.seconds, patience=CONTROL_STALLED_SECONDS)
-        elif self._announced:
-            ticket.reserve(MESSAGE_COPIES * self._announced, wait=ROOM_SECONDS)
-            ticket.wait(patience.for_bytes(self._announced), self._announced)
-        else:
-            ticket.reserve_unknown(MESSAGE_COPIES * min(patience.max_message_bytes, UNKNOWN_BYTES))
-            ticket.wait(patience.seconds)
+        if call.arrived is None:
+            self._wait_for_message()
+        elif self.method.computes:
+            ticket.reserve(call.arrived, wait=ROOM_SECONDS)
         message = self._next(messages)
         ticket.proceed()
         if message is None:
@@ -192,6 +189,18 @@ class AdmittedCall:
             self._observers.metrics.received((arrived - call.record.started) / 1e9)
         call.record.started = arrived
         return message
+
+    def _wait_for_message(self) -> None:
+        """Make room for the message of a unary call, and note that the call waits for it."""
+        ticket, patience = self._call.ticket, self._patience
+        if not self.method.computes:
+            ticket.wait(patience.seconds, patience=CONTROL_STALLED_SECONDS)
+        elif self._announced:
+            ticket.reserve(MESSAGE_COPIES * self._announced, wait=ROOM_SECONDS)
+            ticket.wait(patience.for_bytes(self._announced), self._announced)
+        else:
+            ticket.reserve_unknown(MESSAGE_COPIES * min(patience.max_message_bytes, UNKNOWN_BYTES))
+            ticket.wait(patience.seconds)
 
     def _measured(self, messages: Iterator[bytes]) -> Iterator[bytes]:
         """Yield the messages of a stream."""
@@ -296,4 +305,4 @@ def _cut(message: str) -> str:
 
 
 def _milliseconds(nanoseconds: int) -> float:
-    return round(nanoseconds / 1e6, 3)
+    return nanoseconds // 1000 / 1000  # to a microsecond; round() takes three times as long

@@ -167,8 +167,8 @@ class Batcher(Generic[J]):
 
     def _start_batches(self) -> None:
         """Assign free slots to batches, and wake the leaders."""
-        now = time.monotonic()
         while self._free_slots and (batch := self._queue.next_batch()):
+            now = time.monotonic()
             self._free_slots -= 1
             for pending in batch[1:]:
                 pending.state = State.FOLLOWER

@@ -65,11 +65,14 @@ class CallContext(ABC):
         token: Name of the token that the call presented; empty without tokens.
         urgent: Whether the call may have priority 0.
         transport: Name of the transport, for the metrics.
+        arrived: Size of the message in bytes, if all of it is here before the call is admitted. Such a call never waits
+            for its caller, neither for its message nor until its answer is read. None: the message is yet to come.
 
     """
 
     ticket: Ticket
     transport = "grpc"
+    arrived: int | None = None
 
     def __init__(self, method: str, metadata: Sequence[tuple[str, str | bytes]] = ()) -> None:
         self.method = method

@@ -107,10 +107,14 @@ class CallPipeline:
             if method is other:
                 return None
             call.record.streaming = method.stream is not None
+            if call.arrived is not None:
+                call.ticket.caller = call.caller  # at once; another transport may take long to say who it is
             if self._stopped:
                 raise UnavailableError("the server is stopping; try again", reason="STOPPING")
             if method.computes:
                 priority, announced = _call_options(call.metadata)
+                if call.arrived is not None:
+                    announced = call.arrived
                 call.set_priority(priority)
                 self._admit(call, announced)
             else:

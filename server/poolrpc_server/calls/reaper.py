@@ -98,6 +98,9 @@ class Reaper:
                         self._trims_at = 0.0
                         self._return_memory()
                         self._admission.set_excess(self._excess(self._resident()))
+                    # A call is often over before this thread runs: what woke it counts, not whether it finds the call.
+                    self._busy.wait()
+                    last = monotonic()
                     continue
                 self._busy.set()
             pause.wait(interval)

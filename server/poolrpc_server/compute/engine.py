@@ -225,7 +225,7 @@ class Engine:
         if not hasattr(self._local, "prepared"):
             _prepare_thread()
             self._local.prepared = True
-        planes = sum(run.schedule.planes for run in runs)
+        planes = sum([run.schedule.planes for run in runs])
         for run in runs:
             if run.times is not None:
                 run.times.compute_started(len(runs), planes)
@@ -258,13 +258,19 @@ class Engine:
             return run.finish(Workspace(schedule, run.inputs, outputs).run(self._parallel_for, run.check))
 
     def _execute_in_workspace(self, run: Run) -> Any:  # noqa: ANN401 - what the run's finish returns
-        with self._borrow_workspace(run.schedule) as workspace:
+        workspace = self._workspaces.take(run.schedule)
+        try:
             for buffer, data in zip(workspace.inputs, run.inputs, strict=True):
                 buffer[:] = data
             outputs = workspace.run(self._parallel_for, run.check)
             for given, computed in zip(run.outputs or (), outputs, strict=False):
                 given[:] = computed
-            return run.finish(outputs)
+            result = run.finish(outputs)
+        except BaseException:  # It may be in any state after a failure.
+            self._workspaces.discard(workspace)
+            raise
+        self._workspaces.put(workspace)
+        return result
 
     def _is_overlapped(self, schedule: Schedule) -> bool:
         return self.backend.overlapped and schedule.device == self.device

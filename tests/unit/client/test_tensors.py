@@ -11,7 +11,16 @@ from PIL import Image as PillowImage
 
 from poolrpc import InvalidArgumentError, PoolError, UnsupportedError
 from poolrpc._transport.unary import copy_tensors
-from poolrpc.tensors import ITEM_BYTES, TensorSpec, array_bytes, as_array, numpy_dtype, spec_of, split_tensors
+from poolrpc.tensors import (
+    ITEM_BYTES,
+    TensorSpec,
+    array_bytes,
+    as_array,
+    numpy_dtype,
+    spec_of,
+    split_tensors,
+    tensor_ranges,
+)
 
 VALUES = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
 
@@ -345,7 +354,7 @@ ARRAYS = st.sampled_from(list(ITEM_BYTES)).flatmap(
 
 def decoded(spec, data):
     """Return the only tensor in a response's payload."""
-    (array,) = copy_tensors([spec], data, ())
+    (array,) = copy_tensors(tensor_ranges([spec]), data, ())
     return array
 
 

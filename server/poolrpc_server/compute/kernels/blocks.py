@@ -120,16 +120,18 @@ class Program:
         """Make every call on every block; it may be run any number of times.
 
         Args:
-            check: Called before each layer of each block; what it raises ends the run. None: nothing is called.
+            check: Called between layers and blocks; what it raises ends the run. None: nothing is called.
 
         """
         first, *layers = self._layers
+        begun = False
         for number in range(self.full + (self.tail > 0)):
             for call in first:
                 call(number)
             for calls in layers:
-                if check is not None:
+                if begun and check is not None:
                     check()
+                begun = True
                 for call in calls:
                     call(number)
 

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 
 from poolrpc._shapes.rules import clip
 from poolrpc._wire.arena_packets import peer_pid
-from poolrpc._wire.framing import MESSAGE_BYTES_KEY
 from poolrpc._wire.local_packets import MAX_PACKET_BYTES, decode_call, encode_answer, encode_failure
 from poolrpc._wire.status import DETAILS_KEY, encode_error
 from poolrpc.errors import InvalidArgumentError, LimitExceededError, UnavailableError, UnsupportedError
@@ -57,10 +56,8 @@ class LocalContext(EndingContext):
     transport = "local"
 
     def __init__(self, received: ReceivedCall, peer: str) -> None:
-        # The size that admission sees is that of the message, which is here already.
-        pairs = [pair for pair in received.metadata if pair[0] != MESSAGE_BYTES_KEY]
-        pairs.append((MESSAGE_BYTES_KEY, str(len(received.message))))
-        super().__init__(received.method, pairs, peer, received.timeout)
+        super().__init__(received.method, received.metadata, peer, received.timeout)
+        self.arrived = len(received.message)
 
 
 class Connection:
@@ -290,10 +287,11 @@ class LocalCalls:
 
 def _send(connection: Connection, parts: Iterable[bytes]) -> bool:
     # A client that has read the last answer has room for this one. No other is waited for.
-    with suppress(OSError):
+    try:
         connection.socket.sendmsg(parts)
-        return True
-    return False
+    except OSError:
+        return False
+    return True
 
 
 def _cancel_if_gone(connection: Connection) -> None:

@@ -2,7 +2,7 @@
 
 Times are CPU times of this thread, compared with those of a max pooling that is computed alternately, so that neither
 the machine's speed nor what else it does counts. What counts is the processor: with other vector instructions, some
-layers are faster beside that max pooling, so an estimate may be further above the time than below it.
+layers are faster compared with that max pooling, so an estimate may be further above the time than below it.
 """
 
 import time

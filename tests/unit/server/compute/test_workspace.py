@@ -240,7 +240,7 @@ def test_threads_do_not_share_a_workspace():
             value = np.float32(100 * thread + number)
             run = engine.run(made, np.full(spec.shape, value).tobytes(), lambda outputs: bytes(outputs[0]))
             if number % 5 == 4:
-                calls = iter([None])
+                calls = iter([])
                 run.check = lambda calls=calls: next(calls)  # ends the execution between the two layers
                 with pytest.raises(StopIteration):
                     engine.execute([run])
