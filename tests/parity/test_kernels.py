@@ -105,7 +105,7 @@ def test_every_row_is_drawn_for() -> None:
     drawn = {"global_pool, max", *(each.family for each in p.STEPS.values())}
     drawn |= {p.LAYERS[f"{name}2d"].family for name in DRAWS if name != "steps"}
     drawn |= {"pool, min", "pool, sum"}
-    drawn |= {"rounded_average"}  # four steps, which test_rounded_average.py compares
+    drawn |= {"integer_average"}  # several steps, which test_integer_average.py compares
     assert {operation for row in TABLE for operation in row.operations} <= drawn
 
 

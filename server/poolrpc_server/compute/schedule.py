@@ -15,7 +15,7 @@ from poolrpc_server.compute.box_branch import BoxBranch
 from poolrpc_server.compute.branch import Branch
 from poolrpc_server.compute.kernels import plan_for
 from poolrpc_server.compute.kernels.eager import INDEX_BYTES, depends_on_size
-from poolrpc_server.compute.kernels.rounded_average import fuse
+from poolrpc_server.compute.kernels.integer_average import fuse
 from poolrpc_server.compute.planes import block_of, steps
 from poolrpc_server.compute.with_operand import WHOLE_OPERANDS, WithOperand
 

@@ -4,10 +4,11 @@ import sys
 from collections.abc import Callable, Sequence
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from poolrpc.tensors import ALIGNMENT
+from poolrpc.tensors import ALIGNMENT, Array
 from poolrpc_server.compute.kernels.windows import Windows
 
 VIEW_BYTES = 640
@@ -151,6 +152,20 @@ class Cells:
             return list(view.unsafe_split(program.step)) if program.full + program.tail > 1 else [view]
         views = [view] * program.full
         return [*views, view[: program.tail]] if program.tail else views
+
+    def arrays(self, dtype: torch.dtype) -> list[Array]:
+        """Return each block as an array of NumPy, of another dtype; a view costs less than one of torch.
+
+        Args:
+            dtype: A dtype in which the last axis has a whole number of cells.
+
+        """
+        program = self.program
+        view = self.tensor.numpy().view(np.dtype(str(dtype).removeprefix("torch.")))
+        step, starts = program.step, range(program.full + (program.tail > 0))
+        if not self.reused:
+            return [view[step * i : step * (i + 1)] for i in starts]
+        return [*[view] * program.full, *[view[: program.tail]] * (program.tail > 0)]
 
     def runs(self, start: int, extra: int) -> list[Tensor]:
         """Return each block as one run of memory, from its cell `start` to `extra` cells (or fewer than 0) after it."""

@@ -9,12 +9,12 @@ from poolrpc.layers import Layer
 from poolrpc_server.compute.kernels.adaptive_average import ADAPTIVE_AVERAGE
 from poolrpc_server.compute.kernels.adaptive_max import ADAPTIVE_MAX, GLOBAL_MAX
 from poolrpc_server.compute.kernels.element_wise import ELEMENT_WISE
+from poolrpc_server.compute.kernels.integer_average import INTEGER_AVERAGE, IntegerAverage
 from poolrpc_server.compute.kernels.mirrored_max import mirrored
 from poolrpc_server.compute.kernels.packed_max import PACKED_MAX
 from poolrpc_server.compute.kernels.plan import Plan
 from poolrpc_server.compute.kernels.power_average import POWER_AVERAGE
 from poolrpc_server.compute.kernels.raster_average import RASTER_AVERAGE
-from poolrpc_server.compute.kernels.rounded_average import ROUNDED_AVERAGE, RoundedAverage
 from poolrpc_server.compute.kernels.separable_max import SEPARABLE_MAX
 from poolrpc_server.compute.kernels.tiny_max import TINY_MAX
 from poolrpc_server.compute.kernels.unsigned_max import unsigned
@@ -38,7 +38,7 @@ TABLE = (
     unsigned(PACKED_MAX),
     mirrored(SEPARABLE_MAX),
     ELEMENT_WISE,
-    ROUNDED_AVERAGE,
+    INTEGER_AVERAGE,
 )
 """Every kernel, in the order in which they are tried: the first that fits and pays is used, or else torch's operators.
 
@@ -49,7 +49,7 @@ the speed.
 
 @lru_cache(maxsize=PLANS)
 def plan_for(
-    layer: Layer | RoundedAverage | WithOperand, dtype: torch.dtype, plane: Sizes, channels: int | None, device: str
+    layer: Layer | IntegerAverage | WithOperand, dtype: torch.dtype, plane: Sizes, channels: int | None, device: str
 ) -> Plan:
     """Return the plan of a layer; it is made once.
 
