@@ -35,6 +35,7 @@ from scripts.server_process import serving
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from poolrpc._transport.options import Transport
     from tests.integration.conftest import Gate
 
 X = np.random.default_rng(7).standard_normal((2, 3, 8, 10), np.float32)
@@ -385,23 +386,24 @@ def test_a_call_whose_deadline_passed_is_not_computed(gate: Gate) -> None:
     assert gate.computed == 1
 
 
-def test_bytes_in_flight_are_bounded(gate: Gate) -> None:
+# Room for either call alone, with its header; by gRPC, its message is counted twice while it is received.
+@pytest.mark.parametrize(("transport", "limit"), [("unary", 9 * X.nbytes // 2), ("local", 3 * X.nbytes + 64)])
+def test_bytes_in_flight_are_bounded(gate: Gate, transport: Transport, limit: int) -> None:
     """Over the limit a call is UNAVAILABLE with a retry delay, and is answered later."""
-    limit = 9 * X.nbytes // 2  # room for either call alone, whose message is counted twice while it is received
     with (
         poolrpc_server.embedded(max_inflight_bytes=limit) as retrying,
         PoolClient(retrying.address, options={"grpc.enable_retries": 0}) as once,
         ThreadPoolExecutor(2) as threads,
     ):
-        first = threads.submit(once.pool, X, GlobalPool2d("max"))
+        first = threads.submit(once.pool, X, GlobalPool2d("max"), transport=transport)
         assert gate.entered.wait(60)
         with pytest.raises(poolrpc.UnavailableError) as caught:
-            once.pool(np.concatenate([X, X]), MaxPool2d(2))
+            once.pool(np.concatenate([X, X]), MaxPool2d(2), transport=transport)
         assert caught.value.reason == "IN_FLIGHT_BYTES"
         assert caught.value.metadata["limit"] == str(limit)
         assert caught.value.retry_delay > 0
         assert once.server_info().threads
-        second = threads.submit(retrying.pool, np.concatenate([X, X]), MaxPool2d(2))
+        second = threads.submit(retrying.pool, np.concatenate([X, X]), MaxPool2d(2), transport=transport)
         gate.opened.set()
         assert first.result().shape == (2, 3, 1, 1)
         assert second.result().shape == (4, 3, 4, 5)
