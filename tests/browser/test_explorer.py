@@ -205,7 +205,7 @@ def test_every_layer_of_the_server(explorer: Explorer) -> None:
     """Every layer that the server describes can be chosen, and works with the values that it begins with."""
     names = explorer.page.eval_on_selector_all("#layer-0-name option", "options => options.map(each => each.value)")
     described = send(explorer.page.url.partition("://")[2].rstrip("/"), "/v1/info").json["layers"]
-    assert sorted(names) == sorted(each["name"] for each in described if not each["operands"])
+    assert sorted(names) == sorted(each["name"] for each in described)
     steps = {each["name"] for each in described if not each["spatial_dims"]}
     for name in names:
         if name in steps:
@@ -213,8 +213,123 @@ def test_every_layer_of_the_server(explorer: Explorer) -> None:
         with explorer.next_run():
             explorer.page.select_option("#layer-0-name", name)
         assert explorer.page.inner_text("#stage-title").startswith(f"{name}(")
-        assert explorer.page.locator("#out td").count() > 0
+        assert explorer.page.locator("#out td, #out canvas").count() > 0
         assert explorer.page.locator("#controls .error:not(:empty)").count() == 0
+
+
+def test_branches_are_shown_side_by_side(explorer: Explorer) -> None:
+    """Further layers on the same input are typed, a chain on each line; each has its shapes and its output."""
+    page = explorer.page
+    assert page.is_hidden("#branches-card")
+    with explorer.next_run():
+        page.fill("#branches", "AvgPool2d(2)\n[MaxPool2d(2), AvgPool2d(2)]\n")
+    assert page.locator("#branch-boards b").all_inner_texts() == [
+        "MaxPool2d(2)",
+        "AvgPool2d(2)",
+        "[MaxPool2d(2), AvgPool2d(2)]",
+    ]
+    assert page.locator("#branch-boards small").all_inner_texts() == [
+        "(2, 2) float32",
+        "(2, 2) float32",
+        "(2, 2) \u2192 (1, 1) float32",
+    ]
+    assert page.locator("#branch-boards td").all_inner_texts() == [
+        "6",
+        "8",
+        "9",
+        "3",
+        "3.75",
+        "5.25",
+        "5.5",
+        "1.5",
+        "6.5",
+    ]
+    tops = {page.locator("#branch-boards figure").nth(i).bounding_box()["y"] for i in range(3)}  # type: ignore[index]
+    assert len(tops) == 1
+    page.fill("#branches", "AvgPool2d(2)\nMaxPool2d(0)")
+    explorer.wait_for_error("branches", "branches[1]: ")
+    page.fill("#branches", "MaxPool2d(9)")
+    explorer.wait_for_error("branches", "branches[0][0].kernel_size: expected an effective kernel of at most")
+    assert page.get_attribute("#branches", "aria-invalid") == "true"
+    with explorer.next_run():
+        page.fill("#branches", "")
+    assert page.is_hidden("#branches-card")
+
+
+@pytest.mark.parametrize(
+    ("layer", "operand", "window", "how"),
+    [
+        ("MaxUnpool2d", "indices", ["0 0 1"], "row 0, column 1: 3"),
+        (
+            "GlobalPool2d",
+            "weights",
+            [f"0 {y} {x}" for y in range(4) for x in range(4)],
+            "rows 0 to 3, columns 0 to 3: 8",
+        ),
+        ("SegmentPool", "offsets", ["0 0 0", "0 0 1", "0 0 2", "0 0 3"], "columns 0 to 3: 12"),
+        ("RoIAlign", "boxes", ["0 0 0", "0 0 1", "0 1 0", "0 1 1"], "box 0, rows 0 to 1, columns 0 to 1: 2.438"),
+    ],
+)
+def test_a_second_tensor(explorer: Explorer, layer: str, operand: str, window: list[str], how: str) -> None:
+    """A layer that takes one has a field for it, with an example; the part of the input that counts is marked."""
+    page = explorer.page
+    with explorer.next_run():
+        page.select_option("#layer-0-name", layer)
+    field = f"#layer-0-{operand}"
+    if layer == "GlobalPool2d":  # which can do without
+        assert page.input_value(field) == ""
+        with explorer.next_run():
+            page.fill(field, page.get_attribute(field, "placeholder") or "")
+    json.loads(page.input_value(field))
+    explorer.step_to({"MaxUnpool2d": 11}.get(layer, 0))
+    assert page.inner_text("#how") == how
+    assert explorer.window("in") == window
+    page.fill(field, "[[7")
+    explorer.wait_for_error(f"layer-0-{operand}", "expected a nested list of numbers")
+    assert page.get_attribute(field, "aria-invalid") == "true"
+    page.fill(field, "[[[[[0]]]]]")
+    explorer.wait_for_error(f"layer-0-{operand}", "expected ")
+    if layer != "GlobalPool2d":
+        with explorer.next_run():
+            page.fill(field, "")
+            page.locator(field).blur()
+        json.loads(page.input_value(field))
+
+
+def test_the_same_call_with_branches_and_a_second_tensor(explorer: Explorer, tmp_path: Path) -> None:
+    """The Python program and the call of curl have the branches and the operand that they share."""
+    page = explorer.page
+    with explorer.next_run():
+        page.select_option("#layer-0-name", "GlobalPool2d")
+    with explorer.next_run():
+        page.fill("#layer-0-weights", "[[0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]")
+    with explorer.next_run():
+        page.fill("#branches", "GlobalPool2d('mean')")
+    assert page.locator("#branch-boards td").all_inner_texts() == ["4", "1.75"]
+    (tmp_path / "call.py").write_text(page.inner_text("#code"))
+    assert _run(sys.executable, str(tmp_path / "call.py")).split() == [
+        "[[[4.]]]",
+        "(1,",
+        "1,",
+        "1)",
+        "[[[1.75]]]",
+        "(1,",
+        "1,",
+        "1)",
+    ]
+    page.click("#tab-json")
+    body = page.inner_text("#code").partition("-d '")[2].rstrip("'").replace("""'"'"'""", "'")
+    answer = send(page.url.partition("://")[2].rstrip("/"), "/v1/pool", body).json
+    assert [answer["output"], answer["branches"][0]["output"]] == [[[4]], [[1.75]]]
+    page.click("#tab-command")
+    (tmp_path / "save.py").write_text(
+        "import numpy as np\n"
+        + "\n".join((tmp_path / "call.py").read_text().split("\n")[3:5])
+        + "\nnp.savez('input.npz', x=x, weights=weights)\n"
+    )
+    lines = page.inner_text("#code").replace("poolrpc ", f"{sys.executable} -m poolrpc ")
+    printed = _run("bash", "-c", f"cd {tmp_path} && {sys.executable} save.py && {lines.partition(chr(10))[2]}")
+    assert "GlobalPool2d('mean')" in printed
 
 
 def picture(width: int, height: int) -> bytes:
@@ -346,6 +461,11 @@ def test_nothing_serious_for_axe(opened: Opened, scheme: str, width: int) -> Non
         page.fill("#layer-0-padding", "9")
         explorer.wait_for_error("layer-0-padding", "expected")
         found += _violations(explorer)
+        with explorer.next_run():
+            page.select_option("#layer-0-name", "RoIAlign")
+        with explorer.next_run():
+            page.fill("#branches", "AvgPool2d(2)\nMaxPool2d(32)")
+        found += _violations(explorer)
     assert found == []
 
 
@@ -379,6 +499,13 @@ def test_nothing_overflows_a_phone(opened: Opened) -> None:
                 with explorer.next_run():
                     explorer.page.select_option("#source", source)
             assert explorer.page.evaluate("document.documentElement.scrollWidth") <= 360, source
+            with explorer.next_run():
+                explorer.page.fill(
+                    "#branches", f"AvgPool{1 if source == 'signal' else 3 if source == 'volume' else 2}d(1)"
+                )
+            assert explorer.page.evaluate("document.documentElement.scrollWidth") <= 360, source
+            with explorer.next_run():
+                explorer.page.fill("#branches", "")
 
 
 def test_a_server_that_starts_again(opened: Opened) -> None:

@@ -161,6 +161,34 @@ def test_operands_of_other_shapes(server: Server) -> None:
     assert pool(server, "SegmentPool('max')", [[[1, 5]]]).error["fields"][0]["field"] == "offsets"
 
 
+def test_boxes_of_a_plane(server: Server) -> None:
+    """The output for a plane has no channel either, but an axis for the boxes."""
+    boxes = [[0, 0, 0, 1, 1], [0, 2, 2, 3, 3]]
+    answer = pool(server, "RoIPool((1, 2))", PLANE, boxes=boxes, steps=True).json
+    assert answer["shape"] == answer["shapes"][0] == answer["steps"][0]["shape"] == [2, 1, 2]
+    assert answer["output"] == [[[5, 6]], [[3, 2]]]
+
+
+def test_branches_have_an_answer_each(server: Server) -> None:
+    """Further chains on the same input are answered after the first, each with its steps, and share the operand."""
+    branches = [["MaxPool2d(2)", {"name": "AvgPool2d", "kernel_size": 2}], "MaxPool2d(4, return_indices=True)"]
+    answer = pool(server, "GlobalPool2d('mean')", PLANE, branches=branches, weights=[[1] * 4, *[[0] * 4] * 3]).json
+    first, second = answer.pop("branches")
+    assert (answer["layer"], answer["output"]) == ("GlobalPool2d('mean')", [[2.5]])
+    assert (first["layer"], first["shapes"], first["output"]) == (
+        "[MaxPool2d(2), AvgPool2d(2)]",
+        [[2, 2], [1, 1]],
+        [[6.5]],
+    )
+    assert (second["output"], second["indices"]) == ([[9]], [[12]])
+    steps = pool(server, "MaxPool2d(4)", PLANE, branches=branches, steps=True).json
+    assert [[each["output"] for each in branch["steps"]] for branch in (steps, *steps["branches"])] == [
+        [[[9]]],
+        [[[6, 8], [9, 3]], [[6.5]]],
+        [[[9]]],
+    ]
+
+
 def test_bfloat16_is_base64(server: Server) -> None:
     """bfloat16 has no numbers in JSON's lists, but passes as bits."""
     x = {"data": base64.b64encode(b"\x80\x3f\x00\x40").decode(), "shape": [1, 2], "dtype": "bfloat16"}
@@ -205,7 +233,7 @@ def test_the_description_has_every_layer(server: Server) -> None:
     }
     assert [each["name"] for each in info["layers"]] == [*LAYERS, *STEPS]
     for layer in info["layers"]:
-        if layer["operands"]:
+        if layer["operand"] and not layer["operand_optional"]:
             continue
         dims = layer["spatial_dims"] or 2
         chain = [{"name": layer["name"], **layer["example"]}]

@@ -221,6 +221,36 @@ INVALID: dict[str, tuple[object, str]] = {
     "an expression that does not parse": ({"layer": "MaxPool2d(2", "input": PLANE}, "layer"),
     "an expression of Python": ({"layer": "__import__('os').abort()", "input": PLANE}, "layer"),
     "branches": ({"layer": "[[MaxPool2d(2)], [AvgPool2d(2)]]", "input": PLANE}, "layer"),
+    "branches that are not a list": ({"layer": "MaxPool2d(2)", "branches": "MaxPool2d(2)", "input": PLANE}, "branches"),
+    "a branch that is not a layer": (
+        {"layer": "MaxPool2d(2)", "branches": ["Round()", 1], "input": PLANE},
+        "branches[1]",
+    ),
+    "an empty branch": ({"layer": "MaxPool2d(2)", "branches": [[]], "input": PLANE}, "branches[0]"),
+    "a parameter of a branch": (
+        {"layer": "MaxPool2d(2)", "branches": [["Round()", {"name": "MaxPool2d", "kernel_size": 0}]], "input": PLANE},
+        "branches[0][1].kernel_size",
+    ),
+    "a branch that does not fit the input": (
+        {"layer": "MaxPool2d(2)", "branches": ["MaxPool2d(2)", "[MaxPool2d(2), MaxPool2d(3)]"], "input": PLANE},
+        "branches[1][1].kernel_size",
+    ),
+    "a branch of other dims": (
+        {"layer": "MaxPool2d(2)", "branches": ["MaxPool1d(2)"], "input": PLANE},
+        "branches[0][0]",
+    ),
+    "branches with different operands": (
+        {"layer": "MaxUnpool2d(2)", "branches": ["RoIPool(1)"], "input": PLANE, "indices": PLANE},
+        "branches",
+    ),
+    "an operand that no layer takes": ({"layer": "MaxPool2d(2)", "input": PLANE, "weights": PLANE}, "weights"),
+    "weights of -1": ({"layer": "GlobalPool2d('mean')", "input": [[1, 2]], "weights": [[1, -1]]}, "weights"),
+    "weights of another shape": ({"layer": "GlobalPool2d('mean')", "input": [[1, 2]], "weights": [1]}, "weights.shape"),
+    "offsets that descend": ({"layer": "SegmentPool('max')", "input": [1, 2, 3], "offsets": [0, 2, 1]}, "offsets"),
+    "offsets over the end": ({"layer": "SegmentPool('max')", "input": [1, 2, 3], "offsets": [0, 4]}, "offsets"),
+    "a box of another image": ({"layer": "RoIPool(1)", "input": PLANE, "boxes": [[1, 0, 0, 1, 1]]}, "boxes"),
+    "a box that is not finite": ({"layer": "RoIAlign(1)", "input": PLANE, "boxes": [[0, 0, 0, 1, "NaN"]]}, "boxes"),
+    "boxes of four numbers": ({"layer": "RoIPool(1)", "input": PLANE, "boxes": [[0, 0, 1, 1]]}, "boxes.shape"),
     "no layer": ({"input": PLANE}, "layer"),
     "a layer of null": ({"layer": None, "input": PLANE}, "layer"),
     "an empty chain": ({"layer": [], "input": PLANE}, "layer"),
@@ -298,6 +328,11 @@ LIMITED: dict[str, tuple[object, str]] = {
     "a chain of 65 layers": ({"layer": ["MaxPool2d(1)"] * 65, "input": PLANE}, "TOO_MANY_LAYERS"),
     "a chain of 65 layers in two": (
         {"layer": [f"[{', '.join(['MaxPool2d(1)'] * 40)}]"] * 2, "input": PLANE},
+        "TOO_MANY_LAYERS",
+    ),
+    "64 branches": ({"layer": "MaxPool2d(1)", "branches": ["MaxPool2d(1)"] * 64, "input": PLANE}, "TOO_MANY_LAYERS"),
+    "a branch of 65 layers": (
+        {"layer": "MaxPool2d(1)", "branches": [["MaxPool2d(1)"] * 65], "input": PLANE},
         "TOO_MANY_LAYERS",
     ),
     "lists of a million numbers": ({"layer": "MaxPool2d(2)", "input": [[1] * 1000] * 1000}, "JSON_ELEMENTS"),

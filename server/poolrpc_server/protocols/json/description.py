@@ -32,8 +32,8 @@ NAMED = {"dtype": FLOATS + INTEGERS}
 def describe_layers() -> list[dict[str, Any]]:
     """Return the description of every layer and element-wise step.
 
-    Each has its name, family, number of spatial axes (0 for a step), dtypes, what it takes in addition to its input,
-    the first line of its docstring, its parameters, and values of them to begin with.
+    Each has its name, family, number of spatial axes (0 for a step), dtypes, its operand and
+    whether it may be without it, the first line of its docstring, its parameters, and values of them to begin with.
     """
     return [
         {
@@ -41,7 +41,8 @@ def describe_layers() -> list[dict[str, Any]]:
             "family": cls.family,
             "spatial_dims": cls.spatial_dims,
             "dtypes": cls.dtypes,
-            "operands": [cls.operand] if cls.operand and not cls.operand_optional else [],
+            "operand": cls.operand,
+            "operand_optional": cls.operand_optional,
             "summary": (inspect.getdoc(cls) or "").partition("\n")[0],
             "parameters": _parameters(cls),
             "example": _example(cls),

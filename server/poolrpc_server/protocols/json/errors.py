@@ -7,7 +7,7 @@ from typing import Any
 
 from poolrpc.errors import InvalidArgumentError, PoolError, UnavailableError
 
-BRANCH_PATH = re.compile(r"branches\[0\]\.layers\[(\d+)\](?:\.\w+)?")
+LAYER_PATH = re.compile(r"branches\[(\d+)\]\.layers\[(\d+)\](?:\.\w+)?")
 """The path of a layer in the errors that all protocols share, with the name of its family."""
 
 
@@ -24,4 +24,4 @@ def error_object(error: PoolError) -> dict[str, Any]:
 
 
 def _json_paths(text: str) -> str:
-    return BRANCH_PATH.sub(r"layer[\1]", text)
+    return LAYER_PATH.sub(lambda at: f"branches[{int(at[1]) - 1}][{at[2]}]" if int(at[1]) else f"layer[{at[2]}]", text)

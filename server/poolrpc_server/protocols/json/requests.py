@@ -6,7 +6,7 @@ import json
 from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from poolrpc._shapes.limits import MAX_CHAIN
+from poolrpc._shapes.limits import MAX_BRANCHES, MAX_CHAIN
 from poolrpc._shapes.operands import OPERAND_DTYPES
 from poolrpc._shapes.rules import clip
 from poolrpc._wire.codec import Request
@@ -14,6 +14,7 @@ from poolrpc.chains import spatial_dims
 from poolrpc.errors import ExpressionError, FieldViolation, InvalidArgumentError, LimitExceededError
 from poolrpc.expression import parse_chain
 from poolrpc.layers import LAYERS, STEPS, Layer
+from poolrpc.operands import check_operand_name
 from poolrpc.tensors import LAYOUTS, TensorSpec
 from poolrpc_server.protocols.json.tensors import JsonTensor, read_shape, read_tensor
 
@@ -25,7 +26,7 @@ MAX_VALUES = 2**18
 """Maximum number of values of a request: to parse a million of them takes the interpreter for 0.1 s."""
 
 ENCODINGS = ("list", "base64")
-POOL_FIELDS = ("layer", "input", *OPERAND_DTYPES, "dtype", "layout", "steps", "encoding")
+POOL_FIELDS = ("layer", "branches", "input", *OPERAND_DTYPES, "dtype", "layout", "steps", "encoding")
 SHAPE_FIELDS = ("layer", "shape", "layout")
 EXPLAIN_FIELDS = ("layer", "input", "shape")
 
@@ -38,7 +39,7 @@ class PoolQuery:
     """A request of Pool.
 
     Attributes:
-        request: The request, of one branch, with N or C of 1 in front if the input has no such axis.
+        request: The request, with C of 1 in front if the input has no such axis.
         payload: The bytes of its tensors.
         is_plane: Whether the input is a single plane, without N and C.
         encoding: "list" or "base64", the form of the answer's tensors.
@@ -107,8 +108,8 @@ def read_pool(body: bytes) -> PoolQuery:
 
     """
     found = parse_object(body, POOL_FIELDS)
-    chain = read_chain(_required(found, "layer"))
-    dims = spatial_dims((chain,))
+    branches = (read_chain(_required(found, "layer")), *_read_branches(found.get("branches", [])))
+    dims = spatial_dims(branches)
     tensor = read_tensor(_required(found, "input"), found.get("dtype", "float32"), "input")
     layout = _choice(found, "layout", LAYOUTS)
     is_plane = len(tensor.shape) == dims
@@ -116,8 +117,7 @@ def read_pool(body: bytes) -> PoolQuery:
         raise InvalidArgumentError("expected NCHW for a plane without channels, got NHWC", field="layout")
     specs, payload = [_spec(tensor, layout, is_plane=is_plane)], tensor.data
     for name in OPERAND_DTYPES.keys() & found.keys():
-        if name != chain[0].operand:
-            raise InvalidArgumentError(f"expected none for {chain[0].name}, got some", field=name)
+        check_operand_name(name, branches)
         operand = read_tensor(found[name], OPERAND_DTYPES[name][0], name)
         # Indices have a cell for each of the input; the other operands have no channels.
         specs.append(_spec(operand, layout, is_plane=is_plane and name == "indices"))
@@ -125,8 +125,8 @@ def read_pool(body: bytes) -> PoolQuery:
     steps = found.get("steps", False)
     if not isinstance(steps, bool):
         raise InvalidArgumentError(f"expected true or false, got {clip(steps)}", field="steps")
-    outputs = (tuple(range(len(chain))),) if steps else ()
-    request = Request(specs[0], (chain,), specs[1] if len(specs) > 1 else None, outputs)
+    outputs = tuple(tuple(range(len(chain))) for chain in branches) if steps else ()
+    request = Request(specs[0], branches, specs[1] if len(specs) > 1 else None, outputs)
     return PoolQuery(request, payload, is_plane, _choice(found, "encoding", ENCODINGS), steps)
 
 
@@ -174,12 +174,21 @@ def _choice(found: dict[str, Any], name: str, among: tuple[Any, ...]) -> Any:  #
     return value
 
 
-def read_chain(value: object) -> Chain:
+def _read_branches(value: object) -> tuple[Chain, ...]:
+    if not isinstance(value, list):
+        raise InvalidArgumentError(f"expected a list of layers or chains, got {clip(value)}", field="branches")
+    if len(value) >= MAX_BRANCHES:
+        raise _too_many("branches", MAX_BRANCHES - 1, len(value))
+    return tuple(read_chain(each, f"branches[{i}]") for i, each in enumerate(value))
+
+
+def read_chain(value: object, field: str = "layer") -> Chain:
     """Return the chain of a request.
 
     Args:
         value: An expression, "[MaxPool2d(3, stride=2), AvgPool2d(2)]"; an object, {"name": "MaxPool2d", "kernel_size":
             3, "stride": 2}; or a list of both, in order.
+        field: The request's field, for errors.
 
     Raises:
         InvalidArgumentError: It is none of these, or a parameter is invalid; the field is "layer" for an expression,
@@ -189,31 +198,30 @@ def read_chain(value: object) -> Chain:
     """
     parts = value if isinstance(value, list) else [value]
     if not parts:
-        raise InvalidArgumentError("expected at least one layer, got an empty list", field="layer")
+        raise InvalidArgumentError("expected at least one layer, got an empty list", field=field)
     if len(parts) > MAX_CHAIN:
-        raise _too_many(len(parts))
+        raise _too_many(field, MAX_CHAIN, len(parts))
     layers: list[Layer] = []
     for i, part in enumerate(parts):
-        path = f"layer[{i}]" if isinstance(value, list) else "layer"
+        path = f"{field}[{i}]" if isinstance(value, list) else field
         if isinstance(part, str):
             try:
                 layers += parse_chain(part)
             except ExpressionError as error:
                 raise error.with_prefix(path) from None
         elif isinstance(part, dict):
-            layers.append(_read_layer(part, f"layer[{i}]"))
+            layers.append(_read_layer(part, f"{field}[{i}]"))
         else:
             msg = f"expected an expression such as MaxPool2d(2), or an object with its name, got {clip(part)}"
             raise InvalidArgumentError(msg, field=path)
     if len(layers) > MAX_CHAIN:
-        raise _too_many(len(layers))
+        raise _too_many(field, MAX_CHAIN, len(layers))
     return tuple(layers)
 
 
-def _too_many(count: int) -> LimitExceededError:
-    limits = {"limit": str(MAX_CHAIN), "actual": str(count)}
-    msg = f"layer: expected at most {MAX_CHAIN}, got {count}"
-    return LimitExceededError(msg, reason="TOO_MANY_LAYERS", metadata=limits)
+def _too_many(field: str, limit: int, count: int) -> LimitExceededError:
+    msg = f"{field}: expected at most {limit}, got {count}"
+    return LimitExceededError(msg, reason="TOO_MANY_LAYERS", metadata={"limit": str(limit), "actual": str(count)})
 
 
 def _read_layer(part: dict[str, Any], path: str) -> Layer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from operator import mul
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,10 @@ from poolrpc_server.protocols.json.tensors import check_listed, write_tensor, wr
 from poolrpc_server.protocols.messages import decoding
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from poolrpc._wire.codec import BranchResult, ServerInfo
+    from poolrpc.chains import Chain, Shape
     from poolrpc.layers import Layer
     from poolrpc_server.calls.call import CallContext
     from poolrpc_server.calls.dispatch import Dispatcher
@@ -80,7 +82,7 @@ class JsonServicer:
         )
 
     def pool(self, message: bytes, call: CallContext) -> bytes:
-        """Run a chain on a tensor."""
+        """Run a chain, or several, on a tensor."""
         with decoding(message, call):
             query = read_pool(message)
             call.record.note(request_facts(query.request))
@@ -156,12 +158,21 @@ def _expression(chain: Sequence[Layer]) -> str:
     return repr(chain[0]) if len(chain) == 1 else repr(list(chain))
 
 
-def _pool_answer(query: PoolQuery, results: Sequence[BranchResult], outputs: list[bytes]) -> dict[str, Any]:
-    """Return the answer: the last output and, if they are requested, those of all steps."""
-    chain = query.request.branches[0]
-    remaining = iter(outputs)
-    first = int(query.is_plane)
-    shapes = [shape[first:] for shape in results[-1].shapes]
+def _pool_answer(query: PoolQuery, results: Iterable[BranchResult], outputs: Iterable[bytes]) -> dict[str, Any]:
+    """Return the answer: that of the first chain, with those of the other ones."""
+    found, remaining = iter(results), iter(outputs)
+    first, *others = [
+        _chain_answer(query, chain, [*islice(found, len(chain) if query.steps else 1)], remaining)
+        for chain in query.request.branches
+    ]
+    return {**first, "branches": others} if others else first
+
+
+def _chain_answer(
+    query: PoolQuery, chain: Chain, results: Sequence[BranchResult], remaining: Iterator[bytes]
+) -> dict[str, Any]:
+    """Return the last output of a chain and, if they are requested, those of all steps."""
+    shapes = [_own_shape(query, shape) for shape in results[-1].shapes]
     steps = [_step(query, each, remaining) for each in results]
     answer = {"layer": _expression(chain), "shapes": shapes, **steps[-1]}
     if query.steps:
@@ -169,8 +180,14 @@ def _pool_answer(query: PoolQuery, results: Sequence[BranchResult], outputs: lis
     return answer
 
 
+def _own_shape(query: PoolQuery, shape: Shape) -> Shape:
+    """Return the shape of an output, without the channel if the input is a plane: regions have the boxes before it."""
+    channel = len(shape) - len(query.request.input.shape)
+    return (*shape[:channel], *shape[channel + 1 :]) if query.is_plane else shape
+
+
 def _step(query: PoolQuery, result: BranchResult, outputs: Iterator[bytes]) -> dict[str, Any]:
-    shape = result.output.shape[int(query.is_plane) :]
+    shape = _own_shape(query, result.output.shape)
     step: dict[str, Any] = {
         "shape": shape,
         "dtype": result.output.dtype,

@@ -116,6 +116,13 @@ function decode({ data, dtype }) {
   }
 }
 
+/** Return the position on each axis of the cell of a number. */
+function unravel(number, shape) {
+  const at = [];
+  for (let axis = shape.length - 1, rest = number; axis >= 0; axis--) { at.unshift(rest % shape[axis]); rest = Math.floor(rest / shape[axis]); }
+  return at;
+}
+
 /** Return numbers as nested lists. */
 function nested(numbers, shape) {
   let values = Array.from(numbers, (each) => (Number.isFinite(each) ? each : String(each)));
@@ -144,15 +151,7 @@ function text(value) {
 
 // ---- What to pool ----
 
-const tensor = (shape, f) => {
-  const numbers = new Float32Array(product(shape));
-  for (let i = 0; i < numbers.length; i++) {
-    let rest = i;
-    const index = shape.map((_, axis) => { const step = product(shape.slice(axis + 1)); const at = Math.floor(rest / step); rest %= step; return at; });
-    numbers[i] = f(...index);
-  }
-  return { shape, values: numbers };
-};
+const tensor = (shape, f) => ({ shape, values: Float32Array.from({ length: product(shape) }, (_, i) => f(...unravel(i, shape))) });
 
 const SEVEN = [
   "............", "............", "..########..", "..########..", "........##..", ".......##...", "......##....", ".....###....",
@@ -216,6 +215,13 @@ function sent(input) {
 }
 
 // ---- Layers and their parameters ----
+
+const OPERANDS = {
+  indices: "For each input cell, the number of the output cell that gets it, as MaxPool2d(2, return_indices=True) returns it.",
+  weights: "A weight for each cell, such as a mask of 0 and 1.",
+  offsets: "Where each segment begins, and the last one ends.",
+  boxes: "Of each box: the number of the image (0), x1, y1, x2, y2.",
+};
 
 const layerInfo = (layer) => state.info.layers.find((each) => each.name === layer.name);
 const dimsOf = (layers) => layers.map((each) => layerInfo(each).spatial_dims).find(Boolean) ?? SOURCES[state.source].dims;
@@ -302,10 +308,47 @@ function parameterField(layer, i, parameter) {
   return element("div", { class: "field" }, label, element("div", { class: "stepper" }, less, input, more), error, hint);
 }
 
+/** Return an operand to begin with: one that fits the layer and the input. */
+function exampleOperand(layer, given) {
+  const { operand, spatial_dims: dims } = layerInfo(layer);
+  const sizes = given.shape.slice(-dims);
+  const [height, width] = sizes.slice(-2);
+  switch (operand) {
+    case "weights": return nested(Array.from({ length: product(sizes) }, (_, i) => Number(2 * i < product(sizes))), sizes);
+    case "offsets": return [0, Math.ceil(sizes[0] / 4), Math.ceil(sizes[0] / 2), sizes[0]];
+    case "boxes": return [[0, 0, 0, (width >> 1) - 1, (height >> 1) - 1], [0, width >> 2, height >> 2, width - 1, height - 1]];
+    default: { // indices: a corner of each window of 2 cells a side, now the first, now the last one
+      const place = (i) => unravel(i, sizes).reduce((flat, at, axis, all) => flat * 2 * sizes[axis] + 2 * at + (all.reduce((a, b) => a + b) % 2), 0);
+      return nested(Array.from({ length: product(given.shape) }, (_, i) => place(i % product(sizes))), given.shape);
+    }
+  }
+}
+
+/** Return the operand of the first layer as { name, value }; null if there is none. It is an example until it is typed. */
+function operandOf(given) {
+  const layer = state.layers[0];
+  const { operand: name, operand_optional: optional } = layerInfo(layer);
+  if (!name) return null;
+  const field = $(`layer-0-${name}`);
+  const example = JSON.stringify(exampleOperand(layer, given)).replaceAll("],[", "],\n [").replaceAll(",", ", ").replaceAll(", \n", ",\n");
+  if (layer.operand === undefined) field.value = optional ? "" : example;
+  field.placeholder = example;
+  return field.value.trim() ? { name, value: parse(field.value) } : null;
+}
+
+function operandField(layer, i, { operand, operand_optional: optional }) {
+  const id = `layer-${i}-${operand}`;
+  const area = element("textarea", { id, rows: 4, spellcheck: "false", value: layer.operand ?? "", "aria-describedby": `${id}-hint ${id}-error` });
+  area.addEventListener("input", () => { layer.operand = area.value; changed(); });
+  area.addEventListener("change", () => { if (!area.value.trim()) { delete layer.operand; changed(); } });
+  const hint = `${OPERANDS[operand]}${optional ? " Empty: none." : ""}`;
+  return element("div", { class: "field" }, element("label", { for: id, class: "label" }, operand), area, element("small", { id: `${id}-hint` }, hint), element("p", { class: "error", id: `${id}-error` }));
+}
+
 function layerCard(layer, i) {
   const info = layerInfo(layer);
   const groups = [[2, "2d"], [1, "1d"], [3, "3d"], [0, "Each cell by itself"]].map(([dims, label]) => {
-    const names = state.info.layers.filter((each) => each.spatial_dims === dims && !each.operands.length).map((each) => each.name);
+    const names = state.info.layers.filter((each) => each.spatial_dims === dims).map((each) => each.name);
     return element("optgroup", { label }, ...choose(names, layer.name));
   });
   const select = element("select", { id: `layer-${i}-name`, "aria-label": `Layer ${i + 1}`, "aria-describedby": `layer-${i}-summary layer-${i}-error` }, ...groups);
@@ -333,7 +376,8 @@ function layerCard(layer, i) {
     element("div", { class: "layer-head" }, select, i ? move("Move up", "\u2191", i - 1) : null, several ? move("Remove", "\u00d7", null) : null),
     summary,
     element("p", { class: "error", id: `layer-${i}-error` }),
-    info.parameters.length ? element("div", { class: "parameters" }, ...info.parameters.map((each) => parameterField(layer, i, each))) : null);
+    info.parameters.length ? element("div", { class: "parameters" }, ...info.parameters.map((each) => parameterField(layer, i, each))) : null,
+    info.operand && !i ? operandField(layer, i, info) : null);
   card.addEventListener("focusin", ({ target }) => {
     const parameter = info.parameters.find((each) => target.id === `layer-${i}-${each.name}`);
     summary.textContent = parameter?.help || info.summary; // in a box of one size: nothing moves under the mouse
@@ -379,13 +423,17 @@ async function run() {
   const control = (state.call = new AbortController());
   clearErrors();
   $("stale").hidden = true;
-  let request, given;
+  let request, given, operand;
   try {
     given = input();
     if (!given) return;
     const dtype = $("dtype").value;
     const value = dtype === "float32" || given.values.length <= MAX_CELLS ? sent(given) : nested(given.values, given.shape);
     request = { layer: state.layers.map(layerObject), input: value, dtype, steps: true, encoding: "base64" };
+    const branches = $("branches").value.split("\n").map((each) => each.trim()).filter(Boolean);
+    if (branches.length) request.branches = branches;
+    operand = operandOf(given);
+    if (operand) request[operand.name] = operand.value;
   } catch (error) {
     return fail("grid", error.message);
   }
@@ -394,7 +442,8 @@ async function run() {
     const { answer, timing, total } = await call("/v1/pool", request, control.signal);
     if (control.signal.aborted) return;
     const steps = answer.steps.map((each) => ({ ...each, values: decode(each.output), indices: each.indices ? decode(each.indices) : null }));
-    state.result = { input: { ...given, dtype: request.dtype }, steps, layer: answer.layer, dims: dimsOf(before), layers: before.map((each) => ({ ...each })), request };
+    const branches = [answer, ...answer.branches ?? []].map((each) => ({ ...each, values: decode(each.output) }));
+    state.result = { input: { ...given, dtype: request.dtype }, steps, branches, operand, layer: answer.layer, dims: dimsOf(before), layers: before.map((each) => ({ ...each })), request };
     state.step = Math.min(state.step, steps.length - 1);
     state.tries = 0;
     $("stage").removeAttribute("data-stale");
@@ -425,7 +474,10 @@ function failed(error) {
   const fields = error.fields.length ? error.fields : [{ field: error.message.match(/^layer\[\d+\]/)?.[0] ?? "", message: error.message }];
   for (const { field, message } of fields) {
     const [, number, parameter] = field.match(/^layer\[(\d+)\]\.?(\w*)/) ?? [];
-    if (number !== undefined) fail($(`layer-${number}-${parameter}`) ? `layer-${number}-${parameter}` : `layer-${number}`, message);
+    const [, operand] = field.match(/^(indices|weights|offsets|boxes)/) ?? [];
+    if (operand && $(`layer-0-${operand}`)) fail(`layer-0-${operand}`, message);
+    else if (operand || field.startsWith("branches")) fail("branches", `${field}: ${message}`);
+    else if (number !== undefined) fail($(`layer-${number}-${parameter}`) ? `layer-${number}-${parameter}` : `layer-${number}`, message);
     else fail(field === "dtype" ? "input" : state.source === "grid" && /^(input|shape)/.test(field) ? "grid" : "input", field && !/^(input|shape)/.test(field) ? `${field}: ${message}` : message);
   }
 }
@@ -465,25 +517,55 @@ async function showStep(signal) {
   const count = planes(step, dims);
   state.plane = Math.min(state.plane, count - 1);
   $("plane-label").hidden = count < 2;
-  const color = count === 3 && dims === 2 && product(step.shape.slice(-2)) > 1 && given.shape.length === 3 && product(given.shape.slice(-2)) > MAX_CELLS;
-  if ($("plane").options.length !== count + color || (color && $("plane").value === "")) {
-    $("plane").replaceChildren(...(color ? [element("option", { value: "-1" }, "all, as colors")] : []), ...Array.from({ length: count }, (_, i) => element("option", { value: String(i) }, String(i))));
+  const channels = planes(before(state.step), dims);
+  const boxes = state.result.operand?.name === "boxes";
+  const color = !boxes && count === 3 && dims === 2 && product(step.shape.slice(-2)) > 1 && given.shape.length === 3 && product(given.shape.slice(-2)) > MAX_CELLS;
+  const names = [...(color ? ["all, as colors"] : []), ...Array.from({ length: count }, (_, i) => (boxes ? `${i % channels} of box ${Math.floor(i / channels)}` : String(i)))];
+  if (names.join() !== $("plane").dataset.names) {
+    $("plane").replaceChildren(...names.map((each, i) => element("option", { value: String(i - color) }, each)));
     state.plane = 0;
     $("plane").value = color ? "-1" : "0";
+    $("plane").dataset.names = names.join();
   }
-  const source = planeOf(before(state.step), dims, state.plane);
+  const source = planeOf(before(state.step), dims, sourcePlane());
   state.explained = await explain(layers[state.step], source, signal);
   if (signal?.aborted) return;
   draw();
 }
 
+/** Return the plane of the input that the shown plane of the output is of: with boxes, each has all channels. */
+const sourcePlane = () => state.plane % planes(before(state.step), state.result.dims);
+
+/** Return where the windows of a layer with an operand are, as a function of the position of an output cell. */
+function operandWindows(layer, plane, { name, value }) {
+  const range = (low, high) => Array.from({ length: Math.max(0, high - low) }, (_, i) => low + i);
+  if (name === "offsets") return { at: ([segment]) => [range(value[segment], value[segment + 1])] };
+  if (name === "boxes") {
+    const box = Math.floor(state.plane / planes(before(state.step), state.result.dims));
+    const scale = Number(layer.values.spatial_scale || 1);
+    const [x1, y1, x2, y2] = value[box].slice(1).map((each) => Math.round(each * scale));
+    const axes = [[y1, y2], [x1, x2]].map(([low, high], axis) => range(Math.max(0, low), Math.min(plane.shape[axis], high + 1)));
+    return { what: `box ${box}, `, at: () => axes };
+  }
+  const flat = value.flat(Infinity);
+  const size = product(plane.shape);
+  const own = flat.slice(sourcePlane() * size, (sourcePlane() + 1) * size);
+  const sizes = state.result.steps[state.step].shape.slice(-plane.shape.length);
+  return { at: (position) => {
+    const found = own.lastIndexOf(position.reduce((number, each, axis) => number * sizes[axis] + each, 0));
+    return found < 0 ? plane.shape.map(() => []) : unravel(found, plane.shape).map((each) => [each]);
+  } };
+}
+
 /** Return the windows of a layer, from the server; null if it has no fixed ones. */
 async function explain(layer, plane, signal) {
+  const operand = state.step ? null : state.result.operand;
+  if (operand && operand.name !== "weights") return Array.isArray(operand.value) ? operandWindows(layer, plane, operand) : null;
   if (!layerInfo(layer).spatial_dims) {
     return { windows: plane.shape.map((size) => Array.from({ length: size }, (_, i) => [i])), formulas: [], unvisited: plane.shape.map(() => []) };
   }
   const request = { layer: layerObject(layer) };
-  const small = plane.values.length <= MAX_CELLS;
+  const small = plane.values.length <= MAX_CELLS && !operand; // the explanation of a value knows no weights
   for (const given of small ? [{ input: nested(plane.values, plane.shape) }, { shape: plane.shape }] : [{ shape: plane.shape }]) {
     try {
       return (await call("/v1/explain", { ...request, ...given }, signal)).answer;
@@ -503,7 +585,7 @@ function slices({ shape }) {
 function draw() {
   const { dims } = state.result;
   const step = state.result.steps[state.step];
-  const [source, target] = [planeOf(before(state.step), dims, state.plane), planeOf(step, dims, state.plane)];
+  const [source, target] = [planeOf(before(state.step), dims, sourcePlane()), planeOf(step, dims, state.plane)];
   $("stage-title").textContent = step.layer;
   $("show-label").hidden = !step.indices;
   if (!step.indices) $("show").value = "output";
@@ -517,25 +599,43 @@ function draw() {
   const color = $("plane").value === "-1";
   const cells = target.shape.map((size) => [0, size]);
   const sizes = cellSizes([extents, cells], [source, target]);
-  board("in", source, source.values, extents, sizes[0], state.explained?.unvisited ?? [], color ? before(state.step) : null);
-  board("out", target, values, cells, sizes[1], [], color && !indices ? step : null);
+  board($("in"), source, source.values, extents, sizes[0], state.explained?.unvisited ?? [], color ? before(state.step) : null);
+  board($("out"), target, values, cells, sizes[1], [], color && !indices ? step : null);
+  drawBranches(color);
   $("in-caption").textContent = `Input ${shapeText(source.shape)}`;
   $("out-caption").textContent = `${indices ? "Indices" : "Output"} ${shapeText(target.shape)}`;
   const table = source.values.length <= MAX_CELLS;
   $("padding-legend").hidden = !(table && extents.some(([low, high], axis) => low < 0 || high > source.shape[axis]));
-  $("unvisited-legend").hidden = !(table && state.explained?.unvisited.some((each) => each.length));
+  $("unvisited-legend").hidden = !(table && state.explained?.unvisited?.some((each) => each.length));
   $("formulas").replaceChildren(...(state.explained?.formulas ?? []).flatMap((each) => {
     const at = each.indexOf(": ");
     return [element("dt", {}, each.slice(0, at)), element("dd", {}, each.slice(at + 2))];
   }));
   const count = target.values.length;
-  $("player").hidden = $("legend").hidden = !windows || !count;
+  $("player").hidden = $("legend").hidden = !(windows || state.explained?.at) || !count;
   $("window").max = Math.max(0, count - 1);
   setIndex(Math.min(state.index, Math.max(0, count - 1)));
-  if (!windows) {
+  if (!state.explained) {
     stop();
     $("how").textContent = "The windows of this layer are not the same for every plane, so only its output is shown.";
   } else play(state.playing ?? !matchMedia("(prefers-reduced-motion: reduce)").matches);
+}
+
+/** Show the output of each branch, if there are several. */
+function drawBranches(color) {
+  const { branches, dims } = state.result;
+  $("branches-card").hidden = branches.length < 2;
+  $("branch-boards").replaceChildren(...(branches.length < 2 ? [] : branches.map((each) => {
+    const caption = element("figcaption", {}, element("b", {}, each.layer), element("small", {}, `${each.shapes.map(shapeText).join(" \u2192 ")} ${each.dtype}`));
+    return element("figure", { class: "board" }, caption, element("div", { class: "plane" }));
+  })));
+  [...$("branch-boards").children].forEach((figure, i) => {
+    const count = planes(branches[i], dims);
+    const target = planeOf(branches[i], dims, Math.min(state.plane, count - 1));
+    const columns = target.shape.at(-1);
+    const cell = Math.max(22, Math.min(48, 280 / columns));
+    board(figure.lastChild, target, target.values, target.shape.map((size) => [0, size]), cell, [], color && count === 3 ? branches[i] : null);
+  });
 }
 
 // Return the size of a cell of each board, in pixels: as large as both have room for, side by side, or one below the
@@ -551,9 +651,8 @@ function cellSizes(extents, planes) {
 }
 
 /** Draw a plane: a table of few numbers, a picture of many. */
-function board(id, plane, values, extents, cell, unvisited, colors) {
+function board(place, plane, values, extents, cell, unvisited, colors) {
   const { depth, rows, columns } = slices(plane);
-  const place = $(id);
   const finite = values.filter(Number.isFinite);
   const [low, high] = finite.reduce(([a, b], each) => [Math.min(a, each), Math.max(b, each)], [Infinity, -Infinity]);
   if (values.length > MAX_CELLS) return picture(place, plane, values, low, high, extents, colors);
@@ -589,7 +688,7 @@ function board(id, plane, values, extents, cell, unvisited, colors) {
   }
   place.replaceChildren(...tables);
   const scrolls = place.scrollWidth > place.clientWidth;
-  if (scrolls) { place.tabIndex = 0; place.setAttribute("role", "region"); place.setAttribute("aria-label", id === "in" ? "Input, scrolls" : "Output, scrolls"); }
+  if (scrolls) { place.tabIndex = 0; place.setAttribute("role", "region"); place.setAttribute("aria-label", place.id === "in" ? "Input, scrolls" : "Output, scrolls"); }
   else { place.removeAttribute("tabindex"); place.removeAttribute("role"); place.removeAttribute("aria-label"); }
 }
 
@@ -627,6 +726,7 @@ function mark(id, plane, positions) {
   }
   const context = over.getContext("2d");
   context.clearRect(0, 0, over.width, over.height);
+  if (!tall.length || !wide.length) return;
   context.lineWidth = Math.max(2, over.width / 180);
   const stroke = probe("--window");
   context.strokeStyle = stroke;
@@ -655,21 +755,20 @@ function setIndex(index) {
   if (!state.result) return;
   const { dims } = state.result;
   const step = state.result.steps[state.step];
-  const [source, target] = [planeOf(before(state.step), dims, state.plane), planeOf(step, dims, state.plane)];
+  const [source, target] = [planeOf(before(state.step), dims, sourcePlane()), planeOf(step, dims, state.plane)];
   state.index = index;
   $("window").value = index;
-  const at = [];
-  for (let axis = target.shape.length - 1, rest = index; axis >= 0; axis--) { at.unshift(rest % target.shape[axis]); rest = Math.floor(rest / target.shape[axis]); }
+  const at = unravel(index, target.shape);
   const count = target.values.length;
   $("window-number").textContent = `${count ? index + 1 : 0} of ${count}`;
   $("window").setAttribute("aria-valuetext", `window ${index + 1} of ${count}`);
   const windows = state.explained?.windows;
-  if (!windows || !count) return;
-  const positions = at.map((each, axis) => windows[axis][each]);
+  if (!(windows || state.explained?.at) || !count) return;
+  const positions = windows ? at.map((each, axis) => windows[axis][each]) : state.explained.at(at);
   mark("in", source, positions);
   mark("out", target, at.map((each) => [each]));
   const names = ["depth", "row", "column"].slice(3 - dims);
-  const where = positions.map((each, axis) => (each.length > 1 ? `${names[axis]}s ${each[0]} to ${each.at(-1)}` : `${names[axis]} ${each[0]}`)).join(", ");
+  const where = positions.some((each) => !each.length) ? "no cell" : (state.explained.what ?? "") + positions.map((each, axis) => (each.length > 1 ? `${names[axis]}s ${each[0]} to ${each.at(-1)}` : `${names[axis]} ${each[0]}`)).join(", ");
   const channels = $("plane").value === "-1" ? [0, 1, 2] : [state.plane];
   const value = state.explained.values?.[index] ?? channels.map((each) => text(planeOf(step, dims, each).values[index])).join(", ");
   const found = step.indices ? `; index ${planeOf({ shape: step.shape, values: step.indices }, dims, state.plane).values[index]}` : "";
@@ -744,25 +843,33 @@ function address() {
 const quoted = (words) => `'${words.replaceAll("'", `'"'"'`)}'`;
 
 function snippets() {
-  const { input: given, layer, steps, request } = state.result;
+  const { input: given, layer, steps, branches, operand, request } = state.result;
   const small = given.values.length <= 64;
   const secured = state.info.features.tokens === "on";
   const list = JSON.stringify(nested(given.values, given.shape)).replaceAll(",", ", ");
   const grid = small ? list.replaceAll('"', "") .replaceAll("NaN", "np.nan") : null;
   const rank = given.shape.length === state.result.dims ? "[None]" : "";
+  const second = operand ? `, ${operand.name}=${operand.name}` : "";
   const outputs = steps.length > 1 ? "result.shapes" : steps[0].indices ? "result.indices" : "result.shape";
   const python = [
     "import numpy as np", "from poolrpc import PoolClient", "",
     small ? `x = np.array(${grid}, np.${given.dtype === "bool" ? "bool_" : given.dtype})${rank}` : `x = np.load("input.npy")  # ${given.dtype} ${shapeText(given.shape)}`,
+    ...(operand ? [`${operand.name} = np.array(${JSON.stringify(operand.value).replaceAll(",", ", ")})${operand.name === "indices" ? rank : ""}`] : []),
     "", ...(secured ? ["# POOLRPC_TOKEN in the environment has the token"] : []),
-    `with PoolClient(${JSON.stringify(address())}) as client:`, `    result = client.pool(x, ${JSON.stringify(layer)})`, `print(result.output, ${outputs})`,
+    `with PoolClient(${JSON.stringify(address())}) as client:`,
+    ...(branches.length > 1
+      ? [`    results = client.pool_each(x, [${branches.map((each) => JSON.stringify(each.layer)).join(", ")}]${second})`, "for result in results:", "    print(result.output, result.shape)"]
+      : [`    result = client.pool(x, ${JSON.stringify(layer)}${second})`, `print(result.output, ${outputs})`]),
   ].join("\n");
-  const single = steps.length === 1 && state.explained && given.shape.length === state.result.dims && small && layerInfo(state.result.layers[0]).spatial_dims;
+  const single = steps.length === 1 && branches.length === 1 && !operand && state.explained && given.shape.length === state.result.dims && small && layerInfo(state.result.layers[0]).spatial_dims;
   const command = single
     ? `poolrpc explain ${quoted(layer)} \\\n  --input ${quoted(list)} \\\n  --address ${address()}`
-    : `# input.npy: np.save("input.npy", x) for ${given.dtype} ${shapeText(given.shape)}\npoolrpc pool input.npy \\\n  --layer ${quoted(layer)} \\\n  --address ${address()} --save output.npy`;
-  const body = { layer, input: small ? nested(given.values, given.shape) : { data: "(base64)", shape: given.shape, dtype: given.dtype } };
+    : `${operand
+      ? `# input.npz: np.savez("input.npz", x=x, ${operand.name}=${operand.name})\npoolrpc pool input.npz`
+      : `# input.npy: np.save("input.npy", x) for ${given.dtype} ${shapeText(given.shape)}\npoolrpc pool input.npy`} \\\n${branches.map((each) => `  --layer ${quoted(each.layer)} \\\n`).join("")}  --address ${address()} --save output.${branches.length > 1 ? "npz" : "npy"}`;
+  const body = { layer, branches: request.branches, input: small ? nested(given.values, given.shape) : { data: "(base64)", shape: given.shape, dtype: given.dtype } };
   if (small && given.dtype !== "float32") body.dtype = request.dtype;
+  if (operand) body[operand.name] = operand.value;
   const json = `curl ${secured ? '-H "Authorization: Bearer $POOLRPC_TOKEN" \\\n  ' : ""}${location.origin}/v1/pool \\\n  -d ${quoted(JSON.stringify(body))}`;
   return { python, command, json };
 }
@@ -823,6 +930,7 @@ $("source").addEventListener("change", () => {
     $("grid").value = Array.from({ length: usable.values.length / rows }, (_, i) => [...usable.values.subarray(i * rows, (i + 1) * rows)].join(" ")).join("\n");
   }
   input.last = state.source;
+  for (const each of state.layers) delete each.operand; // it was for another input
   const { dims } = SOURCES[state.source];
   if (dims && dims !== dimsOf(state.layers)) {
     state.layers = [newLayer(`MaxPool${dims}d`)];
@@ -832,6 +940,7 @@ $("source").addEventListener("change", () => {
   changed();
 });
 $("grid").addEventListener("input", changed);
+$("branches").addEventListener("input", changed);
 $("dtype").addEventListener("change", changed);
 $("file").addEventListener("change", async () => {
   try {
