@@ -21,6 +21,16 @@ class AddressInUseError(ValueError):
     """Another process has the address now; it may be free later."""
 
 
+def listen(address: str, *, backlog: int, share_port: bool = False) -> tuple[socket.socket, str]:
+    """Return a socket that listens on "host:port", and its address: with the port that port 0 stands for."""
+    host, _, port = address.rpartition(":")
+    family = socket.AF_INET6 if (v6 := ":" in host) else socket.AF_INET
+    made = socket.create_server(
+        (host.strip("[]"), int(port)), family=family, backlog=backlog, reuse_port=share_port, dualstack_ipv6=v6
+    )
+    return made, f"{host}:{made.getsockname()[1]}"
+
+
 def require_free(address: str) -> None:
     """Raise if a server could not listen on an address, without waiting for its imports.
 

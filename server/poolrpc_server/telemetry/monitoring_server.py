@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client import make_wsgi_app
 
+from poolrpc_server.sockets import listen
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -60,13 +62,8 @@ class MonitoringServer:
         """
         self._collect = collect
         self._ready = ready
-        host, _, port = address.rpartition(":")
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server(
-            (host.strip("[]"), int(port)), family=family, backlog=1024, dualstack_ipv6=family == socket.AF_INET6
-        )
+        self._listener, self.address = listen(address, backlog=1024)
         self._listener.setblocking(False)
-        self.address = f"{host}:{self._listener.getsockname()[1]}"
         self._reserve = -1
         self._take_reserve()
         self._connections: dict[asyncio.Task[None], socket.socket] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 from concurrent.futures import CancelledError as FutureCancelledError
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -18,6 +17,7 @@ from poolrpc.credentials import is_loopback
 from poolrpc.errors import CancelledError, InvalidArgumentError, PoolError
 from poolrpc_server.calls.call import StatusError
 from poolrpc_server.protocols.json.errors import error_object
+from poolrpc_server.sockets import listen
 from poolrpc_server.telemetry.logs import log
 from poolrpc_server.transports.http.connection import MAX_BODY_BYTES, READ_BYTES, HttpConnection, body_too_large
 from poolrpc_server.transports.http.context import HttpContext
@@ -81,17 +81,8 @@ class HttpServer:
         """
         self._pipeline = pipeline
         self._tls = tls
-        host, _, port = address.rpartition(":")
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server(
-            (host.strip("[]"), int(port)),
-            family=family,
-            backlog=128,
-            reuse_port=share_port,
-            dualstack_ipv6=family == socket.AF_INET6,
-        )
-        self.address = f"{host}:{self._listener.getsockname()[1]}"
-        self._routes = Routes(any_host=tokens or not is_loopback(host))
+        self._listener, self.address = listen(address, backlog=128, share_port=share_port)
+        self._routes = Routes(any_host=tokens or not is_loopback(address.rpartition(":")[0]))
         self._threads = ThreadPoolExecutor(MAX_CONNECTIONS, "poolrpc-http-call")
         self._idle: dict[asyncio.Task[Any], None] = {}
         self._busy: dict[asyncio.Task[Any], None] = {}
