@@ -5,6 +5,7 @@ A page has such a table between two comments. tests/docs/test_pages.py fails if 
 
 from __future__ import annotations
 
+import html
 import inspect
 import json
 import re
@@ -153,7 +154,7 @@ def alerts() -> str:
         (
             f"[`{rule['alert']}`](runbook.md#{rule['alert'].lower()})",
             rule["labels"]["severity"],
-            f"`{' '.join(rule['expr'].split())}`",
+            _code(" ".join(rule["expr"].split())),
             rule.get("for", "-"),
         )
         for group in groups
@@ -161,6 +162,13 @@ def alerts() -> str:
         if "alert" in rule
     )
     return table(("alert", "severity", "condition", "for"), rows)
+
+
+def _code(text: str) -> str:
+    """Return code for a cell: as HTML with references if it has a |, for which Markdown's code has no way."""
+    if "|" not in text:
+        return f"`{text}`"
+    return f"<code>{html.escape(text, quote=False).replace('|', '&#124;').replace('*', '&#42;')}</code>"
 
 
 def _results(name: str) -> list[dict[str, Any]]:
