@@ -314,6 +314,12 @@ def http(rng: Random) -> Iterator[Case]:
         yield _request("pool", {"layer": layers, "input": numbers, "dtype": spec.dtype, "layout": spec.layout}, rng)
         yield _request("shape", {"layer": layers, "shape": spec.shape, "layout": spec.layout}, rng)
         yield _request("explain", {"layer": layers[-1], "shape": spec.shape[-spatial_dims(request.branches) :]}, rng)
+    plane = {"input": [[1, 2], [3, 4]], "steps": rng.random() < 0.5, "encoding": rng.choice(("list", "base64"))}
+    branches = ["MaxPool2d(2)", ["Round()", {"name": "AvgPool2d", "kernel_size": 2}]]
+    weights, boxes = [[1, 0], [1, 1]], [[0, 0, 0, 1, 1.5]]
+    yield _request("pool", {"layer": "GlobalPool2d('mean')", "branches": branches, "weights": weights, **plane}, rng)
+    yield _request("pool", {"layer": "RoIAlign(2)", "branches": branches, "boxes": boxes, **plane}, rng)
+    yield _request("pool", {"layer": "SegmentPool('max')", "input": [1, 2, 3], "offsets": [0, 1, 3]}, rng)
     unpool = {"layer": "MaxUnpool2d(2)", "input": [[1, 2], [3, 4]], "indices": [[0, 2], [8, 10]]}
     yield _request("pool", unpool, rng)
     yield _request("explain", {"layer": "AvgPool2d(2)", "input": [[1, 2, 3], [4, 5, 6]]}, rng)

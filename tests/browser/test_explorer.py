@@ -602,11 +602,12 @@ def test_colors_follow_the_system_or_the_button(opened: Opened) -> None:
     [
         ("explorer", {"viewport": {"width": 1280, "height": 980}}),
         ("explorer-dark", {"viewport": {"width": 1280, "height": 980}, "color_scheme": "dark"}),
+        ("explorer-branches", {"viewport": {"width": 1280, "height": 980}}),
         ("explorer-phone", {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2}),
     ],
 )
 def test_the_pictures_of_the_docs(opened: Opened, tmp_path: Path, name: str, options: dict[str, Any]) -> None:
-    """The screenshots of the docs are taken here: of a desktop, dark, and of a phone.
+    """The screenshots of the docs are taken here: of a desktop, dark, with boxes and branches, and of a phone.
 
     They replace those of the docs if POOLRPC_PICTURES is set, to docs/figures: no two are equal, since times differ.
     """
@@ -619,6 +620,18 @@ def test_the_pictures_of_the_docs(opened: Opened, tmp_path: Path, name: str, opt
             with explorer.next_run():
                 page.click("#add")
             explorer.step_to(300)
+        elif name == "explorer-branches":
+            with explorer.next_run():
+                page.select_option("#source", "photo")
+            with explorer.next_run():
+                page.select_option("#layer-0-name", "RoIAlign")
+            with explorer.next_run():
+                page.fill("#layer-0-output_size", "6")
+            with explorer.next_run():
+                page.fill("#branches", "[RoIPool(6), MaxPool2d(2)]\nGlobalPool2d('mean')")
+            page.select_option("#plane", "3")
+            page.wait_for_function("() => document.querySelector('#how').textContent.startsWith('box 1, ')")
+            explorer.step_to(9)
         else:
             explorer.step_to(1)
         page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
