@@ -31,10 +31,13 @@ from poolrpc import (
 )
 from poolrpc.cli import main
 from poolrpc.torch import RemotePool
+from tests.scrape import Scrape
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from poolrpc_server import Server
 
 RANDOM = np.random.default_rng(0)
 X = RANDOM.normal(size=(5, 6, 64)).astype(np.float32)
@@ -145,6 +148,74 @@ def test_a_map_has_an_operand_for_each_tensor(client: PoolClient) -> None:
         client.map([np.ones((1, 1, 1), np.float32)] * 3, MaxUnpool2d(2), indices=repeat(np.zeros((1, 1, 1), int)))
     )
     assert [result.output.tolist() for result in unpooled] == [[[[1, 0], [0, 0]]]] * 3
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
+@pytest.mark.parametrize("reduce", ["max", "mean", "std"])
+def test_a_map_sends_segments_of_any_lengths_together(
+    local_server: Server, reduce: Any, dtype: str, layout: Any
+) -> None:
+    """Tensors of other lengths, with other offsets, which may leave out cells at either end, are one request."""
+    tensors, offsets = [], []
+    for number in range(12):
+        length = int(RANDOM.integers(1, 50))
+        x = RANDOM.normal(size=(2, 3, length)).astype(dtype)
+        tensors.append(x if layout == "NCHW" else np.ascontiguousarray(np.moveaxis(x, 1, -1)))
+        offsets.append(np.sort(RANDOM.integers(0, length + 1, 2 + number % 4)))
+    with PoolClient(local_server.addresses[0]) as client:
+        results = list(client.map(tensors, SegmentPool(reduce), layout=layout, offsets=offsets))
+        assert Scrape(local_server.metrics_address)("poolrpc_requests_total") == 1
+        for x, each, result in zip(tensors, offsets, results, strict=True):
+            alone = client.pool(x, SegmentPool(reduce), layout=layout, offsets=each)
+            assert np.array_equal(result.output, alone.output, equal_nan=True)
+            assert (result.shapes, result.output.flags.c_contiguous) == (alone.shapes, True)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("chain", [RoIAlign(3, 0.5), [RoIPool(4), MaxPool2d(2, return_indices=True)]])
+def test_a_map_sends_images_with_their_boxes_together(local_server: Server, chain: Any, layout: Any) -> None:
+    """Several images, one, and one without N, each with its own boxes or none, are one request."""
+    tensors, boxes = [], []
+    for number, lead in enumerate([(2,), (1,), (), (3,)] * 2):
+        x = RANDOM.normal(size=(*lead, 3, 12, 10)).astype(np.float32)
+        tensors.append(x if layout == "NCHW" else np.ascontiguousarray(np.moveaxis(x, -3, -1)))
+        numbers = RANDOM.integers(0, (*lead, 1)[0], (number, 1))
+        boxes.append(np.concatenate([numbers, RANDOM.uniform(0, 20, (number, 4))], 1))
+    with PoolClient(local_server.addresses[0]) as client:
+        results = list(client.map(tensors, chain, layout=layout, boxes=boxes))
+        assert Scrape(local_server.metrics_address)("poolrpc_requests_total") == 1
+        for x, each, result in zip(tensors, boxes, results, strict=True):
+            alone = client.pool(x, chain, layout=layout, boxes=each)
+            assert np.array_equal(result.output, alone.output)
+            assert result.shapes == alone.shapes
+            assert (result.indices is None) == (alone.indices is None)
+            assert result.indices is None or np.array_equal(result.indices, alone.indices)
+
+
+def test_a_box_of_a_map_is_of_its_own_tensor(client: PoolClient) -> None:
+    """A box of an image that its tensor lacks is an error, although the tensor after it has one."""
+    boxes = [np.array([[number == 1, 0, 0, 5, 5]], float) for number in range(4)]
+    results = list(client.map([IMAGES[:1]] * 4, RoIPool(2), boxes=boxes, return_exceptions=True))
+    assert [isinstance(result, PoolError) for result in results] == [False, True, False, False]
+    assert "the number of an image, 0..0, got 1" in str(results[1])
+
+
+def test_segments_of_a_map_are_of_their_own_tensor(client: PoolClient) -> None:
+    """An offset beyond its tensor is an error, although another tensor follows."""
+    offsets = [[0, 3], [0, 9], [0, 4], [4, 3]]
+    results = list(client.map([X[:1, :, :8]] * 4, SegmentPool("max"), offsets=offsets, return_exceptions=True))
+    assert [isinstance(result, PoolError) for result in results] == [False, True, False, True]
+    assert "offsets in 0..8, got 0..9" in str(results[1])
+
+
+def test_a_bad_tensor_of_a_map_keeps_its_operand(client: PoolClient) -> None:
+    """The tensors after one that is not valid have their own operands, not those of the tensors before them."""
+    masks = [np.eye(4)[number : number + 1] for number in range(4)]
+    row = np.arange(4, dtype=np.float32).reshape(1, 1, 4)
+    results = list(client.map([row, "no tensor", row, row], GlobalPool1d("max"), weights=masks, return_exceptions=True))
+    assert isinstance(results[1], PoolError)
+    assert [result.output.item() for result in results if not isinstance(result, PoolError)] == [0, 2, 3]
 
 
 def test_one_bad_operand_of_a_map_fails_alone(client: PoolClient) -> None:

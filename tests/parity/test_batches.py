@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from poolrpc.tensors import TensorSpec
 from poolrpc_server.calls.validate import Limits, check_request
 from poolrpc_server.compute.engine import Engine, Run
 from poolrpc_server.compute.schedule import CPU_BATCHED_BYTES
+from tests.operand_bytes import operand_for
 from tests.parity.grid import GRID, sampled
 from tests.parity.reference import assert_same, values
 
@@ -34,17 +35,18 @@ def engine() -> Iterator[Engine]:
     made.close()
 
 
-def a_run(engine: Engine, branches: Sequence[Chain], spec: TensorSpec, seed: int) -> Run:
-    """Return a run with random values, and random indices if it has a MaxUnpool, whose result is its outputs."""
+def a_run(engine: Engine, branches: Sequence[Chain], spec: TensorSpec, seed: int, *, optional: bool = False) -> Run:
+    """Return a run with random values, and with a random operand if it takes one, whose result is its outputs."""
     unpool = next((chain[0] for chain in branches if chain[0].operand == "indices"), None)
-    indices = TensorSpec("int64", spec.shape, spec.layout) if unpool is not None else None
-    checked = check_request(Request(spec, tuple(branches), indices), LIMITS, engine.schedule)
+    operand, contents = operand_for(branches, spec.shape, spec.layout, optional=optional, seed=seed)
+    checked = check_request(Request(spec, tuple(branches), operand), LIMITS, engine.schedule)
     x = values(spec.shape, spec.dtype, seed)
     payload = x.contiguous().view(torch.uint8).numpy().tobytes()
     if unpool is not None:
         sizes = spec.shape[:-1] if spec.layout == "NHWC" else spec.shape
         cells = prod(unpool.output_plane(sizes[-unpool.spatial_dims :]))
-        payload += np.random.default_rng(seed).integers(0, cells, spec.shape).tobytes()
+        contents = np.random.default_rng(seed).integers(0, cells, spec.shape).tobytes()
+    payload += contents
 
     def finish(outputs: Sequence[memoryview]) -> list[torch.Tensor]:
         return [
@@ -72,20 +74,17 @@ def specs(layer: p.Layer, shape: tuple[int, ...], dtype: str, turn: int) -> list
     plane = shape[-dims:]
     if turn % 3 == 0:
         return [TensorSpec(dtype, (*lead, *plane, 3), "NHWC") for lead in [(2,), (1,), ()]]
-    return [TensorSpec(dtype, (*lead, *plane)) for lead in [(2, 3), (1, 1), (4,)]]
+    # Boxes are of images, which have the same channels.
+    leads: list[tuple[int, ...]] = [(2, 3), (1, 3), (3,)] if layer.operand == "boxes" else [(2, 3), (1, 1), (4,)]
+    return [TensorSpec(dtype, (*lead, *plane)) for lead in leads]
 
 
-ALONE = {"offsets", "boxes"}
-"""The operands with which a request is computed alone."""
-
-
-@pytest.mark.parametrize(
-    "name", [name for name in GRID if "Fractional" not in name and p.LAYERS[name].operand not in ALONE]
-)
+@pytest.mark.parametrize("name", [name for name in GRID if "Fractional" not in name])
 def test_a_batch_has_the_results_of_its_requests(engine: Engine, name: str) -> None:
-    """Requests of one key have the same results in a batch, for each layer, dtype and layout, and with indices."""
+    """Requests of one key have the same results in a batch, for each layer, dtype and layout, with any operand."""
     met = set()
-    for turn, (layer, shape, dtype) in enumerate(case for case in sampled(name) if case[0].splittable):
+    cases = [case for case in sampled(name) if case[0].splittable or case[0].operand == "boxes"]
+    for turn, (layer, shape, dtype) in enumerate(cases):
         runs = [a_run(engine, [(layer,)], spec, turn + i) for i, spec in enumerate(specs(layer, shape, dtype, turn))]
         if max(run.nbytes for run in runs) > CPU_BATCHED_BYTES:
             continue
@@ -135,6 +134,44 @@ def test_a_part_of_an_image_shares_no_batch(engine: Engine) -> None:
         request = Request(TensorSpec("uint8", (1, count, 8, 8)), (chain,), is_block=True)
         schedule = check_request(request, LIMITS, engine.schedule).schedule
         assert (schedule.key is not None) == shares
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("reduce", ["max", "mean", "median", p.Softmax()])
+def test_each_image_of_a_batch_has_its_weights(engine: Engine, reduce: Any, dtype: str, layout: str) -> None:
+    """Requests with weights of their own have the same results in a batch, also with branches and layers without."""
+    branches = [(p.GlobalPool1d(reduce),), (p.MaxPool1d(2), p.GlobalPool1d("max"))]
+    shapes = [(2, 50, 3), (1, 50, 3), (50, 3)] if layout == "NHWC" else [(2, 3, 50), (1, 3, 50), (3, 50)]
+    runs = [a_run(engine, branches, TensorSpec(dtype, each, layout), i, optional=True) for i, each in enumerate(shapes)]
+    assert_batch_is_equal(engine, runs, (reduce, dtype, layout))
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_layers_after_an_operand_are_those_of_a_batch(engine: Engine, layout: str) -> None:
+    """Chains that begin with boxes or segments, some with other branches, have the same results in a batch."""
+    shapes = (
+        [(2, 12, 9, 3), (1, 12, 9, 3), (12, 9, 3)] if layout == "NHWC" else [(2, 3, 12, 9), (1, 3, 12, 9), (3, 12, 9)]
+    )
+    boxes: list[Chain] = [(p.RoIAlign(4), p.Normalize((1, 2, 3), (4, 5, 6)), p.MaxPool2d(2)), (p.AvgPool2d(2),)]
+    segments: list[Chain] = [(p.SegmentPool("mean"), p.MaxPool1d(2)), (p.MaxPool1d(3),)]
+    for branches, sizes in ((boxes, shapes), (segments, [each[:-1] for each in shapes])):
+        runs = [a_run(engine, branches, TensorSpec("float32", each, layout), i) for i, each in enumerate(sizes)]
+        assert_batch_is_equal(engine, runs, (branches, layout))
+
+
+def test_requests_with_other_channels_have_other_keys(engine: Engine) -> None:
+    """Images with weights or boxes share a batch if they have the same channels; segments, if there are as many."""
+    two, three, four = (TensorSpec("float32", (1, channels, 8, 8)) for channels in (2, 3, 4))
+    chain = (p.RoIPool(2),)
+    assert a_run(engine, [chain], three, 0).key is a_run(engine, [chain], three, 1).key
+    assert a_run(engine, [chain], three, 0).key is not a_run(engine, [chain], four, 0).key
+    weighted = [a_run(engine, [(p.GlobalPool2d("max"),)], spec, 0, optional=True) for spec in (two, three)]
+    assert weighted[0].key is not weighted[1].key
+    numbered = [(p.RoIPool(2), p.Normalize((1, 2), (3, 4)))]  # the channels of an image
+    assert a_run(engine, numbered, two, 0).key is not None
+    longer = [a_run(engine, [(p.SegmentPool("max"),)], TensorSpec("float32", (1, 2, size)), 0).key for size in (8, 9)]
+    assert longer[0] is not longer[1]
 
 
 @pytest.mark.parametrize("count", [2, 7, 64])

@@ -6,19 +6,24 @@ import warnings
 from collections.abc import AsyncIterable, Iterable
 from contextlib import contextmanager
 from copy import copy
-from itertools import repeat
 from math import prod
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-
-from poolrpc._shapes.rules import check_shape, clip
+from poolrpc._shapes.rules import check_shape
+from poolrpc._transport.grouped_operands import (
+    Operands,
+    along_axis,
+    follow_along_axis,
+    is_of_images,
+    joined_operand,
+    parts_along_axis,
+    parts_of_boxes,
+)
 from poolrpc._transport.request import Transfer, prepare
 from poolrpc._transport.result import PoolResult
 from poolrpc._wire import codec
 from poolrpc.chains import check_layout, period, spatial_dims
 from poolrpc.errors import InternalError, InvalidArgumentError, LimitExceededError, PoolError
-from poolrpc.operands import check_operand_name, operand_of
 from poolrpc.tensors import TensorSpec, as_array, spec_of
 
 if TYPE_CHECKING:
@@ -60,6 +65,7 @@ class Group:
         self.tensors = tensors
         self._operands = operands
         self._chain, self._layout, self._failure = chain, layout, failure
+        self._along_axis = len(tensors) > 1 and follow_along_axis(tensors, operands, chain)
 
     def transfer(self) -> Transfer:
         """Return the request with its tensors.
@@ -70,34 +76,23 @@ class Group:
         """
         if self._failure is not None:
             raise self._failure
+        if self._along_axis:
+            return along_axis(self.tensors, self._operands, self._chain, self._layout)
         spec = spec_of(self.tensors[0], self._layout)
         if len(self.tensors) > 1:
             tail = _plane_axes(spec, self._chain)
             planes = sum(prod(each.shape[:-tail]) for each in self.tensors)
             lead: Shape = (planes,)
             if self._layout == "NCHW":
-                one_image = period((self._chain,)) == 1 and not (
-                    self._operands and _has_rows(self._chain, self._operands[0])
-                )
+                one_image = period((self._chain,)) == 1 and not (self._operands and is_of_images(self._chain))
                 channels = planes if one_image else spec.shape[-tail - 1]
                 lead = (planes // channels, channels)
             spec = TensorSpec(spec.dtype, (*lead, *spec.shape[-tail:]), self._layout)
         if not self._operands:
             return Transfer(prepare(codec.Request(spec, (self._chain,))), self.tensors)
-        operand = self._joined(spec)
+        operand = joined_operand(self.tensors, self._operands, self._chain, spec)
         request = codec.Request(spec, (self._chain,), spec_of(operand, self._layout))
         return Transfer(prepare(request), self.tensors, (), operand)
-
-    def _joined(self, spec: TensorSpec) -> Array:
-        """Return the operand of the group, whose input has this spec."""
-        first = self._operands[0]
-        # The offsets of all tensors of a group are the same.
-        if len(self._operands) == 1 or self._chain[0].operand == "offsets":
-            return first
-        joined = np.concatenate([each.reshape(-1) for each in self._operands])
-        if self._chain[0].operand == "indices":
-            return joined.reshape(spec.shape)
-        return joined.reshape(spec.shape[0], *first.shape[-spatial_dims((self._chain,)) :])
 
     def split(self) -> list[Group]:
         """Return a group for each tensor."""
@@ -119,6 +114,10 @@ class Group:
         """Return the part of the group's result that belongs to each tensor."""
         if len(self.tensors) == 1:
             return [result]
+        if self._along_axis:
+            return [*parts_along_axis(result, self._operands, self._layout)]
+        if self._operands and self._chain[0].operand == "boxes":
+            return [*parts_of_boxes(result, self._operands)]
         tail = _plane_axes(spec_of(self.tensors[0], self._layout), self._chain)
         shapes: dict[Shape, tuple[Shape, ...]] = {}
         flat = [
@@ -162,10 +161,11 @@ class Grouping:
     ) -> None:
         check_layout(layout)
         self._chain, self._layout = chain, layout
-        self._given = None if operands is None else _Operands(*operands, chain)
+        self._given = None if operands is None else Operands(*operands, chain)
         self._operands: list[Array] = []
-        # A layer whose result depends on the number of any plane needs the planes of each tensor counted from 0.
-        groups = period((chain,)) and all(layer.splittable for layer in chain)
+        # A layer whose result depends on the number of any plane needs the planes of each tensor counted from 0. Images
+        # with boxes are not divided, but other images with their boxes may follow.
+        groups = period((chain,)) and all(layer.splittable or layer.operand == "boxes" for layer in chain)
         self._group_bytes = group_bytes if groups else 0
         self._waiting: list[Array] = []
         self._size = 0
@@ -175,14 +175,11 @@ class Grouping:
     def add(self, tensor: object) -> Sequence[Group]:
         """Add the next tensor and return the groups that are complete."""
         try:
+            operand = None if self._given is None else self._given.take()
             array = as_array(tensor, self._layout)
-            key = self._key
-            if self._given is not None:
-                operand = self._given.take()
-                key = self._key_of(spec_of(array, self._layout), operand)
-            elif self._last != (array.dtype, array.shape):
-                key = self._key_of(spec_of(array, self._layout))
-                self._last = array.dtype, array.shape
+            key, last = self._key, (array.dtype, array.shape, id(operand))
+            if self._last != last:  # the id is of the latest operand, which is in memory
+                key, self._last = self._key_of(spec_of(array, self._layout), operand), last
         except PoolError as error:
             return [*self.finish(), Group([], self._chain, self._layout, (), error)]
         complete: Sequence[Group] = ()
@@ -190,7 +187,7 @@ class Grouping:
             complete = self.finish()
         self._key = key
         self._waiting.append(array)
-        if self._given is not None:
+        if operand is not None:
             self._operands.append(operand)
         self._size += array.nbytes
         return complete
@@ -227,71 +224,12 @@ class Grouping:
             return None
         if not spec.numel:
             return None
-        # A layer that treats channels differently needs the same ones in all tensors, and so does one with weights.
-        same_channels = period((self._chain,)) > 1 or _has_rows(self._chain, operand)
+        # A layer that treats channels differently needs the same ones in all tensors, and so do weights and boxes.
+        same_channels = period((self._chain,)) > 1 or (operand is not None and is_of_images(self._chain))
         channels = spec.shape[-axes - 1] if spec.layout == "NCHW" and same_channels else None
-        if operand is None:
+        if operand is None or self._given is None:
             return spec.dtype, channels, spec.shape[-axes:]
-        try:
-            prepare(codec.Request(spec, (self._chain,), spec_of(operand, self._layout)))
-        except PoolError:
-            return None
-        assert self._given is not None  # noqa: S101 - it gave the operand
-        return spec.dtype, channels, spec.shape[-axes:], operand.dtype, self._given.offsets
-
-
-class _Operands:
-    """The operands of a map's tensors, in order.
-
-    Args:
-        name: The name of their keyword argument.
-        values: An iterable with that of each tensor.
-        chain: The layers.
-
-    Attributes:
-        offsets: The number of different offsets so far.
-
-    Raises:
-        InvalidArgumentError: The values are not iterable, or the layers take no such operand.
-
-    """
-
-    def __init__(self, name: str, values: Any, chain: Chain) -> None:  # noqa: ANN401 - checked here
-        check_operand_name(name, (chain,))
-        if not isinstance(values, Iterable):
-            msg = f"expected an iterable with the {name} of each tensor, got {clip(values)}"
-            raise InvalidArgumentError(msg, field=name)
-        self._name, self._chain = name, chain
-        self._values = iter(values)
-        self._same = isinstance(values, repeat)
-        self._last: Array | None = None
-        self.offsets = 0
-
-    def take(self) -> Array:
-        """Return the operand of the next tensor.
-
-        Raises:
-            InvalidArgumentError: There is none, or it is not an array of its kind.
-
-        """
-        try:
-            value = next(self._values)
-        except StopIteration:
-            raise InvalidArgumentError("expected one for each tensor, got fewer", field=self._name) from None
-        if self._same and self._last is not None:
-            return self._last
-        operand = operand_of({self._name: value}, (self._chain,))
-        if operand is None:
-            raise InvalidArgumentError("expected one for each tensor, got None", field=self._name)
-        if self._chain[0].operand == "offsets" and not (self._last is not None and np.array_equal(operand, self._last)):
-            self.offsets += 1
-        self._last = operand
-        return operand
-
-
-def _has_rows(chain: Chain, operand: Array | None) -> bool:
-    """Return whether the operand has a row for each image, so that its number of channels must be known."""
-    return operand is not None and chain[0].operand == "weights"
+        return self._given.key_of(spec, operand, (channels, spec.shape[-axes:]))
 
 
 def _plane_axes(spec: TensorSpec, chain: Chain) -> int:

@@ -22,8 +22,9 @@ from poolrpc.layers import FLOATS, INTEGERS
 from poolrpc.tensors import split_tensors
 from poolrpc_server.compute.buffers import Buffers
 from poolrpc_server.compute.device import DeviceStreams, PageLocks, backend_of, resolve_device
+from poolrpc_server.compute.operands import joined, whole_operand
 from poolrpc_server.compute.overlap import StageTimer, block_limit, planes_of_block
-from poolrpc_server.compute.planes import block_of
+from poolrpc_server.compute.planes import batch_of
 from poolrpc_server.compute.schedule import Schedule
 from poolrpc_server.compute.workspace import Workspace, WorkspaceCache
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from poolrpc._wire.codec import BranchResult, Request
     from poolrpc.tensors import Bytes
     from poolrpc_server.compute.device import Backend, Stream
+    from poolrpc_server.compute.operands import WholeOperand
     from poolrpc_server.compute.schedule import BatchKey
     from poolrpc_server.telemetry.stage_times import StageTimes
 
@@ -51,6 +53,11 @@ RETRIED_SHARE = 4
 BATCH_SCHEDULES, BATCH_WORKSPACE_BYTES = 256, 2 * 2**20
 """The number of batches' schedules to remember, and the size up to which their workspaces are cached. There are more of
 these schedules than of requests': one for each number of planes."""
+
+
+BATCHED_WORK = 20_000_000
+"""The most work of a batch of boxes, which depends on their sizes: of more, each request is computed alone, so that its
+caller is looked at while it is computed."""
 
 
 class Slots(Protocol):
@@ -308,8 +315,11 @@ class Engine:
     def _execute_batch(self, runs: Sequence[Run], streams: Sequence[Stream]) -> list[Any]:
         key = runs[0].key
         assert key is not None  # noqa: S101 - runs without a key are executed alone
-        schedule = self._batch_schedule(key, sum(run.schedule.planes for run in runs))
-        with self._borrow_workspace(schedule) as workspace:
+        planes, boxes = (
+            sum(each) for each in zip(*((run.schedule.planes, run.schedule.boxes) for run in runs), strict=True)
+        )
+        schedule = self._batch_schedule(key, planes, boxes)
+        with self._borrow_workspace(schedule, _joined_operand(runs)) as workspace:
             for number, buffer in enumerate(workspace.inputs):
                 end = 0
                 for run in runs:
@@ -332,11 +342,12 @@ class Engine:
         return results
 
     @contextmanager
-    def _borrow_workspace(self, schedule: Schedule) -> Iterator[Workspace]:
-        """Borrow a workspace, which is returned when the context ends."""
+    def _borrow_workspace(self, schedule: Schedule, operand: WholeOperand | None = None) -> Iterator[Workspace]:
+        """Borrow a workspace, without memory for an operand that is given; it is returned when the context ends."""
         if not schedule.cached:
-            with self._buffers.borrow(schedule.inputs) as inputs, self._buffers.borrow(schedule.outputs) as outputs:
-                yield Workspace(schedule, inputs, outputs)
+            specs = schedule.inputs if operand is None else schedule.inputs[:1]
+            with self._buffers.borrow(specs) as inputs, self._buffers.borrow(schedule.outputs) as outputs:
+                yield Workspace(schedule, inputs, outputs, operand)
             return
         workspace = self._workspaces.take(schedule)
         try:
@@ -346,11 +357,12 @@ class Engine:
             raise
         self._workspaces.put(workspace)
 
-    def _create_batch_schedule(self, key: BatchKey, planes: int) -> Schedule:
+    def _create_batch_schedule(self, key: BatchKey, planes: int, boxes: int) -> Schedule:
         dims = key.spatial_dims
-        request = block_of(key.plane, Planes(key.plane.input, dims), planes, 0)
+        request = batch_of(key.plane, Planes(key.plane.input, dims), planes, boxes)
         nbytes = min(BATCH_WORKSPACE_BYTES, self._workspace_bytes)
-        return Schedule(request, dims, request.results(), key.device, self.threads, nbytes)
+        most = min(self._max_work, BATCHED_WORK)
+        return Schedule(request, dims, request.results(), key.device, self.threads, nbytes, most)
 
     def _parallel_for(self, part: Callable[[int, int], None], planes: int, threads: int) -> None:
         borrowed = self.slots.borrow(threads - 1) if self.slots is not None and threads > 1 else 0
@@ -380,6 +392,15 @@ class Engine:
             if pooled & {*INTEGERS} or (self.device.type == "mps" and not {*dtypes} <= {*FLOATS} - {"float64"}):
                 return torch.device("cpu")
         return self.device
+
+
+def _joined_operand(runs: Sequence[Run]) -> WholeOperand | None:
+    """Return the operand of a batch, that of each request checked; None if the blocks of planes share none."""
+    if not runs[0].schedule.whole_operand:
+        return None
+    dims, requests = runs[0].schedule.spatial_dims, [run.schedule.request for run in runs]
+    operands = [whole_operand(run.inputs[1], request, dims) for run, request in zip(runs, requests, strict=True)]
+    return operands[0] if len(runs) == 1 else joined(operands, requests, dims)
 
 
 def _prepare_thread() -> None:

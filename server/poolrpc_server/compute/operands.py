@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from poolrpc.chains import to_channels_first
 from poolrpc.errors import InvalidArgumentError
-from poolrpc_server.compute.kernels.segments import buckets_of
+from poolrpc_server.compute.kernels.segments import Segments, buckets_of
+from poolrpc_server.compute.planes import images_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from poolrpc._wire.codec import Request
     from poolrpc.tensors import Bytes
 
@@ -31,9 +37,7 @@ class WholeOperand:
 
     def on(self, device: torch.device) -> Any:  # noqa: ANN401 - as above
         """Return the value on a device."""
-        if isinstance(self.value, torch.Tensor):
-            return self.value.to(device)
-        return tuple(each.to(device) for each in self.value)
+        return self.value.to(device)
 
 
 def whole_operand(data: Bytes, request: Request, spatial_dims: int) -> WholeOperand:
@@ -52,41 +56,45 @@ def whole_operand(data: Bytes, request: Request, spatial_dims: int) -> WholeOper
     """
     spec, name = request.operand, request.operand_name
     assert spec is not None  # noqa: S101 - the caller has one
+    if name == "offsets":
+        shape = to_channels_first(request.input.shape, spatial_dims, request.input.layout)
+        return WholeOperand(Segments(((prod(shape[:-1]), buckets_of(bytes(data), shape[-1])),)))
     copied = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
     if spec.numel:
         copied.view(-1).view(torch.uint8).copy_(torch.frombuffer(data, dtype=torch.uint8))
-    shape = request.input.shape
-    if name == "offsets":
-        check_offsets(copied, shape[-1] if request.input.layout == "NCHW" else shape[-2])
-        return WholeOperand(buckets_of(copied))
     if name == "weights":
         check_weights(copied)
     else:
-        images = shape[0] if len(shape) == spatial_dims + 2 else 1
         check_boxes(
             copied,
-            images,
+            images_of(request.input, spatial_dims),
             max(getattr(chain[0], "spatial_scale", 1.0) for chain in request.branches if chain[0].operand),
         )
     return WholeOperand(copied)
 
 
-def check_offsets(offsets: torch.Tensor, cells: int) -> None:
-    """Check that offsets are in ascending order, and in the range of an axis of so many cells.
+def joined(operands: Sequence[WholeOperand], requests: Sequence[Request], spatial_dims: int) -> WholeOperand:
+    """Return the operand of a batch: the planes of its requests, which have the same layers, follow each other.
 
-    Raises:
-        InvalidArgumentError: They are not.
+    Args:
+        operands: The operand of each request, checked: a box then names no image of another request.
+        requests: The requests.
+        spatial_dims: The number of spatial axes of their inputs.
 
     """
-    low, high = int(offsets.min()), int(offsets.max())
-    if low < 0 or high > cells:
-        raise InvalidArgumentError(f"expected offsets in 0..{cells}, got {low}..{high}", field="offsets")
-    descending = offsets[1:] < offsets[:-1]
-    if bool(descending.any()):
-        at = int(descending.int().argmax())
-        pair = f"{int(offsets[at])} before {int(offsets[at + 1])}"
-        msg = f"expected offsets in ascending order, got {pair} at position {at}"
-        raise InvalidArgumentError(msg, field="offsets")
+    name, values = requests[0].operand_name, [each.value for each in operands]
+    if name == "offsets":
+        return WholeOperand(Segments.joined(values))
+    if name == "weights":
+        plane = values[0].shape[-spatial_dims:]
+        return WholeOperand(torch.cat([each.view(-1, *plane) for each in values]))
+    boxes, images = torch.cat(values), (images_of(request.input, spatial_dims) for request in requests)
+    starts = accumulate(images, initial=0)
+    end = 0
+    for start, each in zip(starts, values, strict=False):
+        boxes[end : end + len(each), 0] += start
+        end += len(each)
+    return WholeOperand(boxes)
 
 
 def check_weights(weights: torch.Tensor) -> None:

@@ -50,6 +50,34 @@ def planes_of_image(spec: TensorSpec, dims: int) -> int:
     return spec.shape[-dims - 1] if spec.layout == "NCHW" else 1
 
 
+def images_of(spec: TensorSpec, dims: int) -> int:
+    """Return the number of images of a tensor."""
+    return spec.shape[0] if len(spec.shape) == dims + 2 else 1
+
+
+def batch_of(request: Request, planes: Planes, count: int, boxes: int) -> Request:
+    """Return the request for a batch of requests that have the layers and the plane size of one.
+
+    Args:
+        request: One of them.
+        planes: The planes of its input.
+        count: The number of planes of all of them.
+        boxes: The number of boxes of all of them, if they have any.
+
+    """
+    if request.operand is None or request.operand_name != "boxes":
+        return block_of(request, planes, count, 0)
+    spec, dims = request.input, planes.spatial_dims
+    images = count // planes_of_image(spec, dims)
+    return Request(
+        TensorSpec(spec.dtype, (images, *spec.shape[-dims - 1 :]), spec.layout),
+        request.branches,
+        TensorSpec(request.operand.dtype, (boxes, *request.operand.shape[1:])),
+        request.outputs,
+        is_block=True,
+    )
+
+
 def steps(
     request: Request, dims: int, results: Sequence[BranchResult]
 ) -> Iterator[Iterator[tuple[Layer | WithOperand, TensorSpec, Shape]]]:

@@ -16,7 +16,7 @@ from poolrpc_server.compute.branch import Branch
 from poolrpc_server.compute.kernels import plan_for
 from poolrpc_server.compute.kernels.eager import INDEX_BYTES, depends_on_size
 from poolrpc_server.compute.kernels.integer_average import fuse
-from poolrpc_server.compute.planes import block_of, steps
+from poolrpc_server.compute.planes import batch_of, planes_of_image, steps
 from poolrpc_server.compute.with_operand import WHOLE_OPERANDS, WithOperand
 
 if TYPE_CHECKING:
@@ -48,7 +48,10 @@ CACHED_CALL_SECONDS, CACHED_LAYER_SECONDS = 8e-6, 5e-6
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BatchKey:
-    """The properties that requests of a batch share: all but the number of planes. Equal keys are the same object."""
+    """The properties that requests of a batch share: all but the numbers of planes and of boxes.
+
+    Equal keys are the same object.
+    """
 
     plane: Request
     spatial_dims: int
@@ -74,7 +77,6 @@ class Schedule:
         scratch_bytes: An upper bound of the memory that an execution takes, on all of its threads, in addition to its
             inputs and outputs.
         whole_operand: Whether there is an operand of another shape than the input's, which all blocks of planes share.
-            The request is then computed alone: another one's planes would need another operand.
         key: The key of the requests that may be computed in one batch with this one. None: it is computed alone.
         seconds: The estimated duration, corrected by each execution.
         cached: Whether its workspaces are kept for reuse.
@@ -119,10 +121,12 @@ class Schedule:
                 else:
                     self.branches.append(Branch(plans, self.planes, threads, outputs, bound=self.cached))
         self.work = sum(branch.work for branch in self.branches)
-        self.divisible = all(layer.splittable for chain in request.branches for layer in chain)
-        if device.type != "cpu":
-            self.divisible &= not any(depends_on_size(layer) for chain in request.branches for layer in chain)
-        self.key = self._key()
+        every = [layer for chain in request.branches for layer in chain]
+        independent = device.type == "cpu" or not any(map(depends_on_size, every))
+        self.divisible = independent and all(layer.splittable for layer in every)
+        # Images are not divided among their boxes, but other images with their boxes may follow.
+        independent &= all(layer.splittable or layer.operand == "boxes" for layer in every)
+        self.key = self._key() if independent else None
         self.scratch_bytes = max((branch.scratch_bytes for branch in self.branches), default=0)
         if self.whole_operand:  # its copy, what is computed from it, and the positions of the cells of segments
             self.scratch_bytes += OPERAND_COPIES * self.inputs[1].nbytes
@@ -146,16 +150,25 @@ class Schedule:
         """Correct the estimate by the duration of an execution."""
         self.seconds += (seconds - self.seconds) / 4
 
+    @property
+    def boxes(self) -> int:
+        """The number of boxes."""
+        return self.inputs[1].shape[0] if self.request.operand_name == "boxes" else 0
+
     def _key(self) -> BatchKey | None:
-        request = self.request
+        request, dims = self.request, self.spatial_dims
         repeats = period(request.branches)
         channels = request.input.shape[-1] if request.input.layout == "NHWC" else 1
+        name, unit = request.operand_name, 1
+        if name in {"weights", "boxes"}:  # the weights of the next request, and its images, begin with an image
+            unit = request.channels or planes_of_image(request.input, dims)
         # The planes of the next request follow: they must begin where the layers' period begins.
-        independent = self.divisible and repeats and self.planes * channels % repeats == 0
+        period_planes = unit if name == "boxes" else self.planes
+        independent = repeats and period_planes * channels % repeats == 0
+        independent = independent and self.planes % unit == request.start == 0
         on_cpu = self.device.type == "cpu"
         limit = CPU_BATCHED_BYTES if on_cpu else DEVICE_BATCHED_BYTES
         layers = sum(len(branch.steps) for branch in self.branches)
-        if not (1 <= layers <= BATCHED_LAYERS and independent and self.nbytes <= limit) or self.whole_operand:
+        if not (1 <= layers <= BATCHED_LAYERS and independent and self.nbytes <= limit):
             return None
-        plane = block_of(request, Planes(request.input, self.spatial_dims), 1, 0)
-        return _batch_key(plane, self.spatial_dims, self.device)
+        return _batch_key(batch_of(request, Planes(request.input, dims), unit, 1), dims, self.device)

@@ -59,7 +59,13 @@ class Workspace:
     """
 
     def __init__(
-        self, schedule: Schedule, inputs: Sequence[Any], outputs: Sequence[memoryview] = (), *, reused: bool = False
+        self,
+        schedule: Schedule,
+        inputs: Sequence[Any],
+        outputs: Sequence[memoryview] = (),
+        operand: WholeOperand | None = None,
+        *,
+        reused: bool = False,
     ) -> None:
         """Create a workspace.
 
@@ -67,6 +73,7 @@ class Workspace:
             schedule: The schedule that it is for.
             inputs: The bytes of each input tensor.
             outputs: Memory for each output tensor; it may be left out if the schedule is `whole`.
+            operand: The operand that the blocks of planes share, checked. None: that of the inputs, if there is one.
             reused: Whether it will run many times, so that programs are made once and kept.
 
         Raises:
@@ -77,9 +84,9 @@ class Workspace:
         self.last_used = 0
         self._programs: list[list[Program] | None] = [None] * len(schedule.branches)
         branches = schedule.branches
-        self._operand: WholeOperand | None = None
+        self._operand = operand
         if branches:
-            if schedule.whole_operand:
+            if schedule.whole_operand and operand is None:
                 self._operand = whole_operand(inputs[1], schedule.request, schedule.spatial_dims)
             self._x = self._tensor(inputs[0], schedule.inputs[0])
             self._aligned = self._x.data_ptr() % self._x.element_size() == 0

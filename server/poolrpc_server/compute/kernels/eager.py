@@ -22,7 +22,7 @@ from poolrpc_server.compute.kernels.blur import blur_bytes, blur_pool
 from poolrpc_server.compute.kernels.cells import channel_numbers, convert, flip
 from poolrpc_server.compute.kernels.padded import HALVES, padded_average, padded_max, sum_dtype, torch_can_pad
 from poolrpc_server.compute.kernels.reduce import global_pool, pool, reduction_bytes
-from poolrpc_server.compute.kernels.segments import bind_segments
+from poolrpc_server.compute.kernels.segments import bind_segments, segment_bytes
 from poolrpc_server.compute.kernels.weighted import bind_weighted, operand_bytes
 from poolrpc_server.compute.with_operand import WithOperand, takes_operand
 
@@ -128,7 +128,7 @@ def _in_channels_last(layer: Layer | WithOperand, dtype: torch.dtype, run: Opera
 def _with_operand(layer: WithOperand, dtype: torch.dtype) -> Operator:
     if layer.operand == "offsets":
         reduce_segments = bind_segments(layer, dtype)
-        return lambda x, buckets, *_: (reduce_segments(x, buckets), None)
+        return lambda x, segments, first, _: (reduce_segments(x, segments, first), None)
     pool = bind_weighted(layer, dtype)
     return lambda x, weights, first, _: (pool(x, weights, first), None)
 
@@ -358,7 +358,7 @@ OWN_BYTES = {
     "global_pool": reduction_bytes,
     "blur_pool": blur_bytes,
     "global_pool, weights": operand_bytes,
-    "segment_pool, offsets": operand_bytes,
+    "segment_pool, offsets": segment_bytes,
 }
 """The memory of operators that are several of torch's, by family."""
 
