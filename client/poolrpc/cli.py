@@ -20,6 +20,7 @@ import numpy as np
 
 from poolrpc._interrupt import INTERRUPTED
 from poolrpc._shapes.rules import clip
+from poolrpc._transport.join import JOINS
 from poolrpc._version import __version__
 from poolrpc.chains import as_steps, branch_shapes
 from poolrpc.client import PoolClient
@@ -191,6 +192,12 @@ def _parser() -> argparse.ArgumentParser:
         help="layers of the chain whose outputs are kept, such as the levels of a pyramid: all, or their numbers "
         "from 0 on, such as 0,2 [default: the last one]",
     )
+    pool.add_argument(
+        "--join",
+        choices=JOINS,
+        help="join the outputs of the branches to one: cat along the channels, flatten and concatenate, or their mean "
+        "or sum [default: each branch has an output of its own]",
+    )
     for name, taken in OPERAND_HELP.items():
         pool.add_argument(f"--{name}", type=Path, metavar="FILE", help=f".npy with {taken}, for every file")
     pool.add_argument(
@@ -288,7 +295,9 @@ def _client(options: argparse.Namespace) -> PoolClient:
 def _pool(options: argparse.Namespace) -> tuple[object, Sequence[str], int]:
     branches = tuple(map(parse_chain, options.layer))
     steps = None if options.steps is None else _steps(options.steps, branches)
-    work = Work(branches, options.layout, options.skip_existing, steps, _operand(options))
+    if options.join and steps is not None:
+        raise InvalidArgumentError("expected no --steps together with --join, got both", field="join")
+    work = Work(branches, options.layout, options.skip_existing, steps, _operand(options), options.join)
     inputs = find_inputs(options.files, options.save)
     inputs = dataclasses.replace(inputs, several=inputs.several or bool(options.save and options.save.is_dir()))
     for flag, given in (("save", options.skip_existing), ("save", options.suffix)):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+from PIL import Image
 
 import poolrpc
 from poolrpc import (
@@ -19,8 +21,11 @@ from poolrpc import (
     MaxPool2d,
     ToDtype,
 )
+from poolrpc.cli import main
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from poolrpc import PoolClient, PoolResult
 
 X = np.arange(2 * 3 * 6 * 8, dtype=np.float32).reshape(2, 3, 6, 8) % 17
@@ -105,3 +110,48 @@ def test_the_asyncio_client_joins_too(address: str) -> None:
     with poolrpc.PoolClient(address) as client:
         expected = client.pool_each(X, GLOBAL, join="cat")
     np.testing.assert_array_equal(asyncio.run(pooled()).output, expected.output)
+
+
+@pytest.mark.parametrize("join", ["cat", "flatten", "mean", "sum"])
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_the_command_joins_branches(
+    client: PoolClient, tmp_path: Path, capsys: pytest.CaptureFixture[str], join: Any, layout: Any
+) -> None:
+    """`poolrpc pool --join` saves and reports the one output of `pool_each(..., join=)`, and each branch's shapes."""
+    x = dict(layouts(X))[layout]
+    np.savez(tmp_path / "x.npz", x=x, layout=layout)
+    branches = [[MaxPool2d(2), GlobalPool2d("mean")], [GlobalPool2d("max")]]
+    expected = client.pool_each(np.ascontiguousarray(x), branches, layout=layout, join=join).output
+    flags = [flag for chain in branches for flag in ("--layer", repr(chain))]
+    command = ["pool", str(tmp_path / "x.npz"), *flags, "--join", join, "--address", str(client.address)]
+    assert main([*command, "--save", str(tmp_path / "y.npz"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [len(each["steps"]) for each in report["branches"]] == [2, 1]
+    assert report["saved"] == [str(tmp_path / "y.npz")]
+    assert (report["joined"]["join"], report["joined"]["shape"]) == (join, [*expected.shape])
+    np.testing.assert_array_equal(np.array(report["joined"]["values"], np.float32), expected)
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npz")["x"], expected)
+    assert main([*command, "--save", str(tmp_path / "y.npy")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"join {join} -> {expected.shape}" in lines
+    moved = np.moveaxis(expected, -1, -3) if layout == "NHWC" and join != "flatten" else expected
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), moved)
+
+
+def test_the_command_joins_the_branches_of_every_image(
+    client: PoolClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A mean of branches is an image again; joined channels, and steps together with a join, are rejected."""
+    Image.new("RGB", (8, 6), (10, 20, 30)).save(tmp_path / "a.png")
+    Image.new("RGB", (4, 4), (30, 20, 10)).save(tmp_path / "b.png")
+    files = [str(tmp_path / "a.png"), str(tmp_path / "b.png"), "--address", str(client.address)]
+    layers = ["--layer", "AvgPool2d(2)", "--layer", "[ToDtype('float32'), MaxPool2d(2)]"]
+    assert main(["pool", *files, *layers, "--join", "mean", "--save", str(tmp_path / "out")]) == 0
+    for name, size, color in (("a", (4, 3), (10, 20, 30)), ("b", (2, 2), (30, 20, 10))):
+        with Image.open(tmp_path / f"out/{name}.png") as image:
+            assert (image.size, image.getpixel((1, 1))) == (size, color)
+    capsys.readouterr()
+    assert main(["pool", *files, *layers, "--join", "cat", "--save", str(tmp_path / "cat")]) == 1
+    assert "expected .npy or .npz for outputs that are joined by cat" in capsys.readouterr().err
+    assert main(["pool", *files, *layers[:2], "--join", "sum", "--steps", "all"]) == 1
+    assert "join: expected no --steps together with --join" in capsys.readouterr().err

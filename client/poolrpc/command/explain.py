@@ -177,6 +177,9 @@ def _positions(layer: Any, axis: int, index: int, size: int, cells: int) -> tupl
         return tuple(range(size))
     if layer.family.startswith("adaptive"):
         return tuple(range(*adaptive_window(index, size, cells)))
+    if layer.family == "blur_pool":
+        start = index * layer.stride - layer.padding
+        return tuple(range(start, start + layer.kernel_size))
     kernel, stride, before, after, dilation = layer.geometry()[axis]
     start = index * stride - before
     # With ceil_mode the last window may extend beyond the right padding, where there are no cells.
@@ -229,6 +232,18 @@ def _power(layer: Any, plane: Array, axes: tuple[WindowAxis, ...]) -> tuple[floa
     return value, f"(({powers}) / {len(values)} * {full})^(1/{format_number(p)}) = {format_number(value)}"
 
 
+def _blur(layer: Any, plane: Array, axes: tuple[WindowAxis, ...]) -> tuple[float, str]:  # noqa: ANN401 - of the family
+    numbers = [math.comb(layer.kernel_size - 1, i) for i in range(layer.kernel_size)]
+    weights = [math.prod(each) for each in product(numbers, repeat=len(axes))]
+    # The padding reflects the cells next to the edge.
+    reflected = [[(axis.size - 1) - abs(axis.size - 1 - abs(p)) for p in axis.positions] for axis in axes]
+    values = [float(plane[index]) for index in product(*reflected)]
+    divisor = sum(weights)
+    value = sum(map(math.prod, zip(weights, values, strict=True))) / divisor
+    terms = [f"{weight}*{format_number(each)}" for weight, each in zip(weights, values, strict=True)]
+    return value, f"({_shortened(terms, ' + ')}) / {divisor} = {format_number(value)}"
+
+
 class _Cells:
     """The cells of one window, for the formulas of reductions."""
 
@@ -271,7 +286,10 @@ def _reduce(layer: Any, plane: Array, axes: tuple[WindowAxis, ...]) -> tuple[flo
 
 def format_terms(values: list[float], separator: str, form: str = "{}") -> str:
     """Return numbers as the terms of a computation, of many only the first ones and the last one."""
-    terms = [form.format(format_number(each)) for each in values]
+    return _shortened([form.format(format_number(each)) for each in values], separator)
+
+
+def _shortened(terms: list[str], separator: str) -> str:
     if len(terms) > TERMS:
         terms[TERMS - 1 : -1] = ["..."]
     return separator.join(terms)
@@ -285,6 +303,7 @@ WINDOW_VALUES = {
     "adaptive_avg_pool": _average,
     "global_pool": _reduce,
     "pool": _reduce,
+    "blur_pool": _blur,
 }
 """The function that computes a window's value, and describes it, for each family with fixed windows."""
 
@@ -303,6 +322,8 @@ def _formula(layer: Any, axis: int, size: int, cells: int) -> str:  # noqa: ANN4
         return f"the whole of {size} -> 1"
     if layer.family.startswith("adaptive"):
         return f"window i of {cells} spans floor(i * {size} / {cells}) to ceil((i + 1) * {size} / {cells}) -> {cells}"
+    if layer.family == "blur_pool":
+        return f"floor(({size} + 2*{layer.padding} - {layer.kernel_size}) / {layer.stride}) + 1 = {cells}"
     kernel, stride, before, after, dilation = layer.geometry()[axis]
     rounding = "ceil" if layer.ceil_mode else "floor"
     # Only with the parameters that the layer has. Without a dilation, 1*(kernel - 1) + 1 is the kernel.
@@ -379,7 +400,8 @@ def _legend(explanation: Explanation, extents: list[range]) -> str:
     if any(explanation.unvisited.values()):
         parts.append("(n) is in no window")
     if any(len(extent) > size for extent, size in zip(extents, explanation.plane.shape, strict=True)):
-        parts.append(". is padding")
+        reflects = explanation.layer.family == "blur_pool"
+        parts.append(". is padding" + ", which reflects the cells next to the edge" * reflects)
     if any(len(extent) > VIEW for extent in extents):
         parts.append(f"only {VIEW} positions of an axis are shown")
     return "".join(f", {each}" for each in parts)

@@ -24,6 +24,7 @@ from poolrpc.tensors import LAYOUTS
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from poolrpc._transport.join import Join
     from poolrpc._transport.result import PoolResult
     from poolrpc.chains import Chain
     from poolrpc.command.images import ImageKind
@@ -230,7 +231,9 @@ class Target:
         return tuple(notes)
 
 
-def target_for(path: Path, source: Source, branches: Sequence[Chain], chosen: Layout | None) -> Target:
+def target_for(
+    path: Path, source: Source, branches: Sequence[Chain], chosen: Layout | None, join: Join | None = None
+) -> Target:
     """Return the files for the results of a call, and check that they can hold these, before the call.
 
     Args:
@@ -238,6 +241,7 @@ def target_for(path: Path, source: Source, branches: Sequence[Chain], chosen: La
         source: The input.
         branches: The layers.
         chosen: The layout that the user chose; None if none. A .npy is NCHW without one, because it is read so.
+        join: How the outputs are joined to one; None: they stay apart.
 
     Raises:
         InvalidArgumentError: The folder is missing, or the format can't hold the results as they are.
@@ -245,7 +249,8 @@ def target_for(path: Path, source: Source, branches: Sequence[Chain], chosen: La
     """
     if not path.parent.is_dir():
         raise InvalidArgumentError(f"expected a file in an existing folder, got {path}", field="save")
-    layout, paths, suffix = source.layout_for(chosen), tuple(paths_of(path, len(branches))), path.suffix.lower()
+    layout, suffix = source.layout_for(chosen), path.suffix.lower()
+    paths = tuple(paths_of(path, 1 if join else len(branches)))
     if suffix == ".npz":
         return Target(paths, "npz", source.image, layout)
     if any(chain[-1].returns_indices for chain in branches):
@@ -253,7 +258,11 @@ def target_for(path: Path, source: Source, branches: Sequence[Chain], chosen: La
         raise InvalidArgumentError(msg, field="save")
     if suffix == ".npy":
         dims = spatial_dims(branches) or source.x.ndim - 2
-        return Target(paths, "npy", source.image, layout, -1 - dims if layout == "NHWC" and not chosen else None)
+        moved = layout == "NHWC" and not chosen and join != "flatten"
+        return Target(paths, "npy", source.image, layout, -1 - dims if moved else None)
+    if join in {"cat", "flatten"}:
+        msg = f"expected .npy or .npz for outputs that are joined by {join}, got {path}"
+        raise InvalidArgumentError(msg, field="save")
     if source.image is None:
         msg = f"expected .npy or .npz for an output that is not an image, got {path}"
         raise InvalidArgumentError(msg, field="save")

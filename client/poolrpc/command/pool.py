@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from poolrpc.chains import operand_name
+from poolrpc.chains import branch_shapes, operand_name
 from poolrpc.command.files import load, paths_of, target_for
 from poolrpc.errors import PermissionDeniedError, PoolError, UnauthenticatedError, UnavailableError
-from poolrpc.operands import wire_name
+from poolrpc.operands import operand_of, wire_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from poolrpc._transport.join import Join
     from poolrpc._transport.result import PoolResult
     from poolrpc.chains import Chain, Outputs, Shape
     from poolrpc.client import PoolClient
@@ -48,6 +49,7 @@ class Work:
         skip_existing: Whether a file whose outputs exist is skipped.
         steps: The numbers of the layers of the one branch whose outputs are kept; None: the last of each branch.
         operand: The operand of every file, by its name; empty: that of a .npz.
+        join: How the outputs of the branches are joined to one; None: they stay apart.
 
     """
 
@@ -56,6 +58,12 @@ class Work:
     skip_existing: bool
     steps: Outputs | None = None
     operand: Mapping[str, Array] = field(default_factory=dict)
+    join: Join | None = None
+
+    @property
+    def results(self) -> int:
+        """The number of results."""
+        return 1 if self.join else len(self.chains)
 
     @property
     def chains(self) -> tuple[Chain, ...]:
@@ -158,14 +166,18 @@ def pool_file(client: PoolClient, path: Path, output: Path | None, work: Work) -
         OSError: A file can't be read or written.
 
     """
-    if work.skip_existing and output and all(each.exists() for each in paths_of(output, len(work.chains))):
+    if work.skip_existing and output and all(each.exists() for each in paths_of(output, work.results)):
         return Outcome(str(path), {"skipped": True}, (f"skipped, since {output} exists",), skipped=True)
     source = load(path)
     layout, x = source.layout_for(work.layout), source.x
     branches, chains = source.layers_for(work.branches), source.layers_for(work.chains)
-    target = target_for(output, source, chains, work.layout) if output else None
+    target = target_for(output, source, chains, work.layout, work.join) if output else None
     operand, notes = _operand_for(source, branches, work.operand)
-    if work.steps is None:
+    joined = {}
+    if work.join:
+        results = [client.pool_each(x, branches, join=work.join, layout=layout, **operand)]
+        joined = {"join": work.join, **_described(results[0]), "shape": results[0].shape}
+    elif work.steps is None:
         results = client.pool_each(x, branches, layout=layout, **operand)
     else:
         # An image's layers may have conversions between them, after which the numbers are others.
@@ -174,19 +186,27 @@ def pool_file(client: PoolClient, path: Path, output: Path | None, work: Work) -
     if target:
         notes += target.save(results)
     text = [f"input: {x.dtype.name} {x.shape} {layout}"]
-    shown = 0
-    for chain, result in zip(chains, results, strict=True):
-        text += step_lines(chain, result.shapes)[shown:]
-        text += _value_lines(result)
-        shown = 0 if work.steps is None else len(chain)
+    if work.join:
+        given = operand_of(operand, branches)
+        shapes = branch_shapes(x.shape, branches, layout, (), None if given is None else given.shape)
+        described: list[dict[str, Any]] = [{} for _ in chains]
+        text += [line for each in zip(chains, shapes, strict=True) for line in step_lines(*each)]
+        text += [f"join {work.join} -> {results[0].shape}", *_value_lines(results[0])]
+    else:
+        shapes, described = [result.shapes for result in results], [_described(result) for result in results]
+        shown = 0
+        for chain, result in zip(chains, results, strict=True):
+            text += step_lines(chain, result.shapes)[shown:]
+            text += _value_lines(result)
+            shown = 0 if work.steps is None else len(chain)
     saved = target.paths if target else ()
     text += [f"saved {each}{target.remark if target else ''}" for each in saved]
     data = {
         "input": {"shape": x.shape, "dtype": x.dtype.name, "layout": layout},
         "branches": [
-            {"steps": steps(chain, result.shapes), "dtype": result.output.dtype.name, **_values(result)}
-            for chain, result in zip(chains, results, strict=True)
+            {"steps": steps(chain, each), **rest} for chain, each, rest in zip(chains, shapes, described, strict=True)
         ],
+        **({"joined": joined} if joined else {}),
         "saved": [str(each) for each in saved],
     }
     return Outcome(str(path), data, tuple(text), source.notes + notes)
@@ -209,8 +229,8 @@ def _small(result: PoolResult) -> list[tuple[str, Array]]:
     return named if 0 < result.output.size <= SMALL_CELLS else []
 
 
-def _values(result: PoolResult) -> dict[str, Any]:
-    return {name: array.tolist() for name, array in _small(result)}
+def _described(result: PoolResult) -> dict[str, Any]:
+    return {"dtype": result.output.dtype.name, **{name: array.tolist() for name, array in _small(result)}}
 
 
 def _value_lines(result: PoolResult) -> list[str]:

@@ -16,6 +16,7 @@ from poolrpc import (
     AdaptiveMaxPool2d,
     AvgPool1d,
     AvgPool2d,
+    BlurPool2d,
     FractionalMaxPool2d,
     GlobalPool1d,
     GlobalPool2d,
@@ -28,7 +29,7 @@ from poolrpc import (
     MaxUnpool2d,
 )
 from poolrpc.command.explain import explain, format_lines
-from tests.parity.definitions import reduced
+from tests.parity.definitions import blurred, reduced
 from tests.parity.reference import reference
 from tests.unit.strategies import classes, layers
 
@@ -89,6 +90,26 @@ def test_the_output_is_torchs(case):
     for axis, formula in zip(expected.shape, explanation.formulas, strict=True):
         assert re.search(rf"(= |-> ){axis}\b", formula)
     assert "\n".join(format_lines(explanation))
+
+
+@pytest.mark.parametrize("layer", [BlurPool2d(), BlurPool2d(5, 1), BlurPool2d(4, 3), BlurPool2d(1, 2)], ids=repr)
+@pytest.mark.parametrize("shape", [(6, 7), (4, 9)])
+def test_the_windows_of_a_blur_are_filtered(layer, shape):
+    """A window's value is that of the binomial filter; a cell of the padding has the value of the cell it reflects."""
+    plane = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    explanation = explain(layer, plane)
+    expected = blurred(layer, torch.from_numpy(plane)[None, None])[0, 0].numpy()
+    np.testing.assert_allclose(explanation.output, expected, rtol=1e-5)
+    for axis, formula in zip(expected.shape, explanation.formulas, strict=True):
+        assert formula.endswith(f" = {axis}")
+
+
+def test_a_blur_shows_its_coefficients_and_its_padding():
+    """The terms are the coefficients times the cells, also those that are reflected, of which the legend tells."""
+    lines = format_lines(explain(BlurPool2d(), np.arange(1, 10, dtype=np.float32).reshape(3, 3)))
+    assert "  (1*5 + 2*4 + 1*5 + 2*2 + 4*1 + 2*2 + 1*5 + 2*4 + 1*5) / 16 = 3" in lines
+    assert "[n] is in the window, . is padding, which reflects the cells next to the edge" in lines
+    assert "  rows: floor((3 + 2*1 - 3) / 2) + 1 = 2" in lines
 
 
 @given(st.sampled_from([MaxPool2d(2, stride=1), MaxPool2d(3, padding=1), AdaptiveMaxPool2d(2)]), st.data())
