@@ -9,15 +9,18 @@ import html
 import inspect
 import json
 import re
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+import numpy as np
 import yaml
 
 import poolrpc_server.config
-from poolrpc.layers import FLOATS, INTEGERS, LAYERS, STEPS, WIDE_FLOATS, Layer
+from poolrpc.command.explain import explain
+from poolrpc.layers import FLOATS, INTEGERS, LAYERS, STEPS, WIDE_FLOATS, GlobalPool1d, Layer
+from poolrpc.layers.reductions import NAMED, REDUCTIONS
 from poolrpc_server.config import Config
 from poolrpc_server.telemetry.metrics import Metrics
 
@@ -46,6 +49,9 @@ GPU_WAYS = {
 }
 NARROW_BASELINES = ("float32", "converted here", "torch", "NumPy", "layer alone")
 PATHS = ("unary", "stream", "arena", "arena, no copies", "local", "local, no copies")
+
+EXAMPLE_CELLS, EXAMPLE_PARAMETER = np.array([1, 2, 3, 4], np.float32), 2
+"""The cells that the reductions of the front page reduce, and the value of a parameter without a default."""
 
 MIB = 2**20
 MEMORY_MIB = (384, 512, 1024, 2048, 4096, 8192, 16384)
@@ -87,6 +93,25 @@ def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 def layers() -> str:
     """Every layer and element-wise step with its parameters, and its dtypes."""
     return table(("layer", "dtypes"), ((f"`{_call(each)}`", _dtypes(each)) for each in (LAYERS | STEPS).values()))
+
+
+def vocabulary() -> str:
+    """A row for each layer with its first sentence, those of other ranks in one; and one for each reduction."""
+    families: dict[str, list[str]] = {}
+    for name in LAYERS:
+        families.setdefault(re.sub(r"\dd$", "", name), []).append(name)
+    rows = []
+    for family, names in families.items():
+        shown = f"{family}2d" if f"{family}2d" in names else family
+        others = [name.removeprefix(family) for name in names if name != shown]
+        text = (inspect.getdoc(LAYERS[shown]) or "").splitlines()[0]
+        rows.append((", ".join((f"`{shown}`", *others)), text))
+    for name, cls in REDUCTIONS.items():
+        required = [field for field in fields(cls) if field.default is MISSING] if is_dataclass(cls) else []
+        reduction: Any = name if name in NAMED else cls(*[EXAMPLE_PARAMETER] * len(required))
+        value = explain(GlobalPool1d(reduction), EXAMPLE_CELLS).output[0]
+        rows.append((f"`{json.dumps(name) if name in NAMED else repr(reduction)}`", f"{value:.5g} of 1, 2, 3, 4"))
+    return table(("layer, `reduce`", "what it is"), rows)
 
 
 def _call(layer: type[Layer]) -> str:
@@ -353,6 +378,7 @@ TABLES: dict[str, Callable[[], str]] = {
     each.__name__: each
     for each in (
         layers,
+        vocabulary,
         shapes,
         flags,
         metrics,
