@@ -315,9 +315,8 @@ class Engine:
     def _execute_batch(self, runs: Sequence[Run], streams: Sequence[Stream]) -> list[Any]:
         key = runs[0].key
         assert key is not None  # noqa: S101 - runs without a key are executed alone
-        planes, boxes = (
-            sum(each) for each in zip(*((run.schedule.planes, run.schedule.boxes) for run in runs), strict=True)
-        )
+        planes = sum(run.schedule.planes for run in runs)
+        boxes = sum(run.schedule.boxes for run in runs)
         schedule = self._batch_schedule(key, planes, boxes)
         with self._borrow_workspace(schedule, _joined_operand(runs)) as workspace:
             for number, buffer in enumerate(workspace.inputs):

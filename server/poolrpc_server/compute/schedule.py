@@ -77,6 +77,7 @@ class Schedule:
         scratch_bytes: An upper bound of the memory that an execution takes, on all of its threads, in addition to its
             inputs and outputs.
         whole_operand: Whether there is an operand of another shape than the input's, which all blocks of planes share.
+        boxes: The number of boxes.
         key: The key of the requests that may be computed in one batch with this one. None: it is computed alone.
         seconds: The estimated duration, corrected by each execution.
         cached: Whether its workspaces are kept for reuse.
@@ -104,6 +105,7 @@ class Schedule:
         self.nbytes = self.input_bytes + sum(spec.nbytes for spec in self.outputs)
         self.planes = Planes(request.input, spatial_dims).count
         self.whole_operand = request.operand is not None and request.operand_name in WHOLE_OPERANDS
+        self.boxes = self.inputs[1].shape[0] if self.whole_operand and request.operand_name == "boxes" else 0
         self.cached = device.type == "cpu" and self.input_bytes <= min(WORKSPACE_BYTES, workspace_bytes)
         self.cached &= not self.whole_operand
         self.workspaces: list[Workspace] = []
@@ -149,11 +151,6 @@ class Schedule:
     def record_duration(self, seconds: float) -> None:
         """Correct the estimate by the duration of an execution."""
         self.seconds += (seconds - self.seconds) / 4
-
-    @property
-    def boxes(self) -> int:
-        """The number of boxes."""
-        return self.inputs[1].shape[0] if self.request.operand_name == "boxes" else 0
 
     def _key(self) -> BatchKey | None:
         request, dims = self.request, self.spatial_dims
