@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Offsets = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
-REMEMBERED_OFFSETS, REMEMBERED_CELLS, REMEMBERED = 4096, 2**16, 64
+REMEMBERED_OFFSETS, REMEMBERED_LENGTH, REMEMBERED = 4096, 2**16, 64
 """The most offsets whose division is remembered, the most cells of their axis, and how many divisions are."""
 
 
@@ -98,7 +98,7 @@ def buckets_of(offsets: bytes, cells: int) -> tuple[Bucket, ...]:
         InvalidArgumentError: The offsets are not in the range of the axis, or not in ascending order.
 
     """
-    remembered = len(offsets) <= REMEMBERED_OFFSETS * torch.int64.itemsize and cells <= REMEMBERED_CELLS
+    remembered = len(offsets) <= REMEMBERED_OFFSETS * torch.int64.itemsize and cells <= REMEMBERED_LENGTH
     return (_remembered if remembered else _divide)(offsets, cells)
 
 
