@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from poolrpc_server.compute.buffers import aligned
+from poolrpc_server.compute.cuda import is_accelerator_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -134,6 +135,10 @@ class LateBackend:
 
     def free_cached(self) -> None:
         """Do nothing."""
+
+    def is_lost(self, error: BaseException) -> bool:
+        """Return whether the device reported the error."""
+        return is_accelerator_error(error)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from poolrpc_server.calls.reaper import Reaper
 from poolrpc_server.calls.streams import OpenStreams
 from poolrpc_server.calls.tokens import TokenFile
 from poolrpc_server.calls.validate import Limits
-from poolrpc_server.compute.device import TORCH_VERSION, is_device_lost
+from poolrpc_server.compute.device import TORCH_VERSION
 from poolrpc_server.compute.engine import IDLE_LIMIT, WORKSPACE_LIMIT, Engine
 from poolrpc_server.config import Config, ConfigError
 from poolrpc_server.presets import read_presets
@@ -239,7 +239,7 @@ class Service:
         self._call_log.close()
 
     def _translate(self, error: Exception) -> PoolError | None:
-        if not is_device_lost(error):
+        if not self._engine.backend.is_lost(error):
             return None
         # Its traceback keeps the call's tensors alive: freeing memory of a lost device aborts the process, before the
         # callers have their answers.

@@ -53,8 +53,8 @@ def cuda() -> torch.device:
 
 @pytest.fixture(scope="module")
 def engine(cuda: torch.device) -> Iterator[Engine]:
-    """An engine on the CUDA device."""
-    made = Engine(str(cuda), 2)
+    """An engine on the CUDA device, with a work budget, as a server's has."""
+    made = Engine(str(cuda), 2, max_work=2.0**50)
     yield made
     made.close()
 
@@ -123,6 +123,37 @@ def test_operands_on_cuda(
     (got,) = engine.execute([run])[0]
     torch.testing.assert_close(got, expected, equal_nan=True)
     cpu.close()
+
+
+def test_nothing_of_an_empty_batch_is_computed(engine: Engine) -> None:
+    """It has an empty output."""
+    run = run_of(engine, p.MaxPool2d(2), torch.zeros(0, 3, 8, 8))
+    run.finish = len
+    assert engine.execute([run]) == [1]
+
+
+def test_more_planes_or_rows_than_a_launch_accepts(engine: Engine) -> None:
+    """They are computed in parts, or on the CPU, and a launch that CUDA rejects would not lose the device."""
+    assert_parity(engine, p.MaxPool2d(2), values((1, 70_000, 4, 4), "float32", 0))
+    fractional, x = (
+        p.FractionalMaxPool2d(2, output_size=2, return_indices=True, seed=5),
+        values((1, 70_000, 4, 4), "float32", 1),
+    )
+    cpu = Engine("cpu", 1)
+    for layer, tensor in ((fractional, x), (p.MaxPool3d((1, 2, 1)), values((1, 1, 1, 600_000, 1), "float32", 2))):
+        (expected,) = cpu.execute([run_of(cpu, layer, tensor)])
+        (got,) = engine.execute([run_of(engine, layer, tensor)])
+        for one, other in zip(got, expected, strict=True):
+            assert_same(one, other, layer)
+    cpu.close()
+
+
+def test_only_a_context_that_is_lost_loses_the_device(cuda: torch.device) -> None:
+    """A device that isn't there, for example, is an error of CUDA, after which the device still works."""
+    with pytest.raises(RuntimeError) as raised:
+        torch.zeros(1, device="cuda:99")
+    assert not backend_of(cuda).is_lost(raised.value)
+    assert torch.ones(1, device=cuda).item() == 1
 
 
 def test_host_memory_is_pinned_and_reused(cuda: torch.device) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from poolrpc.errors import LimitExceededError
 from poolrpc_server.compute.buffers import aligned
-from poolrpc_server.compute.cuda import cuda_backend
+from poolrpc_server.compute.cuda import cuda_backend, is_accelerator_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 
 TORCH_VERSION = str(torch.__version__)
 """The version of torch that the kernels run with."""
-
-_LOST_DEVICE: type[Exception] | None = getattr(torch, "AcceleratorError", None)
-"""The class of a device's errors, since torch 2.8."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -43,16 +40,6 @@ def resolve_device(name: str) -> torch.device:
         msg = f"device: expected auto or a device of this machine as torch names it, got {name!r}: {reason}"
         raise ValueError(msg) from None
     return torch.empty(0, device=device).device
-
-
-def is_device_lost(error: BaseException) -> bool:
-    """Return whether an error means that the device's context is lost, so that every later call would fail too.
-
-    Running out of memory is not such an error.
-    """
-    if _LOST_DEVICE is None:
-        return type(error) is RuntimeError and str(error).startswith("CUDA error: ")
-    return isinstance(error, _LOST_DEVICE)
 
 
 class Event(Protocol):
@@ -98,7 +85,7 @@ class Backend(Protocol):
         """Return new streams for one execution."""
 
     def allocate(self, size: int) -> memoryview:
-        """Return new host memory, page-locked if the device is asynchronous."""
+        """Return new host memory of at least that size, page-locked, if possible, if the device is asynchronous."""
 
     def lock(self, address: int, size: int) -> bool:
         """Page-lock memory that was not allocated here, and return whether that succeeded."""
@@ -111,6 +98,12 @@ class Backend(Protocol):
 
     def free_cached(self) -> None:
         """Return the device's memory that is kept for reuse: it may be in blocks of the wrong size."""
+
+    def is_lost(self, error: BaseException) -> bool:
+        """Return whether an error means that the device's context is lost, so that every later call would fail too.
+
+        Neither running out of memory nor a call that the device rejects is such an error.
+        """
 
 
 class _HostBackend:
@@ -140,6 +133,9 @@ class _HostBackend:
 
     def free_cached(self) -> None:
         pass
+
+    def is_lost(self, error: BaseException) -> bool:
+        return is_accelerator_error(error)
 
 
 class _DirectStream:

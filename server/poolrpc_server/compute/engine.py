@@ -47,6 +47,10 @@ WORKSPACE_SHARE = 2
 IDLE_LIMIT = 96 * 2**20
 """The default limit of the memory of idle buffers, in bytes."""
 
+GRID_ROWS = 8 * 65535
+"""On CUDA, torch's operators of three spatial axes launch a row of blocks of threads for every eight rows of cells, and
+CUDA accepts no more."""
+
 RETRIED_SHARE = 4
 """After a device ran out of memory, a request is computed once more in blocks of this part of the size."""
 
@@ -187,7 +191,7 @@ class Engine:
 
     def schedule(self, request: Request, spatial_dims: int, results: Sequence[BranchResult]) -> Schedule:
         """Determine how to compute a request, and so how much work it is."""
-        device = self._device_for(request)
+        device = self._device_for(request, spatial_dims, results)
         return Schedule(request, spatial_dims, results, device, self.threads, self._workspace_bytes, self._max_work)
 
     def run(
@@ -280,7 +284,8 @@ class Engine:
         return result
 
     def _is_overlapped(self, schedule: Schedule) -> bool:
-        return self.backend.overlapped and schedule.device == self.device
+        # Nothing of a tensor without cells is copied or computed.
+        return self.backend.overlapped and schedule.device == self.device and bool(schedule.branches)
 
     def _compute_on_device(
         self, workspace: Workspace, streams: Sequence[Stream], runs: Sequence[Run]
@@ -380,11 +385,13 @@ class Engine:
             if borrowed and self.slots is not None:
                 self.slots.release(borrowed)
 
-    def _device_for(self, request: Request) -> torch.device:
+    def _device_for(self, request: Request, spatial_dims: int, results: Sequence[BranchResult]) -> torch.device:
         # CUDA has no max and no mean of integers, and Metal no float64. These are computed on the CPU, so that the
         # server supports the same dtypes on every device. Integers that are converted first are uploaded as they are.
         if self.device.type == "cpu":
             return self.device
+        if spatial_dims == 3 and _most_rows(request, results) > GRID_ROWS:  # noqa: PLR2004 - depth, height and width
+            return torch.device("cpu")
         for chain in request.branches:
             dtypes = request.dtypes(chain)
             pooled = {dtype for layer, dtype in zip(chain, dtypes, strict=False) if layer.spatial_dims}
@@ -400,6 +407,13 @@ def _joined_operand(runs: Sequence[Run]) -> WholeOperand | None:
     dims, requests = runs[0].schedule.spatial_dims, [run.schedule.request for run in runs]
     operands = [whole_operand(run.inputs[1], request, dims) for run, request in zip(runs, requests, strict=True)]
     return operands[0] if len(runs) == 1 else joined(operands, requests, dims)
+
+
+def _most_rows(request: Request, results: Sequence[BranchResult]) -> int:
+    """Return the size of the second last spatial axis, the largest of the input and of every step's output."""
+    steps = (shape for _, returned in request.by_branch(results) for shape in returned[-1].shapes)
+    axis = -3 if request.input.layout == "NHWC" else -2
+    return max(shape[axis] for shape in (request.input.shape, *steps))
 
 
 def _prepare_thread() -> None:

@@ -30,14 +30,17 @@ class WholeOperand:
 
     Attributes:
         value: The checked copy of it, as the operator of its layer takes it.
+        host: Whether the operator reads it in the host's memory, wherever the input is: that of boxes makes its tables
+            of cells and weights with NumPy.
 
     """
 
     value: Any
+    host: bool = False
 
     def on(self, device: torch.device) -> Any:  # noqa: ANN401 - as above
-        """Return the value on a device."""
-        return self.value.to(device)
+        """Return the value where the operator takes it for an input on a device."""
+        return self.value if self.host else self.value.to(device)
 
 
 def whole_operand(data: Bytes, request: Request, spatial_dims: int) -> WholeOperand:
@@ -64,13 +67,13 @@ def whole_operand(data: Bytes, request: Request, spatial_dims: int) -> WholeOper
         copied.view(-1).view(torch.uint8).copy_(torch.frombuffer(data, dtype=torch.uint8))
     if name == "weights":
         check_weights(copied)
-    else:
-        check_boxes(
-            copied,
-            images_of(request.input, spatial_dims),
-            max(getattr(chain[0], "spatial_scale", 1.0) for chain in request.branches if chain[0].operand),
-        )
-    return WholeOperand(copied)
+        return WholeOperand(copied)
+    check_boxes(
+        copied,
+        images_of(request.input, spatial_dims),
+        max(getattr(chain[0], "spatial_scale", 1.0) for chain in request.branches if chain[0].operand),
+    )
+    return WholeOperand(copied, host=True)
 
 
 def joined(operands: Sequence[WholeOperand], requests: Sequence[Request], spatial_dims: int) -> WholeOperand:
@@ -94,7 +97,7 @@ def joined(operands: Sequence[WholeOperand], requests: Sequence[Request], spatia
     for start, each in zip(starts, values, strict=False):
         boxes[end : end + len(each), 0] += start
         end += len(each)
-    return WholeOperand(boxes)
+    return WholeOperand(boxes, host=True)
 
 
 def check_weights(weights: torch.Tensor) -> None:

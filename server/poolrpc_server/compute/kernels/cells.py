@@ -73,7 +73,17 @@ def flip(x: torch.Tensor) -> torch.Tensor:
 
 def channel_numbers(numbers: float | tuple[float, ...], count: int, like: torch.Tensor) -> torch.Tensor:
     """Return the numbers of a Normalize for so many planes, from the first channel on, in the dtype of a tensor."""
-    values = torch.as_tensor(
-        numbers if isinstance(numbers, tuple) else (numbers,), dtype=like.dtype, device=like.device
-    )
+    values = upload(torch.tensor(numbers if isinstance(numbers, tuple) else (numbers,), dtype=like.dtype), like)
     return values[torch.arange(count, device=like.device) % len(values)]
+
+
+def upload(numbers: torch.Tensor, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Return numbers that are in the host's memory on the device of another tensor, in a dtype.
+
+    CUDA copies from pageable memory only when all that was queued on the stream is done, and the next block of planes
+    could not be queued before. torch keeps a page-locked copy until the device has read it.
+    """
+    numbers = numbers.to(dtype or numbers.dtype)
+    if like.device.type != "cuda":
+        return numbers.to(like.device)
+    return numbers.contiguous().pin_memory().to(like.device, non_blocking=True)

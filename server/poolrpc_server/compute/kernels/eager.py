@@ -19,7 +19,7 @@ from poolrpc._shapes.parameters import per_axis
 from poolrpc.layers import SEED_STEP
 from poolrpc.layers.reductions import reduction_of
 from poolrpc_server.compute.kernels.blur import blur_bytes, blur_pool
-from poolrpc_server.compute.kernels.cells import channel_numbers, convert, flip
+from poolrpc_server.compute.kernels.cells import channel_numbers, convert, flip, upload
 from poolrpc_server.compute.kernels.padded import HALVES, padded_average, padded_max, sum_dtype, torch_can_pad
 from poolrpc_server.compute.kernels.reduce import global_pool, pool, reduction_bytes
 from poolrpc_server.compute.kernels.segments import bind_segments, segment_bytes
@@ -62,6 +62,9 @@ FLOAT32_BITS = 24
 SEPARABLE_KERNEL = 7
 """On CUDA, a max over windows at stride 1 of at least this height and width is computed axis by axis: on an H200, 1.5
 times as fast for windows of 7 x 7, 3 times for 13 x 13; equally fast for 5 x 5. No other GPU was measured."""
+
+GRID_PLANES = 65535
+"""On CUDA, torch's fractional operators launch a row of blocks of threads for each plane, and CUDA accepts no more."""
 
 VECTOR_CELLS = 256
 """A multiple of the cells that any of torch's vectorised loops takes at once; what remains at a tensor's end is
@@ -228,8 +231,13 @@ def _fractional_max_pool(layer: Any, dtype: torch.dtype, plane: tuple[int, ...])
     kernel = per_axis(layer.kernel_size, len(plane))
 
     def run(x: torch.Tensor, _: object, first: int, __: int) -> Pooled:
-        samples = draw_samples(layer.at_plane(first).seed, x.shape[0], x.shape[1], len(plane)).to(x.device, wide)
-        output, indices = function(x.to(wide), kernel, output_size=plane, return_indices=True, _random_samples=samples)
+        samples = upload(draw_samples(layer.at_plane(first).seed, x.shape[0], x.shape[1], len(plane)), x, wide)
+        most = x.shape[1] if x.device.type == "cpu" else GRID_PLANES
+        made = [
+            function(part, kernel, output_size=plane, return_indices=True, _random_samples=drawn)
+            for part, drawn in zip(torch.split(x.to(wide), most, 1), torch.split(samples, most, 1), strict=True)
+        ]
+        output, indices = made[0] if len(made) == 1 else (torch.cat(each, 1) for each in zip(*made, strict=True))
         return output.to(dtype), indices if layer.return_indices else None
 
     return run

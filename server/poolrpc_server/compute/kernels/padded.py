@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
+from poolrpc_server.compute.kernels.cells import upload
 from poolrpc_server.compute.kernels.counts import divisor
 from poolrpc_server.compute.kernels.windows import Sizes, Windows
 
@@ -84,7 +85,7 @@ def padded_average(layer: Any, dtype: torch.dtype, plane: Sizes) -> Operator:  #
 def divided(total: torch.Tensor, counts: float | torch.Tensor) -> torch.Tensor:
     """Divide sums in place by numbers of cells; those of integers are truncated towards zero."""
     if isinstance(counts, torch.Tensor):
-        counts = counts.to(total)
+        counts = upload(counts, total, total.dtype)
     if total.is_floating_point():
         return total.div_(counts)
     # The CPU traps the division of the lowest integer by -1.

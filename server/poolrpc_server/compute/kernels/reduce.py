@@ -11,6 +11,7 @@ import torch
 
 from poolrpc.layers.reductions import Reduction, reduction_of
 from poolrpc_server.compute.kernels.blocks import TARGET_BYTES
+from poolrpc_server.compute.kernels.cells import upload
 from poolrpc_server.compute.kernels.counts import divisor
 from poolrpc_server.compute.kernels.padded import divided, highest, lowest, sum_dtype
 from poolrpc_server.compute.kernels.windows import Sizes, Windows, taps_of
@@ -84,7 +85,7 @@ class SlidingCells:
         self._divisor = divisor(plane, windows, result, include_pad=include_pad)
         self.count: Any = divisor(plane, windows, result, include_pad=False)
         if isinstance(self.count, torch.Tensor):
-            self.count = self.count.to(x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+            self.count = upload(self.count, x, torch.float64 if x.dtype == torch.float64 else torch.float32)
 
     def max(self, of: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
         """As in WindowCells."""

@@ -33,9 +33,12 @@ ENTRY_WORK, CELL_WORK, SAMPLE_WORK, CALL_WORK = 50.0, 0.5, 150.0, 5_000.0
 
 
 def bind_regions(layer: Any, dtype: torch.dtype) -> Callable[[torch.Tensor, torch.Tensor], Iterator[torch.Tensor]]:  # noqa: ANN401 - a layer
-    """Return the function that pools boxes; it takes the images, (N, C, H, W), and yields the outputs of some boxes."""
+    """Return the function that pools boxes: it yields the outputs of some boxes.
+
+    It takes the images, (N, C, H, W), on any device, and the boxes in the host's memory.
+    """
     pool = _align if layer.family == "roi_align" else _pool
-    return lambda x, boxes: pool(layer, x, boxes.cpu().to(sum_dtype(dtype)).numpy())
+    return lambda x, boxes: pool(layer, x, boxes.to(sum_dtype(dtype)).numpy())
 
 
 def _pool(layer: Any, x: torch.Tensor, boxes: Floats) -> Iterator[torch.Tensor]:  # noqa: ANN401

@@ -17,9 +17,9 @@ from poolrpc._wire.codec import Request
 from poolrpc.tensors import TensorSpec
 from poolrpc_server.calls.validate import check_request
 from poolrpc_server.compute import overlap
-from poolrpc_server.compute.device import is_device_lost
 from poolrpc_server.compute.engine import Engine
 from poolrpc_server.compute.kernels import eager
+from poolrpc_server.compute.operands import whole_operand
 from poolrpc_server.compute.overlap import AHEAD, block_limit, planes_of_block, run_in_blocks
 from poolrpc_server.telemetry.stage_times import DEVICE_STAGES, StageTimes
 from tests.engine_run import WIDE, run_of
@@ -180,6 +180,27 @@ def test_every_block_has_the_operand(
         for got, other in zip(pool(engine, chain, x, operand), expected, strict=True):
             assert_same(got, other, chain)
     plain.close()
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "device"),
+    [(p.GlobalPool1d("mean"), (2, 90), "meta"), (p.RoIPool(5), (1, 5), "cpu"), (p.RoIAlign(5), (1, 5), "cpu")],
+)
+def test_boxes_stay_in_the_hosts_memory(layer: p.Layer, shape: tuple[int, ...], device: str) -> None:
+    """Operators read boxes with NumPy, which cannot read a device's memory; weights are uploaded."""
+    spec, operand = TensorSpec("float32", (2, 3, 90, 90)[: 2 + layer.spatial_dims]), torch.zeros(shape)
+    request = Request(spec, ((layer,),), TensorSpec("float32", shape))
+    given = whole_operand(operand.numpy().tobytes(), request, layer.spatial_dims)
+    assert given.on(torch.device("meta")).device.type == device
+
+
+def test_nothing_of_a_tensor_without_cells_is_queued(backend: LateBackend, engine: Engine) -> None:
+    """An empty batch has an empty output, and the device has nothing to do."""
+    for layer in (p.MaxPool2d(2), p.AdaptiveAvgPool2d(1), p.GlobalPool2d("std")):
+        run = run_of(engine, layer, torch.zeros(0, 3, 8, 8))
+        run.finish = len
+        assert engine.execute([run]) == [1]
+    assert all(stream.submitted == 0 for stream in backend.made)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -413,7 +434,7 @@ def test_a_lost_device_fails_the_call(backend: LateBackend, engine: Engine, monk
     monkeypatch.setitem(eager.OPERATIONS, "max_pool", lost)
     with pytest.raises(RuntimeError) as raised:
         pool(engine, p.MaxPool2d(2), values((1, 40, 37, 41), "float32", 0))  # a size that no other test has
-    assert is_device_lost(raised.value)
+    assert backend.is_lost(raised.value)
     assert (engine.streams.blocks, backend.queued) == (0, 0)
 
 

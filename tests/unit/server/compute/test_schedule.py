@@ -1,12 +1,13 @@
 """Schedules: the work, the estimated duration and the batch key of a request."""
 
 import pytest
+import torch
 
-from poolrpc import AvgPool2d, FractionalMaxPool2d, LPPool2d, MaxPool2d
+from poolrpc import AvgPool2d, FractionalMaxPool2d, LPPool2d, MaxPool2d, MaxPool3d, Normalize
 from poolrpc._wire.codec import Request
 from poolrpc.tensors import TensorSpec
 from poolrpc_server.calls.validate import Limits, check_request
-from poolrpc_server.compute.engine import WORKSPACE_SHARE, Engine
+from poolrpc_server.compute.engine import GRID_ROWS, WORKSPACE_SHARE, Engine
 from poolrpc_server.compute.schedule import (
     BATCHED_LAYERS,
     CPU_BATCHED_BYTES,
@@ -116,3 +117,21 @@ def test_a_request_with_a_workspace_is_estimated_to_take_less_time():
         seconds.append(schedule(engine, (1, 1, 4, 4), (AvgPool2d(2),)).seconds)
         engine.close()
     assert seconds[1] < seconds[0] / 2
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_planes_of_more_rows_than_a_gpu_accepts_are_computed_on_the_cpu(layout):
+    """The operators of three axes reject them on CUDA."""
+    engine = Engine("cpu", 1)
+    engine.device = torch.device("meta")  # any device but the CPU
+    wide = Limits(2**40, 2**40, 2**40, 2**50)
+
+    def device(rows, *layers):
+        shape = (1, 1, 1, rows, 2) if layout == "NCHW" else (1, 1, rows, 2, 1)
+        request = Request(TensorSpec("float32", shape, layout), (layers,))
+        return check_request(request, wide, engine.schedule).schedule.device.type
+
+    halves = MaxPool3d((1, 2, 1))
+    assert device(GRID_ROWS, halves) == device(GRID_ROWS, Normalize(0.5, 2), halves) == "meta"
+    assert device(GRID_ROWS + 1, halves) == "cpu"
+    engine.close()

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from poolrpc import FractionalMaxPool2d, FractionalMaxPool3d
+from poolrpc_server.compute.kernels import eager
 from poolrpc_server.compute.kernels.eager import draw_samples
 
 SEEDS = st.integers(0, 2**64 - 1)
@@ -75,3 +76,14 @@ def test_samples_spread_over_0_to_1_and_are_exact_in_float32():
 def test_seeds_differ(one, other):
     """Different seeds have different samples."""
     assert not torch.equal(draw_samples(one, 1, 4, 2), draw_samples(other, 1, 4, 2))
+
+
+@pytest.mark.parametrize("indices", [False, True])
+def test_planes_are_divided_on_a_gpu(monkeypatch, indices):
+    """A GPU's operator accepts a limited number of planes; more are computed in several calls."""
+    monkeypatch.setattr(eager, "GRID_PLANES", 3)
+    layer, dtype = FractionalMaxPool2d(2, output_size=(3, 2), return_indices=indices), torch.float32
+    x = torch.empty(2, 7, 8, 9, device="meta")  # any device but the CPU
+    output, chosen = eager.bind(layer, dtype, (3, 2))(x, None, 0, 14)
+    assert output.shape == (2, 7, 3, 2)
+    assert (None if chosen is None else chosen.shape) == (output.shape if indices else None)
