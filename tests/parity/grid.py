@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import poolrpc as p
 from tests.operand_bytes import operand_for
-from tests.unit.strategies import REDUCES
+from tests.reduces import REDUCES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -20,7 +20,7 @@ from poolrpc_server.compute.engine import Engine
 from poolrpc_server.compute.kernels import blocks
 from poolrpc_server.compute.kernels.eager import bind
 from tests.parity.reference import assert_same, reference, values
-from tests.unit.strategies import REDUCES
+from tests.reduces import REDUCES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -18,7 +18,7 @@ from tests.operand_bytes import operand_for
 from tests.parity import operands
 from tests.parity.grid import cases, sampled
 from tests.parity.reference import as_torch, assert_same, values
-from tests.unit.strategies import REDUCES
+from tests.reduces import REDUCES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -9,17 +9,9 @@ from poolrpc import LAYERS, STEPS
 from poolrpc._shapes.limits import MAX_BINS, MAX_NORMALIZED_CHANNELS, MAX_NUMEL, MAX_PARAMETER, MAX_SAMPLES
 from poolrpc._shapes.parameters import per_axis
 from poolrpc.layers import FLOATS, INTEGERS
-from poolrpc.layers.reductions import NAMED, LogSumExp, Norm, PowerMean, Softmax
+from tests.reduces import REDUCES
 
 CLASSES = tuple(LAYERS.values())
-
-
-REDUCES = (
-    *NAMED,
-    *map(Norm, (1, 2, 3.5, float("inf"))),
-    *(PowerMean(3), PowerMean(-1, eps=0.5), LogSumExp(), LogSumExp(10), Softmax(), Softmax(-0.5)),
-)
-"""A few reductions of each kind."""
 
 
 def classes(dims):

@@ -9,7 +9,6 @@ from pathlib import Path
 from time import time
 
 import grpc
-from cryptography import x509
 
 from poolrpc_server.reloading_file import ReloadingFile
 from poolrpc_server.telemetry.logs import log
@@ -116,6 +115,8 @@ def _expiry(pem: bytes | None) -> float | None:
     """Return when the first certificate of a file expires; None if that is unknown."""
     if not pem:
         return None
+    from cryptography import x509  # noqa: PLC0415 - not pure Python, so scripts/gpu.sh cannot bring it, and only TLS needs it
+
     try:
         return min(each.not_valid_after_utc.timestamp() for each in x509.load_pem_x509_certificates(pem))
     except ValueError as error:  # what OpenSSL accepts, and this library does not: it serves, unwatched
