@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, BinaryIO
+from zipfile import ZipFile
 
 import numpy as np
 
@@ -214,8 +215,11 @@ class Target:
                 arrays = {"x": result.output, "layout": np.array(self.layout)}
                 if result.indices is not None:
                     arrays["indices"] = result.indices
-                with replacing(path) as file:
-                    np.savez(file, **arrays)  # type: ignore[arg-type]  # mypy takes the arrays for its flag allow_pickle
+                # Not by np.savez: before NumPy 2.2 it leaves the archive open if the disk is full.
+                with replacing(path) as file, ZipFile(file, "w") as archive:
+                    for name, array in arrays.items():
+                        with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                            np.lib.format.write_array(member, array, allow_pickle=False)
             elif self.format == "npy":
                 output = result.output
                 if self.channels_axis is not None:
