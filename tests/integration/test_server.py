@@ -190,7 +190,7 @@ def test_a_configuration_file_is_read(tmp_path: Path) -> None:
         (["--listen", "0.0.0.0:0"], "for a public address"),
         (["--listen", "nonsense"], "expected host:port or unix:PATH"),
         (["--threads", "-1"], "threads: expected at least 0"),
-        (["--device", "cuda:99"], "device: expected auto or a device of this machine"),
+        (["--listen", "127.0.0.1:0", "--device", "cuda:99"], "device: expected auto or a device of this machine"),
         (["--log-format", "xml"], "expected one of text, json"),
     ],
 )

@@ -39,6 +39,8 @@ KNOWN = np.array([[1, 3, 2, 4], [5, 6, 8, 7], [4, 2, 1, 0], [9, 7, 3, 2]], np.fl
 def output_of_torch(layer, plane, result=0):
     """Return torch's output for one plane, or its indices if result is 1."""
     x = torch.from_numpy(plane.copy())[None, None]
+    if layer.family == "blur_pool":  # which torch lacks
+        return blurred(layer, x)[0, 0].numpy()
     if layer.family in {"pool", "global_pool"} and layer.reduce not in {"max", "mean"}:
         return reduced(layer, x)[0, 0].numpy()
     if layer.family in {"max_pool", "avg_pool", "pool"} and result == 0:
