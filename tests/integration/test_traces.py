@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -443,23 +443,23 @@ def silent_address() -> Iterator[str]:
 @pytest.mark.parametrize("place", [closed_address, silent_address])
 def test_a_collector_that_is_down_delays_nothing(place: Callable[[], Any]) -> None:
     """Calls are answered as fast as with a collector that is up, and the server stops with status 0."""
-
-    def median(endpoint: str) -> float:
-        flags = "--shutdown-grace", "60", "--drain-seconds", "0.1"
-        with serving(*flags, env=sending(endpoint)) as server, PoolClient(server.address) as client:
-            seconds = []
-            for _ in range(200):
+    flags = "--shutdown-grace", "60", "--drain-seconds", "0.1"
+    seconds: tuple[list[float], list[float]] = ([], [])
+    with place() as endpoint, collecting() as up, ExitStack() as stack:
+        servers = [stack.enter_context(serving(*flags, env=sending(each))) for each in (endpoint, up.endpoint)]
+        clients = [stack.enter_context(PoolClient(server.address)) for server in servers]
+        for _ in range(200):
+            for client, times in zip(clients, seconds, strict=True):
                 started = time.perf_counter()
                 client.pool(X, MaxPool2d(2))
-                seconds.append(time.perf_counter() - started)
+                times.append(time.perf_counter() - started)
+        for server in servers:
             server.process.send_signal(signal.SIGTERM)
             assert server.wait() == 0
             stray = [each for each in server.lines("text") if not re.fullmatch(r"[IWE]\d{4} .*\n?", each["text"])]
-        assert not stray  # the exporter's messages are lines of the log too
-        return statistics.median(seconds)
-
-    with place() as endpoint, collecting() as up:
-        assert median(endpoint) < 3 * median(up.endpoint)
+            assert not stray  # the exporter's messages are lines of the log too
+    down, answered = map(statistics.median, seconds)
+    assert down < 3 * answered
 
 
 @pytest.mark.slow
