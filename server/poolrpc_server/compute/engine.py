@@ -269,19 +269,13 @@ class Engine:
             return run.finish(Workspace(schedule, run.inputs, outputs).run(self._parallel_for, run.check))
 
     def _execute_in_workspace(self, run: Run) -> Any:  # noqa: ANN401 - what the run's finish returns
-        workspace = self._workspaces.take(run.schedule)
-        try:
+        with self._workspaces.borrow(run.schedule) as workspace:
             for buffer, data in zip(workspace.inputs, run.inputs, strict=True):
                 buffer[:] = data
             outputs = workspace.run(self._parallel_for, run.check)
             for given, computed in zip(run.outputs or (), outputs, strict=False):
                 given[:] = computed
-            result = run.finish(outputs)
-        except BaseException:  # It may be in any state after a failure.
-            self._workspaces.discard(workspace)
-            raise
-        self._workspaces.put(workspace)
-        return result
+            return run.finish(outputs)
 
     def _is_overlapped(self, schedule: Schedule) -> bool:
         # Nothing of a tensor without cells is copied or computed.
@@ -353,13 +347,8 @@ class Engine:
             with self._buffers.borrow(specs) as inputs, self._buffers.borrow(schedule.outputs) as outputs:
                 yield Workspace(schedule, inputs, outputs, operand)
             return
-        workspace = self._workspaces.take(schedule)
-        try:
+        with self._workspaces.borrow(schedule) as workspace:
             yield workspace
-        except BaseException:  # It may be in any state after a failure.
-            self._workspaces.discard(workspace)
-            raise
-        self._workspaces.put(workspace)
 
     def _create_batch_schedule(self, key: BatchKey, planes: int, boxes: int) -> Schedule:
         dims = key.spatial_dims

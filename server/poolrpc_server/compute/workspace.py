@@ -18,6 +18,7 @@ from poolrpc_server.compute.with_operand import takes_operand
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     from poolrpc.tensors import Bytes, TensorSpec
     from poolrpc_server.compute.branch import Branch
@@ -287,6 +288,10 @@ class WorkspaceCache:
         """The memory of all workspaces, in use or idle, in bytes."""
         return self._nbytes
 
+    def borrow(self, schedule: Schedule) -> AbstractContextManager[Workspace]:
+        """Borrow a workspace, which is put back when the context ends, or discarded if it fails."""
+        return _Loan(self, self.take(schedule))
+
     def take(self, schedule: Schedule) -> Workspace:
         """Return a workspace that no other thread uses until it is put back or discarded."""
         try:
@@ -343,3 +348,21 @@ def _memory(tensor: torch.Tensor) -> memoryview:
     # torch calls a tensor contiguous whatever the stride of an axis of one cell, but does not view that one's bytes.
     cells = tensor.contiguous().as_strided((tensor.numel(),), (1,))
     return cells.view(torch.uint8).numpy().data
+
+
+class _Loan:
+    """A workspace that is in use; contextlib's manager takes longer than a small kernel."""
+
+    __slots__ = ("_cache", "_workspace")
+
+    def __init__(self, cache: WorkspaceCache, workspace: Workspace) -> None:
+        self._cache, self._workspace = cache, workspace
+
+    def __enter__(self) -> Workspace:
+        return self._workspace
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self._cache.put(self._workspace)
+        else:  # It may be in any state after a failure.
+            self._cache.discard(self._workspace)
