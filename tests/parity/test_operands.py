@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pytest
@@ -278,6 +278,20 @@ def test_many_boxes_are_computed_in_blocks(client: p.PoolClient) -> None:
         together = client.pool(x, layer, boxes=boxes).output
         for at in (0, 7, 1500, 2999):
             assert np.array_equal(client.pool(x, layer, boxes=boxes[at : at + 1]).output[0], together[at]), (layer, at)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("layer", [p.AdaptiveAvgPool2d((None, None)), p.LPPool2d(2, 1), p.MaxPool2d(1), p.RoIAlign(1)])
+def test_no_boxes_next_to_any_branch_give_an_empty_output(
+    client: p.PoolClient, layer: p.Layer, dtype: str, layout: Literal["NCHW", "NHWC"]
+) -> None:
+    """A branch without boxes has an empty output, however the branch next to it is computed."""
+    x = np.ones((1, 1, 2, 1), dtype)
+    for branches in ([layer, p.RoIPool(1)], [p.RoIPool(1), layer]):
+        results = client.pool_each(x, branches, layout=layout, boxes=np.zeros((0, 5)))
+        shapes = [each.shape[0] for each in results]
+        assert shapes == [0 if each.operand == "boxes" else 1 for each in branches]
 
 
 def test_no_boxes_give_an_empty_output(client: p.PoolClient) -> None:

@@ -246,9 +246,9 @@ class Workspace:
 
     def _tensor(self, data: Bytes, spec: TensorSpec) -> torch.Tensor:
         """Return a tensor's memory, batched, without a copy."""
-        if not spec.numel:  # there are no boxes
-            return torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
-        return self._batched(torch.frombuffer(data, dtype=getattr(torch, spec.dtype)), spec)
+        dtype: torch.dtype = getattr(torch, spec.dtype)
+        # torch makes no tensor of an empty buffer: there are no boxes.
+        return self._batched(torch.frombuffer(data, dtype=dtype) if spec.numel else torch.empty(0, dtype=dtype), spec)
 
     def _bytes(self, number: int) -> torch.Tensor:
         """Return the bytes of each plane of an input, without a copy."""
