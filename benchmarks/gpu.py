@@ -121,8 +121,8 @@ def engine_in_place(engine: Engine, chain: Chain, x: Array, ends: ExitStack) -> 
     memory = memoryview(mapping)
     ends.callback(engine.page_locks.lock(mapping))
     np.frombuffer(memory, x.dtype, x.size)[:] = x.reshape(-1)
-    inputs, outputs = [memory[: x.nbytes]], [memory[start:]]
-    return lambda: engine.execute([engine.run_in_place(schedule, inputs, outputs)])
+    location = engine.location([memory[: x.nbytes]], [memory[start:]])
+    return lambda: engine.execute([engine.run_in_place(schedule, location)])
 
 
 def shared(client: PoolClient, x: Array) -> Array:

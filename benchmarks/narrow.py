@@ -142,5 +142,5 @@ def in_engine(text: str, engine: Engine, rounds: int) -> dict[str, Any]:
 def call(engine: Engine, x: Array, chain: Chain) -> Callable[[], object]:
     """Return a function that computes a chain from and to fixed memory."""
     checked = check_request(Request(TensorSpec(x.dtype.name, x.shape), (chain,)), LIMITS, engine.schedule)
-    outputs = [memoryview(bytearray(spec.nbytes)) for spec in checked.outputs]
-    return lambda: engine.execute([engine.run_in_place(checked.schedule, [array_bytes(x)], outputs)])
+    location = engine.location([array_bytes(x)], [memoryview(bytearray(spec.nbytes)) for spec in checked.outputs])
+    return lambda: engine.execute([engine.run_in_place(checked.schedule, location)])

@@ -338,7 +338,7 @@ class BaseClient:
     ) -> Transfer:
         check_layout(layout)
         chains = as_branches(branches)
-        flat = [part for each in out or () for part in (each if isinstance(each, tuple) else (each,))]
+        flat = [part for each in out for part in (each if isinstance(each, tuple) else (each,))] if out else ()
         array = as_array(x, layout)
         named = operand_of(given, chains) if given else None
         if named is None:
@@ -366,7 +366,7 @@ class BaseClient:
         copy: bool = True,
     ) -> Steps[list[PoolResult]]:
         steps = self._transport_steps(transfer, options, transport, progress, copy=copy)
-        return (yield from self._explained(steps, POOL, options))
+        return self._explained(steps, POOL, options)
 
     def _transport_steps(
         self,

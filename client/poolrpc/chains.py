@@ -73,7 +73,7 @@ def as_branches(branches: LayerLike | Iterable[ChainLike]) -> tuple[Chain, ...]:
         return (single,)
     if isinstance(branches, Layer) or is_module(branches):
         return (as_chain(branches),)
-    chains = tuple(map(as_chain, branches)) if isinstance(branches, Iterable) else ()
+    chains = tuple(map(as_chain, branches)) if isinstance(branches, (tuple, Iterable)) else ()
     if not chains:
         msg = f"expected at least one branch, got {clip(branches)}"
         raise InvalidArgumentError(msg, field="branches")

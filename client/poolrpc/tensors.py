@@ -6,7 +6,6 @@ import math
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
@@ -118,7 +117,7 @@ def as_array(x: object, layout: Layout = "NHWC") -> Array:
             reason = str(error).partition("\n")[0]
             msg = f"expected a tensor that NumPy can represent, got {reason}"
             raise InvalidArgumentError(msg, field="input") from None
-    elif _has_mask(x):
+    elif isinstance(x, np.ma.MaskedArray) and np.ma.is_masked(x):
         raise _masked()
     swapped = x.dtype.byteorder == ">" or (x.dtype.byteorder == "=" and sys.byteorder == "big")
     return np.asarray(x, dtype=x.dtype.newbyteorder("<") if swapped else None, order="C")
@@ -241,8 +240,8 @@ def split_tensors(payload: Bytes, specs: Sequence[TensorSpec]) -> list[memoryvie
         tensors = " and ".join(f"{spec.dtype} {clip(spec.shape)}" for spec in specs)
         msg = f"expected {expected} bytes for {tensors}, got {len(payload)}"
         raise InvalidArgumentError(msg, field="payload")
-    view, ends = memoryview(payload), accumulate((spec.nbytes for spec in specs), initial=0)
-    return [view[start:end] for start, end in pairwise(ends)]
+    view = memoryview(payload)
+    return [view[each.start : each.end] for each in tensor_ranges(specs)]
 
 
 class TensorRange(NamedTuple):
@@ -264,33 +263,24 @@ class TensorRange(NamedTuple):
     end: int
 
 
-def tensor_ranges(specs: Sequence[TensorSpec]) -> tuple[TensorRange, ...]:
-    """Return the ranges of tensors in a payload that has one after the other."""
-    ranges = pairwise(accumulate((spec.nbytes for spec in specs), initial=0))
-    return tuple(
-        TensorRange(numpy_dtype(spec.dtype), spec.shape, spec.numel, start, end)
-        for spec, (start, end) in zip(specs, ranges, strict=True)
-    )
+def tensor_ranges(specs: Iterable[TensorSpec], alignment: int = 1) -> tuple[TensorRange, ...]:
+    """Return the ranges of tensors that are one after the other, each at a multiple of `alignment`."""
+    ranges, end = [], 0
+    for spec in specs:
+        start = -(-end // alignment) * alignment
+        end = start + spec.nbytes
+        ranges.append(TensorRange(numpy_dtype(spec.dtype), spec.shape, spec.numel, start, end))
+    return tuple(ranges)
+
+
+def size_of(ranges: Sequence[TensorRange]) -> int:
+    """Return the size of the memory that has tensors at these ranges, in bytes."""
+    return ranges[-1].end if ranges else 0
 
 
 def align(offset: int) -> int:
     """Return the offset rounded up to a multiple of ALIGNMENT."""
     return -(-offset // ALIGNMENT) * ALIGNMENT
-
-
-def aligned_ranges(specs: Iterable[TensorSpec]) -> tuple[list[tuple[int, int]], int]:
-    """Lay out tensors in one block of memory, each at a multiple of ALIGNMENT.
-
-    Returns:
-        The (start, end) offsets of each tensor, and the size of the block, in bytes.
-
-    """
-    ranges, end = [], 0
-    for spec in specs:
-        start = align(end)
-        end = start + spec.nbytes
-        ranges.append((start, end))
-    return ranges, end
 
 
 @lru_cache(1)

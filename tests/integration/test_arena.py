@@ -17,6 +17,7 @@ import poolrpc
 import poolrpc_server
 from poolrpc import AsyncPoolClient, AvgPool2d, FractionalMaxPool2d, MaxPool2d, PoolClient
 from scripts.server_process import serving
+from tests.integration.connections import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -135,6 +136,18 @@ def test_an_arena_is_used_again(tmp_path: Path) -> None:
             kept = [*kept[-3:], result.output]
             assert i % 50 or np.array_equal(result.output, expected)
         assert mappings(server.process.pid) == 1
+
+
+def test_a_client_that_repeated_its_calls_leaves_nothing_mapped(tmp_path: Path) -> None:
+    """What the server keeps for calls in one place ends with their client, so that its memory is unmapped."""
+    with serving(listen=f"unix:{tmp_path / 'pool.sock'}") as server:
+        with PoolClient(server.address) as client:
+            x = client.empty((1, 64, 28, 28))
+            for number in range(5):
+                x[...] = number
+                assert set(client.pool(x, MaxPool2d(2), copy=False).output.ravel()) == {number}
+            assert mappings(server.process.pid) == 1
+        until(lambda: not mappings(server.process.pid))
 
 
 def test_threads_share_an_arena(client: PoolClient) -> None:

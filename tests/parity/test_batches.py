@@ -220,6 +220,6 @@ def test_different_requests_have_different_keys(engine: Engine) -> None:
 def test_a_run_in_place_has_no_key(engine: Engine) -> None:
     """A run that writes to its caller's memory is computed alone."""
     run = a_run(engine, [(p.MaxPool2d(2),)], TensorSpec("float32", (1, 1, 8, 8)), 0)
-    placed = engine.run_in_place(run.schedule, [memoryview(bytes(256))], [memoryview(bytearray(64))])
+    placed = engine.run_in_place(run.schedule, engine.location([memoryview(bytes(256))], [memoryview(bytearray(64))]))
     assert run.key is not None
     assert placed.key is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, repeat
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +15,7 @@ from poolrpc._transport.steps import RunBlocking
 from poolrpc._transport.unary import announced, decode_response
 from poolrpc._wire import codec
 from poolrpc.errors import InvalidArgumentError, LimitExceededError, NotFoundError, UnavailableError, UnsupportedError
-from poolrpc.tensors import align, numpy_dtype
+from poolrpc.tensors import align, size_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -120,8 +120,8 @@ class ArenaCall:
             The call; None if no arena has room, or there is no output.
 
         """
-        bounds, size = transfer.prepared.arena_inputs
-        _, output_size = transfer.prepared.arena_outputs
+        ranges = transfer.prepared.arena_inputs
+        size, output_size = size_of(ranges), size_of(transfer.prepared.arena_outputs)
         if not output_size:
             return None
         found = arenas.find(transfer.arrays[0]) if len(transfer.every) == 1 else None
@@ -134,11 +134,10 @@ class ArenaCall:
         if both is None:
             return None
         span, output = both.split(align(size))
-        memory = np.asarray(span)
         starts = [*accumulate((array.nbytes for array in transfer.arrays), initial=0)][:-1]
-        starts += [start for start, _ in bounds[1:]]
+        starts += [each.start for each in ranges[1:]]
         for array, start in zip(transfer.every, starts, strict=True):
-            memory[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
+            span.part(array.dtype, array.shape, start)[...] = array
         return cls(transfer, arenas, (span, span.offset, size), output)
 
     def results(
@@ -159,13 +158,16 @@ class ArenaCall:
         prepared = self._transfer.prepared
         if message != prepared.response_header:  # the usual encoding is recognised by its bytes
             decode_response(prepared, message)
-        bounds, _ = prepared.arena_outputs
-        out = self._transfer.out or [None] * len(bounds)
         arrays = []
-        for spec, (start, _), array in zip(prepared.outputs, bounds, out, strict=True):
-            view = self._output.array(numpy_dtype(spec.dtype), spec.shape, start)
+        for (dtype, shape, _, start, _), array in zip(
+            prepared.arena_outputs, self._transfer.out or repeat(None), strict=False
+        ):
+            if array is None and not copy:
+                arrays.append(self._output.array(dtype, shape, start))
+                continue
+            view = self._output.part(dtype, shape, start)
             if array is None:
-                arrays.append(view.copy() if copy else view)
+                arrays.append(view.copy())
             else:
                 if not np.shares_memory(array, view):
                     array[...] = view

@@ -146,6 +146,10 @@ class Span:
         """
         return np.ndarray(shape, dtype, np.asarray(self), offset)
 
+    def part(self, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int = 0) -> Array:
+        """Return such an array for a moment: it does not keep the span reserved, and is made in a third of the time."""
+        return np.ndarray(shape, dtype, self.arena.memory, self.offset + offset)
+
 
 class Arenas:
     """The arenas of one client, attached when they are needed; any number of threads may use them.
@@ -233,10 +237,13 @@ class Arenas:
             base = base.base
         if not isinstance(base, Span) or base.arena not in self._connections:
             return None
-        if not array.nbytes or not array.flags.c_contiguous:
+        nbytes = array.nbytes
+        if not nbytes or not array.flags.c_contiguous:
             return None
+        if nbytes == base.nbytes:  # the whole span
+            return base, base.offset
         offset: int = array.__array_interface__["data"][0] - base.arena.address
-        inside = base.offset <= offset and array.nbytes <= base.offset + base.nbytes - offset
+        inside = base.offset <= offset and nbytes <= base.offset + base.nbytes - offset
         return (base, offset) if inside and offset % ALIGNMENT == 0 else None
 
     def retire(self, span: Span) -> None:
@@ -272,7 +279,7 @@ class Arenas:
     def _reserve(self, nbytes: int, only: AttachedArena | None = None) -> Span | None:
         # Called with the lock held.
         reserved = align(max(nbytes, 1))
-        for arena in self._connections if only is None else {only} & self._connections.keys():
+        for arena in self._connections if only is None else (only,) if only in self._connections else ():
             offset = arena.reserve(reserved)
             if offset is not None:
                 return Span(arena, offset, nbytes, offset + reserved)

@@ -60,7 +60,7 @@ class LocalConnection:
 
     def __init__(self, connection: socket.socket, process: str) -> None:
         self.socket, self.process = connection, process
-        self.buffer = bytearray(MAX_PACKET_BYTES)
+        self.buffer = memoryview(bytearray(MAX_PACKET_BYTES))
         self._answers = select.poll()
         self._answers.register(connection, select.POLLIN)
 
@@ -93,7 +93,7 @@ class LocalConnection:
         """
         if not nbytes:
             raise ConnectionResetError
-        return decode_answer(memoryview(self.buffer)[:nbytes])
+        return decode_answer(self.buffer[:nbytes])
 
 
 class LocalConnections:

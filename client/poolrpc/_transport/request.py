@@ -11,7 +11,7 @@ from poolrpc._shapes.rules import check_shape, clip
 from poolrpc._wire import codec, framing
 from poolrpc.chains import Chain, Outputs, Planes, Shape, spatial_dims
 from poolrpc.errors import InternalError, InvalidArgumentError
-from poolrpc.tensors import Array, Layout, TensorRange, TensorSpec, aligned_ranges, numpy_dtype, tensor_ranges
+from poolrpc.tensors import ALIGNMENT, Array, Layout, TensorRange, TensorSpec, numpy_dtype, tensor_ranges
 from poolrpc.v1 import pool_pb2
 
 if TYPE_CHECKING:
@@ -77,14 +77,14 @@ class PreparedRequest:
         return tensor_ranges(self.outputs)
 
     @cached_property
-    def arena_inputs(self) -> tuple[list[tuple[int, int]], int]:
-        """The (start, end) offsets of each input tensor in an arena, and the size of all of them."""
-        return aligned_ranges(self.request.specs)
+    def arena_inputs(self) -> tuple[TensorRange, ...]:
+        """The ranges of the input tensors in their part of an arena."""
+        return tensor_ranges(self.request.specs, ALIGNMENT)
 
     @cached_property
-    def arena_outputs(self) -> tuple[list[tuple[int, int]], int]:
-        """The same for the output tensors."""
-        return aligned_ranges(self.outputs)
+    def arena_outputs(self) -> tuple[TensorRange, ...]:
+        """The ranges of the output tensors in theirs."""
+        return tensor_ranges(self.outputs, ALIGNMENT)
 
     @cached_property
     def spatial_dims(self) -> int:

@@ -128,7 +128,7 @@ def copy_tensors(ranges: Sequence[TensorRange], payload: Bytes, out: Sequence[Ar
         raise InternalError(f"expected a payload of {ranges[-1].end} bytes, got {len(payload)}", reason="ANSWER")
     arrays = []
     for (dtype, shape, numel, start, _), array in zip(ranges, out or repeat(None), strict=False):
-        view = np.frombuffer(payload, dtype, numel, start).reshape(shape) if numel else np.empty(shape, dtype)
+        view = np.ndarray(shape, dtype, payload, start) if numel else np.empty(shape, dtype)
         if array is None:
             arrays.append(view.copy())
         else:

@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 from poolrpc.errors import InvalidArgumentError, LimitExceededError, NotFoundError, PoolError, UnavailableError
-from poolrpc.tensors import ALIGNMENT, aligned_ranges
+from poolrpc.tensors import ALIGNMENT, size_of, tensor_ranges
 from poolrpc_server.calls.admission import RETRY_DELAY, ROOM_SECONDS, CallLimit, rejection
 from poolrpc_server.calls.admitted_call import ANSWER_COPIES
 from poolrpc_server.calls.batcher import Batcher, StoppedError
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from poolrpc_server.calls.call import CallContext
     from poolrpc_server.calls.validate import CheckedRequest, Limits
     from poolrpc_server.compute.engine import Engine, Run
+    from poolrpc_server.compute.locations import Locations
     from poolrpc_server.telemetry.metrics import Metrics
     from poolrpc_server.telemetry.stage_times import StageTimes
 
@@ -49,6 +50,9 @@ MAX_RETRY_DELAY = 5.0
 
 class SharedMemory(Protocol):
     """Memory shared with a client on this host."""
+
+    @property
+    def locations(self) -> Locations: ...  # noqa: D102 - the locations in it that calls use again and again
 
     def slice(self, part: tuple[int, int], field: str) -> memoryview:
         """Return the part at (offset, length); `field` is the path of the request's field that names it."""
@@ -184,15 +188,15 @@ class Dispatcher:
 
         """
         arena = self._find_arena(ranges.arena_id)
-        (start, length), (output_start, output_length) = ranges.input, ranges.output
-        source, target = arena.slice(ranges.input, "arena.input"), arena.slice(ranges.output, "arena.output")
-        if start < output_start + output_length and output_start < start + length:
-            msg = f"expected a range apart from the input's {ranges.input}, got {ranges.output} (offset, length)"
-            raise InvalidArgumentError(msg, field="arena.output")
-        inputs = _slice_tensors(source, checked.request.specs, "arena.input")
-        outputs = _slice_tensors(target, checked.outputs, "arena.output")
-        call.ticket.reserve(_scratch_of(checked))
-        self._run(self._engine.run_in_place(checked.schedule, inputs, outputs), call)
+        key = checked.schedule, ranges
+        location = arena.locations.find(key)
+        again = location is not None
+        if location is None:
+            location = self._engine.location(*_slice_arena(arena, checked, ranges))
+            arena.locations.add(key, location)
+        if scratch := _scratch_of(checked):
+            call.ticket.reserve(scratch)
+        self._run(self._engine.run_in_place(checked.schedule, location, again=again), call)
 
     def stream(self, request: Request, call: CallContext, operand: Bytes = b"") -> StreamBlocks:
         """Admit a request whose tensors come in blocks.
@@ -312,9 +316,22 @@ def _rejected(error: QueueFullError) -> UnavailableError:
     return rejection("QUEUE", f"{error.quantity} in the queue", error.limit, round(error.actual, 2), delay)
 
 
+def _slice_arena(
+    arena: SharedMemory, checked: CheckedRequest, ranges: ArenaRanges
+) -> tuple[list[memoryview], list[memoryview]]:
+    """Return the memory of a request's inputs, and of its outputs."""
+    (start, length), (output_start, output_length) = ranges.input, ranges.output
+    source, target = arena.slice(ranges.input, "arena.input"), arena.slice(ranges.output, "arena.output")
+    if start < output_start + output_length and output_start < start + length:
+        msg = f"expected a range apart from the input's {ranges.input}, got {ranges.output} (offset, length)"
+        raise InvalidArgumentError(msg, field="arena.output")
+    inputs = _slice_tensors(source, checked.request.specs, "arena.input")
+    return inputs, _slice_tensors(target, checked.outputs, "arena.output")
+
+
 def _slice_tensors(memory: memoryview, specs: Sequence[TensorSpec], field: str) -> list[memoryview]:
-    ranges, size = aligned_ranges(specs)
-    if size > len(memory):
+    ranges = tensor_ranges(specs, ALIGNMENT)
+    if (size := size_of(ranges)) > len(memory):
         msg = f"expected a range of at least {size} bytes, each tensor at a multiple of {ALIGNMENT}, got {len(memory)}"
         raise InvalidArgumentError(msg, field=field)
-    return [memory[start:end] for start, end in ranges]
+    return [memory[each.start : each.end] for each in ranges]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from poolrpc.tensors import ALIGNMENT, align, aligned_ranges
+from poolrpc.tensors import ALIGNMENT, align, size_of, tensor_ranges
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -65,10 +65,10 @@ class Buffers:
     @contextmanager
     def borrow(self, specs: Sequence[TensorSpec]) -> Iterator[list[memoryview]]:
         """Borrow memory for each of several tensors, which is returned when the context ends."""
-        ranges, size = aligned_ranges(specs)
-        buffer = self._take(size)
+        ranges = tensor_ranges(specs, ALIGNMENT)
+        buffer = self._take(size_of(ranges))
         try:
-            yield [buffer[start:end] for start, end in ranges]
+            yield [buffer[each.start : each.end] for each in ranges]
         finally:
             self._put(buffer)
 

@@ -22,6 +22,7 @@ from poolrpc.layers import FLOATS, INTEGERS
 from poolrpc.tensors import split_tensors
 from poolrpc_server.compute.buffers import Buffers
 from poolrpc_server.compute.device import DeviceStreams, PageLocks, backend_of, resolve_device
+from poolrpc_server.compute.locations import Location
 from poolrpc_server.compute.operands import joined, whole_operand
 from poolrpc_server.compute.overlap import StageTimer, block_limit, planes_of_block
 from poolrpc_server.compute.planes import batch_of
@@ -84,6 +85,7 @@ class Run:
         finish: Converts the outputs' bytes to the result; their memory is reused as soon as it returns.
         outputs: Where to write the outputs. None: to memory of the engine.
         times: Records when the computation starts and ends. None: nothing is recorded.
+        location: Where the tensors are in a client's memory, if they were there before. None: it keeps no workspace.
         check: Called regularly during the execution, between layers and blocks of planes, on any of its threads; what
             it raises ends the execution. None: nothing is called. It isn't called for a run in a batch of several.
 
@@ -93,6 +95,7 @@ class Run:
     inputs: Sequence[Bytes]
     finish: Callable[[Sequence[memoryview]], Any]
     outputs: Sequence[memoryview] | None = None
+    location: Location | None = None
     times: StageTimes | None = None
     check: Callable[[], None] | None = None
 
@@ -218,12 +221,23 @@ class Engine:
         single = len(schedule.inputs) == 1 and len(payload) == schedule.input_bytes
         return Run(schedule, (payload,) if single else split_tensors(payload, schedule.inputs), finish)
 
-    def run_in_place(self, schedule: Schedule, inputs: Sequence[memoryview], outputs: Sequence[memoryview]) -> Run:
+    def run_in_place(self, schedule: Schedule, location: Location, *, again: bool = False) -> Run:
         """Return the run of a request that reads its inputs from, and writes its outputs to, the caller's memory.
+
+        Args:
+            schedule: How to compute it.
+            location: Where its tensors are.
+            again: Whether the same request was in this location before, so that it pays to keep a workspace for it.
+
+        """
+        return Run(schedule, location.inputs, _discard, location.outputs, location if again else None)
+
+    def location(self, inputs: Sequence[memoryview], outputs: Sequence[memoryview]) -> Location:
+        """Return the location of a request in the caller's memory.
 
         Each tensor must be aligned to its item size, and the outputs must not overlap the inputs.
         """
-        return Run(schedule, inputs, _discard, outputs)
+        return Location(self._workspaces, inputs, outputs)
 
     def execute(self, runs: Sequence[Run]) -> list[Any]:
         """Execute one run, or several of the same key as one batch, and return their results.
@@ -269,7 +283,11 @@ class Engine:
             return run.finish(Workspace(schedule, run.inputs, outputs).run(self._parallel_for, run.check))
 
     def _execute_in_workspace(self, run: Run) -> Any:  # noqa: ANN401 - what the run's finish returns
-        with self._workspaces.borrow(run.schedule) as workspace:
+        # An operand that a client may change after it was checked is copied.
+        location = run.location if len(run.inputs) == 1 else None
+        with self._workspaces.borrow(run.schedule, location) as workspace:
+            if location is not None:
+                return run.finish(workspace.run(self._parallel_for, run.check, in_place=True))
             for buffer, data in zip(workspace.inputs, run.inputs, strict=True):
                 buffer[:] = data
             outputs = workspace.run(self._parallel_for, run.check)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from contextlib import suppress
 from functools import partial
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from poolrpc_server.compute.branch import Branch
     from poolrpc_server.compute.device import DeviceStreams, Stream
     from poolrpc_server.compute.kernels.blocks import Program
+    from poolrpc_server.compute.locations import Location
     from poolrpc_server.compute.operands import WholeOperand
     from poolrpc_server.compute.overlap import StageTimer
     from poolrpc_server.compute.schedule import Schedule
@@ -54,12 +56,13 @@ class Workspace:
         schedule: The schedule that it is for.
         inputs: The bytes of each input tensor.
         outputs: The bytes of each output tensor; empty if torch's operators allocate them.
+        location: Where the tensors are in a client's memory; None if they are in memory of the workspace.
         last_used: A number that grows with every use of any workspace of the cache.
         nbytes: The memory that the workspace takes, in bytes, with that of its programs.
 
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the last three are optional
         self,
         schedule: Schedule,
         inputs: Sequence[Any],
@@ -67,6 +70,7 @@ class Workspace:
         operand: WholeOperand | None = None,
         *,
         reused: bool = False,
+        location: Location | None = None,
     ) -> None:
         """Create a workspace.
 
@@ -76,12 +80,13 @@ class Workspace:
             outputs: Memory for each output tensor; it may be left out if the schedule is `whole`.
             operand: The operand that the blocks of planes share, checked. None: that of the inputs, if there is one.
             reused: Whether it will run many times, so that programs are made once and kept.
+            location: The location in a client's memory that the inputs and outputs are those of, if any.
 
         Raises:
             InvalidArgumentError: An operand that the blocks of planes share is invalid.
 
         """
-        self.schedule, self.inputs, self.outputs = schedule, inputs, outputs
+        self.schedule, self.inputs, self.outputs, self.location = schedule, inputs, outputs, location
         self.last_used = 0
         self._programs: list[list[Program] | None] = [None] * len(schedule.branches)
         branches = schedule.branches
@@ -104,7 +109,12 @@ class Workspace:
                     for branch, targets in zip(branches, self._targets, strict=True)
                 ]
         kept = sum(program.nbytes for programs in self._programs for program in programs or ())
-        self.nbytes = schedule.nbytes + OVERHEAD_BYTES + kept
+        self.nbytes = (schedule.nbytes if location is None else 0) + OVERHEAD_BYTES + kept
+
+    @property
+    def idle(self) -> list[Workspace]:
+        """The idle workspaces that may be used instead of this one."""
+        return self.schedule.workspaces if self.location is None else self.location.workspaces
 
     def run(
         self, parallel_for: ParallelFor, check: Callable[[], None] | None = None, *, in_place: bool = False
@@ -262,7 +272,7 @@ class Workspace:
 
 
 class WorkspaceCache:
-    """Idle workspaces of all schedules, limited in bytes; the least recently used are dropped first.
+    """Idle workspaces of all schedules and locations, limited in bytes; the least recently used are dropped first.
 
     Creating a workspace for a small request takes longer than pooling it. `take` and `put` cost two list operations:
     only the creation of a workspace takes the lock.
@@ -273,7 +283,7 @@ class WorkspaceCache:
 
         Args:
             limit: Bytes of all workspaces, in use or idle, above which idle ones are dropped.
-            per_schedule: Idle workspaces to keep of one schedule.
+            per_schedule: Idle workspaces to keep of one schedule, and of one location.
 
         """
         self._limit = limit
@@ -288,23 +298,25 @@ class WorkspaceCache:
         """The memory of all workspaces, in use or idle, in bytes."""
         return self._nbytes
 
-    def borrow(self, schedule: Schedule) -> AbstractContextManager[Workspace]:
+    def borrow(self, schedule: Schedule, location: Location | None = None) -> AbstractContextManager[Workspace]:
         """Borrow a workspace, which is put back when the context ends, or discarded if it fails."""
-        return _Loan(self, self.take(schedule))
+        return _Loan(self, self.take(schedule, location))
 
-    def take(self, schedule: Schedule) -> Workspace:
+    def take(self, schedule: Schedule, location: Location | None = None) -> Workspace:
         """Return a workspace that no other thread uses until it is put back or discarded."""
         try:
-            return schedule.workspaces.pop()
+            return (schedule.workspaces if location is None else location.workspaces).pop()
         except IndexError:  # none is idle, or another thread took the last one
-            return self._create(schedule)
+            return self._create(schedule, location)
 
     def put(self, workspace: Workspace) -> None:
-        """Keep a workspace for the next request of its schedule."""
-        idle = workspace.schedule.workspaces
+        """Keep a workspace for the next request of its schedule, or of its location."""
+        idle, location = workspace.idle, workspace.location
         if len(idle) < self._per_schedule and self._nbytes <= self._limit:
             workspace.last_used = next(self._uses)
             idle.append(workspace)
+            if location is not None and location.ended:
+                self.drop_idle_of(location)
         else:
             self.discard(workspace)
 
@@ -313,14 +325,25 @@ class WorkspaceCache:
         with self._lock:
             self._drop(workspace)
 
+    def drop_idle_of(self, location: Location) -> None:
+        """Drop the idle workspaces of a location."""
+        with suppress(IndexError):  # there is none left
+            while True:
+                self.discard(location.workspaces.pop())
+
     def clear(self) -> None:
         """Drop every idle workspace."""
         with self._lock:
             self._drop_oldest(0)
 
-    def _create(self, schedule: Schedule) -> Workspace:
-        inputs, outputs = ([aligned(spec.nbytes) for spec in specs] for specs in (schedule.inputs, schedule.outputs))
-        workspace = Workspace(schedule, inputs, outputs, reused=True)
+    def _create(self, schedule: Schedule, location: Location | None) -> Workspace:
+        if location is None:
+            inputs, outputs = (
+                [aligned(spec.nbytes) for spec in specs] for specs in (schedule.inputs, schedule.outputs)
+            )
+            workspace = Workspace(schedule, inputs, outputs, reused=True)
+        else:
+            workspace = Workspace(schedule, location.inputs, location.outputs, reused=True, location=location)
         with self._lock:
             self._workspaces.add(workspace)
             self._nbytes += workspace.nbytes
@@ -333,7 +356,7 @@ class WorkspaceCache:
             if self._nbytes <= keep:
                 return
             try:
-                workspace.schedule.workspaces.remove(workspace)
+                workspace.idle.remove(workspace)
             except ValueError:  # in use
                 continue
             self._drop(workspace)

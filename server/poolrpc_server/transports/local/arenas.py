@@ -40,6 +40,7 @@ from poolrpc.errors import (
 )
 from poolrpc.tensors import ALIGNMENT
 from poolrpc_server.calls.dispatch import no_arena
+from poolrpc_server.compute.locations import Locations
 from poolrpc_server.telemetry.logs import log
 
 if sys.platform == "linux":
@@ -75,10 +76,16 @@ class _Mapping(mmap.mmap):
 
 
 class Arena:
-    """Memory shared with one client. It stays mapped for as long as this object, or a slice of it, exists."""
+    """Memory shared with one client. It stays mapped for as long as this object, or a slice of it, exists.
+
+    Attributes:
+        locations: The locations in it that calls use again and again.
+
+    """
 
     def __init__(self, mapping: mmap.mmap) -> None:
         self._view = memoryview(mapping)
+        self.locations = Locations()
 
     @property
     def size(self) -> int:
@@ -325,7 +332,9 @@ class ArenaListener:
 
     def _drop(self, connection: socket.socket) -> None:
         # Dropping the last reference unmaps the memory. While a call holds a slice, it could not be unmapped anyway.
-        self._arenas.pop(self._attached.get(connection, b""), None)
+        if (arena := self._arenas.pop(self._attached.get(connection, b""), None)) is not None:
+            arena.locations.end()
+            del arena
         self._selector.unregister(connection)
         connection.close()
         # Last, so that an arena that no longer counts as live has released everything.

@@ -392,6 +392,16 @@ def shared(engine):
     return InArena(engine, Request(INPUT, BRANCHES), X)
 
 
+def test_a_repeated_call_in_an_arena_reads_what_is_there_now(shared, dispatcher):
+    """A call in the same ranges as earlier ones has the outputs of its own input, whatever the client wrote since."""
+    for seed in range(4):
+        x = np.random.default_rng(seed).standard_normal(INPUT.shape).astype(np.float32)
+        shared.memory[: x.nbytes] = x.reshape(-1).view(np.uint8)
+        expected = dispatcher.pool(shared.checked, x.tobytes(), CALL, copied)
+        left = shared.run()
+        assert [left[:32], left[64:128], left[128:160]] == list(expected)
+
+
 def test_a_call_in_an_arena_has_the_outputs_of_any_call(shared, dispatcher):
     """Outputs and indices are written to the output range, each at a multiple of 64; inputs are left alone."""
     _, (values, places, means) = pool(dispatcher, *BRANCHES)

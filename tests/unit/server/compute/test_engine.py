@@ -100,9 +100,17 @@ def test_inputs_are_not_changed(engine, cls):
     before = bytearray(payload)
     checked = scheduled(engine, specs[0], layer, indices=operand)
     outputs = [aligned(spec.nbytes) for spec in checked.outputs]
-    engine.execute([engine.run_in_place(checked.schedule, split_tensors(payload, specs), outputs)])
-    assert payload == before
-    assert [bytes(each) for each in outputs] == run(engine, checked, payload)
+    location = engine.location(split_tensors(payload, specs), outputs)
+    expected = run(engine, checked, payload)
+    for again in (False, True, True):
+        for output in outputs:
+            output[:] = bytes(len(output))
+        engine.execute([engine.run_in_place(checked.schedule, location, again=again)])
+        assert payload == before
+        assert [bytes(each) for each in outputs] == expected
+    # A client may change an operand after it was checked, so it is copied first.
+    assert len(location.workspaces) == (checked.schedule.cached and operand is None)
+    location.end()
 
 
 def test_indices_need_no_alignment(engine):

@@ -24,6 +24,7 @@ from poolrpc.tensors import TensorSpec
 from poolrpc_server.calls.validate import Limits, check_request
 from poolrpc_server.compute.engine import Engine
 from poolrpc_server.compute.kernels.blocks import VIEW_BYTES
+from poolrpc_server.compute.locations import MAX_LOCATIONS, Locations
 from poolrpc_server.compute.workspace import OVERHEAD_BYTES
 
 LIMITS = Limits(2**20, 2**20, 64, 10**7)
@@ -268,10 +269,56 @@ def test_outputs_in_the_callers_memory_need_no_program_of_their_own(shape):
     for seed in range(2):
         payload = memoryview(np.random.default_rng(seed).standard_normal(shape, np.float32)).cast("B")
         outputs = [memoryview(bytearray(each.nbytes)) for each in made.outputs]
-        engine.execute([engine.run_in_place(made, [payload], outputs)])
+        engine.execute([engine.run_in_place(made, engine.location([payload], outputs))])
         copied = engine.execute([engine.run(made, payload, lambda parts: [bytes(each) for each in parts])])[0]
         assert [bytes(each) for each in outputs] == copied
         assert len(made.workspaces) == 1
+    engine.close()
+
+
+def test_a_location_that_is_used_again_keeps_a_workspace_which_copies_nothing():
+    """From the second run in a location on, a workspace of that location reads what its memory holds at the time."""
+    engine = Engine("cpu", 1)
+    made, cells = schedule(engine, 8), np.zeros(32, np.float32)
+    output = memoryview(bytearray(made.outputs[0].nbytes))
+    location = engine.location([memoryview(cells).cast("B")], [output])
+    for number in range(1, 4):
+        cells[:] = number
+        engine.execute([engine.run_in_place(made, location, again=number > 1)])
+        assert set(np.frombuffer(output, np.float32)) == {number}
+        assert (len(made.workspaces), len(location.workspaces)) == (1, number > 1)
+    (kept,) = location.workspaces
+    assert kept.nbytes == made.workspaces[0].nbytes - made.nbytes
+    engine.close()
+
+
+def test_a_location_that_has_ended_keeps_no_workspace():
+    """Its idle workspaces are dropped at once, and one in use when its run is over; their bytes count no more."""
+    engine = Engine("cpu", 1)
+    made = schedule(engine, 8)
+    location = engine.location([memoryview(bytes(made.input_bytes))], [memoryview(bytearray(made.outputs[0].nbytes))])
+    before = engine.idle_bytes
+    engine.execute([engine.run_in_place(made, location, again=True)])
+    assert engine.idle_bytes > before
+    location.end()
+    assert (engine.idle_bytes, location.workspaces) == (before, [])
+    engine.execute([engine.run_in_place(made, location, again=True)])  # a call that had found it already
+    assert (engine.idle_bytes, location.workspaces) == (before, [])
+    engine.close()
+
+
+def test_the_oldest_locations_are_forgotten_and_all_of_them_when_their_client_is_gone():
+    """At most MAX_LOCATIONS are remembered; those that are forgotten have ended, as have those that come too late."""
+    engine, locations = Engine("cpu", 1), Locations()
+    made = [engine.location([], []) for _ in range(MAX_LOCATIONS + 2)]
+    for number, location in enumerate(made[:-1]):
+        locations.add(number, location)
+    assert [location.ended for location in made[:2]] == [True, False]
+    assert (locations.find(0), locations.find(1)) == (None, made[1])
+    locations.end()
+    locations.add("late", made[-1])
+    assert (locations.find(1), locations.find("late")) == (None, None)
+    assert all(location.ended for location in made[:-1])
     engine.close()
 
 
