@@ -2,7 +2,8 @@
 
 Pictures of windows are what `poolrpc explain --save` draws; those of benchmarks are drawn from benchmarks/results/, and
 the photograph on the front page is pooled by a server. tests/docs/test_figures.py fails if a committed picture is not
-what this draws.
+what this draws. The picture of a load is what `poolrpc bench --plot` draws: no two are equal, so it is drawn only if it
+was deleted.
 """
 
 from __future__ import annotations
@@ -60,6 +61,9 @@ WEIGHTS = np.array([[1, -1], [1, -1]])
 
 PHOTO_LAYER = "MaxPool2d(8)"
 
+LOAD = "bench"
+"""The picture of a load, whose times differ from run to run."""
+
 
 def main() -> None:
     """Write every picture."""
@@ -67,6 +71,20 @@ def main() -> None:
         path = FOLDER / f"{name}.svg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+    if not (path := FOLDER / f"{LOAD}.svg").exists():
+        draw_load(path)
+
+
+def draw_load(path: Path) -> None:
+    """Draw a load on a server of its own, and print what the command prints."""
+    from poolrpc_server import Config, Server  # noqa: PLC0415 - as for the photograph
+
+    server = Server(Config(listen=("127.0.0.1:0",)))
+    server.start()
+    shapes = ["--shape", "1x3x32x32", "--shape", "1x3x64x64"]
+    flags = ["--layer", "MaxPool2d(2)", "--rate", "200", "--duration", "2", "--plot", str(path)]
+    poolrpc(["bench", "--address", server.addresses[0], *shapes, *flags])
+    server.stop(0)
 
 
 def windows() -> dict[str, str]:

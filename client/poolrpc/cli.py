@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -407,8 +408,9 @@ def _info(options: argparse.Namespace) -> tuple[object, list[str], int]:
         *(["features:"] if info.features else []),
         *(f"  {name}: {value}" for name, value in info.features.items()),
         "layers:",
-        *(f"  {name}: {', '.join(dtypes)}" for name, dtypes in info.layers.items()),
     ]
+    for name, dtypes in info.layers.items():
+        text += textwrap.wrap(f"{name}: {', '.join(dtypes)}", 80, initial_indent="  ", subsequent_indent="    ")
     return dataclasses.asdict(info), text, 0
 
 

@@ -54,6 +54,7 @@ def test_every_picture_is_drawn_and_shown() -> None:
         *(f"pooling/{name}" for name in (*figures.STILL, *figures.MOVING, "convolution")),
         *figures.FIGURES,
         "photograph",
+        figures.LOAD,
     }
     shown = {path.rpartition("figures/")[2] for page in PAGES for _, path in PICTURE.findall(page.read_text())}
     assert files - shown == set()

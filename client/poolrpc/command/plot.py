@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     Points = list[tuple[float, float]]
     Labels = list[tuple[float, str]]
 
-WIDTH, HEIGHT, LEFT, GAP = 720, 190, 70, 70
-"""Size of a panel in pixels, its distance from the left, and from the one above."""
+WIDTH, HEIGHT, LEFT, GAP = 400, 150, 58, 70
+"""Size of a panel in pixels, its distance from the left, and from the one above; narrow, to be legible on a phone."""
 
 COLOURS = ("teal", "rose")
 CURVE = 2
@@ -104,9 +104,9 @@ def svg(title: str, result: LoadResult) -> str:
         *_panel(tops[1], "latency over time, ms", over_time, seconds, time_ticks, log=True),
         *_panel(tops[2], "calls answered per second", {"": rates}, seconds, time_ticks, log=False),
     ]
-    right, bottom = LEFT + WIDTH + 30, tops[-1] + HEIGHT + GAP
+    right, bottom = LEFT + WIDTH + 30, tops[-1] + HEIGHT + 34
     card = Box(0.5, 0.5, right - 1, bottom - 1, "paper", "edge", radius=8)
-    heading = Text(LEFT, 26, title, 15, anchor="start", bold=True)
+    heading = Text(LEFT, 26, title, min(15, WIDTH / (0.65 * len(title))), anchor="start", bold=True)  # in one line
     return to_svg(Drawing(right, bottom, title, (card, heading, *panels)))
 
 

@@ -127,7 +127,7 @@ class LoadReport:
         processes = _count(self.processes, "process")
         calls = f"{load.concurrency} at a time" if load.rate is None else f"{load.rate:g} per second are due"
         lines = [
-            *(self._request_line(each) for each in data["requests"]),
+            *(line for each in data["requests"] for line in self._request_lines(each)),
             f"calls: {calls}, {load.seconds:g} s, {_count(load.connections, 'connection')}, {processes}",
             "",
             f"answered   {len(result.answered):,}, {number(result.rate)} per second"
@@ -147,16 +147,15 @@ class LoadReport:
             lines += ["", *_bars(bars)]
         return lines
 
-    def _request_line(self, request: dict[str, Any]) -> str:
+    def _request_lines(self, request: dict[str, Any]) -> Iterator[str]:
         chains = [each[0] if len(each) == 1 else f"[{', '.join(each)}]" for each in request["branches"]]
         shape = "x".join(map(str, request["shape"]))
-        line = (
+        yield (
             f"{' and '.join(chains)} of {self.load.dtype} {shape}: {number(request['input_bytes'] / 1e6)} MB, "
             f"answered with {number(request['output_bytes'] / 1e6)} MB, {request['transport']}"
         )
         if len(self.load.requests) > 1:
-            line += f": {request['answered']:,} answered, {_spelled(request['latency_ms'])}"
-        return line
+            yield f"  {request['answered']:,} answered: {_spelled(request['latency_ms'])}"
 
     def _remarks(self) -> Iterator[str]:
         load, result = self.load, self.result
