@@ -12,7 +12,7 @@ from poolrpc._wire.codec import Request
 from poolrpc.tensors import TensorSpec
 from poolrpc_server.calls.validate import Limits, check_request
 from poolrpc_server.compute.engine import Engine
-from poolrpc_server.compute.kernels import blocks
+from poolrpc_server.compute.kernels import blocks, integer_average
 from tests.parity.reference import assert_same, values
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ def test_pyramids_equal_torchs(
 ) -> None:
     """Levels of even and odd sizes, rounded or not, in blocks and parts of any size, of inputs that aren't aligned."""
     monkeypatch.setattr(blocks, "TARGET_BYTES", block)
+    monkeypatch.setattr(integer_average, "PART_BYTES", -(-block // 8))
     for outputs in ((3, 7, 11), (11,), (1, 3, 6, 11), (0, 5, 11)):
         for seed in range(2):
             x = values(shape, dtype, seed)

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from poolrpc.layers import AvgPool2d, Round, ToDtype
-from poolrpc_server.compute.kernels import blocks
 from poolrpc_server.compute.kernels.blocks import Cells, scratch
 from poolrpc_server.compute.kernels.cost import Cost
 from poolrpc_server.compute.kernels.plan import Plan, Row
@@ -32,9 +31,13 @@ if TYPE_CHECKING:
 PAIRS = {torch.uint8: (torch.int16, torch.uint16), torch.uint16: (torch.int32, torch.uint32)}
 """The dtypes of two cells of each dtype, in which their sum is computed: of torch's operators, and of NumPy's."""
 
-PARTS = 4
-"""The number of parts of a full block, each some rows of all its planes: the cells of a part are read three times, and
-its sums eight times, so they should stay in the cache of one core."""
+PART_BYTES = 2**18
+"""The size of a part of a block, some rows of all its planes: the cells of a part are read three times, and its sums
+eight times, so they should stay in the cache of one core."""
+
+LARGER_BLOCKS = 2
+"""How many times the size of other kernels' blocks this one's have: what is read again is a part, and the later levels
+of a pyramid are so small that their calls take longer than their cells."""
 
 ROUNDED_STEPS, STEPS = 4, 2
 """The number of steps that become one, with rounding and without."""
@@ -122,7 +125,7 @@ def _add(plan: Plan, source: Cells, target: Cells, _: object) -> None:
     program, (signed, _) = source.program, PAIRS[plan.dtype]
     height, width = plan.output_plane
     nbytes = program.step * plan.cells * plan.dtype.itemsize
-    parts = min(height, -(-nbytes * PARTS // blocks.TARGET_BYTES))
+    parts = min(height, -(-nbytes // PART_BYTES))
     rows = -(-height // parts)
     memory = [scratch(program, (count, width), signed) for count in (2 * rows, rows, rows)]
     for first, last in pairwise(height * part // parts for part in range(parts + 1)):
@@ -183,4 +186,5 @@ INTEGER_AVERAGE = Row(
     work=lambda plan: INTEGER_COST.of(plan.dtype, plan.cells * plan.dtype.itemsize, 0),
     takes=lambda dtype: dtype in PAIRS,
     scratch=_scratch,
+    plane_bytes=lambda plan: plan.cells * plan.dtype.itemsize // LARGER_BLOCKS,
 )
