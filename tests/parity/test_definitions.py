@@ -30,7 +30,7 @@ def drawn(data: st.DataObject, names: Iterable[str]) -> tuple[p.Layer, tuple[int
     dims = layer.spatial_dims
     plane = tuple(data.draw(st.integers(1, LONGEST[dims])) for _ in range(dims))
     try:
-        assume(prod(layer.output_plane(plane)))
+        layer.output_plane(plane)
     except p.InvalidArgumentError:
         assume(False)
     return layer, plane, data.draw(st.sampled_from(layer.dtypes))

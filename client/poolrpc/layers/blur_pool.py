@@ -37,7 +37,8 @@ class BlurPool2d(Layer):
 
     Raises:
         InvalidArgumentError: A parameter has the wrong type or is out of range. `output_shape` and the calls of a
-            client also raise it if the input has another rank, or no more cells along an axis than the padding.
+            client also raise it if the input has another rank, no more cells along an axis than the padding, or fewer
+            than the filter with the padding.
 
     Examples:
         >>> import numpy as np
@@ -74,7 +75,11 @@ class BlurPool2d(Layer):
             padding = f"(stride + kernel_size - 2) // 2 = {self.padding}"
             msg = f"expected a padding of less than the input {plane}, to reflect it, got {padding}"
             raise InvalidArgumentError(msg, field="kernel_size")
-        return tuple(pooled_size(size, self.kernel_size, self.stride, self.padding) for size in plane)
+        out = tuple(pooled_size(size, self.kernel_size, self.stride, self.padding) for size in plane)
+        if min(out) < 1:  # two cells with a stride of one are not padded
+            msg = f"expected at most the padded input, {min(plane) + 2 * self.padding}, got {self.kernel_size}"
+            raise InvalidArgumentError(f"{msg} on plane {plane}", field="kernel_size")
+        return out
 
     def window(self, plane: tuple[int, ...]) -> tuple[int, ...]:
         """Return the size of the filter."""

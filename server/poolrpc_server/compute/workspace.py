@@ -7,6 +7,7 @@ import warnings
 from contextlib import suppress
 from functools import partial
 from itertools import count, islice
+from math import prod
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -266,9 +267,10 @@ class Workspace:
 
     def _batched(self, cells: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
         dims = self.schedule.spatial_dims
+        # torch does not infer the size of an axis of an empty tensor.
         if spec.layout == "NHWC":
-            return cells.view(-1, *spec.shape[-dims - 1 :])
-        return cells.view(1, -1, *spec.shape[-dims:])
+            return cells.view(prod(spec.shape[: -dims - 1]), *spec.shape[-dims - 1 :])
+        return cells.view(1, prod(spec.shape[:-dims]), *spec.shape[-dims:])
 
 
 class WorkspaceCache:

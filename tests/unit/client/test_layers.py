@@ -342,6 +342,24 @@ def test_layers_of_different_classes_or_parameters_differ():
     assert len({MaxPool1d(2), MaxPool2d(2), MaxPool2d((2, 3)), MaxPool2d((3, 2)), MaxPool2d(2, ceil_mode=True)}) == 5
 
 
+@given(st.data(), layers([cls for cls in CLASSES if cls.operand not in {"offsets", "boxes"}], most=4, most_output=4))
+def test_every_axis_of_an_output_has_a_cell(data, layer):
+    """Of a plane that no window fits there is no output: the layer rejects it, and returns no size of 0."""
+    plane = data.draw(st.tuples(*[st.integers(1, 6)] * layer.spatial_dims))
+    try:
+        out = layer.output_plane(plane)
+    except InvalidArgumentError:
+        return
+    assert min(out, default=1) >= 1, (layer, plane)
+
+
+def test_a_blur_needs_the_cells_of_its_filter():
+    """Two cells with a stride of one are not padded, so that a plane of one row has no output."""
+    assert poolrpc.BlurPool2d(2, 1).output_shape((1, 2, 2)) == (1, 1, 1)
+    with pytest.raises(InvalidArgumentError, match=r"^kernel_size: expected at most the padded input, 1, got 2"):
+        poolrpc.BlurPool2d(2, 1).output_shape((1, 1, 5))
+
+
 @given(layers())
 def test_a_layer_is_a_frozen_value(layer):
     """A layer equals its pickle and its copies, has their hash, and rejects assignment."""
