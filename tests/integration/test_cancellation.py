@@ -151,8 +151,9 @@ def test_calls_cancelled_at_every_moment(server: ServerProcess) -> None:
     counted = [cancel_half_of_many_calls(server.address, seed) for seed in range(10, 60)]
     assert sum(each["CANCELLED"] for each in counted) > 50
     assert_nothing_is_held(server.address)
-    # Threads are started when calls need them, and stay: at most one for each of the calls that are made at once.
-    assert process.num_threads() <= threads + 24
+    # Threads are started when calls need them, and stay: at most one for each call of two rounds, since on a busy
+    # machine the cancelled calls of one round end during the next.
+    assert process.num_threads() <= threads + 48
     assert process.memory_info().rss < rss + HEAP_GAPS
 
 

@@ -360,7 +360,8 @@ def test_a_thousand_streams_that_are_reset_leave_nothing() -> None:
     assert {line["status"] for line in lines} <= {"CANCELLED", "INVALID_ARGUMENT"}
     # The engine keeps buffers and workspaces, which admission counts and takes back; 1000 streams would take 12 GiB.
     assert after[0] < rss + WORKSPACE_LIMIT + IDLE_LIMIT + 24 * MIB
-    assert after[1] <= threads + 4
+    # A thread is started for a stream that comes while all others are busy, up to --call-threads; 1000 would be left.
+    assert after[1] <= threads + 96
     assert not server.lines("unexpected error")
 
 

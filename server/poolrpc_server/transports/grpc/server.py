@@ -159,8 +159,12 @@ class GrpcServer:
         self._server.start()
 
     def stop(self, grace: float) -> Event:
-        """Reject new calls, and cancel those that take longer than `grace` seconds; the event is set at the end."""
-        stopped = self._server.stop(grace)
+        """Reject new calls, and cancel those that take longer than `grace` seconds; the event is set at the end.
+
+        Without grace, it returns at the end.
+        """
+        # For any number gRPC starts a thread, which Python 3.12 and newer don't allow at the end of the process.
+        stopped = self._server.stop(grace or None)
         self._watch.close()
         return stopped
 
