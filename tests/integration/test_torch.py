@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -450,12 +449,10 @@ def test_hooks_are_not_lost(client: PoolClient) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is not supported in Python 3.14:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is (not supported in Python 3.14|deprecated):FutureWarning")
 def test_a_scripted_model_is_rejected(client: PoolClient) -> None:
     """Its modules can't be replaced, and none of them would be."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 announces its end
-        scripted = torch.jit.script(nn.Sequential(nn.MaxPool2d(2)))
+    scripted = torch.jit.script(nn.Sequential(nn.MaxPool2d(2)))
     for model in (scripted, nn.Sequential(nn.ReLU(), scripted)):
         with pytest.raises(InvalidArgumentError, match=r"^model(\.1)?: .*TorchScript"):
             replace_pooling(model, client)
