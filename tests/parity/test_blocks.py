@@ -17,7 +17,7 @@ from poolrpc.tensors import TensorSpec, split_tensors
 from poolrpc_server.calls.validate import Limits, check_request
 from poolrpc_server.compute import branch
 from poolrpc_server.compute.engine import Engine
-from poolrpc_server.compute.kernels import blocks
+from poolrpc_server.compute.kernels import blocks, raster_average
 from poolrpc_server.compute.kernels.eager import bind
 from tests.parity.reference import assert_same, reference, values
 from tests.reduces import REDUCES
@@ -57,6 +57,7 @@ def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ca
     monkeypatch.setattr(branch, "PROGRAM_BLOCKS", 2)
     monkeypatch.setattr(branch, "WHOLE_BYTES", 0)
     monkeypatch.setattr(branch, "PARALLEL_WORK", 1)
+    monkeypatch.setattr(raster_average, "PART_BYTES", 1)
     count = request.param
     return lambda nbytes: monkeypatch.setattr(blocks, "TARGET_BYTES", 1 if count == 1 else count * nbytes)
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import poolrpc as p
-from poolrpc_server.compute.kernels import blocks, plan_for
+from poolrpc_server.compute.kernels import blocks, plan_for, raster_average
 from poolrpc_server.compute.kernels.eager import bind
 from poolrpc_server.compute.kernels.table import TABLE
 from tests.parity.reference import assert_same, reference, values
@@ -154,6 +154,7 @@ def compare_rows(name: str, data: st.DataObject, seed: int, size: int) -> None:
         chosen = torch.full(output.shape, -1) if row.indices else None
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(blocks, "TARGET_BYTES", size)
+            patch.setattr(raster_average, "PART_BYTES", -(-size // 8))
             # A program is kept: whatever memory held when it was run before has no effect.
             source = memory.clone().fill_(values((1,), dtype, seed + 1)[0])
             program = program_of(row, made, source, output, chosen)

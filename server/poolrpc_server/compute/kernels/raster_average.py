@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 from math import frexp, prod, sqrt
 
 import torch
@@ -31,6 +31,10 @@ SPARSE_STRIDE = 8
 
 SHORT_RUN = 64
 """One more run of memory costs about as much as this many cells in a run."""
+
+PART_BYTES = 2**19
+"""The size of the sums of a part of a block, some rows of all its planes: they are read and written once for each cell
+of a window, and should stay in the cache of one core, which the planes of large images would leave."""
 
 MAX_TAPS = 1024
 """Windows of more cells than this are left to torch: each cell of a window is a torch call."""
@@ -86,36 +90,49 @@ def _dense(source: Cells, windows: Windows, divided_by: Sequence[float | Tensor]
     while split > 0 and prod(shape[split:]) * (shape[split - 1] / result[split - 1] - 1) < SHORT_RUN:
         split -= 1
     sizes = [*result[:split], *shape[split:]]
+    nbytes = program.step * prod(sizes) * source.tensor.dtype.itemsize
+    parts = min(result[0], -(-nbytes // PART_BYTES)) if split else 1
+    sizes[0] = -(-sizes[0] // parts)
     acc = scratch(program, sizes, source.tensor.dtype)
     pitches = [prod(shape[axis + 1 :]) for axis in range(last + 1)]
     steps = [s * pitch for s, pitch in zip(stride, pitches, strict=True)]
     run = sum((n - 1) * step for n, step in zip(result[split:], steps[split:], strict=True)) + 1
     shifts = [sum(t * pitch for t, pitch in zip(tap, pitches, strict=True)) for tap in _taps(windows.kernel)]
-    if split == 0:
-        extra = run - prod(shape)
-        reads = [source.runs(shift, shift + extra) for shift in shifts]
-        write = acc.runs(0, extra)
-    else:
-        reads = [source.windows(shift, (*result[:split], run), (*steps[:split], 1)) for shift in shifts]
-        acc_steps = [prod(sizes[axis + 1 :]) for axis in range(split)]
-        write = acc.windows(0, (*result[:split], run), (*acc_steps, 1))
-    _add_up(program, reads, write)
+    acc_steps = [prod(sizes[axis + 1 :]) for axis in range(split)]
+    starts = [slice(0, (n - 1) * s + 1, s) for n, s in zip(result[split:last], stride[split:last], strict=True)]
+    for begin, end in pairwise(result[0] * part // parts for part in range(parts + 1)):
+        if split == 0:
+            extra = run - prod(shape)
+            reads = [source.runs(shift, shift + extra) for shift in shifts]
+            write = acc.runs(0, extra)
+            rows = starts
+        else:
+            counts = end - begin, *result[1:split]
+            reads = [source.windows(shift + begin * steps[0], (*counts, run), (*steps[:split], 1)) for shift in shifts]
+            write = acc.windows(0, (*counts, run), (*acc_steps, 1))
+            rows = [*map(slice, counts), *starts]
+        _add_up(program, reads, write)
+        divisors = [each[begin:end] if isinstance(each, Tensor) else each for each in divided_by]
+        written = Cells(program, final.tensor[:, begin:end], reused=final.reused)
+        _keep(acc, rows, stride[last], divisors, written)
 
-    starts = (slice(0, (n - 1) * s + 1, s) for n, s in zip(result[split:last], stride[split:last], strict=True))
-    keep = (*(slice(None),) * split, *starts)
-    kept = Cells(program, acc.tensor[(slice(None), *keep)], reused=True)
+
+def _keep(acc: Cells, rows: Sequence[slice], stride: int, divided_by: Sequence[float | Tensor], final: Cells) -> None:
+    """Append the calls that divide those sums, in some rows and at every `stride`-th cell, that are of windows."""
+    program, count = acc.program, final.shape[-1]
+    kept = Cells(program, acc.tensor[(slice(None), *rows)], reused=True)
     write = final.at()
-    if stride[last] > 1:
-        program.calls.append(strided_copy(kept, final, stride[last]))
+    if stride > 1:
+        program.calls.append(strided_copy(kept, final, stride))
         _divide(program, write, write, divided_by)
         return
-    rows = kept.at((*(slice(None),) * last, slice(result[last])))
-    if result[last] >= SHORT_RUN or any(isinstance(divisor, Tensor) for divisor in divided_by):
-        _divide(program, rows, write, divided_by)
+    read = kept.at((*(slice(None),) * len(rows), slice(count)))
+    if count >= SHORT_RUN or any(isinstance(divisor, Tensor) for divisor in divided_by):
+        _divide(program, read, write, divided_by)
         return
     sums = acc.runs(0, 0)
     _divide(program, sums, sums, divided_by)
-    program.calls.append(copy(rows, write))
+    program.calls.append(copy(read, write))
 
 
 def _sparse(source: Cells, windows: Windows, divided_by: Sequence[float | Tensor], final: Cells) -> None:
