@@ -124,7 +124,7 @@ def test_a_server_that_hangs_is_restarted(
     """The thread that serves waits for a file that is never written: the server ends itself, and serves again."""
     assert server_image
     override = tmp_path / "watchdog.yml"
-    override.write_text("services: {server: {environment: {POOLRPC_WATCHDOG_SECONDS: 3}}}")
+    override.write_text("services: {server: {environment: {POOLRPC_WATCHDOG_SECONDS: 15}}}")
     files = {"COMPOSE_FILE": os.pathsep.join([*TLS, str(override)]), "POOLRPC_SECRETS": str(secrets)}
     credentials = grpc.ssl_channel_credentials((secrets / "ca.crt").read_bytes())
     tokens = secrets / "tokens"
@@ -143,9 +143,12 @@ def test_a_server_that_hangs_is_restarted(
             os.mkfifo(tokens)
             caller = threading.Thread(target=call)
             caller.start()
-            assert run("docker", "wait", container) == str(FAILED)
-            (secrets / "new").write_text(good)
-            (secrets / "new").rename(tokens)
+            # Opened when the server has opened it to read. It waits for what is never written, while the next server,
+            # however soon it starts, finds a file.
+            with tokens.open("w"):
+                (secrets / "new").write_text(good)
+                (secrets / "new").rename(tokens)
+                assert run("docker", "wait", container) == str(FAILED)
             caller.join(60)
         running.up("server")
         # Docker has chosen another port.
