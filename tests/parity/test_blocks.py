@@ -57,7 +57,7 @@ def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ca
     monkeypatch.setattr(branch, "PROGRAM_BLOCKS", 2)
     monkeypatch.setattr(branch, "WHOLE_BYTES", 0)
     monkeypatch.setattr(branch, "PARALLEL_WORK", 1)
-    monkeypatch.setattr(raster_average, "PART_BYTES", 1)
+    monkeypatch.setattr(raster_average, "SUMS_BYTES", 1)
     count = request.param
     return lambda nbytes: monkeypatch.setattr(blocks, "TARGET_BYTES", 1 if count == 1 else count * nbytes)
 

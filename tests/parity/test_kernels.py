@@ -154,7 +154,7 @@ def compare_rows(name: str, data: st.DataObject, seed: int, size: int) -> None:
         chosen = torch.full(output.shape, -1) if row.indices else None
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(blocks, "TARGET_BYTES", size)
-            patch.setattr(raster_average, "PART_BYTES", -(-size // 8))
+            patch.setattr(raster_average, "SUMS_BYTES", -(-size // 8))
             # A program is kept: whatever memory held when it was run before has no effect.
             source = memory.clone().fill_(values((1,), dtype, seed + 1)[0])
             program = program_of(row, made, source, output, chosen)

@@ -32,7 +32,7 @@ SPARSE_STRIDE = 8
 SHORT_RUN = 64
 """One more run of memory costs about as much as this many cells in a run."""
 
-PART_BYTES = 2**19
+SUMS_BYTES = 2**19
 """The size of the sums of a part of a block, some rows of all its planes: they are read and written once for each cell
 of a window, and should stay in the cache of one core, which the planes of large images would leave."""
 
@@ -91,7 +91,7 @@ def _dense(source: Cells, windows: Windows, divided_by: Sequence[float | Tensor]
         split -= 1
     sizes = [*result[:split], *shape[split:]]
     nbytes = program.step * prod(sizes) * source.tensor.dtype.itemsize
-    parts = min(result[0], -(-nbytes // PART_BYTES)) if split else 1
+    parts = min(result[0], -(-nbytes // SUMS_BYTES)) if split else 1
     sizes[0] = -(-sizes[0] // parts)
     acc = scratch(program, sizes, source.tensor.dtype)
     pitches = [prod(shape[axis + 1 :]) for axis in range(last + 1)]

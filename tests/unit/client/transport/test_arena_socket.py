@@ -69,7 +69,7 @@ def test_an_invalid_answer_is_rejected(path, answer, expected):
         assert isinstance(arenas.rejection, PoolError)
         assert expected in str(arenas.rejection)
         assert arenas.nbytes == 0
-    assert psutil.Process().num_fds() == before
+    assert psutil.Process().num_fds() <= before  # earlier tests may still be closing theirs
 
 
 def test_a_valid_answer_is_accepted(path):

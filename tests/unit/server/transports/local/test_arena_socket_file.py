@@ -98,7 +98,7 @@ def test_unusable_path_is_an_error(folder, name):
     before = psutil.Process().num_fds()
     with pytest.raises(ValueError, match=r"path too long|No such file"):
         ArenaListener(folder / name, max_bytes=1, max_arenas=1)
-    assert psutil.Process().num_fds() == before
+    assert psutil.Process().num_fds() <= before  # earlier tests may still be closing theirs
 
 
 def test_file_of_a_successor_is_kept(path):
