@@ -537,7 +537,10 @@ class BaseClient:
                 partial(explain, error, method, self.address, options.timeout, encrypted=encrypted)
             )
             log.debug("%s failed: %s", method, error)
-            raise explained from error.__cause__
+            try:
+                raise explained from error.__cause__
+            finally:
+                del explained  # breaks the cycle of the error, its traceback and this frame, which keeps the tensors
 
     def _local_send_steps(self, connections: LocalConnections) -> SendSteps:
         return partial(send_steps, connections, retry=self._retry)

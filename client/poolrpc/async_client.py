@@ -326,6 +326,8 @@ class AsyncPoolClient(BaseClient):
         return aio.secure_channel(grpc_target(address), self._credentials, self._channel_arguments)
 
     async def _run(self, steps: Steps[T]) -> T:
+        step: Any = None
+        result: Any = None
         try:
             step = next(steps)
             while True:
@@ -338,6 +340,8 @@ class AsyncPoolClient(BaseClient):
         except StopIteration as stop:
             value: T = stop.value
             return value
+        finally:
+            step = result = None  # each breaks the cycle of an error that it refers to, its traceback and this frame
 
     async def _perform(self, step: Send | SendLocal | SendStream | RunBlocking | Pause) -> Any:  # noqa: ANN401 - each step has its own result
         match step:
@@ -408,6 +412,7 @@ class AsyncPoolClient(BaseClient):
             raise DeadlineExceededError("the deadline passed before the end of the stream") from None
         finally:
             call.cancel()  # the caller may have been cancelled
+            del run  # breaks the cycle of its error, the error's traceback and this frame
 
 
 async def _report(progress: Progress | None, done: int, count: int) -> None:

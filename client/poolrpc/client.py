@@ -438,6 +438,8 @@ class PoolClient(BaseClient):
     def _run(self, steps: Steps[T]) -> T:
         thread = threading.get_ident()
         callers.add(thread)
+        step: Any = None
+        result: Any = None
         try:
             step = next(steps)
             while True:
@@ -451,6 +453,7 @@ class PoolClient(BaseClient):
             value: T = stop.value
             return value
         finally:
+            step = result = None  # each breaks the cycle of an error that it refers to, its traceback and this frame
             callers.discard(thread)
 
     def _perform(self, step: Send | SendLocal | SendStream | RunBlocking | Pause) -> Any:  # noqa: ANN401 - each step has its own result

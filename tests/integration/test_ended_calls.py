@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from queue import Queue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import grpc
 import numpy as np
 import pytest
 
-from poolrpc import MaxPool2d, PoolClient
+from poolrpc import AsyncPoolClient, LPPool2d, MaxPool2d, PoolClient, PoolError
 from poolrpc._wire.framing import MESSAGE_BYTES_KEY
 from poolrpc_server.calls.admission import Ticket
 from poolrpc_server.transports.grpc.interceptor import GrpcContext
@@ -107,6 +109,63 @@ def test_a_call_that_succeeded_is_freed(address: str, transport: str) -> None:
         for _ in range(CALLS):
             client.pool(x, MaxPool2d(2), transport=transport)
         until(lambda: kept() <= before)
+
+
+def errors() -> int:
+    """Return the number of errors of calls in this process's memory; their tracebacks have frames with tensors."""
+    return sum(issubclass(type(each), PoolError | grpc.RpcError) for each in gc.get_objects())
+
+
+@pytest.fixture(scope="module")
+def unix_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Return the address of a server in this process with one compute thread, for which calls wait."""
+    with server(listen=(f"unix:{tmp_path_factory.mktemp('ended') / 'pool.sock'}",), threads=1) as address:
+        yield address
+
+
+X = np.ones((4, 8, 128, 128), np.float32)
+INVALID, SLOW = MaxPool2d(300), [LPPool2d(1.7, 3, stride=1)] * 16
+SECONDS = 0.1
+"""A deadline within which the slow layers are not computed."""
+
+
+@pytest.mark.usefixtures("uncollected")
+@pytest.mark.parametrize("transport", ["unary", "stream", "arena", "local"])
+def test_an_error_is_freed_when_it_was_handled(unix_address: str, transport: Literal["unary"]) -> None:
+    """Calls that are invalid, or end in the queue or in the computation, leave no error in client and server.
+
+    Its traceback would keep their tensors, and a client's whole shared memory after the client is gone.
+    """
+    before = errors(), kept()
+
+    def fail(client: PoolClient) -> None:
+        with suppress(PoolError):
+            client.pool(X, INVALID, transport=transport)
+        with suppress(PoolError):
+            client.pool(X, SLOW, transport=transport, timeout=SECONDS)
+
+    with PoolClient(unix_address) as client, ThreadPoolExecutor(4) as threads:
+        list(threads.map(fail, [client] * 8))
+        until(lambda: errors() <= before[0] and kept() <= before[1])
+
+
+@pytest.mark.usefixtures("uncollected")
+@pytest.mark.parametrize("transport", ["unary", "stream", "arena", "local"])
+async def test_an_error_of_the_async_client_is_freed(unix_address: str, transport: Literal["unary"]) -> None:
+    """The same for AsyncPoolClient, and if calls are cancelled."""
+    before = errors(), kept()
+    async with AsyncPoolClient(unix_address) as client:
+
+        async def fail() -> None:
+            with suppress(PoolError):
+                await client.pool(X, INVALID, transport=transport)
+            with suppress(PoolError):
+                await client.pool(X, SLOW, transport=transport, timeout=SECONDS)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(client.pool(X, SLOW, transport=transport), SECONDS)
+
+        await asyncio.gather(*(fail() for _ in range(8)))
+        await asyncio.to_thread(until, lambda: errors() <= before[0] and kept() <= before[1])
 
 
 @pytest.mark.slow

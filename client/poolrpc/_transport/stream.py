@@ -86,6 +86,7 @@ class StreamCall:
             try:
                 return self._attempt(progress)
             except grpc.RpcError as error:
+                error.with_traceback(None)  # the error is the call, which its traceback would keep with the tensors
                 if self._failure is not None:
                     raise self._failure from None
                 ended_here = self._is_closed() or self._cancelled.is_set()
@@ -106,8 +107,8 @@ class StreamCall:
     def cancel(self) -> None:
         """Cancel the call, unless it has ended."""
         self._cancelled.set()
-        if self._responses is not None:
-            self._responses.cancel()
+        if (responses := self._responses) is not None:
+            responses.cancel()
 
     def _attempt(self, progress: Progress | None) -> list[PoolResult]:
         try:
@@ -126,6 +127,7 @@ class StreamCall:
             return reader.finish()
         finally:
             responses.cancel()  # no effect on a call that has ended
+            self._responses = None
 
     def _messages(self) -> Iterator[bytes]:
         # gRPC reads the messages in a thread of its own, and would replace an error by "Exception iterating requests!".

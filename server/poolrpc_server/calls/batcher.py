@@ -224,13 +224,16 @@ class Batcher(Generic[J]):
             self.release(1)
         if len(leader.batch) == 1:  # including the time that its thread took to wake up
             leader.job.record_duration(time.monotonic() - leader.started_at)
+        result = error = None
         with self._lock:
             for pending, (result, error) in zip(active, outcomes, strict=True):
                 if pending is leader:
                     pending.result, pending.error = result, error
                 elif pending.state is State.FOLLOWER:
                     pending.finish(result, error)
-        leader.batch = []  # breaks the reference cycle
+        # These break reference cycles: the frames of an error's traceback refer to this one, which called them.
+        leader.batch = []
+        del outcomes, result, error
 
     def _is_active(self, pending: Pending[J]) -> bool:
         """Return whether a job of a batch is to be executed; if its call has ended, finish it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from queue import Empty, Queue
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
@@ -46,11 +46,7 @@ class ReadAhead(Generic[T]):
         """Stop reading."""
         self._closed.set()
         # A reader that waits for room gets it, and then finds that the context has ended.
-        try:
-            while True:
-                self._items.get_nowait()
-        except Empty:
-            pass
+        self._drop_items()
 
     def __iter__(self) -> Self:
         """Return the reader itself."""
@@ -72,7 +68,10 @@ class ReadAhead(Generic[T]):
             raise DeadlineExceededError(msg, reason="STREAM_IDLE") from None
         if isinstance(item, _End):
             self._items.put(item)  # for the next call of this method
-            raise StopIteration if item.error is None else item.error
+            try:
+                raise StopIteration if item.error is None else item.error
+            finally:
+                del item  # breaks the cycle of the error, its traceback and this frame, which keeps the stream's memory
         return item
 
     def _read(self) -> None:
@@ -85,6 +84,14 @@ class ReadAhead(Generic[T]):
         except Exception as error:  # noqa: BLE001 - raised by __next__
             end = _End(error)
         self._items.put(end)
+        del end  # likewise
+        if self._closed.is_set():
+            self._drop_items()
+
+    def _drop_items(self) -> None:
+        with suppress(Empty):
+            while True:
+                self._items.get_nowait()
 
 
 class StreamContext(DerivedContext):
@@ -130,12 +137,15 @@ class StreamContext(DerivedContext):
             self._registered = True
             if not self._call.add_done_callback(self._done):
                 self._active = False
+        if not self._active:
+            self._callback = None  # it refers to this context
         return self._active
 
     def _done(self) -> None:
         self._active = False
-        if self._callback is not None:
-            self._callback()
+        callback, self._callback = self._callback, None
+        if callback is not None:
+            callback()
 
 
 class OpenStreams:
