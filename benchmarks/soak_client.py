@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 THREADS = 8
-TIMEOUT = 10.0
+TIMEOUT = 30.0
 SHORT, CANCELLED, BAD = 0.06, 0.20, 0.10
 """The parts of the calls that have a short deadline, are cancelled, and are wrong."""
 
