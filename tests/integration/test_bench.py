@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     Serve = Callable[..., str]
 
 SMALL = ("--shape", "1x3x16x16", "--layer", "MaxPool2d(2)")
-BRIEF = ("--duration", "0.3", "--warmup", "0.1")
+BRIEF = ("--duration", "1.5", "--warmup", "0.1")
+"""Long enough for some answers also on a busy machine: without any, the status is 1."""
 SLOW_SECONDS = 0.03
 
 
@@ -95,7 +96,7 @@ def test_figures_agree_with_each_other(bench: Bench, load: list[str]) -> None:
     assert latency[-1] == max(each["latency_ms"]["max"] for each in requests)
     assert data["histogram"][-1]["to_ms"] == pytest.approx(latency[-1])
     if "--rate" in load:
-        assert data["answered"] == 30
+        assert data["answered"] == 150
         assert data["late_ms"]["max"] <= latency[-1]
 
 
@@ -209,7 +210,7 @@ def test_the_text_and_the_files(address: str, tmp_path: Path, capsys: pytest.Cap
     lines = capsys.readouterr().out.splitlines()
     data = json.loads(figures.read_text())
     assert lines[0] == "MaxPool2d(2) of float32 1x3x16x16: 0.003 MB, answered with 0.001 MB, unary"
-    assert lines[1] == "calls: 1 at a time, 0.3 s, 1 connection, 1 process"
+    assert lines[1] == "calls: 1 at a time, 1.5 s, 1 connection, 1 process"
     assert lines[3].startswith(f"answered   {data['answered']:,}, ")
     assert lines[3].endswith(", all as the first")
     assert [line.split()[0] for line in lines[4:8]] == ["sent", "received", "latency", "client"]
