@@ -407,7 +407,8 @@ class AsyncPoolClient(BaseClient):
         run = loop.run_in_executor(threads, call.run, None if step.progress is None else progress_in_loop)
         try:
             # The call may wait for a thread until its deadline; once it has one, gRPC enforces the deadline.
-            return await asyncio.wait_for(run, step.options.time_remaining())
+            async with asyncio.timeout(step.options.time_remaining()):
+                return await run
         except TimeoutError:
             raise DeadlineExceededError("the deadline passed before the end of the stream") from None
         finally:
