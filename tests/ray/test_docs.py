@@ -17,31 +17,46 @@ from tests.installing import ROOT
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-TERMINAL = [*IN_NAMESPACE, "env", "--default-signal=INT", "script", "-qec"]
-"""Runs a shell in a terminal with SIGINT at its default: without job control, background jobs would ignore SIGINT."""
+TERMINAL = [*IN_NAMESPACE, "timeout", "--foreground", "350", "env", "--default-signal=INT", "script", "-qec"]
+"""Runs a shell in a terminal, for 350 s at most, with SIGINT at its default: background jobs would ignore it else."""
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+SERVED = "(8, 64, 28, 28) SERVING"
+"""What the commands' program prints."""
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 
 def test_the_commands_do_what_they_say(ray_environment: dict[str, str]) -> None:
     """Pasted into a shell, the commands install Ray, serve, pool a tensor, and leave no processes."""
     (commands,) = re.findall(r"^```sh\n(.*?)^```$", (ROOT / "docs/ray.md").read_text(), re.MULTILINE | re.DOTALL)
+    output, status = run(commands, ray_environment)
+    if SERVED not in output:  # Ray itself may fail to start on a busy machine; twice would be our fault
+        first = output
+        output, status = run(commands, ray_environment)
+        output = first + output
+    assert SERVED in output, output
+    assert "KeyboardInterrupt, shutting down" in output, output
+    assert status == 0, output
+
+
+def run(commands: str, environment: dict[str, str]) -> tuple[str, int]:
+    """Run commands with a Ray of their own, check that they leave no process, and return their output and status."""
     with ray_folder() as folder, ended_processes(folder):
         done = subprocess.run(  # noqa: S603 - our own commands
             [*TERMINAL, shlex.join(["bash", "-mec", commands]), "/dev/null"],
             stdin=subprocess.DEVNULL,
             cwd=ROOT,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
             check=False,
-            env={**ray_environment, "RAY_TMPDIR": folder},
-            timeout=500,
+            env={**environment, "RAY_TMPDIR": folder},
+            timeout=380,
         )
-        assert "(8, 64, 28, 28) SERVING" in done.stdout, done.stdout + done.stderr
-        assert "KeyboardInterrupt, shutting down" in done.stdout, done.stdout + done.stderr
-        assert done.returncode == 0
-        _, remaining = psutil.wait_procs(processes_of(folder), timeout=60)
-        assert not remaining
+        psutil.wait_procs(processes_of(folder), timeout=60)
+        # Not what wait_procs returns: it counts processes that have ended and whose parent does not ask.
+        assert SERVED not in done.stdout or not processes_of(folder), done.stdout
+    return done.stdout, done.returncode
 
 
 @contextmanager
