@@ -13,9 +13,12 @@ from datetime import datetime
 from threading import Event, Thread
 
 import pytest
+import structlog
+from hypothesis import given
+from hypothesis import strategies as st
 
 from poolrpc_server.telemetry import logs
-from poolrpc_server.telemetry.logs import CallLog, configure, log, log_serving, pieces
+from poolrpc_server.telemetry.logs import CallLog, configure, log, log_serving, pieces, text_renderer
 
 LOGGER = logging.getLogger("poolrpc_server")
 MINUTE = 60.0
@@ -129,6 +132,22 @@ def test_json_has_one_line_per_event(monkeypatch):
     assert {"event": "something", "level": "warning", "about": "it"}.items() <= event.items()
     for each in (call, event):
         assert abs(datetime.fromisoformat(each["timestamp"]).timestamp() - time.time()) < MINUTE
+
+
+@given(
+    facts=st.dictionaries(
+        st.text("abc_", min_size=1), st.none() | st.integers() | st.floats() | st.text() | st.lists(st.integers())
+    ),
+    level=st.sampled_from(["debug", "info", "warning", "error", "critical"]),
+    error=st.none() | st.just(ValueError("expected another")),
+)
+def test_text_is_what_structlog_writes(facts, level, error):
+    """A line of text without colours is what structlog's renderer writes for it, and so is an exception's traceback."""
+    event = {"event": "call", **facts, "level": level, "timestamp": "2026-01-02T03:04:05+00:00", "exc_info": error}
+    expected = structlog.dev.ConsoleRenderer(
+        colors=False, pad_event_to=0, sort_keys=False, exception_formatter=structlog.dev.plain_traceback
+    )
+    assert text_renderer(colors=False)(None, "", {**event}) == expected(None, "", {**event})
 
 
 FACTS = {"addresses": ["127.0.0.1:1", "unix:/x"], "metrics": "", "threads": 2, "models": ["pool"], "max_work": 5}
