@@ -18,6 +18,7 @@ from poolrpc._wire.local_packets import MAX_PACKET_BYTES, decode_answer, encode_
 from poolrpc.v1 import pool_pb2
 from scripts.server_process import serving
 from tests.integration.local_calls import POOL, X, packet_socket, request_of, wait_for
+from tests.scrape import Scrape
 
 if TYPE_CHECKING:
     from poolrpc_server import Server
@@ -26,6 +27,8 @@ if sys.platform != "linux":
     pytest.skip("the arena socket needs Linux", allow_module_level=True)
 
 INFO = "poolrpc.v1.PoolService/GetServerInfo"
+STREAMS = {"grpc_type": "bidi_stream", "grpc_service": "poolrpc.v1.PoolService", "grpc_method": "PoolStream"}
+"""The labels of the method that streams."""
 
 
 def header(**fields: object) -> bytes:
@@ -75,6 +78,9 @@ def test_calls_that_cannot_be_answered(
             peer.sendmsg(encode_call(method, 60, (), (message,)))
             with pytest.raises(error):
                 decode_answer(peer.recv(MAX_PACKET_BYTES))
+        if method.endswith("PoolStream"):  # seen by those who watch the server, as over gRPC
+            shown = Scrape(local_server.metrics_address)
+            assert shown("grpc_server_handled_total", **STREAMS, grpc_code="Unimplemented") == 3
         peer.sendmsg(encode_call(INFO, None, (), (b"",)))
         assert pool_pb2.GetServerInfoResponse.FromString(decode_answer(peer.recv(MAX_PACKET_BYTES))).version
 

@@ -197,7 +197,7 @@ def constants(module):
 def test_the_scan_sees_constants():
     """Annotated constants, private ones and those assigned in pairs are found; type variables are not."""
     assert constants("poolrpc.layers")["LAYERS"].startswith("{")
-    assert constants("poolrpc._transport.stream")["MAX_BACKOFF"] == "2.0"
+    assert constants("poolrpc._transport.channel")["MAX_BACKOFF"] == "2.0"
     assert constants("poolrpc._transport.arena_socket")["RESPONSE_BYTES"] == "8192"
     assert "T" not in constants("poolrpc.client")
 

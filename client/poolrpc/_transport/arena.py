@@ -9,12 +9,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from poolrpc._transport.channel import POOL
-from poolrpc._transport.local_connections import NotLocalError
+from poolrpc._transport.local_connections import LostError, NotLocalError
 from poolrpc._transport.result import make_results
 from poolrpc._transport.steps import RunBlocking
 from poolrpc._transport.unary import announced, decode_response
 from poolrpc._wire import codec
-from poolrpc.errors import InvalidArgumentError, LimitExceededError, NotFoundError, UnavailableError, UnsupportedError
+from poolrpc.errors import (
+    InvalidArgumentError,
+    LimitExceededError,
+    NotFoundError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+    UnavailableError,
+    UnsupportedError,
+)
 from poolrpc.tensors import align, size_of
 
 if TYPE_CHECKING:
@@ -29,6 +37,15 @@ if TYPE_CHECKING:
     from poolrpc.tensors import Array, Bytes
 
     SendSteps: TypeAlias = Callable[[str, Sequence[Bytes], CallOptions, str], Steps[bytes]]
+
+_REJECTED = (
+    InvalidArgumentError,
+    UnsupportedError,
+    LimitExceededError,
+    UnauthenticatedError,
+    PermissionDeniedError,
+)
+"""Errors of calls that a server does not compute, or not any more."""
 
 
 def arena_steps(  # noqa: PLR0913 - the call, and what its caller chose
@@ -187,8 +204,18 @@ class ArenaCall:
         """Detach, after the call failed, the arenas of a process that is gone, or one that may still be written to."""
         if self.lost(error):
             self._arenas.forget(self.socket)
-        elif not isinstance(error, InvalidArgumentError | UnsupportedError | LimitExceededError):
+        elif _may_be_written(error):
             self._arenas.retire(self._output)
+
+
+def _may_be_written(error: BaseException) -> bool:
+    """Return whether the server may still write the output of a failed call: unless it never got it, or rejected it."""
+    if isinstance(error, NotLocalError):
+        return isinstance(error, LostError)
+    if isinstance(error, UnavailableError):
+        # A server that is full gives a retry delay. A call that it ended has one as well, but may be computed.
+        return error.reason != "STOPPING" and (error.retry_delay is None or error.reason == "ENDED")
+    return not isinstance(error, _REJECTED)
 
 
 def _span_of_out(out: Sequence[Array | None], span: Span, arenas: Arenas) -> Span | None:

@@ -14,6 +14,7 @@ import grpc
 import numpy as np
 from google.protobuf.message import DecodeError
 
+from poolrpc._transport.channel import FIRST_BACKOFF, MAX_ATTEMPTS, MAX_BACKOFF
 from poolrpc._transport.request import not_an_answer
 from poolrpc._transport.result import make_results
 from poolrpc._wire import codec, framing
@@ -32,12 +33,6 @@ if TYPE_CHECKING:
 
 STREAM_BLOCK_BYTES = 2 * 2**20
 """Approximate size of a block of a stream, in bytes: whole planes, at least one."""
-
-MAX_ATTEMPTS = 5
-"""Maximum number of attempts of a stream: the same as that of a unary call in gRPC's service config."""
-
-INITIAL_BACKOFF, MAX_BACKOFF = 0.1, 2.0
-"""The longest pause after the first attempt, and after any, in seconds; each pause is a random fraction of it."""
 
 log = logging.getLogger("poolrpc")
 
@@ -94,7 +89,7 @@ class StreamCall:
                     raise
                 import random  # noqa: PLC0415 - keeps `import poolrpc` fast
 
-                pause = random.uniform(0, min(INITIAL_BACKOFF * 2**attempt, MAX_BACKOFF))  # noqa: S311 - not a secret
+                pause = random.uniform(0, min(FIRST_BACKOFF * 2**attempt, MAX_BACKOFF))  # noqa: S311 - not a secret
                 # The delay that a server requests may be longer than a clock can wait.
                 pause = min(max(pause, getattr(translate_rpc_error(error), "retry_delay", None) or 0), TIMEOUT_MAX)
                 remaining = self._options.time_remaining()

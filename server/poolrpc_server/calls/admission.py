@@ -118,7 +118,7 @@ class Ticket:
         self.limits: tuple[CallLimit, ...] = ()
         self.released = False
         self.expires: float | None = None  # when the call is ended, by the monotonic clock
-        self.stalls_at: float | None = None  # when it may be ended in favor of another call
+        self.stalls_at: float | None = None  # when it may be ended in favor of another call, if it waits for its caller
         self.waits_since = 0.0  # when it began to wait for its caller, if it does
 
     def enter(self, limit: CallLimit) -> None:
@@ -411,8 +411,9 @@ class AdmissionControl:
             while True:
                 left = waiter.until - monotonic()
                 first = self._first_waiting() is ticket
-                # A small message takes the room that is left for it; the last chance does not depend on the others.
-                if first or waiter.nbytes <= SMALL_BYTES or left <= 0:
+                # A small message takes the room that is left for it; the last chance does not depend on the others. A
+                # call that has ended meanwhile gets an error.
+                if first or waiter.nbytes <= SMALL_BYTES or left <= 0 or ticket.released:
                     try:
                         return self._reserve(ticket, waiter.nbytes, ended, arrives=True)
                     except UnavailableError:
@@ -471,6 +472,8 @@ class AdmissionControl:
         if ticket.released:
             return
         ticket.released = True
+        if ticket in self._waiting:
+            self._waiting[ticket].room.notify()
         self._return_bytes(ticket, 0)
         self._tickets.pop(ticket, None)
         for limit in ticket.limits:

@@ -88,13 +88,14 @@ class Batcher(Generic[J]):
             else:
                 pending = self._enqueue(job, context, priority, admitted=admitted)
         if pending is None:
-            started_at = time.monotonic()
             try:
                 self._check_arrival(context)
-                return self._execute([job])[0]
+                started_at = time.monotonic()
+                (result,) = self._execute([job])
+                job.record_duration(time.monotonic() - started_at)  # of one that was executed to its end
+                return result
             finally:
                 self.release(1)
-                job.record_duration(time.monotonic() - started_at)
         if not context.add_done_callback(lambda: self._drop_if_cancelled(pending)):
             self._drop_if_cancelled(pending)
         self._wait(pending)
@@ -222,7 +223,8 @@ class Batcher(Generic[J]):
         finally:
             # First of all, so that the next batch starts while this one's results are handed out.
             self.release(1)
-        if len(leader.batch) == 1:  # including the time that its thread took to wake up
+        # Of one that was executed alone and to its end, including the time that its thread took to wake up.
+        if len(leader.batch) == 1 and outcomes and outcomes[0][1] is None:
             leader.job.record_duration(time.monotonic() - leader.started_at)
         result = error = None
         with self._lock:

@@ -70,7 +70,7 @@ class Method:
 
 
 UNKNOWN_METHOD = Method("/unknown/Unknown")
-"""The method as which calls of unknown methods are counted, so that callers cannot fill the metrics with names."""
+"""The method as which rejected calls of unknown methods are counted: callers cannot fill the metrics with names."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,11 +132,12 @@ class Reaper:
     @staticmethod
     def _end_longest(tickets: list[Ticket], now: float, resident: int) -> None:
         """End the calls that wait for messages of the caller that keeps the server waiting the longest."""
-        # A message that has been waited for so briefly cannot be large.
+        # A stream expires while it computes as well, but stalls only while it waits for its caller. A message that has
+        # been waited for so briefly cannot be large.
         waiting = [
             (ticket, waited)
             for ticket in tickets
-            if ticket.expires is not None and (waited := now - ticket.waits_since) > MIN_SECONDS
+            if ticket.stalls_at is not None and (waited := now - ticket.waits_since) > MIN_SECONDS
         ]
         if not waiting:
             return

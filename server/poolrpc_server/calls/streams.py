@@ -84,7 +84,7 @@ class ReadAhead(Generic[T]):
         except Exception as error:  # noqa: BLE001 - raised by __next__
             end = _End(error)
         self._items.put(end)
-        del end  # likewise
+        del end  # breaks the same cycle as above
         if self._closed.is_set():
             self._drop_items()
 
@@ -121,7 +121,8 @@ class StreamContext(DerivedContext):
     def received(self, messages: Iterator[T]) -> Iterator[T]:
         """Yield messages, and note while the stream waits for one."""
         while True:
-            self.ticket.stalls_at = time.monotonic() + STALLED_SECONDS
+            self.ticket.waits_since = now = time.monotonic()
+            self.ticket.stalls_at = now + STALLED_SECONDS
             try:
                 message = next(messages)
             except StopIteration:

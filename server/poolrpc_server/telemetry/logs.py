@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import select
 import sys
 import threading
 import time
@@ -12,7 +13,6 @@ from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from io import UnsupportedOperation
 from queue import SimpleQueue
-from select import PIPE_BUF
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,10 @@ Line = tuple[int, float, dict[str, object]]
 
 BATCH = 32
 """Maximum number of lines that are written together; calls wait for the interpreter meanwhile."""
+
+WRITE_MS = 1000
+"""Milliseconds that a write waits until the reader of a pipe has made room. After one in vain, further ones do not wait
+until one succeeds."""
 
 LINE_DELAY_SECONDS = 0.05
 """Seconds that a line waits for others, so that the writing thread wakes once for many calls."""
@@ -157,7 +161,7 @@ class _Stderr(logging.Handler):
         self.text = text
         self._stream = sys.stderr
         self._final = final
-        self._torn = False
+        self._torn = self._unread = False
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write the line of an event."""
@@ -178,7 +182,7 @@ class _Stderr(logging.Handler):
             }
             texts.append(str(self._final(None, "", event)) + "\n")
         with self.lock or nullcontext():
-            for piece in pieces(texts, PIPE_BUF):
+            for piece in pieces(texts, select.PIPE_BUF):
                 self._write(piece, piece.count("\n"))
 
     def _write(self, text: str, lines: int) -> None:
@@ -198,11 +202,17 @@ class _Stderr(logging.Handler):
         if self._torn:
             data = b"\n" + data
         left = data
+        room = select.poll()
+        room.register(descriptor, select.POLLOUT)
         try:
             while left:
-                left = left[os.write(descriptor, left) :]
+                # A write of more than a pipe has room for would wait for as long as no one reads it.
+                if not room.poll(0 if self._unread else WRITE_MS):
+                    raise TimeoutError("expected the log to be read")
+                left = left[os.write(descriptor, left[: select.PIPE_BUF]) :]
         finally:
             self._torn = 0 < len(left) < len(data) or (self._torn and bool(left))
+            self._unread = bool(left)
 
 
 def pieces(lines: Iterable[str], limit: int) -> Iterator[str]:

@@ -268,10 +268,10 @@ class LocalCalls:
         call.add_done_callback(call.ticket.release)  # if the client leaves, at once, also while the call is queued
         if admitted is None:
             raise status_of(UnsupportedError(f"expected a method of this server, got {clip(call.method)}"))
+        if admitted.error is None and admitted.method.unary is None:
+            admitted.error = UnsupportedError(f"expected a method with one message each way, got {call.method}")
         if admitted.error is not None:
             admitted.reject()
-        if admitted.method.unary is None:
-            raise status_of(UnsupportedError(f"expected a method with one message each way, got {call.method}"))
         return admitted.unary(iter((message,)))
 
     def _drop(self, connection: Connection) -> None:

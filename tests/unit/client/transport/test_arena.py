@@ -12,11 +12,14 @@ from poolrpc import (
     LimitExceededError,
     MaxPool2d,
     NotFoundError,
+    PermissionDeniedError,
+    UnauthenticatedError,
     UnavailableError,
     UnsupportedError,
 )
 from poolrpc._transport.arena import arena_steps
 from poolrpc._transport.arena_memory import AttachedArena, Span
+from poolrpc._transport.local_connections import LostError, NotLocalError
 from poolrpc._transport.options import CallOptions
 from poolrpc._transport.steps import RunBlocking
 from poolrpc._wire.codec import decode_ranges, encode_results
@@ -147,7 +150,8 @@ def test_the_arenas_of_a_process_that_is_gone_are_forgotten(socket, error, requi
     "error",
     [
         UnavailableError("Connection refused"),
-        UnavailableError("full", retry_delay=0.1),
+        UnavailableError("ended by the server", reason="ENDED", retry_delay=0.1),
+        LostError("the connection ended"),
         DeadlineExceededError("too late"),
         InternalError("failed"),
         asyncio.CancelledError(),
@@ -160,17 +164,30 @@ def test_an_arena_that_may_still_be_written_to_is_retired(error):
     arenas = LocalArenas()
     steps, _ = steps_of(arenas)
     next(steps)
-    with pytest.raises(type(error)):
+    with pytest.raises((type(error), StopIteration)):  # as below
         steps.throw(error)
     assert arenas.detached == ["retire"]
 
 
-@pytest.mark.parametrize("error", [InvalidArgumentError("x"), UnsupportedError("x"), LimitExceededError("x")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        InvalidArgumentError("x"),
+        UnsupportedError("x"),
+        LimitExceededError("x"),
+        UnauthenticatedError("x"),
+        PermissionDeniedError("x"),
+        UnavailableError("full", retry_delay=0.1),
+        UnavailableError("stops", reason="STOPPING"),
+        NotLocalError("no local calls"),
+    ],
+    ids=lambda error: f"{type(error).__name__} {error.reason}",
+)
 def test_an_arena_stays_after_a_rejection(error):
-    """A server that rejects a call does not write its output."""
+    """A server that rejects a call, or never got it, does not write its output."""
     arenas = LocalArenas()
     steps, _ = steps_of(arenas)
     next(steps)
-    with pytest.raises(type(error)):
+    with pytest.raises((type(error), StopIteration)):  # it goes on by gRPC if the server takes no local calls
         steps.throw(error)
     assert arenas.detached == []

@@ -337,6 +337,33 @@ def test_only_so_many_calls_wait_for_room():
     assert (admission.waiting, admission.bytes_in_flight) == (0, 0)
 
 
+def test_a_call_that_ends_waits_for_no_room():
+    """A call that has ended, whatever its place among those that wait, gets an error at once and frees its place."""
+    size = SMALL_BYTES + 1
+    admission = AdmissionControl(8 * size)
+    Call(admission, "alice").ticket.reserve(6 * size)
+    outcomes, waiting = Queue(), [Call(admission, "bob").ticket for _ in range(3)]
+
+    def reserve(number):
+        try:
+            waiting[number].reserve(2 * size, wait=FOREVER)
+        except CancelledError:
+            outcomes.put(number)
+
+    threads = []
+    for number in range(3):
+        threads.append(Thread(target=reserve, args=(number,)))
+        threads[-1].start()
+        while admission.waiting <= number:
+            pass
+    for number in (2, 1, 0):
+        waiting[number].release()
+        assert outcomes.get(timeout=PATIENCE) == number
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert admission.waiting == 0
+
+
 def test_a_small_message_does_not_wait_for_large_ones():
     """It takes the room that is left for small ones at once."""
     admission = AdmissionControl(8 * SMALL_BYTES)

@@ -227,6 +227,25 @@ def test_durations_are_recorded_for_jobs_that_are_executed_alone(make_harness):
     assert min(lone.durations + queued.durations) > 0
 
 
+def test_jobs_that_are_not_executed_to_their_end_have_no_duration(make_harness):
+    """A call that was cancelled before, at once or in the queue, and an execution that failed, record none."""
+    harness = make_harness()
+    cancelled, failed, queued, queued_failed = (NamedJob(name, key=None) for name in "abcd")
+    harness.errors = {"b": KeyError("b"), "d": KeyError("d")}
+    with pytest.raises(Cancelled):
+        harness.batcher.run(cancelled, FakeCall(error=Cancelled()))
+    with pytest.raises(KeyError):
+        harness.batcher.run(failed, FakeCall())
+    harness.occupy()
+    call = SilentCall()
+    futures = harness.enqueue(queued, call=call) + harness.enqueue(queued_failed)
+    call.cancel()
+    harness.let_go("busy")
+    wait(futures, PATIENCE)
+    assert [type(each.exception()) for each in futures] == [Cancelled, KeyError]
+    assert [job.durations for job in (cancelled, failed, queued, queued_failed)] == [[], [], [], []]
+
+
 def test_full_queue_rejects_a_job(make_harness):
     """A job of a full priority is rejected with the limit; other priorities still have room."""
     harness = make_harness(max_queue=2)

@@ -1,12 +1,14 @@
 """The reaper: which calls it ends, and that it sleeps without calls."""
 
-from threading import Event, Semaphore
+from threading import Event, Semaphore, Thread
 from time import monotonic
 
 import pytest
 
 from poolrpc_server.calls.admission import SMALL_BYTES, AdmissionControl, CallLimit, Ticket
 from poolrpc_server.calls.reaper import Reaper
+from poolrpc_server.calls.streams import StreamContext
+from tests.unit.server.context import Context
 
 PATIENCE = 60
 FOREVER = 3600.0
@@ -97,6 +99,38 @@ def test_calls_that_wait_for_messages_are_ended_when_memory_runs_out(admission, 
     reaper.close()
     assert max(call.ended_at for call in calls) < other.ended_at
     assert (computing.reason, recent.reason) == ("", "")
+
+
+def test_a_stream_waits_only_for_its_messages(admission, limit):
+    """A stream that computes a block is not ended for its memory; one that waits counts from its latest block on."""
+    memory = Memory(0)
+    reaper = reaper_of(admission, memory)
+    computing, receiving, waiting = (Call(admission, limit, caller) for caller in ("alice", "bob", "carol"))
+    waiting.ticket.wait(FOREVER)
+    contexts = [Context(), Context()]
+    for context, call in zip(contexts, (computing, receiving), strict=True):
+        context.ticket = call.ticket
+    streams = [StreamContext(context, FOREVER) for context in contexts]
+    arrive = Event()
+
+    def messages():
+        yield "the first"
+        arrive.wait(PATIENCE)
+
+    assert next(streams[0].received(iter(["a block"]))) == "a block"
+    received = streams[1].received(messages())
+    assert next(received) == "the first"
+    thread = Thread(target=lambda: next(received, None))
+    thread.start()
+    while receiving.ticket.stalls_at is None:
+        pass
+    memory.resident = MAX_RESIDENT + 1
+    assert receiving.ended.wait(PATIENCE)
+    reaper.close()
+    arrive.set()
+    thread.join(PATIENCE)
+    assert waiting.ended_at < receiving.ended_at
+    assert computing.reason == ""
 
 
 def test_memory_is_returned_when_the_calls_of_a_shortage_have_ended(admission, limit):
