@@ -24,7 +24,7 @@ class PoolResult:
         shapes: The shape after every layer of the chain, up to the one of the output.
         indices: The indices of the maxima (int64, the output's shape) if that layer has return_indices, as torch
             counts them: in its flattened channels-first input plane. Otherwise None.
-        transport: How the tensors were sent: "unary", "stream" or "arena".
+        transport: How the tensors were sent: "local", "unary", "stream" or "arena".
 
     """
 

@@ -84,8 +84,8 @@ class CallContext(ABC):
 
     @property
     def caller(self) -> str:
-        """The caller, among whose calls limits are divided: a token, or a connection; empty if they are unknown."""
-        # The peers of unix sockets have no address of their own.
+        """The caller, among whose calls limits are divided: a token, a local process or a connection; or empty."""
+        # gRPC's peers on unix sockets have no address of their own.
         return self.token or (peer if (peer := self.peer) != "unix:" else "")
 
     @property

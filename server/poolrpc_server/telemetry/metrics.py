@@ -68,7 +68,7 @@ class Load:
     """The load at a moment: the values of the gauges.
 
     Attributes:
-        inflight_bytes: Bytes of inputs and outputs in flight.
+        inflight_bytes: Bytes that calls in flight have reserved.
         queue_lengths: Queued requests of each priority, from 0.
         queue_oldest_seconds: Age of the oldest queued request, in seconds.
         arenas: Arenas that a client has.
@@ -149,7 +149,7 @@ class Metrics:
             SECONDS,
         )
         self._gauges = {
-            "inflight_bytes": self._gauge("poolrpc_inflight_bytes", "Bytes of inputs and outputs in flight."),
+            "inflight_bytes": self._gauge("poolrpc_inflight_bytes", "Bytes that calls in flight have reserved."),
             "calls": self._gauge("poolrpc_calls", "Calls that compute or wait to be computed."),
             "queue_oldest_seconds": self._gauge(
                 "poolrpc_queue_oldest_seconds", "Age of the oldest queued request in seconds."
