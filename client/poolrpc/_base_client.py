@@ -72,7 +72,7 @@ from poolrpc.errors import (
     UnavailableError,
     UnsupportedError,
 )
-from poolrpc.operands import given_operand, operand_of
+from poolrpc.operands import given_operand, last_axis, operand_of
 from poolrpc.tensors import Array, as_array, dtype_name, spec_of
 from poolrpc.tracing import traced
 from poolrpc.v1 import pool_pb2, standard_pb2
@@ -340,7 +340,7 @@ class BaseClient:
         chains = as_branches(branches)
         flat = [part for each in out for part in (each if isinstance(each, tuple) else (each,))] if out else ()
         array = as_array(x, layout)
-        named = operand_of(given, chains) if given else None
+        named = operand_of(given, chains, last_axis(array.shape, layout)) if given else None
         if named is None:
             return Transfer(
                 prepare_single(dtype_name(array.dtype), array.shape, layout, chains, outputs), [array], flat

@@ -99,7 +99,6 @@ class AsyncPoolClient(BaseClient):
         branches: LayerLike | Iterable[ChainLike],
         *,
         join: None = None,
-        indices: object = None,
         layout: Layout = "NCHW",
         out: Sequence[Out | None] | None = None,
         timeout: Timeout = UNSET,  # noqa: ASYNC109 - as below
@@ -108,6 +107,7 @@ class AsyncPoolClient(BaseClient):
         transport: Transport | None = None,
         copy: bool = True,
         progress: Progress | None = None,
+        **operand: Unpack[Operand],
     ) -> list[PoolResult]: ...
 
     @overload
@@ -117,7 +117,6 @@ class AsyncPoolClient(BaseClient):
         branches: LayerLike | Iterable[ChainLike],
         *,
         join: Join,
-        indices: object = None,
         layout: Layout = "NCHW",
         out: Sequence[Out | None] | None = None,
         timeout: Timeout = UNSET,  # noqa: ASYNC109 - as below
@@ -126,6 +125,7 @@ class AsyncPoolClient(BaseClient):
         transport: Transport | None = None,
         copy: bool = True,
         progress: Progress | None = None,
+        **operand: Unpack[Operand],
     ) -> PoolResult: ...
 
     async def pool_each(  # noqa: PLR0913 - options, all by keyword
@@ -399,9 +399,14 @@ class AsyncPoolClient(BaseClient):
             raise self._closed_during_call()
         channel, threads = self._stream_resources
         loop = asyncio.get_running_loop()
+        report: futures.Future[None] = futures.Future()
 
         def progress_in_loop(done: int, count: int) -> None:
-            asyncio.run_coroutine_threadsafe(_report(step.progress, done, count), loop).result()
+            nonlocal report
+            report = futures.Future()
+            if not call.cancelled:
+                loop.call_soon_threadsafe(_report, report, step.progress, done, count)
+                report.result()
 
         call = StreamCall(stream_method(channel), step.transfer, step.options, self._is_closed)
         run = loop.run_in_executor(threads, call.run, None if step.progress is None else progress_in_loop)
@@ -413,9 +418,14 @@ class AsyncPoolClient(BaseClient):
             raise DeadlineExceededError("the deadline passed before the end of the stream") from None
         finally:
             call.cancel()  # the caller may have been cancelled
+            report.cancel()  # the loop may end before it runs what the call's thread waits for
             del run  # breaks the cycle of its error, the error's traceback and this frame
 
 
-async def _report(progress: Progress | None, done: int, count: int) -> None:
-    if progress is not None:
-        progress(done, count)
+def _report(report: futures.Future[None], progress: Progress | None, done: int, count: int) -> None:
+    if progress is not None and report.set_running_or_notify_cancel():
+        try:
+            progress(done, count)
+            report.set_result(None)
+        except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
+            report.set_exception(error)

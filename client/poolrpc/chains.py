@@ -213,7 +213,8 @@ def branch_shapes(
         [((8, 64, 28, 28), (8, 64, 14, 14)), ((8, 64, 1, 1),)]
 
     """
-    return shapes_of(shape, as_branches(branches), layout, outputs, operand_shape)
+    sizes = tuple(integer("shape", size, -(2**63), 2**63) for size in shape)  # the range is that of the layers
+    return shapes_of(sizes, as_branches(branches), layout, outputs, operand_shape)
 
 
 def shapes_of(  # noqa: PLR0913 - what branch_shapes has

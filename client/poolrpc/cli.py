@@ -307,7 +307,7 @@ def _pool(options: argparse.Namespace) -> tuple[object, Sequence[str], int]:
     if options.suffix and not (inputs.several and re.fullmatch(r"\.\w+", options.suffix)):
         msg = f"expected a suffix such as .png, for several files, got {options.suffix}"
         raise InvalidArgumentError(msg, field="suffix")
-    outputs = output_paths(inputs, options.save, options.suffix) if options.save else None
+    outputs = output_paths(inputs, options.save, options.suffix, work.results) if options.save else None
     if inputs.passed_over:
         _note(f"left out, since they are neither images nor arrays: {count_files(inputs.passed_over)}")
     if not inputs.several:

@@ -61,7 +61,7 @@ def credentials_for(address: str, credentials: object) -> grpc.ChannelCredential
     ):
         if value and not required:
             raise InvalidArgumentError(f"expected a file, because {name} is set, got none", field=required_name)
-    return grpc.ssl_channel_credentials(authorities, key, chain) if authorities else None
+    return None if authorities is None else grpc.ssl_channel_credentials(authorities, key, chain)
 
 
 def _read_pem(name: str) -> bytes | None:
@@ -71,9 +71,12 @@ def _read_pem(name: str) -> bytes | None:
     from pathlib import Path  # noqa: PLC0415 - keeps `import poolrpc` fast
 
     try:
-        return Path(path).read_bytes()
+        data = Path(path).read_bytes()
     except OSError as error:
         raise InvalidArgumentError(f"expected a PEM file, got {path}: {error.strerror}", field=name) from None
+    if not data.strip():
+        raise InvalidArgumentError(f"expected a PEM file, got {path}, which is empty", field=name)
+    return data
 
 
 def has_token(metadata: Metadata) -> bool:

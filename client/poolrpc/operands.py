@@ -43,15 +43,21 @@ class Operand(TypedDict, total=False):
     boxes: object
 
 
-def operand_of(given: Mapping[str, object], chains: Sequence[Chain]) -> Array | None:
+MAX_SEGMENTS = 2**28
+"""Largest number of segments: their offsets, in int64, have to fit a message."""
+
+
+def operand_of(given: Mapping[str, object], chains: Sequence[Chain], cells: int | None = None) -> Array | None:
     """Return the operand among a call's keyword arguments as an array; None if there is none.
 
     Args:
         given: The keyword arguments. A value of None is none.
         chains: The branches of the call.
+        cells: The cells of the input's last axis in the order of channels first. None: unknown.
 
     Raises:
-        InvalidArgumentError: The layers do not take the operand, there are several, or it is not an array of its kind.
+        InvalidArgumentError: The layers do not take the operand, there are several, it is not an array of its kind, or
+            it is of another number of cells.
         TypeError: A keyword is not the name of an operand.
 
     """
@@ -60,7 +66,15 @@ def operand_of(given: Mapping[str, object], chains: Sequence[Chain]) -> Array | 
         return None
     name, value = named
     check_operand_name(name, chains)
-    return _CONVERTERS[name](name, value)
+    operand = _CONVERTERS[name](name, value)
+    # The server sees offsets alone, and could not name what they were made of.
+    if cells is not None and name in {"lengths", "ids"} and operand.size:
+        last = int(operand[-1])
+        if name == "ids" and last != cells:
+            raise InvalidArgumentError(f"expected {cells} numbers, one for each cell, got {last}", field=name)
+        if last > cells:
+            raise InvalidArgumentError(f"expected at most {cells} cells in all, got {last}", field=name)
+    return operand
 
 
 def check_operand_name(name: str, chains: Sequence[Chain]) -> None:
@@ -74,6 +88,11 @@ def check_operand_name(name: str, chains: Sequence[Chain]) -> None:
     if wire_name(name) != takes:
         layers = ", ".join(dict.fromkeys(chain[0].name for chain in chains))
         raise InvalidArgumentError(f"expected {takes or 'no operand'} for {layers}, got {name}", field=name)
+
+
+def last_axis(shape: Sequence[int], layout: str) -> int | None:
+    """Return the size of the last axis of a tensor, in the order of channels first; None if it has no such axis."""
+    return shape[-1 if layout == "NCHW" else -2] if len(shape) > 1 else None
 
 
 def wire_name(name: str) -> str:
@@ -141,7 +160,10 @@ def _offsets_of_ids(name: str, value: object) -> Array:
         at = 0 if int(ids[0]) < 0 else int((ids[1:] < ids[:-1]).argmax()) + 1
         msg = f"expected numbers from 0 on in ascending order, got {int(ids[at])} at position {at}"
         raise InvalidArgumentError(msg, field=name)
-    return np.searchsorted(ids, np.arange(int(ids[-1]) + 2 if ids.size else 1)).astype(np.int64)
+    segments = int(ids[-1]) + 1 if ids.size else 0
+    if segments > MAX_SEGMENTS:
+        raise InvalidArgumentError(f"expected numbers below {MAX_SEGMENTS}, got {segments - 1}", field=name)
+    return np.searchsorted(ids, np.arange(segments + 1)).astype(np.int64)
 
 
 def _weights(name: str, value: object) -> Array:

@@ -49,7 +49,7 @@ def test_cat_joins_channels(client: PoolClient, shape: tuple[int, ...]) -> None:
         assert joined.transport == apart[0].transport
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 6, 8), (3, 6, 8)], ids=["batched", "unbatched"])
+@pytest.mark.parametrize("shape", [(2, 3, 6, 8), (3, 6, 8), (0, 3, 6, 8)], ids=["batched", "unbatched", "none"])
 def test_flatten_joins_outputs_of_any_size(client: PoolClient, shape: tuple[int, ...]) -> None:
     """The outputs of an image are flattened in their layout and concatenated: a spatial pyramid."""
     pyramid = [AdaptiveMaxPool2d(1), AdaptiveMaxPool2d(2), AdaptiveMaxPool2d((3, 4))]
@@ -57,7 +57,7 @@ def test_flatten_joins_outputs_of_any_size(client: PoolClient, shape: tuple[int,
     for layout, x in layouts(X.reshape(-1)[: np.prod(shape)].reshape(shape)):
         apart = client.pool_each(x, pyramid, layout=layout)
         joined = client.pool_each(x, pyramid, layout=layout, join="flatten")
-        expected = np.concatenate([each.output.reshape(*lead, -1) for each in apart], -1)
+        expected = np.concatenate([each.output.reshape(*lead, np.prod(each.shape[-3:])) for each in apart], -1)
         np.testing.assert_array_equal(joined.output, expected)
         assert joined.shape == (*lead, 3 * (1 + 4 + 12))
 

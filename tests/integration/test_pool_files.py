@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from poolrpc import PoolClient
 from poolrpc.cli import main
 
 if TYPE_CHECKING:
@@ -180,9 +181,27 @@ def test_existing_outputs_are_skipped(run: Run) -> None:
 def test_outputs_are_not_inputs(run: Run) -> None:
     """A folder of outputs in the folder of inputs is left out, so that a second run has the same inputs."""
     make_image("a.png")
-    assert run(".", "--save", "out")[1] == "1 file: 1 pooled\n"
-    assert run(".", "--save", "out")[1] == "1 file: 1 pooled\n"
+    for name in (".", ".", "**/*.png", "*"):
+        assert run(name, "--save", "out")[1] == "1 file: 1 pooled\n"
     assert files_in(".") == ["a.png", "out/a.png"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "operand", "value"),
+    [('GlobalPool2d("mean")', "weights", np.ones((4, 6))), ("RoIAlign(2)", "boxes", np.array([[0, 0, 1, 3, 3]]))],
+)
+def test_an_image_with_an_operand_is_converted_first(
+    address: str, tmp_path: Path, layer: str, operand: str, value: np.ndarray
+) -> None:
+    """Layers that take an operand have to be first, so that the server cannot convert the image before them."""
+    make_image(tmp_path / "a.png")
+    np.save(tmp_path / "operand.npy", value)
+    command = ["pool", str(tmp_path / "a.png"), "--layer", layer, f"--{operand}", str(tmp_path / "operand.npy")]
+    assert main([*command, "--address", address, "--save", str(tmp_path / "out.npz")]) == 0
+    with PoolClient(address) as client:
+        x = read_image(tmp_path / "a.png").astype(np.float32)
+        expected = client.pool(x, layer, layout="NHWC", **{operand: value})  # type: ignore[arg-type]  # one of the names
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npz")["x"], expected.output)
 
 
 @pytest.mark.parametrize(
@@ -193,12 +212,15 @@ def test_outputs_are_not_inputs(run: Run) -> None:
         (["in", "--save", "out", "--suffix", ".tiff"], "expected an output of its own for each input"),
         (["empty", "--save", "out"], "expected images or arrays in the folder 'empty', got none"),
         (["in", "--save", "out.npz"], "expected a folder for the outputs of several inputs"),
+        (["in/n-0.png", "--save", "in/n.png", "--layer", "MaxPool2d(1)"], "expected another file than the input"),
+        (["in/a.png", "--save", "in/o.tiff", "--layer", "RoIPool(2)", "--boxes", "b/b.npy"], "expected .npy or .npz"),
     ],
 )
 def test_outputs_that_would_replace_something_are_rejected(run: Run, arguments: list[str], words: str) -> None:
     """Nothing is pooled if two files have the same output, or an output would replace an input."""
-    for each in ("in/a.png", "in/a.jpg", "b/a.png", "empty/b"):
+    for each in ("in/a.png", "in/a.jpg", "b/a.png", "empty/b", "in/n-0.png"):
         make_image(each) if "." in each else Path(each).parent.mkdir()
+    np.save("b/b.npy", np.zeros((1, 5)))
     before = {each: Path(each).read_bytes() for each in files_in(".")}
     status, output, error = run(*arguments)
     assert (status, output, error.count("\n")) == (1, "", 1)

@@ -16,7 +16,8 @@ import pytest
 
 import poolrpc
 import poolrpc_server
-from poolrpc import AsyncPoolClient, FractionalMaxPool2d, MaxPool2d, PoolClient
+from poolrpc import AsyncPoolClient, FractionalMaxPool2d, MaxPool2d, PoolClient, async_client
+from poolrpc._transport.stream import StreamCall
 from poolrpc_server.calls import streams
 from poolrpc_server.compute.engine import IDLE_LIMIT, WORKSPACE_LIMIT
 from scripts.server_process import serving
@@ -320,6 +321,34 @@ async def test_a_cancelled_task_ends_its_stream(leaving: str, how: str) -> None:
         await task
     await asyncio.gather(*closing)
     await client.close()
+
+
+def test_a_stream_whose_loop_has_ended_does_not_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread of a cancelled stream would otherwise wait for ever for the loop to call `progress`."""
+    stopped, ended = threading.Event(), threading.Event()
+
+    class LateStream(StreamCall):
+        def run(self, progress: Any) -> list[poolrpc.PoolResult]:
+            stopped.wait(60)
+            progress(1, 2)
+            ended.set()
+            return []
+
+    monkeypatch.setattr(async_client, "StreamCall", LateStream)
+    loop = asyncio.new_event_loop()
+
+    async def leave() -> AsyncPoolClient:
+        client = AsyncPoolClient("127.0.0.1:1")
+        call = client.pool(LARGE, MaxPool2d(2), transport="stream", progress=lambda *_: None)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(call, 0.01)
+        return client
+
+    client = loop.run_until_complete(leave())
+    stopped.set()
+    assert ended.wait(30)
+    loop.run_until_complete(client.close())
+    loop.close()
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -64,7 +65,9 @@ class Joined:
         if self._join == "cat":
             return np.concatenate(outputs, self._channels)
         if self._join == "flatten":
-            return np.concatenate([each.reshape(*self._lead, -1) for each in outputs], -1)
+            # Not -1 for the last axis, which would be any if there is no tensor.
+            flat = [each.reshape(*self._lead, prod(each.shape[len(self._lead) :])) for each in outputs]
+            return np.concatenate(flat, -1)
         dtype = outputs[0].dtype
         # Half precision is added in float32, and rounded once.
         wide = np.dtype(np.float32) if dtype.itemsize == ITEM_BYTES["float16"] and dtype.kind not in "iu" else dtype

@@ -99,6 +99,11 @@ class StreamCall:
                     raise
         raise AssertionError("unreachable: the last attempt returns or raises")
 
+    @property
+    def cancelled(self) -> bool:
+        """Whether `cancel` was called."""
+        return self._cancelled.is_set()
+
     def cancel(self) -> None:
         """Cancel the call, unless it has ended."""
         self._cancelled.set()

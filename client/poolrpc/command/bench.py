@@ -182,6 +182,8 @@ def bench(options: Namespace) -> tuple[object, Sequence[str], int]:
     """Run a load, and return its figures as data and as lines, and the exit status."""
     seconds = _seconds("duration", options.duration)
     load = load_of(options, seconds, _seconds("warmup", options.warmup) if options.warmup else 0.0)
+    if options.plot and options.plot == options.json:
+        raise InvalidArgumentError(f"expected another file than that of --plot, got {options.json}", field="json")
     check_files(options.plot, options.json)
     answers = first_answers(options.address, load)
     if options.check:
@@ -205,7 +207,10 @@ def check_files(*files: object) -> None:
     """Check that the files among these can be written, before a load and not after it."""
     for file in files:
         if isinstance(file, Path):
+            is_new = not file.exists()
             file.open("a").close()
+            if is_new:
+                file.unlink()  # the load may fail
 
 
 def _seconds(name: str, value: float) -> float:

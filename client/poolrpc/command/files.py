@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, BinaryIO
@@ -20,7 +20,7 @@ from poolrpc.chains import spatial_dims
 from poolrpc.command.images import check_format, encode_image, read_image
 from poolrpc.errors import InvalidArgumentError
 from poolrpc.layers import ToDtype
-from poolrpc.tensors import LAYOUTS
+from poolrpc.tensors import LAYOUTS, numpy_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -78,6 +78,18 @@ class Source:
             msg = f"expected {self.layout}, which is the layout of the file, got {chosen}"
             raise InvalidArgumentError(msg, field="layout")
         return self.layout or chosen or "NCHW"
+
+    def converted_for(self, operand: str) -> Source:
+        """Return the source for layers that take an operand, before which there can be no conversion of an image.
+
+        Args:
+            operand: Its name; empty: there is none.
+
+        """
+        wider = WIDER.get(self.x.dtype.name)
+        if self.image is None or operand not in {"weights", "boxes"} or wider is None:
+            return self
+        return replace(self, x=self.x.astype(wider))
 
     def layers_for(self, branches: Sequence[Chain]) -> tuple[Chain, ...]:
         """Return the layers of a call, with a conversion before each that does not take an image's integers.
@@ -150,7 +162,7 @@ def _load(file: BinaryIO, path: Path) -> Source:
 def _load_arrays(file: BinaryIO) -> Source:
     loaded = np.load(file)
     if isinstance(loaded, np.ndarray):
-        return Source(loaded)
+        return Source(_numbers(loaded))
     with loaded:
         others = [each for each in loaded.files if each not in ("x", "indices", "layout", *OPERANDS)]
         name = others.pop() if "x" not in loaded.files and len(others) == 1 else "x"
@@ -159,12 +171,18 @@ def _load_arrays(file: BinaryIO) -> Source:
         arrays = {each: loaded[each] for each in (name, "indices", "layout", *OPERANDS) if each in loaded.files}
     if not all(isinstance(each, np.ndarray) for each in arrays.values()):
         raise ValueError("a member is not an array")
+    arrays[name] = _numbers(arrays[name])
     layout = str(arrays["layout"]) if "layout" in arrays else None
     if layout not in (None, *LAYOUTS):
         raise InvalidArgumentError(f"expected the layout {' or '.join(LAYOUTS)}, got {clip(layout)}")
     notes = (f"the arrays {', '.join(others)} are left out",) if others else ()
     operands = {each: arrays[each] for each in OPERANDS if each in arrays}
     return Source(arrays[name], layout, arrays.get("indices"), None, notes, operands)
+
+
+def _numbers(array: Array) -> Array:
+    # NumPy's files have no bfloat16: they hold it as two bytes without a meaning.
+    return array.view(numpy_dtype("bfloat16")) if array.dtype == np.dtype("V2") else array
 
 
 def paths_of(path: Path, branches: int) -> list[Path]:
@@ -267,7 +285,7 @@ def target_for(
     if join in {"cat", "flatten"}:
         msg = f"expected .npy or .npz for outputs that are joined by {join}, got {path}"
         raise InvalidArgumentError(msg, field="save")
-    if source.image is None:
+    if source.image is None or any(layer.operand == "boxes" for chain in branches for layer in chain):
         msg = f"expected .npy or .npz for an output that is not an image, got {path}"
         raise InvalidArgumentError(msg, field="save")
     return Target(paths, check_format(path.suffix, source.image), source.image, layout)

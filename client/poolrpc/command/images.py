@@ -194,7 +194,7 @@ def encode_image(output: Array, kind: ImageKind, name: str) -> tuple[bytes, tupl
         if output.dtype.kind == "f" and np.isnan(output).any():
             raise InvalidArgumentError(f"expected numbers for an image of {dtype.name}, got NaN", field="save")
         low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
-        rounded = np.rint(output)
+        rounded = np.rint(output.astype(np.float64))  # in which the largest integers of 32 bits are exact
         outside = int(((rounded < low) | (rounded > high)).sum())
         if outside:
             notes = (f"{outside} values outside of {low} to {high} are cut to it",)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from poolrpc._shapes.rules import clip
-from poolrpc.command.files import STDIN
+from poolrpc.command.files import STDIN, paths_of
 from poolrpc.command.images import readable_suffixes
 from poolrpc.errors import InvalidArgumentError
 
@@ -81,8 +81,11 @@ def _fixed_part(pattern: Path) -> Path:
 def _search(pattern: str, output: Path | None) -> tuple[list[Path], int]:
     """Return the files that a pattern names, and those in folders that it names, as _search_folder does."""
     files, others = [], 0
+    excluded = None if output is None else output.resolve()
     # Path.glob has no absolute patterns.
     for path in sorted(map(Path, glob.iglob(pattern, recursive=True))):  # noqa: PTH207 - the line above
+        if excluded in {path.resolve(), *path.resolve().parents}:
+            continue
         if path.is_file():
             files.append(path)
         elif "**" not in pattern:  # which names the files in folders too
@@ -104,13 +107,14 @@ def _search_folder(top: Path, output: Path | None) -> tuple[list[Path], int]:
     return files, others
 
 
-def output_paths(inputs: Inputs, save: Path, suffix: str | None) -> list[Path]:
+def output_paths(inputs: Inputs, save: Path, suffix: str | None, results: int = 1) -> list[Path]:
     """Return the output path of each input.
 
     Args:
         inputs: The input files.
         save: The file of the output; the folder of the outputs, if there are several inputs.
         suffix: The suffix of the outputs; None: each input's own. That of an image is not for outputs of arrays.
+        results: The number of results for each input; the path of each output stands for those of its results.
 
     Raises:
         InvalidArgumentError: Two inputs have the same output, an output would replace an input, or `save` is not a
@@ -130,12 +134,13 @@ def output_paths(inputs: Inputs, save: Path, suffix: str | None) -> list[Path]:
         ]
     taken: dict[Path, Path] = {}
     sources = {path.resolve(): path for path, _ in inputs.files if path != STDIN}
-    for (path, _), output in zip(inputs.files, outputs, strict=True):
-        if output.resolve() in sources:
-            msg = f"expected another file than the input, got {output}"
-            raise InvalidArgumentError(msg, field="save")
-        other = taken.setdefault(output, path)
-        if other != path:
-            msg = f"expected an output of its own for each input, got {output} for {other} and {path}"
-            raise InvalidArgumentError(msg, field="save")
+    for (path, _), named in zip(inputs.files, outputs, strict=True):
+        for output in paths_of(named, results):
+            if output.resolve() in sources:
+                msg = f"expected another file than the input, got {output}"
+                raise InvalidArgumentError(msg, field="save")
+            other = taken.setdefault(output, path)
+            if other != path:
+                msg = f"expected an output of its own for each input, got {output} for {other} and {path}"
+                raise InvalidArgumentError(msg, field="save")
     return outputs

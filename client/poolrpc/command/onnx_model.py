@@ -75,13 +75,15 @@ def pooling_nodes(path: Path) -> Iterator[Listed]:
     try:
         import onnx.inliner  # noqa: PLC0415 - optional, and only this command needs it
         import onnx.shape_inference  # noqa: PLC0415 - the same
+        from google.protobuf.json_format import ParseError  # noqa: PLC0415 - the same
         from google.protobuf.message import DecodeError  # noqa: PLC0415 - the same
+        from google.protobuf.text_format import ParseError as TextParseError  # noqa: PLC0415 - the same
     except ImportError:
         msg = "expected onnx to be installed, for models: pip install 'poolrpc[onnx]'"
         raise InvalidArgumentError(msg, field="model") from None
     try:
         model = onnx.load(path, load_external_data=False)
-    except DecodeError as error:
+    except (DecodeError, ParseError, TextParseError) as error:
         raise InvalidArgumentError(f"expected a model of ONNX, got {path}: {error}", field="model") from None
     opset = next((each.version for each in model.opset_import if each.domain in {"", "ai.onnx"}), 1)
     if model.functions:

@@ -168,7 +168,7 @@ def pool_file(client: PoolClient, path: Path, output: Path | None, work: Work) -
     """
     if work.skip_existing and output and all(each.exists() for each in paths_of(output, work.results)):
         return Outcome(str(path), {"skipped": True}, (f"skipped, since {output} exists",), skipped=True)
-    source = load(path)
+    source = load(path).converted_for(operand_name(work.branches, given=bool(work.operand)))
     layout, x = source.layout_for(work.layout), source.x
     branches, chains = source.layers_for(work.branches), source.layers_for(work.chains)
     target = target_for(output, source, chains, work.layout, work.join) if output else None

@@ -182,7 +182,7 @@ class Tuning:
         self._load = load
         self._p99 = p99
         self._note = note
-        self._unix = load.transport == "arena"
+        self._unix = load.transport in {"arena", "local"}
         self._started = time.monotonic()
         self.trials: list[Trial] = []
         self.cpus = 1

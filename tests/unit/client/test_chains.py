@@ -24,6 +24,16 @@ from poolrpc.tensors import ITEM_BYTES, TensorSpec
 from tests.unit.strategies import classes, layers, shapes
 
 
+@pytest.mark.parametrize("shape", [[8, 64, 56, 56], np.array([8, 64, 56, 56])], ids=["list", "array"])
+def test_the_shape_is_any_sequence_of_integers(shape):
+    """As for a layer's own output_shape; floats are not rounded."""
+    assert branch_shapes(shape, [MaxPool2d(2)]) == [((8, 64, 28, 28),)]
+    assert MaxPool2d(2).output_shape(shape) == (8, 64, 28, 28)
+    for function in (lambda other: branch_shapes(other, MaxPool2d(2)), MaxPool2d(2).output_shape):
+        with pytest.raises(InvalidArgumentError, match="expected an integer"):
+            function((8, 64, 56.5, 56))
+
+
 @given(st.integers(1, 3).flatmap(lambda dims: st.tuples(st.just(dims), shapes(dims))))
 def test_layouts_convert_as_moveaxis(case):
     """Channels last is NumPy's moveaxis of channels first, batched or not, and converts back."""

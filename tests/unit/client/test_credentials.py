@@ -18,6 +18,17 @@ def _clean(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.mark.parametrize("name", ["POOLRPC_CA", "POOLRPC_CLIENT_CERT", "POOLRPC_CLIENT_KEY"])
+@pytest.mark.parametrize("content", ["", " \n"])
+def test_an_empty_file_is_no_certificate(tmp_path, monkeypatch, name, content):
+    """A secret that is not there yet is an error, and not a reason to send anything in plaintext."""
+    (tmp_path / "empty.pem").write_text(content)
+    monkeypatch.setenv(name, str(tmp_path / "empty.pem"))
+    with pytest.raises(InvalidArgumentError, match="which is empty") as raised:
+        PoolClient(PUBLIC)
+    assert raised.value.violations[0].field == name
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "[::1]", "localhost"])
 def test_a_loopback_host_is_this_machine(host):
     """Loopback hosts are recognised by address and by name."""

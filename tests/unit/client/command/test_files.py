@@ -7,6 +7,7 @@ import resource
 import zipfile
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -151,6 +152,16 @@ def test_a_npz_is_read_as_it_was_written(tmp_path, layout):
     assert (read.layout, read.notes) == (layout, ())
     assert np.array_equal(read.x, output)
     assert np.array_equal(read.indices, indices)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+def test_bfloat16_is_read_as_it_was_written(tmp_path, suffix):
+    """NumPy's files hold it as two bytes without a meaning."""
+    output = np.arange(24).reshape(1, 2, 3, 4).astype(ml_dtypes.bfloat16)
+    target_for(tmp_path / f"y{suffix}", Source(output), [(MaxPool2d(1),)], None).save([result(output)])
+    read = load(tmp_path / f"y{suffix}").x
+    assert read.dtype == ml_dtypes.bfloat16
+    assert np.array_equal(read, output)
 
 
 @pytest.mark.parametrize(

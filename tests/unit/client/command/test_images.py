@@ -311,6 +311,15 @@ def test_floats_are_rounded_to_the_depth_of_the_image(tmp_path, mode, values, ex
     assert [each.partition(" ")[0] for each in changes] == ([str(notes)] if notes else [])
 
 
+def test_the_largest_integers_are_cut_from_float32_too(tmp_path):
+    """float32 has no 2**31 - 1, so that 2**31 is beyond the range of an image of int32."""
+    output = np.array([2.0**31, -(2.0**31)], np.float32).reshape(1, 2, 1)
+    target = target_for(tmp_path / "y.tiff", Source(output, "NHWC", None, ImageKind("I")), MEAN, None)
+    (change,) = target.save([result(output)])
+    assert change.startswith("1 values outside")
+    assert load(tmp_path / "y.tiff").x.ravel().tolist() == [2**31 - 1, -(2**31)]
+
+
 def test_nan_is_not_a_pixel_of_integers(tmp_path):
     """NaN is rejected for an image of integers, and kept in one of floats."""
     output = np.full((1, 1, 1), np.nan, np.float32)

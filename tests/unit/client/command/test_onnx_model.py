@@ -132,10 +132,11 @@ def test_a_model_without_pooling(run, tmp_path):
     assert run(path) == (0, ["no pooling nodes"])
 
 
-def test_a_file_that_is_no_model(run, tmp_path):
+@pytest.mark.parametrize("name", ["model.onnx", "model.json", "model.textproto"])
+def test_a_file_that_is_no_model(run, tmp_path, name):
     """A file of something else, or none, is one line on stderr."""
-    (tmp_path / "model.onnx").write_bytes(b"not a model")
-    status, lines = run(str(tmp_path / "model.onnx"))
+    (tmp_path / name).write_bytes(b"not a model")
+    status, lines = run(str(tmp_path / name))
     assert (status, len(lines)) == (1, 1)
     assert lines[0].startswith("poolrpc: model: expected a model of ONNX, got ")
     status, lines = run(str(tmp_path / "other.onnx"))
