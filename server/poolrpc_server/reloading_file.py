@@ -37,6 +37,7 @@ class ReloadingFile(Generic[T]):
         self._lock = Lock()
         # The state is taken before the files are read: a change in between causes another read at the next access.
         self._state = self._file_states()
+        self._failed: tuple[object, ...] = ()
         self._value = self._read()
 
     def get(self) -> T:
@@ -44,15 +45,17 @@ class ReloadingFile(Generic[T]):
         with self._lock:
             state = self._file_states()
             if state != self._state:
-                self._state = state
                 try:
                     self._value = self._read()
                 except ValueError as error:
-                    message = (
-                        f"{self._description} changed, but could not be loaded; the last valid version stays in use"
-                    )
-                    log.error(message, error=str(error))
+                    if state != self._failed:
+                        message = "changed, but could not be loaded; the last valid version stays in use"
+                        log.error(f"{self._description} {message}", error=str(error))
+                    self._failed = state
+                    if not isinstance(error, _UnreadableError):  # that may be for now only: no descriptor was free
+                        self._state = state
                 else:
+                    self._state = state
                     log.info(f"{self._description} changed", files=list(self._paths))
             return self._value
 
@@ -61,10 +64,15 @@ class ReloadingFile(Generic[T]):
             return self._load()
         except OSError as error:
             # OpenSSL's errors lack the file's name; Python's may lack the reason.
-            raise ValueError(f"{error.filename or ', '.join(self._paths)}: {error.strerror or error}") from None
+            reason = f"{error.filename or ', '.join(self._paths)}: {error.strerror or error}"
+            raise _UnreadableError(reason) from None
 
     def _file_states(self) -> tuple[object, ...]:
         return tuple(map(_file_state, self._paths))
+
+
+class _UnreadableError(ValueError):
+    """A file cannot be read, whatever is in it."""
 
 
 def _file_state(path: str) -> object:

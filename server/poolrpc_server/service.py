@@ -189,7 +189,9 @@ class Service:
         regions = SharedMemoryRegistry(allowed=config.allow_client_shm)
         for protocol in (
             native.PoolServicer(self._dispatcher, self._streams),
-            triton.TritonServicer(self._dispatcher, models, regions, self._streams, lambda: self.health.serving),
+            triton.TritonServicer(
+                self._dispatcher, models, regions, self._streams, lambda: self.health.serving, self.metrics.rejected
+            ),
             self.health,
         ):
             self.pipeline.add(protocol.methods())

@@ -14,7 +14,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 import poolrpc
 import poolrpc_server
 from poolrpc._wire.status import translate_rpc_error
+from poolrpc_server.transports.grpc import health_watch
 from tests.integration.connections import OWN_CONNECTION
+from tests.scrape import Scrape
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -99,6 +101,24 @@ def test_watchers_learn_of_the_drain_and_end_with_the_server() -> None:
         assert [list(each) for each in (*watchers, late)] == [[]] * (len(watchers) + 1)
         stop.join(60)  # long before the grace is over
         assert not stop.is_alive()
+
+
+def test_watchers_over_the_limit_are_rejected_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One too many gets UNAVAILABLE with the reason, which the metrics count as for any other call."""
+    monkeypatch.setattr(health_watch, "MAX_WATCHERS", 2)
+    config = poolrpc_server.Config(listen=("127.0.0.1:0",), threads=1, metrics="127.0.0.1:0")
+    server = poolrpc_server.Server(config)
+    server.start()
+    try:
+        with grpc.insecure_channel(server.addresses[0]) as channel:
+            watchers = [watch(channel) for _ in range(2)]
+            assert [next(each).status for each in watchers] == [SERVING] * 2
+            with pytest.raises(grpc.RpcError) as rejected:
+                next(watch(channel))
+            assert translate_rpc_error(rejected.value).reason == "WATCHERS"
+            assert Scrape(server.metrics_address)("poolrpc_rejects_total", reason="WATCHERS") == 1
+    finally:
+        server.stop(grace=0)
 
 
 def test_a_service_that_does_not_exist_is_unknown_to_watchers() -> None:

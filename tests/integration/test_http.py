@@ -106,6 +106,14 @@ def test_the_page_names_nothing_outside(server: Server) -> None:
         assert set(re.findall(r"(?:https?:)?//[\w.]+\w", text)) <= {"http://www.w3.org"}, path
 
 
+@pytest.mark.parametrize(("path", "status"), [("/nope", 404), ("/v1/pool", 405)])
+def test_an_error_of_head_has_no_content(server: Server, path: str, status: int) -> None:
+    """It has the headers of the error, and the connection goes on."""
+    answer = send(server.explorer_address, path, method="HEAD")
+    assert (answer.status, answer.content) == (status, b"")
+    assert int(answer.headers["content-length"]) > 0
+
+
 @pytest.mark.parametrize(
     "answer_of",
     [

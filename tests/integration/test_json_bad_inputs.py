@@ -281,6 +281,7 @@ INVALID: dict[str, tuple[object, str]] = {
     "not JSON": ("{", "body"),
     "nothing": ("", "body"),
     "NaN without quotes": ('{"layer": "MaxPool2d(1)", "input": [[NaN]]}', "body"),
+    "one of many fields twice": ("{" + ",".join(f'"{i}":0' for i in (*range(100_000), 99_999)) + "}", "body"),
     "the same field twice": ('{"layer": "MaxPool2d(1)", "input": [[1]], "input": [[2]]}', "body"),
     "bytes that are not UTF-8": (b'{"layer": "\xff"}', "body"),
     "UTF-16": ('{"layer": "MaxPool2d(1)", "input": [[1]]}'.encode("utf-16"), "body"),

@@ -8,7 +8,7 @@ it releases the context's ticket. Every failure is raised as a `StatusError`.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from poolrpc._shapes.rules import clip
 from poolrpc._wire.framing import MESSAGE_BYTES_KEY
@@ -125,6 +125,15 @@ class CallPipeline:
             error.with_traceback(None)
             return AdmittedCall(method, call, self._observers, self._patience, error=error)
         return AdmittedCall(method, call, self._observers, self._patience, announced)
+
+    def reject(self, call: CallContext, method: Method, error: PoolError) -> NoReturn:
+        """End a call of a method that the transport answers itself, and that it rejects.
+
+        Raises:
+            StatusError: The error as a status.
+
+        """
+        AdmittedCall(method, call, self._observers, self._patience, error=error).reject()
 
     @staticmethod
     def _authenticate(call: CallContext, tokens: TokenFile) -> None:

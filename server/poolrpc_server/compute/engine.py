@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from math import inf
-from threading import local
+from threading import Barrier, local
 from typing import TYPE_CHECKING, Any, Protocol
 
 # torch reads this when it is imported: it computes pooling operators that Apple's GPUs lack on the CPU.
@@ -167,6 +167,7 @@ class Engine:
         # one. A large one is divided among helper threads too, if slots are free. Helpers never wait for each other, so
         # there is no deadlock.
         self._helpers = ThreadPoolExecutor(max(1, threads - 1), "poolrpc-helper", _prepare_thread)
+        _start_threads(self._helpers, threads - 1)
         self.backend = backend_of(self.device) if backend is None else backend
         self.streams = DeviceStreams(self.device, self.backend, threads)
         self.page_locks = PageLocks(self.backend, page_lock_limit)
@@ -421,6 +422,24 @@ def _most_rows(request: Request, results: Sequence[BranchResult]) -> int:
     steps = (shape for _, returned in request.by_branch(results) for shape in returned[-1].shapes)
     axis = -3 if request.input.layout == "NHWC" else -2
     return max(shape[axis] for shape in (request.input.shape, *steps))
+
+
+def _start_threads(executor: ThreadPoolExecutor, count: int) -> None:
+    """Start the threads of an executor: what is submitted runs later even if that failed to start a thread for it.
+
+    Raises:
+        RuntimeError: The system has no further thread.
+
+    """
+    started = Barrier(count + 1)
+    try:
+        for _ in range(count):
+            executor.submit(started.wait)
+        started.wait()
+    except BaseException:
+        started.abort()
+        executor.shutdown(wait=False, cancel_futures=True)
+        raise
 
 
 def _prepare_thread() -> None:

@@ -74,6 +74,8 @@ def worker_config(config: Config, index: int, addresses: Iterable[SharedAddress]
         max_inflight_bytes=max(1, config.max_inflight_bytes // config.workers),
         max_arena_bytes=config.max_arena_bytes // config.workers,
         max_arenas=max(1, config.max_arenas // config.workers),
+        # A negative one stands for all arenas.
+        max_page_locked_bytes=locked if (locked := config.max_page_locked_bytes) < 0 else locked // config.workers,
     )
 
 

@@ -5,15 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     from poolrpc_server.compute.kernels.windows import Sizes, Windows
 
+    IntegerArray: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 
-@lru_cache(maxsize=16)
+
+CACHED_CELLS = 2**15
+"""Cells of an output plane up to which its divisor is kept for later requests: 256 KiB each."""
+
+
 def divisor(plane: Sizes, windows: Windows, result: Sizes, *, include_pad: bool) -> float | torch.Tensor:
     """Return what each sum is divided by: one number, or a float64 tensor of the output plane's shape.
 
@@ -24,13 +32,21 @@ def divisor(plane: Sizes, windows: Windows, result: Sizes, *, include_pad: bool)
         include_pad: Whether the cells of the padding count, but not what ceil_mode adds to it.
 
     """
+    compute = _cached_divisor if prod(result) <= CACHED_CELLS else _divisor
+    return compute(plane, windows, result, include_pad=include_pad)
+
+
+def _divisor(plane: Sizes, windows: Windows, result: Sizes, *, include_pad: bool) -> float | torch.Tensor:
     counts = axis_counts(plane, windows, result, include_pad=include_pad)
     if all(each.uniform() for each in counts):
-        return float(prod(each.at(0) for each in counts))
+        return float(prod(each.first() for each in counts))
     cells = torch.ones((), dtype=torch.float64)
     for each in counts:
-        cells = cells.unsqueeze(-1) * torch.tensor([each.at(i) for i in range(each.length)], dtype=torch.float64)
+        cells = cells.unsqueeze(-1) * torch.from_numpy(each.all()).double()
     return cells
+
+
+_cached_divisor = lru_cache(maxsize=16)(_divisor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +62,27 @@ class AxisCounts:
     length: int
     include_pad: bool
 
-    def at(self, index: int) -> int:
-        """Return the number of cells of a window."""
-        start = index * self.stride - self.before
+    def first(self) -> int:
+        """Return the number of cells of the first window."""
+        return int(self._at(np.zeros(1, np.int64))[0])
+
+    def all(self) -> IntegerArray:
+        """Return the number of cells of every window."""
+        return self._at(np.arange(self.length))
+
+    def _at(self, indices: IntegerArray) -> IntegerArray:
+        start = indices * self.stride - self.before
         low, high = (-self.before, self.size + self.after) if self.include_pad else (0, self.size)
         # The first of its cells in the range, and the one after the last.
-        first, last = (max(0, -((start - bound) // self.dilation)) for bound in (low, high))
-        return max(0, min(last, self.kernel) - first)
+        first, last = (np.maximum(0, -((start - bound) // self.dilation)) for bound in (low, high))
+        counts: IntegerArray = np.maximum(0, np.minimum(last, self.kernel) - first)
+        return counts
 
     def uniform(self) -> bool:
         """Return whether all windows have the same number."""
         # Along an axis the numbers rise, stay and fall, so all are equal if three are; but not with a dilation.
-        some = range(self.length) if self.dilation > 1 else (self.length // 2, self.length - 1)
-        return all(self.at(0) == self.at(index) for index in some)
+        some = self.all() if self.dilation > 1 else self._at(np.array([0, self.length // 2, self.length - 1]))
+        return bool((some == some[0]).all())
 
 
 def axis_counts(plane: Sizes, windows: Windows, result: Sizes, *, include_pad: bool) -> list[AxisCounts]:

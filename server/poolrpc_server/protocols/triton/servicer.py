@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from poolrpc._shapes.rules import clip
 from poolrpc._wire.codec import Request
-from poolrpc.errors import CancelledError, InvalidArgumentError, NotFoundError, PoolError
+from poolrpc.errors import CancelledError, InvalidArgumentError, NotFoundError, PoolError, UnavailableError
 from poolrpc.expression import parse_branches
 from poolrpc_server.calls.call import MAX_FACT_CHARS, DerivedContext, request_facts, result_facts
 from poolrpc_server.calls.method import Method
@@ -84,13 +84,14 @@ class _PreparedInfer:
 class TritonServicer:
     """The methods of GRPCInferenceService. Messages with tensors are framed without protobuf, all others with it."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - the parts of a service
         self,
         dispatcher: Dispatcher,
         models: Mapping[str, Preset],
         regions: SharedMemoryRegistry,
         streams: OpenStreams,
         is_ready: Callable[[], bool],
+        rejected: Callable[[str], object],
     ) -> None:
         """Make a servicer.
 
@@ -100,6 +101,7 @@ class TritonServicer:
             regions: Clients' shared memory.
             streams: Opens streams.
             is_ready: Returns whether the server takes requests.
+            rejected: Counts a request of a stream that was rejected temporarily, by the reason.
 
         """
         self._dispatcher = dispatcher
@@ -108,6 +110,7 @@ class TritonServicer:
         self._regions = regions
         self._streams = streams
         self._is_ready = is_ready
+        self._rejected = rejected
         self._prepared: dict[requests.InferSignature, _PreparedInfer] = {}
 
     def methods(self) -> tuple[Method, ...]:
@@ -155,6 +158,9 @@ class TritonServicer:
                         raise
                     except PoolError as error:
                         failed += 1
+                        call.record.note({"reason": error.reason})
+                        if isinstance(error, UnavailableError):
+                            self._rejected(error.reason)
                         answer = responses.encode_stream_error(
                             error.code, error.message[:MAX_STREAM_ERROR_CHARS], request_id
                         )

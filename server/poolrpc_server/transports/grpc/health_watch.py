@@ -8,14 +8,14 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 
 from poolrpc.errors import PoolError
 from poolrpc.v1 import standard_pb2
 from poolrpc_server.calls.admission import CONTROL_STALLED_SECONDS, CallLimit
-from poolrpc_server.calls.admitted_call import status_of
+from poolrpc_server.calls.call import StatusError
 from poolrpc_server.calls.method import Method
 from poolrpc_server.protocols.health import HEALTH_SERVICE
 from poolrpc_server.protocols.messages import parse
@@ -23,6 +23,7 @@ from poolrpc_server.protocols.messages import parse
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from poolrpc_server.calls.call import CallContext
     from poolrpc_server.protocols.health import Health
     from poolrpc_server.transports.grpc.interceptor import GrpcContext
 
@@ -43,15 +44,17 @@ class HealthWatch:
 
     Args:
         health: The health of the server and its services.
+        reject: Rejects a call of the method, with an error.
 
     Attributes:
         method: The method.
 
     """
 
-    def __init__(self, health: Health) -> None:
+    def __init__(self, health: Health, reject: Callable[[CallContext, Method, PoolError], NoReturn]) -> None:
         self.method = Method(f"/{HEALTH_SERVICE}/Watch", probe=True, public=health.public)
         self._health = health
+        self._reject = reject
         self._limit = CallLimit("WATCHERS", "watchers at a time", MAX_WATCHERS)
         self._opening = CallLimit("WATCHERS", "watchers at a time that are not open yet", MAX_OPENING)
         self._executor = ThreadPoolExecutor(MAX_OPENING, "poolrpc-watch")
@@ -68,7 +71,10 @@ class HealthWatch:
             try:
                 self._open(messages, context, send)
             except PoolError as error:
-                context.abort(status_of(error))
+                try:
+                    self._reject(context, self.method, error)
+                except StatusError as status:
+                    context.abort(status)
 
         # grpcio's attributes, which its own health service uses: the call goes on after the function has returned.
         watch.experimental_non_blocking = True  # type: ignore[attr-defined]

@@ -142,7 +142,7 @@ class GrpcServer:
         self._certificates = certificates
         self._executor = ThreadPoolExecutor(settings.call_threads, "poolrpc-call")
         self._control = ThreadPoolExecutor(CONTROL_CALLS, "poolrpc-control")
-        self._watch = HealthWatch(probes)
+        self._watch = HealthWatch(probes, pipeline.reject)
         names = (*filter(None, probes.services), reflection.SERVICE_NAME)
         pipeline.add([_reflection_method(names)])
         interceptor = PipelineInterceptor(pipeline, self._executor_of, self._watch)

@@ -80,7 +80,8 @@ class Watchdog:
                 faulthandler.dump_traceback_later(2 * self._seconds, exit=True)
                 self._answered()
             elif not self._closing.is_set():
-                # The time in which the process or the machine was suspended counts as one failed check at most.
+                # The time in which the process or the machine was suspended counts as one failed check at most. But
+                # faulthandler counts all of it, and ends a process that was suspended for twice `seconds`.
                 silent += min(monotonic() - begun + pause, self._seconds / 2)
                 if silent >= self._seconds:
                     self._failed(f"the server has not answered its own calls for {self._seconds:g} seconds")

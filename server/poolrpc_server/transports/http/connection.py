@@ -43,6 +43,7 @@ class HttpConnection:
         host, port = (writer.get_extra_info("peername") or ("", 0))[:2]
         self.peer = f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
         self._watching: asyncio.Task[None] | None = None
+        self._is_head = False
 
     async def next_request(self) -> h11.Request | None:
         """Return the next request; None if the client has left.
@@ -52,7 +53,10 @@ class HttpConnection:
 
         """
         event = await self._next_event(MAX_HEAD_BYTES)
-        return event if isinstance(event, h11.Request) else None
+        if not isinstance(event, h11.Request):
+            return None
+        self._is_head = event.method == b"HEAD"
+        return event
 
     async def read_body(self) -> bytes:
         """Return the body of the request.
@@ -102,16 +106,14 @@ class HttpConnection:
             await asyncio.wait([self._watching])
             self._watching = None
 
-    async def answer(
-        self, status: int, headers: Sequence[tuple[str, str]], content: bytes | None = None, *, head: bool = False
-    ) -> bool:
+    async def answer(self, status: int, headers: Sequence[tuple[str, str]], content: bytes | None = None) -> bool:
         """Send the answer to the request; return whether the connection may have further requests.
 
         Args:
             status: The status code.
             headers: The headers, without those that every answer has.
-            content: The content. None: there is none, and no length of it.
-            head: Whether the request is for the headers alone.
+            content: The content, which is not sent if the request is for the headers alone. None: there is none, and no
+                length of it.
 
         """
         fields = [*headers, *SECURITY_HEADERS]
@@ -120,7 +122,7 @@ class HttpConnection:
         if self._http.their_state is not h11.DONE:  # what is left of the request is not read
             fields.append(("Connection", "close"))
         events = [h11.Response(status_code=status, headers=fields), h11.EndOfMessage()]
-        if content and not head:
+        if content and not self._is_head:
             events.insert(1, h11.Data(data=content))
         await self._send(b"".join(self._http.send(each) or b"" for each in events))
         if self._http.our_state is h11.DONE and self._http.their_state is h11.DONE:

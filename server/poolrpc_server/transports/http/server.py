@@ -207,7 +207,7 @@ class HttpServer:
             await connection.read_body()
             if (b"if-none-match", file.etag.encode()) in request.headers:
                 return await connection.answer(304, file.headers)
-            return await connection.answer(200, file.headers, file.content, head=request.method == b"HEAD")
+            return await connection.answer(200, file.headers, file.content)
 
     async def _call(self, connection: HttpConnection, request: h11.Request, method: str) -> bool:
         announced = None

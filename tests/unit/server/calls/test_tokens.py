@@ -1,8 +1,10 @@
 """The tokens file: its format, its errors, what a token allows, and changes of the file."""
 
+import errno
 import hashlib
 import logging
 import re
+from pathlib import Path
 
 import pytest
 
@@ -126,6 +128,24 @@ def test_find_matches_the_whole_token_only(tmp_path):
     assert [tokens.find(each).name for each in ("secret", "other")] == ["alice", "bob"]
     for wrong in ("", "secre", "secrets", "Secret", digest("secret"), "\xff\u1234"):
         assert tokens.find(wrong) is None
+
+
+def test_a_file_that_cannot_be_read_for_now_is_read_later(tmp_path, monkeypatch):
+    """A new version whose reading fails, for want of a descriptor, is read at a later access."""
+    path = tmp_path / "tokens"
+    path.write_text(f"alice {digest('old')}\n")
+    tokens = TokenFile(str(path))
+    path.write_text(f"alice {digest('the new one')}\n")
+
+    def fail(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as context:
+        context.setattr(Path, "read_text", fail)
+        for _ in range(2):
+            assert tokens.find("old").name == "alice"
+    assert tokens.find("old") is None
+    assert tokens.find("the new one").name == "alice"
 
 
 @pytest.fixture

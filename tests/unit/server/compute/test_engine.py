@@ -34,6 +34,15 @@ LIMITS = Limits(2**20, 2**20, 64, 10**7)
 WIDE = Limits(2**40, 2**40, 64, 2**40)
 
 
+def test_the_threads_are_started_at_once():
+    """A submission that cannot start a thread fails, and is still executed by another, in memory of other calls."""
+    before = {each for each in threading.enumerate() if each.name.startswith("poolrpc-helper")}
+    made = Engine("cpu", 4)
+    helpers = {each for each in threading.enumerate() if each.name.startswith("poolrpc-helper")} - before
+    made.close()
+    assert len(helpers) == 3
+
+
 @pytest.fixture(scope="module")
 def engine():
     """An engine of two threads on the CPU."""

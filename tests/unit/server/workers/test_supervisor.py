@@ -49,11 +49,15 @@ def test_an_exit_status_in_words(status, words):
 
 def test_each_worker_has_its_share():
     """Threads, bytes and arenas are divided; the addresses are the worker's own; other settings are unchanged."""
-    config = Config(workers=4, threads=10, max_inflight_bytes=4000, max_arena_bytes=800, max_arenas=2, max_streams=7)
+    limits = {"max_inflight_bytes": 4000, "max_arena_bytes": 800, "max_arenas": 2, "max_page_locked_bytes": 80}
+    config = Config(workers=4, threads=10, max_streams=7, **limits)
     share = worker_config(config, 3, [Address(), Address()])
     assert share.listen == ("unix:/run/x.3",) * 2
     assert (share.threads, share.max_inflight_bytes, share.max_arena_bytes, share.max_arenas) == (2, 1000, 200, 1)
-    assert (share.max_streams, share.workers) == (7, 4)
+    assert (share.max_streams, share.workers, share.max_page_locked_bytes) == (7, 4, 20)
+    assert (
+        worker_config(Config(workers=4), 0, [Address()]).max_page_locked_bytes == Config().max_page_locked_bytes == -1
+    )
 
 
 def test_a_worker_has_at_least_one_thread():
