@@ -61,7 +61,7 @@ from poolrpc._transport.steps import (
 from poolrpc._transport.unary import unary_steps
 from poolrpc._wire import codec
 from poolrpc.addresses import check_address, grpc_target, unix_path
-from poolrpc.chains import as_branches, as_chain, branch_shapes, check_layout
+from poolrpc.chains import as_branches, as_chain, branch_shapes, check_layout, to_channels_first
 from poolrpc.credentials import check_metadata, credentials_for, has_token, is_local, metadata_for
 from poolrpc.errors import (
     CancelledError,
@@ -72,7 +72,7 @@ from poolrpc.errors import (
     UnavailableError,
     UnsupportedError,
 )
-from poolrpc.operands import given_operand, last_axis, operand_of
+from poolrpc.operands import given_operand, operand_of
 from poolrpc.tensors import Array, as_array, dtype_name, spec_of
 from poolrpc.tracing import traced
 from poolrpc.v1 import pool_pb2, standard_pb2
@@ -340,7 +340,8 @@ class BaseClient:
         chains = as_branches(branches)
         flat = [part for each in out for part in (each if isinstance(each, tuple) else (each,))] if out else ()
         array = as_array(x, layout)
-        named = operand_of(given, chains, last_axis(array.shape, layout)) if given else None
+        cells = to_channels_first(array.shape, 1, layout)[-1] if given and array.ndim > 1 else None
+        named = operand_of(given, chains, cells) if given else None
         if named is None:
             return Transfer(
                 prepare_single(dtype_name(array.dtype), array.shape, layout, chains, outputs), [array], flat

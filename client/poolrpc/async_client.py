@@ -423,9 +423,10 @@ class AsyncPoolClient(BaseClient):
 
 
 def _report(report: futures.Future[None], progress: Progress | None, done: int, count: int) -> None:
-    if progress is not None and report.set_running_or_notify_cancel():
+    if report.set_running_or_notify_cancel():
         try:
-            progress(done, count)
+            if progress is not None:
+                progress(done, count)
             report.set_result(None)
         except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
             report.set_exception(error)

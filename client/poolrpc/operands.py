@@ -90,11 +90,6 @@ def check_operand_name(name: str, chains: Sequence[Chain]) -> None:
         raise InvalidArgumentError(f"expected {takes or 'no operand'} for {layers}, got {name}", field=name)
 
 
-def last_axis(shape: Sequence[int], layout: str) -> int | None:
-    """Return the size of the last axis of a tensor, in the order of channels first; None if it has no such axis."""
-    return shape[-1 if layout == "NCHW" else -2] if len(shape) > 1 else None
-
-
 def wire_name(name: str) -> str:
     """Return the name of the operand that a keyword argument becomes."""
     return "offsets" if name in {"lengths", "ids"} else name

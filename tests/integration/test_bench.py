@@ -262,6 +262,20 @@ def test_ctrl_c_prints_what_has_been_measured(
 
 
 @pytest.mark.parametrize(
+    ("shape", "plot", "words"),
+    [("4", "new.svg", "expected 4 dims"), ("1x1x4x4", "new.json", "expected another file than that of --plot")],
+)
+def test_a_load_that_fails_leaves_no_files(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, shape: str, plot: str, words: str
+) -> None:
+    """Files are made when there is something to write to them, and each has its own."""
+    files = ("--json", str(tmp_path / "new.json"), "--plot", str(tmp_path / plot))
+    assert main(["bench", "--address", "127.0.0.1:1", "--shape", shape, "--layer", "MaxPool2d(2)", *files]) == 1
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--dtype", "uint8", "--layer", "AvgPool2d(2)", "--shape", "1x1x4x4"], "AvgPool2d takes float16"),

@@ -9,7 +9,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Queue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 import numpy as np
@@ -24,10 +24,12 @@ import poolrpc_server
 from poolrpc import AvgPool2d, GlobalPool2d, MaxPool2d, MaxUnpool2d
 from poolrpc._wire.status import DETAILS_KEY, decode_error
 from poolrpc.tensors import numpy_dtype
+from poolrpc_server.calls.dispatch import Dispatcher
 from poolrpc_server.protocols.triton import requests
 from poolrpc_server.protocols.triton.datatypes import CONTENTS_FIELDS, DATATYPE_OF, DATATYPES
 from poolrpc_server.protocols.triton.generated import open_inference_pb2 as pb
 from poolrpc_server.protocols.triton.servicer import CONTROL_METHODS, TRITON_SERVICE
+from tests.scrape import Scrape
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -413,6 +415,25 @@ def test_a_stream_answers_in_order_and_continues_after_an_error(caller: TritonCl
         assert not each.error_message
         assert each.infer_response.parameters["triton_final_response"].bool_param
         assert_same(arrays_of(each.infer_response)["output"], expected)
+
+
+def test_a_request_of_a_stream_that_is_rejected_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a call that is rejected, by its reason, though the stream goes on."""
+
+    def full(*_: object) -> NoReturn:
+        raise poolrpc.UnavailableError("expected room", reason="QUEUE")
+
+    monkeypatch.setattr(Dispatcher, "pool", full)
+    server = poolrpc_server.Server(poolrpc_server.Config(listen=("127.0.0.1:0",), metrics="127.0.0.1:0"))
+    server.start()
+    caller = TritonClient(server.addresses[0])
+    try:
+        answers = list(caller.stream(iter([request(X, layer="MaxPool2d(2)")] * 2)))
+        assert [each.error_message.partition(":")[0] for each in answers] == ["UNAVAILABLE"] * 2
+        assert Scrape(server.metrics_address)("poolrpc_rejects_total", reason="QUEUE") == 2
+    finally:
+        caller.channel.close()
+        server.stop(grace=0)
 
 
 def test_a_stream_answers_before_it_ends(caller: TritonClient) -> None:

@@ -24,7 +24,9 @@ SMALL = ("--shape", "1x3x16x16", "--layer", "MaxPool2d(2)")
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
-    "load", [["--concurrency", "4"], ["--rate", "50", "--transport", "arena"]], ids=["closed", "open"]
+    "load",
+    [["--concurrency", "4"], ["--rate", "50", "--transport", "arena"], ["--rate", "50", "--transport", "local"]],
+    ids=["closed", "open", "local"],
 )
 def test_the_printed_flags_start_a_server(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, load: list[str]
