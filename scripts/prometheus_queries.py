@@ -1,4 +1,4 @@
-"""The expressions of the dashboard and the alerts of deploy/, and queries to Prometheus, for the tests."""
+"""The expressions of the dashboard, the alerts and their runbook, and queries to Prometheus, for the tests."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ import yaml
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-DEPLOY = Path(__file__).parents[1] / "deploy"
+ROOT = Path(__file__).parents[1]
+DEPLOY = ROOT / "deploy"
 RULES = DEPLOY / "prometheus/alerts.yml"
+RUNBOOK = ROOT / "docs/runbook.md"
 
 # The parts of an expression that name no metric: strings, matchers and ranges, then lists of labels. Numbers, functions
 # and metrics remain.
@@ -26,6 +28,7 @@ _METRIC = re.compile(r"\b[a-z_][a-z_0-9:]*\b(?!\s*\()")
 _OPERATORS = {"and", "or", "unless", "bool", "offset", "group_left", "group_right"}
 _WINDOW = re.compile(r"(\[|\bfor: )(\d+)([smhd])\b")
 _VARIABLE = re.compile(r"\$(?:instance|method)\b")
+_OURS = re.compile(r"\b(?:poolrpc|grpc_server|process)_[a-z_]+")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -67,6 +70,17 @@ def panels(interval: str = "1m") -> dict[str, str]:
         for panel in dashboard["panels"]
         for target in panel["targets"]
     }
+
+
+def runbook_section(alert: str) -> str:
+    """Return the text of an alert's section of the runbook."""
+    (section,) = re.findall(rf"^## {alert}\n(.*?)(?=^## |\Z)", RUNBOOK.read_text(), re.MULTILINE | re.DOTALL)
+    return str(section)
+
+
+def runbook_queries(alert: str) -> list[str]:
+    """Return the expressions, single metrics included, that an alert's section of the runbook says to look at."""
+    return [each for each in re.findall(r"`([^`]+)`", runbook_section(alert)) if _OURS.search(each)]
 
 
 def metric_names(expression: str) -> set[str]:

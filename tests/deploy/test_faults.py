@@ -18,7 +18,7 @@ import pytest
 
 from poolrpc import MaxPool2d, PoolClient, PoolError
 from poolrpc_server.protocols.triton.generated import open_inference_pb2
-from scripts.prometheus_queries import query_api, query_value, wait_for_scrape
+from scripts.prometheus_queries import metric_names, query_api, query_value, runbook_queries, wait_for_scrape
 from scripts.server_process import ServerProcess, serving
 from tests.deploy.real_prometheus import prometheus
 from tests.integration.certificates import Authority
@@ -65,8 +65,17 @@ def firing(address: str) -> set[str]:
 
 
 def assert_raised(address: str, *names: str) -> None:
-    """Wait until alerts fire, which may not take longer than two minutes."""
+    """Wait until alerts fire, which may not take longer than two minutes, and look where the runbook says to look.
+
+    Each expression of an alert's section has samples while the alert fires, unless no metric of it can be there: those
+    of workers need several.
+    """
     assert wait_for_scrape(lambda: set(names) <= firing(address), ALERT_SECONDS), firing(address)
+    scraped = set(query_api(address, "label/__name__/values"))
+    for name in names:
+        for expression in runbook_queries(name):
+            found = query_api(address, "query", query=expression)["result"]
+            assert found or metric_names(expression) - scraped == {"poolrpc_worker_restarts_total"}, expression
 
 
 @contextmanager
