@@ -193,6 +193,7 @@ class Server:
                 max_threads=config.call_threads + CONTROL_CALLS,
                 max_connections=config.max_connections,
             )
+            self.service.on_look(self._local.relieve)
         for path in paths:
             try:
                 listener = ArenaListener(

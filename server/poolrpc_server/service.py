@@ -208,6 +208,10 @@ class Service:
         """Record that the server has answered its watchdog, or that the watchdog starts."""
         self._answered = monotonic()
 
+    def on_look(self, function: Callable[[], object]) -> None:
+        """Call a function from time to time while there are calls in flight."""
+        self._reaper.on_look = function
+
     def end_watch(self) -> None:
         """Record that the watchdog has ended: the server may stop answering it."""
         self._answered = None

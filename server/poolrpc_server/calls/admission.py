@@ -88,8 +88,8 @@ class CallLimit:
         return len(self.tickets)
 
 
-def _no_end(_: str) -> None:
-    """End nothing."""
+def _nothing(*_: object) -> None:
+    """Do nothing."""
 
 
 class Ticket:
@@ -101,18 +101,36 @@ class Ticket:
 
     """
 
-    __slots__ = ("_admission", "_end", "caller", "expires", "limits", "nbytes", "released", "stalls_at", "waits_since")
+    __slots__ = (
+        "_admission",
+        "_end",
+        "before_wait",
+        "caller",
+        "expires",
+        "limits",
+        "nbytes",
+        "released",
+        "stalls_at",
+        "waits_since",
+    )
 
-    def __init__(self, admission: AdmissionControl, end: Callable[[str], object] = _no_end) -> None:
+    def __init__(
+        self,
+        admission: AdmissionControl,
+        end: Callable[[str], object] = _nothing,
+        before_wait: Callable[[], object] = _nothing,
+    ) -> None:
         """Make the ticket of a call that holds nothing yet.
 
         Args:
             admission: Counts what is held.
             end: Ends the call; its argument is the reason.
+            before_wait: Called before the call's thread waits for room.
 
         """
         self._admission = admission
         self._end = end
+        self.before_wait = before_wait
         self.caller = ""
         self.nbytes = 0
         self.limits: tuple[CallLimit, ...] = ()
@@ -207,7 +225,7 @@ class Ticket:
             self._admission.release(self)
         # It refers to the call, which has this ticket: gRPC would keep both, and the stream, until Python's garbage
         # collection finds the cycle.
-        self._end = _no_end
+        self._end = self.before_wait = _nothing
 
 
 class IdleMemory(Protocol):
@@ -402,6 +420,7 @@ class AdmissionControl:
 
     def _wait_for_room(self, ticket: Ticket, waiter: _Waiting, ended: list[Ticket]) -> None:
         # Under the lock, which is released while it waits.
+        ticket.before_wait()
         self._waiting[ticket] = waiter
         if len(self._waiting) > MAX_WAITING:
             last = self._waiting[max(reversed(self._waiting), key=self._rank)]

@@ -98,6 +98,7 @@ class Batcher(Generic[J]):
                 self.release(1)
         if not context.add_done_callback(lambda: self._drop_if_cancelled(pending)):
             self._drop_if_cancelled(pending)
+        context.make_way()
         self._wait(pending)
         if pending.state is State.LEADER:
             self._execute_batch(pending)

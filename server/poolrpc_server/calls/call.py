@@ -120,6 +120,12 @@ class CallContext(ABC):
     def cancel(self) -> None:
         """End the call from the server's side."""
 
+    def make_way(self) -> None:  # noqa: B027 - most transports have a thread for each call
+        """Note that the call's thread is about to wait, or to compute for long: it must not keep other calls waiting.
+
+        Any thread may call this, any number of times.
+        """
+
     def set_priority(self, priority: int) -> None:
         """Set the priority.
 
@@ -259,6 +265,10 @@ class DerivedContext(CallContext):
     def cancel(self) -> None:
         """End the whole call from the server's side."""
         self._call.cancel()
+
+    def make_way(self) -> None:
+        """Note that the call's thread is about to wait, or to compute for long."""
+        self._call.make_way()
 
 
 def shape_fact(shape: Sequence[int]) -> tuple[int, ...]:

@@ -41,6 +41,10 @@ FREE_SCRATCH_BYTES = 24 * 2**20
 """Scratch memory of a request that is not counted: the blocks of planes of most requests need no more, only as many of
 them are computed at a time as there are threads, and it is a part of what the process itself takes."""
 
+LONG_SECONDS = 0.0005
+"""Estimated duration of an execution during which other calls of its transport are not kept waiting. Threads that run
+Python for shorter ones at the same time would wait for each other at each call of torch, which takes longer."""
+
 REMEMBERED_REQUESTS, REMEMBERED_LAYERS = 1024, 16
 """Maximum number of requests that are remembered with what is known of them, and of the layers of each."""
 
@@ -284,6 +288,8 @@ class Dispatcher:
         times = call.record.begin_execution(run.schedule.planes, call.priority)
         run.times, run.finish = times, times.around(run.finish)
         run.check = partial(self._check_running, call, times)
+        if run.seconds > LONG_SECONDS or self._engine.backend.asynchronous:
+            call.make_way()
         try:
             return self._batcher.run(run, call, call.priority, admitted=admitted)
         except QueueFullError as error:

@@ -99,7 +99,7 @@ class CallPipeline:
         """
         method = self._methods.get(call.method, other)
         call.record.method = method.name
-        call.ticket = Ticket(self._admission, partial(self._end, call))
+        call.ticket = Ticket(self._admission, partial(self._end, call), call.make_way)
         announced = 0
         try:
             if self._tokens is not None and not method.public:

@@ -46,6 +46,9 @@ class Reaper:
             what the process takes besides.
         drop_idle: Drops memory that is kept for later calls.
 
+    Attributes:
+        on_look: Called at each look.
+
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Reaper:
         self._drop_idle = drop_idle
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)
         self._trims_at = 0.0
+        self.on_look: Callable[[], object] = lambda: None
         self._busy = Event()
         self._closed = False
         self._thread = Thread(target=self._run, name="poolrpc-reaper", daemon=True)
@@ -86,6 +90,7 @@ class Reaper:
             if tickets:
                 last = now
                 try:
+                    self.on_look()
                     self._end_late(tickets, now)
                     free = self._max_resident - self._bound_memory(tickets)
                     interval = max(MIN_SECONDS, min(free / FILL_BYTES_PER_SECOND, MAX_SECONDS))

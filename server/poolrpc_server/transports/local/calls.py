@@ -1,13 +1,13 @@
 """The local transport: calls as packets on connections to the arena socket, from clients on the same machine.
 
-A connection carries one call at a time. Threads wait for packets on one epoll, which wakes one of them for each packet:
-no thread belongs to a connection, and none is handed a packet by another. The thread that receives a packet owns the
-connection until it waits for the next one: it alone sends on it and closes it. Meanwhile another thread is only woken
-if the client is gone, and cancels the call.
+A connection carries one call at a time, and no thread belongs to a connection. Threads take turns: one at a time waits
+for packets on an epoll of all connections, and answers one after the other. Several threads that answer small calls at
+the same time would only wait for each other to release the interpreter, which doubles the time of each.
 
-A client that calls again and again is answered by one thread: after an answer that thread waits on the connection
-itself for a moment, unless it is the last one that the others could need. This takes two system calls fewer, and no
-thread waits for another to release the interpreter.
+A call that has to wait, or that is computed for long, makes way: its thread passes the turn to another one, which also
+notices if the client of that call is gone, and cancels it. From then on the call's thread alone sends on the connection
+and closes it, until it waits for the next packet. A call that has the turn for longer than expected makes way because
+of another thread, which looks at all calls from time to time (see Reaper).
 """
 
 from __future__ import annotations
@@ -30,15 +30,12 @@ from poolrpc_server.calls.call import EndingContext, StatusError
 from poolrpc_server.telemetry.logs import log
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from poolrpc._wire.local_packets import ReceivedCall
     from poolrpc_server.calls.pipeline import CallPipeline
 
-_NEXT_PACKET = select.EPOLLIN | select.EPOLLONESHOT
 _END_ONLY = select.EPOLLONESHOT  # EPOLLHUP is always reported
-LINGER_MS = 2
-"""Milliseconds for which a thread waits for the next packet of a connection whose last packet came as soon."""
 
 # Plain integers: the operators of socket's enumerations take some microseconds.
 _HAS_DESCRIPTOR, _TRUNCATED = int(socket.MSG_CTRUNC), int(socket.MSG_TRUNC)
@@ -49,15 +46,23 @@ class LocalContext(EndingContext):
 
     Args:
         received: The call.
-        peer: The client, "unix:pid=123"; "unix:" if its process is unknown.
+        connection: Its connection.
+        make_way: Passes the turn to another thread, if the call's thread has it.
 
     """
 
     transport = "local"
 
-    def __init__(self, received: ReceivedCall, peer: str) -> None:
-        super().__init__(received.method, received.metadata, peer, received.timeout)
+    def __init__(
+        self, received: ReceivedCall, connection: Connection, make_way: Callable[[Connection], object]
+    ) -> None:
+        super().__init__(received.method, received.metadata, connection.peer, received.timeout)
         self.arrived = len(received.message)
+        self._connection, self._make_way = connection, make_way
+
+    def make_way(self) -> None:
+        """Pass the turn to another thread, unless this was done before."""
+        self._make_way(self._connection)
 
 
 class Connection:
@@ -67,24 +72,17 @@ class Connection:
         socket: The socket.
         peer: The client, "unix:pid=123"; "unix:" if its process is unknown.
         call: The call in flight; None between calls.
+        made_way: Whether the call makes way.
         gone: Whether the client is known to be gone.
-        answered_at: When the last answer was sent, by the monotonic clock.
 
     """
 
-    __slots__ = ("_next_packet", "answered_at", "call", "gone", "peer", "socket")
+    __slots__ = ("call", "gone", "made_way", "peer", "socket")
 
     def __init__(self, socket: socket.socket, peer: str) -> None:
         self.socket, self.peer = socket, peer
         self.call: LocalContext | None = None
-        self.gone = False
-        self.answered_at = 0.0
-        self._next_packet = select.poll()
-        self._next_packet.register(socket, select.POLLIN)
-
-    def wait(self, milliseconds: int) -> bool:
-        """Wait for the next packet, or the end of the connection; return False if there is neither."""
-        return bool(self._next_packet.poll(milliseconds))
+        self.made_way = self.gone = False
 
 
 class LocalCalls:
@@ -92,7 +90,7 @@ class LocalCalls:
 
     Args:
         pipeline: Answers the calls.
-        max_threads: Maximum number of threads; they are started when all others are busy.
+        max_threads: Maximum number of threads; they are started when the calls of all others make way.
         max_connections: Maximum number of connections.
 
     """
@@ -107,7 +105,10 @@ class LocalCalls:
         self._epoll.register(self._ended, select.EPOLLIN)  # wakes every thread, since it is never read
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
-        self._idle = 0
+        self._turn = threading.Lock()
+        self._current: Connection | None = None  # whose call is answered by the thread that has the turn
+        self._count = self._seen = 0  # the calls so far, and until `relieve` looked last
+        self._available = 0  # threads that have the turn or wait for it
         self._stopped = False
         self._start_thread()
 
@@ -139,9 +140,16 @@ class LocalCalls:
         with self._lock:
             if not self._stopped:
                 self._connections[connection.fileno()] = Connection(connection, peer)
-                self._epoll.register(connection, _NEXT_PACKET)
+                self._epoll.register(connection, select.EPOLLIN)
                 return
         connection.close()
+
+    def relieve(self) -> None:
+        """Let a call make way that has had the turn since this was called last."""
+        current = self._current
+        if self._count == self._seen and current is not None:
+            self._make_way(current, self._count)
+        self._seen = self._count
 
     def stop(self) -> None:
         """Receive no more packets; those that have arrived are answered, and then their connections are closed."""
@@ -183,47 +191,62 @@ class LocalCalls:
     def _start_thread(self) -> None:
         # Called with the lock held, or before there are other threads.
         thread = threading.Thread(target=self._run, name="poolrpc-local", daemon=True)
-        self._threads.append(thread)
-        self._idle += 1
         thread.start()
+        self._threads.append(thread)
+        self._available += 1
 
     def _run(self) -> None:
         buffer = bytearray(MAX_PACKET_BYTES)
+        self._turn.acquire()
         while True:
             ((descriptor, events),) = self._epoll.poll(maxevents=1)
             if descriptor == self._ended:
+                self._turn.release()  # the others come to know it, too
                 return
-            with self._lock:
-                self._idle -= 1
-                # None after `stop`, since `close` joins those that there are.
-                if not (self._idle or self._stopped) and len(self._threads) < self._max_threads:
-                    self._start_thread()
+            # That of a call that made way may be closed by now, and the descriptor that of another connection.
             connection = self._connections.get(descriptor)
             try:
-                if events & select.EPOLLIN:
-                    self._serve(self._connections[descriptor], buffer)
+                if connection is not None and events & select.EPOLLIN:
+                    self._serve(connection, buffer)
                 elif connection is not None:
                     _cancel_if_gone(connection)
             except Exception:  # noqa: BLE001 - the thread must go on for the other clients
                 log.exception("local transport failed")
-            with self._lock:
-                self._idle += 1
 
     def _serve(self, connection: Connection, buffer: bytearray) -> None:
-        """Answer the packet of a connection, and those that follow it soon."""
-        lingers = monotonic() - connection.answered_at < LINGER_MS / 1000
-        released = False
+        """Answer the packet of a connection; when this returns, the thread has the turn again."""
+        goes_on = False
+        self._count += 1
+        self._current = connection
         try:
-            self._epoll.modify(connection.socket, _END_ONLY)
-            while self._serve_packet(connection, buffer):
-                # Another thread must be left for the other connections.
-                if not (lingers and self._idle and connection.wait(LINGER_MS)):
-                    released, connection.answered_at = True, monotonic()
-                    self._epoll.modify(connection.socket, _NEXT_PACKET)
-                    return
+            goes_on = self._serve_packet(connection, buffer)
         finally:
-            if not released:
+            with self._lock:
+                made_way, connection.made_way = connection.made_way, False
+                if not made_way:
+                    self._current = None
+            if not goes_on:
                 self._drop(connection)
+            if made_way:
+                if goes_on:
+                    self._epoll.modify(connection.socket, select.EPOLLIN)
+                with self._lock:
+                    self._available += 1
+                self._turn.acquire()
+
+    def _make_way(self, connection: Connection, count: int | None = None) -> None:
+        """Pass the turn to another thread, if the call of a connection has it, and is number `count`, if given."""
+        with self._lock:
+            if self._current is not connection or count not in {None, self._count}:
+                return
+            connection.made_way, self._current = True, None
+            self._epoll.modify(connection.socket, _END_ONLY)
+            self._available -= 1
+            # None after `stop`, since `close` joins those that there are.
+            if not (self._available or self._stopped) and len(self._threads) < self._max_threads:
+                with suppress(RuntimeError):  # no thread can be started now: packets wait for the end of a call
+                    self._start_thread()
+        self._turn.release()
 
     def _serve_packet(self, connection: Connection, buffer: bytearray) -> bool:
         """Answer the packet of a connection; return False if it is the last one."""
@@ -247,7 +270,7 @@ class LocalCalls:
         if flags & _TRUNCATED:
             raise InvalidArgumentError(f"expected a packet of at most {MAX_PACKET_BYTES} bytes, got a larger one")
         received = decode_call(packet)
-        call = connection.call = LocalContext(received, connection.peer)
+        call = connection.call = LocalContext(received, connection, self._make_way)
         if connection.gone:  # noticed before there was a call to cancel
             call.cancel()
         try:

@@ -28,13 +28,20 @@ class FakeCall:
 
     Attributes:
         queued: Set when the batcher registers its callback, which it does for queued jobs only.
+        made_way: Whether the batcher has said that the call's thread is about to wait.
 
     """
+
+    made_way = False
 
     def __init__(self, remaining=None, error=None):
         self.queued = threading.Event()
         self._remaining, self._error, self._callbacks = remaining, error, []
         self._lock = threading.Lock()
+
+    def make_way(self):
+        """Note that the call's thread is about to wait."""
+        self.made_way = True
 
     def time_remaining(self):
         """Return the seconds until the deadline."""

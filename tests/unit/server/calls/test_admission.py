@@ -217,6 +217,21 @@ def test_large_messages_leave_room_for_small_ones():
     assert admission.bytes_in_flight == 100 * MIB
 
 
+def test_a_call_says_before_it_waits_for_room():
+    """Its transport learns that the call's thread is about to wait, and nothing if there is room at once."""
+    admission, said = AdmissionControl(10), []
+    holding = Ticket(admission, before_wait=lambda: said.append("holding"))
+    holding.reserve(10, wait=FOREVER)
+    assert said == []
+
+    def make_room():
+        said.append("waiting")
+        Thread(target=holding.release).start()
+
+    Ticket(admission, before_wait=make_room).reserve(5, wait=FOREVER)
+    assert (said, admission.bytes_in_flight) == (["waiting"], 5)
+
+
 def test_a_stalled_call_gives_way():
     """A call that waits for its caller too long is ended for another one's sake; one that proceeds is not."""
     admission, limit = AdmissionControl(10), limit_of(1)

@@ -170,6 +170,7 @@ def test_lone_job_is_executed_at_once_by_its_own_thread(make_harness):
     assert harness.batcher.run(NamedJob("a"), call) == "a"
     assert harness.threads["a"] == threading.get_ident()
     assert not call.queued.is_set()
+    assert not call.made_way
     assert harness.observer.seconds == [0.0]
 
 
@@ -212,6 +213,16 @@ def test_jobs_queued_while_all_slots_are_taken_form_a_batch(make_harness):
     assert harness.batches == [["busy"], ["a", "b", "c"]]
     assert len(harness.observer.seconds) == 4
     assert min(harness.observer.seconds[1:]) > 0
+
+
+def test_a_call_whose_job_is_queued_makes_way(make_harness):
+    """The batcher says so before the call's thread waits."""
+    harness, call = make_harness(), FakeCall()
+    busy = harness.occupy()
+    queued = harness.enqueue(NamedJob("a"), call=call)
+    harness.let_go("busy")
+    assert outcomes([busy, *queued]) == ["busy", "a"]
+    assert call.made_way
 
 
 def test_durations_are_recorded_for_jobs_that_are_executed_alone(make_harness):
