@@ -1,4 +1,4 @@
-"""Threads of the local transport take turns: who answers small calls, and which calls keep nobody waiting."""
+"""Threads of the local transport take turns: who answers small calls, and which calls keep no others waiting."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_small_calls_are_answered_one_after_the_other(
 
 
 @pytest.mark.usefixtures("never_relieved")
-def test_a_long_call_keeps_nobody_waiting(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_call_keeps_no_others_waiting(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call whose estimate is long lets others be answered, and be computed."""
     monkeypatch.setattr(dispatch, "LONG_SECONDS", 0.0)
     with poolrpc_server.embedded(threads=2) as client, ThreadPoolExecutor(1) as threads:
@@ -90,7 +90,7 @@ def test_a_long_call_keeps_nobody_waiting(gate: Gate, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.usefixtures("never_relieved")
-def test_a_queued_call_keeps_nobody_waiting(gate: Gate, local_server: Server) -> None:
+def test_a_queued_call_keeps_no_others_waiting(gate: Gate, local_server: Server) -> None:
     """While small calls wait for the only slot, which a call by gRPC has, other methods are answered."""
     with PoolClient(local_server.addresses[0]) as client, ThreadPoolExecutor(4) as threads:
         held = threads.submit(client.pool, X, HELD, transport="unary")
@@ -106,7 +106,7 @@ def test_a_queued_call_keeps_nobody_waiting(gate: Gate, local_server: Server) ->
             np.testing.assert_array_equal(each.result().output, halved(X))
 
 
-def test_a_call_that_takes_longer_than_expected_keeps_nobody_waiting(gate: Gate, local_server: Server) -> None:
+def test_a_call_that_takes_longer_than_expected_keeps_no_others_waiting(gate: Gate, local_server: Server) -> None:
     """Others are answered after a while, and a client that leaves meanwhile is noticed."""
     with PoolClient(local_server.addresses[0]) as client, ThreadPoolExecutor(1) as threads:
         leaving = PoolClient(local_server.addresses[0])
