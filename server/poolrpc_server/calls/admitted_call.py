@@ -125,6 +125,8 @@ class AdmittedCall:
         try:
             message = self._receive(messages)
             stage = ""
+            if not self.method.short:
+                self._call.make_way()
             answer = self.method.unary(message, self._call)
         except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets a status
             if stage and not self._call.is_active():

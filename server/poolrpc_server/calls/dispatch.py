@@ -41,7 +41,7 @@ FREE_SCRATCH_BYTES = 24 * 2**20
 """Scratch memory of a request that is not counted: the blocks of planes of most requests need no more, only as many of
 them are computed at a time as there are threads, and it is a part of what the process itself takes."""
 
-LONG_SECONDS = 0.0005
+LONG_SECONDS = 0.0003
 """Estimated duration of an execution during which other calls of its transport are not kept waiting. Threads that run
 Python for shorter ones at the same time would wait for each other at each call of torch, which takes longer."""
 
@@ -288,7 +288,10 @@ class Dispatcher:
         times = call.record.begin_execution(run.schedule.planes, call.priority)
         run.times, run.finish = times, times.around(run.finish)
         run.check = partial(self._check_running, call, times)
-        if run.seconds > LONG_SECONDS or self._engine.backend.asynchronous:
+        schedule = run.schedule
+        # Not by the estimate for the queue: it has the time for which other threads have disturbed the executions, and
+        # calls that make way disturb each other. That of an operand depends on what is in it.
+        if schedule.undisturbed_seconds > LONG_SECONDS or schedule.whole_operand or self._engine.backend.asynchronous:
             call.make_way()
         try:
             return self._batcher.run(run, call, call.priority, admitted=admitted)

@@ -35,6 +35,7 @@ class Method:
         computes: Whether a call needs the engine: it is admitted, or rejected, before its message is read.
         probe: Whether monitoring calls it frequently: its calls are logged at DEBUG, and not traced.
         public: Whether a call needs no token.
+        short: Whether a call takes next to no time, unless it says so before (see CallContext.make_way).
         max_bytes: Maximum size of a message, in addition to the transport's limit.
         labels: Its kind ("unary" or "bidi_stream"), service and short name, as the metrics have them.
 
@@ -46,6 +47,7 @@ class Method:
     computes: bool = False
     probe: bool = False
     public: bool = False
+    short: bool = False
     max_bytes: int = MAX_CONTROL_BYTES
     labels: tuple[str, str, str] = field(init=False)
 

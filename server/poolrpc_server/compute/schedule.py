@@ -80,6 +80,7 @@ class Schedule:
         boxes: The number of boxes.
         key: The key of the requests that may be computed in one batch with this one. None: it is computed alone.
         seconds: The estimated duration, corrected by each execution.
+        undisturbed_seconds: The same of executions that no other thread disturbs: the shortest one, nearly.
         cached: Whether its workspaces are kept for reuse.
         workspaces: The idle ones.
 
@@ -146,11 +147,12 @@ class Schedule:
             self.scratch_bytes += self.nbytes
         layers = sum(len(branch.steps) for branch in self.branches)
         call, layer = (CACHED_CALL_SECONDS, CACHED_LAYER_SECONDS) if self.cached else (CALL_SECONDS, LAYER_SECONDS)
-        self.seconds = call + layer * layers + WORK_SECONDS * self.work
+        self.seconds = self.undisturbed_seconds = call + layer * layers + WORK_SECONDS * self.work
 
     def record_duration(self, seconds: float) -> None:
         """Correct the estimate by the duration of an execution."""
         self.seconds += (seconds - self.seconds) / 4
+        self.undisturbed_seconds = min(seconds, self.undisturbed_seconds + (seconds - self.undisturbed_seconds) / 16)
 
     def _key(self) -> BatchKey | None:
         request, dims = self.request, self.spatial_dims

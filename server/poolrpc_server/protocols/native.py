@@ -76,10 +76,10 @@ class PoolServicer:
     def methods(self) -> tuple[Method, ...]:
         """Return the methods of the service."""
         return (
-            Method(f"/{POOL_SERVICE}/Pool", unary=self.pool, computes=True),
+            Method(f"/{POOL_SERVICE}/Pool", unary=self.pool, computes=True, short=True),
             Method(f"/{POOL_SERVICE}/PoolStream", stream=self.pool_stream, computes=True),
             Method(f"/{POOL_SERVICE}/InferShape", unary=self.infer_shape),
-            Method(f"/{POOL_SERVICE}/GetServerInfo", unary=self.get_server_info),
+            Method(f"/{POOL_SERVICE}/GetServerInfo", unary=self.get_server_info, short=True),
         )
 
     def pool(self, message: bytes, call: CallContext) -> bytes:
@@ -87,6 +87,7 @@ class PoolServicer:
         header, payload = self._split_again(message)
         prepared = self._prepared.get(header)
         if prepared is None:
+            call.make_way()
             with decoding(header, call):
                 prepared = self._prepare(header, call)
         call.record.note(prepared.facts)

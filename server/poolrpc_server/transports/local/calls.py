@@ -4,7 +4,7 @@ A connection carries one call at a time, and no thread belongs to a connection. 
 for packets on an epoll of all connections, and answers one after the other. Several threads that answer small calls at
 the same time would only wait for each other to release the interpreter, which doubles the time of each.
 
-A call that has to wait, or that is computed for long, makes way: its thread passes the turn to another one, which also
+A call that has to wait, or that may take long, makes way: its thread passes the turn to another one, which also
 notices if the client of that call is gone, and cancels it. From then on the call's thread alone sends on the connection
 and closes it, until it waits for the next packet. A call that has the turn for longer than expected makes way because
 of another thread, which looks at all calls from time to time (see Reaper).
@@ -146,10 +146,10 @@ class LocalCalls:
 
     def relieve(self) -> None:
         """Let a call make way that has had the turn since this was called last."""
-        current = self._current
-        if self._count == self._seen and current is not None:
-            self._make_way(current, self._count)
-        self._seen = self._count
+        current, count = self._current, self._count
+        if count == self._seen and current is not None:
+            self._make_way(current, count)
+        self._seen = count
 
     def stop(self) -> None:
         """Receive no more packets; those that have arrived are answered, and then their connections are closed."""
@@ -166,10 +166,11 @@ class LocalCalls:
     def wait(self, timeout: float) -> bool:
         """Wait until the calls in flight are answered, after `stop`; return False after `timeout` seconds."""
         deadline = monotonic() + timeout
-        threads = self._started_threads()
-        for thread in threads:
-            thread.join(max(0.0, deadline - monotonic()))
-        return not any(thread.is_alive() for thread in threads)
+        while threads := self._living_threads():
+            if (left := deadline - monotonic()) <= 0:
+                return False
+            threads[0].join(left)
+        return True
 
     def close(self) -> None:
         """Cancel the calls in flight, and end every connection."""
@@ -179,39 +180,39 @@ class LocalCalls:
         for connection in self.connections:
             if (call := connection.call) is not None:
                 call.cancel()
-        for thread in self._started_threads():
-            thread.join()
+        while threads := self._living_threads():
+            threads[0].join()
         self._epoll.close()
         os.close(self._ended)
 
-    def _started_threads(self) -> list[threading.Thread]:
-        with self._lock:  # a thread that is in the list but has not been started yet can't be joined
-            return list(self._threads)
+    def _living_threads(self) -> list[threading.Thread]:
+        with self._lock:
+            return [thread for thread in self._threads if thread.is_alive()]
 
     def _start_thread(self) -> None:
         # Called with the lock held, or before there are other threads.
-        thread = threading.Thread(target=self._run, name="poolrpc-local", daemon=True)
+        buffer = bytearray(MAX_PACKET_BYTES)
+        thread = threading.Thread(target=self._run, args=(buffer,), name="poolrpc-local", daemon=True)
         thread.start()
         self._threads.append(thread)
         self._available += 1
 
-    def _run(self) -> None:
-        buffer = bytearray(MAX_PACKET_BYTES)
-        self._turn.acquire()
-        while True:
-            ((descriptor, events),) = self._epoll.poll(maxevents=1)
-            if descriptor == self._ended:
-                self._turn.release()  # the others come to know it, too
-                return
-            # That of a call that made way may be closed by now, and the descriptor that of another connection.
-            connection = self._connections.get(descriptor)
-            try:
-                if connection is not None and events & select.EPOLLIN:
-                    self._serve(connection, buffer)
-                elif connection is not None:
-                    _cancel_if_gone(connection)
-            except Exception:  # noqa: BLE001 - the thread must go on for the other clients
-                log.exception("local transport failed")
+    def _run(self, buffer: bytearray) -> None:
+        with self._turn:
+            while True:
+                ((descriptor, events),) = self._epoll.poll(maxevents=1)
+                if descriptor == self._ended:
+                    return
+                # That of a call that made way may be closed by now, and the descriptor that of another connection.
+                connection = self._connections.get(descriptor)
+                try:
+                    if connection is not None and events & select.EPOLLIN:
+                        connection.gone = bool(events & select.EPOLLHUP)  # its packet is a call of no one
+                        self._serve(connection, buffer)
+                    elif connection is not None:
+                        _cancel_if_gone(connection)
+                except Exception:  # noqa: BLE001 - the thread must go on for the other clients
+                    log.exception("local transport failed")
 
     def _serve(self, connection: Connection, buffer: bytearray) -> None:
         """Answer the packet of a connection; when this returns, the thread has the turn again."""
@@ -225,14 +226,16 @@ class LocalCalls:
                 made_way, connection.made_way = connection.made_way, False
                 if not made_way:
                     self._current = None
-            if not goes_on:
-                self._drop(connection)
-            if made_way:
-                if goes_on:
+            try:
+                if not goes_on:
+                    self._drop(connection)
+                elif made_way:
                     self._epoll.modify(connection.socket, select.EPOLLIN)
-                with self._lock:
-                    self._available += 1
-                self._turn.acquire()
+            finally:
+                if made_way:
+                    with self._lock:
+                        self._available += 1
+                    self._turn.acquire()
 
     def _make_way(self, connection: Connection, count: int | None = None) -> None:
         """Pass the turn to another thread, if the call of a connection has it, and is number `count`, if given."""
@@ -240,11 +243,11 @@ class LocalCalls:
             if self._current is not connection or count not in {None, self._count}:
                 return
             connection.made_way, self._current = True, None
-            self._epoll.modify(connection.socket, _END_ONLY)
             self._available -= 1
-            # None after `stop`, since `close` joins those that there are.
-            if not (self._available or self._stopped) and len(self._threads) < self._max_threads:
-                with suppress(RuntimeError):  # no thread can be started now: packets wait for the end of a call
+            # If no thread can be started now, packets wait for the end of a call.
+            with suppress(RuntimeError, MemoryError):
+                self._epoll.modify(connection.socket, _END_ONLY)
+                if not self._available and len(self._threads) < self._max_threads:
                     self._start_thread()
         self._turn.release()
 
@@ -299,6 +302,7 @@ class LocalCalls:
 
     def _drop(self, connection: Connection) -> None:
         del self._connections[connection.socket.fileno()]
+        self._epoll.unregister(connection.socket)  # closing does not if a child process has the descriptor too
         connection.socket.close()
         self._end_if_done()
 

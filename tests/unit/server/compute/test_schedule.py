@@ -50,6 +50,19 @@ def test_the_duration_is_estimated_by_the_work_and_then_by_measurements(engine):
     assert made.seconds == pytest.approx(before + 1)
 
 
+def test_the_undisturbed_duration_is_nearly_the_shortest(engine):
+    """Executions that other threads disturb hardly move it, shorter ones do at once, longer ones in the end."""
+    made = schedule(engine, (1, 3, 8, 8))
+    made.record_duration(1e-6)
+    for _ in range(8):
+        made.record_duration(1e-3)
+        made.record_duration(1e-5)
+    assert made.undisturbed_seconds <= 1e-5 < made.seconds
+    for _ in range(200):
+        made.record_duration(1e-3)
+    assert made.undisturbed_seconds == pytest.approx(1e-3, rel=0.1)
+
+
 def test_sizes(engine):
     """A schedule knows its planes and the bytes of its inputs and outputs."""
     made = schedule(engine, (2, 3, 8, 8))
