@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from contextlib import ExitStack
 from typing import Any
@@ -17,7 +18,7 @@ class _EmbeddedClient(PoolClient):
 
     def __init__(self, address: str, server: ExitStack) -> None:
         super().__init__(address)
-        self._stop_server = weakref.finalize(self, server.close)
+        self._stop_server = weakref.finalize(self, _close_in, os.getpid(), server)
 
     def __repr__(self) -> str:
         return f"PoolClient({self.address!r})"
@@ -29,6 +30,12 @@ class _EmbeddedClient(PoolClient):
     def close(self) -> None:
         super().close()
         self._stop_server()
+
+
+def _close_in(pid: int, server: ExitStack) -> None:
+    # A child after a fork has copies of the server's sockets, but none of its threads.
+    if os.getpid() == pid:
+        server.close()
 
 
 def embedded(**settings: Any) -> PoolClient:  # noqa: ANN401 - Config's fields

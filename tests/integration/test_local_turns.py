@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
 import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
 
 import poolrpc_server
-from poolrpc import LPPool2d, MaxPool2d, PoolClient, RoIAlign
-from poolrpc._wire.local_packets import encode_call
+from poolrpc import InvalidArgumentError, LPPool2d, MaxPool2d, PoolClient, RoIAlign
+from poolrpc._wire.local_packets import MAX_PACKET_BYTES, decode_answer, encode_call
 from poolrpc_server import Config, Server
 from poolrpc_server.calls import dispatch
 from poolrpc_server.compute.engine import Engine
@@ -237,6 +239,81 @@ def test_packets_of_clients_that_are_gone_are_not_computed(gate: Gate, local_ser
         while len(local_server.local_connections()) > 1:
             pass
         assert gate.computed == before
+
+
+def test_a_failed_thread_goes_on(monkeypatch: pytest.MonkeyPatch, local_server: Server) -> None:
+    """Whatever a call raises, and although it cannot be logged, its thread answers the next ones."""
+    failing = LocalCalls._answer  # noqa: SLF001 - what a call raises outside of the pipeline
+    left = 8
+
+    def fail(*arguments: Any) -> Any:
+        nonlocal left
+        if left:
+            left -= 1
+            raise SystemExit
+        return failing(*arguments)
+
+    def fail_to_log(*_: object, **__: object) -> None:
+        raise ValueError
+
+    monkeypatch.setattr(LocalCalls, "_answer", fail)
+    monkeypatch.setattr("poolrpc_server.transports.local.calls.log.exception", fail_to_log)
+    address = local_server.addresses[0]
+    with PoolClient(address) as client:
+        while left:
+            with packet_socket(address) as peer:
+                peer.sendmsg(encode_call(POOL, None, (), request_of(client, X)))
+                assert not peer.recv(1)
+        for _ in range(20):
+            assert client.pool(X, MaxPool2d(2)).transport == "local"
+
+
+def test_a_connection_that_cannot_be_watched_is_closed(tmp_path: Path) -> None:
+    """An epoll that takes no more connections leaves neither an open one nor one that is waited for."""
+
+    class Unwatchable(socket.socket):
+        def fileno(self) -> int:
+            return file.fileno()  # an epoll takes no files
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    calls = LocalCalls(cast("Any", None), max_threads=1, max_connections=1)
+    with (tmp_path / "file").open("w") as file, theirs:
+        calls.adopt(Unwatchable(fileno=ours.detach()))
+        assert not theirs.recv(1)
+    assert calls.connections == ()
+    calls.close()
+
+
+def test_a_copy_of_a_descriptor_keeps_no_client_waiting(local_server: Server) -> None:
+    """A client whose connection the server ends sees its end, although a child process may have a copy."""
+    with packet_socket(local_server.addresses[0]) as peer:
+        while not local_server.local_connections():
+            pass
+        (connection,) = local_server.local_connections()
+        copy = os.dup(connection.socket.fileno())
+        peer.send(b"nonsense")
+        with pytest.raises(InvalidArgumentError):
+            decode_answer(peer.recv(MAX_PACKET_BYTES))
+        assert not peer.recv(1)
+    os.close(copy)
+
+
+def test_a_child_leaves_an_embedded_server_as_it_is() -> None:
+    """A child after a fork that ends stops neither the server of its parent nor its transport."""
+    program = """
+import os, sys, numpy, poolrpc, poolrpc_server
+with poolrpc_server.embedded(threads=1) as client:
+    x = numpy.ones((1, 1, 4, 4), numpy.float32)
+    client.pool(x, poolrpc.MaxPool2d(2))
+    if not (child := os.fork()):
+        sys.exit()
+    assert os.waitpid(child, 0)[1] == 0
+    for _ in range(10):
+        assert client.pool(x, poolrpc.MaxPool2d(2)).transport == "local"
+    print("answered")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)  # noqa: S603 - ours
+    assert done.stdout == "answered\n", done.stderr
 
 
 def test_a_copy_of_a_descriptor_keeps_no_connection(local_server: Server) -> None:

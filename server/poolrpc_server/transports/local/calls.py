@@ -137,10 +137,10 @@ class LocalCalls:
         """Serve the calls of a connection, which doesn't block, from now on."""
         # A process of another namespace is not visible, and has no identity among callers.
         peer = f"unix:pid={pid}" if (pid := peer_pid(connection)) else "unix:"
-        with self._lock:
+        with self._lock, suppress(OSError):  # the epoll is full
             if not self._stopped:
-                self._connections[connection.fileno()] = Connection(connection, peer)
                 self._epoll.register(connection, select.EPOLLIN)
+                self._connections[connection.fileno()] = Connection(connection, peer)
                 return
         connection.close()
 
@@ -211,8 +211,9 @@ class LocalCalls:
                         self._serve(connection, buffer)
                     elif connection is not None:
                         _cancel_if_gone(connection)
-                except Exception:  # noqa: BLE001 - the thread must go on for the other clients
-                    log.exception("local transport failed")
+                except BaseException:  # noqa: BLE001 - the thread must go on for the other clients
+                    with suppress(Exception):  # of a handler of the program that embeds the server
+                        log.exception("local transport failed")
 
     def _serve(self, connection: Connection, buffer: bytearray) -> None:
         """Answer the packet of a connection; when this returns, the thread has the turn again."""
@@ -242,12 +243,12 @@ class LocalCalls:
         with self._lock:
             if self._current is not connection or count not in {None, self._count}:
                 return
+            self._epoll.modify(connection.socket, _END_ONLY)
             connection.made_way, self._current = True, None
             self._available -= 1
-            # If no thread can be started now, packets wait for the end of a call.
-            with suppress(RuntimeError, MemoryError):
-                self._epoll.modify(connection.socket, _END_ONLY)
-                if not self._available and len(self._threads) < self._max_threads:
+            if not self._available and len(self._threads) < self._max_threads:
+                # If no thread can be started now, packets wait for the end of a call.
+                with suppress(RuntimeError, MemoryError):
                     self._start_thread()
         self._turn.release()
 
@@ -302,7 +303,10 @@ class LocalCalls:
 
     def _drop(self, connection: Connection) -> None:
         del self._connections[connection.socket.fileno()]
-        self._epoll.unregister(connection.socket)  # closing does not if a child process has the descriptor too
+        with suppress(OSError):
+            # Closing does neither if a child process has the descriptor too.
+            self._epoll.unregister(connection.socket)
+            connection.socket.shutdown(socket.SHUT_RDWR)
         connection.socket.close()
         self._end_if_done()
 
