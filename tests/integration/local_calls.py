@@ -40,9 +40,9 @@ def packet_socket(address: str) -> socket.socket:
     return connection
 
 
-def wait_for(server: Server, name: str, value: float) -> None:
+def wait_for(server: Server, name: str, value: float, **labels: str) -> None:
     """Wait until a metric has a value."""
-    while Scrape(server.metrics_address)(name) != value:
+    while Scrape(server.metrics_address)(name, **labels) != value:
         pass
 
 

@@ -22,14 +22,12 @@ from poolrpc_server.calls import dispatch
 from poolrpc_server.compute.engine import Engine
 from poolrpc_server.transports.local.calls import LocalCalls
 from tests.integration.local_calls import HELD, POOL, X, halved, packet_socket, request_of, wait_for
-from tests.scrape import Scrape
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from poolrpc import PoolResult
-    from poolrpc_server.compute.engine import Run
     from poolrpc_server.compute.kernels.eager import Operator
     from tests.integration.conftest import Gate
 
@@ -37,12 +35,6 @@ if sys.platform != "linux":
     pytest.skip("the arena socket needs Linux", allow_module_level=True)
 
 CALLERS, CALLS = 8, 50
-
-
-def queue_length(server: Server) -> float:
-    """Return the number of queued calls."""
-    samples = Scrape(server.metrics_address).samples
-    return sum(each.value for each in samples if each.name == "poolrpc_queue_length")
 
 
 @pytest.fixture
@@ -86,6 +78,20 @@ def test_small_calls_are_answered_one_after_the_other(
     assert (len(threads), most) == (1, 1)
 
 
+def hold(monkeypatch: pytest.MonkeyPatch, owner: type, method: str) -> tuple[threading.Event, threading.Event]:
+    """Hold the calls of a method; return the events that one has begun, and that lets them go on."""
+    entered, opened = threading.Event(), threading.Event()
+    original = getattr(owner, method)
+
+    def held(*arguments: Any) -> Any:
+        entered.set()
+        assert opened.wait(60)
+        return original(*arguments)
+
+    monkeypatch.setattr(owner, method, held)
+    return entered, opened
+
+
 @contextmanager
 def held_with_the_turn(gate: Gate, client: PoolClient, *, known: bool = False) -> Iterator[Future[PoolResult]]:
     """Hold a call of a known header in the engine, and let it end after the block.
@@ -125,19 +131,10 @@ def test_a_long_call_keeps_no_others_waiting(gate: Gate, monkeypatch: pytest.Mon
 def test_boxes_keep_no_others_waiting(monkeypatch: pytest.MonkeyPatch, local_server: Server) -> None:
     """How long a call with boxes takes depends on their sizes, which no estimate knows before."""
     monkeypatch.setattr(dispatch, "LONG_SECONDS", 60.0)
-    entered, opened = threading.Event(), threading.Event()
-    execute = Engine.execute
-
-    def hold(engine: Engine, runs: Sequence[Run]) -> list[Any]:
-        if runs[0].schedule.whole_operand:
-            entered.set()
-            assert opened.wait(60)
-        return execute(engine, runs)
-
     boxes = np.array([[0, 0, 0, 8, 8]], np.float32)
     with PoolClient(local_server.addresses[0]) as client, ThreadPoolExecutor(1) as threads:
         client.pool(X, RoIAlign(2), boxes=boxes)  # its header is known then
-        monkeypatch.setattr(Engine, "execute", hold)
+        entered, opened = hold(monkeypatch, Engine, "execute")
         call = threads.submit(client.pool, X, RoIAlign(2), boxes=boxes)
         assert entered.wait(60)
         assert client.server_info().device == "cpu"
@@ -158,17 +155,9 @@ def test_long_checks_keep_no_others_waiting(
     monkeypatch: pytest.MonkeyPatch, local_server: Server, step: str, call: Callable[[PoolClient], object]
 ) -> None:
     """While a new request is decoded and checked, or a method computes shapes, others are answered."""
-    entered, opened = threading.Event(), threading.Event()
-    original = getattr(dispatch.Dispatcher, step)
-
-    def hold(*arguments: Any) -> Any:
-        entered.set()
-        assert opened.wait(60)
-        return original(*arguments)
-
     with PoolClient(local_server.addresses[0]) as client, ThreadPoolExecutor(1) as threads:
         client.pool(X, MaxPool2d(2))
-        monkeypatch.setattr(dispatch.Dispatcher, step, hold)
+        entered, opened = hold(monkeypatch, dispatch.Dispatcher, step)
         held = threads.submit(call, client)
         assert entered.wait(60)
         np.testing.assert_array_equal(client.pool(X, MaxPool2d(2)).output, halved(X))
@@ -183,8 +172,7 @@ def test_a_queued_call_keeps_no_others_waiting(gate: Gate, local_server: Server)
         held = threads.submit(client.pool, X, HELD, transport="unary")
         assert gate.entered.wait(60)
         queued = [threads.submit(client.pool, X, MaxPool2d(2)) for _ in range(3)]
-        while queue_length(local_server) < len(queued):
-            pass
+        wait_for(local_server, "poolrpc_queue_length", len(queued), priority="1")
         assert client.server_info().device == "cpu"
         gate.opened.set()
         assert held.result(60).transport == "unary"

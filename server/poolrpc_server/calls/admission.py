@@ -98,6 +98,7 @@ class Ticket:
     Attributes:
         caller: The caller, among whose calls the limits are divided: a token or a connection. Empty if unknown.
         nbytes: Bytes that are reserved.
+        before_wait: Called before the call's thread waits for room.
 
     """
 

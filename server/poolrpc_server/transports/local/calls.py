@@ -102,7 +102,7 @@ class LocalCalls:
         self._connections: dict[int, Connection] = {}
         self._epoll = select.epoll()
         self._ended = os.eventfd(0)
-        self._epoll.register(self._ended, select.EPOLLIN)  # wakes every thread, since it is never read
+        self._epoll.register(self._ended, select.EPOLLIN)  # ends one thread after another, since it is never read
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._turn = threading.Lock()
